@@ -1,0 +1,57 @@
+"""The settings of a run. Change what you like, save, and start:  python main.py"""
+
+# ---------------------------------------------------------------- what to train on
+DATA = (
+    "the-verdict"  # the path of your own text (UTF-8), or "the-verdict", "sample-en", "sample-zh"
+)
+TOKENIZER = "gpt2"  # how text becomes tokens: "gpt2" (50,257 tokens)
+
+# ---------------------------------------------------------------- which kind of run
+QUICK_MODE = True  # True: the whole chain in seconds, with a small model;  False: full training
+CUSTOM_MODE = False  # True: your numbers below, in custom_params; wins over QUICK_MODE
+
+# ---------------------------------------------------------------- which model
+MODEL = (
+    "auto"  # "auto": the mode chooses;  or a name from config.json: "small", "mini", "gpt2-124m"
+)
+USE_SMALL = True  # custom mode with MODEL "auto": the small model
+USE_DEFAULT = False  # custom mode with MODEL "auto" and USE_SMALL False: the 124M model
+
+# ---------------------------------------------------------------- your numbers (custom mode)
+# Leave any of them out. None means: worked out for you from the model and the text.
+custom_params = {
+    "num_epochs": 3,  # how often to read through the text: 1 or more
+    "max_steps": None,  # end after this many optimizer steps, whatever num_epochs says
+    "batch_size": 8,  # windows in a step: 1 or more
+    "learning_rate": None,  # peak step size, 0.0001 to 0.01 as a rule; wide models want less
+    "schedule": "cosine",  # the rate after warm-up: "cosine" (falls to a tenth) or "constant"
+    "warmup_steps": None,  # steps in which the rate rises to its peak: 0 or more
+    "weight_decay": 0.1,  # pull of the matrices towards zero: 0 to below 1
+    "max_grad_norm": 1.0,  # longer gradients are cut to this length; 0 never cuts
+    "max_length": None,  # tokens the model sees at once: 1 or more; None: as config.json says
+    "stride": None,  # tokens from one window's start to the next; None: max_length, no overlap
+    "train_ratio": 0.9,  # share of the text to train on, the rest validates: between 0 and 1
+    "eval_freq": 100,  # evaluate every so many steps: 1 or more
+    "eval_iter": 10,  # batches in an evaluation: 1 or more
+    "start_context": "Every effort moves you",  # the words that samples go on from
+    "num_workers": 0,  # processes that prepare batches: 0 is right for all but huge texts
+    "model_overrides": {},  # e.g. {"n_layers": 4, "n_heads": 4, "emb_dim": 256, "drop_rate": 0.1}
+}
+
+# ---------------------------------------------------------------- text after training
+sampling_params = {
+    "max_new_tokens": 50,  # tokens in each sample
+    "temperature": 0.8,  # 0: always the likeliest token; higher: bolder
+    "top_k": 50,  # the top-k sample draws from the k likeliest tokens
+    "top_p": 0.9,  # the top-p sample draws from the likeliest tokens that sum to p: 0 to 1
+}
+
+# ---------------------------------------------------------------- the machine
+DEVICE = None  # None: the best there is;  or "cpu", "cuda", "mps"
+PRECISION = "auto"  # "auto": bf16 where the hardware has it;  or "bf16", "fp32"
+SEED = 123  # the same seed gives the same run
+LOG_EVERY = 0  # print the batch loss every so many steps;  0: never
+
+# ---------------------------------------------------------------- what is left behind
+OUTPUT_DIR = "runs"  # each run makes a folder in here
+RUN_NAME = None  # that folder's name;  None: date, time and mode

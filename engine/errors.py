@@ -1,0 +1,37 @@
+"""One exception for each kind of expected failure; only programs turn them into exit codes."""
+
+
+class PipelineError(Exception):
+    """An expected failure: its message says what, where, what was allowed and what to do."""
+
+    exit_code = 1
+
+
+class SettingsError(PipelineError, ValueError):
+    """A setting that can't be used: wrong name, type, range or combination."""
+
+    exit_code = 2
+
+
+class DataError(PipelineError, ValueError):
+    """A text or tokenizer that can't be read or is too small to train on."""
+
+    exit_code = 3
+
+
+class CheckpointError(PipelineError):
+    """A run folder that can't be continued or written over."""
+
+    exit_code = 4
+
+
+class NumericsError(PipelineError, ArithmeticError):
+    """A loss or weight that stopped being a finite number."""
+
+    exit_code = 5
+
+
+class ResourceError(PipelineError, RuntimeError):
+    """A device, disk or amount of memory that this machine doesn't have."""
+
+    exit_code = 6

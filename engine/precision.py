@@ -1,0 +1,57 @@
+"""Which number format the arithmetic runs in: bf16 where the hardware has it, else fp32."""
+
+import contextlib
+from dataclasses import dataclass
+
+import torch
+
+PRECISIONS = ("auto", "bf16", "fp32")
+
+
+@dataclass(frozen=True)
+class Precision:
+    """The format of the matrix products and why it was chosen; weights are fp32 in both."""
+
+    name: str  # "bf16" or "fp32"
+    reason: str
+    device_type: str
+
+    def autocast(self) -> contextlib.AbstractContextManager:
+        """The context in which forward passes run."""
+        if self.name == "fp32":
+            return contextlib.nullcontext()
+        return torch.autocast(self.device_type, dtype=torch.bfloat16)
+
+
+def choose_precision(requested: str, device: torch.device) -> Precision:
+    """Turn PRECISION ("auto", "bf16" or "fp32") into what this device runs."""
+    has_bf16, hardware = _bf16_hardware(device)
+    if requested == "auto":
+        return Precision("bf16" if has_bf16 else "fp32", hardware, device.type)
+    reason = "as set"
+    if requested == "bf16" and not has_bf16:
+        reason = f"as set, but slow here: {hardware}"
+    return Precision(requested, reason, device.type)
+
+
+def _bf16_hardware(device: torch.device) -> tuple[bool, str]:
+    """Whether products in bf16 are fast on this device, and what says so."""
+    if device.type == "cuda":
+        # compute capability 8.0 (Ampere) is the first with bf16 units; older cards emulate it
+        has_bf16 = torch.cuda.get_device_capability(device) >= (8, 0)
+        return has_bf16, "this GPU has bf16 units" if has_bf16 else "this GPU has no bf16 units"
+    if device.type == "cpu":
+        found = [name for name in ("amx_bf16", "avx512_bf16") if _cpu_capabilities().get(name)]
+        return bool(found), f"this CPU has {found[0]}" if found else "this CPU has no bf16 units"
+    return False, f"bf16 on {device.type} is not relied upon"
+
+
+def _cpu_capabilities() -> dict[str, object]:
+    """What torch says of the processor's instruction sets."""
+    if hasattr(torch.cpu, "get_capabilities"):
+        return torch.cpu.get_capabilities()
+    # before torch 2.12 the same facts have private names
+    return {
+        "avx512_bf16": torch.cpu._is_avx512_bf16_supported(),
+        "amx_bf16": torch.cpu._is_amx_tile_supported(),
+    }

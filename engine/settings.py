@@ -1,0 +1,296 @@
+"""How settings are checked: names, spellings, types and ranges, every problem at once.
+
+A settings dataclass declares each field with `setting(...)` and calls `check(self)` in its
+`__post_init__`. Rules that join two fields go into a method `conflicts(values) -> list[str]`.
+"""
+
+import dataclasses
+import difflib
+import json
+import math
+import numbers
+import types
+import typing
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from engine.errors import SettingsError
+
+# the model fields that a user may set; vocab_size comes from the tokenizer, context_length is
+# called max_length, and tests hold this list against GPTConfig
+MODEL_SETTINGS = (
+    "emb_dim",
+    "n_heads",
+    "n_layers",
+    "ff_dim",
+    "drop_rate",
+    "attention_drop_rate",
+    "qkv_bias",
+    "activation",
+    "positions",
+    "tie_embeddings",
+)
+
+# other systems' spellings of our names
+ALIASES = {
+    "epochs": "num_epochs",
+    "max_iters": "max_steps",
+    "eval_interval": "eval_freq",
+    "eval_iters": "eval_iter",
+    "d_model": "emb_dim",
+    "n_embd": "emb_dim",
+    "n_embed": "emb_dim",
+    "num_heads": "n_heads",
+    "n_head": "n_heads",
+    "nhead": "n_heads",
+    "num_layers": "n_layers",
+    "n_layer": "n_layers",
+    "block_size": "max_length",
+    "max_seq_len": "max_length",
+    "context_length": "max_length",
+    "dropout": "drop_rate",
+    "dim_feedforward": "ff_dim",
+    "lr": "learning_rate",
+    "grad_clip": "max_grad_norm",
+    "warmup_iters": "warmup_steps",
+    "tain_data_ratio": "train_ratio",
+}
+
+# other systems' names for what is set in another place here
+ELSEWHERE = {
+    "use_amp": 'set PRECISION = "auto", "bf16" or "fp32" in config_run.py',
+    "train_file": "set DATA in config_run.py to the text's path",
+    "test_file": "validation text is cut from DATA by train_ratio",
+    "tokenizer_path": "set TOKENIZER in config_run.py",
+    "model_save_dir": "set OUTPUT_DIR in config_run.py",
+    "vocab_size": "it comes from the tokenizer and can't be set",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Rule:
+    """What values a field takes, beyond its type."""
+
+    minimum: float | None = None
+    maximum: float | None = None
+    above: float | None = None
+    below: float | None = None
+    choices: tuple | None = None
+
+
+def setting(default: Any = dataclasses.MISSING, **rule: Any) -> Any:
+    """A dataclass field with a Rule; a mutable default is copied for each object."""
+    metadata = {"rule": Rule(**rule)}
+    if isinstance(default, dict):
+        return dataclasses.field(default_factory=lambda: dict(default), metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+def check(instance: Any) -> None:
+    """Raise SettingsError with every problem of a settings object, one a line."""
+    values = {f.name: getattr(instance, f.name) for f in dataclasses.fields(instance)}
+    raise_if_any(find_problems(type(instance), values), type(instance).__name__)
+
+
+def find_problems(
+    cls: type, values: Mapping[str, Any], label: Callable[[str], str] = str
+) -> list[str]:
+    """Every type, range and cross-field problem of values, as lines that begin with label(name).
+
+    values may leave fields out. Rules that join fields are judged where the fields themselves
+    are right, with the defaults for what was left out.
+    """
+    hints = typing.get_type_hints(cls)
+    fields = {f.name: f for f in dataclasses.fields(cls)}
+    problems = []
+    sound = {name: _default(field) for name, field in fields.items()}
+    for name, value in values.items():
+        fault = _fault(value, hints[name], fields[name].metadata.get("rule", Rule()))
+        if fault:
+            problems.append(f"{label(name)} {fault}")
+        else:
+            sound[name] = value
+    if not problems and hasattr(cls, "conflicts"):
+        problems += cls.conflicts(sound)
+    return problems
+
+
+def translate_names(
+    given: Iterable[tuple[str, Mapping[str, Any]]], known: Iterable[str]
+) -> tuple[dict[str, Any], dict[str, str], list[str], list[str]]:
+    """Bring dicts of settings, each with the name of its place, to this project's spelling.
+
+    Returns the values by proper name, the label under which each was given, the problems
+    (unknown names, one setting with two values) and the notices (spellings translated).
+    """
+    known = list(known)
+    values: dict[str, Any] = {}
+    labels: dict[str, str] = {}
+    problems: list[str] = []
+    notices: list[str] = []
+    for place, settings in given:
+        for spelling, value in settings.items():
+            label = f'{place}["{spelling}"]' if place else str(spelling)
+            name = ALIASES.get(spelling, spelling)
+            if name in ELSEWHERE:
+                problems.append(f"{label} is not set here: {ELSEWHERE[name]}")
+            elif name not in known:
+                problems.append(unknown_name(label, spelling, known))
+            elif name in values and not _same(values[name], value):
+                problems.append(
+                    f"{labels[name]} = {values[name]!r} and {label} = {value!r} set the same thing "
+                    "to two values; keep one of them"
+                )
+            else:
+                if name != spelling:
+                    notices.append(f"{label} is read as {name}")
+                values[name], labels[name] = value, label
+    return values, labels, problems, notices
+
+
+def unknown_name(label: str, name: Any, known: Iterable[str]) -> str:
+    """The line that says that a name is unknown and which known one comes nearest."""
+    known = sorted(known)
+    names = {spelling.lower(): spelling for spelling in [*ALIASES, *known]}
+    near = difflib.get_close_matches(str(name).lower(), names, n=1, cutoff=0.6)
+    if near:
+        meant = names[near[0]]
+        return f'{label} is unknown; did you mean "{ALIASES.get(meant, meant)}"?'
+    return f"{label} is unknown; known are: {', '.join(known)}"
+
+
+def raise_if_any(problems: list[str], where: str) -> None:
+    """Raise one SettingsError for all problems: a header with the place, then a line for each."""
+    if problems:
+        count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
+        lines = "\n".join(f"  {problem}" for problem in problems)
+        raise SettingsError(f"{count} in {where}:\n{lines}")
+
+
+def read_json_object(path: Path) -> dict:
+    """Read a JSON file that a user edits; its top level must be an object.
+
+    Raises SettingsError with line and column where it is no JSON, names a key twice, is not
+    UTF-8 or can't be read. A byte-order mark is accepted.
+    """
+    try:
+        value = json.loads(
+            path.read_text(encoding="utf-8-sig"), object_pairs_hook=_without_duplicates
+        )
+    except FileNotFoundError:
+        raise SettingsError(f"{path} is missing; restore it from the repository") from None
+    except OSError as error:
+        raise SettingsError(f"can't read {path}: {error.strerror or error}") from None
+    except UnicodeDecodeError as error:
+        raise SettingsError(f"{path} is not UTF-8 (byte {error.start}); save it as UTF-8") from None
+    except json.JSONDecodeError as error:
+        raise SettingsError(
+            f"{path} is not valid JSON: line {error.lineno} column {error.colno}: {error.msg}"
+        ) from None
+    except RecursionError:
+        raise SettingsError(f"{path} is not valid JSON: nested too deeply") from None
+    except _DuplicateKey as error:
+        raise SettingsError(f'{path} names "{error.args[0]}" twice; keep one of them') from None
+    if not isinstance(value, dict):
+        raise SettingsError(f"{path} must hold an object ({{...}}), not {type(value).__name__}")
+    return value
+
+
+class _DuplicateKey(Exception):
+    pass
+
+
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict:
+    result = {}
+    for key, value in pairs:
+        if key in result:
+            raise _DuplicateKey(key)
+        result[key] = value
+    return result
+
+
+def _fault(value: Any, hint: Any, rule: Rule) -> str | None:
+    """What is wrong with a value, as the end of a sentence, or None."""
+    allowed = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    if value is None and type(None) in allowed:
+        return None
+    if not any(_is_a(value, kind) for kind in allowed):
+        return f"is {value!r} ({type(value).__name__}); it must be {_describe(allowed, rule)}"
+    in_range = (
+        not isinstance(value, numbers.Number)
+        or isinstance(value, bool)
+        or (
+            math.isfinite(value)
+            and (rule.minimum is None or value >= rule.minimum)
+            and (rule.maximum is None or value <= rule.maximum)
+            and (rule.above is None or value > rule.above)
+            and (rule.below is None or value < rule.below)
+        )
+    )
+    if not in_range:
+        return f"is {value!r}; it must be {_describe(allowed, rule)}"
+    if rule.choices is not None and value not in rule.choices:
+        near = difflib.get_close_matches(str(value).lower(), map(str, rule.choices), n=1)
+        hint = f'; did you mean "{near[0]}"?' if near else ""
+        return f"is {value!r}; it must be {_describe(allowed, rule)}{hint}"
+    if isinstance(value, str) and not value.strip():
+        return "is empty; it must be some text"
+    return None
+
+
+def _default(field: dataclasses.Field) -> Any:
+    if field.default_factory is not dataclasses.MISSING:
+        return field.default_factory()
+    return None if field.default is dataclasses.MISSING else field.default
+
+
+def _is_a(value: Any, kind: Any) -> bool:
+    if kind is bool:
+        return isinstance(value, bool)
+    if isinstance(value, bool):
+        return False
+    if kind is int:
+        return isinstance(value, numbers.Integral)
+    if kind is float:
+        return isinstance(value, numbers.Real)
+    return isinstance(value, kind)
+
+
+_KINDS = {
+    int: "a whole number",
+    float: "a number",
+    bool: "True or False",
+    str: "text in quotes",
+    dict: "a dict {...}",
+    type(None): "None",
+}
+
+
+def _describe(allowed: tuple, rule: Rule) -> str:
+    if rule.choices is not None:
+        words = [f'"{choice}"' for choice in rule.choices]
+    else:
+        limits = [
+            f"{word} {_plain(limit)}"
+            for word, limit in (
+                ("at least", rule.minimum),
+                ("above", rule.above),
+                ("at most", rule.maximum),
+                ("below", rule.below),
+            )
+            if limit is not None
+        ]
+        kind = " or ".join(_KINDS[kind] for kind in allowed if kind is not type(None))
+        words = [f"{kind} {' and '.join(limits)}".strip()]
+    if type(None) in allowed:
+        words.append("None")
+    return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} or {words[-1]}"
+
+
+def _plain(limit: float) -> str:
+    return f"{limit:,}".replace(",", " ") if isinstance(limit, int) and limit > 9999 else f"{limit}"
+
+
+def _same(one: Any, other: Any) -> bool:
+    return type(one) is type(other) and one == other

@@ -1,0 +1,103 @@
+"""How things reach the disk: every durable write of the project goes through this file."""
+
+import contextlib
+import json
+import math
+import os
+from pathlib import Path
+
+from engine.errors import ResourceError
+
+
+def write_atomically(path: str | os.PathLike, content: bytes) -> None:
+    """Replace the file at path by content: readers see the old file or the new one, never a part.
+
+    The bytes go to a temporary file beside the target, are fsynced, and then renamed over it.
+    Raises ResourceError where the disk is full, read-only or gone; the old file is then intact.
+    """
+    path = Path(path)
+    beside = path.with_name(f".tmp-{os.getpid()}-{path.name}")
+    try:
+        with open(beside, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(beside, path)
+        _fsync_folder(path.parent)
+    except OSError as error:
+        raise _cannot_write(path, error) from error
+    finally:
+        with contextlib.suppress(OSError):  # renamed, or in a folder that has gone
+            os.unlink(beside)
+
+
+def write_json(path: str | os.PathLike, value: object) -> None:
+    """Write value as indented UTF-8 JSON, atomically; numbers that are not finite become null."""
+    write_atomically(path, (to_json(value, indent=2) + "\n").encode("utf-8"))
+
+
+def append_json_lines(path: str | os.PathLike, rows: list[dict]) -> None:
+    """Append one JSON object a line to a log; only a log may grow in place.
+
+    Raises ResourceError where the disk can't take it.
+    """
+    try:
+        with open(path, "a", encoding="utf-8", newline="\n") as file:
+            file.write("".join(to_json(row) + "\n" for row in rows))
+    except OSError as error:
+        raise _cannot_write(path, error) from error
+
+
+def make_folder(path: str | os.PathLike) -> None:
+    """Make the folder and its parents where they are missing; ResourceError where it can't be."""
+    try:
+        Path(path).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise _cannot_write(path, error) from error
+
+
+def make_new_folder(path: str | os.PathLike) -> bool:
+    """Make the folder and its parents; False where it is already there.
+
+    Raises ResourceError where the disk won't have it.
+    """
+    make_folder(Path(path).parent)
+    try:
+        Path(path).mkdir()
+    except FileExistsError:
+        return False
+    except OSError as error:
+        raise _cannot_write(path, error) from error
+    return True
+
+
+def to_json(value: object, indent: int | None = None) -> str:
+    """JSON text that every reader takes: UTF-8 kept readable, NaN and infinities as null."""
+    return json.dumps(_finite(value), ensure_ascii=False, allow_nan=False, indent=indent)
+
+
+def _finite(value: object) -> object:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return value
+
+
+def _fsync_folder(folder: Path) -> None:
+    if os.name == "nt":  # Windows can't open a folder, and has no fsync for one
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _cannot_write(path: str | os.PathLike, error: OSError) -> ResourceError:
+    return ResourceError(
+        f"can't write {path}: {error.strerror or error}.\n"
+        "Free some space there, or make the folder one that can be written."
+    )

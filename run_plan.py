@@ -1,0 +1,218 @@
+"""From config_run.py and config.json to one plan: every rule of precedence, applied once."""
+
+import dataclasses
+import difflib
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from engine.errors import SettingsError
+from engine.precision import PRECISIONS
+from engine.settings import (
+    MODEL_SETTINGS,
+    check,
+    find_problems,
+    raise_if_any,
+    read_json_object,
+    setting,
+    translate_names,
+    unknown_name,
+)
+from generation import SamplingConfig
+from model import GPTConfig
+from text.tokenizer import TOKENIZERS
+from training_utils import TrainingConfig, read_custom_params
+
+MODELS_FILE = Path(__file__).resolve().parent / "config.json"
+SMALL_MODEL, DEFAULT_MODEL = "small", "gpt2-124m"  # what "auto" chooses from
+
+
+@dataclass(frozen=True)
+class RunSettings:
+    """The names of config_run.py, with the values that a missing name has."""
+
+    DATA: str = setting("the-verdict")
+    TOKENIZER: str = setting("gpt2", choices=TOKENIZERS)
+    QUICK_MODE: bool = setting(True)
+    CUSTOM_MODE: bool = setting(False)
+    MODEL: str = setting("auto")
+    USE_SMALL: bool = setting(True)
+    USE_DEFAULT: bool = setting(False)
+    custom_params: dict = setting({})
+    sampling_params: dict = setting({})
+    DEVICE: str | None = setting(None)
+    PRECISION: str = setting("auto", choices=PRECISIONS)
+    SEED: int = setting(123, minimum=0, maximum=2**32 - 1)
+    LOG_EVERY: int = setting(0, minimum=0)
+    OUTPUT_DIR: str = setting("runs")
+    RUN_NAME: str | None = setting(None)
+
+    def __post_init__(self) -> None:
+        check(self)
+
+    @staticmethod
+    def conflicts(values: dict[str, Any]) -> list[str]:
+        """Rules beyond type and range; values is complete."""
+        problems = []
+        device, run_name = values["DEVICE"], values["RUN_NAME"]
+        if device is not None and not re.fullmatch(r"cpu|mps|cuda(:\d{1,3})?", device):
+            problems.append(f'DEVICE is {device!r}; it must be "cpu", "cuda", "mps" or None')
+        if run_name is not None and not re.fullmatch(
+            r'[^./\\<>:"|?*\x00-\x1f][^/\\<>:"|?*\x00-\x1f]{0,79}', run_name
+        ):
+            problems.append(
+                f"RUN_NAME is {run_name!r}; it must be a folder's plain name: up to 80 characters, "
+                'none of / \\ < > : " | ? * and no dot in front'
+            )
+        return problems
+
+
+@dataclass(frozen=True)
+class RunPlan:
+    """All settings of a run after every rule, and why each rule came out as it did."""
+
+    run: RunSettings
+    mode: str  # "quick", "full" or "custom"
+    model_name: str
+    model: dict[str, Any]  # GPTConfig's arguments, all but vocab_size
+    training: TrainingConfig
+    sampling: SamplingConfig
+    origins: dict[str, str]
+    notices: list[str]
+
+
+def resolve_settings(given: dict[str, Any], place: str, models_file: Path = MODELS_FILE) -> RunPlan:
+    """Check the settings of a run, whose file messages call `place`, and apply the rules.
+
+    given holds config_run's names. Raises one SettingsError with every problem, those of
+    config.json too.
+    """
+    names = [f.name for f in dataclasses.fields(RunSettings)]
+    known = {name: value for name, value in given.items() if name in names}
+    problems = [unknown_name(name, name, names) for name in given if name not in names]
+    problems += find_problems(RunSettings, known)
+    custom, custom_problems, notices = read_custom_params(
+        _section(known, "custom_params"), "custom_params"
+    )
+    sampling, sampling_problems = _read_sampling(_section(known, "sampling_params"))
+    models, model_problems = read_models(models_file)
+    problems += custom_problems + sampling_problems + model_problems
+    raise_if_any(problems, place)
+
+    run = RunSettings(**known)
+    mode, why_mode = _choose_mode(run)
+    model_name, why_model = _choose_model(run, mode, models)
+    training = {
+        "quick": TrainingConfig.get_quick_test_config,
+        "full": TrainingConfig.get_full_training_config,
+        "custom": lambda: TrainingConfig(**custom),
+    }[mode]()
+    source = "custom_params" if mode == "custom" else f"the {mode} preset"
+    model = models[model_name] | training.model_overrides
+    origins = {"mode": why_mode, "model": why_model, "training": source}
+    if training.max_length is None:
+        origins["max_length"] = f'context_length of "{model_name}" in config.json'
+    else:
+        model["context_length"] = training.max_length
+        origins["max_length"] = source
+    raise_if_any(find_problems(GPTConfig, model, _label_in(training, model_name)), place)
+    if mode != "custom" and TrainingConfig(**custom) != TrainingConfig():
+        notices.append(f"custom_params is not read in {mode} mode; CUSTOM_MODE = True uses it")
+    if model.get("drop_rate", 0) > 0.5:
+        notices.append(f"drop_rate ({model['drop_rate']}) is above 0.5: the model learns slowly")
+    return RunPlan(
+        run, mode, model_name, model, training, SamplingConfig(**sampling), origins, notices
+    )
+
+
+def read_models(path: Path) -> tuple[dict[str, dict[str, Any]], list[str]]:
+    """The named models of a config.json as GPTConfig's arguments, and every problem in it."""
+    try:
+        entries = read_json_object(path)
+    except SettingsError as error:
+        return {}, [str(error)]
+    models: dict[str, dict[str, Any]] = {}
+    problems: list[str] = []
+    for name, entry in entries.items():
+        place = f'{path.name}["{name}"]'
+        if not isinstance(entry, dict):
+            problems.append(f"{place} must be an object ({{...}}), not {type(entry).__name__}")
+            continue
+        values, labels, faults, _ = translate_names(
+            [(place, entry)], [*MODEL_SETTINGS, "max_length"]
+        )
+        if "max_length" in values:  # the word for it outside of config.json
+            values["context_length"] = values.pop("max_length")
+            labels["context_length"] = labels.pop("max_length")
+        faults += find_problems(
+            GPTConfig, values, lambda n, labels=labels, place=place: labels.get(n, place)
+        )
+        required = ("context_length", "emb_dim", "n_heads", "n_layers")
+        faults += [f'{place} lacks "{field}"' for field in required if field not in values]
+        problems += faults
+        models[name] = values
+    return models, problems
+
+
+def _section(known: dict[str, Any], name: str) -> dict[str, Any]:
+    """A dict among the settings; what is no dict has been reported already."""
+    section = known.get(name, {})
+    return section if isinstance(section, dict) else {}
+
+
+def _read_sampling(given: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    known = [f.name for f in dataclasses.fields(SamplingConfig)]
+    values, labels, problems, _ = translate_names([("sampling_params", given)], known)
+    return values, problems + find_problems(SamplingConfig, values, labels.__getitem__)
+
+
+def _choose_mode(run: RunSettings) -> tuple[str, str]:
+    if run.CUSTOM_MODE:
+        beaten = ", which wins over QUICK_MODE" if run.QUICK_MODE else ""
+        return "custom", f"CUSTOM_MODE is True{beaten}"
+    if run.QUICK_MODE:
+        return "quick", "QUICK_MODE is True"
+    return "full", "QUICK_MODE and CUSTOM_MODE are False"
+
+
+def _choose_model(run: RunSettings, mode: str, models: dict[str, dict]) -> tuple[str, str]:
+    if run.MODEL != "auto":
+        name, why = run.MODEL, f'MODEL = "{run.MODEL}"'
+    elif mode == "quick":
+        name, why = SMALL_MODEL, "quick mode's own"
+    elif mode == "full":
+        name, why = DEFAULT_MODEL, "full mode's own"
+    elif run.USE_SMALL:
+        name, why = SMALL_MODEL, "USE_SMALL is True"
+    elif run.USE_DEFAULT:
+        name, why = DEFAULT_MODEL, "USE_DEFAULT is True"
+    else:
+        raise SettingsError(
+            "custom mode has no model: USE_SMALL and USE_DEFAULT are False.\n"
+            f"Set one of them to True, or MODEL to one of: {', '.join(models)}."
+        )
+    if name not in models:
+        near = difflib.get_close_matches(name, models, n=1)
+        hint = f' Did you mean "{near[0]}"?' if near else ""
+        raise SettingsError(
+            f'there is no model "{name}" ({why}) in config.json.{hint}\n'
+            f'It has: {", ".join(models)}; MODEL may also be "auto".'
+        )
+    return name, why
+
+
+def _label_in(training: TrainingConfig, model_name: str):
+    """How a message names a model field: by the place that its value comes from."""
+
+    def label(name: str) -> str:
+        if name == "context_length" and training.max_length is not None:
+            return 'custom_params["max_length"]'
+        place = "model_overrides" if name in training.model_overrides else "config.json"
+        return (
+            f'{place}["{name}"]'
+            if place == "model_overrides"
+            else f'config.json["{model_name}"]["{name}"]'
+        )
+
+    return label

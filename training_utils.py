@@ -1,0 +1,149 @@
+"""Every hyper-parameter of a training run: the presets of quick and full mode, and your own."""
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any, Self
+
+from engine.optim import SCHEDULES
+from engine.settings import (
+    MODEL_SETTINGS,
+    check,
+    find_problems,
+    raise_if_any,
+    setting,
+    translate_names,
+)
+
+QUICK_MODE_STEPS = 200  # quick mode ends after its epoch or after these, whichever is first
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """The hyper-parameters of a run; the defaults are custom mode's.
+
+    None stands for a value that is worked out from the model or the text when the run is
+    prepared: RuntimeEnv.train_config has no None left but max_steps. Lengths are in tokens,
+    eval_freq, warmup_steps and max_steps in optimizer steps. Raises SettingsError with every
+    wrong value.
+    """
+
+    num_epochs: int = setting(3, minimum=1)
+    max_steps: int | None = setting(None, minimum=1)
+    batch_size: int = setting(8, minimum=1)
+    learning_rate: float | None = setting(None, above=0, maximum=10)
+    schedule: str = setting("cosine", choices=SCHEDULES)
+    warmup_steps: int | None = setting(None, minimum=0)
+    weight_decay: float = setting(0.1, minimum=0, below=1)
+    max_grad_norm: float = setting(1.0, minimum=0)
+    max_length: int | None = setting(None, minimum=1, maximum=1_000_000)
+    stride: int | None = setting(None, minimum=1)
+    train_ratio: float = setting(0.9, above=0, below=1)
+    eval_freq: int = setting(100, minimum=1)
+    eval_iter: int = setting(10, minimum=1)
+    start_context: str = setting("Every effort moves you")
+    num_workers: int = setting(0, minimum=0)
+    model_overrides: dict = setting({})
+
+    def __post_init__(self) -> None:
+        check(self)
+
+    @staticmethod
+    def conflicts(values: dict[str, Any]) -> list[str]:
+        """Rules that join two settings; values is complete."""
+        problems = []
+        steps, warmup = values["max_steps"], values["warmup_steps"]
+        if steps is not None and warmup is not None and warmup >= steps:
+            problems.append(
+                f"warmup_steps ({warmup}) must be below max_steps ({steps}), "
+                "or the learning rate never reaches its peak"
+            )
+        unknown = [name for name in values["model_overrides"] if name not in MODEL_SETTINGS]
+        problems += [
+            f'model_overrides["{name}"] is unknown; known are: {", ".join(MODEL_SETTINGS)}'
+            for name in unknown
+        ]
+        return problems
+
+    @classmethod
+    def get_quick_test_config(cls) -> Self:
+        """Quick mode: one epoch in seconds, at a rate at which nine steps already show learning."""
+        return cls(
+            num_epochs=1,
+            batch_size=4,
+            learning_rate=1.5e-2,
+            warmup_steps=2,
+            max_length=128,
+            stride=128,
+            eval_freq=3,
+            eval_iter=2,
+        )
+
+    @classmethod
+    def get_full_training_config(cls) -> Self:
+        """Full mode: ten epochs for the 124M model."""
+        return cls(
+            num_epochs=10,
+            batch_size=4,
+            learning_rate=6e-4,
+            max_length=256,
+            stride=256,
+            eval_freq=20,
+            eval_iter=5,
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Every setting by name."""
+        return dataclasses.asdict(self)
+
+
+@dataclass(frozen=True)
+class CustomTrainingConfig(TrainingConfig):
+    """A TrainingConfig of your own: from a dict, and changed only as a whole and only if right."""
+
+    @classmethod
+    def from_dict(cls, given: dict[str, Any]) -> Self:
+        """Build from a partial dict; what it leaves out has its default.
+
+        Other systems' spellings and model fields at the top level are accepted, as in
+        config_run.custom_params. Raises SettingsError with every problem.
+        """
+        arguments, problems, _ = read_custom_params(given, "custom_params")
+        raise_if_any(problems, "custom_params")
+        return cls(**arguments)
+
+    def update(self, **changes: Any) -> None:
+        """Change some settings; on any problem raise SettingsError and change nothing.
+
+        Model fields are added to the model_overrides there are.
+        """
+        arguments, problems, _ = read_custom_params(changes, "")
+        raise_if_any(problems, type(self).__name__)
+        arguments["model_overrides"] = self.model_overrides | arguments["model_overrides"]
+        changed = type(self)(**(self.to_dict() | arguments))
+        for name, value in vars(changed).items():
+            object.__setattr__(self, name, value)  # frozen against everything but this
+
+
+def read_custom_params(
+    given: dict[str, Any], place: str
+) -> tuple[dict[str, Any], list[str], list[str]]:
+    """Bring a dict in any accepted spelling to TrainingConfig's arguments.
+
+    Model fields, wherever they stand, end in the argument model_overrides. Returns the
+    arguments, every problem and every notice; place ("custom_params") says where the dict is.
+    """
+    given = dict(given)
+    overrides = given.pop("model_overrides", {})
+    overrides_place = f'{place}["model_overrides"]' if place else "model_overrides"
+    misplaced = []
+    if not isinstance(overrides, dict):
+        misplaced = [f"{overrides_place} is {overrides!r}; it must be a dict {{...}}"]
+        overrides = {}
+    training = [f.name for f in dataclasses.fields(TrainingConfig) if f.name != "model_overrides"]
+    values, labels, problems, notices = translate_names(
+        [(place, given), (overrides_place, overrides)], [*training, *MODEL_SETTINGS]
+    )
+    arguments = {name: value for name, value in values.items() if name in training}
+    problems += find_problems(TrainingConfig, arguments, lambda name: labels.get(name, name))
+    arguments["model_overrides"] = {n: v for n, v in values.items() if n in MODEL_SETTINGS}
+    return arguments, misplaced + problems, notices

@@ -1,0 +1,115 @@
+"""training_losses.png: what a run learnt, readable at a glance."""
+
+import io
+import math
+from collections.abc import Sequence
+
+from engine.metrics import perplexity
+
+MAX_BATCH_POINTS = 2000  # more are thinned: the picture has no more columns
+PERPLEXITY_TICKS = [base * 10**power for power in range(6) for base in (1, 2, 5)]
+
+
+def render_losses(
+    *,
+    steps: Sequence[int],
+    train_losses: Sequence[float],
+    val_losses: Sequence[float],
+    batch_losses: Sequence[float],
+    vocab_size: int,
+    title: str,
+) -> bytes | None:
+    """Draw the losses (nats a token) of a run; returns a PNG, None where matplotlib is missing.
+
+    Left: training and validation loss of each evaluation, at the optimizer steps `steps`. Right:
+    the loss of every batch, the first one that of step 1.
+    """
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+        from matplotlib.ticker import MaxNLocator
+    except ImportError:
+        return None
+    figure = Figure(figsize=(12, 5), dpi=110, layout="constrained")
+    canvas = FigureCanvasAgg(figure)
+    if title.isascii():  # matplotlib's own font lacks Chinese
+        figure.suptitle(title)
+    left, right = figure.subplots(1, 2, sharey=True)
+    _draw_evaluations(left, steps, train_losses, val_losses)
+    _draw_batches(right, batch_losses)
+    for axes in (left, right):
+        axes.axhline(math.log(vocab_size), color="0.5", linestyle=":", zorder=1)
+        axes.set_xlabel("optimizer step")
+        axes.grid(alpha=0.25)
+        axes.tick_params(labelleft=True)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    left.annotate(
+        f"uniform guess: ln({vocab_size:,}) = {math.log(vocab_size):.2f}",
+        (1.0, math.log(vocab_size)),
+        xycoords=("axes fraction", "data"),
+        textcoords="offset points",
+        xytext=(-6, 4),
+        ha="right",
+        color="0.4",
+        fontsize=9,
+    )
+    _add_perplexity(right, vocab_size)
+    png = io.BytesIO()
+    canvas.print_png(png)
+    return png.getvalue()
+
+
+def _draw_evaluations(axes, steps, train_losses, val_losses) -> None:
+    axes.plot(steps, train_losses, color="tab:blue", marker="o", markersize=4, label="training")
+    axes.plot(steps, val_losses, color="tab:orange", marker="o", markersize=4, label="validation")
+    best = min(range(len(steps)), key=lambda i: val_losses[i])
+    axes.plot(
+        steps[best],
+        val_losses[best],
+        marker="*",
+        markersize=16,
+        color="tab:red",
+        linestyle="none",
+        zorder=3,
+        label=f"best validation: {val_losses[best]:.3f} at step {steps[best]}\n"
+        f"(perplexity {perplexity(val_losses[best]):,.1f})",
+    )
+    axes.set_title("Training and validation loss")
+    axes.set_ylabel("loss (nats a token)")
+    axes.legend(loc="best", fontsize=9, framealpha=0.9)
+
+
+def _draw_batches(axes, batch_losses) -> None:
+    every = max(1, math.ceil(len(batch_losses) / MAX_BATCH_POINTS))
+    shown = range(0, len(batch_losses), every)
+    points = [batch_losses[i] for i in shown]
+    axes.plot([i + 1 for i in shown], points, color="tab:green", alpha=0.35, linewidth=1)
+    label = "each batch" if every == 1 else f"every {every}th batch"
+    if len(points) >= 20:
+        axes.plot([i + 1 for i in shown], _smooth(points), color="tab:green", linewidth=2)
+        label += ", and their running mean"
+    else:
+        axes.plot([i + 1 for i in shown], points, "o", color="tab:green", markersize=4)
+    axes.set_title(f"Batch loss ({label})")
+    axes.set_xlim(left=0)
+
+
+def _smooth(values: Sequence[float], keep: float = 0.95) -> list[float]:
+    """The exponential moving mean, corrected for its start at 0."""
+    mean, smoothed = 0.0, []
+    for count, value in enumerate(values, start=1):
+        mean = keep * mean + (1 - keep) * value
+        smoothed.append(mean / (1 - keep**count))
+    return smoothed
+
+
+def _add_perplexity(axes, vocab_size: int) -> None:
+    """A right-hand axis that reads the loss as perplexity, up to the vocabulary's size."""
+    scale = axes.secondary_yaxis("right")
+    scale.set_ylabel("perplexity (tokens it hesitates between)")
+    ticks = [tick for tick in PERPLEXITY_TICKS if tick <= 2 * vocab_size]
+    low, high = axes.get_ylim()
+    inside = [tick for tick in ticks if low <= math.log(tick) <= high]
+    every = max(1, math.ceil(len(inside) / 12))
+    scale.set_yticks([math.log(tick) for tick in inside[::every]])
+    scale.set_yticklabels([f"{tick:,}" for tick in inside[::every]])
