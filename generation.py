@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from engine.errors import SettingsError
 from engine.settings import check, setting
 from text.tokenizer import Tokenizer
 
@@ -70,7 +71,7 @@ def choose_next(
     of likeliest tokens whose probabilities sum to at least p, never fewer than one (nucleus
     sampling, Holtzman et al. 2019). Both filter the distribution at this temperature.
     """
-    if temperature == 0 or top_k == 1:
+    if temperature < torch.finfo(torch.float32).tiny or top_k == 1:  # fp32 may divide by it as 0
         return logits.argmax(dim=-1, keepdim=True)
     # the largest logit becomes 0 before the division, so that no temperature overflows
     logits = (logits - logits.amax(dim=-1, keepdim=True)) / temperature
@@ -101,8 +102,11 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 def text_to_token_ids(text: str, tokenizer: Tokenizer) -> torch.Tensor:
-    """The token ids of a text as a batch of one, (1, T)."""
-    return torch.tensor([tokenizer.encode(text)], dtype=torch.long)
+    """The token ids of a text as a batch of one, (1, T); SettingsError for an empty text."""
+    ids = tokenizer.encode(text)
+    if not ids:
+        raise SettingsError("the text to go on from is empty; give the model a word to start with")
+    return torch.tensor([ids], dtype=torch.long)
 
 
 def token_ids_to_text(ids: torch.Tensor, tokenizer: Tokenizer) -> str:

@@ -3,6 +3,7 @@
 import dataclasses
 import difflib
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -56,6 +57,12 @@ class RunSettings:
         """Rules beyond type and range; values is complete."""
         problems = []
         device, run_name = values["DEVICE"], values["RUN_NAME"]
+        output_dir = values["OUTPUT_DIR"]
+        if "\x00" in output_dir or re.match(r"~[^/\\]", output_dir):
+            problems.append(
+                f"OUTPUT_DIR is {output_dir!r}; it must be a folder's path; ~ stands for your own "
+                "home folder only"
+            )
         if device is not None and not re.fullmatch(r"cpu|mps|cuda(:\d{1,3})?", device):
             problems.append(f'DEVICE is {device!r}; it must be "cpu", "cuda", "mps" or None')
         if run_name is not None and not re.fullmatch(
@@ -91,18 +98,24 @@ def resolve_settings(given: dict[str, Any], place: str, models_file: Path = MODE
     names = [f.name for f in dataclasses.fields(RunSettings)]
     known = {name: value for name, value in given.items() if name in names}
     problems = [unknown_name(name, name, names) for name in given if name not in names]
-    problems += find_problems(RunSettings, known)
+    run_problems = find_problems(RunSettings, known)
     custom, custom_problems, notices = read_custom_params(
         _section(known, "custom_params"), "custom_params"
     )
     sampling, sampling_problems = _read_sampling(_section(known, "sampling_params"))
     models, model_problems = read_models(models_file)
-    problems += custom_problems + sampling_problems + model_problems
+    problems += run_problems + custom_problems + sampling_problems + model_problems
+    problems += find_problems(
+        GPTConfig, custom["model_overrides"], lambda name: f'model_overrides["{name}"]'
+    )
+    if not run_problems + model_problems:  # else there is nothing to choose by, or from
+        run = RunSettings(**known)
+        mode, why_mode = _choose_mode(run)
+        model_name, why_model = _choose_model(run, mode)
+        if model_name not in models:
+            problems.append(_about_missing_model(model_name, why_model, models))
     raise_if_any(problems, place)
 
-    run = RunSettings(**known)
-    mode, why_mode = _choose_mode(run)
-    model_name, why_model = _choose_model(run, mode, models)
     training = {
         "quick": TrainingConfig.get_quick_test_config,
         "full": TrainingConfig.get_full_training_config,
@@ -150,7 +163,7 @@ def read_models(path: Path) -> tuple[dict[str, dict[str, Any]], list[str]]:
         )
         required = ("context_length", "emb_dim", "n_heads", "n_layers")
         faults += [f'{place} lacks "{field}"' for field in required if field not in values]
-        problems += faults
+        problems += [fault if place in fault else f"{place}: {fault}" for fault in faults]
         models[name] = values
     return models, problems
 
@@ -176,30 +189,29 @@ def _choose_mode(run: RunSettings) -> tuple[str, str]:
     return "full", "QUICK_MODE and CUSTOM_MODE are False"
 
 
-def _choose_model(run: RunSettings, mode: str, models: dict[str, dict]) -> tuple[str, str]:
+def _choose_model(run: RunSettings, mode: str) -> tuple[str | None, str]:
     if run.MODEL != "auto":
-        name, why = run.MODEL, f'MODEL = "{run.MODEL}"'
-    elif mode == "quick":
-        name, why = SMALL_MODEL, "quick mode's own"
-    elif mode == "full":
-        name, why = DEFAULT_MODEL, "full mode's own"
-    elif run.USE_SMALL:
-        name, why = SMALL_MODEL, "USE_SMALL is True"
-    elif run.USE_DEFAULT:
-        name, why = DEFAULT_MODEL, "USE_DEFAULT is True"
-    else:
-        raise SettingsError(
-            "custom mode has no model: USE_SMALL and USE_DEFAULT are False.\n"
-            f"Set one of them to True, or MODEL to one of: {', '.join(models)}."
-        )
-    if name not in models:
-        near = difflib.get_close_matches(name, models, n=1)
-        hint = f' Did you mean "{near[0]}"?' if near else ""
-        raise SettingsError(
-            f'there is no model "{name}" ({why}) in config.json.{hint}\n'
-            f'It has: {", ".join(models)}; MODEL may also be "auto".'
-        )
-    return name, why
+        return run.MODEL, f'MODEL = "{run.MODEL}"'
+    if mode == "quick":
+        return SMALL_MODEL, "quick mode's own"
+    if mode == "full":
+        return DEFAULT_MODEL, "full mode's own"
+    if run.USE_SMALL:
+        return SMALL_MODEL, "USE_SMALL is True"
+    if run.USE_DEFAULT:
+        return DEFAULT_MODEL, "USE_DEFAULT is True"
+    return None, "USE_SMALL and USE_DEFAULT are False"
+
+
+def _about_missing_model(name: str | None, why: str, models: Iterable[str]) -> str:
+    """The line that says that no model is chosen, or one that config.json lacks."""
+    listed = ", ".join(models)
+    if name is None:
+        return f"custom mode has no model: {why}; set one to True, or MODEL to one of: {listed}"
+    lower = {model.lower(): model for model in models}
+    near = difflib.get_close_matches(name.lower(), lower, n=1)
+    hint = f'; did you mean "{lower[near[0]]}"?' if near else ""
+    return f'there is no model "{name}" ({why}) in config.json, only: {listed}{hint}'
 
 
 def _label_in(training: TrainingConfig, model_name: str):

@@ -1,6 +1,7 @@
 """The training loop, and the journal of what happened in it."""
 
 import itertools
+import math
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -13,7 +14,7 @@ from torch.utils.data import DataLoader
 
 from data import WindowBatches, evaluation_loader
 from engine.console import say, track
-from engine.errors import NumericsError
+from engine.errors import DataError, NumericsError
 from engine.loss import next_token_loss
 from engine.optim import Schedule, learning_rate_at, set_learning_rate
 from engine.precision import Precision, choose_precision
@@ -85,6 +86,7 @@ def training_loop(
     journal.sample("Before training", model, device, precision)
     step = 0
     model.train()
+    optimizer.zero_grad()  # a caller may have left gradients behind
     for epoch in itertools.count():
         batches_left = min(len(train_loader), plan.total_steps - step)
         if batches_left == 0:
@@ -95,20 +97,33 @@ def training_loop(
             if plan.schedule is not None:
                 set_learning_rate(optimizer, learning_rate_at(step, plan.schedule))
             ids, targets = to_device(ids, device), to_device(targets, device)
-            with precision.autocast():
-                loss = next_token_loss(model.hidden(ids), model.head.weight, targets)
-            loss.backward()
-            if plan.max_grad_norm > 0:
-                nn.utils.clip_grad_norm_(model.parameters(), plan.max_grad_norm)
-            optimizer.step()
-            optimizer.zero_grad()
+            loss = take_step(model, ids, targets, optimizer, precision, plan.max_grad_norm)
             step += 1
             batches_left -= 1
-            journal.step(loss.detach(), ids.numel(), optimizer.param_groups[0]["lr"])
+            journal.step(loss, ids.numel(), optimizer.param_groups[0]["lr"])
             if step % plan.eval_freq == 0 and batches_left > 0:
                 evaluate(f"Ep {epoch + 1} (Step {step:06d})")
         evaluate(f"Ep {epoch + 1} (End Epoch)")
         journal.sample(f"After epoch {epoch + 1}", model, device, precision)
+
+
+def take_step(
+    model: nn.Module,
+    ids: torch.Tensor,
+    targets: torch.Tensor,
+    optimizer: torch.optim.Optimizer,
+    precision: Precision,
+    max_grad_norm: float,
+) -> torch.Tensor:
+    """One optimizer step on a batch, (B, T) each; returns its loss, which stays on the device."""
+    with precision.autocast():
+        loss = next_token_loss(model.hidden(ids), model.head.weight, targets)
+    loss.backward()
+    if max_grad_norm > 0:
+        nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm)
+    optimizer.step()
+    optimizer.zero_grad()
+    return loss.detach()
 
 
 def epoch_batches(loader: DataLoader, epoch: int, count: int) -> Iterator:
@@ -136,6 +151,8 @@ def mean_loss(
                 loss = next_token_loss(model.hidden(ids), model.head.weight, targets)
             total += loss * targets.numel()
             count += targets.numel()
+    if count == 0:
+        raise DataError("there is nothing to evaluate on: the loader has no batches")
     return total.item() / count
 
 
@@ -200,6 +217,12 @@ class Journal:
         history.elapsed_s = time.perf_counter() - self.started_at
         say(f"{label}: Train loss {train_loss:.3f}, Val loss {val_loss:.3f}")
         self._log([{"step": step, "eval/train_loss": train_loss, "val/loss": val_loss}])
+        if not math.isfinite(train_loss + val_loss):  # the last step's update can be the bad one
+            raise NumericsError(
+                f"after step {step} the training loss is {train_loss} and the validation loss "
+                f"{val_loss}: training diverged.\nTry a third of the learning rate, or a smaller "
+                "max_grad_norm."
+            )
         if self.folder is not None and step > 0:
             save_picture(history, self.folder, self.tokenizer.vocab_size)
 

@@ -33,7 +33,7 @@ def render_losses(
     figure = Figure(figsize=(12, 5), dpi=110, layout="constrained")
     canvas = FigureCanvasAgg(figure)
     if title.isascii():  # matplotlib's own font lacks Chinese
-        figure.suptitle(title)
+        figure.suptitle(title, parse_math=False)  # a "$" in a folder's name is no formula
     left, right = figure.subplots(1, 2, sharey=True)
     _draw_evaluations(left, steps, train_losses, val_losses)
     _draw_batches(right, batch_losses)

@@ -17,7 +17,7 @@ def say(line: str = "") -> None:
     Characters that the console has no code for are shown as "?": a library's caller may have
     any encoding.
     """
-    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
+    encoding = _encoding(sys.stdout)
     line = line.encode(encoding, errors="replace").decode(encoding)
     if _tqdm() is not None and sys.stderr.isatty():
         _tqdm().write(line, file=sys.stdout)
@@ -44,13 +44,25 @@ def track(steps: Iterable, total: int, label: str) -> Iterator:
             done += 1
     finally:
         if _tqdm() is not None:
-            bar = _tqdm().format_meter(done, total, elapsed=0, prefix=label, bar_format=_PLAIN_BAR)
+            bar = _tqdm().format_meter(
+                done,
+                total,
+                elapsed=0,
+                ascii=not _encoding(sys.stderr).lower().startswith("utf"),  # blocks become "#"
+                prefix=label,
+                bar_format=_PLAIN_BAR,
+            )
         else:
             bar = f"{label}: {done}/{total}"
         print(bar, file=sys.stderr, flush=True)
 
 
 _PLAIN_BAR = "{l_bar}{bar:30}| {n_fmt}/{total_fmt}"
+
+
+def _encoding(stream) -> str:
+    """The encoding of a stream; one that a caller put in place may have none."""
+    return getattr(stream, "encoding", None) or "utf-8"
 
 
 def _tqdm():

@@ -152,7 +152,8 @@ def translate_names(
 def unknown_name(label: str, name: Any, known: Iterable[str]) -> str:
     """The line that says that a name is unknown and which known one comes nearest."""
     known = sorted(known)
-    names = {spelling.lower(): spelling for spelling in [*ALIASES, *known]}
+    aliases = [spelling for spelling in ALIASES if ALIASES[spelling] in known]
+    names = {spelling.lower(): spelling for spelling in [*aliases, *known]}
     near = difflib.get_close_matches(str(name).lower(), names, n=1, cutoff=0.6)
     if near:
         meant = names[near[0]]
@@ -164,8 +165,8 @@ def raise_if_any(problems: list[str], where: str) -> None:
     """Raise one SettingsError for all problems: a header with the place, then a line for each."""
     if problems:
         count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
-        lines = "\n".join(f"  {problem}" for problem in problems)
-        raise SettingsError(f"{count} in {where}:\n{lines}")
+        lines = [problem.replace("\n", "\\n") for problem in problems]  # from a name, say
+        raise SettingsError("\n  ".join([f"{count} in {where}:", *lines]))
 
 
 def read_json_object(path: Path) -> dict:
@@ -175,9 +176,8 @@ def read_json_object(path: Path) -> dict:
     UTF-8 or can't be read. A byte-order mark is accepted.
     """
     try:
-        value = json.loads(
-            path.read_text(encoding="utf-8-sig"), object_pairs_hook=_without_duplicates
-        )
+        text = path.read_text(encoding="utf-8").removeprefix("\ufeff")
+        value = json.loads(text, object_pairs_hook=_without_duplicates)
     except FileNotFoundError:
         raise SettingsError(f"{path} is missing; restore it from the repository") from None
     except OSError as error:
@@ -188,8 +188,10 @@ def read_json_object(path: Path) -> dict:
         raise SettingsError(
             f"{path} is not valid JSON: line {error.lineno} column {error.colno}: {error.msg}"
         ) from None
-    except RecursionError:
-        raise SettingsError(f"{path} is not valid JSON: nested too deeply") from None
+    except (RecursionError, ValueError):  # ValueError: thousands of digits
+        raise SettingsError(
+            f"{path} can't be read: nested too deeply, or a number is too long"
+        ) from None
     except _DuplicateKey as error:
         raise SettingsError(f'{path} names "{error.args[0]}" twice; keep one of them') from None
     if not isinstance(value, dict):
@@ -221,7 +223,7 @@ def _fault(value: Any, hint: Any, rule: Rule) -> str | None:
         not isinstance(value, numbers.Number)
         or isinstance(value, bool)
         or (
-            math.isfinite(value)
+            _is_finite(value)
             and (rule.minimum is None or value >= rule.minimum)
             and (rule.maximum is None or value <= rule.maximum)
             and (rule.above is None or value > rule.above)
@@ -237,6 +239,13 @@ def _fault(value: Any, hint: Any, rule: Rule) -> str | None:
     if isinstance(value, str) and not value.strip():
         return "is empty; it must be some text"
     return None
+
+
+def _is_finite(value: Any) -> bool:
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # a whole number that no float can hold
+        return False
 
 
 def _default(field: dataclasses.Field) -> Any:
@@ -293,4 +302,4 @@ def _plain(limit: float) -> str:
 
 
 def _same(one: Any, other: Any) -> bool:
-    return type(one) is type(other) and one == other
+    return isinstance(one, bool) == isinstance(other, bool) and one == other

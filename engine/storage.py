@@ -3,17 +3,21 @@
 import contextlib
 import json
 import math
+import numbers
 import os
 from pathlib import Path
 
 from engine.errors import ResourceError
+
+_LONE_SURROGATES = "backslashreplace"  # in a file's name, say; the result is JSON's own escape
 
 
 def write_atomically(path: str | os.PathLike, content: bytes) -> None:
     """Replace the file at path by content: readers see the old file or the new one, never a part.
 
     The bytes go to a temporary file beside the target, are fsynced, and then renamed over it.
-    Raises ResourceError where the disk is full, read-only or gone; the old file is then intact.
+    Raises ResourceError where the disk is full, read-only or gone: the old file is then intact, or,
+    where only the folder's own fsync failed, the new one may not outlast a power cut.
     """
     path = Path(path)
     beside = path.with_name(f".tmp-{os.getpid()}-{path.name}")
@@ -33,7 +37,7 @@ def write_atomically(path: str | os.PathLike, content: bytes) -> None:
 
 def write_json(path: str | os.PathLike, value: object) -> None:
     """Write value as indented UTF-8 JSON, atomically; numbers that are not finite become null."""
-    write_atomically(path, (to_json(value, indent=2) + "\n").encode("utf-8"))
+    write_atomically(path, (to_json(value, indent=2) + "\n").encode("utf-8", _LONE_SURROGATES))
 
 
 def append_json_lines(path: str | os.PathLike, rows: list[dict]) -> None:
@@ -42,7 +46,7 @@ def append_json_lines(path: str | os.PathLike, rows: list[dict]) -> None:
     Raises ResourceError where the disk can't take it.
     """
     try:
-        with open(path, "a", encoding="utf-8", newline="\n") as file:
+        with open(path, "a", encoding="utf-8", errors=_LONE_SURROGATES, newline="\n") as file:
             file.write("".join(to_json(row) + "\n" for row in rows))
     except OSError as error:
         raise _cannot_write(path, error) from error
@@ -77,8 +81,10 @@ def to_json(value: object, indent: int | None = None) -> str:
 
 
 def _finite(value: object) -> object:
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
+    if isinstance(value, numbers.Real) and not isinstance(value, int):  # NumPy's too
+        if isinstance(value, numbers.Integral):
+            return int(value)
+        return float(value) if math.isfinite(value) else None
     if isinstance(value, dict):
         return {key: _finite(item) for key, item in value.items()}
     if isinstance(value, list | tuple):

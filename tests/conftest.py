@@ -4,6 +4,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 SHARED_DATA = REPOSITORY.parent / "shared" / "data"
@@ -26,3 +27,12 @@ def workdir(tmp_path, monkeypatch) -> Path:
     monkeypatch.setattr(environment, "CACHE", tmp_path / "cache")
     monkeypatch.delitem(sys.modules, "config_run", raising=False)
     return tmp_path
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Threads only wait for each other over tensors this small, above all on a busy machine."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)

@@ -58,7 +58,7 @@ def corpus_path(name: str, cache: Path) -> tuple[Path, str | None]:
     if corpus.url is None:
         return REPOSITORY / "corpus" / corpus.file_name, None
     path = cache / "corpora" / corpus.file_name
-    if path.exists() and hashlib.sha256(path.read_bytes()).hexdigest() == corpus.sha256:
+    if path.is_file() and hashlib.sha256(path.read_bytes()).hexdigest() == corpus.sha256:
         return path, None
     try:
         content = download(corpus.url, corpus.sha256)
@@ -113,7 +113,7 @@ def _get(url: str, give_up_at: float) -> tuple[int, bytes]:
     finally:
         stop.set()
     if isinstance(answer, Exception):
-        raise DownloadError(_reason(host, answer)) from answer
+        raise DownloadError(_reason(url, answer)) from answer
     return answer
 
 
@@ -134,12 +134,13 @@ def _fetch(url: str, give_up_at: float, answers: queue.Queue, stop: threading.Ev
         answers.put(error)
 
 
-def _reason(host: str | None, error: Exception) -> str:
+def _reason(url: str, error: Exception) -> str:
     """Why a request failed, in a few words."""
     import requests
 
+    host = urlsplit(url).hostname
     if isinstance(error, requests.exceptions.ProxyError):
-        return f"the proxy set in HTTPS_PROXY does not let {host} through"
+        return f"the proxy set in {urlsplit(url).scheme.upper()}_PROXY does not let {host} through"
     if isinstance(error, requests.exceptions.SSLError):
         return f"the certificate of {host} is not trusted; see REQUESTS_CA_BUNDLE"
     if isinstance(error, requests.exceptions.ConnectTimeout | requests.exceptions.ReadTimeout):

@@ -29,7 +29,7 @@ def load_text(data: str, cache: Path) -> Text:
     if data in CORPORA:
         path, notice = corpus_path(data, cache)
     else:
-        path = Path(data).expanduser()
+        path = Path(os.path.expanduser(data))  # unlike Path's own, takes a "~nobody" as it is
     content = _decode(_read(path, data), path)
     if not content.strip():
         raise DataError(f"{path} is empty.\nDATA takes a text of at least a few sentences.")
@@ -44,6 +44,8 @@ def _read(path: Path, data: str) -> bytes:
         if not stat.S_ISREG(mode):  # reading a pipe or a device might never end
             raise DataError(f"{path} is no regular file.\nDATA takes the path of a text file.")
         return path.read_bytes()
+    except DataError:  # a ValueError too
+        raise
     except (FileNotFoundError, NotADirectoryError):
         raise DataError(_about_missing(path, data)) from None
     except (OSError, ValueError) as error:  # ValueError: a NUL in the path
@@ -54,7 +56,7 @@ def _read(path: Path, data: str) -> bytes:
 def _decode(content: bytes, path: Path) -> str:
     """The text of UTF-8 bytes, with or without a byte-order mark, line ends as they are."""
     try:
-        return content.decode("utf-8-sig")
+        return content.decode("utf-8").removeprefix("\ufeff")
     except UnicodeDecodeError as error:
         line = content[: error.start].count(b"\n") + 1
         raise DataError(

@@ -1,0 +1,191 @@
+"""The house keeps its shape: floors, no circles, no name that hides a library."""
+
+import ast
+import importlib.metadata
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import REPOSITORY
+
+# a file imports only from floors below its own; files of one package may import each other
+FLOORS = {
+    "engine": 0,
+    "text": 1,
+    "model": 1,
+    "visualize": 1,
+    "training_utils": 1,
+    "data": 2,
+    "generation": 2,
+    "run_plan": 3,
+    "train": 3,
+    "environment": 4,
+    "config_run": 4,  # read by environment alone
+    "main": 5,
+    "scripts": 5,
+    "benchmarks": 5,
+}
+PROGRAMS = ("main", "scripts", "benchmarks")
+
+
+def sources() -> dict[str, ast.Module]:
+    """Every module of the project but its tests, by dotted name."""
+    files = [
+        path.relative_to(REPOSITORY)
+        for room in FLOORS
+        for path in [*REPOSITORY.glob(f"{room}.py"), *REPOSITORY.glob(f"{room}/**/*.py")]
+    ]
+    return {
+        ".".join(file.with_suffix("").parts).removesuffix(".__init__"): ast.parse(
+            (REPOSITORY / file).read_text(encoding="utf-8")
+        )
+        for file in files
+    }
+
+
+def imports(tree: ast.Module) -> set[str]:
+    """The dotted names that a module imports, in functions too, but not under TYPE_CHECKING."""
+    found = set()
+    for node in _outside_type_checking(tree):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
+        elif (  # importlib.import_module("name")
+            isinstance(node, ast.Call)
+            and getattr(node.func, "attr", "") == "import_module"
+            and isinstance(node.args[0], ast.Constant)
+        ):
+            found.add(node.args[0].value)
+    return found
+
+
+def _outside_type_checking(node: ast.AST):
+    yield node
+    if isinstance(node, ast.If) and getattr(node.test, "id", "") == "TYPE_CHECKING":
+        return
+    for child in ast.iter_child_nodes(node):
+        yield from _outside_type_checking(child)
+
+
+def upward_imports(modules: dict[str, ast.Module]) -> list[str]:
+    faults = []
+    for name, tree in modules.items():
+        room = name.split(".")[0]
+        for imported in imports(tree):
+            other = imported.split(".")[0]
+            if other not in FLOORS or other == room:
+                continue
+            if FLOORS[other] >= FLOORS[room] or (other == "config_run" and room != "environment"):
+                if other == "config_run" and room == "environment":
+                    continue
+                faults.append(f"{name} imports {imported}")
+    return faults
+
+
+def circle(modules: dict[str, ast.Module]) -> list[str] | None:
+    """A chain of modules that import each other in a circle, or None."""
+    edges = {name: sorted(imports(tree) & modules.keys()) for name, tree in modules.items()}
+    state: dict[str, str] = {}
+
+    def visit(name: str, path: list[str]) -> list[str] | None:
+        if state.get(name) == "done":
+            return None
+        if name in path:
+            return [*path[path.index(name) :], name]
+        for target in edges[name]:
+            found = visit(target, [*path, name])
+            if found:
+                return found
+        state[name] = "done"
+        return None
+
+    return next((found for name in edges if (found := visit(name, []))), None)
+
+
+def test_no_room_imports_from_its_own_floor_or_above():
+    assert upward_imports(sources()) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "code"),
+    [
+        ("model", "import train"),
+        ("engine.loss", "def f():\n    from text.tokenizer import Tokenizer"),
+        ("train", "from environment import RuntimeEnv"),
+        ("main", "import config_run"),
+        ("train", "import importlib\nimportlib.import_module('config_run')"),
+    ],
+)
+def test_an_upward_import_is_found(name, code):
+    assert upward_imports({name: ast.parse(code)}) != []
+
+
+def test_an_import_for_type_checkers_is_no_import():
+    code = "if TYPE_CHECKING:\n    from environment import RuntimeEnv"
+    assert upward_imports({"train": ast.parse(code)}) == []
+
+
+def test_no_modules_import_each_other_in_a_circle():
+    assert circle(sources()) is None
+
+
+def test_a_circle_is_found():
+    modules = {"engine.a": ast.parse("import engine.b"), "engine.b": ast.parse("import engine.a")}
+    assert circle(modules) is not None
+
+
+def test_no_room_hides_a_standard_or_installed_module():
+    installed = {
+        Path(file.parts[0]).stem
+        for package in importlib.metadata.distributions()
+        for file in package.files or []
+        if file.parts[0] not in ("..", "tests", "test", "benchmarks", "scripts")
+        and (len(file.parts) > 1 or file.suffix == ".py")
+    }
+    assert set(FLOORS) & (set(sys.stdlib_module_names) | installed) == set()
+
+
+def test_every_python_file_is_in_a_known_room():
+    rooms = {path.relative_to(REPOSITORY).parts[0] for path in REPOSITORY.glob("*/*.py")}
+    rooms |= {path.stem for path in REPOSITORY.glob("*.py")}
+    assert rooms - {"tests"} <= set(FLOORS)
+
+
+def test_only_the_loss_room_computes_cross_entropy():
+    users = [
+        name
+        for name, tree in sources().items()
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Attribute | ast.Name)
+        and getattr(node, "attr", getattr(node, "id", "")) in ("cross_entropy", "nll_loss")
+    ]
+    assert set(users) == {"engine.loss"}
+
+
+@pytest.mark.parametrize("banned", ["pickle", "eval", "exec"])
+def test_nothing_can_run_code_from_a_file_that_is_loaded(banned):
+    users = {
+        name
+        for name, tree in sources().items()
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Name) and node.id == banned
+    }
+    users |= {name for name, tree in sources().items() if banned in imports(tree)}
+    assert users == set()
+
+
+def test_importing_a_room_does_no_work():
+    """At module level stand only imports, definitions, constants and a program's main guard."""
+    allowed = (ast.Import, ast.ImportFrom, ast.FunctionDef, ast.ClassDef, ast.Assign, ast.AnnAssign)
+    for name, tree in sources().items():
+        for node in tree.body:
+            docstring = isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
+            guard = isinstance(node, ast.If) and (
+                getattr(node.test, "id", "") == "TYPE_CHECKING"
+                or (
+                    name.split(".")[0] in PROGRAMS and ast.unparse(node.test).startswith("__name__")
+                )
+            )
+            assert docstring or guard or isinstance(node, allowed), f"{name} line {node.lineno}"

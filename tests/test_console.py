@@ -1,0 +1,156 @@
+"""Lines and bars on consoles of every kind: narrow encodings, log files, terminals, no tqdm."""
+
+import io
+import sys
+
+import pytest
+
+from engine.console import say, track, use_utf8
+
+
+class Console(io.TextIOWrapper):
+    """A strict text stream that remembers its bytes."""
+
+    def __init__(self, encoding: str, *, terminal: bool = False) -> None:
+        super().__init__(io.BytesIO(), encoding=encoding, errors="strict", newline="")
+        self.terminal = terminal
+
+    def isatty(self) -> bool:
+        return self.terminal
+
+    def shown(self) -> str:
+        self.flush()
+        return self.buffer.getvalue().decode(self.encoding)
+
+
+@pytest.fixture
+def consoles(monkeypatch):
+    """Put consoles in the place of standard output and error."""
+
+    def put(encoding: str, *, terminal: bool = False) -> tuple[Console, Console]:
+        out, err = Console(encoding, terminal=terminal), Console(encoding, terminal=terminal)
+        monkeypatch.setattr(sys, "stdout", out)
+        monkeypatch.setattr(sys, "stderr", err)
+        return out, err
+
+    return put
+
+
+@pytest.fixture(params=[True, False], ids=["tqdm", "no tqdm"])
+def with_tqdm(request, monkeypatch) -> bool:
+    if not request.param:
+        monkeypatch.setitem(sys.modules, "tqdm", None)  # importing it is an ImportError
+    return request.param
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+@pytest.mark.parametrize(
+    ("encoding", "shown"),
+    [
+        ("ascii", "? caf? ??"),
+        ("cp1252", "? café ??"),
+        ("gbk", "? café 春江"),
+        ("utf-8", "✓ café 春江"),
+    ],
+)
+def test_say_shows_what_the_console_has_a_code_for(encoding, shown, terminal, with_tqdm, consoles):
+    out, _ = consoles(encoding, terminal=terminal)
+    say("✓ café 春江")
+    say()
+    assert out.shown() == f"{shown}\n\n"
+
+
+def test_say_shows_half_a_surrogate_pair_as_a_question_mark(consoles):
+    out, _ = consoles("utf-8")
+    say("a\ud800b")
+    assert out.shown() == "a?b\n"
+
+
+def test_say_reaches_a_stream_without_an_encoding(monkeypatch):
+    stream = io.StringIO()
+    monkeypatch.setattr(sys, "stdout", stream)
+    say("✓ 春江")
+    assert stream.getvalue() == "✓ 春江\n"
+
+
+def test_use_utf8_lets_every_character_through(consoles):
+    out, err = consoles("ascii")
+    use_utf8()
+    print("✓ 春江")
+    print("✓ 春江", file=sys.stderr)
+    assert out.shown() == err.shown() == "✓ 春江\n"
+
+
+def test_items_pass_through_in_order(with_tqdm, consoles):
+    for terminal in (True, False):
+        consoles("utf-8", terminal=terminal)
+        assert list(track(iter("abc"), 3, "Epoch 1")) == ["a", "b", "c"]
+
+
+def test_without_a_terminal_the_bar_is_drawn_once_at_the_end(consoles):
+    out, err = consoles("utf-8")
+    for _ in track(range(9), 9, "Epoch 1"):
+        assert err.shown() == ""
+    assert err.shown() == f"Epoch 1: 100%|{'█' * 30}| 9/9\n"
+    assert out.shown() == ""
+
+
+def test_without_tqdm_the_line_is_a_count(consoles, monkeypatch):
+    monkeypatch.setitem(sys.modules, "tqdm", None)
+    for terminal in (True, False):
+        out, err = consoles("ascii", terminal=terminal)
+        assert len(list(track(range(9), 9, "Epoch 1"))) == 9
+        assert err.shown() == "Epoch 1: 9/9\n"
+        assert out.shown() == ""
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "cp1252"])
+def test_a_bar_on_a_narrow_console_is_drawn_in_ascii(encoding, consoles):
+    _, err = consoles(encoding)
+    assert len(list(track(range(9), 9, "Epoch 1"))) == 9
+    assert err.shown() == f"Epoch 1: 100%|{'#' * 30}| 9/9\n"
+
+
+def test_on_a_terminal_the_bar_moves_and_ends_full(consoles):
+    _, err = consoles("utf-8", terminal=True)
+    seen = []
+    for _ in track(range(3), 3, "Epoch 2"):
+        seen.append(err.shown())
+    assert "Epoch 2:   0%|" in seen[0]
+    assert "3/3" in err.shown()
+    assert "100%" in err.shown()
+
+
+def test_a_line_beside_a_moving_bar_is_a_line_of_its_own(consoles):
+    out, err = consoles("utf-8", terminal=True)
+    for item in track(range(2), 2, "Epoch 1"):
+        say(f"step {item}")
+    assert out.shown() == "step 0\nstep 1\n"
+    assert "2/2" in err.shown()
+
+
+@pytest.mark.parametrize("leave_by", ["break", "error in the loop", "error in the steps"])
+def test_a_bar_left_early_shows_the_true_count(leave_by, with_tqdm, consoles):
+    _, err = consoles("utf-8")
+
+    def steps():
+        for item in range(9):
+            if item == 4 and leave_by == "error in the steps":
+                raise ValueError
+            yield item
+
+    def loop():
+        for item in track(steps(), 9, "Epoch 1"):
+            if item == 4:
+                if leave_by == "break":
+                    break
+                raise ValueError
+
+    if leave_by == "break":
+        loop()
+    else:
+        with pytest.raises(ValueError):
+            loop()
+    assert err.shown().endswith("4/9\n")
+    assert ("44%" in err.shown()) == with_tqdm
+    assert err.shown().count("\n") == 1

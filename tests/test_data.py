@@ -1,0 +1,437 @@
+"""Windows, batches and plans against slices of the tokens made naively."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.utils.data import DataLoader, TensorDataset
+
+from data import (
+    WindowDataset,
+    create_dataloader_v1,
+    evaluation_loader,
+    make_loaders,
+    plan_windows,
+    to_array,
+)
+from engine.errors import DataError
+from text.tokenizer import load_tokenizer
+
+
+class NumberTokenizer:
+    """ "7 8 9" is [7, 8, 9]: every token of a text can be told from every other."""
+
+    name = fingerprint = "numbers"
+    vocab_size = 100_000
+
+    def encode(self, text: str) -> list[int]:
+        return [int(word) for word in text.split()]
+
+    def decode(self, ids: list[int]) -> str:
+        return " ".join(str(token) for token in ids)
+
+
+def numbers(count: int) -> str:
+    return " ".join(str(i) for i in range(count))
+
+
+def naive_windows(tokens, max_length: int, stride: int) -> list[tuple[list[int], list[int]]]:
+    tokens = list(tokens)
+    return [
+        (tokens[start : start + max_length], tokens[start + 1 : start + 1 + max_length])
+        for start in range(0, len(tokens), stride)
+        if start + 1 + max_length <= len(tokens)
+    ]
+
+
+def plan(n_tokens: int, *, max_length=8, stride=8, batch_size=4, train_ratio=0.8):
+    return plan_windows(
+        n_tokens,
+        max_length=max_length,
+        stride=stride,
+        batch_size=batch_size,
+        train_ratio=train_ratio,
+    )
+
+
+def loaders(n_tokens: int, *, seed=5, num_workers=0, **changes) -> tuple[DataLoader, DataLoader]:
+    """Loaders over the tokens 0, 1, 2, ..., so that a window's first token is where it starts."""
+    windows, _ = plan(n_tokens, **changes)
+    tokens = np.arange(n_tokens, dtype=np.uint16)
+    return make_loaders(tokens, windows, seed=seed, num_workers=num_workers, pin_memory=False)
+
+
+def epoch_starts(loader: DataLoader, epoch: int) -> list[list[int]]:
+    """Where the windows of each batch of an epoch start."""
+    loader.batch_sampler.start_epoch(epoch)
+    return [ids[:, 0].tolist() for ids, _ in loader]
+
+
+def flat(batches: list[list[int]]) -> list[int]:
+    return [start for batch in batches for start in batch]
+
+
+# ------------------------------------------------------------------ windows
+
+
+@settings(derandomize=True, deadline=None, max_examples=150)
+@given(st.integers(0, 60), st.integers(1, 20), st.integers(1, 25))
+def test_windows_equal_slices_of_the_tokens(n_tokens, max_length, stride):
+    tokens = np.arange(n_tokens, dtype=np.uint16) * 3
+    dataset = WindowDataset(tokens, max_length, stride)
+    expected = naive_windows(tokens.tolist(), max_length, stride)
+    found = [(ids.tolist(), targets.tolist()) for ids, targets in dataset]
+    assert found == expected
+    assert len(dataset) == len(expected)
+    if expected:
+        ids, targets = dataset.__getitems__(list(range(len(dataset))))
+        assert list(zip(ids.tolist(), targets.tolist(), strict=True)) == expected
+        assert ids.dtype == targets.dtype == torch.int64
+
+
+@settings(derandomize=True, deadline=None, max_examples=100)
+@given(st.integers(2, 60), st.integers(1, 20))
+def test_with_the_tail_every_target_is_scored_exactly_once(n_tokens, max_length):
+    tokens = np.arange(n_tokens, dtype=np.uint16)
+    dataset = WindowDataset(tokens, max_length, max_length, keep_tail=True)
+    windows = [(ids.tolist(), targets.tolist()) for ids, targets in dataset]
+    assert [t for _, targets in windows for t in targets] == list(range(1, n_tokens))
+    assert [t for ids, _ in windows for t in ids] == list(range(n_tokens - 1))
+    assert {len(ids) for ids, _ in windows[:-1]} <= {max_length}
+
+
+@pytest.mark.parametrize("index", [-1, 3])
+def test_an_index_outside_the_windows_is_an_index_error(index):
+    dataset = WindowDataset(np.arange(25, dtype=np.uint16), 8, 8)
+    assert len(dataset) == 3
+    with pytest.raises(IndexError):
+        dataset[index]
+
+
+def test_the_largest_token_of_uint32_survives():
+    tokens = to_array([0, 70_000, 4_000_000_000], vocab_size=2**32)
+    ids, targets = WindowDataset(tokens, 2, 2)[0]
+    assert ids.tolist() == [0, 70_000]
+    assert targets.tolist() == [70_000, 4_000_000_000]
+
+
+@pytest.mark.parametrize(
+    ("vocab_size", "dtype"),
+    [(1, np.uint16), (50_257, np.uint16), (65_536, np.uint16), (65_537, np.uint32)],
+)
+def test_tokens_take_two_bytes_where_the_vocabulary_allows(vocab_size, dtype):
+    array = to_array([0, vocab_size - 1], vocab_size)
+    assert array.dtype == dtype
+    assert array.tolist() == [0, vocab_size - 1]
+
+
+# ------------------------------------------------------------------ training and validation
+
+
+def test_the_verdict_gives_36_windows_in_9_batches(shared_data):
+    text = (shared_data / "the-verdict.txt").read_text(encoding="utf-8")
+    tokenizer = load_tokenizer("gpt2")
+    tokens = to_array(tokenizer.encode(text), tokenizer.vocab_size)
+    assert len(tokens) == 5145
+    windows, notices = plan(len(tokens), max_length=128, stride=128, batch_size=4, train_ratio=0.9)
+    assert notices == []
+    assert (windows.n_train, windows.n_val, windows.n_windows) == (4630, 515, 36)
+    assert windows.n_unused == 4630 - (36 * 128 + 1)
+    train, val = make_loaders(tokens, windows, seed=1, num_workers=0, pin_memory=False)
+    assert len(train) == 9
+    assert [tuple(ids.shape) for ids, _ in train] == [(4, 128)] * 9
+    # 514 targets: four whole windows and a tail of two
+    assert len(val) == 2
+    assert [tuple(targets.shape) for _, targets in val] == [(4, 128), (1, 2)]
+
+
+def test_no_token_is_shared_by_training_and_validation():
+    train, val = loaders(203, stride=3)
+    seen = [
+        {token for pair in loader for part in pair for token in part.flatten().tolist()}
+        for loader in (train, val)
+    ]
+    assert min(seen[0]) == 0
+    assert max(seen[0]) < 162 <= min(seen[1])
+    assert seen[1] == set(range(162, 203))
+
+
+@pytest.mark.parametrize("stride", [3, 8, 11])
+def test_an_epoch_shows_every_training_window_once_with_its_targets(stride):
+    train, _ = loaders(300, stride=stride)
+    expected = naive_windows(range(240), 8, stride)
+    found = [
+        (row.tolist(), target_row.tolist())
+        for ids, targets in train
+        for row, target_row in zip(ids, targets, strict=True)
+    ]
+    assert sorted(found) == expected
+    assert found != expected  # shuffled
+    assert len(train) == -(-len(expected) // 4)
+
+
+def test_batches_are_a_function_of_seed_and_epoch_alone():
+    first, _ = loaders(400)
+    second, _ = loaders(400)
+    other_seed, _ = loaders(400, seed=6)
+    in_turn = [epoch_starts(first, epoch) for epoch in range(3)]
+    jumped = [epoch_starts(second, epoch) for epoch in (2, 0, 1)]
+    assert jumped == [in_turn[2], in_turn[0], in_turn[1]]
+    assert len({str(epoch) for epoch in in_turn}) == 3
+    assert epoch_starts(other_seed, 0) != in_turn[0]
+    assert sorted(flat(epoch_starts(other_seed, 0))) == sorted(flat(in_turn[0]))
+
+
+def test_iterating_again_goes_on_to_the_next_epoch():
+    train, _ = loaders(400)
+    expected = [epoch_starts(train, epoch) for epoch in range(3)]
+    fresh, _ = loaders(400)
+    assert [[ids[:, 0].tolist() for ids, _ in fresh] for _ in range(3)] == expected
+
+
+def test_an_epoch_left_early_does_not_change_the_next():
+    train, _ = loaders(400)
+    expected = epoch_starts(train, 1)
+    train.batch_sampler.start_epoch(0)
+    next(iter(train))
+    assert [ids[:, 0].tolist() for ids, _ in train] == expected
+
+
+def test_worker_processes_give_the_same_batches():
+    alone, alone_val = loaders(400)
+    helped, helped_val = loaders(400, num_workers=2)
+    for epoch in (0, 1):
+        assert epoch_starts(helped, epoch) == epoch_starts(alone, epoch)
+    for found, expected in zip(helped_val, alone_val, strict=True):
+        assert torch.equal(found[1], expected[1])
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_loaders_neither_heed_nor_touch_the_global_generator(num_workers):
+    train, val = loaders(400, num_workers=num_workers)
+    expected, _ = loaders(400)
+    torch.manual_seed(99)
+    state = torch.get_rng_state()
+    assert epoch_starts(train, 0) == epoch_starts(expected, 0)
+    assert sum(len(ids) for ids, _ in val) > 0
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_validation_comes_in_order_and_alike_each_time():
+    _, val = loaders(400, max_length=8, batch_size=4)
+    for _ in range(2):
+        targets = [t for _, batch in val for t in batch.flatten().tolist()]
+        assert targets == list(range(321, 400))
+
+
+# ------------------------------------------------------------------ plans
+
+
+@pytest.mark.parametrize("train_ratio", [0.01, 0.5, 0.9, 0.999])
+@pytest.mark.parametrize(("stride", "batch_size"), [(8, 4), (3, 1), (12, 50)])
+def test_a_text_of_any_length_is_cut_into_both_kinds_of_batches(train_ratio, stride, batch_size):
+    context = 8
+    for n_tokens in range(4, 3 * context + 1):
+        windows, notices = plan(
+            n_tokens,
+            max_length=context,
+            stride=stride,
+            batch_size=batch_size,
+            train_ratio=train_ratio,
+        )
+        tokens = np.arange(n_tokens, dtype=np.uint16)
+        train, val = make_loaders(tokens, windows, seed=0, num_workers=0, pin_memory=False)
+        case = f"{n_tokens} tokens: {windows}"
+
+        shown = [ids for ids, _ in train]
+        assert len(shown) == len(train) >= 1, case
+        assert all(len(ids) <= windows.batch_size <= batch_size for ids in shown), case
+        assert len(shown[0]) == windows.batch_size, case
+        starts = sorted(token for ids in shown for token in ids[:, 0].tolist())
+        assert starts == [windows.stride * i for i in range(windows.n_windows)], case
+        last_used = max(targets.max().item() for _, targets in train)
+        assert windows.n_train - 1 - last_used == windows.n_unused >= 0, case
+        scored = [t for _, targets in val for t in targets.flatten().tolist()]
+        assert scored == list(range(windows.n_train + 1, n_tokens)), case
+        assert len(scored) == windows.n_val - 1 >= 1, case
+
+        text = "\n".join(notices)
+        moved = windows.n_train != int(n_tokens * train_ratio)
+        assert ("the split is moved" in text) == moved, case
+        assert ("max_length is lowered from 8" in text) == (windows.max_length != 8), case
+        assert ("batch_size is lowered" in text) == (windows.batch_size != batch_size), case
+        assert (f"stride ({stride}) is above" in text) == (stride > windows.max_length), case
+
+
+def test_a_text_long_enough_is_cut_as_asked():
+    windows, notices = plan(1000, max_length=16, stride=10, batch_size=5, train_ratio=0.75)
+    assert notices == []
+    assert (windows.n_train, windows.n_val) == (750, 250)
+    assert (windows.max_length, windows.stride, windows.batch_size) == (16, 10, 5)
+    assert windows.n_windows == len(naive_windows(range(750), 16, 10))
+
+
+@pytest.mark.parametrize("n_tokens", range(4))
+def test_fewer_than_four_tokens_are_an_error_that_names_the_minimum(n_tokens):
+    with pytest.raises(DataError, match="at least 4 are needed") as caught:
+        plan(n_tokens)
+    assert f"the text has {n_tokens} token" in str(caught.value)
+    assert caught.value.exit_code == 3
+
+
+def test_a_batch_larger_than_all_windows_is_lowered_with_a_notice():
+    windows, notices = plan(100, max_length=8, stride=8, batch_size=64)
+    assert windows.batch_size == windows.n_windows == 9
+    assert len(notices) == 1
+    assert "batch_size is lowered from 64 to 9" in notices[0]
+
+
+def test_a_stride_above_max_length_is_kept_with_a_notice():
+    windows, notices = plan(500, max_length=8, stride=9)
+    assert windows.stride == 9
+    assert len(notices) == 1
+    assert "stride (9) is above max_length (8)" in notices[0]
+
+
+# ------------------------------------------------------------------ a text of your own
+
+
+def test_create_dataloader_v1_has_the_defaults_it_is_known_for():
+    # starts at 0, 128, ..., 1152: ten windows, so two batches of 4 and a rest that is dropped
+    loader = create_dataloader_v1(numbers(1450), tokenizer=NumberTokenizer())
+    torch.manual_seed(0)
+    batches = list(loader)
+    assert [tuple(ids.shape) for ids, _ in batches] == [(4, 256), (4, 256)]
+    starts = [start for ids, _ in batches for start in ids[:, 0].tolist()]
+    assert len(set(starts)) == 8
+    assert set(starts) <= set(range(0, 1153, 128))
+    assert starts != sorted(starts)
+    for ids, targets in batches:
+        assert torch.equal(targets, ids + 1)
+
+
+def test_create_dataloader_v1_takes_gpt2_where_no_tokenizer_is_given():
+    text = "Every effort moves you. " * 3
+    (ids, targets), *rest = create_dataloader_v1(
+        text, batch_size=1, max_length=4, stride=4, shuffle=False
+    )
+    assert ids.tolist() == [[6109, 3626, 6100, 345]]
+    assert targets.tolist() == [[3626, 6100, 345, 13]]
+    assert rest
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_create_dataloader_v1_keeps_order_and_rest_where_asked(num_workers):
+    loader = create_dataloader_v1(
+        numbers(60),
+        batch_size=4,
+        max_length=8,
+        stride=5,
+        shuffle=False,
+        drop_last=False,
+        num_workers=num_workers,
+        tokenizer=NumberTokenizer(),
+    )
+    found = [
+        (row.tolist(), target_row.tolist())
+        for ids, targets in loader
+        for row, target_row in zip(ids, targets, strict=True)
+    ]
+    assert found == naive_windows(range(60), 8, 5)
+    assert len(found) % 4  # there is a rest to keep
+
+
+def test_create_dataloader_v1_shuffles_by_the_global_generator():
+    loader = create_dataloader_v1(numbers(500), max_length=8, stride=8, tokenizer=NumberTokenizer())
+
+    def order(seed):
+        torch.manual_seed(seed)
+        return [ids[:, 0].tolist() for ids, _ in loader]
+
+    assert order(1) == order(1) != order(2)
+
+
+@pytest.mark.parametrize("n_tokens", [2, 3, 8])
+@pytest.mark.parametrize("drop_last", [True, False])
+def test_create_dataloader_v1_fits_itself_to_a_short_text_and_says_so(n_tokens, drop_last, capsys):
+    loader = create_dataloader_v1(
+        numbers(n_tokens), max_length=8, stride=8, drop_last=drop_last, tokenizer=NumberTokenizer()
+    )
+    batches = [(ids.tolist(), targets.tolist()) for ids, targets in loader]
+    assert batches == [([list(range(n_tokens - 1))], [list(range(1, n_tokens))])]
+    printed = capsys.readouterr().out
+    assert f"Note: max_length is lowered from 8 to {n_tokens - 1}" in printed
+    assert ("Note: batch_size is lowered from 4 to 1" in printed) == drop_last
+
+
+def test_create_dataloader_v1_says_nothing_of_a_text_that_fits(capsys):
+    loader = create_dataloader_v1(numbers(33), max_length=8, stride=8, tokenizer=NumberTokenizer())
+    assert len(loader) == 1
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize("text", ["", "7"])
+def test_create_dataloader_v1_refuses_fewer_than_two_tokens(text):
+    with pytest.raises(DataError, match="a window needs at least 2"):
+        create_dataloader_v1(text, tokenizer=NumberTokenizer())
+
+
+# ------------------------------------------------------------------ evaluation
+
+
+def test_an_evaluation_shows_evenly_spaced_batches_in_order():
+    train, _ = loaders(420, batch_size=2)  # 41 windows, so 21 batches
+    assert len(train) == 21
+    in_order = [[16 * i, 16 * i + 8] for i in range(20)] + [[320]]
+    for max_batches, expected in [
+        (None, in_order),
+        (21, in_order),
+        (100, in_order),
+        (1, [in_order[0]]),
+        (2, [in_order[0], in_order[20]]),
+        (5, [in_order[i] for i in (0, 5, 10, 15, 20)]),
+    ]:
+        view = evaluation_loader(train, max_batches)
+        for _ in range(2):
+            assert [ids[:, 0].tolist() for ids, _ in view] == expected
+        assert len(view) == len(expected)
+
+
+def test_an_evaluation_of_all_batches_keeps_the_tail():
+    _, val = loaders(400, max_length=8)
+    targets = [t for _, batch in evaluation_loader(val) for t in batch.flatten().tolist()]
+    assert targets == list(range(321, 400))
+
+
+def test_an_evaluation_leaves_generator_and_training_order_alone():
+    train, _ = loaders(400)
+    expected = epoch_starts(train, 1)
+    train.batch_sampler.start_epoch(1)
+    torch.manual_seed(3)
+    state = torch.get_rng_state()
+    assert len(list(evaluation_loader(train))) == len(train)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert [ids[:, 0].tolist() for ids, _ in train] == expected
+
+
+def test_an_evaluation_works_on_any_loader_of_pairs():
+    pairs = TensorDataset(torch.arange(20).reshape(10, 2), torch.arange(20).reshape(10, 2) + 1)
+    loader = DataLoader(pairs, batch_size=3, shuffle=True, drop_last=True)
+    view = evaluation_loader(loader)
+    for _ in range(2):
+        assert [ids[:, 0].tolist() for ids, _ in view] == [
+            [0, 2, 4],
+            [6, 8, 10],
+            [12, 14, 16],
+            [18],
+        ]
+    assert [ids[:, 0].tolist() for ids, _ in evaluation_loader(loader, 2)] == [[0, 2, 4], [18]]
+
+
+def test_an_evaluation_of_a_shuffled_dataloader_v1_is_in_order():
+    loader = create_dataloader_v1(
+        numbers(100), batch_size=5, max_length=8, stride=8, tokenizer=NumberTokenizer()
+    )
+    starts = [start for ids, _ in evaluation_loader(loader) for start in ids[:, 0].tolist()]
+    assert starts == list(range(0, 89, 8))

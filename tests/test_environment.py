@@ -1,0 +1,196 @@
+"""Building a run: device, settings read at call time, everything on one device."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import environment
+from engine.errors import ResourceError, SettingsError
+from engine.optim import build_adamw
+from environment import check_devices, pick_device, prepare_environment
+from model import GPTConfig, GPTModel
+
+TEXT = "The ferry crosses the river at dawn, and the bell rings twice for bread. " * 12
+SETTINGS = """
+DATA = "text.txt"
+CUSTOM_MODE = True
+custom_params = {
+    "num_epochs": 2, "batch_size": 2, "max_length": 16, "eval_freq": 4, "eval_iter": 1,
+    "model_overrides": {"emb_dim": 16, "n_heads": 2, "n_layers": 1},
+}
+"""
+
+
+@pytest.fixture
+def settings_file(workdir):
+    """A small custom run on a text of one's own."""
+    (workdir / "text.txt").write_text(TEXT, encoding="utf-8")
+    (workdir / "settings.py").write_text(SETTINGS, encoding="utf-8")
+    return workdir / "settings.py"
+
+
+def tiny_model() -> GPTModel:
+    return GPTModel(GPTConfig(vocab_size=11, context_length=8, emb_dim=8, n_heads=2, n_layers=1))
+
+
+def after_a_step(model):
+    optimizer = build_adamw(model, learning_rate=1e-3, weight_decay=0.1)
+    model(torch.zeros(1, 4, dtype=torch.long)).sum().backward()
+    optimizer.step()
+    return optimizer
+
+
+@pytest.mark.parametrize(
+    ("has_mps", "has_cuda", "expected"),
+    [(True, True, "mps"), (False, True, "cuda"), (True, False, "mps"), (False, False, "cpu")],
+)
+def test_the_best_device_is_taken_in_the_order_mps_cuda_cpu(
+    monkeypatch, has_mps, has_cuda, expected
+):
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: has_mps)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: has_cuda)
+    assert pick_device(None).type == expected
+
+
+@pytest.mark.parametrize("name", ["cuda", "cuda:1", "mps"])
+def test_a_device_that_is_not_there_is_never_replaced(monkeypatch, name):
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ResourceError, match=r"(?s)no such device.*Available here: cpu;"):
+        pick_device(name)
+
+
+def test_a_model_on_one_device_is_consistent():
+    model = tiny_model()
+    optimizer = after_a_step(model)
+    check_devices(model, optimizer, [torch.zeros(1, 4)], torch.device("cpu"))
+
+
+@pytest.mark.parametrize("stray", ["parameter", "buffer", "optimizer state", "batch"])
+def test_one_tensor_on_another_device_is_found(stray):
+    model = tiny_model()
+    optimizer = after_a_step(model)
+    batch = [torch.zeros(1, 4, dtype=torch.long)] * 2
+    elsewhere = torch.zeros(3, device="meta")
+    if stray == "parameter":
+        model.final_norm.bias = torch.nn.Parameter(elsewhere)
+    elif stray == "buffer":
+        model.register_buffer("table", elsewhere)
+    elif stray == "optimizer state":
+        next(iter(optimizer.state.values()))["exp_avg"] = elsewhere
+    else:
+        batch[1] = elsewhere
+    with pytest.raises(ResourceError, match=f"{stray}.* is on meta"):
+        check_devices(model, optimizer, batch, torch.device("cpu"))
+
+
+def test_attributes_set_on_config_run_before_the_call_are_used(workdir, capsys):
+    import config_run
+
+    (workdir / "text.txt").write_text(TEXT, encoding="utf-8")
+    config_run.DATA = "text.txt"
+    config_run.CUSTOM_MODE = True
+    config_run.custom_params = {"batch_size": 3, "max_length": 10, "n_embd": 32, "n_heads": 2}
+    env = prepare_environment()
+    ids, targets = next(iter(env.train_loader))
+    assert ids.shape == targets.shape == (3, 10)
+    assert env.model(ids).shape == (3, 10, 50257)
+    assert env.model_config.emb_dim == 32
+    assert env.train_config.stride == 10
+    assert env.optimizer.param_groups[0]["lr"] == env.train_config.learning_rate
+    assert 'custom_params["n_embd"] is read as emb_dim' in capsys.readouterr().out
+
+
+def test_preparing_writes_nothing(settings_file):
+    before = sorted(settings_file.parent.rglob("*"))
+    prepare_environment(settings_file)
+    assert sorted(settings_file.parent.rglob("*")) == before
+
+
+def test_the_same_seed_gives_the_same_model_and_batches(settings_file):
+    one, other = prepare_environment(settings_file), prepare_environment(settings_file)
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(one.model.parameters(), other.model.parameters(), strict=True)
+    )
+    assert all(
+        torch.equal(a[0], b[0]) for a, b in zip(one.train_loader, other.train_loader, strict=True)
+    )
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("QUIK_MODE = True", 'QUIK_MODE is unknown; did you mean "QUICK_MODE"?'),
+        ("costom_params = {}", 'costom_params is unknown; did you mean "custom_params"?'),
+        ("QUICK_MODE = true", "settings.py line 2 fails: name 'true' is not defined"),
+        ("LOG_EVERY = (1", "settings.py line 2 is not Python"),
+        ("import nowhere_to_be_found", "settings.py line 2 fails: No module named"),
+    ],
+)
+def test_a_mistake_in_a_settings_file_is_named_with_its_place(workdir, line, said):
+    (workdir / "settings.py").write_text(f'"""Mine."""\n{line}\n', encoding="utf-8")
+    with pytest.raises(SettingsError) as caught:
+        prepare_environment("settings.py")
+    assert said in str(caught.value)
+
+
+def test_helpers_in_a_settings_file_are_the_users_own(settings_file):
+    own = "import math\nfrom pathlib import Path\nsteps = 3\ndef half(n):\n    return n // 2\n"
+    settings_file.write_text(own + SETTINGS, encoding="utf-8")
+    assert prepare_environment(settings_file).train_config.num_epochs == 2
+
+
+def test_a_missing_settings_file_is_named(workdir):
+    with pytest.raises(SettingsError, match=r"can't read nowhere\.py"):
+        prepare_environment("nowhere.py")
+
+
+def test_tokens_are_never_more_than_the_model_has_positions(settings_file):
+    env = prepare_environment(settings_file)
+    assert env.model_config.context_length == env.train_config.max_length == 16
+
+
+def test_a_warm_up_longer_than_the_run_is_shortened_and_said(settings_file, capsys):
+    text = settings_file.read_text(encoding="utf-8").replace(
+        '"num_epochs": 2', '"num_epochs": 1, "warmup_steps": 5000'
+    )
+    settings_file.write_text(text, encoding="utf-8")
+    env = prepare_environment(settings_file)
+    assert env.train_config.warmup_steps == env.schedule.total_steps - 1
+    assert "warmup_steps is lowered from 5000" in capsys.readouterr().out
+
+
+def test_quick_mode_ends_after_200_steps_of_a_long_text(workdir):
+    (workdir / "text.txt").write_text("a b c d e f g h " * 20_000, encoding="utf-8")
+    (workdir / "settings.py").write_text('DATA = "text.txt"\n', encoding="utf-8")
+    env = prepare_environment("settings.py")
+    assert len(env.train_loader) > 200
+    assert env.schedule.total_steps == 200
+
+
+def test_max_steps_alone_ends_a_custom_run(settings_file):
+    text = settings_file.read_text(encoding="utf-8").replace(
+        '"num_epochs": 2', '"num_epochs": 1, "max_steps": 70'
+    )
+    settings_file.write_text(text, encoding="utf-8")
+    env = prepare_environment(settings_file)
+    assert len(env.train_loader) < 70 == env.schedule.total_steps
+
+
+def test_a_model_that_memory_cannot_hold_is_an_error_that_says_what_to_change(monkeypatch):
+    def refuse(config):
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+
+    monkeypatch.setattr(environment, "GPTModel", refuse)
+    with pytest.raises(ResourceError, match=r"(?s)does not fit.*n_layers or emb_dim"):
+        environment.build_model(None, torch.device("cpu"))
+
+
+def test_on_a_gpu_its_name_is_shown(monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Test GPU 9000")
+    plan = SimpleNamespace(mode="quick", origins={"mode": "why"}, notices=[])
+    precision = SimpleNamespace(name="bf16", reason="this GPU has bf16 units")
+    environment._show_machine(torch.device("cuda"), precision, plan)
+    assert capsys.readouterr().out.splitlines()[:2] == ["Device: CUDA", "GPU: Test GPU 9000"]

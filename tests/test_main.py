@@ -1,0 +1,334 @@
+"""The main job, as its user runs it: what it prints, what it leaves, how it fails."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+import main
+import train
+from tests.conftest import REPOSITORY
+
+# a proxy on a closed port is the quickest way to be without a network
+OFFLINE = {f"{scheme}_proxy": "http://127.0.0.1:9" for scheme in ("http", "https")}
+
+PRINTED_IN_ORDER = [
+    "=" * 70,
+    "GPT Model Training Pipeline",
+    "=" * 70,
+    r"Device: CPU",
+    r"✓ Text loaded from {text}",
+    r"✓ Tokenizer initialized \(GPT-2\)",
+    r"✓ Using small model configuration \(for testing\)",
+    r"Model Configuration",
+    r"\s*Vocab size: 50,257",
+    r"\s*Context length: 128",
+    r"\s*Embedding dim: 64",
+    r"\s*Num heads: 4",
+    r"\s*Num layers: 2",
+    r"\s*Total params: 6,540,800",
+    r"✓ Using quick training config \(1 epoch, for testing\)",
+    r"✓ Data loaders ready",
+    r"✓ Device consistency verified \(using cpu\)",
+    r"TRAINING START",
+    r"Before training: .+",
+    r"Ep 1 \(End Epoch\): Train loss \d+\.\d{{3}}, Val loss \d+\.\d{{3}}",
+    r"Greedy: .+",
+    r"Top-k \(50\): .+",
+    r"Top-p \(0\.9\): .+",
+    r"✓ Saved training loss plot to training_losses\.png",
+    r"TRAINING COMPLETE",
+    r"Training Summary:",
+    r"\s*Final train loss: \d+\.\d{{4}}",
+    r"\s*Final val loss: \d+\.\d{{4}}.*",
+    r"\s*Best val loss: \d+\.\d{{4}} \(at step \d+\)",
+    r"✓ Training pipeline finished successfully!",
+]
+
+
+def run_main(folder, *arguments, code=None, **environment):
+    """Run main.py in a process of its own, without a network; or other code that calls it."""
+    program = [str(REPOSITORY / "main.py")] if code is None else ["-c", code]
+    return subprocess.run(
+        [sys.executable, *program, *arguments],
+        cwd=folder,
+        env=os.environ | OFFLINE | {"PYTHONPATH": str(REPOSITORY)} | environment,
+        capture_output=True,
+        encoding="utf-8",
+        stdin=subprocess.DEVNULL,
+    )
+
+
+def write_settings(folder: Path, text: str, tokens: int = 300, **settings) -> str:
+    """A tiny custom run on a text of so many words, and settings of the caller's own."""
+    (folder / "text.txt").write_text(text or "river bell " * (tokens // 2), encoding="utf-8")
+    values = {"DATA": "text.txt", "CUSTOM_MODE": True, "custom_params": TINY} | settings
+    lines = [f"{name} = {value!r}\n" for name, value in values.items()]
+    (folder / "settings.py").write_text("".join(lines), encoding="utf-8")
+    return "settings.py"
+
+
+TINY = {
+    "num_epochs": 1,
+    "batch_size": 2,
+    "max_length": 16,
+    "eval_freq": 5,
+    "eval_iter": 1,
+    "model_overrides": {"emb_dim": 8, "n_heads": 2, "n_layers": 1},
+}
+
+
+def assert_in_order(printed: str, patterns: list[str]) -> None:
+    lines = iter(printed.splitlines())
+    for pattern in patterns:
+        assert any(re.fullmatch(pattern, line) for line in lines), f"missing or late: {pattern}"
+
+
+def only_run(folder: Path) -> Path:
+    (run,) = (folder / "runs").iterdir()
+    return run
+
+
+# ---------------------------------------------------------------------------- the main job
+
+
+@pytest.mark.slow
+def test_without_a_network_the_sample_stands_in_and_everything_is_printed_and_left(tmp_path):
+    started_at = time.monotonic()
+    done = run_main(tmp_path)
+    elapsed_s = time.monotonic() - started_at
+    assert done.returncode == 0, done.stderr
+    assert elapsed_s < 15
+    assert "corpus/sample-en.txt stands in for it" in done.stdout
+    patterns = [p.format(text=r"sample-en\.txt") for p in PRINTED_IN_ORDER]
+    assert_in_order(done.stdout, patterns)
+    assert done.stdout.count("✓ Saved training loss plot") == 1
+    run = only_run(tmp_path)
+    assert re.fullmatch(r"\d{4}-\d\d-\d\d_\d\d-\d\d-\d\d-quick", run.name)
+    left = {file.name for file in run.iterdir()}
+    assert left == {
+        "settings.json",
+        "tokenizer.json",
+        "metrics.jsonl",
+        "training_losses.png",
+        "samples.md",
+        "summary.json",
+    }
+    assert (tmp_path / "training_losses.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    summary = json.loads((run / "summary.json").read_text(encoding="utf-8"))
+    assert summary["parameters"] == 6_540_800
+    assert summary["uniform_loss"] - summary["final_val_loss"] >= 3.0
+    assert f"(at step {summary['best_step']})" in done.stdout
+    rows = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    steps = [json.loads(row)["step"] for row in rows if "train/loss" in json.loads(row)]
+    assert steps == list(range(1, summary["steps"] + 1))
+
+
+def test_the_verdict_is_nine_batches(shared_data, tmp_path):
+    (tmp_path / "settings.py").write_text(f"DATA = {str(shared_data / 'the-verdict.txt')!r}\n")
+    done = run_main(tmp_path, "settings.py")
+    assert done.returncode == 0, done.stderr
+    assert_in_order(done.stdout, [p.format(text=r"the-verdict\.txt") for p in PRINTED_IN_ORDER])
+    assert re.search(r"^Epoch 1: 100%\|.*\| 9/9$", done.stderr, re.MULTILINE)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("text", ["the-verdict.txt", "sample-en"])
+@pytest.mark.parametrize("seed", [1, 2, 123])
+def test_quick_mode_learns_three_nats_in_its_epoch(shared_data, workdir, text, seed):
+    data = str(shared_data / text) if text.endswith(".txt") else text
+    settings = f"DATA = {data!r}\nSEED = {seed}\n"
+    (workdir / "settings.py").write_text(settings, encoding="utf-8")
+    assert main.main(["settings.py"]) == 0
+    summary = json.loads((only_run(workdir) / "summary.json").read_text(encoding="utf-8"))
+    assert summary["uniform_loss"] - summary["final_val_loss"] >= 3.0
+
+
+def test_a_run_on_chinese_text_writes_readable_samples(workdir, capsys):
+    params = TINY | {"start_context": "春江"}
+    text = (REPOSITORY / "corpus" / "sample-zh.txt").read_text(encoding="utf-8")[:800]
+    write_settings(workdir, text, custom_params=params, RUN_NAME="春江 one")
+    assert main.main(["settings.py"]) == 0
+    run = only_run(workdir)
+    assert run.name == "春江 one"
+    assert "    春江" in (run / "samples.md").read_text(encoding="utf-8")
+    settings = (run / "settings.json").read_text(encoding="utf-8")
+    assert '"start_context": "春江"' in settings
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "cp1252"])
+def test_a_console_that_cannot_show_a_tick_crashes_nothing(tmp_path, encoding):
+    settings = write_settings(tmp_path, "")
+    done = run_main(tmp_path, settings, PYTHONIOENCODING=encoding)
+    assert done.returncode == 0, done.stderr
+    assert "✓ Training pipeline finished successfully!" in done.stdout
+
+
+def test_without_matplotlib_and_tqdm_it_trains_and_says_what_is_missing(tmp_path):
+    settings = write_settings(tmp_path, "")
+    code = (
+        "import sys\n"
+        "sys.modules['matplotlib'] = sys.modules['tqdm'] = None\n"
+        f"import main\nsys.exit(main.main([{settings!r}]))"
+    )
+    done = run_main(tmp_path, code=code)
+    assert done.returncode == 0, done.stderr
+    assert "matplotlib is not installed, so there is no picture" in done.stdout
+    assert re.search(r"^Epoch 1: (\d+)/\1$", done.stderr, re.MULTILINE)
+    assert not (tmp_path / "training_losses.png").exists()
+
+
+# ------------------------------------------------------------------------------ how it fails
+
+
+@pytest.mark.parametrize(
+    ("settings", "code", "said"),
+    [
+        ({"DATA": "nowhere.txt"}, 3, "there is no file nowhere.txt"),
+        ({"DATA": "the-verdikt"}, 3, 'did you mean "the-verdict"'),
+        ({"DATA": "empty.txt"}, 3, "empty.txt is empty"),
+        ({"DATA": "folder"}, 3, "folder is a folder without a text file"),
+        ({"DATA": "latin1.txt"}, 3, "byte 3, in line 1, is 0xe9"),
+        ({"DATA": "three.txt"}, 3, "at least 4 are needed"),
+        ({"DATA": ""}, 2, "DATA is empty"),
+        ({"DEVICE": "cuda:99"}, 6, "this machine has no such device"),
+        ({"DEVICE": "gpu"}, 2, 'DEVICE is \'gpu\'; it must be "cpu", "cuda", "mps" or None'),
+        ({"custom_params": {"lerning_rate": 1e-3}}, 2, 'did you mean "learning_rate"?'),
+        ({"custom_params": {"stride": 0}}, 2, "it must be a whole number at least 1 or None"),
+        ({"custom_params": {"start_context": ""}}, 2, 'custom_params["start_context"] is empty'),
+        ({"SEED": "x", "LOG_EVERY": -1}, 2, "2 problems in settings.py"),
+        ({"RUN_NAME": "../elsewhere"}, 2, "it must be a folder's plain name"),
+        ({"RUN_NAME": "taken"}, 4, "is already there"),
+        ({"OUTPUT_DIR": "text.txt"}, 6, "can't write"),
+        ({"MODEL": "gpt2-125m"}, 2, 'did you mean "gpt2-124m"?'),
+    ],
+)
+def test_bad_input_ends_with_its_exit_code_and_help(workdir, capsys, settings, code, said):
+    (workdir / "empty.txt").write_bytes(b"")
+    (workdir / "folder").mkdir()
+    (workdir / "latin1.txt").write_bytes("café".encode("latin-1"))
+    (workdir / "three.txt").write_text("a b c", encoding="utf-8")
+    (workdir / "runs" / "taken").mkdir(parents=True)
+    write_settings(workdir, "", **settings)
+    assert main.main(["settings.py"]) == code
+    printed = capsys.readouterr()
+    assert said in printed.err
+    assert "Traceback" not in printed.err
+    assert len(printed.err.strip().splitlines()) <= 4
+    assert not list((workdir / "runs" / "taken").iterdir())
+
+
+@pytest.mark.parametrize("n_words", [4, 6, 12, 40])
+def test_a_text_shorter_than_a_window_is_trained_on_and_said(workdir, capsys, n_words):
+    write_settings(workdir, "river " * n_words, custom_params=TINY | {"batch_size": 64})
+    assert main.main(["settings.py"]) == 0
+    printed = capsys.readouterr().out
+    assert "Note: batch_size is lowered from 64" in printed
+    assert ("Note: max_length is lowered from 16" in printed) == (n_words < 16)
+    summary = json.loads((only_run(workdir) / "summary.json").read_text(encoding="utf-8"))
+    assert summary["steps"] == 1
+    assert summary["final_val_loss"] > 0
+
+
+def test_a_syntax_error_in_config_run_shows_the_line(workdir, capsys, monkeypatch):
+    (workdir / "config_run.py").write_text('DATA = "x"\nQUICK_MODE = Tru e\n', encoding="utf-8")
+    monkeypatch.syspath_prepend(str(workdir))
+    assert main.main([]) == 2
+    message = capsys.readouterr().err
+    assert "config_run.py line 2" in message
+    assert "QUICK_MODE = Tru e" in message
+
+
+def test_several_mistakes_are_one_message_with_a_line_each(workdir, capsys):
+    write_settings(
+        workdir,
+        "",
+        SEED=1.5,
+        custom_params={"batchsize": 4, "learning_rate": "fast", "train_ratio": 1.0},
+        sampling_params={"topk": 3},
+    )
+    assert main.main(["settings.py"]) == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert lines[0].endswith("5 problems in settings.py:")
+    for line, said in zip(
+        lines[1:],
+        [
+            "SEED is 1.5 (float); it must be a whole number",
+            'custom_params["batchsize"] is unknown; did you mean "batch_size"?',
+            "custom_params[\"learning_rate\"] is 'fast' (str); it must be a number",
+            'custom_params["train_ratio"] is 1.0; it must be a number above 0 and below 1',
+            'sampling_params["topk"] is unknown; did you mean "top_k"?',
+        ],
+        strict=True,
+    ):
+        assert said in line
+
+
+def test_an_option_is_refused_with_what_to_do_instead(capsys):
+    assert main.main(["--epochs", "3"]) == 2
+    assert "edit config_run.py" in capsys.readouterr().err
+
+
+def test_a_traceback_is_shown_where_it_is_asked_for(workdir, monkeypatch):
+    monkeypatch.setenv("GPT_DEBUG", "1")
+    write_settings(workdir, "", DATA="nowhere.txt")
+    with pytest.raises(main.PipelineError):
+        main.main(["settings.py"])
+
+
+def test_a_diverging_run_ends_with_5_and_advice(workdir, capsys, monkeypatch):
+    real = train.take_step
+    monkeypatch.setattr(train, "take_step", lambda *args: real(*args) * float("nan"))
+    write_settings(workdir, "")
+    assert main.main(["settings.py"]) == 5
+    assert "training diverged" in capsys.readouterr().err
+
+
+def test_an_unexpected_failure_keeps_its_traceback(workdir, monkeypatch):
+    def broken(*_):
+        raise ZeroDivisionError("a bug of ours")
+
+    monkeypatch.setattr(train, "take_step", broken)
+    write_settings(workdir, "")
+    with pytest.raises(ZeroDivisionError):
+        main.main(["settings.py"])
+
+
+@pytest.mark.skipif(os.name == "nt", reason="POSIX signals")
+def test_ctrl_c_in_training_ends_with_130_and_no_traceback(tmp_path):
+    settings = write_settings(tmp_path, "", custom_params=TINY | {"max_steps": 100_000})
+    process = subprocess.Popen(
+        [sys.executable, str(REPOSITORY / "main.py"), settings],
+        cwd=tmp_path,
+        env=os.environ | OFFLINE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        encoding="utf-8",
+    )
+    for line in process.stdout:
+        if line.startswith("After epoch 1"):
+            break
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=30)
+    assert process.returncode == 130
+    assert "Stopped" in errors
+    assert "Traceback" not in errors
+    assert (only_run(tmp_path) / "training_losses.png").exists()
+
+
+def test_bf16_or_fp32_is_chosen_by_the_hardware_and_printed(workdir, capsys, monkeypatch):
+    import torch
+
+    for capability, expected in ((True, "bf16 (this CPU has avx512_bf16)"), (False, "fp32 (")):
+        monkeypatch.setattr(
+            torch.cpu, "get_capabilities", lambda found=capability: {"avx512_bf16": found}
+        )
+        write_settings(workdir, "", RUN_NAME=f"run-{capability}")
+        assert main.main(["settings.py"]) == 0
+        assert f"Precision: {expected}" in capsys.readouterr().out

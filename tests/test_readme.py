@@ -1,0 +1,128 @@
+"""What the READMEs say is so: commands run, settings are listed, files exist."""
+
+import dataclasses
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+from engine.settings import MODEL_SETTINGS
+from generation import SamplingConfig
+from run_plan import RunSettings
+from tests.conftest import REPOSITORY
+from tests.test_main import OFFLINE
+from training_utils import TrainingConfig
+
+READMES = ["README.md", "README.zh-CN.md"]
+LONG = {"python -m pytest", "python -m benchmarks.train", "python -m benchmarks.startup"}
+
+
+def read(name: str) -> str:
+    return (REPOSITORY / name).read_text(encoding="utf-8")
+
+
+def fences(text: str, language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+
+
+def commands(text: str) -> list[str]:
+    """The shell commands of a README, but installs and those listed as long."""
+    lines = [line for block in fences(text, "bash") for line in block.splitlines()]
+    parts = [part.strip() for line in lines for part in line.split("&&")]
+    return [part for part in parts if not part.startswith("pip install") and part not in LONG]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("readme", READMES)
+def test_the_commands_run_as_written(readme, tmp_path):
+    copy = tmp_path / "repository"
+    skipped = shutil.ignore_patterns(".git", "runs", "cache", "__pycache__", ".venv", "venv")
+    shutil.copytree(REPOSITORY, copy, ignore=skipped)
+    text = read(readme)
+    for block in fences(text, "python"):
+        named = re.match(r"# file: (\S+)\n", block)
+        if named:
+            (copy / named[1]).write_text(block, encoding="utf-8")
+    assert "python main.py" in commands(text)
+    for command in commands(text):
+        program, *arguments = command.split()
+        assert program == "python", command
+        done = subprocess.run(
+            [sys.executable, *arguments],
+            cwd=copy,
+            env=os.environ | OFFLINE,
+            capture_output=True,
+            encoding="utf-8",
+        )
+        assert done.returncode == 0, f"{command}\n{done.stderr}"
+
+
+@pytest.mark.parametrize("readme", READMES)
+@pytest.mark.parametrize("cls", [RunSettings, TrainingConfig, SamplingConfig])
+def test_the_tables_list_every_setting_with_its_default(readme, cls):
+    text = read(readme)
+    for field in dataclasses.fields(cls):
+        default = (
+            field.default_factory()
+            if field.default_factory is not dataclasses.MISSING
+            else field.default
+        )
+        shown = f'"{default}"' if isinstance(default, str) else repr(default)
+        assert f"| `{field.name}` | `{shown}` |" in text
+
+
+@pytest.mark.parametrize("readme", READMES)
+def test_the_tables_list_every_model_field_and_no_other_name(readme):
+    text = read(readme)
+    for name in MODEL_SETTINGS:
+        assert f"| `{name}` | " in text
+    known = {
+        f.name for c in (RunSettings, TrainingConfig, SamplingConfig) for f in dataclasses.fields(c)
+    }
+    # rows of three columns whose first is one name in code style
+    rows = re.findall(r"^\| `(\w+)` \| .+ \| .+ \|$", text, re.MULTILINE)
+    assert set(rows) == known | set(MODEL_SETTINGS)
+
+
+@pytest.mark.parametrize("readme", READMES)
+def test_every_file_that_is_named_exists(readme):
+    text = read(readme)
+    linked = re.findall(r"\]\(([^)#:]+)\)", text)
+    rooms = re.findall(r"^\| `([\w./]+)`(?:, `([\w./]+)`)? \| [^|]+ \|$", text, re.MULTILINE)
+    made_by_a_run = {
+        "training_losses.png",
+        "samples.md",
+        "metrics.jsonl",
+        "summary.json",
+        "settings.json",
+        "tokenizer.json",
+    }
+    named = {name for pair in rooms for name in pair if name} - made_by_a_run
+    assert len(named) > 10
+    assert [name for name in [*linked, *named] if not (REPOSITORY / name).exists()] == []
+
+
+@pytest.mark.parametrize("readme", READMES)
+def test_the_speeds_are_those_that_the_benchmarks_wrote(readme):
+    results = REPOSITORY / "benchmarks" / "results"
+    figures = json.loads((results / "train-cpu.json").read_text(encoding="utf-8"))
+    startup = json.loads((results / "startup-cpu.json").read_text(encoding="utf-8"))
+    text = read(readme)
+    for row in figures["rows"]:
+        shown = f"| {row['tokens_per_second']:,.0f} | {row['share_of_bf16_rate']:.0%} |"
+        assert f"| {row['name']} | {row['parameters']:,} | " in text
+        assert shown in text
+    assert f"{figures['multiply_rates']['bf16'] / 1e9:,.0f} GFLOP/s" in text
+    assert f" {startup['beyond_s']:.1f} " in text
+
+
+def test_both_readmes_have_the_same_commands_and_code():
+    english, chinese = map(read, READMES)
+    assert fences(english, "bash") == fences(chinese, "bash")
+    assert fences(english, "python") == fences(chinese, "python")
+    assert fences(english, "") == fences(chinese, "")
+    assert english.count("\n## ") == chinese.count("\n## ")

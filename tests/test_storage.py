@@ -1,0 +1,259 @@
+"""Durable writes: whole or not at all, in the right order, and readable by others."""
+
+import builtins
+import errno
+import json
+import math
+import os
+
+import numpy as np
+import pytest
+
+from engine import storage
+from engine.errors import ResourceError
+from engine.storage import (
+    append_json_lines,
+    make_folder,
+    make_new_folder,
+    to_json,
+    write_atomically,
+    write_json,
+)
+
+FULL = OSError(errno.ENOSPC, "No space left on device")
+
+
+real_open = builtins.open
+
+
+class HalfWritten:
+    """A file that takes half of what it is given and then says that the disk is full."""
+
+    def __init__(self, *arguments, **keywords):
+        self.file = real_open(*arguments, **keywords)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exception):
+        self.file.close()
+
+    def write(self, content):
+        self.file.write(content[: len(content) // 2])
+        raise FULL
+
+
+@pytest.fixture
+def fail_at(monkeypatch):
+    """Let the n-th use of one step of a write, and those after it, raise OSError."""
+
+    def install(step: str, nth: int = 1) -> None:
+        uses = 0
+        real = real_open if step == "open" else getattr(os, step, None)
+
+        def failing(*arguments, **keywords):
+            nonlocal uses
+            uses += 1
+            if uses >= nth:
+                raise FULL
+            return real(*arguments, **keywords)
+
+        if step in ("open", "write"):
+            fake = failing if step == "open" else HalfWritten
+            monkeypatch.setattr(storage, "open", fake, raising=False)
+        else:
+            monkeypatch.setattr(os, step, failing)
+
+    return install
+
+
+# --------------------------------------------------------------------------- write_atomically
+
+
+@pytest.mark.parametrize("content", [b"", b"one", b"\r\n\x00\xff" * 100_000], ids=len)
+def test_written_content_is_read_back(tmp_path, content):
+    path = tmp_path / "file"
+    write_atomically(path, content)
+    assert path.read_bytes() == content
+    write_atomically(str(path), content + b"more")
+    assert path.read_bytes() == content + b"more"
+    assert os.listdir(tmp_path) == ["file"]
+
+
+BEFORE_THE_RENAME = [("open", 1), ("write", 1), ("fsync", 1), ("replace", 1)]
+
+
+@pytest.mark.parametrize(("step", "nth"), BEFORE_THE_RENAME)
+def test_write_that_fails_leaves_the_old_content_and_no_rest(tmp_path, fail_at, step, nth):
+    path = tmp_path / "file"
+    path.write_bytes(b"old")
+    fail_at(step, nth)
+    with pytest.raises(ResourceError) as caught:
+        write_atomically(path, b"new content")
+    assert str(path) in str(caught.value)
+    assert "No space left on device" in str(caught.value)
+    assert path.read_bytes() == b"old"
+    assert os.listdir(tmp_path) == ["file"]
+
+
+@pytest.mark.parametrize(("step", "nth"), BEFORE_THE_RENAME)
+def test_first_write_that_fails_leaves_nothing(tmp_path, fail_at, step, nth):
+    fail_at(step, nth)
+    with pytest.raises(ResourceError):
+        write_atomically(tmp_path / "file", b"new content")
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no fsync for folders")
+def test_rename_that_may_not_last_is_reported_with_the_new_content_whole(tmp_path, fail_at):
+    path = tmp_path / "file"
+    path.write_bytes(b"old")
+    fail_at("fsync", nth=2)  # the folder's
+    with pytest.raises(ResourceError):
+        write_atomically(path, b"new content")
+    assert path.read_bytes() == b"new content"
+    assert os.listdir(tmp_path) == ["file"]
+
+
+def test_interrupted_write_leaves_the_old_content_and_no_rest(tmp_path, monkeypatch):
+    def interrupt(handle):
+        raise KeyboardInterrupt
+
+    path = tmp_path / "file"
+    path.write_bytes(b"old")
+    monkeypatch.setattr(os, "fsync", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        write_atomically(path, b"new content")
+    assert path.read_bytes() == b"old"
+    assert os.listdir(tmp_path) == ["file"]
+
+
+def test_content_is_on_the_disk_before_the_rename_and_the_rename_after(tmp_path, monkeypatch):
+    events = []
+    real_fsync, real_replace = os.fsync, os.replace
+
+    def fsync(handle):
+        is_folder = os.path.samestat(os.fstat(handle), os.stat(tmp_path))
+        events.append("fsync folder" if is_folder else f"fsync {os.fstat(handle).st_size} bytes")
+        real_fsync(handle)
+
+    def replace(source, target):
+        assert os.path.dirname(source) == str(tmp_path)  # a rename is atomic in one file system
+        events.append("replace")
+        real_replace(source, target)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    monkeypatch.setattr(os, "replace", replace)
+    write_atomically(tmp_path / "file", b"new content")
+    folder = [] if os.name == "nt" else ["fsync folder"]
+    assert events == ["fsync 11 bytes", "replace", *folder]
+
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda path: write_atomically(path, b"x"),
+        lambda path: write_json(path, {}),
+        lambda path: append_json_lines(path, [{}]),
+    ],
+    ids=["write_atomically", "write_json", "append_json_lines"],
+)
+def test_write_into_a_missing_folder_is_a_resource_error(tmp_path, write):
+    path = tmp_path / "missing" / "file"
+    with pytest.raises(ResourceError) as caught:
+        write(path)
+    assert str(path) in str(caught.value)
+    assert caught.value.exit_code == 6
+    assert len(str(caught.value).splitlines()) <= 4
+
+
+def test_folder_in_the_way_is_a_resource_error_and_stays(tmp_path):
+    (tmp_path / "file" / "inside").mkdir(parents=True)
+    with pytest.raises(ResourceError):
+        write_atomically(tmp_path / "file", b"x")
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["file", "inside"]
+
+
+# --------------------------------------------------------------------------------------- JSON
+
+
+def test_numbers_that_are_not_finite_become_null(tmp_path):
+    value = {"loss": math.nan, "rows": [1.5, -math.inf, (math.inf, {"x": math.nan})], "n": 2}
+    write_json(tmp_path / "x.json", value)
+    expected = {"loss": None, "rows": [1.5, None, [None, {"x": None}]], "n": 2}
+    assert json.loads((tmp_path / "x.json").read_bytes()) == expected
+    assert math.isnan(value["loss"])
+
+
+def test_chinese_stays_readable_and_the_file_is_utf8_on_every_system(tmp_path):
+    write_json(tmp_path / "x.json", {"题": "春江潮水连海平\n"})
+    assert (tmp_path / "x.json").read_bytes() == ('{\n  "题": "春江潮水连海平\\n"\n}\n'.encode())
+
+
+@pytest.mark.parametrize(
+    "value",
+    [{}, [], None, True, 0, -1.5, 2**70, '\x00\u2028"\\', "\udcff.txt", {"a": [{"b": False}]}],
+    ids=ascii,
+)
+def test_json_comes_back_as_it_was(tmp_path, value):
+    write_json(tmp_path / "x.json", value)
+    append_json_lines(tmp_path / "x.jsonl", [{"row": value}])
+    assert json.loads((tmp_path / "x.json").read_bytes()) == value
+    assert json.loads((tmp_path / "x.jsonl").read_bytes()) == {"row": value}
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(np.int64(3), "3"), (np.float32(0.5), "0.5"), (np.float64("nan"), "null")],
+    ids=["int64", "float32", "nan"],
+)
+def test_numpy_numbers_are_written_as_numbers(value, text):
+    assert to_json(value) == text
+
+
+def test_rows_are_appended_one_a_line(tmp_path):
+    path = tmp_path / "log.jsonl"
+    append_json_lines(path, [{"step": 1, "loss": math.nan}, {"step": 2, "text": "a\nb\u2028 春"}])
+    append_json_lines(path, [])
+    append_json_lines(path, [{"step": 3}])
+    content = path.read_bytes()
+    assert content.endswith(b"}\n") and b"\r" not in content and "春".encode() in content
+    assert [json.loads(line) for line in content.split(b"\n")[:-1]] == [
+        {"step": 1, "loss": None},
+        {"step": 2, "text": "a\nb\u2028 春"},
+        {"step": 3},
+    ]
+
+
+@pytest.mark.parametrize("step", ["open", "write"])
+def test_log_that_the_disk_cannot_take_is_a_resource_error(tmp_path, fail_at, step):
+    path = tmp_path / "log.jsonl"
+    append_json_lines(path, [{"step": 1}])
+    fail_at(step)
+    with pytest.raises(ResourceError, match=r"log\.jsonl: No space left on device"):
+        append_json_lines(path, [{"step": 2}])
+    assert path.read_bytes().startswith(b'{"step": 1}\n')
+
+
+# ------------------------------------------------------------------------------------ folders
+
+
+def test_new_folder_is_made_once_with_its_parents(tmp_path):
+    path = tmp_path / "a" / "b"
+    assert make_new_folder(path) is True
+    assert path.is_dir()
+    assert make_new_folder(path) is False
+
+
+def test_folder_is_made_however_often_it_is_asked_for(tmp_path):
+    make_folder(tmp_path / "a" / "b")
+    make_folder(tmp_path / "a" / "b")
+    assert (tmp_path / "a" / "b").is_dir()
+
+
+@pytest.mark.parametrize("make", [make_folder, make_new_folder])
+def test_folder_below_a_file_is_a_resource_error(tmp_path, make):
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(ResourceError, match="can't write"):
+        make(tmp_path / "file" / "below")
+    assert (tmp_path / "file").read_text() == "x"

@@ -1,0 +1,106 @@
+"""The picture of a run: always a readable PNG, whatever the losses were."""
+
+import io
+import math
+import sys
+import warnings
+
+import numpy as np
+import pytest
+from matplotlib import image
+
+from visualize import render_losses
+
+
+def render(**changes) -> bytes | None:
+    """The picture of a small run, with every warning an error."""
+    run = {
+        "steps": [0, 4, 8],
+        "train_losses": [10.8, 7.0, 5.5],
+        "val_losses": [10.8, 7.2, 6.1],
+        "batch_losses": [10.8, 9.6, 8.1, 7.4, 6.9, 6.4, 6.0, 5.6],
+        "vocab_size": 50_257,
+        "title": "a-run",
+    }
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        return render_losses(**run | changes)
+
+
+def pixels(png: bytes) -> np.ndarray:
+    """(height, width, channels), each from 0 to 1."""
+    assert png.startswith(b"\x89PNG\r\n\x1a\n")
+    return image.imread(io.BytesIO(png), format="png")
+
+
+def one_evaluation(loss: float) -> dict:
+    return {"steps": [0], "train_losses": [loss], "val_losses": [loss], "batch_losses": []}
+
+
+@pytest.mark.parametrize(
+    "run",
+    [
+        {},
+        one_evaluation(10.8),
+        one_evaluation(0.0),
+        {"batch_losses": [math.exp(-i / 900) * 10 for i in range(5000)], "steps": [0, 9, 5000]},
+        {"train_losses": [3.0] * 3, "val_losses": [3.0] * 3, "batch_losses": [3.0] * 30},
+        {"batch_losses": [1000.0, 900.0], "train_losses": [1e3] * 3, "val_losses": [1e3] * 3},
+        {"vocab_size": 2, "val_losses": [0.7, 0.6, 0.5], "train_losses": [0.7, 0.6, 0.4]},
+        {"title": "春江潮水"},
+        {"title": "$\\b^$ _{"},
+        {"title": ""},
+    ],
+    ids=[
+        "a small run",
+        "one evaluation",
+        "one evaluation at 0",
+        "thousands of batches",
+        "identical losses",
+        "losses past every tick",
+        "two tokens",
+        "a Chinese title",
+        "a title like a formula",
+        "no title",
+    ],
+)
+def test_every_run_gives_a_picture_of_readable_size_without_a_warning(run):
+    picture = pixels(render(**run))
+    height, width = picture.shape[:2]
+    assert 400 <= height < width <= 2500
+    colours = picture[..., :3]
+    is_white = (colours == 1).all(axis=-1)
+    assert 0.5 < is_white.mean() < 0.99  # drawn upon, and not painted over
+    for half in (slice(0, width // 2), slice(width // 2, width)):
+        assert not is_white[:, half].all()
+
+
+def holds_colour(picture: np.ndarray, red: float, green: float, blue: float) -> bool:
+    return bool((np.abs(picture[..., :3] - (red, green, blue)) < 0.02).all(axis=-1).any())
+
+
+def test_training_and_validation_are_left_and_batches_right():
+    picture = pixels(render())
+    left, right = np.array_split(picture, 2, axis=1)
+    blue, orange, star, green = (
+        tuple(int(code[i : i + 2], 16) / 255 for i in (0, 2, 4))
+        for code in ("1f77b4", "ff7f0e", "d62728", "2ca02c")
+    )
+    for colour in (blue, orange, star):
+        assert holds_colour(left, *colour)
+        assert not holds_colour(right, *colour)
+    assert holds_colour(right, *green)
+    assert not holds_colour(left, *green)
+
+
+def test_the_picture_shows_the_losses_it_was_given():
+    same, other = render(), render(val_losses=[10.8, 7.2, 4.0])
+    assert np.array_equal(pixels(render()), pixels(same))
+    assert not np.array_equal(pixels(other), pixels(same))
+
+
+def test_without_matplotlib_there_is_no_picture(monkeypatch):
+    for name in list(sys.modules):
+        if name.partition(".")[0] == "matplotlib":
+            monkeypatch.setitem(sys.modules, name, None)  # importing it is an ImportError
+    assert render() is None
