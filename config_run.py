@@ -1,19 +1,22 @@
 """The settings of a run. Change what you like, save, and start:  python main.py"""
 
 # ---------------------------------------------------------------- what to train on
-DATA = (
-    "the-verdict"  # the path of your own text (UTF-8), or "the-verdict", "sample-en", "sample-zh"
-)
-TOKENIZER = "gpt2"  # how text becomes tokens: "gpt2" (50,257 tokens)
+# Your text: a file (.txt .md .jsonl .json .csv .tsv .parquet, plain or .gz .zst), a folder, a
+# pattern like "books/*.txt", an address, "hf:dataset:configuration", a list of these, or a name:
+# "the-verdict", "tiny-shakespeare", "sample-en", "sample-zh", "wikitext-2", "dummy".
+# More can be said with {"path": ..., "val": ..., "field": "text", "encoding": "gb18030"}.
+DATA = "the-verdict"
+# How text becomes tokens: "gpt2" (50,257 tokens, for English), "char" (one a character),
+# "bpe:4096" (4,096 tokens learnt from your text), a tokenizer.json's path, or "auto".
+TOKENIZER = "gpt2"
 
 # ---------------------------------------------------------------- which kind of run
 QUICK_MODE = True  # True: the whole chain in seconds, with a small model;  False: full training
 CUSTOM_MODE = False  # True: your numbers below, in custom_params; wins over QUICK_MODE
 
 # ---------------------------------------------------------------- which model
-MODEL = (
-    "auto"  # "auto": the mode chooses;  or a name from config.json: "small", "mini", "gpt2-124m"
-)
+# "auto": the mode chooses;  or a name from config.json: "small", "mini", "gpt2-124m"
+MODEL = "auto"
 USE_SMALL = True  # custom mode with MODEL "auto": the small model
 USE_DEFAULT = False  # custom mode with MODEL "auto" and USE_SMALL False: the 124M model
 
@@ -30,8 +33,9 @@ custom_params = {
     "max_grad_norm": 1.0,  # longer gradients are cut to this length; 0 never cuts
     "max_length": None,  # tokens the model sees at once: 1 or more; None: as config.json says
     "stride": None,  # tokens from one window's start to the next; None: max_length, no overlap
+    "sampling": "windows",  # "windows": each in turn, shuffled;  "random": cut anywhere, each step
     "train_ratio": 0.9,  # share of the text to train on, the rest validates: between 0 and 1
-    "eval_freq": 100,  # evaluate every so many steps: 1 or more
+    "eval_freq": None,  # evaluate every so many steps: 1 or more
     "eval_iter": 10,  # batches in an evaluation: 1 or more
     "start_context": "Every effort moves you",  # the words that samples go on from
     "num_workers": 0,  # processes that prepare batches: 0 is right for all but huge texts

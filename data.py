@@ -2,6 +2,8 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -9,20 +11,52 @@ from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
 from engine.console import say
 from engine.errors import DataError
-from text.tokenizer import Tokenizer, load_tokenizer
+from text.tokenizer import GPT2Tokenizer, Tokenizer
 
 MIN_TOKENS = 4  # two to train on, a token and the one to guess, and two to validate on
+LONGEST_TRAIN_SHARE = 0.95  # of a short text, so that a window fits
+
+
+@dataclass
+class TokenSlice:
+    """A stretch of a token file; a loader's worker processes get its place, not its content."""
+
+    path: Path
+    dtype: str
+    start: int
+    stop: int
+
+    def __post_init__(self) -> None:
+        self._mapped: np.ndarray | None = None
+
+    def __len__(self) -> int:
+        return self.stop - self.start
+
+    def array(self) -> np.ndarray:
+        """The tokens, mapped into memory at first use."""
+        if self._mapped is None:
+            whole = np.memmap(self.path, dtype=self.dtype, mode="r")
+            self._mapped = whole[self.start : self.stop]
+        return self._mapped
+
+    def __getstate__(self) -> dict:
+        return vars(self) | {"_mapped": None}
 
 
 class WindowDataset(Dataset):
-    """The windows of max_length tokens that start at 0, stride, 2 stride, ... of an array.
+    """The windows of max_length tokens that start at 0, stride, 2 stride, ... of some tokens.
 
     A window's targets are its tokens moved by one, so each takes max_length + 1 tokens. With
     keep_tail the tokens after the last whole window form a last, shorter one.
     """
 
     def __init__(
-        self, tokens: np.ndarray, max_length: int, stride: int, *, keep_tail: bool = False
+        self,
+        tokens: np.ndarray | TokenSlice,
+        max_length: int,
+        stride: int,
+        *,
+        keep_tail: bool = False,
     ) -> None:
         self.tokens = tokens
         self.max_length = max_length
@@ -30,6 +64,7 @@ class WindowDataset(Dataset):
         self.n_whole = max(0, (len(tokens) - 1 - max_length) // stride + 1)
         self.tail_start = self.n_whole * stride
         self.has_tail = keep_tail and self.tail_start < len(tokens) - 1
+        self._resident: torch.Tensor | None = None
 
     def __len__(self) -> int:
         return self.n_whole + self.has_tail
@@ -46,35 +81,69 @@ class WindowDataset(Dataset):
 
         The tail has a length of its own, so it comes alone.
         """
+        starts = np.asarray(indices, dtype=np.int64)[:, None] * self.stride
+        length = self.max_length + 1
         if self.has_tail and self.n_whole in indices:
             assert len(indices) == 1, "the tail is a batch of its own"
-            window = self.tokens[None, self.tail_start :]
+            length = len(self.tokens) - self.tail_start
+        places = starts + np.arange(length)  # (B, T + 1)
+        if self._resident is not None:
+            places = torch.from_numpy(places).to(self._resident.device, non_blocking=True)
+            window = self._resident[places].long()
         else:
-            starts = np.asarray(indices, dtype=np.int64)[:, None] * self.stride
-            window = self.tokens[starts + np.arange(self.max_length + 1)]  # (B, T + 1)
-        window = torch.from_numpy(window.astype(np.int64))
+            window = torch.from_numpy(self.array()[places].astype(np.int64))
         return window[:, :-1], window[:, 1:]
+
+    def array(self) -> np.ndarray:
+        """All tokens."""
+        return self.tokens.array() if isinstance(self.tokens, TokenSlice) else self.tokens
+
+    def without_overlap(self) -> "WindowDataset":
+        """Windows of the same tokens with the same length, none overlapping another."""
+        if self.stride >= self.max_length:
+            return self
+        apart = WindowDataset(self.tokens, self.max_length, self.max_length)
+        apart._resident = self._resident
+        return apart
+
+    def move_to(self, device: torch.device) -> None:
+        """Keep the tokens on a device (4 bytes each) and gather batches there."""
+        self._resident = torch.from_numpy(self.array().astype(np.int32)).to(device)
 
 
 class WindowBatches(Sampler):
     """Which windows each batch holds: a pure function of (seed, epoch, batch number).
 
     Iterating gives epoch 0, then 1, ...; start_epoch(n) chooses the one that comes next. The last
-    batch may be smaller. With seed None the windows stay in order, and a tail comes alone.
+    batch may be smaller. With seed None the windows stay in order, and a tail comes alone. With
+    n_batches each batch is drawn at random from all windows, whatever the others hold.
     """
 
-    def __init__(self, dataset: WindowDataset, batch_size: int, seed: int | None) -> None:
+    def __init__(
+        self,
+        dataset: WindowDataset,
+        batch_size: int,
+        seed: int | None,
+        n_batches: int | None = None,
+    ) -> None:
         self.dataset = dataset
         self.batch_size = batch_size
         self.seed = seed
+        self.n_batches = n_batches
         self._next_epoch = 0
 
     def __len__(self) -> int:
-        whole_batches = -(-self.dataset.n_whole // self.batch_size)
-        return whole_batches + self.dataset.has_tail
+        if self.n_batches is not None:
+            return self.n_batches
+        return -(-self.dataset.n_whole // self.batch_size) + self.dataset.has_tail
 
     def __iter__(self) -> Iterator[list[int]]:
         epoch, self._next_epoch = self._next_epoch, self._next_epoch + 1
+        if self.n_batches is not None:
+            for number in range(self.n_batches):
+                chooser = np.random.default_rng((self.seed, epoch, number))
+                yield chooser.integers(self.dataset.n_whole, size=self.batch_size).tolist()
+            return
         order = self._order(epoch)
         for start in range(0, len(order), self.batch_size):
             yield order[start : start + self.batch_size].tolist()
@@ -118,13 +187,21 @@ class WindowPlan:
 
 
 def plan_windows(
-    n_tokens: int, *, max_length: int, stride: int, batch_size: int, train_ratio: float
+    n_tokens: int,
+    *,
+    max_length: int,
+    stride: int | None,
+    batch_size: int,
+    train_ratio: float,
+    n_train: int | None = None,
 ) -> tuple[WindowPlan, list[str]]:
     """Cut a text so that there is at least one training and one validation batch.
 
-    Where it is too short for what was asked, split, window and batch are fitted to it and a
-    notice says so. Raises DataError where not even two training and two validation tokens can be
-    had.
+    stride None stands for max_length, whatever that becomes. n_train is given where documents or
+    a source of its own set the split; else train_ratio does.
+    Where the text is too short for what was asked, batch, stride, split and, last, max_length are
+    fitted to it, and a notice says so. Raises DataError where not even two training and two
+    validation tokens can be had.
     """
     if n_tokens < MIN_TOKENS:
         raise DataError(
@@ -132,55 +209,123 @@ def plan_windows(
             "needed, 2 to train on and 2 to validate on.\nSet DATA to a longer text."
         )
     notices = []
-    asked = int(n_tokens * train_ratio)
-    n_train = min(max(asked, 2), n_tokens - 2)
-    if n_train != asked:
-        notices.append(
-            f"the split is moved from {asked} to {n_train} of {n_tokens} tokens, so that both "
-            "sides have two"
+    if n_train is not None and not 2 <= n_train <= n_tokens - 2:
+        raise DataError(
+            f"the training text has {n_train} tokens and the validation text "
+            f"{n_tokens - n_train}; each needs at least 2.\nSet DATA to longer texts."
         )
-    plan = WindowPlan(n_tokens, n_train, max_length, stride, batch_size)
+    if n_train is None:
+        asked = int(n_tokens * train_ratio)
+        n_train = min(max(asked, 2), n_tokens - 2)
+        # a whole window is worth more than a long validation text, up to a point
+        if n_train <= max_length < min(n_tokens - 2, int(n_tokens * LONGEST_TRAIN_SHARE)):
+            n_train = max_length + 1
+        if n_train != asked:
+            notices.append(
+                f"the split is moved from {asked} to {n_train} of {n_tokens} tokens, so that "
+                "there is a window to train on and something to validate on"
+            )
+    plan = WindowPlan(n_tokens, n_train, max_length, stride or max_length, batch_size)
     if plan.n_windows == 0:
-        plan = replace(plan, max_length=n_train - 1)
+        plan = replace(plan, max_length=n_train - 1, stride=min(plan.stride, n_train - 1))
         notices.append(
             f"max_length is lowered from {max_length} to {plan.max_length}: the training text has "
             f"only {n_train} tokens"
         )
+        if stride is not None and plan.stride != stride:
+            notices.append(f"stride is lowered from {stride} to {plan.stride}, with max_length")
     if plan.n_windows < batch_size:
         plan = replace(plan, batch_size=plan.n_windows)
         notices.append(
             f"batch_size is lowered from {batch_size} to {plan.batch_size}: there are no more "
             "training windows"
         )
-    if stride > plan.max_length:
+    if plan.stride > plan.max_length:
         notices.append(
-            f"stride ({stride}) is above max_length ({plan.max_length}): the tokens between two "
-            "windows are never trained on"
+            f"stride ({plan.stride}) is above max_length ({plan.max_length}): the tokens between "
+            "two windows are never trained on"
         )
     return plan, notices
 
 
 def make_loaders(
-    tokens: np.ndarray, plan: WindowPlan, *, seed: int, num_workers: int, pin_memory: bool
+    tokens: np.ndarray | TokenSlice,
+    plan: WindowPlan,
+    *,
+    seed: int,
+    num_workers: int,
+    device: torch.device,
+    sampling: str = "windows",
 ) -> tuple[DataLoader, DataLoader]:
     """Training windows in a new order each epoch; validation windows in order, without overlap.
 
     Batches are (ids, targets), each (B, T) int64. Every validation token but the first is a
-    target exactly once, so the last batch of validation may be a single shorter window.
+    target exactly once, so the last batch of validation may be a single shorter window. With
+    sampling "random" the training windows may start anywhere; an epoch has as many batches. On
+    CUDA the tokens stay on the device where they take less than a tenth of its free memory, and
+    are pinned otherwise.
     """
-    train = WindowDataset(tokens[: plan.n_train], plan.max_length, plan.stride)
-    val = WindowDataset(tokens[plan.n_train :], plan.max_length, plan.max_length, keep_tail=True)
+    if isinstance(tokens, TokenSlice):
+        cut = tokens.start + plan.n_train
+        train_tokens, val_tokens = replace(tokens, stop=cut), replace(tokens, start=cut)
+    else:
+        train_tokens, val_tokens = tokens[: plan.n_train], tokens[plan.n_train :]
+    stride = 1 if sampling == "random" else plan.stride
+    train = WindowDataset(train_tokens, plan.max_length, stride)
+    val = WindowDataset(val_tokens, plan.max_length, plan.max_length, keep_tail=True)
+    n_batches = -(-plan.n_windows // plan.batch_size) if sampling == "random" else None
+    pin_memory = device.type == "cuda"
+    if device.type == "cuda" and num_workers == 0:
+        free, _ = torch.cuda.mem_get_info(device)
+        if 4 * plan.n_tokens < free / 10:
+            train.move_to(device)
+            val.move_to(device)
+            pin_memory = False
     return tuple(
         DataLoader(
-            dataset,
-            batch_sampler=WindowBatches(dataset, plan.batch_size, batch_seed),
+            batches.dataset,
+            batch_sampler=batches,
             collate_fn=as_batch,
             num_workers=num_workers,
             pin_memory=pin_memory,
             generator=torch.Generator().manual_seed(seed),  # else each epoch draws on torch's own
         )
-        for dataset, batch_seed in ((train, seed), (val, None))
+        for batches in (
+            WindowBatches(train, plan.batch_size, seed, n_batches),
+            WindowBatches(val, plan.batch_size, None),
+        )
     )
+
+
+def describe_text(report: dict[str, Any], plan: WindowPlan, n_parameters: int) -> list[str]:
+    """The report on the text in a few lines: what was read, its tokens, whether it will do."""
+    count = len(report["files"])
+    lines = [
+        f"{report['documents']:,} document{'s' * (report['documents'] != 1)} in {count:,} "
+        f"file{'s' * (count != 1)}: {report['bytes']:,} bytes, {report['characters']:,} characters"
+    ]
+    aside = {
+        "passed over": len(report["passed_over"]),
+        "without text": report["empty_documents"],
+        "duplicates": report["duplicate_documents"],
+    }
+    if any(aside.values()):
+        told = ", ".join(f"{number:,} {what}" for what, number in aside.items() if number)
+        lines.append(f"{told} (data.json in the run folder has more)")
+    per_parameter = plan.n_train / n_parameters
+    word = (
+        "the model can learn it by heart: watch the validation loss"
+        if per_parameter < 1
+        else "enough to learn more than the text itself"
+        if per_parameter >= 20  # the share at which compute is best spent (Hoffmann et al. 2022)
+        else "a few epochs are safe"
+    )
+    lines.append(
+        f"{plan.n_tokens:,} tokens, {report['tokens_per_character']:.2f} a character, "
+        f"{report['vocabulary_used'] / report['vocabulary']:.0%} of the vocabulary in use"
+    )
+    lines.append(f"{per_parameter:.3g} training tokens a parameter: {word}")
+    return lines
 
 
 def create_dataloader_v1(
@@ -200,7 +345,7 @@ def create_dataloader_v1(
     window and the batch are made smaller, with a notice. shuffle draws on torch's global
     generator. Raises DataError for a text of fewer than two tokens.
     """
-    tokenizer = tokenizer or load_tokenizer("gpt2")
+    tokenizer = tokenizer or GPT2Tokenizer()
     tokens = to_array(tokenizer.encode(text), tokenizer.vocab_size)
     if len(tokens) < 2:
         raise DataError(f"the text has {len(tokens)} tokens; a window needs at least 2")
@@ -238,14 +383,19 @@ def evaluation_loader(loader: DataLoader, max_batches: int | None = None) -> Dat
     """
     dataset = loader.dataset
     batch_size = loader.batch_size or loader.batch_sampler.batch_size
+    n_whole, n_items = len(dataset), len(dataset)
     if isinstance(dataset, WindowDataset):
-        batches = list(WindowBatches(dataset, batch_size, seed=None))
-    else:
-        indices = range(len(dataset))
-        batches = [indices[i : i + batch_size] for i in range(0, len(indices), batch_size)]
-    if max_batches is not None and max_batches < len(batches):
-        chosen = np.linspace(0, len(batches) - 1, max_batches).round().astype(int)
-        batches = [batches[i] for i in chosen]
+        dataset = dataset.without_overlap()
+        n_whole, n_items = dataset.n_whole, len(dataset)
+    starts = [
+        *range(0, n_whole, batch_size),
+        *range(n_whole, n_items),
+    ]  # a tail comes alone
+    if max_batches is not None and max_batches < len(starts):
+        chosen = np.linspace(0, len(starts) - 1, max_batches).round().astype(int)
+        starts = [starts[i] for i in chosen]
+    stops = (n_items if start >= n_whole else min(start + batch_size, n_whole) for start in starts)
+    batches = [range(start, stop) for start, stop in zip(starts, stops, strict=True)]
     return DataLoader(
         dataset,
         batch_sampler=batches,

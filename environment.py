@@ -3,7 +3,9 @@
 import dataclasses
 import difflib
 import importlib
+import os
 import runpy
+import tempfile
 import time
 import traceback
 from collections.abc import Iterable
@@ -15,20 +17,29 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader
 
-from data import WindowPlan, make_loaders, plan_windows, to_array
+from data import TokenSlice, WindowPlan, describe_text, make_loaders, plan_windows
 from engine.console import say
 from engine.errors import CheckpointError, ResourceError, SettingsError
-from engine.optim import Schedule, build_adamw, default_learning_rate, default_warmup_steps
+from engine.optim import (
+    Schedule,
+    build_adamw,
+    default_eval_freq,
+    default_learning_rate,
+    default_warmup_steps,
+)
 from engine.precision import Precision, choose_precision
 from engine.storage import make_folder, make_new_folder, write_atomically, write_json
 from generation import SamplingConfig
 from model import GPTConfig, GPTModel
 from run_plan import RunPlan, RunSettings, resolve_settings
-from text.sources import Text, load_text
-from text.tokenizer import Tokenizer, load_tokenizer
+from text.sources import DataSpec, parse_data
+from text.token_cache import TokenizedText, tokenize
+from text.tokenizer import Tokenizer
 from training_utils import QUICK_MODE_STEPS, TrainingConfig
 
 CACHE = Path(__file__).resolve().parent / "cache"
+# the mark by which backup programs know a cache (bford.info/cachedir)
+CACHE_TAG = b"Signature: 8a477f597d28d172789f06886806bc55\n"
 
 
 @dataclass
@@ -38,9 +49,11 @@ class RunFolder:
     path: Path
     named: bool  # the user chose the name
     settings: dict[str, Any]
+    data: dict[str, Any]  # the report on the text
+    tokenizer_file: Path
 
-    def create(self, tokenizer: Tokenizer) -> None:
-        """Make the folder with settings.json and tokenizer.json.
+    def create(self) -> None:
+        """Make the folder with settings.json, data.json and tokenizer.json.
 
         Raises CheckpointError where the user named a folder that is already there, ResourceError
         where the disk won't have it.
@@ -48,14 +61,12 @@ class RunFolder:
         wanted, count = self.path, 1
         while not make_new_folder(self.path):
             if self.named:
-                raise CheckpointError(
-                    f"the run folder {self.path} is already there.\n"
-                    "Choose another RUN_NAME, or move the folder away."
-                )
+                raise _folder_is_taken(self.path)
             count += 1  # another run began in the same second
             self.path = wanted.with_name(f"{wanted.name}-{count}")
         write_json(self.path / "settings.json", self.settings)
-        write_atomically(self.path / "tokenizer.json", _tokenizer_json(tokenizer))
+        write_json(self.path / "data.json", self.data)
+        write_atomically(self.path / "tokenizer.json", self.tokenizer_file.read_bytes())
 
 
 @dataclass
@@ -74,7 +85,7 @@ class RuntimeEnv:
     schedule: Schedule
     sampling: SamplingConfig
     run: RunFolder
-    text: Text
+    text: TokenizedText
     seed: int
     log_every: int
 
@@ -87,23 +98,22 @@ def prepare_environment(settings: str | Path | None = None) -> RuntimeEnv:
     setting, DataError for the text, ResourceError for the device.
     """
     plan = resolve_settings(*read_given_settings(settings))
+    folder = _run_folder(plan)
     device = pick_device(plan.run.DEVICE)
     precision = choose_precision(plan.run.PRECISION, device)
     _show_machine(device, precision, plan)
 
-    text = load_text(plan.run.DATA, CACHE)
-    if text.notice:
-        say(f"Note: {text.notice}")
-    say(f"✓ Text loaded from {text.name}")
-    tokenizer = load_tokenizer(plan.run.TOKENIZER)
-    say(f"✓ Tokenizer initialized ({tokenizer.name})")
-    tokens = to_array(tokenizer.encode(text.content), tokenizer.vocab_size)
+    spec = parse_data(plan.run.DATA)
+    text = tokenize(spec, plan.run.TOKENIZER, plan.training.train_ratio, usable_cache())
+    tokenizer = text.tokenizer
+    _show_text(text, spec)
     windows, notices = plan_windows(
-        len(tokens),
+        text.n_tokens,
         max_length=plan.model["context_length"],
-        stride=plan.training.stride or plan.model["context_length"],
+        stride=plan.training.stride,
         batch_size=plan.training.batch_size,
         train_ratio=plan.training.train_ratio,
+        n_train=text.n_train,
     )
 
     model_config = GPTConfig(
@@ -114,21 +124,39 @@ def prepare_environment(settings: str | Path | None = None) -> RuntimeEnv:
     _show_model(plan.model_name, model)
 
     train_loader, val_loader = make_loaders(
-        tokens,
+        TokenSlice(text.path, text.dtype, 0, text.n_tokens),
         windows,
         seed=plan.run.SEED,
-        num_workers=plan.training.num_workers,
-        pin_memory=device.type == "cuda",
+        num_workers=_cap_workers(plan.training.num_workers, notices),
+        device=device,
+        sampling=plan.training.sampling,
     )
     training, schedule = _complete_training(
         plan, windows, model_config.emb_dim, len(train_loader), notices
     )
-    _show_training(plan.mode, training, schedule, windows, notices)
+    _show_training(plan.mode, training, schedule, notices)
+    for line in describe_text(text.report, windows, model.count_parameters()):
+        say(f"  {line}")
+    say(
+        f"  {windows.n_train:,} tokens to train on in {windows.n_windows:,} windows "
+        f"({windows.n_unused} left over), {windows.n_val:,} to validate on"
+    )
     optimizer = build_adamw(model, training.learning_rate, training.weight_decay)
     batch = [part.to(device) for part in train_loader.dataset.__getitems__([0])]
     check_devices(model, optimizer, batch, device)
     say(f"✓ Device consistency verified (using {device})")
-    run = _plan_folder(plan, device, precision, text, training, model_config, schedule, notices)
+    run = _describe_run(
+        plan,
+        folder,
+        device,
+        precision,
+        text,
+        windows,
+        training,
+        model_config,
+        schedule,
+        notices,
+    )
     return RuntimeEnv(
         device=device,
         model=model,
@@ -154,36 +182,53 @@ def read_given_settings(path: str | Path | None) -> tuple[dict[str, Any], str]:
     Raises SettingsError where there is no such file or it does not run, with the line at fault.
     """
     place = "config_run.py" if path is None else str(path)
+    if path is not None and not Path(path).is_file():
+        raise SettingsError(
+            f"there is no settings file {place} (looked for in {Path.cwd()}).\n"
+            "Name a Python file of config_run.py's shape, or none for config_run.py itself."
+        )
     try:
         if path is None:
             names = vars(importlib.import_module("config_run"))
         else:
             names = runpy.run_path(str(path))
-    except OSError as error:
-        raise SettingsError(f"can't read {place}: {error.strerror or error}") from error
-    except SyntaxError as error:
-        shown = f"\n    {error.text.strip()}" if error.text else ""
-        raise SettingsError(
-            f"{place} line {error.lineno} is not Python: {error.msg}{shown}"
-        ) from error
-    except Exception as error:  # whatever a line of the user's own may raise
-        line = traceback.extract_tb(error.__traceback__)[-1]
-        raise SettingsError(
-            f"{place} line {line.lineno} fails: {error}\n    {line.line}"
-        ) from error
-    lower_case = {f.name for f in dataclasses.fields(RunSettings) if f.name.islower()}
-    return {
+    except (Exception, SystemExit) as error:  # whatever a line of the user's own may raise
+        raise SettingsError(_about_settings_file(place, error)) from error
+    known = [f.name for f in dataclasses.fields(RunSettings)]
+    given = {
         name: value
         for name, value in names.items()
         # a settings file may have helpers of its own: lower-case names, functions, modules
-        if name in lower_case
+        if name in known
         or (name.isupper() and not name.startswith("_") and not isinstance(value, ModuleType))
-        or _resembles(name, lower_case)
-    }, place
+        or _resembles(name, known)
+    }
+    if not given:
+        raise SettingsError(f"{place} sets nothing; it may set: {', '.join(known)}")
+    return given, place
+
+
+def _about_settings_file(place: str, error: BaseException) -> str:
+    """What is wrong with a settings file that does not run, and in which line."""
+    if isinstance(error, SyntaxError):
+        where = f"{error.filename or place} line {error.lineno}"
+        line = f"\n    {error.text.strip()}" if error.text else ""
+        return f"{where} is not Python: {error.msg}{line}"
+    if isinstance(error, ModuleNotFoundError) and error.name == "config_run":
+        return "config_run.py is missing; restore it from the repository"
+    frames = traceback.extract_tb(error.__traceback__)
+    inside = [frame for frame in frames if Path(frame.filename).name == Path(place).name]
+    reason = f"{type(error).__name__}: {error}"
+    if not inside:
+        return f"{place} can't be read: {reason}"
+    return f"{place} line {inside[-1].lineno} fails: {reason}\n    {inside[-1].line}"
 
 
 def _resembles(name: str, known: Iterable[str]) -> bool:
-    return bool(difflib.get_close_matches(name, known, n=1, cutoff=0.8))
+    """Whether a lower-case name is likely to mean one of the settings."""
+    return not name.startswith("_") and bool(
+        difflib.get_close_matches(name.lower(), [k.lower() for k in known], n=1, cutoff=0.85)
+    )
 
 
 # -------------------------------------------------------------------------------- building
@@ -218,12 +263,41 @@ def build_model(config: GPTConfig, device: torch.device) -> GPTModel:
     try:
         return GPTModel(config).to(device)
     except (MemoryError, RuntimeError) as error:
-        if not isinstance(error, MemoryError) and "alloc" not in str(error).lower():
+        if not is_out_of_memory(error):
             raise
         raise ResourceError(
             f"the model does not fit into the memory of {device}.\n"
             "Set smaller n_layers or emb_dim in model_overrides, or another MODEL."
         ) from error
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an exception says that memory ran out, on whatever device."""
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or (
+        isinstance(error, RuntimeError) and "allocate" in str(error)
+    )
+
+
+def usable_cache() -> Path:
+    """The cache folder, or one of the system's for temporary files where the first can't be
+    written (a read-only checkout, say)."""
+    try:
+        make_folder(CACHE)
+        write_atomically(CACHE / "CACHEDIR.TAG", CACHE_TAG)
+    except ResourceError as error:
+        instead = Path(tempfile.gettempdir()) / "gpt-trainer-cache"
+        reason = str(error).splitlines()[0]
+        say(f"Note: {reason} {instead} serves as cache")
+        make_folder(instead)
+        return instead
+    return CACHE
+
+
+def _cap_workers(asked: int, notices: list[str]) -> int:
+    cores = os.cpu_count() or 1
+    if asked > cores:
+        notices.append(f"num_workers is lowered from {asked} to {cores}: so many cores are there")
+    return min(asked, cores)
 
 
 def check_devices(
@@ -259,7 +333,11 @@ def _is_on(tensor: torch.Tensor, device: torch.device) -> bool:
 
 
 def _complete_training(
-    plan: RunPlan, windows: WindowPlan, emb_dim: int, steps_per_epoch: int, notices: list[str]
+    plan: RunPlan,
+    windows: WindowPlan,
+    emb_dim: int,
+    steps_per_epoch: int,
+    notices: list[str],
 ) -> tuple[TrainingConfig, Schedule]:
     """Fill in every value that was left to be worked out; adds to the notices."""
     asked = plan.training
@@ -277,6 +355,7 @@ def _complete_training(
         )
     training = dataclasses.replace(
         asked,
+        eval_freq=asked.eval_freq or default_eval_freq(total_steps),
         batch_size=windows.batch_size,
         max_length=windows.max_length,
         stride=windows.stride,
@@ -289,18 +368,40 @@ def _complete_training(
     return training, schedule
 
 
-def _plan_folder(
+def _run_folder(plan: RunPlan) -> Path:
+    """Where the run will be kept; it is better to know that it can't be before a long wait."""
+    name = plan.run.RUN_NAME or f"{time.strftime('%Y-%m-%d_%H-%M-%S')}-{plan.mode}"
+    folder = Path(plan.run.OUTPUT_DIR).expanduser() / name
+    if plan.run.RUN_NAME and folder.exists():
+        raise _folder_is_taken(folder)
+    existing = next(parent for parent in folder.absolute().parents if parent.exists())
+    if not existing.is_dir():
+        raise ResourceError(
+            f"can't make the folder {folder}: {existing} is a file.\n"
+            "Set OUTPUT_DIR to another folder."
+        )
+    return folder
+
+
+def _folder_is_taken(folder: Path) -> CheckpointError:
+    return CheckpointError(
+        f"the run folder {folder} is already there.\n"
+        "Choose another RUN_NAME, or move the folder away."
+    )
+
+
+def _describe_run(
     plan: RunPlan,
+    folder: Path,
     device: torch.device,
     precision: Precision,
-    text: Text,
+    text: TokenizedText,
+    windows: WindowPlan,
     training: TrainingConfig,
     model_config: GPTConfig,
     schedule: Schedule,
     adapted: list[str],
 ) -> RunFolder:
-    stamp = time.strftime("%Y-%m-%d_%H-%M-%S")
-    name = plan.run.RUN_NAME or f"{stamp}-{plan.mode}"
     settings = {
         "mode": plan.mode,
         "settings": dataclasses.asdict(plan.run),
@@ -311,24 +412,25 @@ def _plan_folder(
         "device": str(device),
         "precision": {"name": precision.name, "reason": precision.reason},
         "threads": torch.get_num_threads(),
-        "text": {"name": text.name, "path": str(text.path), "notice": text.notice},
+        "tokenizer": text.tokenizer.fingerprint,
         "total_steps": schedule.total_steps,
         "origins": plan.origins,
         "adapted": adapted,
         "torch": torch.__version__,
     }
+    split = {
+        "train_tokens": windows.n_train,
+        "validation_tokens": windows.n_val,
+        "train_windows": windows.n_windows,
+        "tokens_left_over": windows.n_unused,
+    }
     return RunFolder(
-        Path(plan.run.OUTPUT_DIR).expanduser() / name, plan.run.RUN_NAME is not None, settings
+        path=folder,
+        named=plan.run.RUN_NAME is not None,
+        settings=settings,
+        data=text.report | {"split": split, "notices": text.notices},
+        tokenizer_file=text.tokenizer_file,
     )
-
-
-def _tokenizer_json(tokenizer: Tokenizer) -> bytes:
-    """The tokenizer.json of a run, kept in the cache: making it takes half a second."""
-    path = CACHE / "tokenizers" / f"{tokenizer.fingerprint}.json"
-    if not path.exists():
-        make_folder(path.parent)
-        write_atomically(path, tokenizer.to_json().encode("utf-8"))
-    return path.read_bytes()
 
 
 # --------------------------------------------------------------------------------- showing
@@ -342,8 +444,20 @@ def _show_machine(device: torch.device, precision: Precision, plan: RunPlan) -> 
         say("GPU: Apple Silicon")
     say(f"Precision: {precision.name} ({precision.reason})")
     say(f"Mode: {plan.mode} ({plan.origins['mode']})")
+    say(f"Model: {plan.model_name} ({plan.origins['model']})")
     for notice in plan.notices:
         say(f"Note: {notice}")
+
+
+def _show_text(text: TokenizedText, spec: DataSpec) -> None:
+    for notice in text.notices:
+        say(f"Note: {notice}")
+    files = text.report["files"]
+    name = files[0]["name"] if len(files) == 1 else ", ".join(spec.train + spec.val)
+    say(f"✓ Text loaded from {name}")
+    for note in text.report["notes"]:
+        say(f"  {note}")
+    say(f"✓ Tokenizer initialized ({text.report['tokenizer']})")
 
 
 def _show_model(name: str, model: GPTModel) -> None:
@@ -363,13 +477,14 @@ def _show_training(
     mode: str,
     training: TrainingConfig,
     schedule: Schedule,
-    windows: WindowPlan,
     notices: list[str],
 ) -> None:
     for notice in notices:
         say(f"Note: {notice}")
     purpose = ", for testing" if mode == "quick" else ""
     epochs = f"{training.num_epochs} epoch{'s' * (training.num_epochs != 1)}"
+    if training.max_steps is not None:
+        epochs = f"{training.max_steps} steps"
     say(f"✓ Using {mode} training config ({epochs}{purpose})")
     say(
         f"  {schedule.total_steps:,} steps of {training.batch_size} x {training.max_length} "
@@ -377,7 +492,3 @@ def _show_training(
         f"{training.warmup_steps} warm-up steps)"
     )
     say("✓ Data loaders ready")
-    say(
-        f"  {windows.n_train:,} tokens to train on in {windows.n_windows:,} windows "
-        f"({windows.n_unused} left over), {windows.n_val:,} to validate on"
-    )

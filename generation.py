@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from engine.errors import SettingsError
-from engine.settings import check, setting
+from engine.settings import check, raise_if_any, setting, shown
 from text.tokenizer import Tokenizer
 
 
@@ -17,7 +17,7 @@ class SamplingConfig:
     """How the samples after training are drawn. Raises SettingsError with every wrong value."""
 
     max_new_tokens: int = setting(50, minimum=1, maximum=100_000)
-    temperature: float = setting(0.8, minimum=0)
+    temperature: float = setting(0.8, minimum=0, maximum=1e9)
     top_k: int = setting(50, minimum=1)
     top_p: float = setting(0.9, minimum=0, maximum=1)
 
@@ -40,8 +40,25 @@ def generate(
 
     Whenever the text outgrows the model's context, its newest half is kept and goes on.
     Temperature 0 takes the likeliest token each time. The generator, on the model's device, makes
-    a draw repeatable.
+    a draw repeatable. Raises SettingsError for a value that makes no sense.
     """
+    problems = [
+        f"{name} is {shown(value)}; it must be {allowed}"
+        for name, value, is_right, allowed in (
+            ("max_new_tokens", max_new_tokens, max_new_tokens >= 0, "0 or more"),
+            ("temperature", temperature, temperature >= 0, "0 or more"),
+            ("top_k", top_k, top_k is None or top_k >= 1, "1 or more, or None"),
+            ("top_p", top_p, top_p is None or 0 <= top_p <= 1, "between 0 and 1, or None"),
+            (
+                "ids",
+                tuple(ids.shape),
+                ids.dim() == 2 and ids.shape[1] > 0,
+                "of shape (B, T), T > 0",
+            ),
+        )
+        if not is_right
+    ]
+    raise_if_any(problems, "generate()")
     keep = max(1, model.config.context_length // 2)
     window = ids
     with evaluating(model):

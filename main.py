@@ -6,11 +6,11 @@ import sys
 
 import torch
 
-from engine.console import say, use_utf8
-from engine.errors import PipelineError, SettingsError
+from engine.console import complain, say, use_utf8
+from engine.errors import PipelineError, ResourceError, SettingsError
 from engine.metrics import perplexity
 from engine.storage import write_json
-from environment import RuntimeEnv, prepare_environment
+from environment import RuntimeEnv, is_out_of_memory, prepare_environment
 from generation import generate, text_to_token_ids, token_ids_to_text
 from train import PICTURE, History, Journal, mean_loss, save_picture, train
 
@@ -20,19 +20,39 @@ LINE = "=" * 70
 def main(arguments: list[str]) -> int:
     """Run the whole pipeline; returns the exit code (engine/errors.py has them)."""
     use_utf8()
+    env = None
     try:
         settings = _settings_file(arguments)
         say(f"{LINE}\nGPT Model Training Pipeline\n{LINE}")
-        run_pipeline(prepare_environment(settings))
-    except PipelineError as error:
+        env = prepare_environment(settings)
+        run_pipeline(env)
+    except (PipelineError, MemoryError, RuntimeError) as error:
         if os.environ.get("GPT_DEBUG") == "1":
             raise
-        print(f"\n{type(error).__name__}: {error}", file=sys.stderr)
-        return error.exit_code
+        return _report_failure(error, env)
     except KeyboardInterrupt:
-        print("\nStopped.", file=sys.stderr)
+        complain("Stopped." + _what_is_kept(env))
         return 130
     return 0
+
+
+def _report_failure(error: Exception, env: RuntimeEnv | None) -> int:
+    """Say what went wrong; returns the exit code. What nobody expected keeps its traceback."""
+    if is_out_of_memory(error):
+        error = ResourceError(
+            f"out of memory: {str(error).splitlines()[0][:100]}\n"
+            "Set a smaller batch_size, max_length or model."
+        )
+    if not isinstance(error, PipelineError):
+        raise error
+    complain(f"{type(error).__name__}: {error}{_what_is_kept(env)}")
+    return error.exit_code
+
+
+def _what_is_kept(env: RuntimeEnv | None) -> str:
+    if env is None or not env.run.path.is_dir() or not (env.run.path / "metrics.jsonl").exists():
+        return ""
+    return f" What was measured so far is in {env.run.path}"
 
 
 def run_pipeline(env: RuntimeEnv) -> None:
@@ -71,7 +91,10 @@ def sum_up(env: RuntimeEnv, history: History) -> None:
     best = history.best
     say("Training Summary:")
     say(f"  Final train loss: {history.train_losses[-1]:.4f}")
-    say(f"  Final val loss: {final_val:.4f} (perplexity {perplexity(final_val):,.1f})")
+    say(
+        f"  Final val loss: {final_val:.4f} (over all validation text; perplexity "
+        f"{perplexity(final_val):,.1f})"
+    )
     say(f"  Best val loss: {history.val_losses[best]:.4f} (at step {history.steps[best]})")
     say(f"  Run folder: {env.run.path}")
     summary = {

@@ -135,10 +135,11 @@ class GPTModel(nn.Module):
     def hidden(self, ids: torch.Tensor) -> torch.Tensor:
         """(B, T) token ids -> (B, T, C), what the head turns into logits.
 
-        T is at most config.context_length.
+        T is at most config.context_length, else ValueError.
         """
         T, limit = ids.shape[1], self.config.context_length
-        assert limit >= T, f"{T} positions, but the model has {limit}"
+        if limit < T:
+            raise ValueError(f"{T} token ids, but the model's context_length is {limit}")
         x = self.token_embedding(ids)  # (B, T, C)
         if self.config.positions == "learned":
             x = x + self.position_embedding.weight[:T]

@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import os
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -17,12 +18,14 @@ from engine.settings import (
     raise_if_any,
     read_json_object,
     setting,
+    shown,
     translate_names,
     unknown_name,
 )
 from generation import SamplingConfig
 from model import GPTConfig
-from text.tokenizer import TOKENIZERS
+from text.sources import parse_data
+from text.tokenizer import find_tokenizer_fault
 from training_utils import TrainingConfig, read_custom_params
 
 MODELS_FILE = Path(__file__).resolve().parent / "config.json"
@@ -33,8 +36,8 @@ SMALL_MODEL, DEFAULT_MODEL = "small", "gpt2-124m"  # what "auto" chooses from
 class RunSettings:
     """The names of config_run.py, with the values that a missing name has."""
 
-    DATA: str = setting("the-verdict")
-    TOKENIZER: str = setting("gpt2", choices=TOKENIZERS)
+    DATA: str | dict | list = setting("the-verdict")
+    TOKENIZER: str = setting("gpt2")
     QUICK_MODE: bool = setting(True)
     CUSTOM_MODE: bool = setting(False)
     MODEL: str = setting("auto")
@@ -56,21 +59,32 @@ class RunSettings:
     def conflicts(values: dict[str, Any]) -> list[str]:
         """Rules beyond type and range; values is complete."""
         problems = []
+        try:
+            parse_data(values["DATA"])
+        except SettingsError as error:
+            problems.append(str(error))
+        if fault := find_tokenizer_fault(values["TOKENIZER"]):
+            problems.append(f"TOKENIZER {fault}")
         device, run_name = values["DEVICE"], values["RUN_NAME"]
-        output_dir = values["OUTPUT_DIR"]
-        if "\x00" in output_dir or re.match(r"~[^/\\]", output_dir):
+        try:
+            os.fsencode(Path(values["OUTPUT_DIR"]).expanduser())
+            os.fsencode(values["RUN_NAME"] or "")
+            unusable = "\x00" in values["OUTPUT_DIR"]
+        except (RuntimeError, ValueError):  # a home that is not there; what no file can be called
+            unusable = True
+        if unusable:
             problems.append(
-                f"OUTPUT_DIR is {output_dir!r}; it must be a folder's path; ~ stands for your own "
-                "home folder only"
+                f"OUTPUT_DIR ({shown(values['OUTPUT_DIR'])}) and RUN_NAME "
+                f"({shown(values['RUN_NAME'])}) can't be a folder's path on this machine"
             )
         if device is not None and not re.fullmatch(r"cpu|mps|cuda(:\d{1,3})?", device):
-            problems.append(f'DEVICE is {device!r}; it must be "cpu", "cuda", "mps" or None')
+            problems.append(f'DEVICE is {shown(device)}; it must be "cpu", "cuda", "mps" or None')
         if run_name is not None and not re.fullmatch(
             r'[^./\\<>:"|?*\x00-\x1f][^/\\<>:"|?*\x00-\x1f]{0,79}', run_name
         ):
             problems.append(
-                f"RUN_NAME is {run_name!r}; it must be a folder's plain name: up to 80 characters, "
-                'none of / \\ < > : " | ? * and no dot in front'
+                f"RUN_NAME is {shown(run_name)}; it must be a folder's plain name: up to 80 "
+                'characters, none of / \\ < > : " | ? * and no dot in front'
             )
         return problems
 
@@ -135,7 +149,14 @@ def resolve_settings(given: dict[str, Any], place: str, models_file: Path = MODE
     if model.get("drop_rate", 0) > 0.5:
         notices.append(f"drop_rate ({model['drop_rate']}) is above 0.5: the model learns slowly")
     return RunPlan(
-        run, mode, model_name, model, training, SamplingConfig(**sampling), origins, notices
+        run,
+        mode,
+        model_name,
+        model,
+        training,
+        SamplingConfig(**sampling),
+        origins,
+        notices,
     )
 
 
@@ -159,7 +180,9 @@ def read_models(path: Path) -> tuple[dict[str, dict[str, Any]], list[str]]:
             values["context_length"] = values.pop("max_length")
             labels["context_length"] = labels.pop("max_length")
         faults += find_problems(
-            GPTConfig, values, lambda n, labels=labels, place=place: labels.get(n, place)
+            GPTConfig,
+            values,
+            lambda n, labels=labels, place=place: labels.get(n, place),
         )
         required = ("context_length", "emb_dim", "n_heads", "n_layers")
         faults += [f'{place} lacks "{field}"' for field in required if field not in values]
@@ -220,11 +243,8 @@ def _label_in(training: TrainingConfig, model_name: str):
     def label(name: str) -> str:
         if name == "context_length" and training.max_length is not None:
             return 'custom_params["max_length"]'
-        place = "model_overrides" if name in training.model_overrides else "config.json"
-        return (
-            f'{place}["{name}"]'
-            if place == "model_overrides"
-            else f'config.json["{model_name}"]["{name}"]'
-        )
+        if name in training.model_overrides:
+            return f'model_overrides["{name}"]'
+        return f'config.json["{model_name}"]["{name}"]'
 
     return label

@@ -14,10 +14,11 @@ from torch.utils.data import DataLoader
 
 from data import WindowBatches, evaluation_loader
 from engine.console import say, track
-from engine.errors import DataError, NumericsError
+from engine.errors import DataError, NumericsError, ResourceError
 from engine.loss import next_token_loss
 from engine.optim import Schedule, learning_rate_at, set_learning_rate
 from engine.precision import Precision, choose_precision
+from engine.settings import raise_if_any, shown
 from engine.storage import append_json_lines, write_atomically
 from generation import evaluating, generate, text_to_token_ids, token_ids_to_text
 from text.tokenizer import Tokenizer
@@ -92,7 +93,9 @@ def training_loop(
         if batches_left == 0:
             break
         for ids, targets in track(
-            epoch_batches(train_loader, epoch, batches_left), batches_left, f"Epoch {epoch + 1}"
+            epoch_batches(train_loader, epoch, batches_left),
+            batches_left,
+            f"Epoch {epoch + 1}",
         ):
             if plan.schedule is not None:
                 set_learning_rate(optimizer, learning_rate_at(step, plan.schedule))
@@ -116,14 +119,21 @@ def take_step(
     max_grad_norm: float,
 ) -> torch.Tensor:
     """One optimizer step on a batch, (B, T) each; returns its loss, which stays on the device."""
-    with precision.autocast():
-        loss = next_token_loss(model.hidden(ids), model.head.weight, targets)
+    loss = batch_loss(model, ids, targets, precision)
     loss.backward()
     if max_grad_norm > 0:
         nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm)
     optimizer.step()
     optimizer.zero_grad()
     return loss.detach()
+
+
+def batch_loss(
+    model: nn.Module, ids: torch.Tensor, targets: torch.Tensor, precision: Precision
+) -> torch.Tensor:
+    """The mean loss of a batch, (B, T) each, as a 0-d fp32 tensor."""
+    with precision.autocast():
+        return next_token_loss(model.hidden(ids), model.head.weight, targets)
 
 
 def epoch_batches(loader: DataLoader, epoch: int, count: int) -> Iterator:
@@ -147,8 +157,7 @@ def mean_loss(
     with evaluating(model):
         for ids, targets in loader:
             ids, targets = to_device(ids, device), to_device(targets, device)
-            with precision.autocast():
-                loss = next_token_loss(model.hidden(ids), model.head.weight, targets)
+            loss = batch_loss(model, ids, targets, precision)
             total += loss * targets.numel()
             count += targets.numel()
     if count == 0:
@@ -192,7 +201,12 @@ class Journal:
         first = len(self.history.batch_losses) + 1
         self.history.batch_losses += losses
         rows = [
-            {"step": first + i, "train/loss": loss, "train/lr": rate, "train/tokens": tokens}
+            {
+                "step": first + i,
+                "train/loss": loss,
+                "train/lr": rate,
+                "train/tokens": tokens,
+            }
             for i, (loss, (_, tokens, rate)) in enumerate(zip(losses, self._pending, strict=True))
         ]
         self._pending = []
@@ -268,7 +282,10 @@ def save_picture(history: History, folder: Path, vocab_size: int) -> bool:
     if png is None:
         return False
     write_atomically(folder / PICTURE, png)
-    write_atomically(PICTURE, png)
+    try:
+        write_atomically(PICTURE, png)
+    except ResourceError as error:  # the run has its own; this one is for convenience
+        say(f"Note: {str(error).splitlines()[0]} The picture is in {folder}")
     return True
 
 
@@ -278,7 +295,7 @@ def train(env: "RuntimeEnv") -> Journal:
     Raises CheckpointError where the folder is another run's, ResourceError where the disk won't
     take it, NumericsError where a loss is not finite.
     """
-    env.run.create(env.tokenizer)
+    env.run.create()
     config = env.train_config
     journal = Journal(env.tokenizer, config.start_context, env.log_every, env.run.path)
     plan = LoopPlan(
@@ -313,24 +330,41 @@ def train_model_simple(
     start_context: str,
     tokenizer: Tokenizer,
     log_every: int = 0,
+    *,
+    precision: Precision | None = None,
+    max_grad_norm: float = 1.0,
 ) -> tuple[list[float], list[float], list[int]]:
     """Train a GPTModel in a script of your own: no run folder, no file, no schedule.
 
     Returns (train_losses, val_losses, tokens_seen), one entry for each evaluation: before the
     first step, every eval_freq steps and at the end of each epoch. The optimizer's learning rates
-    stay as they are; arithmetic is in bf16 where the device has it. Raises NumericsError where a
+    stay as they are. precision (RuntimeEnv has one) None is bf16 where the device has it;
+    max_grad_norm 0 never clips. Raises SettingsError for counts too small and NumericsError where a
     loss is not finite.
     """
+    counts = (
+        ("num_epochs", num_epochs, 0),
+        ("eval_freq", eval_freq, 1),
+        ("eval_iter", eval_iter, 1),
+    )
+    raise_if_any(
+        [
+            f"{name} is {shown(count)}; it must be a whole number at least {least}"
+            for name, count, least in counts
+            if not isinstance(count, int) or count < least
+        ],
+        "train_model_simple()",
+    )
     device = torch.device(device)
     journal = Journal(tokenizer, start_context, log_every)
     plan = LoopPlan(
         total_steps=num_epochs * len(train_loader),
         eval_freq=eval_freq,
         eval_iter=eval_iter,
-        max_grad_norm=1.0,
+        max_grad_norm=max_grad_norm,
         schedule=None,
     )
-    precision = choose_precision("auto", device)
+    precision = precision or choose_precision("auto", device)
     training_loop(model, train_loader, val_loader, optimizer, device, precision, plan, journal)
     history = journal.history
     return history.train_losses, history.val_losses, history.tokens_seen

@@ -11,6 +11,7 @@ from engine.settings import (
     find_problems,
     raise_if_any,
     setting,
+    shown,
     translate_names,
 )
 
@@ -27,21 +28,22 @@ class TrainingConfig:
     wrong value.
     """
 
-    num_epochs: int = setting(3, minimum=1)
-    max_steps: int | None = setting(None, minimum=1)
-    batch_size: int = setting(8, minimum=1)
+    num_epochs: int = setting(3, minimum=1, maximum=1_000_000_000)
+    max_steps: int | None = setting(None, minimum=1, maximum=1_000_000_000)
+    batch_size: int = setting(8, minimum=1, maximum=1_000_000)
     learning_rate: float | None = setting(None, above=0, maximum=10)
     schedule: str = setting("cosine", choices=SCHEDULES)
     warmup_steps: int | None = setting(None, minimum=0)
     weight_decay: float = setting(0.1, minimum=0, below=1)
     max_grad_norm: float = setting(1.0, minimum=0)
     max_length: int | None = setting(None, minimum=1, maximum=1_000_000)
-    stride: int | None = setting(None, minimum=1)
+    stride: int | None = setting(None, minimum=1, maximum=1_000_000_000)
+    sampling: str = setting("windows", choices=("windows", "random"))
     train_ratio: float = setting(0.9, above=0, below=1)
-    eval_freq: int = setting(100, minimum=1)
+    eval_freq: int | None = setting(None, minimum=1)
     eval_iter: int = setting(10, minimum=1)
     start_context: str = setting("Every effort moves you")
-    num_workers: int = setting(0, minimum=0)
+    num_workers: int = setting(0, minimum=0, maximum=1024)
     model_overrides: dict = setting({})
 
     def __post_init__(self) -> None:
@@ -75,7 +77,7 @@ class TrainingConfig:
             max_length=128,
             stride=128,
             eval_freq=3,
-            eval_iter=2,
+            eval_iter=3,
         )
 
     @classmethod
@@ -107,6 +109,8 @@ class CustomTrainingConfig(TrainingConfig):
         Other systems' spellings and model fields at the top level are accepted, as in
         config_run.custom_params. Raises SettingsError with every problem.
         """
+        if not isinstance(given, dict):
+            raise_if_any([f"it is {shown(given)}; it must be a dict {{...}}"], "custom_params")
         arguments, problems, _ = read_custom_params(given, "custom_params")
         raise_if_any(problems, "custom_params")
         return cls(**arguments)
@@ -137,7 +141,7 @@ def read_custom_params(
     overrides_place = f'{place}["model_overrides"]' if place else "model_overrides"
     misplaced = []
     if not isinstance(overrides, dict):
-        misplaced = [f"{overrides_place} is {overrides!r}; it must be a dict {{...}}"]
+        misplaced = [f"{overrides_place} is {shown(overrides)}; it must be a dict {{...}}"]
         overrides = {}
     training = [f.name for f in dataclasses.fields(TrainingConfig) if f.name != "model_overrides"]
     values, labels, problems, notices = translate_names(

@@ -70,4 +70,6 @@ def seconds_to_line(code: str, folder: str) -> float:
 
 
 if __name__ == "__main__":
-    main(*map(int, sys.argv[1:]))
+    if not all(argument.isdecimal() and int(argument) for argument in sys.argv[1:2]):
+        sys.exit(__doc__)
+    main(*map(int, sys.argv[1:2]))

@@ -58,6 +58,9 @@ def cases() -> list[Case]:
 def main(names: list[str]) -> None:
     """Measure the named cases (all without a name), print a table and write the results."""
     use_utf8()
+    known = [case.name for case in cases()]
+    if unknown := [name for name in names if name not in known]:
+        sys.exit(f"unknown: {', '.join(unknown)}; known are: {', '.join(known)}")
     device = pick_device(None)
     rates = {name: multiply_rate(dtype, device) for name, dtype in DTYPES.items()}
     for name, rate in rates.items():

@@ -1,12 +1,14 @@
 """How lines and progress bars reach the screen, whatever the console can show."""
 
+import os
 import sys
 from collections.abc import Iterable, Iterator
+from typing import TextIO
 
 
 def use_utf8() -> None:
     """Switch standard output and error to UTF-8, so that a ✓ never crashes a console."""
-    for stream in (sys.stdout, sys.stderr):
+    for stream in (sys.stdout, sys.stderr):  # None where a program has no console at all
         if hasattr(stream, "reconfigure"):  # a stream that a caller put in place may lack it
             stream.reconfigure(encoding="utf-8", errors="replace")
 
@@ -19,10 +21,16 @@ def say(line: str = "") -> None:
     """
     encoding = _encoding(sys.stdout)
     line = line.encode(encoding, errors="replace").decode(encoding)
-    if _tqdm() is not None and sys.stderr.isatty():
+    if _has_terminal():
         _tqdm().write(line, file=sys.stdout)
     else:
-        print(line, flush=True)
+        _print(line, "stdout")
+
+
+def complain(message: str) -> None:
+    """Print a message of failure to standard error, below whatever bar is drawn there."""
+    message = message.encode(_encoding(sys.stderr), errors="replace").decode(_encoding(sys.stderr))
+    _print(f"\n{message}", "stderr")
 
 
 def track(steps: Iterable, total: int, label: str) -> Iterator:
@@ -32,7 +40,7 @@ def track(steps: Iterable, total: int, label: str) -> Iterator:
     Without tqdm the line is "label: done/total".
     """
     done = 0
-    if _tqdm() is not None and sys.stderr.isatty():
+    if _has_terminal():
         with _tqdm()(total=total, desc=label, dynamic_ncols=True) as bar:
             for item in steps:
                 yield item
@@ -54,13 +62,57 @@ def track(steps: Iterable, total: int, label: str) -> Iterator:
             )
         else:
             bar = f"{label}: {done}/{total}"
-        print(bar, file=sys.stderr, flush=True)
+        _print(bar, "stderr")
+
+
+class ByteProgress:
+    """A bar of bytes done on a terminal's standard error, once work takes more than a second.
+
+    Use it as `with ByteProgress("Reading", total) as progress: progress.show(done)`.
+    """
+
+    def __init__(self, label: str, total: int) -> None:
+        self._bar = None
+        if _has_terminal():
+            self._bar = _tqdm()(
+                total=total,
+                desc=label,
+                unit="B",
+                unit_scale=True,
+                delay=1.0,
+                leave=False,
+            )
+
+    def show(self, done: int) -> None:
+        """Draw that so many bytes in all are done."""
+        if self._bar is not None:
+            self._bar.update(done - self._bar.n)
+
+    def __enter__(self) -> "ByteProgress":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._bar is not None:
+            self._bar.close()
 
 
 _PLAIN_BAR = "{l_bar}{bar:30}| {n_fmt}/{total_fmt}"
 
 
-def _encoding(stream) -> str:
+def _has_terminal() -> bool:
+    """Whether a bar can move: tqdm is there, and somebody watches."""
+    return _tqdm() is not None and sys.stderr is not None and sys.stderr.isatty()
+
+
+def _print(line: str, name: str) -> None:
+    """Print to sys.stdout or sys.stderr; one that nobody reads any more must not end a run."""
+    try:
+        print(line, file=getattr(sys, name), flush=True)
+    except OSError:  # a closed pipe (| head), a full disk
+        setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115
+
+
+def _encoding(stream: TextIO | None) -> str:
     """The encoding of a stream; one that a caller put in place may have none."""
     return getattr(stream, "encoding", None) or "utf-8"
 

@@ -49,6 +49,11 @@ def default_warmup_steps(total_steps: int) -> int:
     return min(100, total_steps // 10)
 
 
+def default_eval_freq(total_steps: int) -> int:
+    """Steps between evaluations: ten in a run, or one every 100 steps of a long one."""
+    return max(1, min(100, total_steps // 10))
+
+
 def build_adamw(model: nn.Module, learning_rate: float, weight_decay: float) -> torch.optim.AdamW:
     """AdamW over the model's parameters; only the weights of Linear layers decay.
 

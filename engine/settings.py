@@ -61,7 +61,7 @@ ALIASES = {
 ELSEWHERE = {
     "use_amp": 'set PRECISION = "auto", "bf16" or "fp32" in config_run.py',
     "train_file": "set DATA in config_run.py to the text's path",
-    "test_file": "validation text is cut from DATA by train_ratio",
+    "test_file": 'set DATA = {"path": ..., "val": ...} in config_run.py',
     "tokenizer_path": "set TOKENIZER in config_run.py",
     "model_save_dir": "set OUTPUT_DIR in config_run.py",
     "vocab_size": "it comes from the tokenizer and can't be set",
@@ -88,9 +88,16 @@ def setting(default: Any = dataclasses.MISSING, **rule: Any) -> Any:
 
 
 def check(instance: Any) -> None:
-    """Raise SettingsError with every problem of a settings object, one a line."""
+    """Raise SettingsError with every problem of a settings object, one a line.
+
+    Numbers of other libraries, such as NumPy's, become Python's own.
+    """
     values = {f.name: getattr(instance, f.name) for f in dataclasses.fields(instance)}
     raise_if_any(find_problems(type(instance), values), type(instance).__name__)
+    for name, value in values.items():
+        if isinstance(value, numbers.Real) and not isinstance(value, bool):
+            plain = int(value) if isinstance(value, numbers.Integral) else float(value)
+            object.__setattr__(instance, name, plain)  # frozen against everything but this
 
 
 def find_problems(
@@ -139,8 +146,8 @@ def translate_names(
                 problems.append(unknown_name(label, spelling, known))
             elif name in values and not _same(values[name], value):
                 problems.append(
-                    f"{labels[name]} = {values[name]!r} and {label} = {value!r} set the same thing "
-                    "to two values; keep one of them"
+                    f"{labels[name]} = {shown(values[name])} and {label} = {shown(value)} set the "
+                    "same thing to two values; keep one of them"
                 )
             else:
                 if name != spelling:
@@ -218,7 +225,7 @@ def _fault(value: Any, hint: Any, rule: Rule) -> str | None:
     if value is None and type(None) in allowed:
         return None
     if not any(_is_a(value, kind) for kind in allowed):
-        return f"is {value!r} ({type(value).__name__}); it must be {_describe(allowed, rule)}"
+        return f"is {shown(value)} ({type(value).__name__}); it must be {_describe(allowed, rule)}"
     in_range = (
         not isinstance(value, numbers.Number)
         or isinstance(value, bool)
@@ -231,14 +238,23 @@ def _fault(value: Any, hint: Any, rule: Rule) -> str | None:
         )
     )
     if not in_range:
-        return f"is {value!r}; it must be {_describe(allowed, rule)}"
+        return f"is {shown(value)}; it must be {_describe(allowed, rule)}"
     if rule.choices is not None and value not in rule.choices:
         near = difflib.get_close_matches(str(value).lower(), map(str, rule.choices), n=1)
         hint = f'; did you mean "{near[0]}"?' if near else ""
-        return f"is {value!r}; it must be {_describe(allowed, rule)}{hint}"
+        return f"is {shown(value)}; it must be {_describe(allowed, rule)}{hint}"
     if isinstance(value, str) and not value.strip():
         return "is empty; it must be some text"
     return None
+
+
+def shown(value: Any) -> str:
+    """A value as an error message shows it: not more than a line of it."""
+    try:
+        text = repr(value)
+    except ValueError:  # a whole number of thousands of digits
+        return "a very long number"
+    return text if len(text) <= 80 else f"{text[:60]}... ({len(text):,} characters)"
 
 
 def _is_finite(value: Any) -> bool:
@@ -272,6 +288,7 @@ _KINDS = {
     bool: "True or False",
     str: "text in quotes",
     dict: "a dict {...}",
+    list: "a list [...]",
     type(None): "None",
 }
 
@@ -302,4 +319,7 @@ def _plain(limit: float) -> str:
 
 
 def _same(one: Any, other: Any) -> bool:
-    return isinstance(one, bool) == isinstance(other, bool) and one == other
+    try:
+        return isinstance(one, bool) == isinstance(other, bool) and bool(one == other)
+    except ValueError:  # arrays
+        return False

@@ -1,10 +1,12 @@
 """How things reach the disk: every durable write of the project goes through this file."""
 
 import contextlib
+import errno
 import json
 import math
 import numbers
 import os
+import threading
 from pathlib import Path
 
 from engine.errors import ResourceError
@@ -12,27 +14,65 @@ from engine.errors import ResourceError
 _LONE_SURROGATES = "backslashreplace"  # in a file's name, say; the result is JSON's own escape
 
 
-def write_atomically(path: str | os.PathLike, content: bytes) -> None:
-    """Replace the file at path by content: readers see the old file or the new one, never a part.
+class NewFile:
+    """A file that appears under its name whole and durable, or not at all.
 
-    The bytes go to a temporary file beside the target, are fsynced, and then renamed over it.
-    Raises ResourceError where the disk is full, read-only or gone: the old file is then intact, or,
-    where only the folder's own fsync failed, the new one may not outlast a power cut.
+    Use it as `with NewFile(path) as file: file.write(...)`. The bytes go to a temporary file
+    beside the target, are fsynced, and then renamed over it; an error in the block, or discard(),
+    leaves what was there. Raises ResourceError where the disk is full, read-only or gone: the old
+    file is then intact, or, where only the folder's own fsync failed, the new one may not outlast
+    a power cut.
     """
-    path = Path(path)
-    beside = path.with_name(f".tmp-{os.getpid()}-{path.name}")
-    try:
-        with open(beside, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(beside, path)
-        _fsync_folder(path.parent)
-    except OSError as error:
-        raise _cannot_write(path, error) from error
-    finally:
-        with contextlib.suppress(OSError):  # renamed, or in a folder that has gone
-            os.unlink(beside)
+
+    def __init__(self, path: str | os.PathLike, *, durable: bool = True) -> None:
+        self.path = Path(path)
+        self._durable = durable
+        # threads, too, may write the same file at once
+        owner = f"{os.getpid()}-{threading.get_ident()}"
+        self._beside = self.path.with_name(f".tmp-{owner}-{self.path.name}")
+        self._keep = True
+
+    def __enter__(self) -> "NewFile":
+        try:
+            self._file = open(self._beside, "wb")
+        except OSError as error:
+            raise _cannot_write(self.path, error) from error
+        return self
+
+    def write(self, content: bytes | memoryview) -> None:
+        """Append bytes."""
+        try:
+            self._file.write(content)
+        except OSError as error:
+            raise _cannot_write(self.path, error) from error
+
+    def discard(self) -> None:
+        """Leave the file that was there as it is."""
+        self._keep = False
+
+    def __exit__(self, kind: type | None, *_: object) -> None:
+        try:
+            if kind is None and self._keep:
+                self._file.flush()
+                if self._durable:
+                    os.fsync(self._file.fileno())
+                self._file.close()
+                os.replace(self._beside, self.path)
+                if self._durable:
+                    _fsync_folder(self.path.parent)
+        except OSError as error:
+            raise _cannot_write(self.path, error) from error
+        finally:
+            with contextlib.suppress(OSError):  # on a full disk even closing fails
+                self._file.close()
+            with contextlib.suppress(OSError):  # renamed, or in a folder that has gone
+                os.unlink(self._beside)
+
+
+def write_atomically(path: str | os.PathLike, content: bytes) -> None:
+    """Replace the file at path by content, as NewFile does."""
+    with NewFile(path) as file:
+        file.write(content)
 
 
 def write_json(path: str | os.PathLike, value: object) -> None:
@@ -75,6 +115,24 @@ def make_new_folder(path: str | os.PathLike) -> bool:
     return True
 
 
+def rename_folder(source: str | os.PathLike, target: str | os.PathLike) -> bool:
+    """Give a finished folder its name; False where another process has made that one first.
+
+    The files in it must be durable already. Raises ResourceError where the disk won't have it.
+    """
+    try:
+        os.rename(source, target)
+    except OSError as error:
+        if Path(target).is_dir():
+            return False
+        raise _cannot_write(target, error) from error
+    try:
+        _fsync_folder(Path(target).parent)
+    except OSError as error:
+        raise _cannot_write(target, error) from error
+    return True
+
+
 def to_json(value: object, indent: int | None = None) -> str:
     """JSON text that every reader takes: UTF-8 kept readable, NaN and infinities as null."""
     return json.dumps(_finite(value), ensure_ascii=False, allow_nan=False, indent=indent)
@@ -103,7 +161,7 @@ def _fsync_folder(folder: Path) -> None:
 
 
 def _cannot_write(path: str | os.PathLike, error: OSError) -> ResourceError:
-    return ResourceError(
-        f"can't write {path}: {error.strerror or error}.\n"
-        "Free some space there, or make the folder one that can be written."
-    )
+    advice = "Choose another folder, or make this one such that it can be written."
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        advice = "Free some space there, or choose another folder."
+    return ResourceError(f"can't write {path}: {error.strerror or error}.\n{advice}")

@@ -1,24 +1,29 @@
-"""Texts by name and by path: fetched whole or not at all, read exactly or refused."""
+"""Texts by name and by address: fetched whole and right, or not at all."""
 
+import contextlib
 import dataclasses
 import hashlib
 import http.server
+import json
 import lzma
-import os
 import re
+import shutil
 import socket
+import subprocess
+import sys
 import threading
 import time
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from conftest import REPOSITORY
 
 from engine.errors import DataError, ResourceError
 from text import corpora
-from text.corpora import CORPORA, Corpus, corpus_path
-from text.sources import load_text
+from text.corpora import CORPORA, Corpus, corpus_path, fetch_address
 
 SAMPLE = REPOSITORY / "corpus" / "sample-en.txt"
 GOOD = "Once upon a time, 从前。\r\n".encode() * 5000
@@ -63,13 +68,36 @@ def answer(status: int, body: bytes, length: int | None = None):
     return send
 
 
-def trickle(handler):
-    """A byte now and then, without end."""
+def without_length(handler):
+    """The text, which ends where the connection does."""
     handler.send_response(200)
-    handler.send_header("Content-Length", str(len(GOOD)))
     handler.end_headers()
-    while not handler.server.closing.wait(0.05):
-        handler.wfile.write(b"x")
+    handler.wfile.write(GOOD)
+
+
+def redirect(target: str):
+    """Send to another address, or to another path of the same server."""
+
+    def send(handler):
+        handler.send_response(302)
+        handler.send_header("Location", target)
+        handler.send_header("Content-Length", "0")
+        handler.end_headers()
+
+    return send
+
+
+def without_end(pause_s: float, piece: bytes):
+    """A text that goes on for as long as somebody reads it."""
+
+    def send(handler):
+        handler.send_response(200)
+        handler.end_headers()
+        with contextlib.suppress(ConnectionError):
+            while not handler.server.closing.wait(pause_s):
+                handler.wfile.write(piece)
+
+    return send
 
 
 OK = answer(200, GOOD)
@@ -129,7 +157,8 @@ def reason_for_the_stand_in(cache: Path) -> str:
         corpus_path(WITHOUT, cache)
     assert caught.value.exit_code == 3
     assert len(str(caught.value).splitlines()) <= 4
-    assert str(caught.value) in notice
+    reason = str(caught.value).splitlines()[0].removeprefix(f"{WITHOUT} can't be had: ")[:-1]
+    assert f"can't be had ({reason})" in notice
     assert files_in(cache) == []
     return notice
 
@@ -149,11 +178,11 @@ def test_download_is_kept_and_asked_for_once(tmp_path, server, from_url, name):
     assert files_in(tmp_path) == [str(Path("corpora") / CORPORA[name].file_name)]
 
 
-def test_downloaded_text_is_read_with_its_name_and_its_line_ends(tmp_path, server, from_url):
+def test_text_without_a_content_length_is_taken_by_its_hash(tmp_path, server, from_url):
     from_url(server.url)
-    server.answers = [OK]
-    text = load_text(WITH_STAND_IN, tmp_path)
-    assert (text.name, text.content, text.notice) == ("the-verdict.txt", GOOD.decode(), None)
+    server.answers = [without_length]
+    path, notice = corpus_path(WITHOUT, tmp_path)
+    assert (path.read_bytes(), notice) == (GOOD, None)
 
 
 @pytest.mark.parametrize("damaged", [b"", GOOD[:-1], b"<html>", GOOD + b"x"], ids=len)
@@ -229,20 +258,212 @@ def test_body_that_breaks_off_is_not_used(tmp_path, server, from_url):
     assert "127.0.0.1" in reason_for_the_stand_in(tmp_path)
 
 
-def test_body_without_end_is_not_read_to_the_end(tmp_path, server, from_url, monkeypatch):
+def test_body_without_end_stops_before_the_disk_is_full(tmp_path, server, from_url, monkeypatch):
+    free = 1 << 20
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=free))
     from_url(server.url)
-    monkeypatch.setattr(corpora, "MAX_BYTES", len(GOOD) - 1)
-    server.answers = [OK]
-    reason_for_the_stand_in(tmp_path)
+    server.answers = [without_end(0.001, b"x" * 65536)]
+    assert "127.0.0.1 sends more than the disk can take" in reason_for_the_stand_in(tmp_path)
+
+
+def test_body_that_comes_too_slowly_is_given_up_on(tmp_path, server, from_url, monkeypatch):
+    monkeypatch.setattr(corpora, "DOWNLOAD_DEADLINE_S", 0.2)
+    monkeypatch.setattr(corpora, "SLOWEST_BYTES", 1 << 40)
+    from_url(server.url)
+    server.answers = [without_end(0.02, b"x" * 65536)]
+    assert "127.0.0.1 is too slow" in reason_for_the_stand_in(tmp_path)
 
 
 def test_body_that_trickles_is_given_up_on(tmp_path, server, from_url, monkeypatch):
-    from_url(server.url)
     monkeypatch.setattr(corpora, "DOWNLOAD_DEADLINE_S", 0.3)
-    server.answers = [trickle]
+    from_url(server.url)
+    server.answers = [without_end(0.05, b"x")]
     started_at = time.monotonic()
-    assert "does not answer" in reason_for_the_stand_in(tmp_path)
+    with pytest.raises(DataError, match=r"127\.0\.0\.1 does not answer"):
+        corpus_path(WITHOUT, tmp_path)
     assert time.monotonic() - started_at < 3
+    assert not (tmp_path / "corpora" / "another.txt").exists()
+
+
+# ----------------------------------------------------------------------------------- redirects
+
+
+def test_redirect_is_followed_to_the_text(tmp_path, server, from_url):
+    from_url(server.url)
+    server.answers = [redirect("/moved/text.txt"), redirect(server.url), OK]
+    assert corpus_path(WITHOUT, tmp_path)[0].read_bytes() == GOOD
+    assert server.requests == 3
+
+
+def test_redirects_in_a_circle_are_given_up_on(tmp_path, server, from_url, waits):
+    from_url(server.url)
+    server.answers = [redirect("/text.txt")]
+    assert "127.0.0.1 redirects in a circle" in reason_for_the_stand_in(tmp_path)
+    assert server.requests == 2 * corpora.MAX_REDIRECTS
+    assert waits == []
+
+
+def test_redirect_to_a_file_of_this_machine_is_not_followed(tmp_path, server, from_url):
+    secret = tmp_path.parent / "secret.txt"
+    secret.write_bytes(GOOD)
+    from_url(server.url)
+    server.answers = [redirect(secret.as_uri())]
+    assert "redirects to file://, which is not followed" in reason_for_the_stand_in(tmp_path)
+
+
+PUBLIC = "https://texts.example.org/a/poems.txt"
+
+
+@pytest.mark.parametrize(
+    ("location", "told"),
+    [
+        ("http://texts.example.org/a/poems.txt", "to http://texts.example.org, which is not"),
+        ("file:///etc/passwd", "to file://, which is not followed"),
+        ("ftp://example.org/poems.txt", "to ftp://example.org, which is not followed"),
+        ("https://127.0.0.1/poems.txt", "to https://127.0.0.1, an address of this machine"),
+        ("https://[::1]/poems.txt", "to https://::1, an address of this machine"),
+        ("//localhost:8080/poems.txt", "to https://localhost, an address of this machine"),
+        ("https://10.1.2.3/poems.txt", "to https://10.1.2.3, an address of this machine"),
+        ("https://169.254.169.254/latest", "to https://169.254.169.254, an address of this"),
+    ],
+)
+def test_redirect_that_a_page_must_not_ask_for_is_refused(location, told):
+    with pytest.raises(DataError) as caught:
+        corpora._redirected(PUBLIC, location)
+    assert str(caught.value).startswith("texts.example.org redirects")
+    assert told in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("url", "location", "target"),
+    [
+        (PUBLIC, "b.txt", "https://texts.example.org/a/b.txt"),
+        (PUBLIC, "/b.txt", "https://texts.example.org/b.txt"),
+        (PUBLIC, "https://cdn.example.net/b.txt", "https://cdn.example.net/b.txt"),
+        ("http://example.org/", "https://example.org/", "https://example.org/"),
+        ("http://127.0.0.1:1/a", "http://localhost:2/b", "http://localhost:2/b"),
+    ],
+)
+def test_redirect_leads_where_a_browser_would_go(url, location, target):
+    assert corpora._redirected(url, location) == target
+
+
+# ----------------------------------------------------------------------------------- addresses
+
+
+def test_address_is_fetched_once_and_kept_with_where_it_came_from(tmp_path, server):
+    server.answers = [OK]
+    path = fetch_address(server.url, tmp_path)
+    assert path.name == "text.txt"
+    assert path.read_bytes() == GOOD
+    assert fetch_address(server.url, tmp_path) == path
+    assert server.requests == 1
+    (sidecar,) = (p for p in tmp_path.rglob("*") if p.is_file() and p != path)
+    assert json.loads(sidecar.read_text(encoding="utf-8")) == {
+        "url": server.url,
+        "sha256": hashlib.sha256(GOOD).hexdigest(),
+        "bytes": len(GOOD),
+    }
+
+
+def test_addresses_that_end_alike_are_kept_apart(tmp_path, server):
+    server.answers = [answer(200, b"one"), answer(200, b"two")]
+    first = fetch_address(server.url + "?page=1", tmp_path)
+    second = fetch_address(server.url + "?page=2", tmp_path)
+    assert (first.read_bytes(), second.read_bytes()) == (b"one", b"two")
+
+
+@pytest.mark.parametrize("last", ["", "source.json", "..", "a%20b.txt", "春.txt"])
+def test_address_of_any_last_part_is_kept_as_it_came(tmp_path, server, last):
+    server.answers = [OK]
+    url = server.url.replace("text.txt", f"texts/{last}")
+    path = fetch_address(url, tmp_path)
+    assert path.read_bytes() == GOOD
+    assert tmp_path.resolve() in path.resolve().parents
+    assert fetch_address(url, tmp_path) == path
+
+
+def message_without_the_file(url: str, cache: Path) -> str:
+    """What fetch_address says of an address that it can't have; nothing may be kept."""
+    with pytest.raises(DataError) as caught:
+        fetch_address(url, cache)
+    assert caught.value.exit_code == 3
+    assert len(str(caught.value).splitlines()) <= 4
+    assert files_in(cache) == []
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("status", "requests"), [(404, 1), (403, 1), (429, corpora.TRIES), (500, corpora.TRIES)]
+)
+def test_refused_address_is_told_with_its_status(tmp_path, server, waits, status, requests):
+    server.answers = [answer(status, GOOD)]
+    message = message_without_the_file(server.url, tmp_path)
+    assert message.startswith(f"{server.url} can't be had: 127.0.0.1 answered {status}.\n")
+    assert server.requests == requests
+    assert len(waits) == requests - 1
+
+
+def test_web_page_in_place_of_a_text_is_refused(tmp_path, server):
+    server.answers = [answer(200, b"\n <!DOCTYPE html><title>Log in</title>")]
+    assert "sent a web page, not the text" in message_without_the_file(server.url, tmp_path)
+
+
+def test_web_page_is_a_text_where_its_address_says_so(tmp_path, server):
+    server.answers = [answer(200, b"<html>poems</html>")]
+    path = fetch_address(server.url.replace("text.txt", "poems.html"), tmp_path)
+    assert path.read_bytes() == b"<html>poems</html>"
+
+
+def test_unreachable_address_is_told_with_what_to_do(tmp_path, closed_port):
+    url = f"http://127.0.0.1:{closed_port}/text.txt"
+    message = message_without_the_file(url, tmp_path)
+    assert message.startswith(f"{url} can't be had: no connection to 127.0.0.1.\n")
+    assert "download it elsewhere and set DATA to the file" in message
+
+
+@pytest.mark.parametrize("url", ["http://[::1/x.txt", "http://", "https:///x.txt", "http://a b/"])
+def test_address_that_is_none_is_refused(tmp_path, url):
+    assert message_without_the_file(url, tmp_path).startswith(f"{url} can't be had: ")
+
+
+def test_threads_that_fetch_the_same_address_all_get_it_whole(tmp_path, server):
+    everyone = threading.Barrier(4, timeout=10)
+
+    def together(handler):
+        everyone.wait()
+        OK(handler)
+
+    server.answers = [together]
+    with ThreadPoolExecutor(4) as pool:
+        paths = list(pool.map(lambda _: fetch_address(server.url, tmp_path), range(4)))
+    assert len(set(paths)) == 1
+    assert paths[0].read_bytes() == GOOD
+    assert len(files_in(tmp_path)) == 2  # the text and where it came from
+
+
+def test_processes_that_fetch_the_same_address_all_get_it_whole(tmp_path, server):
+    everyone = threading.Barrier(2, timeout=20)
+
+    def together(handler):
+        everyone.wait()
+        OK(handler)
+
+    server.answers = [together]
+    program = (
+        "import sys; from pathlib import Path; from text.corpora import fetch_address\n"
+        "print(fetch_address(sys.argv[1], Path(sys.argv[2])))"
+    )
+    command = [sys.executable, "-c", program, server.url, str(tmp_path)]
+    running = [
+        subprocess.Popen(command, cwd=REPOSITORY, stdout=subprocess.PIPE, text=True)
+        for _ in range(2)
+    ]
+    paths = {process.communicate(timeout=30)[0].strip() for process in running}
+    assert [process.returncode for process in running] == [0, 0]
+    assert len(paths) == 1
+    assert Path(paths.pop()).read_bytes() == GOOD
+    assert len(files_in(tmp_path)) == 2
 
 
 # ---------------------------------------------------------------------------------- no network
@@ -324,7 +545,7 @@ def test_stand_in_comes_within_six_seconds_of_a_server_that_never_answers(
 ):
     from_url(silent_url)
     started_at = time.monotonic()
-    assert load_text(WITH_STAND_IN, tmp_path).name == "sample-en.txt"
+    assert corpus_path(WITH_STAND_IN, tmp_path)[0] == SAMPLE
     assert time.monotonic() - started_at < 6
 
 
@@ -334,151 +555,44 @@ def test_stand_in_comes_within_six_seconds_of_a_hanging_name_resolution(
 ):
     from_url("https://corpus.invalid/text.txt")
     started_at = time.monotonic()
-    assert load_text(WITH_STAND_IN, tmp_path).name == "sample-en.txt"
+    assert corpus_path(WITH_STAND_IN, tmp_path)[0] == SAMPLE
     assert time.monotonic() - started_at < 6
 
 
-def test_stand_in_is_read_with_the_notice(tmp_path, from_url, closed_port):
-    from_url(f"http://127.0.0.1:{closed_port}/text.txt")
-    text = load_text(WITH_STAND_IN, tmp_path)
-    assert (text.name, text.path) == ("sample-en.txt", SAMPLE)
-    assert text.content == SAMPLE.read_text(encoding="utf-8")
-    assert "sample-en.txt stands in" in text.notice
+def test_unreachable_text_without_stand_in_is_told_with_what_to_do(tmp_path, from_url, closed_port):
+    url = f"http://127.0.0.1:{closed_port}/text.txt"
+    from_url(url)
+    with pytest.raises(DataError) as caught:
+        corpus_path(WITHOUT, tmp_path)
+    assert caught.value.exit_code == 3
+    first, second, third = str(caught.value).splitlines()
+    assert first == f"{WITHOUT} can't be had: no connection to 127.0.0.1."
+    assert second == f"Without a network, download {url}"
+    assert third == f"elsewhere and save it as {tmp_path / 'corpora' / 'another.txt'}."
 
 
-def test_only_the_default_text_has_a_stand_in_and_every_address_its_hash():
-    for name, corpus in CORPORA.items():
-        assert (corpus.stand_in is not None) == (name == "the-verdict")
-        assert (corpus.url is None) == (corpus.sha256 is None)
+def test_text_saved_where_the_message_says_is_used_without_a_request(tmp_path, server, from_url):
+    from_url(server.url)
+    path = tmp_path / "corpora" / "another.txt"
+    path.parent.mkdir()
+    path.write_bytes(GOOD)
+    assert corpus_path(WITHOUT, tmp_path) == (path, None)
+    assert server.requests == 0
+
+
+def test_only_the_default_text_has_a_stand_in():
+    assert [name for name, corpus in CORPORA.items() if corpus.stand_in] == ["the-verdict"]
+
+
+@pytest.mark.parametrize("name", [name for name, corpus in CORPORA.items() if corpus.url])
+def test_every_address_is_https_and_has_its_hash(name):
+    assert CORPORA[name].url.startswith("https://")
+    assert re.fullmatch("[0-9a-f]{64}", CORPORA[name].sha256)
 
 
 def test_known_hash_is_that_of_the_verdict(shared_data):
     content = (shared_data / "the-verdict.txt").read_bytes()
     assert hashlib.sha256(content).hexdigest() == CORPORA["the-verdict"].sha256
-
-
-# -------------------------------------------------------------------------------- texts by path
-
-
-def message_of(data: str | Path, cache: Path) -> str:
-    """What load_text says of a text that it refuses, which must not take long."""
-    said = []
-
-    def load():
-        with pytest.raises(DataError) as caught:
-            load_text(str(data), cache)
-        said.append(str(caught.value))
-
-    thread = threading.Thread(target=load, daemon=True)
-    thread.start()
-    thread.join(timeout=5)
-    assert said, "load_text did not refuse in time"
-    assert len(said[0].splitlines()) <= 4
-    return said[0]
-
-
-def test_missing_file_is_refused_with_where_it_was_looked_for(workdir):
-    message = message_of("poems.txt", workdir)
-    assert "there is no file poems.txt" in message
-    assert str(workdir) in message
-    assert all(name in message for name in CORPORA)
-
-
-@pytest.mark.parametrize("name", ["the-verdct", "The-Verdict", "the-verdict2"])
-def test_mistyped_name_is_refused_with_the_nearest(workdir, name):
-    assert 'did you mean "the-verdict"?' in message_of(name, workdir)
-
-
-def test_name_like_no_other_is_refused_with_all(workdir):
-    message = message_of("epoch", workdir)  # near "epochs", which is a setting and no text
-    assert "did you mean" not in message
-    assert all(name in message for name in CORPORA)
-
-
-@pytest.mark.parametrize("content", [b"", b" \n\t\r\n", b"\xef\xbb\xbf", b"\xef\xbb\xbf \n"])
-def test_text_without_a_word_is_refused_as_empty(workdir, content):
-    Path("x.txt").write_bytes(content)
-    assert message_of("x.txt", workdir).startswith("x.txt is empty")
-
-
-def test_folder_is_refused_with_the_texts_in_it(workdir):
-    Path("poems").mkdir()
-    assert message_of("poems", workdir).startswith("poems is a folder without a text file.\n")
-    for name in ("b.txt", "a.md", "c.jpg", *(f"x{i}.txt" for i in range(9))):
-        Path("poems", name).write_text("x")
-    message = message_of("poems", workdir)
-    assert message.startswith("poems is a folder.\n")
-    assert message.endswith("a.md, b.txt, x0.txt, x1.txt, x2.txt, ...")
-
-
-@pytest.mark.parametrize(
-    ("content", "place"),
-    [
-        (b"\xff", "byte 0, in line 1, is 0xff"),
-        (b"one\ntwo\xe9\n", "byte 7, in line 2, is 0xe9"),
-        (b"one\r\ntwo\r\n\x80", "byte 10, in line 3, is 0x80"),
-        (b"\xef\xbb\xbfone\ntw\xff", "byte 9, in line 2, is 0xff"),
-        ("one".encode("utf-16"), "byte 0, in line 1, is 0xff"),
-        ("春江".encode("gbk"), "byte 0, in line 1, is 0xb4"),
-        ("春".encode()[:2], "byte 0, in line 1, is 0xe6"),
-        (b"\xed\xa0\x80", "byte 0, in line 1, is 0xed"),
-    ],
-    ids=ascii,
-)
-def test_text_that_is_not_utf8_is_refused_with_byte_and_line(workdir, content, place):
-    Path("x.txt").write_bytes(content)
-    message = message_of("x.txt", workdir)
-    assert f"x.txt is not UTF-8: {place}." in message
-
-
-@pytest.mark.parametrize(
-    ("content", "text"),
-    [
-        (b"\xef\xbb\xbfone", "one"),
-        (b"one\r\ntwo\rthree\n", "one\r\ntwo\rthree\n"),
-        (b"a\x00b\x1a\x0c", "a\x00b\x1a\x0c"),
-        (b"\xef\xbb\xbf\xef\xbb\xbfone\xef\xbb\xbf", "\ufeffone\ufeff"),
-        ("𠮷\u2028春".encode(), "𠮷\u2028春"),
-    ],
-    ids=["byte-order mark", "line ends", "control characters", "more marks", "chinese"],
-)
-def test_text_is_read_exactly_but_for_one_byte_order_mark(workdir, content, text):
-    Path("x.txt").write_bytes(content)
-    assert load_text("x.txt", workdir).content == text
-
-
-def test_path_may_be_relative_absolute_or_from_home(workdir, monkeypatch):
-    monkeypatch.setenv("HOME", str(workdir))
-    monkeypatch.setenv("USERPROFILE", str(workdir))
-    (workdir / "春 1.txt").write_text("one", encoding="utf-8")
-    for path in ("春 1.txt", str(workdir / "春 1.txt"), "~/春 1.txt"):
-        text = load_text(path, workdir)
-        assert (text.name, text.content, text.notice) == ("春 1.txt", "one", None)
-
-
-def test_home_of_nobody_is_refused_as_missing(workdir):
-    assert "there is no file" in message_of("~nobody-of-this-name/x.txt", workdir)
-
-
-def test_path_below_a_file_is_refused_as_missing(workdir):
-    Path("x.txt").write_text("one")
-    assert "there is no file" in message_of(Path("x.txt", "y.txt"), workdir)
-
-
-@pytest.mark.parametrize("data", ["a\0b.txt", "x" * 5000], ids=["NUL", "too long"])
-def test_path_that_no_file_can_have_is_refused(workdir, data):
-    assert "can't read " in message_of(data, workdir)
-
-
-@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no named pipes here")
-def test_pipe_is_refused_without_waiting_for_a_writer(workdir):
-    os.mkfifo("pipe")
-    assert message_of("pipe", workdir).startswith("pipe is no regular file.\n")
-
-
-@pytest.mark.skipif(not os.path.exists("/dev/zero"), reason="no /dev/zero here")
-def test_device_is_refused_without_being_read(workdir):
-    assert message_of("/dev/zero", workdir).startswith("/dev/zero is no regular file.\n")
 
 
 # --------------------------------------------------------------------------------- sample texts
@@ -491,12 +605,21 @@ def test_sample_texts_need_no_network_and_have_their_size(
     tmp_path, monkeypatch, name, smallest, largest
 ):
     monkeypatch.setattr(corpora, "_get", None)
-    text = load_text(name, tmp_path)
-    content = text.path.read_bytes()
+    path, notice = corpus_path(name, tmp_path)
+    content = path.read_bytes()
     assert smallest <= len(content) <= largest
-    assert content.decode("utf-8") == text.content
+    assert content.decode("utf-8").endswith("\n")
     assert b"\r" not in content and b"\xef\xbb\xbf" not in content
-    assert text.notice is None
+    assert notice is None
+
+
+def test_dummy_text_is_the_same_each_time_and_everywhere(tmp_path, monkeypatch):
+    monkeypatch.setattr(corpora, "_get", None)
+    first, _ = corpus_path("dummy", tmp_path / "a")
+    second, _ = corpus_path("dummy", tmp_path / "b")
+    assert corpus_path("dummy", tmp_path / "a") == (first, None)
+    assert first.read_bytes() == second.read_bytes()
+    assert re.fullmatch(r"(([a-z]{2,9} ){11}[a-z]{2,9}\n){3000}", first.read_text())
 
 
 def test_english_sample_repeats_no_sentence():

@@ -1,5 +1,7 @@
 """Windows, batches and plans against slices of the tokens made naively."""
 
+import pickle
+
 import numpy as np
 import pytest
 import torch
@@ -8,8 +10,12 @@ from hypothesis import strategies as st
 from torch.utils.data import DataLoader, TensorDataset
 
 from data import (
+    TokenSlice,
+    WindowBatches,
     WindowDataset,
+    as_batch,
     create_dataloader_v1,
+    describe_text,
     evaluation_loader,
     make_loaders,
     plan_windows,
@@ -45,21 +51,31 @@ def naive_windows(tokens, max_length: int, stride: int) -> list[tuple[list[int],
     ]
 
 
-def plan(n_tokens: int, *, max_length=8, stride=8, batch_size=4, train_ratio=0.8):
+def plan(n_tokens: int, *, max_length=8, stride=8, batch_size=4, train_ratio=0.8, n_train=None):
     return plan_windows(
         n_tokens,
         max_length=max_length,
         stride=stride,
         batch_size=batch_size,
         train_ratio=train_ratio,
+        n_train=n_train,
     )
 
 
-def loaders(n_tokens: int, *, seed=5, num_workers=0, **changes) -> tuple[DataLoader, DataLoader]:
+def loaders(
+    n_tokens: int, *, seed=5, num_workers=0, sampling="windows", **changes
+) -> tuple[DataLoader, DataLoader]:
     """Loaders over the tokens 0, 1, 2, ..., so that a window's first token is where it starts."""
     windows, _ = plan(n_tokens, **changes)
     tokens = np.arange(n_tokens, dtype=np.uint16)
-    return make_loaders(tokens, windows, seed=seed, num_workers=num_workers, pin_memory=False)
+    return make_loaders(
+        tokens,
+        windows,
+        seed=seed,
+        num_workers=num_workers,
+        device=torch.device("cpu"),
+        sampling=sampling,
+    )
 
 
 def epoch_starts(loader: DataLoader, epoch: int) -> list[list[int]]:
@@ -138,7 +154,7 @@ def test_the_verdict_gives_36_windows_in_9_batches(shared_data):
     assert notices == []
     assert (windows.n_train, windows.n_val, windows.n_windows) == (4630, 515, 36)
     assert windows.n_unused == 4630 - (36 * 128 + 1)
-    train, val = make_loaders(tokens, windows, seed=1, num_workers=0, pin_memory=False)
+    train, val = make_loaders(tokens, windows, seed=1, num_workers=0, device=torch.device("cpu"))
     assert len(train) == 9
     assert [tuple(ids.shape) for ids, _ in train] == [(4, 128)] * 9
     # 514 targets: four whole windows and a tail of two
@@ -241,7 +257,9 @@ def test_a_text_of_any_length_is_cut_into_both_kinds_of_batches(train_ratio, str
             train_ratio=train_ratio,
         )
         tokens = np.arange(n_tokens, dtype=np.uint16)
-        train, val = make_loaders(tokens, windows, seed=0, num_workers=0, pin_memory=False)
+        train, val = make_loaders(
+            tokens, windows, seed=0, num_workers=0, device=torch.device("cpu")
+        )
         case = f"{n_tokens} tokens: {windows}"
 
         shown = [ids for ids, _ in train]
@@ -261,7 +279,9 @@ def test_a_text_of_any_length_is_cut_into_both_kinds_of_batches(train_ratio, str
         assert ("the split is moved" in text) == moved, case
         assert ("max_length is lowered from 8" in text) == (windows.max_length != 8), case
         assert ("batch_size is lowered" in text) == (windows.batch_size != batch_size), case
-        assert (f"stride ({stride}) is above" in text) == (stride > windows.max_length), case
+        assert ("stride is lowered" in text) == (windows.stride != stride), case
+        assert ("stride (12) is above" in text) == (windows.stride > windows.max_length), case
+        assert windows.stride == min(stride, windows.max_length) or windows.max_length == 8, case
 
 
 def test_a_text_long_enough_is_cut_as_asked():
@@ -292,6 +312,242 @@ def test_a_stride_above_max_length_is_kept_with_a_notice():
     assert windows.stride == 9
     assert len(notices) == 1
     assert "stride (9) is above max_length (8)" in notices[0]
+
+
+@pytest.mark.parametrize(("batch_size", "context", "stride"), [(32, 512, 256), (4, 1024, 1024)])
+def test_a_story_of_5145_tokens_trains_with_large_batches_and_contexts(batch_size, context, stride):
+    windows, _ = plan(
+        5145, max_length=context, stride=stride, batch_size=batch_size, train_ratio=0.9
+    )
+    train, val = make_loaders(
+        np.zeros(5145, np.uint16), windows, seed=0, num_workers=0, device=torch.device("cpu")
+    )
+    assert windows.max_length == context
+    assert len(train) >= 1
+    assert sum(targets.numel() for _, targets in val) == windows.n_val - 1
+
+
+def test_the_split_is_moved_so_that_a_whole_window_fits():
+    windows, notices = plan(1100, max_length=1024, stride=1024, train_ratio=0.9)
+    assert (windows.n_train, windows.max_length) == (1025, 1024)
+    assert "the split is moved from 990 to 1025" in notices[0]
+
+
+def test_a_split_that_documents_set_is_kept():
+    windows, notices = plan(1100, max_length=1024, stride=1024, n_train=600)
+    assert (windows.n_train, windows.max_length) == (600, 599)
+    assert "max_length is lowered from 1024 to 599" in notices[0]
+
+
+@pytest.mark.parametrize(("n_train", "n_batches"), [(2, 1), (98, 3)])
+def test_a_split_with_two_tokens_on_a_side_gives_batches_of_both(n_train, n_batches):
+    train, val = loaders(100, n_train=n_train)
+    assert sum(targets.numel() for _, targets in val) == 100 - n_train - 1
+    assert len(epoch_starts(train, 0)) == n_batches
+
+
+@pytest.mark.parametrize(("n_tokens", "expected"), [(500, 8), (8, 5)])
+def test_a_stride_that_is_not_given_is_the_window_whatever_that_becomes(n_tokens, expected):
+    windows, notices = plan(n_tokens, stride=None, batch_size=1)
+    assert windows.stride == windows.max_length == expected
+    assert not any("stride" in notice for notice in notices)
+
+
+@pytest.mark.parametrize("n_train", [0, 1, 99, 100])
+def test_a_split_with_a_side_too_short_is_refused_with_both_sizes(n_train):
+    with pytest.raises(DataError, match=f"has {n_train} tokens and the validation text"):
+        plan(100, n_train=n_train)
+
+
+# ------------------------------------------------------------------ random crops
+
+
+def test_random_crops_are_a_function_of_seed_epoch_and_batch():
+    one, _ = loaders(200, sampling="random")
+    other, _ = loaders(200, sampling="random")
+    windows, _ = loaders(200)
+    assert epoch_starts(one, 3) == epoch_starts(other, 3) != epoch_starts(one, 4)
+    assert epoch_starts(loaders(200, sampling="random", seed=6)[0], 3) != epoch_starts(one, 3)
+    assert len(one) == len(windows) == len(epoch_starts(one, 0))
+
+
+def test_random_crops_are_the_same_with_workers():
+    assert epoch_starts(loaders(200, sampling="random", num_workers=2)[0], 1) == epoch_starts(
+        loaders(200, sampling="random")[0], 1
+    )
+
+
+def test_random_crops_start_anywhere_from_the_first_to_the_last_place():
+    train, _ = loaders(40, sampling="random", train_ratio=0.5)
+    starts = {
+        start for epoch in range(60) for batch in epoch_starts(train, epoch) for start in batch
+    }
+    assert starts == set(range(20 - 8))
+
+
+def test_random_crops_are_whole_windows_of_training_tokens_with_their_targets():
+    train, val = loaders(203, sampling="random", stride=3)
+    for ids, targets in train:
+        assert ids.shape == (4, 8)
+        assert torch.equal(ids, ids[:, :1] + torch.arange(8))
+        assert torch.equal(targets, ids + 1)
+        assert targets.max() < 162
+    assert [t for _, targets in val for t in targets.flatten().tolist()] == list(range(163, 203))
+
+
+def test_a_batch_of_random_crops_does_not_depend_on_those_before_it():
+    train, _ = loaders(400, sampling="random")
+    expected = epoch_starts(train, 1)
+    short = WindowBatches(train.dataset, 4, seed=5, n_batches=2)
+    short.start_epoch(1)
+    assert list(short) == expected[:2]
+    train.batch_sampler.start_epoch(0)
+    next(iter(train))
+    assert [ids[:, 0].tolist() for ids, _ in train] == expected
+
+
+# ------------------------------------------------------------------ tokens in a file, on a device
+
+
+@pytest.fixture
+def token_slice(tmp_path) -> TokenSlice:
+    np.arange(5000, dtype=np.uint16).tofile(tmp_path / "tokens.bin")
+    return TokenSlice(tmp_path / "tokens.bin", "uint16", 100, 4100)
+
+
+def test_a_slice_of_a_token_file_gives_what_an_array_does(token_slice):
+    array = np.arange(100, 4100, dtype=np.uint16)
+    windows, _ = plan(4000)
+    both = [
+        make_loaders(tokens, windows, seed=1, num_workers=0, device=torch.device("cpu"))
+        for tokens in (token_slice, array)
+    ]
+    for one, other in zip(*both, strict=True):
+        for (ids, targets), (same_ids, same_targets) in zip(one, other, strict=True):
+            assert torch.equal(ids, same_ids)
+            assert torch.equal(targets, same_targets)
+
+
+def test_a_worker_process_gets_the_place_of_the_tokens_and_not_the_tokens(token_slice):
+    dataset = WindowDataset(token_slice, max_length=8, stride=8)
+    before = dataset[3]
+    packed = pickle.dumps(dataset)
+    assert len(packed) < 2000
+    assert torch.equal(pickle.loads(packed)[3][0], before[0])
+    assert len(pickle.dumps(token_slice)) < 1000
+    assert pickle.loads(pickle.dumps(token_slice)).array().tolist() == list(range(100, 4100))
+
+
+def test_a_worker_that_shares_no_memory_gives_the_same_batches(token_slice):
+    windows, _ = plan(4000, batch_size=32)
+    train, _ = make_loaders(token_slice, windows, seed=1, num_workers=0, device=torch.device("cpu"))
+    helped = DataLoader(
+        train.dataset,
+        batch_sampler=train.batch_sampler,
+        collate_fn=as_batch,
+        num_workers=1,
+        multiprocessing_context="spawn",
+    )
+    assert epoch_starts(helped, 2) == epoch_starts(train, 2)
+
+
+def test_tokens_kept_on_a_device_give_the_same_batches(token_slice):
+    dataset = WindowDataset(token_slice, max_length=8, stride=8, keep_tail=True)
+    assert dataset.has_tail
+    batches = [[0, 5, 7], [dataset.n_whole - 1], [dataset.n_whole]]
+    before = [dataset.__getitems__(batch) for batch in batches]
+    dataset.move_to(torch.device("cpu"))
+    after = [dataset.__getitems__(batch) for batch in batches]
+    for (ids, targets), (same_ids, same_targets) in zip(before, after, strict=True):
+        assert torch.equal(ids, same_ids)
+        assert torch.equal(targets, same_targets)
+        assert ids.dtype == same_ids.dtype == torch.int64
+
+
+@pytest.mark.parametrize("is_resident", [False, True])
+def test_without_overlap_each_token_is_shown_at_most_once(is_resident):
+    dataset = WindowDataset(np.arange(100, dtype=np.uint16), max_length=8, stride=3)
+    if is_resident:
+        dataset.move_to(torch.device("cpu"))
+    apart = dataset.without_overlap()
+    found = [(ids.tolist(), targets.tolist()) for ids, targets in apart]
+    assert found == naive_windows(range(100), 8, 8)
+    assert len(dataset) == len(naive_windows(range(100), 8, 3))  # the other stays as it is
+
+
+@pytest.mark.parametrize("stride", [8, 9])
+def test_windows_that_do_not_overlap_are_taken_as_they_are(stride):
+    dataset = WindowDataset(np.arange(100, dtype=np.uint16), 8, stride, keep_tail=True)
+    assert dataset.without_overlap() is dataset
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_on_a_gpu_small_texts_stay_on_the_device():
+    windows, _ = plan(4000)
+    train, val = make_loaders(
+        np.arange(4000, dtype=np.uint16),
+        windows,
+        seed=1,
+        num_workers=0,
+        device=torch.device("cuda"),
+    )
+    assert {ids.device.type for loader in (train, val) for ids, _ in loader} == {"cuda"}
+
+
+def test_overlapping_windows_are_evaluated_apart():
+    train, _ = loaders(200, stride=1)
+    view = evaluation_loader(train)
+    starts = [start for ids, _ in view for start in ids[:, 0].tolist()]
+    assert starts == list(range(0, starts[-1] + 1, 8))
+
+
+# ------------------------------------------------------------------ the report on the text
+
+
+@pytest.mark.parametrize(
+    ("n_parameters", "word"), [(10**6, "by heart"), (100, "a few epochs"), (10, "enough to learn")]
+)
+def test_the_report_says_whether_the_text_will_do(n_parameters, word):
+    report = {
+        "files": [{}, {}],
+        "documents": 3,
+        "bytes": 1234,
+        "characters": 1200,
+        "passed_over": [{}],
+        "empty_documents": 0,
+        "duplicate_documents": 2,
+        "tokens_per_character": 0.25,
+        "vocabulary": 200,
+        "vocabulary_used": 50,
+    }
+    windows, _ = plan(1000)
+    lines = describe_text(report, windows, n_parameters)
+    assert lines[0] == "3 documents in 2 files: 1,234 bytes, 1,200 characters"
+    assert lines[1].startswith("1 passed over, 2 duplicates")
+    assert lines[2] == "1,000 tokens, 0.25 a character, 25% of the vocabulary in use"
+    assert word in lines[3]
+    assert lines[3].startswith(f"{800 / n_parameters:.3g} training tokens a parameter: ")
+    assert len(lines) == 4
+
+
+def test_the_report_on_one_whole_file_is_three_lines():
+    report = {
+        "files": [{}],
+        "documents": 1,
+        "bytes": 12,
+        "characters": 12,
+        "passed_over": [],
+        "empty_documents": 0,
+        "duplicate_documents": 0,
+        "tokens_per_character": 1.0,
+        "vocabulary": 270,
+        "vocabulary_used": 270,
+    }
+    assert describe_text(report, plan(1000)[0], 800) == [
+        "1 document in 1 file: 12 bytes, 12 characters",
+        "1,000 tokens, 1.00 a character, 100% of the vocabulary in use",
+        "1 training tokens a parameter: a few epochs are safe",
+    ]
 
 
 # ------------------------------------------------------------------ a text of your own

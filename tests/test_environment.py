@@ -1,5 +1,7 @@
 """Building a run: device, settings read at call time, everything on one device."""
 
+import os
+import tempfile
 from types import SimpleNamespace
 
 import pytest
@@ -102,10 +104,10 @@ def test_attributes_set_on_config_run_before_the_call_are_used(workdir, capsys):
     assert 'custom_params["n_embd"] is read as emb_dim' in capsys.readouterr().out
 
 
-def test_preparing_writes_nothing(settings_file):
-    before = sorted(settings_file.parent.rglob("*"))
+def test_preparing_writes_nothing_but_the_cache(settings_file):
     prepare_environment(settings_file)
-    assert sorted(settings_file.parent.rglob("*")) == before
+    left = {path.name for path in settings_file.parent.iterdir()}
+    assert left == {"cache", "settings.py", "text.txt"}
 
 
 def test_the_same_seed_gives_the_same_model_and_batches(settings_file):
@@ -122,11 +124,19 @@ def test_the_same_seed_gives_the_same_model_and_batches(settings_file):
 @pytest.mark.parametrize(
     ("line", "said"),
     [
+        ("data = 'text.txt'", 'data is unknown; did you mean "DATA"?'),
+        ("Seed = 4", 'Seed is unknown; did you mean "SEED"?'),
+        ("import sys; sys.exit(3)", "settings.py line 2 fails: SystemExit: 3"),
+        ("steps = 4", "settings.py sets nothing; it may set: DATA"),
+        ("DATA = 'x'; assert False", "settings.py line 2 fails: AssertionError"),
         ("QUIK_MODE = True", 'QUIK_MODE is unknown; did you mean "QUICK_MODE"?'),
         ("costom_params = {}", 'costom_params is unknown; did you mean "custom_params"?'),
-        ("QUICK_MODE = true", "settings.py line 2 fails: name 'true' is not defined"),
+        ("QUICK_MODE = true", "settings.py line 2 fails: NameError: name 'true' is not defined"),
         ("LOG_EVERY = (1", "settings.py line 2 is not Python"),
-        ("import nowhere_to_be_found", "settings.py line 2 fails: No module named"),
+        (
+            "import nowhere_to_be_found",
+            "settings.py line 2 fails: ModuleNotFoundError: No module named",
+        ),
     ],
 )
 def test_a_mistake_in_a_settings_file_is_named_with_its_place(workdir, line, said):
@@ -143,7 +153,7 @@ def test_helpers_in_a_settings_file_are_the_users_own(settings_file):
 
 
 def test_a_missing_settings_file_is_named(workdir):
-    with pytest.raises(SettingsError, match=r"can't read nowhere\.py"):
+    with pytest.raises(SettingsError, match=r"there is no settings file nowhere\.py"):
         prepare_environment("nowhere.py")
 
 
@@ -190,7 +200,56 @@ def test_a_model_that_memory_cannot_hold_is_an_error_that_says_what_to_change(mo
 
 def test_on_a_gpu_its_name_is_shown(monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Test GPU 9000")
-    plan = SimpleNamespace(mode="quick", origins={"mode": "why"}, notices=[])
+    plan = SimpleNamespace(
+        mode="quick", model_name="small", origins={"mode": "why", "model": "why"}, notices=[]
+    )
     precision = SimpleNamespace(name="bf16", reason="this GPU has bf16 units")
     environment._show_machine(torch.device("cuda"), precision, plan)
     assert capsys.readouterr().out.splitlines()[:2] == ["Device: CUDA", "GPU: Test GPU 9000"]
+
+
+def test_numbers_of_other_libraries_are_accepted(settings_file):
+    text = settings_file.read_text(encoding="utf-8").replace('"num_epochs": 2', '"num_epochs": TWO')
+    own = "import numpy as np\nfrom fractions import Fraction\n"
+    own += "SEED = np.int64(5)\ntwo = np.int32(2)\n"
+    text = own + text.replace("TWO", 'two, "learning_rate": Fraction(1, 100)')
+    settings_file.write_text(text, encoding="utf-8")
+    env = prepare_environment(settings_file)
+    assert (env.seed, env.train_config.num_epochs, env.train_config.learning_rate) == (5, 2, 0.01)
+    assert [type(env.seed), type(env.train_config.learning_rate)] == [int, float]
+
+
+def test_more_workers_than_cores_are_capped_and_said(settings_file, capsys):
+    text = settings_file.read_text(encoding="utf-8").replace(
+        '"num_epochs": 2', '"num_epochs": 2, "num_workers": 1000'
+    )
+    settings_file.write_text(text, encoding="utf-8")
+    assert prepare_environment(settings_file).train_loader.num_workers == os.cpu_count()
+    assert "num_workers is lowered from 1000" in capsys.readouterr().out
+
+
+def test_where_the_cache_cannot_be_written_another_serves(settings_file, capsys, monkeypatch):
+    (settings_file.parent / "cache").write_text("a file in the way", encoding="utf-8")
+    monkeypatch.setattr(tempfile, "gettempdir", lambda: str(settings_file.parent / "temporary"))
+    env = prepare_environment(settings_file)
+    assert env.text.path.is_relative_to(settings_file.parent / "temporary")
+    assert "serves as cache" in capsys.readouterr().out
+
+
+def test_the_stride_that_was_left_out_follows_a_shortened_window(workdir, capsys):
+    (workdir / "text.txt").write_text("one two three four five six seven", encoding="utf-8")
+    (workdir / "settings.py").write_text(
+        'DATA = "text.txt"\nCUSTOM_MODE = True\n', encoding="utf-8"
+    )
+    env = prepare_environment("settings.py")
+    assert env.train_config.stride == env.train_config.max_length < 10
+    assert "stride" not in capsys.readouterr().out
+
+
+def test_the_run_is_evaluated_about_ten_times_where_nothing_is_set(workdir):
+    (workdir / "text.txt").write_text(TEXT * 4, encoding="utf-8")
+    (workdir / "settings.py").write_text(
+        'DATA = "text.txt"\nCUSTOM_MODE = True\ncustom_params = {"max_steps": 50}\n',
+        encoding="utf-8",
+    )
+    assert prepare_environment("settings.py").train_config.eval_freq == 5

@@ -193,19 +193,19 @@ def test_without_matplotlib_and_tqdm_it_trains_and_says_what_is_missing(tmp_path
         ({"DATA": "nowhere.txt"}, 3, "there is no file nowhere.txt"),
         ({"DATA": "the-verdikt"}, 3, 'did you mean "the-verdict"'),
         ({"DATA": "empty.txt"}, 3, "empty.txt is empty"),
-        ({"DATA": "folder"}, 3, "folder is a folder without a text file"),
+        ({"DATA": "folder"}, 3, "folder holds no text: there is no file in it"),
         ({"DATA": "latin1.txt"}, 3, "byte 3, in line 1, is 0xe9"),
         ({"DATA": "three.txt"}, 3, "at least 4 are needed"),
         ({"DATA": ""}, 2, "DATA is empty"),
         ({"DEVICE": "cuda:99"}, 6, "this machine has no such device"),
         ({"DEVICE": "gpu"}, 2, 'DEVICE is \'gpu\'; it must be "cpu", "cuda", "mps" or None'),
         ({"custom_params": {"lerning_rate": 1e-3}}, 2, 'did you mean "learning_rate"?'),
-        ({"custom_params": {"stride": 0}}, 2, "it must be a whole number at least 1 or None"),
+        ({"custom_params": {"stride": 0}}, 2, "it must be a whole number at least 1 and at most"),
         ({"custom_params": {"start_context": ""}}, 2, 'custom_params["start_context"] is empty'),
         ({"SEED": "x", "LOG_EVERY": -1}, 2, "2 problems in settings.py"),
         ({"RUN_NAME": "../elsewhere"}, 2, "it must be a folder's plain name"),
         ({"RUN_NAME": "taken"}, 4, "is already there"),
-        ({"OUTPUT_DIR": "text.txt"}, 6, "can't write"),
+        ({"OUTPUT_DIR": "text.txt"}, 6, "is a file"),
         ({"MODEL": "gpt2-125m"}, 2, 'did you mean "gpt2-124m"?'),
     ],
 )
@@ -332,3 +332,88 @@ def test_bf16_or_fp32_is_chosen_by_the_hardware_and_printed(workdir, capsys, mon
         write_settings(workdir, "", RUN_NAME=f"run-{capability}")
         assert main.main(["settings.py"]) == 0
         assert f"Precision: {expected}" in capsys.readouterr().out
+
+
+def test_memory_that_runs_out_in_training_is_said_with_what_to_change(workdir, capsys, monkeypatch):
+    def allocate(*_):
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 PB")
+
+    monkeypatch.setattr(train, "take_step", allocate)
+    write_settings(workdir, "")
+    assert main.main(["settings.py"]) == 6
+    assert "Set a smaller batch_size, max_length or model." in capsys.readouterr().err
+
+
+def test_a_picture_that_cannot_be_written_beside_the_run_is_a_note(workdir, capsys):
+    (workdir / "training_losses.png").mkdir()
+    write_settings(workdir, "")
+    assert main.main(["settings.py"]) == 0
+    assert "Note: can't write training_losses.png" in capsys.readouterr().out
+    assert (only_run(workdir) / "training_losses.png").is_file()
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
+@pytest.mark.parametrize("stream", ["stdout", "stderr"])
+def test_output_that_nobody_can_take_does_not_end_a_run(tmp_path, stream):
+    settings = write_settings(tmp_path, "")
+    with open("/dev/full", "w") as full:
+        streams = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL} | {stream: full}
+        code = subprocess.call(
+            [sys.executable, str(REPOSITORY / "main.py"), settings], cwd=tmp_path, **streams
+        )
+    assert code == 0
+    assert (only_run(tmp_path) / "summary.json").exists()
+
+
+@pytest.mark.parametrize("name", ["nowhere.py", ".", "pipe"])
+def test_a_settings_file_that_is_none_is_refused_at_once(workdir, capsys, name):
+    if hasattr(os, "mkfifo"):
+        os.mkfifo("pipe")
+    assert main.main([name]) == 2
+    assert f"there is no settings file {name}" in capsys.readouterr().err
+
+
+def test_a_named_folder_that_is_taken_is_told_before_the_text_is_read(workdir, capsys):
+    (workdir / "runs" / "taken").mkdir(parents=True)
+    write_settings(workdir, "", RUN_NAME="taken")
+    assert main.main(["settings.py"]) == 4
+    assert "Text loaded" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("tokenizer", ["char", "auto", "bpe:600"])
+def test_chinese_poems_train_and_are_continued_in_chinese(shared_data, workdir, capsys, tokenizer):
+    params = TINY | {"max_steps": 12, "start_context": "春江", "max_length": 32}
+    write_settings(
+        workdir,
+        "",
+        DATA=str(shared_data / "ci.jsonl"),
+        TOKENIZER=tokenizer,
+        custom_params=params,
+        sampling_params={"max_new_tokens": 60},
+    )
+    assert main.main(["settings.py"]) == 0
+    sample = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("Top-k"))
+    assert len(re.findall("[\u4e00-\u9fff，。]", sample)) >= 10
+    data = json.loads((only_run(workdir) / "data.json").read_text(encoding="utf-8"))
+    assert data["documents"] == 6000
+    assert data["duplicate_documents"] == 6
+
+
+def test_a_validation_text_of_its_own_is_used(shared_data, workdir):
+    folder = shared_data / "wikitext-2"
+    data = {"path": str(folder / "valid.txt"), "val": str(folder / "test.txt")}
+    params = TINY | {"max_steps": 3}
+    write_settings(workdir, "", DATA=data, TOKENIZER="char", custom_params=params)
+    assert main.main(["settings.py"]) == 0
+    split = json.loads((only_run(workdir) / "data.json").read_text(encoding="utf-8"))["split"]
+    sizes = [len((folder / name).read_text(encoding="utf-8")) for name in ("valid.txt", "test.txt")]
+    # characters that only the validation text has take several tokens
+    assert split["train_tokens"] == sizes[0]
+    assert sizes[1] <= split["validation_tokens"] < sizes[1] * 1.01
+
+
+def test_random_crops_train(workdir):
+    write_settings(workdir, "", custom_params=TINY | {"sampling": "random"})
+    assert main.main(["settings.py"]) == 0
+    summary = json.loads((only_run(workdir) / "summary.json").read_text(encoding="utf-8"))
+    assert summary["final_val_loss"] < summary["initial_val_loss"]

@@ -191,7 +191,7 @@ def test_rows_of_a_batch_do_not_see_each_other():
 def test_an_input_longer_than_the_context_is_refused():
     model = tiny_model(context_length=8)
     assert model(random_ids(model, 1, 8)).shape == (1, 8, 31)
-    with pytest.raises(AssertionError, match="9 positions, but the model has 8"):
+    with pytest.raises(ValueError, match="9 token ids, but the model's context_length is 8"):
         model(random_ids(model, 1, 9))
 
 

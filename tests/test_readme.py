@@ -18,7 +18,12 @@ from tests.test_main import OFFLINE
 from training_utils import TrainingConfig
 
 READMES = ["README.md", "README.zh-CN.md"]
-LONG = {"python -m pytest", "python -m benchmarks.train", "python -m benchmarks.startup"}
+LONG = {
+    "python -m pytest",
+    "python -m benchmarks.train",
+    "python -m benchmarks.startup",
+    "python -m benchmarks.data",
+}
 
 
 def read(name: str) -> str:
@@ -96,6 +101,7 @@ def test_every_file_that_is_named_exists(readme):
     made_by_a_run = {
         "training_losses.png",
         "samples.md",
+        "data.json",
         "metrics.jsonl",
         "summary.json",
         "settings.json",
@@ -118,6 +124,14 @@ def test_the_speeds_are_those_that_the_benchmarks_wrote(readme):
         assert shown in text
     assert f"{figures['multiply_rates']['bf16'] / 1e9:,.0f} GFLOP/s" in text
     assert f" {startup['beyond_s']:.1f} " in text
+    data = json.loads((results / "data-cpu.json").read_text(encoding="utf-8"))
+    for figure in (
+        f"{data['prepared_mb_per_s']:.1f} MB/s",
+        f" {data['ratio']:.0%}",
+        f" {data['peak_mb_above_torch']:.0f} MB",
+        f" {data['found_again_s']:.2f} s",
+    ):
+        assert figure in text
 
 
 def test_both_readmes_have_the_same_commands_and_code():

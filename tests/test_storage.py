@@ -5,16 +5,22 @@ import errno
 import json
 import math
 import os
+import subprocess
+import sys
+import threading
 
 import numpy as np
 import pytest
+from conftest import REPOSITORY
 
 from engine import storage
 from engine.errors import ResourceError
 from engine.storage import (
+    NewFile,
     append_json_lines,
     make_folder,
     make_new_folder,
+    rename_folder,
     to_json,
     write_atomically,
     write_json,
@@ -36,6 +42,9 @@ class HalfWritten:
         return self
 
     def __exit__(self, *exception):
+        self.close()
+
+    def close(self):
         self.file.close()
 
     def write(self, content):
@@ -174,6 +183,107 @@ def test_folder_in_the_way_is_a_resource_error_and_stays(tmp_path):
     assert sorted(path.name for path in tmp_path.rglob("*")) == ["file", "inside"]
 
 
+# ------------------------------------------------------------------------------------ NewFile
+
+
+def test_file_written_in_parts_appears_whole_when_the_block_ends(tmp_path):
+    path = tmp_path / "file"
+    path.write_bytes(b"old")
+    with NewFile(path) as file:
+        for part in (b"one ", memoryview(b"two "), b"", np.arange(3, dtype=np.uint8).data):
+            file.write(part)
+            assert path.read_bytes() == b"old"
+    assert path.read_bytes() == b"one two \x00\x01\x02"
+    assert os.listdir(tmp_path) == ["file"]
+
+
+@pytest.mark.parametrize("old", [b"old", None], ids=["over a file", "over nothing"])
+@pytest.mark.parametrize("error", [None, ValueError("mine"), KeyboardInterrupt()], ids=repr)
+def test_file_discarded_or_left_by_an_error_never_appears(tmp_path, old, error):
+    path = tmp_path / "file"
+    if old is not None:
+        path.write_bytes(old)
+
+    def write():
+        with NewFile(path) as file:
+            file.write(b"new" * 100_000)
+            if error is None:
+                file.discard()
+            else:
+                raise error
+
+    if error is None:
+        write()
+    else:
+        with pytest.raises(type(error)) as caught:
+            write()
+        assert caught.value is error
+    assert os.listdir(tmp_path) == ([] if old is None else ["file"])
+    assert old is None or path.read_bytes() == old
+
+
+@pytest.mark.parametrize("durable", [True, False])
+def test_only_a_durable_file_is_fsynced(tmp_path, monkeypatch, durable):
+    fsynced = []
+    monkeypatch.setattr(os, "fsync", fsynced.append)
+    with NewFile(tmp_path / "file", durable=durable) as file:
+        file.write(b"content")
+    assert (tmp_path / "file").read_bytes() == b"content"
+    assert bool(fsynced) == durable
+
+
+def test_threads_that_write_the_same_file_leave_the_whole_content_of_one(tmp_path):
+    path = tmp_path / "file"
+    barrier = threading.Barrier(4)
+    failed = []
+
+    def write(letter: bytes) -> None:
+        try:
+            for _ in range(20):
+                with NewFile(path, durable=False) as file:
+                    barrier.wait(timeout=30)
+                    file.write(letter * 50_000)
+                    barrier.wait(timeout=30)
+                    file.write(letter * 50_000)
+        except Exception as error:
+            failed.append(error)
+            barrier.abort()
+
+    threads = [threading.Thread(target=write, args=(bytes([65 + i]),)) for i in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert failed == []
+    content = path.read_bytes()
+    assert content in [bytes([65 + i]) * 100_000 for i in range(4)]
+    assert os.listdir(tmp_path) == ["file"]
+
+
+@pytest.mark.skipif(os.name == "nt", reason="needs a limit on the size of files")
+@pytest.mark.parametrize("size", [2_000, 5_000_000])  # below and above the buffer of a file
+def test_file_that_the_system_stops_growing_leaves_the_old_content_and_no_rest(tmp_path, size):
+    (tmp_path / "file").write_bytes(b"old")
+    program = f"""
+import resource, signal
+from engine.errors import ResourceError
+from engine.storage import write_atomically
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
+try:
+    write_atomically({str(tmp_path / "file")!r}, b"x" * {size})
+except ResourceError as error:
+    print("refused:", error)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=REPOSITORY, capture_output=True, text=True
+    )
+    assert done.stdout.startswith("refused: can't write"), done.stderr
+    assert done.stderr == ""
+    assert (tmp_path / "file").read_bytes() == b"old"
+    assert os.listdir(tmp_path) == ["file"]
+
+
 # --------------------------------------------------------------------------------------- JSON
 
 
@@ -257,3 +367,45 @@ def test_folder_below_a_file_is_a_resource_error(tmp_path, make):
     with pytest.raises(ResourceError, match="can't write"):
         make(tmp_path / "file" / "below")
     assert (tmp_path / "file").read_text() == "x"
+
+
+def test_finished_folder_gets_its_name_with_all_that_is_in_it(tmp_path):
+    (tmp_path / "source" / "inside").mkdir(parents=True)
+    (tmp_path / "source" / "inside" / "file").write_bytes(b"x")
+    assert rename_folder(tmp_path / "source", tmp_path / "target") is True
+    assert (tmp_path / "target" / "inside" / "file").read_bytes() == b"x"
+    assert os.listdir(tmp_path) == ["target"]
+
+
+def test_folder_that_another_made_first_stays_as_it_is(tmp_path):
+    for name in ("source", "target"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "file").write_text(name)
+    assert rename_folder(tmp_path / "source", tmp_path / "target") is False
+    assert (tmp_path / "target" / "file").read_text() == "target"
+    assert (tmp_path / "source" / "file").read_text() == "source"
+
+
+@pytest.mark.parametrize("in_the_way", ["target is a file", "parent is a file", "no source"])
+def test_folder_that_cannot_get_its_name_is_a_resource_error(tmp_path, in_the_way):
+    target = tmp_path / "target"
+    if in_the_way == "parent is a file":
+        target.write_text("x")
+        target = target / "below"
+    elif in_the_way == "target is a file":
+        target.write_text("x")
+    if in_the_way != "no source":
+        (tmp_path / "source").mkdir()
+    with pytest.raises(ResourceError) as caught:
+        rename_folder(tmp_path / "source", target)
+    assert str(target) in str(caught.value)
+    assert (tmp_path / "source").is_dir() == (in_the_way != "no source")
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no fsync for folders")
+def test_folder_whose_new_name_may_not_last_is_a_resource_error(tmp_path, fail_at):
+    (tmp_path / "source").mkdir()
+    fail_at("fsync")
+    with pytest.raises(ResourceError):
+        rename_folder(tmp_path / "source", tmp_path / "target")
+    assert os.listdir(tmp_path) == ["target"]

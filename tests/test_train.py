@@ -68,7 +68,7 @@ def tiny_loaders(n_batches: int = 5) -> tuple[DataLoader, DataLoader]:
     assert (windows.n_train, notices) == (n_train, [])
     noise = np.random.default_rng(0).integers(0, 2, n_tokens)
     tokens = (np.arange(n_tokens) % 7 + noise).astype(np.uint16)
-    train, val = make_loaders(tokens, windows, seed=1, num_workers=0, pin_memory=False)
+    train, val = make_loaders(tokens, windows, seed=1, num_workers=0, device=torch.device("cpu"))
     assert len(train) == n_batches
     return train, val
 

@@ -1,0 +1,208 @@
+"""Data speed: preparing a text beside tiktoken alone, and batches beside the library datasets.
+
+    python -m benchmarks.data [megabytes] [rounds]
+
+Each figure is measured in a process of its own, the contenders in turn. The text is real text
+repeated with some of its words exchanged. tiktoken encodes it in memory, cut into documents, on
+all cores; preparing it also reads, decodes, hashes, splits and writes it.
+"""
+
+import importlib.util
+import json
+import os
+import random
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from benchmarks.report import machine, write_results
+from data import TokenSlice, make_loaders, plan_windows
+from engine.console import say, use_utf8
+from text.sources import parse_data
+from text.token_cache import tokenize
+from text.tokenizer import GPT2Tokenizer
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+SOURCES = (REPOSITORY / "corpus" / "sample-en.txt", REPOSITORY / "README.md")
+BATCH_SIZE, MAX_LENGTH, BATCHES = 16, 256, 2000
+
+
+def main(megabytes: int = 200, rounds: int = 3) -> None:
+    """Measure, print and write the results."""
+    use_utf8()
+    with tempfile.TemporaryDirectory() as folder:
+        text = Path(folder, "text.txt")
+        make_text(text, megabytes * 1_000_000)
+        say(f"{text.stat().st_size / 1e6:,.0f} MB of text")
+        raw, prepared, again = [], [], []
+        for round_number in range(rounds):
+            raw.append(in_a_process("raw", text, folder))
+            cache = Path(folder, f"cache-{round_number}")
+            prepared.append(in_a_process("prepare", text, cache))
+            again.append(in_a_process("prepare", text, cache))
+        loader = in_a_process("loader", text, cache)
+        peer = None
+        if importlib.util.find_spec("datasets"):
+            peer = in_a_process("datasets", text, cache)
+    rates = {
+        "tiktoken_mb_per_s": statistics.median(row["mb_per_s"] for row in raw),
+        "prepared_mb_per_s": statistics.median(row["mb_per_s"] for row in prepared),
+    }
+    ratio = statistics.median(
+        p["mb_per_s"] / r["mb_per_s"] for p, r in zip(prepared, raw, strict=True)
+    )
+    peak = max(row["peak_mb_above_torch"] for row in prepared)
+    found_s = statistics.median(row["seconds"] for row in again)
+    say(f"tiktoken alone      {rates['tiktoken_mb_per_s']:.1f} MB/s")
+    say(f"prepared            {rates['prepared_mb_per_s']:.1f} MB/s, {ratio:.2f} of it")
+    say(f"peak memory         {peak:.0f} MB above the import of torch")
+    say(f"found again in      {found_s:.3f} s")
+    say(f"batches             {loader['batches_per_s']:,.0f}/s of {BATCH_SIZE} x {MAX_LENGTH}")
+    if peer:
+        say(f"batches, datasets   {peer['batches_per_s']:,.0f}/s")
+    else:
+        say("batches, datasets   not measured: pip install -r requirements.txt datasets")
+    results = rates | {
+        "machine": machine(torch.device("cpu")),
+        "megabytes": megabytes,
+        "ratio": ratio,
+        "peak_mb_above_torch": peak,
+        "found_again_s": found_s,
+        "batches_per_s": loader["batches_per_s"],
+        "datasets_batches_per_s": peer and peer["batches_per_s"],
+        "rounds": {"raw": raw, "prepared": prepared, "again": again},
+    }
+    say(f"written to {write_results('data', torch.device('cpu'), results)}")
+
+
+def make_text(path: Path, size: int) -> None:
+    """Write size bytes of the sources' paragraphs in random order, some words exchanged."""
+    chooser = random.Random(0)
+    paragraphs = [
+        paragraph
+        for source in SOURCES
+        for paragraph in source.read_text(encoding="utf-8").splitlines()
+        if paragraph.strip()
+    ]
+    written = 0
+    with path.open("w", encoding="utf-8", newline="\n") as file:
+        while written < size:
+            words = chooser.choice(paragraphs).split(" ")
+            for _ in range(1 + len(words) // 20):
+                words[chooser.randrange(len(words))] = chooser.choice(words)
+            line = " ".join(words) + "\n"
+            written += len(line.encode("utf-8"))
+            file.write(line)
+
+
+def in_a_process(part: str, text: Path, cache: Path | str) -> dict:
+    """Run one of the parts below in a process of its own and return what it measured."""
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks.data", "--part", part, str(text), str(cache)],
+        cwd=REPOSITORY,
+        stdout=subprocess.PIPE,
+        encoding="utf-8",
+        check=True,
+    )
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+# ------------------------------------------------------------------- in processes of their own
+
+
+def measure_raw(text: Path, _: Path) -> dict:
+    """tiktoken's own batch call on all cores, on documents of 2,000 lines in memory."""
+    lines = text.read_text(encoding="utf-8").splitlines(keepends=True)
+    documents = ["".join(lines[i : i + 2000]) for i in range(0, len(lines), 2000)]
+    encoding = GPT2Tokenizer()._encoding
+    started_at = time.perf_counter()
+    encoding.encode_ordinary_batch(documents, num_threads=os.cpu_count())
+    seconds = time.perf_counter() - started_at
+    return {"seconds": seconds, "mb_per_s": text.stat().st_size / 1e6 / seconds}
+
+
+def measure_prepare(text: Path, cache: Path) -> dict:
+    """The whole preparation, or finding it again where the cache has it."""
+    before = peak_memory_mb()
+    started_at = time.perf_counter()
+    tokenize(parse_data(str(text)), "gpt2", 0.9, cache)
+    seconds = time.perf_counter() - started_at
+    return {
+        "seconds": seconds,
+        "mb_per_s": text.stat().st_size / 1e6 / seconds,
+        "peak_mb_above_torch": peak_memory_mb() - before,
+    }
+
+
+def measure_loader(text: Path, cache: Path) -> dict:
+    """Shuffled batches of this project's loader."""
+    found = tokenize(parse_data(str(text)), "gpt2", 0.9, cache)
+    plan, _ = plan_windows(
+        found.n_tokens,
+        max_length=MAX_LENGTH,
+        stride=MAX_LENGTH,
+        batch_size=BATCH_SIZE,
+        train_ratio=0.9,
+    )
+    tokens = TokenSlice(found.path, found.dtype, 0, found.n_tokens)
+    loader, _ = make_loaders(tokens, plan, seed=0, num_workers=0, device=torch.device("cpu"))
+    return {"batches_per_s": batches_per_second(loader)}
+
+
+def measure_datasets(text: Path, cache: Path) -> dict:
+    """Shuffled batches of the same windows from an Arrow table, by the library datasets."""
+    import datasets
+
+    found = tokenize(parse_data(str(text)), "gpt2", 0.9, cache)
+    length = MAX_LENGTH + 1
+    n_tokens = min(found.n_tokens, 4_000_000) // length * length
+    tokens = TokenSlice(found.path, found.dtype, 0, n_tokens).array()
+    rows = datasets.Dataset.from_dict({"ids": tokens.reshape(-1, length).astype(np.int32)})
+    loader = torch.utils.data.DataLoader(
+        rows.with_format("torch"), batch_size=BATCH_SIZE, shuffle=True
+    )
+    return {"batches_per_s": batches_per_second(loader)}
+
+
+def batches_per_second(loader: torch.utils.data.DataLoader) -> float:
+    """How fast a loader gives its first BATCHES batches, the first left out."""
+    batches = iter(loader)
+    next(batches)
+    started_at, count = time.perf_counter(), 0
+    for count, _ in enumerate(batches, start=1):
+        if count == BATCHES:
+            break
+    return count / (time.perf_counter() - started_at)
+
+
+def peak_memory_mb() -> float:
+    """The most memory that this process has held."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        return float("nan")
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (1 << 20 if sys.platform == "darwin" else 1 << 10)
+
+
+PARTS = {
+    "raw": measure_raw,
+    "prepare": measure_prepare,
+    "loader": measure_loader,
+    "datasets": measure_datasets,
+}
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--part"]:
+        print(json.dumps(PARTS[sys.argv[2]](*map(Path, sys.argv[3:]))))
+    elif not all(argument.isdecimal() and int(argument) for argument in sys.argv[1:3]):
+        sys.exit(__doc__)
+    else:
+        main(*map(int, sys.argv[1:3]))
