@@ -308,6 +308,7 @@ def describe_text(report: dict[str, Any], plan: WindowPlan, n_parameters: int) -
         "passed over": len(report["passed_over"]),
         "without text": report["empty_documents"],
         "duplicates": report["duplicate_documents"],
+        "in both training and validation text": report["documents_on_both_sides"],
     }
     if any(aside.values()):
         told = ", ".join(f"{number:,} {what}" for what, number in aside.items() if number)

@@ -369,6 +369,7 @@ def test_random_crops_are_a_function_of_seed_epoch_and_batch():
     assert epoch_starts(one, 3) == epoch_starts(other, 3) != epoch_starts(one, 4)
     assert epoch_starts(loaders(200, sampling="random", seed=6)[0], 3) != epoch_starts(one, 3)
     assert len(one) == len(windows) == len(epoch_starts(one, 0))
+    assert len({str(batch) for batch in epoch_starts(one, 0)}) == len(one)
 
 
 def test_random_crops_are_the_same_with_workers():
@@ -475,6 +476,14 @@ def test_without_overlap_each_token_is_shown_at_most_once(is_resident):
     assert len(dataset) == len(naive_windows(range(100), 8, 3))  # the other stays as it is
 
 
+def test_without_overlap_the_tokens_stay_where_they_were_moved():
+    dataset = WindowDataset(np.arange(100, dtype=np.uint16), max_length=8, stride=3)
+    dataset.move_to(torch.device("meta"))
+    ids, targets = dataset.without_overlap().__getitems__([0, 1])
+    assert ids.device.type == targets.device.type == "meta"
+    assert ids.shape == (2, 8)
+
+
 @pytest.mark.parametrize("stride", [8, 9])
 def test_windows_that_do_not_overlap_are_taken_as_they_are(stride):
     dataset = WindowDataset(np.arange(100, dtype=np.uint16), 8, stride, keep_tail=True)
@@ -516,6 +525,7 @@ def test_the_report_says_whether_the_text_will_do(n_parameters, word):
         "passed_over": [{}],
         "empty_documents": 0,
         "duplicate_documents": 2,
+        "documents_on_both_sides": 1,
         "tokens_per_character": 0.25,
         "vocabulary": 200,
         "vocabulary_used": 50,
@@ -523,7 +533,9 @@ def test_the_report_says_whether_the_text_will_do(n_parameters, word):
     windows, _ = plan(1000)
     lines = describe_text(report, windows, n_parameters)
     assert lines[0] == "3 documents in 2 files: 1,234 bytes, 1,200 characters"
-    assert lines[1].startswith("1 passed over, 2 duplicates")
+    assert lines[1].startswith(
+        "1 passed over, 2 duplicates, 1 in both training and validation text ("
+    )
     assert lines[2] == "1,000 tokens, 0.25 a character, 25% of the vocabulary in use"
     assert word in lines[3]
     assert lines[3].startswith(f"{800 / n_parameters:.3g} training tokens a parameter: ")
@@ -539,6 +551,7 @@ def test_the_report_on_one_whole_file_is_three_lines():
         "passed_over": [],
         "empty_documents": 0,
         "duplicate_documents": 0,
+        "documents_on_both_sides": 0,
         "tokens_per_character": 1.0,
         "vocabulary": 270,
         "vocabulary_used": 270,

@@ -124,8 +124,24 @@ def test_a_text_with_places_to_cut_is_cut_about_every_chunk(monkeypatch):
     assert all(70 <= len(part) <= 100 for part in chunks[:-1])
 
 
+@pytest.mark.parametrize("last", ["x" * 20, "x " * 20])
+def test_what_goes_on_without_a_place_to_cut_is_refused(monkeypatch, last):
+    monkeypatch.setattr(token_cache, "CHUNK", 16)
+    monkeypatch.setattr(token_cache, "MOST_UNCUT", 100)
+    documents = [("word " * 99 + "x" * 90, False), (last, True)]
+    if last.startswith("x "):
+        assert "".join(part for part, _ in cut_into_chunks(documents)) == "".join(
+            piece for piece, _ in documents
+        )
+        return
+    with pytest.raises(DataError, match="more than 100 characters in a row") as caught:
+        list(cut_into_chunks(documents))
+    assert "' xxxxx" in str(caught.value)
+
+
 @settings(max_examples=150, derandomize=True, deadline=None, database=None)
 @given(TEXTS, st.lists(st.integers(0, 1000), max_size=8), st.sampled_from([16, 50]))
+@example("x" * 20 + " y z", [20], 16)  # what may end a word comes with the next piece
 def test_where_a_text_is_cut_does_not_depend_on_the_pieces_it_comes_in(text, stops, chunk):
     bounds = sorted({0, len(text), *(min(stop, len(text)) for stop in stops)})
     if len(bounds) == 1:
@@ -398,6 +414,7 @@ def test_every_figure_of_the_report_equals_a_naive_count(
         "documents": len(documents),
         "empty_documents": 2,
         "duplicate_documents": len(documents) - len(set(documents)),
+        "documents_on_both_sides": int(has_val),  # "the same"
         "bytes": sum(path.stat().st_size for path in paths),
         "characters": characters,
         "tokens": len(tokens),
@@ -705,3 +722,57 @@ def test_a_build_that_is_killed_at_any_moment_leaves_no_half_entry(tmp_path, cac
     text = tokenize(spec, "gpt2", 0.9, cache)
     assert tokens_of(text) == expected == text.tokenizer.encode(whole)
     assert "damaged" not in capsys.readouterr().out
+
+
+def test_documents_in_training_and_validation_text_are_counted(tmp_path, cache):
+    for name, lines in (("train", "abcd"), ("val", "cdde")):
+        rows = "".join(f'{{"text": "{line}"}}\n' for line in lines)
+        write_text(tmp_path / f"{name}.jsonl", rows)
+    spec = DataSpec((str(tmp_path / "train.jsonl"),), (str(tmp_path / "val.jsonl"),))
+    report = tokenize(spec, "gpt2", 0.9, cache).report
+    assert report["documents_on_both_sides"] == 2
+    assert report["duplicate_documents"] == 3
+
+
+def test_what_has_no_place_to_cut_for_very_long_is_refused(tmp_path, cache, monkeypatch):
+    monkeypatch.setattr(token_cache, "CHUNK", 100)
+    monkeypatch.setattr(token_cache, "MOST_UNCUT", 1000)
+    write_text(tmp_path / "a.txt", "words, words. " * 100 + "\0" * 1200)
+    with pytest.raises(DataError, match="more than 1,000 characters in a row"):
+        tokenize(DataSpec((str(tmp_path / "a.txt"),)), "gpt2", 0.9, cache)
+    assert not list((cache / "tokens").glob("*"))
+
+
+def test_the_tokens_are_the_same_whatever_the_locale(tmp_path):
+    write_text(tmp_path / "a.txt", "caf\u00e9, \u6625\u6c5f. \U0001f600\r\n" * 50)
+    code = (
+        "import sys; from pathlib import Path\n"
+        "from text.sources import DataSpec; from text.token_cache import tokenize\n"
+        "print(tokenize(DataSpec(('a.txt',)), 'char', 0.9, Path(sys.argv[1])).path)"
+    )
+    entries = []
+    for number, locale in enumerate(({"PYTHONUTF8": "0", "LC_ALL": "C"}, {"PYTHONUTF8": "1"})):
+        done = subprocess.run(
+            [sys.executable, "-c", code, str(tmp_path / f"cache-{number}")],
+            cwd=tmp_path,
+            env=os.environ | locale | {"PYTHONPATH": str(REPOSITORY)},
+            capture_output=True,
+            encoding="utf-8",
+            check=True,
+        )
+        path = Path(done.stdout.strip())
+        entries.append((path.parent.name, path.read_bytes()))
+    assert entries[0] == entries[1]
+
+
+def test_a_tokenizer_from_elsewhere_gets_each_document_whole(tmp_path, cache, monkeypatch):
+    monkeypatch.setattr(token_cache, "CHUNK", 16)
+    made = tokenizers.Tokenizer(models.WordLevel({"[UNK]": 0, "one": 1, "two": 2}, "[UNK]"))
+    made.pre_tokenizer = pre_tokenizers.Metaspace()  # which puts a blank before each text
+    path = tmp_path / "tokenizer.json"
+    path.write_text(made.to_str(), encoding="utf-8")
+    whole = "one, two. " * 40
+    write_text(tmp_path / "a.txt", whole)
+    text = tokenize(DataSpec((str(tmp_path / "a.txt"),)), str(path), 0.9, cache)
+    assert text.tokenizer.kind == "foreign"
+    assert tokens_of(text) == made.encode(whole).ids

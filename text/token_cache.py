@@ -46,6 +46,7 @@ from text.tokenizer import Tokenizer, make_tokenizer, restore_tokenizer
 
 FORMAT = 1  # of an entry; with another number every entry is made anew
 CHUNK = 1 << 20  # characters that a core encodes at a time
+MOST_UNCUT = 1 << 26  # characters without a place to cut; a text has one in each sentence
 BLOCK = 16 << 20  # bytes of tokens that share a hash
 HASH_SPLIT_FROM = 20  # documents; of fewer, validation is cut off the end
 ORPHAN_AGE_S = 24 * 3600
@@ -329,7 +330,8 @@ def _encode(
     """Encode chunks on all cores, in order; only a few are in memory at a time."""
     pending: collections.deque = collections.deque()
     begins_document = True
-    for chunks in _batches(cut_into_chunks(documents)):
+    cut = whole_documents if tokenizer.kind == "foreign" else cut_into_chunks
+    for chunks in _batches(cut(documents)):
         pending.append(pool.submit(_encode_batch, tokenizer, chunks, begins_document))
         begins_document = chunks[-1][1]
         if len(pending) > 2 * workers:
@@ -373,6 +375,16 @@ def _join_digests(digests: list[bytes]) -> int:
     return int.from_bytes(whole, "big")
 
 
+def whole_documents(documents: Iterable[tuple[str, bool]]) -> Iterator[tuple[str, bool]]:
+    """Each document in one piece, for a tokenizer of which nothing is known."""
+    held = []
+    for piece, is_last in documents:
+        held.append(piece)
+        if is_last:
+            yield "".join(held), True
+            held = []
+
+
 def cut_into_chunks(
     documents: Iterable[tuple[str, bool]],
 ) -> Iterator[tuple[str, bool]]:
@@ -380,7 +392,8 @@ def cut_into_chunks(
 
     Where a cut lies depends on the document's text alone, and it is at a place where GPT-2's
     pattern begins a new word whatever came before: the tokens of the chunks are those of the
-    whole document. A text without such a place stays in one chunk.
+    whole document. A text without such a place stays in one chunk; DataError where that grows
+    past MOST_UNCUT.
     """
     held, size, searched = [], 0, 0
     for piece, is_last in documents:
@@ -391,6 +404,12 @@ def cut_into_chunks(
             while len(text) - start > CHUNK:
                 cut = find_cut(text, start, start + CHUNK, searched)
                 if cut is None:
+                    if len(text) - start > MOST_UNCUT:
+                        raise DataError(
+                            f"more than {MOST_UNCUT:,} characters in a row without a blank or a "
+                            f"punctuation mark, beginning {text[start : start + 20]!r}.\n"
+                            "That is no text; set DATA to something else."
+                        )
                     searched = len(text) - 1
                     break
                 yield text[start:cut], False
@@ -514,6 +533,10 @@ def _report_of(
         "documents": report.documents,
         "empty_documents": report.empty_documents,
         "duplicate_documents": len(digests) - len(np.unique(digests)),
+        # only where validation has a source of its own: else equal documents are on one side
+        "documents_on_both_sides": len(
+            np.intersect1d(*(np.frombuffer(side.digests, dtype=np.uint64) for side in sides))
+        ),
         "bytes": report.bytes_read,
         "characters": report.characters,
         "tokens": n_tokens,
