@@ -114,6 +114,7 @@ def test_without_a_network_the_sample_stands_in_and_everything_is_printed_and_le
     left = {file.name for file in run.iterdir()}
     assert left == {
         "settings.json",
+        "data.json",
         "tokenizer.json",
         "metrics.jsonl",
         "training_losses.png",
