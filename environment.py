@@ -94,8 +94,8 @@ def prepare_environment(settings: str | Path | None = None) -> RuntimeEnv:
     """Build a run from config_run.py, or from another settings file of the same shape.
 
     config_run is read at this call, so a script may set its attributes first. Writes nothing but
-    downloads into cache/, and prints what was decided. Raises SettingsError with every wrong
-    setting, DataError for the text, ResourceError for the device.
+    downloads and tokens into cache/, and prints what was decided. Raises SettingsError with
+    every wrong setting, DataError for the text, ResourceError for the device.
     """
     plan = resolve_settings(*read_given_settings(settings))
     folder = _run_folder(plan)

@@ -442,6 +442,7 @@ def test_the_report_names_the_files_as_they_are_now(tmp_path, cache):
     renamed = tokenize(DataSpec((str(second),)), "char", 0.9, cache)
     assert [entry["name"] for entry in renamed.report["files"]] == ["c.txt"]
     assert tokens_of(renamed) == tokens_of(made)
+    assert renamed.path == made.path
 
 
 # ------------------------------------------------------------------------------ found again

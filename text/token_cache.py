@@ -96,8 +96,9 @@ def tokenize(spec: DataSpec, tokenizer: str, train_ratio: float, cache: Path) ->
             spec.field,
             spec.encoding,
         ]
-        names = [part.name for part in [*train, *val]]  # what a file is read as, and called
-        entry_id = _hash_of([FORMAT, how, train_ratio, len(train), content, names])
+        # what a file is read as; what it is called doesn't matter
+        kinds = ["".join(Path(part.name).suffixes).lower() for part in [*train, *val]]
+        entry_id = _hash_of([FORMAT, how, train_ratio, len(train), content, kinds])
     folder = tokens_folder / entry_id
     text = _open_entry(folder, report.notices)
     if text is None:
@@ -105,12 +106,21 @@ def tokenize(spec: DataSpec, tokenizer: str, train_ratio: float, cache: Path) ->
         text = _open_entry(folder, report.notices)
         assert text is not None, f"{folder} was written and can't be read"
     write_json(found_path, {"state": state, "entry": entry_id})
-    # the same text may have lain elsewhere, among other files, when the entry was made
     text.report["passed_over"] = report.passed_over
     for told, part in zip(text.report["files"], [*train, *val], strict=True):
         if part.path is not None:
-            told["path"] = str(part.path)
+            _tell_anew(text.report, told, part)
     return text
+
+
+def _tell_anew(report: dict[str, Any], told: dict[str, Any], part: Part) -> None:
+    """Let an entry's report name a file as it is called now: it may have been another then."""
+    before = f"{told['name']}: "
+    report["notes"] = [
+        f"{part.name}: {note.removeprefix(before)}" if note.startswith(before) else note
+        for note in report["notes"]
+    ]
+    told |= {"name": part.name, "path": str(part.path)}
 
 
 def _hash_of(value: Any) -> str:
