@@ -131,6 +131,7 @@ def test_without_a_network_the_sample_stands_in_and_everything_is_printed_and_le
     assert steps == list(range(1, summary["steps"] + 1))
 
 
+@pytest.mark.slow
 def test_the_verdict_is_nine_batches(shared_data, tmp_path):
     (tmp_path / "settings.py").write_text(f"DATA = {str(shared_data / 'the-verdict.txt')!r}\n")
     done = run_main(tmp_path, "settings.py")
@@ -403,7 +404,7 @@ def test_chinese_poems_train_and_are_continued_in_chinese(shared_data, workdir, 
 def test_a_validation_text_of_its_own_is_used(shared_data, workdir):
     folder = shared_data / "wikitext-2"
     data = {"path": str(folder / "valid.txt"), "val": str(folder / "test.txt")}
-    params = TINY | {"max_steps": 3}
+    params = TINY | {"max_steps": 3, "max_length": 128, "batch_size": 128}
     write_settings(workdir, "", DATA=data, TOKENIZER="char", custom_params=params)
     assert main.main(["settings.py"]) == 0
     split = json.loads((only_run(workdir) / "data.json").read_text(encoding="utf-8"))["split"]
