@@ -39,9 +39,9 @@ def main(arguments: list[str]) -> int:
 def _report_failure(error: Exception, env: RuntimeEnv | None) -> int:
     """Say what went wrong; returns the exit code. What nobody expected keeps its traceback."""
     if is_out_of_memory(error):
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
         error = ResourceError(
-            f"out of memory: {str(error).splitlines()[0][:100]}\n"
-            "Set a smaller batch_size, max_length or model."
+            f"out of memory: {reason[:100]}\nSet a smaller batch_size, max_length or model."
         )
     if not isinstance(error, PipelineError):
         raise error

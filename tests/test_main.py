@@ -336,9 +336,18 @@ def test_bf16_or_fp32_is_chosen_by_the_hardware_and_printed(workdir, capsys, mon
         assert f"Precision: {expected}" in capsys.readouterr().out
 
 
-def test_memory_that_runs_out_in_training_is_said_with_what_to_change(workdir, capsys, monkeypatch):
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 PB"),
+        MemoryError(),  # Python's own has no message
+    ],
+)
+def test_memory_that_runs_out_in_training_is_said_with_what_to_change(
+    workdir, capsys, monkeypatch, error
+):
     def allocate(*_):
-        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 PB")
+        raise error
 
     monkeypatch.setattr(train, "take_step", allocate)
     write_settings(workdir, "")
