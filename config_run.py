@@ -25,9 +25,10 @@ USE_DEFAULT = False  # custom mode with MODEL "auto" and USE_SMALL False: the 12
 custom_params = {
     "num_epochs": 3,  # how often to read through the text: 1 or more
     "max_steps": None,  # end after this many optimizer steps, whatever num_epochs says
-    "batch_size": 8,  # windows in a step: 1 or more
+    "batch_size": 8,  # windows at a time: 1 or more
+    "gradient_accumulation_steps": 1,  # a step sums up the gradients of so many batches
     "learning_rate": None,  # peak step size, 0.0001 to 0.01 as a rule; wide models want less
-    "schedule": "cosine",  # the rate after warm-up: "cosine" (falls to a tenth) or "constant"
+    "schedule": "cosine",  # the rate after warm-up: "cosine", "wsd" (stays, then falls), "constant"
     "warmup_steps": None,  # steps in which the rate rises to its peak: 0 or more
     "weight_decay": 0.1,  # pull of the matrices towards zero: 0 to below 1
     "max_grad_norm": 1.0,  # longer gradients are cut to this length; 0 never cuts
@@ -37,6 +38,10 @@ custom_params = {
     "train_ratio": 0.9,  # share of the text to train on, the rest validates: between 0 and 1
     "eval_freq": None,  # evaluate every so many steps: 1 or more
     "eval_iter": 10,  # batches in an evaluation: 1 or more
+    "patience": None,  # end after so many evaluations in a row without a better one;  None: never
+    "save_every": None,  # steps from one checkpoint to the next;  None: by time
+    "save_minutes": 5.0,  # minutes from one checkpoint to the next: above 0
+    "keep_checkpoints": 2,  # how many of the last ones are kept: 2 or more; the best comes on top
     "start_context": "Every effort moves you",  # the words that samples go on from
     "num_workers": 0,  # processes that prepare batches: 0 is right for all but huge texts
     "model_overrides": {},  # e.g. {"n_layers": 4, "n_heads": 4, "emb_dim": 256, "drop_rate": 0.1}
@@ -52,10 +57,15 @@ sampling_params = {
 
 # ---------------------------------------------------------------- the machine
 DEVICE = None  # None: the best there is;  or "cpu", "cuda", "mps"
-PRECISION = "auto"  # "auto": bf16 where the hardware has it;  or "bf16", "fp32"
+PRECISION = "auto"  # "auto": bf16 where the hardware has it;  or "bf16", "fp32", "fp16" (old GPUs)
 SEED = 123  # the same seed gives the same run
+NIGHT_MODE = False  # True: leave half of the cores, or of the GPU's memory, to others
 LOG_EVERY = 0  # print the batch loss every so many steps;  0: never
 
 # ---------------------------------------------------------------- what is left behind
 OUTPUT_DIR = "runs"  # each run makes a folder in here
 RUN_NAME = None  # that folder's name;  None: date, time and mode
+# "auto": go on with the newest unfinished run that has these settings and this text;
+# False: always begin a new one;  or the folder of the run to go on with, "runs/..."
+RESUME = "auto"
+TRACKING = []  # curves elsewhere too: "tensorboard", "wandb" (offline without an account)

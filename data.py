@@ -11,9 +11,12 @@ from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
 from engine.console import say
 from engine.errors import DataError
+from engine.metrics import TokenSize
+from engine.stopping import ignore_stop_signals
 from text.tokenizer import GPT2Tokenizer, Tokenizer
 
 MIN_TOKENS = 4  # two to train on, a token and the one to guess, and two to validate on
+MEASURED_TOKENS = 1_000_000  # of the validation text, for characters and bytes a token
 LONGEST_TRAIN_SHARE = 0.95  # of a short text, so that a window fits
 
 
@@ -112,11 +115,13 @@ class WindowDataset(Dataset):
 
 
 class WindowBatches(Sampler):
-    """Which windows each batch holds: a pure function of (seed, epoch, batch number).
+    """Which windows each batch holds: a pure function of (seed, epoch, step).
 
-    Iterating gives epoch 0, then 1, ...; start_epoch(n) chooses the one that comes next. The last
-    batch may be smaller. With seed None the windows stay in order, and a tail comes alone. With
-    n_batches each batch is drawn at random from all windows, whatever the others hold.
+    A step takes step_size windows (batch_size where None) and hands them out in parts of at most
+    micro_batch (batch_size where None); an epoch's last step may have fewer. Iterating gives epoch
+    0, then 1, ...; start_at() chooses what comes next. With seed None the windows stay in order,
+    and a tail comes alone. With n_steps each step draws at random from all windows, whatever the
+    others hold.
     """
 
     def __init__(
@@ -124,35 +129,48 @@ class WindowBatches(Sampler):
         dataset: WindowDataset,
         batch_size: int,
         seed: int | None,
-        n_batches: int | None = None,
+        n_steps: int | None = None,
+        step_size: int | None = None,
+        micro_batch: int | None = None,
     ) -> None:
         self.dataset = dataset
         self.batch_size = batch_size
+        self.micro_batch = micro_batch or batch_size
+        self.step_size = step_size or batch_size
         self.seed = seed
-        self.n_batches = n_batches
-        self._next_epoch = 0
+        self._is_random = n_steps is not None
+        self.n_steps = n_steps or -(-dataset.n_whole // self.step_size)
+        self._next_epoch = self._next_step = 0
+
+    @property
+    def per_step(self) -> int:
+        """The parts of a step; the last one of an epoch may have fewer."""
+        return -(-self.step_size // self.micro_batch)
 
     def __len__(self) -> int:
-        if self.n_batches is not None:
-            return self.n_batches
-        return -(-self.dataset.n_whole // self.batch_size) + self.dataset.has_tail
+        if self._is_random:
+            return self.n_steps * self.per_step
+        steps, rest = divmod(self.dataset.n_whole, self.step_size)
+        return steps * self.per_step + -(-rest // self.micro_batch) + self.dataset.has_tail
 
     def __iter__(self) -> Iterator[list[int]]:
-        epoch, self._next_epoch = self._next_epoch, self._next_epoch + 1
-        if self.n_batches is not None:
-            for number in range(self.n_batches):
-                chooser = np.random.default_rng((self.seed, epoch, number))
-                yield chooser.integers(self.dataset.n_whole, size=self.batch_size).tolist()
-            return
-        order = self._order(epoch)
-        for start in range(0, len(order), self.batch_size):
-            yield order[start : start + self.batch_size].tolist()
+        epoch, first = self._next_epoch, self._next_step
+        self._next_epoch, self._next_step = epoch + 1, 0
+        order = None if self._is_random else self._order(epoch)
+        for step in range(first, self.n_steps):
+            if order is None:
+                chooser = np.random.default_rng((self.seed, epoch, step))
+                windows = chooser.integers(self.dataset.n_whole, size=self.step_size)
+            else:
+                windows = order[step * self.step_size : (step + 1) * self.step_size]
+            for start in range(0, len(windows), self.micro_batch):
+                yield windows[start : start + self.micro_batch].tolist()
         if self.dataset.has_tail:
             yield [self.dataset.n_whole]
 
-    def start_epoch(self, epoch: int) -> None:
-        """Let the next iteration be that of this epoch, counted from 0."""
-        self._next_epoch = epoch
+    def start_at(self, epoch: int, step: int = 0) -> None:
+        """Let the next iteration be that of this epoch from this step on, counted from 0."""
+        self._next_epoch, self._next_step = epoch, step
 
     def _order(self, epoch: int) -> np.ndarray:
         if self.seed is None:
@@ -256,14 +274,17 @@ def make_loaders(
     num_workers: int,
     device: torch.device,
     sampling: str = "windows",
+    accumulation: int = 1,
+    micro_batch: int | None = None,
 ) -> tuple[DataLoader, DataLoader]:
     """Training windows in a new order each epoch; validation windows in order, without overlap.
 
     Batches are (ids, targets), each (B, T) int64. Every validation token but the first is a
     target exactly once, so the last batch of validation may be a single shorter window. With
-    sampling "random" the training windows may start anywhere; an epoch has as many batches. On
-    CUDA the tokens stay on the device where they take less than a tenth of its free memory, and
-    are pinned otherwise.
+    sampling "random" the training windows may start anywhere; an epoch has as many steps. A step
+    takes plan.batch_size * accumulation windows, in parts of micro_batch (None: plan.batch_size).
+    On CUDA the tokens stay on the device where they take less than a tenth of its free memory,
+    and are pinned otherwise.
     """
     if isinstance(tokens, TokenSlice):
         cut = tokens.start + plan.n_train
@@ -273,7 +294,8 @@ def make_loaders(
     stride = 1 if sampling == "random" else plan.stride
     train = WindowDataset(train_tokens, plan.max_length, stride)
     val = WindowDataset(val_tokens, plan.max_length, plan.max_length, keep_tail=True)
-    n_batches = -(-plan.n_windows // plan.batch_size) if sampling == "random" else None
+    step_size = plan.batch_size * accumulation
+    n_steps = -(-plan.n_windows // step_size) if sampling == "random" else None
     pin_memory = device.type == "cuda"
     if device.type == "cuda" and num_workers == 0:
         free, _ = torch.cuda.mem_get_info(device)
@@ -287,12 +309,13 @@ def make_loaders(
             batch_sampler=batches,
             collate_fn=as_batch,
             num_workers=num_workers,
+            worker_init_fn=ignore_stop_signals,
             pin_memory=pin_memory,
             generator=torch.Generator().manual_seed(seed),  # else each epoch draws on torch's own
         )
         for batches in (
-            WindowBatches(train, plan.batch_size, seed, n_batches),
-            WindowBatches(val, plan.batch_size, None),
+            WindowBatches(train, plan.batch_size, seed, n_steps, step_size, micro_batch),
+            WindowBatches(val, plan.batch_size, None, micro_batch=micro_batch),
         )
     )
 
@@ -367,6 +390,18 @@ def create_dataloader_v1(
     )
 
 
+def measure_tokens(tokens: np.ndarray | TokenSlice, tokenizer: Tokenizer) -> TokenSize:
+    """How many characters and bytes a token stands for, by the first million of some tokens.
+
+    The end of a text is a token that has to be guessed, and stands for no character.
+    """
+    array = tokens.array() if isinstance(tokens, TokenSlice) else tokens
+    ids = array[:MEASURED_TOKENS]
+    text = tokenizer.decode(ids[ids != tokenizer.end_of_text_id].tolist())
+    n_bytes = len(text.encode("utf-8", "replace"))
+    return TokenSize(max(1, len(text)) / len(ids), max(1, n_bytes) / len(ids))
+
+
 def as_batch(items):
     """Collate: a WindowDataset gives batches already; another dataset's items are stacked."""
     return items if isinstance(items, tuple) else default_collate(items)
@@ -380,7 +415,8 @@ def to_array(ids: Sequence[int], vocab_size: int) -> np.ndarray:
 def evaluation_loader(loader: DataLoader, max_batches: int | None = None) -> DataLoader:
     """A loader over the same windows in order: all of them, or max_batches evenly spaced batches.
 
-    It gives the same batches each time, and leaves every random generator alone.
+    It gives the same batches each time, in parts where the loader does, and leaves every random
+    generator alone.
     """
     dataset = loader.dataset
     batch_size = loader.batch_size or loader.batch_sampler.batch_size
@@ -388,18 +424,16 @@ def evaluation_loader(loader: DataLoader, max_batches: int | None = None) -> Dat
     if isinstance(dataset, WindowDataset):
         dataset = dataset.without_overlap()
         n_whole, n_items = dataset.n_whole, len(dataset)
-    starts = [
-        *range(0, n_whole, batch_size),
-        *range(n_whole, n_items),
-    ]  # a tail comes alone
-    if max_batches is not None and max_batches < len(starts):
-        chosen = np.linspace(0, len(starts) - 1, max_batches).round().astype(int)
-        starts = [starts[i] for i in chosen]
-    stops = (n_items if start >= n_whole else min(start + batch_size, n_whole) for start in starts)
-    batches = [range(start, stop) for start, stop in zip(starts, stops, strict=True)]
+    batches = [range(i, min(i + batch_size, n_whole)) for i in range(0, n_whole, batch_size)]
+    batches += [range(i, i + 1) for i in range(n_whole, n_items)]  # a tail comes alone
+    if max_batches is not None and max_batches < len(batches):
+        chosen = np.linspace(0, len(batches) - 1, max_batches).round().astype(int)
+        batches = [batches[i] for i in chosen]
+    size = getattr(loader.batch_sampler, "micro_batch", batch_size)
+    parts = [batch[i : i + size] for batch in batches for i in range(0, len(batch), size)]
     return DataLoader(
         dataset,
-        batch_sampler=batches,
+        batch_sampler=parts,
         collate_fn=loader.collate_fn,
         pin_memory=loader.pin_memory,
         generator=torch.Generator(),

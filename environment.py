@@ -3,6 +3,7 @@
 import dataclasses
 import difflib
 import importlib
+import json
 import os
 import runpy
 import tempfile
@@ -17,56 +18,40 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader
 
-from data import TokenSlice, WindowPlan, describe_text, make_loaders, plan_windows
+from data import (
+    TokenSlice,
+    WindowPlan,
+    describe_text,
+    make_loaders,
+    measure_tokens,
+    plan_windows,
+)
 from engine.console import say
-from engine.errors import CheckpointError, ResourceError, SettingsError
+from engine.errors import DataError, ResourceError, SettingsError
+from engine.metrics import TokenSize
 from engine.optim import (
     Schedule,
     build_adamw,
     default_eval_freq,
     default_learning_rate,
     default_warmup_steps,
+    make_schedule,
 )
 from engine.precision import Precision, choose_precision
-from engine.storage import make_folder, make_new_folder, write_atomically, write_json
+from engine.storage import make_folder, write_atomically
+from engine.tracking import check_trackers
 from generation import SamplingConfig
 from model import GPTConfig, GPTModel
+from run_folder import RunFolder, choose_run
 from run_plan import RunPlan, RunSettings, resolve_settings
 from text.sources import DataSpec, parse_data
 from text.token_cache import TokenizedText, tokenize
 from text.tokenizer import Tokenizer
-from training_utils import QUICK_MODE_STEPS, TrainingConfig
+from training_utils import TrainingConfig
 
 CACHE = Path(__file__).resolve().parent / "cache"
 # the mark by which backup programs know a cache (bford.info/cachedir)
 CACHE_TAG = b"Signature: 8a477f597d28d172789f06886806bc55\n"
-
-
-@dataclass
-class RunFolder:
-    """The folder that a run leaves behind; nothing is on the disk before create()."""
-
-    path: Path
-    named: bool  # the user chose the name
-    settings: dict[str, Any]
-    data: dict[str, Any]  # the report on the text
-    tokenizer_file: Path
-
-    def create(self) -> None:
-        """Make the folder with settings.json, data.json and tokenizer.json.
-
-        Raises CheckpointError where the user named a folder that is already there, ResourceError
-        where the disk won't have it.
-        """
-        wanted, count = self.path, 1
-        while not make_new_folder(self.path):
-            if self.named:
-                raise _folder_is_taken(self.path)
-            count += 1  # another run began in the same second
-            self.path = wanted.with_name(f"{wanted.name}-{count}")
-        write_json(self.path / "settings.json", self.settings)
-        write_json(self.path / "data.json", self.data)
-        write_atomically(self.path / "tokenizer.json", self.tokenizer_file.read_bytes())
 
 
 @dataclass
@@ -83,9 +68,13 @@ class RuntimeEnv:
     model_config: GPTConfig
     precision: Precision
     schedule: Schedule
+    total_steps: int
     sampling: SamplingConfig
     run: RunFolder
     text: TokenizedText
+    token_size: TokenSize
+    threads: int
+    tracking: list[str]
     seed: int
     log_every: int
 
@@ -94,27 +83,31 @@ def prepare_environment(settings: str | Path | None = None) -> RuntimeEnv:
     """Build a run from config_run.py, or from another settings file of the same shape.
 
     config_run is read at this call, so a script may set its attributes first. Writes nothing but
-    downloads and tokens into cache/, and prints what was decided. Raises SettingsError with
-    every wrong setting, DataError for the text, ResourceError for the device.
+    downloads and tokens into cache/, and prints what was decided. Where a run goes on, its model
+    has fresh weights until train() loads the checkpoint. Raises SettingsError with every wrong
+    setting, DataError for the text, ResourceError for the device, CheckpointError where a run
+    that is named can't go on, RunFinished where it has nothing left to do.
     """
     plan = resolve_settings(*read_given_settings(settings))
-    folder = _run_folder(plan)
+    check_trackers(plan.run.TRACKING)
+    run = _choose_run(plan)
     device = pick_device(plan.run.DEVICE)
-    precision = choose_precision(plan.run.PRECISION, device)
+    precision = _decide_precision(plan, run.saved, device)
     _show_machine(device, precision, plan)
 
-    spec = parse_data(plan.run.DATA)
-    text = tokenize(spec, plan.run.TOKENIZER, plan.training.train_ratio, usable_cache())
+    text = _read_text(plan, run)
+    precision = _decide_precision(plan, run.saved, device)  # by then another run may begin
     tokenizer = text.tokenizer
-    _show_text(text, spec)
+    asked = _with_decisions(plan.training, run.saved)
     windows, notices = plan_windows(
         text.n_tokens,
         max_length=plan.model["context_length"],
-        stride=plan.training.stride,
-        batch_size=plan.training.batch_size,
-        train_ratio=plan.training.train_ratio,
+        stride=asked.stride,
+        batch_size=asked.batch_size,
+        train_ratio=asked.train_ratio,
         n_train=text.n_train,
     )
+    threads, micro_batch = _share_the_machine(plan, run.saved, device, windows, notices)
 
     model_config = GPTConfig(
         **plan.model | {"context_length": windows.max_length, "vocab_size": tokenizer.vocab_size}
@@ -127,14 +120,17 @@ def prepare_environment(settings: str | Path | None = None) -> RuntimeEnv:
         TokenSlice(text.path, text.dtype, 0, text.n_tokens),
         windows,
         seed=plan.run.SEED,
-        num_workers=_cap_workers(plan.training.num_workers, notices),
+        num_workers=_cap_workers(asked.num_workers, notices),
         device=device,
-        sampling=plan.training.sampling,
+        sampling=asked.sampling,
+        accumulation=asked.gradient_accumulation_steps,
+        micro_batch=micro_batch,
     )
-    training, schedule = _complete_training(
-        plan, windows, model_config.emb_dim, len(train_loader), notices
-    )
-    _show_training(plan.mode, training, schedule, notices)
+    steps_per_epoch = train_loader.batch_sampler.n_steps
+    total_steps = asked.max_steps or asked.num_epochs * steps_per_epoch
+    total_steps = min(total_steps, plan.most_steps or total_steps)
+    training = _complete_training(asked, windows, model_config.emb_dim, total_steps, notices)
+    _show_training(plan.mode, training, total_steps, notices)
     for line in describe_text(text.report, windows, model.count_parameters()):
         say(f"  {line}")
     say(
@@ -145,19 +141,7 @@ def prepare_environment(settings: str | Path | None = None) -> RuntimeEnv:
     batch = [part.to(device) for part in train_loader.dataset.__getitems__([0])]
     check_devices(model, optimizer, batch, device)
     say(f"✓ Device consistency verified (using {device})")
-    run = _describe_run(
-        plan,
-        folder,
-        device,
-        precision,
-        text,
-        windows,
-        training,
-        model_config,
-        schedule,
-        notices,
-    )
-    return RuntimeEnv(
+    env = RuntimeEnv(
         device=device,
         model=model,
         train_loader=train_loader,
@@ -167,13 +151,21 @@ def prepare_environment(settings: str | Path | None = None) -> RuntimeEnv:
         tokenizer=tokenizer,
         model_config=model_config,
         precision=precision,
-        schedule=schedule,
+        schedule=make_schedule(
+            training.schedule, training.learning_rate, training.warmup_steps, total_steps
+        ),
+        total_steps=total_steps,
         sampling=plan.sampling,
         run=run,
         text=text,
+        token_size=measure_tokens(val_loader.dataset.tokens, tokenizer),
+        threads=threads,
+        tracking=plan.run.TRACKING,
         seed=plan.run.SEED,
         log_every=plan.run.LOG_EVERY,
     )
+    _describe_run(env, plan, windows, steps_per_epoch, notices)
+    return env
 
 
 def read_given_settings(path: str | Path | None) -> tuple[dict[str, Any], str]:
@@ -332,18 +324,73 @@ def _is_on(tensor: torch.Tensor, device: torch.device) -> bool:
     return tensor.device.type == device.type and same_index
 
 
-def _complete_training(
+def _decide_precision(
+    plan: RunPlan, saved: dict[str, Any] | None, device: torch.device
+) -> Precision:
+    """PRECISION, or what "auto" came to when the run began that goes on."""
+    if saved is None or plan.run.PRECISION != "auto":
+        return choose_precision(plan.run.PRECISION, device)
+    decided = choose_precision(saved["precision"]["name"], device)
+    return dataclasses.replace(decided, reason="as when this run began")
+
+
+def _with_decisions(asked: TrainingConfig, saved: dict[str, Any] | None) -> TrainingConfig:
+    """The hyper-parameters with what was worked out when the run began, where it goes on."""
+    if saved is None:
+        return asked
+    before = saved["asked"]["training"]
+    decided = {
+        name: saved["training"][name]
+        for name, value in asked.to_dict().items()
+        if name in before and before[name] == value and name in saved["training"]
+    }
+    return dataclasses.replace(asked, **decided)
+
+
+def _share_the_machine(
     plan: RunPlan,
+    saved: dict[str, Any] | None,
+    device: torch.device,
+    windows: WindowPlan,
+    notices: list[str],
+) -> tuple[int, int]:
+    """How many threads to use and how many windows at a time; a run that goes on keeps its own.
+
+    NIGHT_MODE leaves half of the cores, or half of the GPU's memory, to others: a step then goes
+    through its windows in smaller parts, with the same sum.
+    """
+    night, threads, micro_batch = plan.run.NIGHT_MODE, torch.get_num_threads(), windows.batch_size
+    usual_threads = threads
+    if night and device.type == "cpu":
+        threads = max(1, threads // 2)
+    if night and device.type in ("cuda", "mps"):
+        backend = torch.cuda if device.type == "cuda" else torch.mps
+        backend.set_per_process_memory_fraction(0.5)
+        micro_batch = -(-windows.batch_size // 2)
+        notices.append(
+            f"night mode: half of the memory, {micro_batch} windows at a time instead of "
+            f"{windows.batch_size}"
+        )
+    # a number set from outside is somebody's wish
+    if saved is not None and saved["settings"]["NIGHT_MODE"] == night and not _threads_are_set():
+        threads = min(saved["threads"], os.cpu_count() or 1)
+    if night and device.type == "cpu":
+        notices.append(f"night mode: {threads} of {usual_threads} threads")
+    return threads, micro_batch
+
+
+def _threads_are_set() -> bool:
+    return any(os.environ.get(name) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"))
+
+
+def _complete_training(
+    asked: TrainingConfig,
     windows: WindowPlan,
     emb_dim: int,
-    steps_per_epoch: int,
+    total_steps: int,
     notices: list[str],
-) -> tuple[TrainingConfig, Schedule]:
+) -> TrainingConfig:
     """Fill in every value that was left to be worked out; adds to the notices."""
-    asked = plan.training
-    total_steps = asked.max_steps or asked.num_epochs * steps_per_epoch
-    if plan.mode == "quick":
-        total_steps = min(total_steps, QUICK_MODE_STEPS)
     warmup_steps = asked.warmup_steps
     if warmup_steps is None:
         warmup_steps = default_warmup_steps(total_steps)
@@ -353,7 +400,7 @@ def _complete_training(
             f"warmup_steps is lowered from {asked.warmup_steps} to {warmup_steps}: the run has "
             f"{total_steps} steps"
         )
-    training = dataclasses.replace(
+    return dataclasses.replace(
         asked,
         eval_freq=asked.eval_freq or default_eval_freq(total_steps),
         batch_size=windows.batch_size,
@@ -362,58 +409,78 @@ def _complete_training(
         learning_rate=asked.learning_rate or default_learning_rate(emb_dim),
         warmup_steps=warmup_steps,
     )
-    schedule = Schedule(
-        training.schedule, training.learning_rate, training.warmup_steps, total_steps
-    )
-    return training, schedule
 
 
-def _run_folder(plan: RunPlan) -> Path:
+def _choose_run(plan: RunPlan) -> RunFolder:
     """Where the run will be kept; it is better to know that it can't be before a long wait."""
-    name = plan.run.RUN_NAME or f"{time.strftime('%Y-%m-%d_%H-%M-%S')}-{plan.mode}"
-    folder = Path(plan.run.OUTPUT_DIR).expanduser() / name
-    if plan.run.RUN_NAME and folder.exists():
-        raise _folder_is_taken(folder)
-    existing = next(parent for parent in folder.absolute().parents if parent.exists())
+    output_dir = Path(plan.run.OUTPUT_DIR).expanduser()
+    existing = next(parent for parent in (output_dir / "x").absolute().parents if parent.exists())
     if not existing.is_dir():
         raise ResourceError(
-            f"can't make the folder {folder}: {existing} is a file.\n"
+            f"can't make the folder {output_dir}: {existing} is a file.\n"
             "Set OUTPUT_DIR to another folder."
         )
-    return folder
-
-
-def _folder_is_taken(folder: Path) -> CheckpointError:
-    return CheckpointError(
-        f"the run folder {folder} is already there.\n"
-        "Choose another RUN_NAME, or move the folder away."
+    return choose_run(
+        plan.asked(),
+        output_dir=output_dir,
+        run_name=plan.run.RUN_NAME,
+        resume=plan.run.RESUME,
+        new_name=f"{time.strftime('%Y-%m-%d_%H-%M-%S')}-{plan.mode}",
+        data=_data_as_json(plan),
     )
+
+
+def _data_as_json(plan: RunPlan) -> Any:
+    """DATA as settings.json has it: text in place of paths, lists in place of tuples."""
+    return json.loads(json.dumps(plan.run.DATA, default=os.fspath))
+
+
+def _read_text(plan: RunPlan, run: RunFolder) -> TokenizedText:
+    """The text as tokens; a run that goes on gets the one it was begun with, or none."""
+    spec = parse_data(plan.run.DATA)
+    same_data = run.saved is not None and run.saved["settings"]["DATA"] == _data_as_json(plan)
+    try:
+        text = tokenize(
+            spec,
+            plan.run.TOKENIZER,
+            plan.training.train_ratio,
+            usable_cache(),
+            stand_in=run.saved["stood_in"] if same_data else None,
+        )
+    except DataError as error:
+        if not same_data:
+            raise
+        raise DataError(
+            f"{error}\nThe unfinished run {run.path} goes on with this text only; RESUME = False "
+            "begins a new one."
+        ) from error
+    _show_text(text, spec)
+    run.check_text(text.tokenizer.fingerprint, text.sha256)
+    return text
 
 
 def _describe_run(
+    env: RuntimeEnv,
     plan: RunPlan,
-    folder: Path,
-    device: torch.device,
-    precision: Precision,
-    text: TokenizedText,
     windows: WindowPlan,
-    training: TrainingConfig,
-    model_config: GPTConfig,
-    schedule: Schedule,
+    steps_per_epoch: int,
     adapted: list[str],
-) -> RunFolder:
+) -> None:
     settings = {
         "mode": plan.mode,
-        "settings": dataclasses.asdict(plan.run),
+        "settings": dataclasses.asdict(plan.run) | {"DATA": _data_as_json(plan)},
+        "asked": plan.asked(),
         "model_name": plan.model_name,
-        "model": dataclasses.asdict(model_config),
-        "training": training.to_dict(),
+        "model": dataclasses.asdict(env.model_config),
+        "training": env.train_config.to_dict(),
         "sampling": dataclasses.asdict(plan.sampling),
-        "device": str(device),
-        "precision": {"name": precision.name, "reason": precision.reason},
-        "threads": torch.get_num_threads(),
-        "tokenizer": text.tokenizer.fingerprint,
-        "total_steps": schedule.total_steps,
+        "device": str(env.device),
+        "precision": {"name": env.precision.name, "reason": env.precision.reason},
+        "threads": env.threads,
+        "tokenizer": env.tokenizer.fingerprint,
+        "stood_in": env.text.stood_in,
+        "steps_per_epoch": steps_per_epoch,
+        "total_steps": env.total_steps,
         "origins": plan.origins,
         "adapted": adapted,
         "torch": torch.__version__,
@@ -424,13 +491,13 @@ def _describe_run(
         "train_windows": windows.n_windows,
         "tokens_left_over": windows.n_unused,
     }
-    return RunFolder(
-        path=folder,
-        named=plan.run.RUN_NAME is not None,
-        settings=settings,
-        data=text.report | {"split": split, "notices": text.notices},
-        tokenizer_file=text.tokenizer_file,
-    )
+    data = env.text.report | {
+        "tokenizer_id": env.tokenizer.fingerprint,
+        "tokens_sha256": env.text.sha256,
+        "split": split,
+        "notices": env.text.notices,
+    }
+    env.run.describe(settings, data, env.text.tokenizer_file)
 
 
 # --------------------------------------------------------------------------------- showing
@@ -476,7 +543,7 @@ def _show_model(name: str, model: GPTModel) -> None:
 def _show_training(
     mode: str,
     training: TrainingConfig,
-    schedule: Schedule,
+    total_steps: int,
     notices: list[str],
 ) -> None:
     for notice in notices:
@@ -487,8 +554,15 @@ def _show_training(
         epochs = f"{training.max_steps} steps"
     say(f"✓ Using {mode} training config ({epochs}{purpose})")
     say(
-        f"  {schedule.total_steps:,} steps of {training.batch_size} x {training.max_length} "
+        f"  {total_steps:,} steps of {_batch_shown(training)} x {training.max_length} "
         f"tokens, learning rate {training.learning_rate:.3g} ({training.schedule}, "
         f"{training.warmup_steps} warm-up steps)"
     )
     say("✓ Data loaders ready")
+
+
+def _batch_shown(training: TrainingConfig) -> str:
+    accumulation = training.gradient_accumulation_steps
+    return (
+        f"{training.batch_size}" if accumulation == 1 else f"{accumulation} x {training.batch_size}"
+    )

@@ -1,18 +1,25 @@
 """Train a GPT from scratch on your own text: edit config_run.py, then run  python main.py"""
 
+import contextlib
 import math
 import os
+import signal
 import sys
+import threading
+import traceback
+from collections.abc import Iterator
+from pathlib import Path
 
 import torch
 
 from engine.console import complain, say, use_utf8
-from engine.errors import PipelineError, ResourceError, SettingsError
-from engine.metrics import perplexity
+from engine.errors import PipelineError, ResourceError, RunFinished, SettingsError, Stopped
+from engine.metrics import bits_per_byte, bits_per_character, perplexity
 from engine.storage import write_json
 from environment import RuntimeEnv, is_out_of_memory, prepare_environment
 from generation import generate, text_to_token_ids, token_ids_to_text
-from train import PICTURE, History, Journal, mean_loss, save_picture, train
+from journal import PICTURE, Journal, save_picture
+from train import mean_loss, train
 
 LINE = "=" * 70
 
@@ -25,8 +32,14 @@ def main(arguments: list[str]) -> int:
         settings = _settings_file(arguments)
         say(f"{LINE}\nGPT Model Training Pipeline\n{LINE}")
         env = prepare_environment(settings)
-        run_pipeline(env)
-    except (PipelineError, MemoryError, RuntimeError) as error:
+        with _one_word_on_lost_workers():
+            run_pipeline(env)
+    except RunFinished as finished:
+        say(f"✓ {finished}")
+    except Stopped as stopped:
+        complain(str(stopped))
+        return stopped.exit_code
+    except (PipelineError, MemoryError, RuntimeError, ConnectionError, EOFError) as error:
         if os.environ.get("GPT_DEBUG") == "1":
             raise
         return _report_failure(error, env)
@@ -41,7 +54,14 @@ def _report_failure(error: Exception, env: RuntimeEnv | None) -> int:
     if is_out_of_memory(error):
         reason = next(iter(str(error).splitlines()), type(error).__name__)
         error = ResourceError(
-            f"out of memory: {reason[:100]}\nSet a smaller batch_size, max_length or model."
+            f"out of memory: {reason[:100]}\nSet a smaller batch_size and, for the same step, more "
+            "gradient_accumulation_steps; or a smaller max_length or model."
+        )
+    elif _is_lost_worker(error):
+        reason = next(iter(str(error).splitlines()), "")
+        error = ResourceError(
+            f"a process that prepares batches was ended from outside: {reason[:100]}\n"
+            "Memory may have run out. Set num_workers to 0, or to a lower number."
         )
     if not isinstance(error, PipelineError):
         raise error
@@ -49,8 +69,27 @@ def _report_failure(error: Exception, env: RuntimeEnv | None) -> int:
     return error.exit_code
 
 
+@contextlib.contextmanager
+def _one_word_on_lost_workers() -> Iterator[None]:
+    """torch tells of a dead worker by an error in whatever runs: not in the report on it, too."""
+    try:
+        yield
+    except Exception:
+        if hasattr(signal, "SIGCHLD") and threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        raise
+
+
+def _is_lost_worker(error: Exception) -> bool:
+    """Whether a loader's process is gone: torch says so, where its pipe has not broken before."""
+    if isinstance(error, ConnectionError | EOFError):
+        frames = traceback.extract_tb(error.__traceback__)
+        return any(Path(frame.filename).name == "dataloader.py" for frame in frames)
+    return "DataLoader worker (pid" in str(error)
+
+
 def _what_is_kept(env: RuntimeEnv | None) -> str:
-    if env is None or not env.run.path.is_dir() or not (env.run.path / "metrics.jsonl").exists():
+    if env is None or not os.path.exists(env.run.path / "metrics.jsonl"):
         return ""
     return f" What was measured so far is in {env.run.path}"
 
@@ -58,15 +97,26 @@ def _what_is_kept(env: RuntimeEnv | None) -> str:
 def run_pipeline(env: RuntimeEnv) -> None:
     """Train, sample, plot, sum up; everything that is left behind is in env.run.path."""
     _headline("TRAINING START")
-    journal = train(env)
-    show_samples(env, journal)
-    if save_picture(journal.history, env.run.path, env.tokenizer.vocab_size):
+    with env.run.opened():  # the samples and the summary too are this program's alone
+        journal = train(env)
+        show_samples(env, journal)
+        show_picture(env, journal)
+        _headline("TRAINING COMPLETE")
+        sum_up(env, journal)
+    say("✓ Training pipeline finished successfully!")
+
+
+def show_picture(env: RuntimeEnv, journal: Journal) -> None:
+    """Draw the losses once more; a run that is trained does not fail for a picture."""
+    try:
+        drawn = save_picture(journal.history, env.run.path, env.tokenizer.vocab_size)
+    except ResourceError as error:
+        say(f"Note: {str(error).splitlines()[0]} There is no picture")
+        return
+    if drawn:
         say(f"✓ Saved training loss plot to {PICTURE}")
     else:
-        say("Note: matplotlib is not installed, so there is no picture (pip install matplotlib)")
-    _headline("TRAINING COMPLETE")
-    sum_up(env, journal.history)
-    say("✓ Training pipeline finished successfully!")
+        say("Note: matplotlib is not installed: no picture (pip install matplotlib)")
 
 
 def show_samples(env: RuntimeEnv, journal: Journal) -> None:
@@ -85,27 +135,40 @@ def show_samples(env: RuntimeEnv, journal: Journal) -> None:
         journal.note_sample(label, token_ids_to_text(ids, env.tokenizer))
 
 
-def sum_up(env: RuntimeEnv, history: History) -> None:
-    """Print the summary and write summary.json; the final loss is over all validation text."""
+def sum_up(env: RuntimeEnv, journal: Journal) -> None:
+    """Print the summary and write summary.json; the final loss is over all validation text.
+
+    summary.json comes last of all: it is what makes a run a finished one.
+    """
     final_val = mean_loss(env.model, env.val_loader, env.device, env.precision)
-    best = history.best
+    history, best = journal.history, journal.history.best
+    per_character = bits_per_character(final_val, env.token_size)
+    per_byte = bits_per_byte(final_val, env.token_size)
+    whose = "" if journal.weights_of_step is None else "with the best weights, "
     say("Training Summary:")
     say(f"  Final train loss: {history.train_losses[-1]:.4f}")
     say(
-        f"  Final val loss: {final_val:.4f} (over all validation text; perplexity "
-        f"{perplexity(final_val):,.1f})"
+        f"  Final val loss: {final_val:.4f} ({whose}over all validation text; perplexity "
+        f"{perplexity(final_val):,.1f}, {per_character:.3f} bits a character, "
+        f"{per_byte:.3f} a byte)"
     )
     say(f"  Best val loss: {history.val_losses[best]:.4f} (at step {history.steps[best]})")
+    if history.skipped:
+        say(f"  Steps skipped: {history.skipped} (a loss or gradient was not finite)")
     say(f"  Run folder: {env.run.path}")
     summary = {
         "final_train_loss": history.train_losses[-1],
         "final_val_loss": final_val,
         "final_val_perplexity": perplexity(final_val),
+        "final_val_bits_per_character": per_character,
+        "final_val_bits_per_byte": per_byte,
         "best_val_loss": history.val_losses[best],
         "best_step": history.steps[best],
         "initial_val_loss": history.val_losses[0],
         "uniform_loss": math.log(env.tokenizer.vocab_size),
+        "weights_of_step": journal.weights_of_step or len(history.batch_losses),
         "steps": len(history.batch_losses),
+        "steps_skipped": history.skipped,
         "tokens_seen": history.tokens_seen[-1],
         "elapsed_s": history.elapsed_s,
         "parameters": env.model.count_parameters(),

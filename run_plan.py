@@ -22,11 +22,12 @@ from engine.settings import (
     translate_names,
     unknown_name,
 )
+from engine.tracking import TRACKERS
 from generation import SamplingConfig
 from model import GPTConfig
 from text.sources import parse_data
 from text.tokenizer import find_tokenizer_fault
-from training_utils import TrainingConfig, read_custom_params
+from training_utils import QUICK_MODE_STEPS, TrainingConfig, read_custom_params
 
 MODELS_FILE = Path(__file__).resolve().parent / "config.json"
 SMALL_MODEL, DEFAULT_MODEL = "small", "gpt2-124m"  # what "auto" chooses from
@@ -51,6 +52,9 @@ class RunSettings:
     LOG_EVERY: int = setting(0, minimum=0)
     OUTPUT_DIR: str = setting("runs")
     RUN_NAME: str | None = setting(None)
+    RESUME: str | bool = setting("auto")
+    TRACKING: list = setting([])
+    NIGHT_MODE: bool = setting(False)
 
     def __post_init__(self) -> None:
         check(self)
@@ -65,18 +69,29 @@ class RunSettings:
             problems.append(str(error))
         if fault := find_tokenizer_fault(values["TOKENIZER"]):
             problems.append(f"TOKENIZER {fault}")
-        device, run_name = values["DEVICE"], values["RUN_NAME"]
-        try:
-            os.fsencode(Path(values["OUTPUT_DIR"]).expanduser())
-            os.fsencode(values["RUN_NAME"] or "")
-            unusable = "\x00" in values["OUTPUT_DIR"]
-        except (RuntimeError, ValueError):  # a home that is not there; what no file can be called
-            unusable = True
-        if unusable:
+        if values["RESUME"] is True:
+            problems.append('RESUME is True; it must be "auto", False or the folder of a run')
+        if values["RESUME"] not in ("auto", False) and values["RUN_NAME"] is not None:
             problems.append(
-                f"OUTPUT_DIR ({shown(values['OUTPUT_DIR'])}) and RUN_NAME "
-                f"({shown(values['RUN_NAME'])}) can't be a folder's path on this machine"
+                f"RESUME ({shown(values['RESUME'])}) and RUN_NAME ({shown(values['RUN_NAME'])}) "
+                "both name a run; set one of them"
             )
+        problems += [
+            f"TRACKING names {shown(name)}; it may name: {', '.join(TRACKERS)}"
+            for name in values["TRACKING"]
+            if not isinstance(name, str) or name not in TRACKERS
+        ]
+        problems += [
+            f"TRACKING names {shown(name)} twice"
+            for name in TRACKERS
+            if values["TRACKING"].count(name) > 1
+        ]
+        problems += [
+            f"{name} ({shown(values[name])}) can't be a folder's path on this machine"
+            for name in ("OUTPUT_DIR", "RESUME")
+            if isinstance(values[name], str) and not _can_be_a_path(values[name])
+        ]
+        device, run_name = values["DEVICE"], values["RUN_NAME"]
         if device is not None and not re.fullmatch(r"cpu|mps|cuda(:\d{1,3})?", device):
             problems.append(f'DEVICE is {shown(device)}; it must be "cpu", "cuda", "mps" or None')
         if run_name is not None and not re.fullmatch(
@@ -86,7 +101,20 @@ class RunSettings:
                 f"RUN_NAME is {shown(run_name)}; it must be a folder's plain name: up to 80 "
                 'characters, none of / \\ < > : " | ? * and no dot in front'
             )
+        elif run_name is not None and not _can_be_a_path(f"./{run_name}"):
+            problems.append(f"RUN_NAME ({shown(run_name)}) can't be a folder's name here")
         return problems
+
+
+def _can_be_a_path(text: str) -> bool:
+    """Whether the system takes a text as a path, of something that need not be there."""
+    try:
+        os.lstat(Path(text).expanduser() if text.startswith("~") else text)
+    except (FileNotFoundError, NotADirectoryError, PermissionError):
+        return True
+    except (RuntimeError, ValueError, OSError):  # no such home; characters, or more than it takes
+        return False
+    return True
 
 
 @dataclass(frozen=True)
@@ -101,6 +129,26 @@ class RunPlan:
     sampling: SamplingConfig
     origins: dict[str, str]
     notices: list[str]
+
+    @property
+    def most_steps(self) -> int | None:
+        """The optimizer steps that the mode allows at most."""
+        return QUICK_MODE_STEPS if self.mode == "quick" else None
+
+    def asked(self) -> dict[str, Any]:
+        """What was asked for, as JSON, before anything was worked out: a run that is to go on is
+        compared by it."""
+        training = self.training.to_dict()
+        return {
+            "mode": self.mode,
+            "seed": self.run.SEED,
+            "precision": self.run.PRECISION,
+            "tokenizer": self.run.TOKENIZER,
+            "model": self.model,
+            "training": training,
+            "length": {name: training[name] for name in ("num_epochs", "max_steps")}
+            | {"at_most": self.most_steps},
+        }
 
 
 def resolve_settings(given: dict[str, Any], place: str, models_file: Path = MODELS_FILE) -> RunPlan:

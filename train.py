@@ -1,11 +1,10 @@
-"""The training loop, and the journal of what happened in it."""
+"""The training loop: steps, evaluations and samples, checkpoints and how to go on from them."""
 
+import contextlib
 import itertools
-import math
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -13,23 +12,32 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from data import WindowBatches, evaluation_loader
+from engine.checkpoint import (
+    BestWeights,
+    CheckpointStore,
+    SaveClock,
+    copy_weights,
+    load_weights,
+    random_state,
+    set_random_state,
+)
 from engine.console import say, track
-from engine.errors import DataError, NumericsError, ResourceError
+from engine.errors import CheckpointError, DataError, NumericsError, Stopped
 from engine.loss import next_token_loss
-from engine.optim import Schedule, learning_rate_at, set_learning_rate
+from engine.optim import Schedule, extend_schedule, learning_rate_at, set_learning_rate
 from engine.precision import Precision, choose_precision
 from engine.settings import raise_if_any, shown
-from engine.storage import append_json_lines, write_atomically
+from engine.stopping import StopSignals
+from engine.tracking import open_trackers
 from generation import evaluating, generate, text_to_token_ids, token_ids_to_text
+from journal import Journal
 from text.tokenizer import Tokenizer
-from visualize import render_losses
 
 if TYPE_CHECKING:
     from environment import RuntimeEnv
 
-PICTURE = "training_losses.png"
-FETCH_EVERY = 50  # steps whose losses stay on the device before they are read together
 SAMPLE_TOKENS = 30
+Batch = tuple[torch.Tensor, torch.Tensor]  # ids and targets, (B, T) each
 
 
 @dataclass(frozen=True)
@@ -41,91 +49,229 @@ class LoopPlan:
     eval_iter: int
     max_grad_norm: float  # 0: gradients are not clipped
     schedule: Schedule | None  # None: the optimizer's learning rates stay as they are
-
-
-@dataclass
-class History:
-    """What a run measured: evaluations by optimizer step, and the loss of every step."""
-
-    steps: list[int] = field(default_factory=list)
-    train_losses: list[float] = field(default_factory=list)
-    val_losses: list[float] = field(default_factory=list)
-    tokens_seen: list[int] = field(default_factory=list)
-    batch_losses: list[float] = field(default_factory=list)
-    samples: list[tuple[str, str]] = field(default_factory=list)  # (heading, text)
-    elapsed_s: float = 0.0
-
-    @property
-    def best(self) -> int:
-        """The index of the evaluation with the lowest validation loss."""
-        return min(range(len(self.steps)), key=lambda i: self.val_losses[i])
+    start_context: str
+    patience: int | None = None  # evaluations without a better one that end the run
+    former_end: int | None = None  # the last step that a run had before it was made longer
 
 
 def training_loop(
-    model: nn.Module,
-    train_loader: DataLoader,
-    val_loader: DataLoader,
-    optimizer: torch.optim.Optimizer,
-    device: torch.device,
-    precision: Precision,
-    plan: LoopPlan,
-    journal: "Journal",
+    trainer: "Trainer", train_loader: DataLoader, val_loader: DataLoader, plan: LoopPlan
 ) -> None:
-    """Train for plan.total_steps, in as many epochs as that takes; the journal records it.
+    """Train until plan.total_steps are done, in as many epochs as that takes.
 
     An evaluation is made before the first step, every plan.eval_freq steps and at each epoch's
-    end, over the same batches each time. Raises NumericsError where a loss is not finite.
+    end, over the same batches each time. Checkpoints come before evaluations, so that a run that
+    goes on owes at most one. Raises Stopped where a signal asks for it, at a step's end.
     """
     train_view = evaluation_loader(train_loader, plan.eval_iter)
     val_view = evaluation_loader(val_loader, plan.eval_iter)
+    steps_per_epoch = count_steps(train_loader)
+    journal = trainer.journal
 
-    def evaluate(label: str) -> None:
-        train_loss = mean_loss(model, train_view, device, precision)
-        journal.evaluation(label, train_loss, mean_loss(model, val_view, device, precision))
+    def evaluate_where_due(step: int) -> None:
+        epochs, within = divmod(step, steps_per_epoch)
+        epoch_ends = within == 0 or step in (plan.total_steps, plan.former_end)
+        if journal.has_evaluated() or not (epoch_ends or step % plan.eval_freq == 0):
+            return
+        journal.pause()
+        losses = [trainer.mean_loss(view) for view in (train_view, val_view)]
+        epoch = epochs + (within > 0) if epoch_ends and step > 0 else None
+        journal.evaluation(epoch, *losses)
+        trainer.keep_best()
+        if epoch_ends:
+            label = "Before training" if step == 0 else f"After epoch {epoch}"
+            trainer.sample(label, plan.start_context)
 
-    evaluate("Before training")
-    journal.sample("Before training", model, device, precision)
-    step = 0
-    model.train()
-    optimizer.zero_grad()  # a caller may have left gradients behind
-    for epoch in itertools.count():
-        batches_left = min(len(train_loader), plan.total_steps - step)
-        if batches_left == 0:
-            break
-        for ids, targets in track(
-            epoch_batches(train_loader, epoch, batches_left),
-            batches_left,
-            f"Epoch {epoch + 1}",
-        ):
+    def is_over() -> bool:
+        out_of_patience = plan.patience is not None and journal.history.since_best >= plan.patience
+        return journal.steps >= plan.total_steps or out_of_patience
+
+    trainer.model.train()
+    trainer.optimizer.zero_grad()  # a caller may have left gradients behind
+    evaluate_where_due(journal.steps)
+    while not is_over():
+        epoch, first = divmod(journal.steps, steps_per_epoch)
+        last = min(steps_per_epoch, plan.total_steps - epoch * steps_per_epoch)
+        steps = steps_of_epoch(train_loader, epoch, first, last)
+        for batches in track(steps, last, f"Epoch {epoch + 1}", first):
+            trainer.stop.check()
+            if is_over():
+                break
             if plan.schedule is not None:
-                set_learning_rate(optimizer, learning_rate_at(step, plan.schedule))
-            ids, targets = to_device(ids, device), to_device(targets, device)
-            loss = take_step(model, ids, targets, optimizer, precision, plan.max_grad_norm)
-            step += 1
-            batches_left -= 1
-            journal.step(loss, ids.numel(), optimizer.param_groups[0]["lr"])
-            if step % plan.eval_freq == 0 and batches_left > 0:
-                evaluate(f"Ep {epoch + 1} (Step {step:06d})")
-        evaluate(f"Ep {epoch + 1} (End Epoch)")
-        journal.sample(f"After epoch {epoch + 1}", model, device, precision)
+                rate = learning_rate_at(journal.steps, plan.schedule)
+                set_learning_rate(trainer.optimizer, rate)
+            loss, grad_norm = trainer.step(batches, plan.max_grad_norm)
+            n_tokens = sum(ids.numel() for ids, _ in batches)
+            journal.step(loss, grad_norm, n_tokens, trainer.optimizer.param_groups[0]["lr"])
+            trainer.save_where_due(is_last=journal.steps == plan.total_steps)
+            if journal.steps < epoch * steps_per_epoch + last:
+                evaluate_where_due(journal.steps)
+        trainer.stop.check()
+        evaluate_where_due(journal.steps)  # below the epoch's bar
+
+
+@dataclass
+class Trainer:
+    """What training changes, and how a step, an evaluation and a checkpoint of it are made."""
+
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    device: torch.device
+    precision: Precision
+    journal: Journal
+    tokenizer: Tokenizer
+    store: CheckpointStore | None = None  # None: nothing is saved
+    clock: SaveClock | None = None
+
+    def __post_init__(self) -> None:
+        self.stop = StopSignals()
+        self.scaler = self.precision.scaler()
+        self.best: BestWeights | None = None
+        self._plan: LoopPlan | None = None  # what a checkpoint says of the learning rates
+        self._saved_step = 0
+
+    def step(self, batches: list[Batch], max_grad_norm: float) -> tuple[torch.Tensor, torch.Tensor]:
+        """One optimizer step on micro-batches; returns loss and gradient norm."""
+        on_device = [(to_device(x, self.device), to_device(y, self.device)) for x, y in batches]
+        return take_step(
+            self.model,
+            on_device,
+            self.optimizer,
+            self.precision,
+            max_grad_norm,
+            scaler=self.scaler,
+            stop=self.stop,
+        )
+
+    def mean_loss(self, loader: DataLoader) -> float:
+        """The mean loss over a loader, unless a signal asks to stop."""
+        return mean_loss(self.model, loader, self.device, self.precision, self.stop)
+
+    def sample(self, label: str, start_context: str) -> None:
+        """Let the model continue the start context, greedily, and show what it writes."""
+        prompt = text_to_token_ids(start_context, self.tokenizer).to(self.device)
+        with self.precision.autocast():
+            ids = generate(self.model, prompt, max_new_tokens=SAMPLE_TOKENS, temperature=0.0)
+        self.journal.note_sample(label, token_ids_to_text(ids, self.tokenizer))
+
+    def keep_best(self) -> None:
+        """Copy the weights where the last evaluation was the best; the next save writes them."""
+        history = self.journal.history
+        is_best = history.best == len(history.steps) - 1 and self.journal.steps > 0
+        if self.store is not None and is_best:
+            self.best = BestWeights(self.journal.steps, copy_weights(self.model))
+
+    def save_where_due(self, *, is_last: bool) -> None:
+        """Save a checkpoint after the last step, and whenever the clock says so."""
+        if self.store is not None and (is_last or self.clock.is_due(self.journal.steps)):
+            self.save()
+
+    def save(self) -> None:
+        """Save a checkpoint of the steps so far, unless there is one or nothing to save."""
+        step = self.journal.steps
+        if self.store is None or step in (0, self._saved_step):
+            return
+        began_at = time.monotonic()
+        state = {
+            "journal": self.journal.state(),
+            "random": random_state(self.device),
+            "scaler": self.scaler.state_dict(),
+            "schedule": asdict(self._plan.schedule),
+            "total_steps": self._plan.total_steps,
+        }
+        self.store.save(step, self.model, self.optimizer, state, self.best)
+        self._saved_step = step
+        self.clock.note(began_at)
+        self.journal.rest(time.monotonic() - began_at)
+
+    def restore(self, plan: LoopPlan) -> LoopPlan:
+        """Go on from the newest checkpoint, where there is one; returns the plan with its rates.
+
+        Raises CheckpointError where none can be used.
+        """
+        found = self.store.restore(self.model, self.optimizer)
+        self._plan = plan
+        if found is None:
+            self.journal.restore(None)
+            return plan
+        state, self.best = found
+        try:
+            self.journal.restore(state["journal"])
+            set_random_state(state["random"], self.device)
+            self.scaler.load_state_dict(state["scaler"])
+            schedule, step = Schedule(**state["schedule"]), self.journal.steps
+            # the last checkpoint comes before the last evaluation, which the run then still owes
+            former_end = step if step == state["total_steps"] else None
+            if plan.total_steps > state["total_steps"]:
+                schedule = extend_schedule(schedule, plan.total_steps, step)
+        except (LookupError, TypeError, ValueError, RuntimeError) as error:
+            # sealed, but by another program
+            raise CheckpointError(
+                f"{self.store.newest()} can't be gone on from: {error!r}"
+            ) from error
+        self._plan = replace(plan, schedule=schedule, former_end=former_end)
+        self._saved_step = self.journal.steps
+        return self._plan
+
+    def use_best(self) -> None:
+        """Put the best weights into the model."""
+        if self.best is not None and self.best.step != self.journal.steps:
+            load_weights(self.model, self.best.weights, "the best weights")
+            self.journal.weights_of_step = self.best.step
 
 
 def take_step(
     model: nn.Module,
-    ids: torch.Tensor,
-    targets: torch.Tensor,
+    batches: list[Batch],
     optimizer: torch.optim.Optimizer,
     precision: Precision,
     max_grad_norm: float,
-) -> torch.Tensor:
-    """One optimizer step on a batch, (B, T) each; returns its loss, which stays on the device."""
-    loss = batch_loss(model, ids, targets, precision)
-    loss.backward()
+    *,
+    scaler: torch.amp.GradScaler | None = None,
+    stop: StopSignals | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """One optimizer step on the micro-batches of a batch; its loss and gradient norm, 0-d tensors.
+
+    The loss is the mean over all targets, whatever the sizes of the micro-batches. Where it or
+    the gradient is not finite, weights and moments stay as they were: with a fused optimizer the
+    device decides that, and nobody waits for it. Raises Stopped, with everything as it was before
+    the step, where a signal has come and the rest of the step would take long.
+    """
+    scaler = scaler or precision.scaler()
+    n_targets = sum(targets.numel() for _, targets in batches)
+    device = batches[0][0].device
+    random_before = random_state(device) if len(batches) > 1 else {}
+    started_at = time.perf_counter()
+    total = torch.zeros((), device=device)
+    for number, (ids, targets) in enumerate(batches):
+        if number > 0 and stop is not None:
+            try:
+                stop.check_within_step(started_at, number / len(batches))
+            except Stopped:
+                optimizer.zero_grad()
+                set_random_state(random_before, device)
+                raise
+        loss = batch_loss(model, ids, targets, precision) * (targets.numel() / n_targets)
+        scaler.scale(loss).backward()
+        total += loss.detach()
+    scaler.unscale_(optimizer)  # first: clipping must see true gradients
+    parameters = [p for p in model.parameters() if p.grad is not None]
     if max_grad_norm > 0:
-        nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm)
-    optimizer.step()
+        norm = nn.utils.clip_grad_norm_(parameters, max_grad_norm)
+    else:
+        norm = nn.utils.get_total_norm([p.grad for p in parameters])
+    if scaler.is_enabled():  # it has looked for infinities itself
+        scaler.step(optimizer)
+        scaler.update()
+    # Metal's fused kernels pay no heed to found_inf
+    elif getattr(optimizer, "_step_supports_amp_scaling", False) and device.type != "mps":
+        optimizer.found_inf = (~(total.isfinite() & norm.isfinite())).float()
+        optimizer.step()
+        del optimizer.found_inf  # else a caller's own next step would be skipped too
+    elif total.isfinite() and norm.isfinite():
+        optimizer.step()
     optimizer.zero_grad()
-    return loss.detach()
+    return total, norm
 
 
 def batch_loss(
@@ -136,11 +282,21 @@ def batch_loss(
         return next_token_loss(model.hidden(ids), model.head.weight, targets)
 
 
-def epoch_batches(loader: DataLoader, epoch: int, count: int) -> Iterator:
-    """The first `count` batches of an epoch, counted from 0."""
-    if isinstance(loader.batch_sampler, WindowBatches):
-        loader.batch_sampler.start_epoch(epoch)
-    return itertools.islice(loader, count)
+def count_steps(loader: DataLoader) -> int:
+    """The optimizer steps of an epoch, at least 1."""
+    batches = loader.batch_sampler
+    return max(1, batches.n_steps if isinstance(batches, WindowBatches) else len(loader))
+
+
+def steps_of_epoch(loader: DataLoader, epoch: int, first: int, last: int) -> Iterator[list[Batch]]:
+    """The micro-batches of each step from first up to last of an epoch, all counted from 0."""
+    batches, per_step = loader.batch_sampler, 1
+    if isinstance(batches, WindowBatches):
+        batches.start_at(epoch, first)
+        per_step = batches.per_step
+    micro_batches = iter(loader)
+    for _ in range(first, last):
+        yield list(itertools.islice(micro_batches, per_step))
 
 
 def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
@@ -150,12 +306,21 @@ def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
 
 @torch.no_grad()
 def mean_loss(
-    model: nn.Module, loader: DataLoader, device: torch.device, precision: Precision
+    model: nn.Module,
+    loader: DataLoader,
+    device: torch.device,
+    precision: Precision,
+    stop: StopSignals | None = None,
 ) -> float:
-    """The mean loss in nats over every target of the loader, each weighing the same."""
+    """The mean loss in nats over every target of the loader, each weighing the same.
+
+    Raises Stopped where a signal has come meanwhile, DataError for an empty loader.
+    """
     total, count = torch.zeros((), device=device), 0
     with evaluating(model):
         for ids, targets in loader:
+            if stop is not None:
+                stop.check()
             ids, targets = to_device(ids, device), to_device(targets, device)
             loss = batch_loss(model, ids, targets, precision)
             total += loss * targets.numel()
@@ -165,157 +330,101 @@ def mean_loss(
     return total.item() / count
 
 
-@dataclass
-class Journal:
-    """Records a run: prints its lines and, where it has a folder, keeps the files there current.
-
-    Losses of single steps stay on the device until an evaluation, a log line or FETCH_EVERY
-    steps fetch them together.
-    """
-
-    tokenizer: Tokenizer
-    start_context: str
-    log_every: int = 0
-    folder: Path | None = None
-    history: History = field(default_factory=History)
-    started_at: float = field(default_factory=time.perf_counter)
-    _tokens: int = 0
-    _pending: list[tuple[torch.Tensor, int, float]] = field(default_factory=list)
-
-    def step(self, loss: torch.Tensor, n_tokens: int, learning_rate: float) -> None:
-        """Note a step's loss, a 0-d tensor on any device."""
-        self._tokens += n_tokens
-        self._pending.append((loss, self._tokens, learning_rate))
-        step = len(self.history.batch_losses) + len(self._pending)
-        if self.log_every and step % self.log_every == 0:
-            self.fetch()
-            say(f"step {step}: batch loss {self.history.batch_losses[-1]:.4f}")
-        elif len(self._pending) == FETCH_EVERY:
-            self.fetch()
-
-    def fetch(self) -> None:
-        """Read the pending losses from the device and log them; a bad one stops the run."""
-        if not self._pending:
-            return
-        losses = torch.stack([loss for loss, _, _ in self._pending]).tolist()
-        first = len(self.history.batch_losses) + 1
-        self.history.batch_losses += losses
-        rows = [
-            {
-                "step": first + i,
-                "train/loss": loss,
-                "train/lr": rate,
-                "train/tokens": tokens,
-            }
-            for i, (loss, (_, tokens, rate)) in enumerate(zip(losses, self._pending, strict=True))
-        ]
-        self._pending = []
-        self._log(rows)
-        for row in rows:
-            if row["train/loss"] - row["train/loss"] != 0:  # NaN and infinities only
-                raise NumericsError(
-                    f"the loss of step {row['step']} is {row['train/loss']}: training diverged.\n"
-                    f"The learning rate was {row['train/lr']:.3g}; try a third of it, or a "
-                    "smaller max_grad_norm."
-                )
-
-    def evaluation(self, label: str, train_loss: float, val_loss: float) -> None:
-        """Note an evaluation after the steps so far, print it and draw the picture anew."""
-        self.fetch()
-        history = self.history
-        step = len(history.batch_losses)
-        history.steps.append(step)
-        history.train_losses.append(train_loss)
-        history.val_losses.append(val_loss)
-        history.tokens_seen.append(self._tokens)
-        history.elapsed_s = time.perf_counter() - self.started_at
-        say(f"{label}: Train loss {train_loss:.3f}, Val loss {val_loss:.3f}")
-        self._log([{"step": step, "eval/train_loss": train_loss, "val/loss": val_loss}])
-        if not math.isfinite(train_loss + val_loss):  # the last step's update can be the bad one
-            raise NumericsError(
-                f"after step {step} the training loss is {train_loss} and the validation loss "
-                f"{val_loss}: training diverged.\nTry a third of the learning rate, or a smaller "
-                "max_grad_norm."
-            )
-        if self.folder is not None and step > 0:
-            save_picture(history, self.folder, self.tokenizer.vocab_size)
-
-    def sample(
-        self, label: str, model: nn.Module, device: torch.device, precision: Precision
-    ) -> None:
-        """Let the model continue the start context, greedily, and show what it writes."""
-        prompt = text_to_token_ids(self.start_context, self.tokenizer).to(device)
-        with precision.autocast():
-            ids = generate(model, prompt, max_new_tokens=SAMPLE_TOKENS, temperature=0.0)
-        self.note_sample(label, token_ids_to_text(ids, self.tokenizer))
-
-    def note_sample(self, label: str, text: str) -> None:
-        """Print a sample on one line and keep it for samples.md."""
-        shown = "".join(c if c.isprintable() else " " for c in text)  # no control codes
-        say(f"{label}: {' '.join(shown.split())}")
-        self.history.samples.append((label, text))
-        if self.folder is not None:
-            pages = [f"## {label}\n\n{_as_quote(text)}\n" for label, text in self.history.samples]
-            content = "# What the model writes\n\n" + "\n".join(pages)
-            write_atomically(self.folder / "samples.md", content.encode("utf-8"))
-
-    def _log(self, rows: list[dict]) -> None:
-        if self.folder is not None:
-            append_json_lines(self.folder / "metrics.jsonl", rows)
-
-
-def _as_quote(text: str) -> str:
-    """Text as an indented Markdown block, in which no character has a meaning."""
-    return "\n".join(f"    {line}" for line in text.splitlines())
-
-
-def save_picture(history: History, folder: Path, vocab_size: int) -> bool:
-    """Draw the losses into the run's folder and the working directory; False without matplotlib."""
-    png = render_losses(
-        steps=history.steps,
-        train_losses=history.train_losses,
-        val_losses=history.val_losses,
-        batch_losses=history.batch_losses,
-        vocab_size=vocab_size,
-        title=folder.name,
-    )
-    if png is None:
-        return False
-    write_atomically(folder / PICTURE, png)
-    try:
-        write_atomically(PICTURE, png)
-    except ResourceError as error:  # the run has its own; this one is for convenience
-        say(f"Note: {str(error).splitlines()[0]} The picture is in {folder}")
-    return True
-
-
 def train(env: "RuntimeEnv") -> Journal:
-    """Train what prepare_environment() built; makes the run's folder and keeps it current.
+    """Train what prepare_environment() built, or go on where an earlier process left off.
 
-    Raises CheckpointError where the folder is another run's, ResourceError where the disk won't
-    take it, NumericsError where a loss is not finite.
+    The model ends with its last weights, or the best ones where patience was set. Raises Stopped
+    after a signal, with everything saved; BusyError where another program trains in the folder,
+    CheckpointError where its checkpoints can't be used, ResourceError where the disk won't take
+    them, NumericsError where the numbers go bad.
     """
-    env.run.create()
-    config = env.train_config
-    journal = Journal(env.tokenizer, config.start_context, env.log_every, env.run.path)
+    with env.run.opened(), using_threads(env.threads):
+        return _train(env)
+
+
+def _train(env: "RuntimeEnv") -> Journal:
+    run, config = env.run, env.train_config
+    for note in run.notes:
+        say(f"Note: {note}")
+    store = CheckpointStore(run.path, run.run_id, config.keep_checkpoints)
+    if run.saved is None:
+        store.require_space(env.model)
+    journal = Journal(
+        vocab_size=env.tokenizer.vocab_size,
+        total_steps=env.total_steps,
+        log_every=env.log_every,
+        folder=run.path,
+        token_size=env.token_size,
+    )
+    clock = SaveClock(config.save_every, config.save_minutes)
+    trainer = Trainer(
+        env.model, env.optimizer, env.device, env.precision, journal, env.tokenizer, store, clock
+    )
     plan = LoopPlan(
-        total_steps=env.schedule.total_steps,
+        total_steps=env.total_steps,
         eval_freq=config.eval_freq,
         eval_iter=config.eval_iter,
         max_grad_norm=config.max_grad_norm,
         schedule=env.schedule,
+        start_context=config.start_context,
+        patience=config.patience,
     )
-    training_loop(
-        env.model,
-        env.train_loader,
-        env.val_loader,
-        env.optimizer,
-        env.device,
-        env.precision,
-        plan,
-        journal,
+    plan = trainer.restore(plan)
+    if run.saved is not None:
+        say(f"Resuming {run.path}: {journal.steps:,} of {plan.total_steps:,} steps are done")
+    journal.trackers = open_trackers(
+        env.tracking, run.path, run.run_id, run.settings, journal.steps
     )
+    try:
+        with trainer.stop:
+            _train_and_save(trainer, env.train_loader, env.val_loader, plan)
+    finally:
+        journal.trackers.close()
+    if journal.steps < plan.total_steps:
+        say(
+            f"Stopped early: {config.patience} evaluations in a row have not been better than "
+            f"that of step {journal.history.steps[journal.history.best]}"
+        )
+    store.save_best(trainer.best)
+    if config.patience is not None:
+        trainer.use_best()
     return journal
+
+
+def _train_and_save(
+    trainer: Trainer, train_loader: DataLoader, val_loader: DataLoader, plan: LoopPlan
+) -> None:
+    """Run the loop; whatever ends it in order, the last whole step is saved."""
+    journal, store = trainer.journal, trainer.store
+    try:
+        training_loop(trainer, train_loader, val_loader, plan)
+        trainer.save()  # patience may have ended the run between two checkpoints
+        trainer.stop.check()
+    except Stopped as stopped:
+        trainer.save()
+        kept = f"saved in {store.newest()}" if journal.steps else "nothing was trained yet"
+        raise Stopped(
+            stopped.signal_number,
+            f"Stopped after step {journal.steps:,} of {plan.total_steps:,}: {kept}.\n"
+            "The same command goes on from there.",
+        ) from None
+    except NumericsError as error:
+        newest = store.newest()
+        kept = "No checkpoint was made yet." if newest is None else f"The last good one: {newest}"
+        raise NumericsError(f"{error}\n{kept}") from None
+
+
+@contextlib.contextmanager
+def using_threads(count: int) -> Iterator[None]:
+    """Let torch use so many threads, and then as many as before."""
+    before = torch.get_num_threads()
+    if count != before:  # setting it, even to what it is, costs a new pool
+        torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        if count != before:
+            torch.set_num_threads(before)
 
 
 def train_model_simple(
@@ -339,8 +448,8 @@ def train_model_simple(
     Returns (train_losses, val_losses, tokens_seen), one entry for each evaluation: before the
     first step, every eval_freq steps and at the end of each epoch. The optimizer's learning rates
     stay as they are. precision (RuntimeEnv has one) None is bf16 where the device has it;
-    max_grad_norm 0 never clips. Raises SettingsError for counts too small and NumericsError where a
-    loss is not finite.
+    max_grad_norm 0 never clips. Raises SettingsError for counts too small and NumericsError where
+    the numbers go bad.
     """
     counts = (
         ("num_epochs", num_epochs, 0),
@@ -356,15 +465,17 @@ def train_model_simple(
         "train_model_simple()",
     )
     device = torch.device(device)
-    journal = Journal(tokenizer, start_context, log_every)
+    precision = precision or choose_precision("auto", device)
     plan = LoopPlan(
-        total_steps=num_epochs * len(train_loader),
+        total_steps=num_epochs * count_steps(train_loader),
         eval_freq=eval_freq,
         eval_iter=eval_iter,
         max_grad_norm=max_grad_norm,
         schedule=None,
+        start_context=start_context,
     )
-    precision = precision or choose_precision("auto", device)
-    training_loop(model, train_loader, val_loader, optimizer, device, precision, plan, journal)
+    journal = Journal(tokenizer.vocab_size, plan.total_steps, log_every)
+    trainer = Trainer(model, optimizer, device, precision, journal, tokenizer)
+    training_loop(trainer, train_loader, val_loader, plan)
     history = journal.history
     return history.train_losses, history.val_losses, history.tokens_seen

@@ -23,14 +23,16 @@ class TrainingConfig:
     """The hyper-parameters of a run; the defaults are custom mode's.
 
     None stands for a value that is worked out from the model or the text when the run is
-    prepared: RuntimeEnv.train_config has no None left but max_steps. Lengths are in tokens,
-    eval_freq, warmup_steps and max_steps in optimizer steps. Raises SettingsError with every
+    prepared: RuntimeEnv.train_config has no None left but those of max_steps, patience and
+    save_every, where it means never. Lengths are in tokens; eval_freq, save_every, warmup_steps
+    and max_steps in optimizer steps; patience in evaluations. Raises SettingsError with every
     wrong value.
     """
 
     num_epochs: int = setting(3, minimum=1, maximum=1_000_000_000)
     max_steps: int | None = setting(None, minimum=1, maximum=1_000_000_000)
     batch_size: int = setting(8, minimum=1, maximum=1_000_000)
+    gradient_accumulation_steps: int = setting(1, minimum=1, maximum=1_000_000)
     learning_rate: float | None = setting(None, above=0, maximum=10)
     schedule: str = setting("cosine", choices=SCHEDULES)
     warmup_steps: int | None = setting(None, minimum=0)
@@ -42,6 +44,10 @@ class TrainingConfig:
     train_ratio: float = setting(0.9, above=0, below=1)
     eval_freq: int | None = setting(None, minimum=1)
     eval_iter: int = setting(10, minimum=1)
+    patience: int | None = setting(None, minimum=1)
+    save_every: int | None = setting(None, minimum=1)
+    save_minutes: float = setting(5.0, above=0)
+    keep_checkpoints: int = setting(2, minimum=2, maximum=1000)
     start_context: str = setting("Every effort moves you")
     num_workers: int = setting(0, minimum=0, maximum=1024)
     model_overrides: dict = setting({})

@@ -62,7 +62,8 @@ def render_losses(
 def _draw_evaluations(axes, steps, train_losses, val_losses) -> None:
     axes.plot(steps, train_losses, color="tab:blue", marker="o", markersize=4, label="training")
     axes.plot(steps, val_losses, color="tab:orange", marker="o", markersize=4, label="validation")
-    best = min(range(len(steps)), key=lambda i: val_losses[i])
+    trained = [i for i in range(len(steps)) if steps[i] > 0] or [0]
+    best = min(trained, key=lambda i: val_losses[i])
     axes.plot(
         steps[best],
         val_losses[best],
@@ -95,11 +96,13 @@ def _draw_batches(axes, batch_losses) -> None:
 
 
 def _smooth(values: Sequence[float], keep: float = 0.95) -> list[float]:
-    """The exponential moving mean, corrected for its start at 0."""
-    mean, smoothed = 0.0, []
-    for count, value in enumerate(values, start=1):
-        mean = keep * mean + (1 - keep) * value
-        smoothed.append(mean / (1 - keep**count))
+    """The exponential moving mean, corrected for its start at 0; a gap where it is not known."""
+    mean, count, smoothed = 0.0, 0, []
+    for value in values:
+        if math.isfinite(value):
+            count += 1
+            mean = keep * mean + (1 - keep) * value
+        smoothed.append(mean / (1 - keep**count) if math.isfinite(value) else math.nan)
     return smoothed
 
 

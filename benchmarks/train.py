@@ -105,7 +105,7 @@ def measure(case: Case, device: torch.device, precision: Precision) -> dict:
     shape = (case.batch_size, case.config.context_length)
     ids, targets = torch.randint(case.config.vocab_size, (2, *shape), device=device)
     seconds = median_seconds(
-        lambda: take_step(model, ids, targets, optimizer, precision, 1.0), device, case.steps
+        lambda: take_step(model, [(ids, targets)], optimizer, precision, 1.0), device, case.steps
     )
     tokens = ids.numel()
     return {

@@ -33,15 +33,14 @@ def complain(message: str) -> None:
     _print(f"\n{message}", "stderr")
 
 
-def track(steps: Iterable, total: int, label: str) -> Iterator:
+def track(steps: Iterable, total: int, label: str, done: int = 0) -> Iterator:
     """Yield from steps and show "label: 100%|...| total/total" on standard error.
 
-    On a terminal the bar moves; elsewhere (a log file) it is drawn once, when the loop is left.
-    Without tqdm the line is "label: done/total".
+    done is how many of the total were done before. On a terminal the bar moves; elsewhere (a log
+    file) it is drawn once, when the loop is left. Without tqdm the line is "label: done/total".
     """
-    done = 0
     if _has_terminal():
-        with _tqdm()(total=total, desc=label, dynamic_ncols=True) as bar:
+        with _tqdm()(total=total, initial=done, desc=label, dynamic_ncols=True) as bar:
             for item in steps:
                 yield item
                 bar.update()

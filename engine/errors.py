@@ -20,7 +20,7 @@ class DataError(PipelineError, ValueError):
 
 
 class CheckpointError(PipelineError):
-    """A run folder that can't be continued or written over."""
+    """A run folder or checkpoint that can't be continued, read or written over."""
 
     exit_code = 4
 
@@ -35,3 +35,24 @@ class ResourceError(PipelineError, RuntimeError):
     """A device, disk or amount of memory that this machine doesn't have."""
 
     exit_code = 6
+
+
+class BusyError(PipelineError):
+    """A run folder that another program is training in."""
+
+    exit_code = 7
+
+
+class RunFinished(PipelineError):
+    """Not a failure: the run that was named has nothing left to do."""
+
+    exit_code = 0
+
+
+class Stopped(KeyboardInterrupt):
+    """Training was asked to stop, by Ctrl-C or another signal, and did so at a safe place."""
+
+    def __init__(self, signal_number: int, message: str = "") -> None:
+        super().__init__(message)
+        self.signal_number = signal_number
+        self.exit_code = 128 + signal_number

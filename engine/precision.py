@@ -1,18 +1,23 @@
-"""Which number format the arithmetic runs in: bf16 where the hardware has it, else fp32."""
+"""Which number format the arithmetic runs in: bf16 where the hardware has it, else fp32.
+
+fp16 is for older GPUs, and only where it is asked for: its narrow range needs the loss scaled.
+"""
 
 import contextlib
 from dataclasses import dataclass
 
 import torch
 
-PRECISIONS = ("auto", "bf16", "fp32")
+from engine.errors import SettingsError
+
+PRECISIONS = ("auto", "bf16", "fp16", "fp32")
 
 
 @dataclass(frozen=True)
 class Precision:
-    """The format of the matrix products and why it was chosen; weights are fp32 in both."""
+    """The format of the matrix products and why it was chosen; weights are fp32 in all."""
 
-    name: str  # "bf16" or "fp32"
+    name: str  # "bf16", "fp16" or "fp32"
     reason: str
     device_type: str
 
@@ -20,11 +25,24 @@ class Precision:
         """The context in which forward passes run."""
         if self.name == "fp32":
             return contextlib.nullcontext()
-        return torch.autocast(self.device_type, dtype=torch.bfloat16)
+        dtype = torch.float16 if self.name == "fp16" else torch.bfloat16
+        return torch.autocast(self.device_type, dtype=dtype)
+
+    def scaler(self) -> torch.amp.GradScaler:
+        """What scales the loss of fp16, so that small gradients survive; else it does nothing."""
+        return torch.amp.GradScaler(self.device_type, enabled=self.name == "fp16")
 
 
 def choose_precision(requested: str, device: torch.device) -> Precision:
-    """Turn PRECISION ("auto", "bf16" or "fp32") into what this device runs."""
+    """Turn PRECISION ("auto", "bf16", "fp16" or "fp32") into what this device runs.
+
+    Raises SettingsError for fp16 anywhere but on CUDA: elsewhere it is slow, or wrong.
+    """
+    if requested == "fp16" and device.type != "cuda":
+        raise SettingsError(
+            f'PRECISION = "fp16" needs a CUDA GPU, and this run is on {device.type}.\n'
+            'Set PRECISION = "auto".'
+        )
     has_bf16, hardware = _bf16_hardware(device)
     if requested == "auto":
         return Precision("bf16" if has_bf16 else "fp32", hardware, device.type)

@@ -53,13 +53,18 @@ ALIASES = {
     "dim_feedforward": "ff_dim",
     "lr": "learning_rate",
     "grad_clip": "max_grad_norm",
+    "accumulation_steps": "gradient_accumulation_steps",
     "warmup_iters": "warmup_steps",
     "tain_data_ratio": "train_ratio",
 }
 
 # other systems' names for what is set in another place here
 ELSEWHERE = {
-    "use_amp": 'set PRECISION = "auto", "bf16" or "fp32" in config_run.py',
+    "use_amp": 'set PRECISION = "auto", "bf16", "fp16" or "fp32" in config_run.py',
+    "resume_from": "set RESUME in config_run.py to the run's folder",
+    "auto_resume": 'set RESUME = "auto" in config_run.py, or False',
+    "checkpoint_every": 'set custom_params["save_every"], in optimizer steps',
+    "save_on_interrupt": "it is always on",
     "train_file": "set DATA in config_run.py to the text's path",
     "test_file": 'set DATA = {"path": ..., "val": ...} in config_run.py',
     "tokenizer_path": "set TOKENIZER in config_run.py",
@@ -82,8 +87,8 @@ class Rule:
 def setting(default: Any = dataclasses.MISSING, **rule: Any) -> Any:
     """A dataclass field with a Rule; a mutable default is copied for each object."""
     metadata = {"rule": Rule(**rule)}
-    if isinstance(default, dict):
-        return dataclasses.field(default_factory=lambda: dict(default), metadata=metadata)
+    if isinstance(default, dict | list):
+        return dataclasses.field(default_factory=default.copy, metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
 
 

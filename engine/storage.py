@@ -1,16 +1,33 @@
-"""How things reach the disk: every durable write of the project goes through this file."""
+"""How things reach the disk: every durable write of the project goes through this file.
+
+A file is written beside its place, fsynced and renamed over it; a folder likewise, sealed by a
+manifest with the sha256 of each file. The rename is the only commit, so whatever stops the
+program, what was there before or what is new can be read, and nothing in between.
+"""
 
 import contextlib
 import errno
+import hashlib
 import json
 import math
 import numbers
 import os
+import shutil
+import socket
+import stat
 import threading
+import time
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
-from engine.errors import ResourceError
+from engine.errors import BusyError, CheckpointError, ResourceError
 
+MANIFEST = "manifest.json"
+_LONGEST_MANIFEST = 1 << 20  # bytes; what is longer was not written here
+_BLOCK = 4 << 20  # bytes that are hashed at a time
+_HASHING_THREADS = 4
 _LONE_SURROGATES = "backslashreplace"  # in a file's name, say; the result is JSON's own escape
 
 
@@ -93,26 +110,46 @@ def append_json_lines(path: str | os.PathLike, rows: list[dict]) -> None:
 
 
 def make_folder(path: str | os.PathLike) -> None:
-    """Make the folder and its parents where they are missing; ResourceError where it can't be."""
+    """Make the folder and its parents, durably; ResourceError where it can't be."""
+    path = Path(path)
     try:
-        Path(path).mkdir(parents=True, exist_ok=True)
+        if path.is_dir():
+            with contextlib.suppress(OSError):  # whoever made it may have been killed before this
+                _fsync_folder(path.parent)
+            return
+        make_folder(path.parent)
+        with contextlib.suppress(FileExistsError):  # another process was quicker, or a file
+            os.mkdir(path)
+        if not path.is_dir():
+            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
+        _fsync_folder(path.parent)
     except OSError as error:
         raise _cannot_write(path, error) from error
 
 
 def make_new_folder(path: str | os.PathLike) -> bool:
-    """Make the folder and its parents; False where it is already there.
+    """Make the folder and its parents, durably; False where it is already there.
 
     Raises ResourceError where the disk won't have it.
     """
     make_folder(Path(path).parent)
     try:
-        Path(path).mkdir()
+        os.mkdir(path)
+        _fsync_folder(Path(path).parent)
     except FileExistsError:
         return False
     except OSError as error:
         raise _cannot_write(path, error) from error
     return True
+
+
+def fsync_file(path: str | os.PathLike) -> None:
+    """Bring what was appended to a file onto the disk; ResourceError where that fails."""
+    try:
+        with open(path, "rb+") as file:
+            os.fsync(file.fileno())
+    except OSError as error:
+        raise _cannot_write(path, error) from error
 
 
 def rename_folder(source: str | os.PathLike, target: str | os.PathLike) -> bool:
@@ -131,6 +168,258 @@ def rename_folder(source: str | os.PathLike, target: str | os.PathLike) -> bool:
     except OSError as error:
         raise _cannot_write(target, error) from error
     return True
+
+
+# ------------------------------------------------------------------------- sealed folders
+
+
+class NewFolder:
+    """A folder of files that appears under its name whole, durable and sealed, or not at all.
+
+    Use it as `with NewFolder(path, facts) as folder: folder.write(name, chunks)`. The files go to
+    a temporary folder beside the target; at the end of the block a manifest with the facts and
+    each file's size and sha256 joins them, and the folder is renamed. path's parent must be there
+    and path itself not. An error in the block leaves nothing behind. Raises ResourceError where
+    the disk won't take it.
+    """
+
+    def __init__(self, path: str | os.PathLike, facts: dict[str, Any]) -> None:
+        self.path = Path(path)
+        self._facts = facts
+        self._files: dict[str, dict[str, Any]] = {}
+        self._beside = self.path.with_name(f".tmp-{os.getpid()}-{self.path.name}")
+
+    def __enter__(self) -> "NewFolder":
+        try:
+            os.mkdir(self._beside)
+        except OSError as error:
+            raise _cannot_write(self.path, error) from error
+        return self
+
+    def write(self, name: str, chunks: Iterable[bytes | memoryview]) -> None:
+        """Write a file of the folder and fsync it."""
+        digest, size = hashlib.sha256(), 0
+        try:
+            # unbuffered: the chunks of a checkpoint are whole tensors
+            with open(self._beside / name, "wb", buffering=0) as file:
+                for chunk in chunks:
+                    rest = memoryview(chunk)
+                    digest.update(rest)
+                    size += len(rest)
+                    while rest:
+                        rest = rest[file.write(rest) :]
+                os.fsync(file.fileno())
+        except OSError as error:
+            raise _cannot_write(self.path / name, error) from error
+        self._files[name] = {"bytes": size, "sha256": digest.hexdigest()}
+
+    def __exit__(self, kind: type | None, *_: object) -> None:
+        try:
+            if kind is None:
+                self.write(MANIFEST, [_seal(self._facts | {"files": self._files})])
+                _fsync_folder(self._beside)
+                os.rename(self._beside, self.path)
+                _fsync_folder(self.path.parent)
+        except OSError as error:
+            raise _cannot_write(self.path, error) from error
+        finally:
+            with contextlib.suppress(OSError):  # of a close, which ignore_errors lets through
+                shutil.rmtree(self._beside, ignore_errors=True)  # renamed, or what failed
+
+
+def verify_folder(path: str | os.PathLike, required: Iterable[str] = ()) -> dict[str, Any]:
+    """The facts of a folder that NewFolder made, after every file was held against its sha256.
+
+    Raises CheckpointError that names the first file at fault and what is wrong with it; a
+    required file must be among those that were sealed.
+    """
+    facts = _read_manifest(Path(path))
+    files = facts.pop("files")
+    if absent := [name for name in required if name not in files]:
+        raise CheckpointError(f"{Path(path, MANIFEST)} does not name {absent[0]}")
+    with ThreadPoolExecutor(_HASHING_THREADS) as pool:
+        list(pool.map(lambda name: _verify_file(Path(path, name), files[name]), files))
+    return facts
+
+
+def _seal(content: dict[str, Any]) -> bytes:
+    """A manifest: its content, and the sha256 of that."""
+    digest = hashlib.sha256(to_json(content).encode()).hexdigest()
+    return (to_json({"sha256": digest, "content": content}, indent=2) + "\n").encode()
+
+
+def _read_manifest(folder: Path) -> dict[str, Any]:
+    path = folder / MANIFEST
+    try:
+        found = path.lstat()
+        if not stat.S_ISREG(found.st_mode) or found.st_size > _LONGEST_MANIFEST:
+            raise CheckpointError(f"{path} is not a manifest")
+        content = path.read_bytes()
+        facts = json.loads(content)["content"]
+        names = list(facts["files"])
+        intact = content == _seal(facts)  # every byte of it, blanks too
+        for file in facts["files"].values():
+            intact &= isinstance(file["bytes"], int) and isinstance(file["sha256"], str)
+    except FileNotFoundError:
+        raise CheckpointError(f"{folder} has no {MANIFEST}") from None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        intact = False
+    if not intact:
+        raise CheckpointError(f"{path} is damaged")
+    if not all(_is_plain(name) for name in names):
+        raise CheckpointError(f"{path} names files outside of its folder")
+    return facts
+
+
+def _is_plain(name: str) -> bool:
+    return name not in ("", ".", "..") and not any(c in "/\\:\x00" for c in name)
+
+
+def _verify_file(path: Path, expected: dict[str, Any]) -> None:
+    try:
+        found = path.lstat()
+        if not stat.S_ISREG(found.st_mode):
+            raise CheckpointError(f"{path} is no regular file")
+        if found.st_size != expected["bytes"]:
+            raise CheckpointError(
+                f"{path} has {found.st_size:,} bytes instead of {expected['bytes']:,}"
+            )
+        digest = hashlib.sha256()
+        with open(path, "rb", buffering=0) as file:
+            while block := file.read(_BLOCK):
+                digest.update(block)
+    except FileNotFoundError:
+        raise CheckpointError(f"{path} is missing") from None
+    except OSError as error:
+        raise CheckpointError(f"{path} can't be read: {error.strerror or error}") from None
+    if digest.hexdigest() != expected["sha256"]:
+        raise CheckpointError(f"{path} is damaged (its sha256 is not the manifest's)")
+
+
+def set_aside(path: str | os.PathLike) -> Path:
+    """Rename something damaged to .bad-..., where nothing will read it; returns its new path."""
+    path = Path(path)
+    aside, count = path.with_name(f".bad-{path.name}"), 1
+    while os.path.lexists(aside):
+        count += 1
+        aside = path.with_name(f".bad-{path.name}-{count}")
+    try:
+        os.rename(path, aside)
+        _fsync_folder(path.parent)
+    except OSError as error:
+        raise _cannot_write(path, error) from error
+    return aside
+
+
+def remove_folder(path: str | os.PathLike) -> None:
+    """Remove a folder: first its name, so that no half of it is ever seen under that.
+
+    Where the disk refuses, the rest waits for remove_orphans().
+    """
+    doomed = Path(path).with_name(f".del-{os.getpid()}-{Path(path).name}")
+    with contextlib.suppress(OSError):
+        os.rename(path, doomed)
+        shutil.rmtree(doomed)
+
+
+def remove_orphans(folder: str | os.PathLike) -> None:
+    """Remove what killed programs left half written or half removed; the caller has the lock."""
+    for pattern in (".tmp-*", ".del-*"):
+        for orphan in sorted(Path(folder).glob(pattern)):
+            with contextlib.suppress(OSError):  # the next start tries again
+                if orphan.is_dir() and not orphan.is_symlink():
+                    shutil.rmtree(orphan)
+                else:
+                    orphan.unlink()
+
+
+def require_space(folder: str | os.PathLike, n_bytes: int, what: str) -> None:
+    """Raise ResourceError where the disk that holds a folder has less than n_bytes free."""
+    try:
+        free = shutil.disk_usage(folder).free
+    except OSError as error:
+        raise _cannot_write(folder, error) from error
+    if free < n_bytes:
+        raise ResourceError(
+            f"{what} takes {n_bytes / 1e6:,.1f} MB, but the disk of {folder} has "
+            f"{free / 1e6:,.1f} MB free.\nFree some space there, or set OUTPUT_DIR to another disk."
+        )
+
+
+# ------------------------------------------------------------------------------- the lock
+
+_LOCKED: set[Path] = set()  # by this process; the system's lock knows processes only
+
+
+class FolderLock:
+    """An exclusive lock on a folder, which ends with its process however that ends.
+
+    Use it as `with FolderLock(folder):`. The lock is the system's own, on the file .lock; who
+    holds it is told in a second file. Raises BusyError that names the holder, ResourceError where
+    the disk won't have the files.
+    """
+
+    def __init__(self, folder: str | os.PathLike) -> None:
+        self.folder = Path(folder).resolve()
+        self._owner_path = self.folder / ".lock-owner.json"
+
+    def __enter__(self) -> "FolderLock":
+        if self.folder in _LOCKED:
+            raise self._busy()
+        try:
+            self._file = open(self.folder / ".lock", "ab")
+        except OSError as error:
+            raise _cannot_write(self.folder, error) from error
+        try:
+            _lock(self._file.fileno())
+        except OSError as error:
+            self._file.close()
+            if error.errno in (errno.EACCES, errno.EAGAIN, errno.EDEADLK):
+                raise self._busy() from None
+            raise _cannot_write(self.folder / ".lock", error) from error
+        _LOCKED.add(self.folder)
+        try:
+            since = time.strftime("%Y-%m-%d %H:%M:%S")
+            owner = {"pid": os.getpid(), "host": socket.gethostname(), "since": since}
+            write_json(self._owner_path, owner)
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        _LOCKED.discard(self.folder)
+        self._file.close()  # which ends the lock
+
+    def _busy(self) -> BusyError:
+        try:
+            owner = json.loads(self._owner_path.read_bytes())
+            holder = f"process {owner['pid']} on {owner['host']}, since {owner['since']}"
+        except (OSError, ValueError, KeyError, TypeError):
+            holder = "another process, which has only just begun"
+        return BusyError(
+            f"{self.folder} is in use by {holder}.\n"
+            "Wait for its end; for a run beside it set RESUME = False, or another RUN_NAME."
+        )
+
+
+def _lock(handle: int) -> None:
+    """Take the system's lock on an open file, or raise OSError at once.
+
+    lockf and not flock: a forked loader worker would inherit the latter and outlive its owner.
+    """
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        import msvcrt
+
+        os.lseek(handle, 0, os.SEEK_SET)
+        msvcrt.locking(handle, msvcrt.LK_NBLCK, 1)
+    else:
+        fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+# ----------------------------------------------------------------------------------- JSON
 
 
 def to_json(value: object, indent: int | None = None) -> str:

@@ -18,7 +18,9 @@ FLOORS = {
     "training_utils": 1,
     "data": 2,
     "generation": 2,
+    "journal": 2,
     "run_plan": 3,
+    "run_folder": 3,
     "train": 3,
     "environment": 4,
     "config_run": 4,  # read by environment alone

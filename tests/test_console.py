@@ -121,6 +121,25 @@ def test_on_a_terminal_the_bar_moves_and_ends_full(consoles):
     assert "100%" in err.shown()
 
 
+def test_a_bar_of_work_that_goes_on_starts_where_it_was(with_tqdm, consoles):
+    _, err = consoles("utf-8")
+    assert list(track(range(6, 9), 9, "Epoch 1", 6)) == [6, 7, 8]
+    assert err.shown().endswith("9/9\n")
+    _, err = consoles("utf-8")
+    for item in track(range(6, 9), 9, "Epoch 1", 6):
+        if item == 7:
+            break
+    assert err.shown().endswith("7/9\n")
+
+
+def test_on_a_terminal_too_a_bar_starts_where_it_was(consoles):
+    _, err = consoles("utf-8", terminal=True)
+    seen = [err.shown() for _ in track(range(6, 9), 9, "Epoch 1", 6)]
+    assert "Epoch 1:  67%|" in seen[0]
+    assert "6/9" in seen[0]
+    assert "9/9" in err.shown()
+
+
 def test_a_line_beside_a_moving_bar_is_a_line_of_its_own(consoles):
     out, err = consoles("utf-8", terminal=True)
     for item in track(range(2), 2, "Epoch 1"):

@@ -584,6 +584,54 @@ def test_only_the_default_text_has_a_stand_in():
     assert [name for name, corpus in CORPORA.items() if corpus.stand_in] == ["the-verdict"]
 
 
+def test_stand_in_that_is_asked_for_is_given_without_a_request(tmp_path, server, from_url):
+    from_url(server.url)
+    server.answers = [OK]
+    corpus_path(WITH_STAND_IN, tmp_path)  # the text itself is there now
+    path, notice = corpus_path(WITH_STAND_IN, tmp_path, True)
+    assert path == SAMPLE
+    assert notice == "corpus/sample-en.txt stands in for the-verdict, as when this run began"
+    assert server.requests == 1
+
+
+def test_text_whose_stand_in_is_ruled_out_is_an_error_where_it_cannot_be_had(
+    tmp_path, from_url, closed_port
+):
+    url = f"http://127.0.0.1:{closed_port}/text.txt"
+    from_url(url)
+    with pytest.raises(DataError) as caught:
+        corpus_path(WITH_STAND_IN, tmp_path, False)
+    assert caught.value.exit_code == 3
+    first, second, third = str(caught.value).splitlines()
+    assert first == f"{WITH_STAND_IN} can't be had: no connection to 127.0.0.1."
+    assert second == f"Without a network, download {url}"
+    assert third == f"elsewhere and save it as {tmp_path / 'corpora' / 'the-verdict.txt'}."
+    assert files_in(tmp_path) == []
+
+
+@pytest.mark.parametrize("stand_in", [False, None])
+def test_text_that_can_be_had_is_taken_where_no_stand_in_is_asked_for(
+    tmp_path, server, from_url, stand_in
+):
+    from_url(server.url)
+    server.answers = [OK]
+    path, notice = corpus_path(WITH_STAND_IN, tmp_path, stand_in)
+    assert (path.read_bytes(), notice) == (GOOD, None)
+
+
+@pytest.mark.parametrize("stand_in", [True, False, None])
+def test_text_without_a_stand_in_is_itself_whatever_is_asked_for(
+    tmp_path, server, from_url, stand_in
+):
+    from_url(server.url)
+    server.answers = [OK]
+    path, notice = corpus_path(WITHOUT, tmp_path, stand_in)
+    assert (path.read_bytes(), notice) == (GOOD, None)
+    assert corpus_path("sample-en", tmp_path, stand_in) == (SAMPLE, None)
+    dummy, notice = corpus_path("dummy", tmp_path, stand_in)
+    assert (dummy.name, notice) == ("dummy.txt", None)
+
+
 @pytest.mark.parametrize("name", [name for name, corpus in CORPORA.items() if corpus.url])
 def test_every_address_is_https_and_has_its_hash(name):
     assert CORPORA[name].url.startswith("https://")

@@ -18,11 +18,14 @@ from data import (
     describe_text,
     evaluation_loader,
     make_loaders,
+    measure_tokens,
     plan_windows,
     to_array,
 )
 from engine.errors import DataError
-from text.tokenizer import load_tokenizer
+from engine.metrics import TokenSize
+from tests.conftest import REPOSITORY
+from text.tokenizer import CharTokenizer, GPT2Tokenizer, load_tokenizer
 
 
 class NumberTokenizer:
@@ -63,7 +66,14 @@ def plan(n_tokens: int, *, max_length=8, stride=8, batch_size=4, train_ratio=0.8
 
 
 def loaders(
-    n_tokens: int, *, seed=5, num_workers=0, sampling="windows", **changes
+    n_tokens: int,
+    *,
+    seed=5,
+    num_workers=0,
+    sampling="windows",
+    accumulation=1,
+    micro_batch=None,
+    **changes,
 ) -> tuple[DataLoader, DataLoader]:
     """Loaders over the tokens 0, 1, 2, ..., so that a window's first token is where it starts."""
     windows, _ = plan(n_tokens, **changes)
@@ -75,12 +85,14 @@ def loaders(
         num_workers=num_workers,
         device=torch.device("cpu"),
         sampling=sampling,
+        accumulation=accumulation,
+        micro_batch=micro_batch,
     )
 
 
 def epoch_starts(loader: DataLoader, epoch: int) -> list[list[int]]:
     """Where the windows of each batch of an epoch start."""
-    loader.batch_sampler.start_epoch(epoch)
+    loader.batch_sampler.start_at(epoch)
     return [ids[:, 0].tolist() for ids, _ in loader]
 
 
@@ -209,7 +221,7 @@ def test_iterating_again_goes_on_to_the_next_epoch():
 def test_an_epoch_left_early_does_not_change_the_next():
     train, _ = loaders(400)
     expected = epoch_starts(train, 1)
-    train.batch_sampler.start_epoch(0)
+    train.batch_sampler.start_at(0)
     next(iter(train))
     assert [ids[:, 0].tolist() for ids, _ in train] == expected
 
@@ -399,12 +411,113 @@ def test_random_crops_are_whole_windows_of_training_tokens_with_their_targets():
 def test_a_batch_of_random_crops_does_not_depend_on_those_before_it():
     train, _ = loaders(400, sampling="random")
     expected = epoch_starts(train, 1)
-    short = WindowBatches(train.dataset, 4, seed=5, n_batches=2)
-    short.start_epoch(1)
+    short = WindowBatches(train.dataset, 4, seed=5, n_steps=2)
+    short.start_at(1)
     assert list(short) == expected[:2]
-    train.batch_sampler.start_epoch(0)
+    train.batch_sampler.start_at(0)
     next(iter(train))
     assert [ids[:, 0].tolist() for ids, _ in train] == expected
+
+
+# ------------------------------------------------------------------ steps and micro-batches
+
+BOTH_KINDS = pytest.mark.parametrize("sampling", ["windows", "random"])
+
+
+def steps_of(loader: DataLoader, epoch: int) -> list[list[int]]:
+    """Where the windows of each step of an epoch start: its micro-batches, joined."""
+    batches = epoch_starts(loader, epoch)
+    per_step = loader.batch_sampler.per_step
+    return [flat(batches[i : i + per_step]) for i in range(0, len(batches), per_step)]
+
+
+@BOTH_KINDS
+@pytest.mark.parametrize(("accumulation", "micro_batch"), [(1, None), (1, 3), (3, None), (2, 5)])
+def test_starting_at_a_step_equals_skipping_those_before_it(sampling, accumulation, micro_batch):
+    options = {"sampling": sampling, "accumulation": accumulation, "micro_batch": micro_batch}
+    whole, _ = loaders(500, **options)
+    jumped, _ = loaders(500, **options)
+    per_step, n_steps = whole.batch_sampler.per_step, whole.batch_sampler.n_steps
+    in_turn = [epoch_starts(whole, epoch) for epoch in range(3)]
+    for epoch in (2, 0, 1):
+        for step in range(n_steps + 1):
+            jumped.batch_sampler.start_at(epoch, step)
+            found = [ids[:, 0].tolist() for ids, _ in jumped]
+            assert found == in_turn[epoch][step * per_step :]
+    jumped.batch_sampler.start_at(0, 2)
+    list(jumped)
+    assert [ids[:, 0].tolist() for ids, _ in jumped] == in_turn[1]  # from its first step on
+
+
+@BOTH_KINDS
+@pytest.mark.parametrize("micro_batch", [1, 2, 3, 5, 7, 8, 12, 100])
+def test_a_step_has_the_same_windows_whatever_the_size_of_its_parts(sampling, micro_batch):
+    whole, _ = loaders(900, sampling=sampling, batch_size=12)
+    parts, _ = loaders(900, sampling=sampling, batch_size=12, micro_batch=micro_batch)
+    gathered, _ = loaders(900, sampling=sampling, batch_size=4, accumulation=3)
+    assert whole.batch_sampler.n_steps == parts.batch_sampler.n_steps == 8
+    for epoch in (0, 1):
+        expected = epoch_starts(whole, epoch)
+        assert steps_of(parts, epoch) == steps_of(gathered, epoch) == expected
+        assert len(expected) == 8
+        assert len(expected[-1]) == (12 if sampling == "random" else 89 - 7 * 12)
+
+
+@settings(derandomize=True, deadline=None, max_examples=200, database=None)
+@given(
+    n_windows=st.integers(1, 40),
+    batch_size=st.integers(1, 12),
+    step_size=st.integers(1, 30),
+    tail_or_steps=st.sampled_from([(False, None), (True, None)])
+    | st.integers(1, 9).map(lambda n: (False, n)),
+)
+def test_the_length_is_the_number_of_batches_that_come(
+    n_windows, batch_size, step_size, tail_or_steps
+):
+    tail, n_steps = tail_or_steps
+    tokens = np.arange(2 * n_windows + 1 + tail, dtype=np.uint16)
+    dataset = WindowDataset(tokens, 2, 2, keep_tail=True)
+    assert (dataset.n_whole, dataset.has_tail) == (n_windows, tail)
+    batches = WindowBatches(dataset, batch_size, 3, n_steps, step_size)
+    found = list(batches)
+    assert len(found) == len(batches)
+    if tail:
+        assert found.pop() == [n_windows]
+    per_step = batches.per_step
+    steps = [found[i : i + per_step] for i in range(0, len(found), per_step)]
+    assert len(steps) == batches.n_steps == (n_steps or -(-n_windows // step_size))
+    sizes = [sum(map(len, step)) for step in steps]
+    assert sizes[:-1] == [step_size] * (len(steps) - 1)
+    assert all(len(batch) <= batch_size for batch in found)
+    assert all(len(batch) == batch_size for step in steps for batch in step[:-1])
+    if n_steps is None:
+        assert sorted(flat(found)) == list(range(n_windows))
+    else:
+        assert sizes[-1] == step_size and 0 <= min(flat(found)) <= max(flat(found)) < n_windows
+
+
+@BOTH_KINDS
+def test_a_loader_has_as_many_batches_as_it_says(sampling):
+    for options in ({"batch_size": 4}, {"accumulation": 3}, {"accumulation": 2, "micro_batch": 3}):
+        train, val = loaders(500, sampling=sampling, **options)
+        assert len(train) == len(list(train)) > 0
+        assert len(val) == len(list(val)) > 0
+    # 99 validation targets: twelve windows of 8, six at a time in parts of five, a tail of 3
+    train, val = loaders(500, sampling=sampling, batch_size=6, accumulation=5, micro_batch=5)
+    assert [tuple(targets.shape) for _, targets in val] == [(5, 8), (1, 8), (5, 8), (1, 8), (1, 3)]
+    assert train.batch_sampler.per_step == 6
+
+
+@BOTH_KINDS
+def test_worker_processes_give_the_same_micro_batches_from_any_step_on(sampling):
+    options = {"sampling": sampling, "accumulation": 3, "micro_batch": 3}
+    alone, _ = loaders(500, **options)
+    helped, _ = loaders(500, num_workers=2, **options)
+    for loader in (alone, helped):
+        loader.batch_sampler.start_at(1, 2)
+    expected = [(ids.tolist(), targets.tolist()) for ids, targets in alone]
+    assert [(ids.tolist(), targets.tolist()) for ids, targets in helped] == expected
+    assert epoch_starts(helped, 2) == epoch_starts(alone, 2)
 
 
 # ------------------------------------------------------------------ tokens in a file, on a device
@@ -676,7 +789,7 @@ def test_an_evaluation_of_all_batches_keeps_the_tail():
 def test_an_evaluation_leaves_generator_and_training_order_alone():
     train, _ = loaders(400)
     expected = epoch_starts(train, 1)
-    train.batch_sampler.start_epoch(1)
+    train.batch_sampler.start_at(1)
     torch.manual_seed(3)
     state = torch.get_rng_state()
     assert len(list(evaluation_loader(train))) == len(train)
@@ -704,3 +817,45 @@ def test_an_evaluation_of_a_shuffled_dataloader_v1_is_in_order():
     )
     starts = [start for ids, _ in evaluation_loader(loader) for start in ids[:, 0].tolist()]
     assert starts == list(range(0, 89, 8))
+
+
+# ------------------------------------------------------------------ characters and bytes a token
+
+CHINESE = (REPOSITORY / "corpus" / "sample-zh.txt").read_text(encoding="utf-8")[:3000]
+ENGLISH = (REPOSITORY / "corpus" / "sample-en.txt").read_text(encoding="utf-8")[:3000]
+
+
+@pytest.mark.parametrize("text", [ENGLISH, CHINESE, "ab\n春" * 50], ids=["en", "zh", "both"])
+@pytest.mark.parametrize("kind", ["gpt2", "char"])
+def test_a_token_stands_for_its_share_of_characters_and_bytes(text, kind):
+    tokenizer = GPT2Tokenizer() if kind == "gpt2" else CharTokenizer(text)
+    tokens = to_array(tokenizer.encode(text), tokenizer.vocab_size)
+    size = measure_tokens(tokens, tokenizer)
+    assert size == TokenSize(len(text) / len(tokens), len(text.encode("utf-8")) / len(tokens))
+    if kind == "char":
+        assert size.characters == 1
+    elif text is CHINESE:
+        assert size.characters < 0.6  # two tokens a character, as a rule
+    else:
+        assert size.characters >= 1
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "char"])
+def test_the_end_of_a_text_is_a_token_without_characters(kind):
+    poems = ["春江潮水连海平", "海上明月共潮生"] * 20
+    tokenizer = GPT2Tokenizer() if kind == "gpt2" else CharTokenizer("".join(poems))
+    ids = []
+    for poem in poems:
+        ids += [*tokenizer.encode(poem), tokenizer.end_of_text_id]
+    size = measure_tokens(to_array(ids, tokenizer.vocab_size), tokenizer)
+    assert size == TokenSize(40 * 7 / len(ids), 40 * 21 / len(ids))
+    nothing = to_array([tokenizer.end_of_text_id] * 3, tokenizer.vocab_size)
+    assert measure_tokens(nothing, tokenizer).characters > 0  # what is divided by it stays finite
+
+
+def test_a_slice_of_a_token_file_is_measured_without_what_is_around_it(tmp_path):
+    tokenizer = CharTokenizer("ab春")
+    ids = tokenizer.encode("春" * 50 + "ab" * 30 + "春" * 20)
+    to_array(ids, tokenizer.vocab_size).tofile(tmp_path / "tokens.bin")
+    tokens = TokenSlice(tmp_path / "tokens.bin", "uint16", 50, 110)
+    assert measure_tokens(tokens, tokenizer) == TokenSize(1, 1)

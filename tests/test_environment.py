@@ -1,5 +1,6 @@
 """Building a run: device, settings read at call time, everything on one device."""
 
+import itertools
 import os
 import tempfile
 from types import SimpleNamespace
@@ -8,6 +9,7 @@ import pytest
 import torch
 
 import environment
+from engine import tracking
 from engine.errors import ResourceError, SettingsError
 from engine.optim import build_adamw
 from environment import check_devices, pick_device, prepare_environment
@@ -16,6 +18,7 @@ from model import GPTConfig, GPTModel
 TEXT = "The ferry crosses the river at dawn, and the bell rings twice for bread. " * 12
 SETTINGS = """
 DATA = "text.txt"
+TOKENIZER = "char"
 CUSTOM_MODE = True
 custom_params = {
     "num_epochs": 2, "batch_size": 2, "max_length": 16, "eval_freq": 4, "eval_iter": 1,
@@ -253,3 +256,169 @@ def test_the_run_is_evaluated_about_ten_times_where_nothing_is_set(workdir):
         encoding="utf-8",
     )
     assert prepare_environment("settings.py").train_config.eval_freq == 5
+
+
+# --------------------------------------------------------------------- accumulation, night mode
+
+
+def change(settings_file, custom: str = "", lines: str = "") -> None:
+    """Add to custom_params, and lines to the file."""
+    text = settings_file.read_text(encoding="utf-8")
+    changed = text.replace('"num_epochs": 2,', f'"num_epochs": 2, {custom}') + lines
+    settings_file.write_text(changed, encoding="utf-8")
+
+
+def test_a_step_takes_so_many_batches(settings_file, capsys):
+    plain = prepare_environment(settings_file)
+    n_windows = len(plain.train_loader.dataset)
+    change(settings_file, '"gradient_accumulation_steps": 3,')
+    env = prepare_environment(settings_file)
+    batches = env.train_loader.batch_sampler
+    assert (batches.batch_size, batches.per_step, batches.step_size) == (2, 3, 6)
+    assert batches.n_steps == -(-n_windows // 6) < plain.train_loader.batch_sampler.n_steps
+    assert env.total_steps == env.schedule.total_steps == 2 * batches.n_steps
+    assert env.run.settings["total_steps"] == env.total_steps
+    assert env.run.settings["steps_per_epoch"] == batches.n_steps
+    assert f"{env.total_steps} steps of 3 x 2 x 16 tokens" in capsys.readouterr().out
+    # the windows of a step are those that three times the batch would have
+    starts = [ids[:, 0].tolist() for ids, _ in env.train_loader]
+    whole = settings_file.read_text(encoding="utf-8").replace(
+        '"gradient_accumulation_steps": 3, "batch_size": 2', '"batch_size": 6'
+    )
+    settings_file.write_text(whole, encoding="utf-8")
+    expected = [ids[:, 0].tolist() for ids, _ in prepare_environment(settings_file).train_loader]
+    steps = [itertools.chain(*starts[i : i + 3]) for i in range(0, len(starts), 3)]
+    assert [list(step) for step in steps] == expected
+
+
+@pytest.fixture
+def threads(monkeypatch):
+    """Set how many threads torch uses, with nothing said from outside."""
+    for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(os, "cpu_count", lambda: 8)
+    return torch.set_num_threads  # the fixture one_thread sets it back
+
+
+@pytest.mark.parametrize(("there", "left"), [(1, 1), (3, 1), (4, 2)])
+def test_night_mode_leaves_half_of_the_threads_to_others_and_says_so(
+    settings_file, capsys, threads, there, left
+):
+    threads(there)
+    assert prepare_environment(settings_file).threads == there
+    assert "night mode" not in capsys.readouterr().out
+    change(settings_file, lines="NIGHT_MODE = True\n")
+    env = prepare_environment(settings_file)
+    assert env.threads == env.run.settings["threads"] == left
+    assert f"Note: night mode: {left} of {there} threads" in capsys.readouterr().out
+    assert torch.get_num_threads() == there  # it is training that is to be slow
+    batches = env.train_loader.batch_sampler
+    assert (batches.batch_size, batches.per_step) == (2, 1)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_night_mode_on_a_gpu_takes_half_of_the_memory_and_of_the_batch(settings_file, capsys):
+    change(settings_file, lines="NIGHT_MODE = True\nDEVICE = 'cuda'\n")
+    try:
+        env = prepare_environment(settings_file)
+        batches = env.train_loader.batch_sampler
+        assert (batches.batch_size, batches.per_step, batches.step_size) == (1, 2, 2)
+        assert "half of the memory, 1 windows at a time instead of 2" in capsys.readouterr().out
+        total = torch.cuda.get_device_properties(0).total_memory
+        with pytest.raises(torch.OutOfMemoryError):
+            torch.empty(int(total * 0.6), dtype=torch.uint8, device="cuda")
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+
+
+# --------------------------------------------------------------------------- an unfinished run
+
+
+def everything_in(folder) -> dict[str, tuple]:
+    """Each file and folder but the cache's, with content and time of change."""
+    return {
+        str(path.relative_to(folder)): (
+            path.stat().st_mtime_ns,
+            path.is_file() and path.read_bytes(),
+        )
+        for path in folder.rglob("*")
+        if "cache" not in path.relative_to(folder).parts
+    }
+
+
+def begin_run(settings_file):
+    """Let a run begin and be stopped at once; returns its folder."""
+    env = prepare_environment(settings_file)
+    with env.run.opened():
+        pass
+    assert (env.run.path / "settings.json").is_file()
+    return env.run.path
+
+
+def test_preparing_writes_nothing_where_an_equal_run_is_unfinished(settings_file):
+    folder = begin_run(settings_file)
+    (folder / ".tmp-1-orphan").write_bytes(b"x")
+    before = everything_in(settings_file.parent)
+    env = prepare_environment(settings_file)
+    assert env.run.path == folder and env.run.saved is not None
+    assert everything_in(settings_file.parent) == before
+
+
+def test_preparing_writes_nothing_where_another_run_is_unfinished(settings_file):
+    begin_run(settings_file)
+    change(settings_file, lines="SEED = 5\n")
+    before = everything_in(settings_file.parent)
+    env = prepare_environment(settings_file)
+    assert env.run.saved is None
+    [note] = env.run.notes
+    assert "is unfinished, but differs (seed: 123 then, 5 now): a new run begins" in note
+    assert everything_in(settings_file.parent) == before
+
+
+def test_a_run_that_goes_on_keeps_its_threads_unless_they_are_set_from_outside(
+    settings_file, threads, monkeypatch
+):
+    threads(3)
+    begin_run(settings_file)
+    threads(2)
+    assert prepare_environment(settings_file).threads == 3
+    monkeypatch.setenv("OMP_NUM_THREADS", "2")
+    env = prepare_environment(settings_file)
+    assert env.threads == 2
+    [note] = env.run.notes
+    assert note.startswith("threads was 3 and is 2: from here on the numbers are not bit for bit")
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    change(settings_file, lines="NIGHT_MODE = True\n")
+    env = prepare_environment(settings_file)
+    assert env.run.saved is not None
+    assert env.threads == 1
+
+
+def test_a_run_goes_on_with_what_was_worked_out_when_it_began(settings_file):
+    change(settings_file, '"max_steps": 40,')
+    begin_run(settings_file)
+    before = prepare_environment(settings_file).train_config
+    text = settings_file.read_text(encoding="utf-8").replace('"max_steps": 40', '"max_steps": 400')
+    settings_file.write_text(text, encoding="utf-8")
+    env = prepare_environment(settings_file)
+    assert env.run.saved is not None and env.total_steps == 400
+    # a run of 400 steps would warm up for 40 and evaluate every 40
+    assert env.train_config.warmup_steps == before.warmup_steps == 4
+    assert env.train_config.eval_freq == before.eval_freq == 4
+    assert env.train_config.learning_rate == before.learning_rate
+
+
+def test_fp16_on_the_cpu_is_an_error_before_anything_is_read(settings_file):
+    change(settings_file, lines="PRECISION = 'fp16'\nDEVICE = 'cpu'\nDATA = 'not-there.txt'\n")
+    with pytest.raises(SettingsError, match=r'(?s)needs a CUDA GPU.*PRECISION = "auto"') as caught:
+        prepare_environment(settings_file)
+    assert caught.value.exit_code == 2
+
+
+def test_a_tracker_that_is_not_installed_is_an_error_before_anything_is_read(
+    settings_file, monkeypatch
+):
+    monkeypatch.setitem(tracking.TRACKERS, "wandb", ("no_such_module", "wandb"))
+    change(settings_file, lines="TRACKING = ['wandb']\nDATA = 'not-there.txt'\n")
+    with pytest.raises(SettingsError, match=r"pip install -r requirements\.txt wandb"):
+        prepare_environment(settings_file)

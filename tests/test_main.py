@@ -1,5 +1,6 @@
 """The main job, as its user runs it: what it prints, what it leaves, how it fails."""
 
+import itertools
 import json
 import os
 import re
@@ -10,6 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
+import safetensors.torch
 
 import main
 import train
@@ -18,6 +20,7 @@ from tests.conftest import REPOSITORY
 # a proxy on a closed port is the quickest way to be without a network
 OFFLINE = {f"{scheme}_proxy": "http://127.0.0.1:9" for scheme in ("http", "https")}
 
+CHECKPOINT_FILES = {"model.safetensors", "optimizer.safetensors", "state.json", "manifest.json"}
 PRINTED_IN_ORDER = [
     "=" * 70,
     "GPT Model Training Pipeline",
@@ -120,7 +123,15 @@ def test_without_a_network_the_sample_stands_in_and_everything_is_printed_and_le
         "training_losses.png",
         "samples.md",
         "summary.json",
+        "checkpoints",
+        "best",
+        ".lock",
+        ".lock-owner.json",
     }
+    (checkpoint,) = (run / "checkpoints").iterdir()
+    assert {file.name for file in checkpoint.iterdir()} == CHECKPOINT_FILES
+    for best in (run / "best").iterdir():
+        assert {file.name for file in best.iterdir()} == {"model.safetensors", "manifest.json"}
     assert (tmp_path / "training_losses.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
     summary = json.loads((run / "summary.json").read_text(encoding="utf-8"))
     assert summary["parameters"] == 6_540_800
@@ -164,6 +175,7 @@ def test_a_run_on_chinese_text_writes_readable_samples(workdir, capsys):
     assert '"start_context": "春江"' in settings
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("encoding", ["ascii", "cp1252"])
 def test_a_console_that_cannot_show_a_tick_crashes_nothing(tmp_path, encoding):
     settings = write_settings(tmp_path, "")
@@ -181,7 +193,7 @@ def test_without_matplotlib_and_tqdm_it_trains_and_says_what_is_missing(tmp_path
     )
     done = run_main(tmp_path, code=code)
     assert done.returncode == 0, done.stderr
-    assert "matplotlib is not installed, so there is no picture" in done.stdout
+    assert "matplotlib is not installed: no picture" in done.stdout
     assert re.search(r"^Epoch 1: (\d+)/\1$", done.stderr, re.MULTILINE)
     assert not (tmp_path / "training_losses.png").exists()
 
@@ -217,13 +229,14 @@ def test_bad_input_ends_with_its_exit_code_and_help(workdir, capsys, settings, c
     (workdir / "latin1.txt").write_bytes("café".encode("latin-1"))
     (workdir / "three.txt").write_text("a b c", encoding="utf-8")
     (workdir / "runs" / "taken").mkdir(parents=True)
+    (workdir / "runs" / "taken" / "thesis.txt").write_bytes(b"years of work")
     write_settings(workdir, "", **settings)
     assert main.main(["settings.py"]) == code
     printed = capsys.readouterr()
     assert said in printed.err
     assert "Traceback" not in printed.err
     assert len(printed.err.strip().splitlines()) <= 4
-    assert not list((workdir / "runs" / "taken").iterdir())
+    assert [file.name for file in (workdir / "runs" / "taken").iterdir()] == ["thesis.txt"]
 
 
 @pytest.mark.parametrize("n_words", [4, 6, 12, 40])
@@ -284,16 +297,62 @@ def test_a_traceback_is_shown_where_it_is_asked_for(workdir, monkeypatch):
         main.main(["settings.py"])
 
 
-def test_a_diverging_run_ends_with_5_and_advice(workdir, capsys, monkeypatch):
-    real = train.take_step
-    monkeypatch.setattr(train, "take_step", lambda *args: real(*args) * float("nan"))
-    write_settings(workdir, "")
+def spoil_losses(monkeypatch, is_spoilt) -> None:
+    """Make the training loss NaN in the steps, counted from 1, for which is_spoilt says so."""
+    real, count = train.batch_loss, itertools.count(1)
+
+    def batch_loss(model, *arguments):
+        loss = real(model, *arguments)
+        return loss * float("nan") if model.training and is_spoilt(next(count)) else loss
+
+    monkeypatch.setattr(train, "batch_loss", batch_loss)
+
+
+def test_a_diverging_run_ends_with_5_and_names_the_last_good_checkpoint(
+    workdir, capsys, monkeypatch
+):
+    params = TINY | {"max_steps": 30, "save_every": 2}
+    write_settings(workdir, "", TOKENIZER="char", custom_params=params)
+    with monkeypatch.context() as patch:
+        spoil_losses(patch, lambda step: step > 6)
+        assert main.main(["settings.py"]) == 5
+    error = capsys.readouterr().err
+    assert "training diverged" in error
+    assert "try a third of it" in error
+    named = workdir / re.search(r"The last good one: (\S+)", error)[1]
+    assert {file.name for file in named.iterdir()} == CHECKPOINT_FILES
+    assert not (only_run(workdir) / "summary.json").exists()
+    weights = safetensors.torch.load_file(named / "model.safetensors")
+    assert all(value.isfinite().all() for value in weights.values())
+    assert main.main(["settings.py"]) == 0
+    assert "Resuming" in capsys.readouterr().out
+
+
+def test_a_run_that_diverges_before_its_first_checkpoint_says_so(workdir, capsys, monkeypatch):
+    params = TINY | {"max_steps": 30}
+    write_settings(workdir, "", TOKENIZER="char", custom_params=params)
+    spoil_losses(monkeypatch, lambda step: True)
     assert main.main(["settings.py"]) == 5
-    assert "training diverged" in capsys.readouterr().err
+    assert "No checkpoint was made yet." in capsys.readouterr().err
+
+
+def test_one_step_that_is_not_finite_is_skipped_counted_and_said(workdir, capsys, monkeypatch):
+    write_settings(workdir, "", TOKENIZER="char", custom_params=TINY | {"max_steps": 8})
+    spoil_losses(monkeypatch, lambda step: step == 3)
+    assert main.main(["settings.py"]) == 0
+    printed = capsys.readouterr().out
+    assert "Note: step 3: the loss is nan" in printed
+    assert "the step is skipped (1 so far)" in printed
+    assert "Steps skipped: 1 (a loss or gradient was not finite)" in printed
+    summary = json.loads((only_run(workdir) / "summary.json").read_text(encoding="utf-8"))
+    assert (summary["steps"], summary["steps_skipped"]) == (8, 1)
+    rows = (only_run(workdir) / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    losses = [row["train/loss"] for row in map(json.loads, rows) if "train/loss" in row]
+    assert [loss is None for loss in losses] == [step == 3 for step in range(1, 9)]
 
 
 def test_an_unexpected_failure_keeps_its_traceback(workdir, monkeypatch):
-    def broken(*_):
+    def broken(*_, **__):
         raise ZeroDivisionError("a bug of ours")
 
     monkeypatch.setattr(train, "take_step", broken)
@@ -343,16 +402,61 @@ def test_bf16_or_fp32_is_chosen_by_the_hardware_and_printed(workdir, capsys, mon
         MemoryError(),  # Python's own has no message
     ],
 )
-def test_memory_that_runs_out_in_training_is_said_with_what_to_change(
-    workdir, capsys, monkeypatch, error
+@pytest.mark.parametrize(("where", "calls"), [("take_step", 5), ("mean_loss", 4)])
+def test_memory_that_runs_out_is_said_with_what_to_change_and_the_checkpoint_is_kept(
+    workdir, capsys, monkeypatch, error, where, calls
 ):
-    def allocate(*_):
-        raise error
+    params = TINY | {"max_steps": 8, "eval_freq": 4, "save_every": 2}
+    write_settings(workdir, "", TOKENIZER="char", custom_params=params)
+    real, count = getattr(train, where), itertools.count(1)
 
-    monkeypatch.setattr(train, "take_step", allocate)
-    write_settings(workdir, "")
-    assert main.main(["settings.py"]) == 6
-    assert "Set a smaller batch_size, max_length or model." in capsys.readouterr().err
+    def run_out(*arguments, **options):
+        if next(count) == calls:
+            raise error
+        return real(*arguments, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train, where, run_out)
+        assert main.main(["settings.py"]) == 6
+    message = capsys.readouterr().err
+    assert "out of memory" in message
+    assert "Set a smaller batch_size and, for the same step, more gradient_accumulation" in message
+    assert "Traceback" not in message
+    newest = max((only_run(workdir) / "checkpoints").iterdir())
+    assert newest.name == "step-00000004"  # with an evaluation on the same step, the save is first
+    assert {file.name for file in newest.iterdir()} == CHECKPOINT_FILES
+    assert main.main(["settings.py"]) == 0
+    assert "4 of 8 steps are done" in capsys.readouterr().out
+
+
+@pytest.mark.skipif(os.name == "nt", reason="POSIX signals")
+@pytest.mark.parametrize("first", [RuntimeError, ConnectionResetError])
+def test_a_second_lost_worker_does_not_spoil_the_report_on_the_first(
+    workdir, capsys, monkeypatch, first
+):
+    def lost(*_):
+        raise RuntimeError("DataLoader worker (pid 2) is killed by signal: Killed. ")
+
+    def train_with_workers(env):
+        if first is RuntimeError:
+            lost()
+        loader = compile("raise ConnectionResetError(104, 'reset')", "dataloader.py", "exec")
+        exec(loader)  # torch's file, as far as the traceback goes
+
+    def complain(message):
+        signal.raise_signal(signal.SIGCHLD)
+        real(message)
+
+    real = main.complain
+    monkeypatch.setattr(main, "train", train_with_workers)
+    monkeypatch.setattr(main, "complain", complain)
+    write_settings(workdir, "", TOKENIZER="char")
+    before = signal.signal(signal.SIGCHLD, lost)  # as torch does
+    try:
+        assert main.main(["settings.py"]) == 6
+    finally:
+        signal.signal(signal.SIGCHLD, before)
+    assert "a process that prepares batches was ended from outside" in capsys.readouterr().err
 
 
 def test_a_picture_that_cannot_be_written_beside_the_run_is_a_note(workdir, capsys):
@@ -363,6 +467,7 @@ def test_a_picture_that_cannot_be_written_beside_the_run_is_a_note(workdir, caps
     assert (only_run(workdir) / "training_losses.png").is_file()
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
 @pytest.mark.parametrize("stream", ["stdout", "stderr"])
 def test_output_that_nobody_can_take_does_not_end_a_run(tmp_path, stream):
@@ -385,7 +490,7 @@ def test_a_settings_file_that_is_none_is_refused_at_once(workdir, capsys, name):
 
 
 def test_a_named_folder_that_is_taken_is_told_before_the_text_is_read(workdir, capsys):
-    (workdir / "runs" / "taken").mkdir(parents=True)
+    (workdir / "runs" / "taken" / "mine").mkdir(parents=True)
     write_settings(workdir, "", RUN_NAME="taken")
     assert main.main(["settings.py"]) == 4
     assert "Text loaded" not in capsys.readouterr().out

@@ -1,21 +1,24 @@
-"""Learning rates, AdamW's groups, what a loss means, and which precision is chosen."""
+"""Learning rates, AdamW's groups, and which precision is chosen."""
 
-import math
 import platform
+from dataclasses import replace
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engine.metrics import perplexity
+from engine.errors import SettingsError
 from engine.optim import (
+    FLOOR,
     SCHEDULES,
     Schedule,
     build_adamw,
     default_learning_rate,
     default_warmup_steps,
+    extend_schedule,
     learning_rate_at,
+    make_schedule,
     set_learning_rate,
 )
 from engine.precision import choose_precision
@@ -54,22 +57,127 @@ def test_cosine_equals_torchs():
         theirs.step()
 
 
-@settings(max_examples=200, derandomize=True, deadline=None, database=None)
-@given(
-    kind=st.sampled_from(SCHEDULES),
-    peak=st.floats(1e-9, 10),
-    total_steps=st.integers(1, 300),
-    warmup=st.floats(0, 1, exclude_max=True),
+@pytest.mark.parametrize(
+    ("step", "share"),
+    [
+        (0, 0.2),  # the first of five equal steps up
+        (3, 0.8),
+        (4, 1.0),  # warm-up's end: the peak
+        (50, 1.0),
+        (84, 1.0),  # the last stable one: twenty are left after it
+        (85, 0.955),  # the first of the decay's twenty equal steps down
+        (94, 0.55),
+        (104, 0.1),  # the last step
+        (105, 0.1),
+        (10**9, 0.1),
+    ],
 )
-def test_learning_rate_is_never_zero_and_never_rises_after_warmup(kind, peak, total_steps, warmup):
-    warmup_steps = int(warmup * total_steps)
-    schedule = Schedule(kind, peak, warmup_steps, total_steps)
-    rates = [learning_rate_at(step, schedule) for step in range(total_steps + 10)]
-    assert all(0 < rate <= peak for rate in rates)
-    assert rates[warmup_steps] == peak
-    rising, falling = rates[: warmup_steps + 1], rates[warmup_steps:]
+def test_wsd_rises_stays_and_falls_in_a_line_over_the_last_fifth(step, share):
+    schedule = make_schedule("wsd", peak=2e-3, warmup_steps=4, total_steps=105)
+    assert schedule.decay_steps == 21  # a fifth, rounded up
+    schedule = replace(schedule, decay_steps=20)
+    assert learning_rate_at(step, schedule) == pytest.approx(2e-3 * share, rel=1e-12)
+
+
+def planned_rates(schedule: Schedule) -> list[float]:
+    return [learning_rate_at(step, schedule) for step in range(schedule.total_steps)]
+
+
+@pytest.mark.parametrize(
+    ("kind", "warmup_steps", "total_steps", "shares"),
+    [
+        ("constant", 0, 1, [1.0]),
+        ("cosine", 0, 1, [1.0]),
+        ("cosine", 0, 2, [1.0, 0.1]),
+        ("cosine", 0, 3, [1.0, 0.55, 0.1]),
+        ("cosine", 2, 3, [1 / 3, 2 / 3, 1.0]),  # the peak is the last step
+        ("wsd", 0, 1, [0.1]),
+        ("wsd", 0, 2, [1.0, 0.1]),
+        ("wsd", 0, 3, [1.0, 1.0, 0.1]),
+        ("wsd", 2, 3, [1 / 3, 2 / 3, 0.1]),
+        ("wsd", 1, 6, [0.5, 1.0, 1.0, 1.0, 0.55, 0.1]),
+        ("wsd", 5, 6, [1 / 6, 2 / 6, 3 / 6, 4 / 6, 5 / 6, 0.1]),
+    ],
+)
+def test_a_plan_of_few_steps_has_these_rates(kind, warmup_steps, total_steps, shares):
+    schedule = make_schedule(kind, 1.0, warmup_steps, total_steps)
+    assert planned_rates(schedule) == pytest.approx(shares)
+
+
+@st.composite
+def new_plans(draw) -> Schedule:
+    total_steps = draw(st.integers(1, 300))
+    warmup_steps = draw(st.integers(0, total_steps - 1))
+    kind = draw(st.sampled_from(SCHEDULES))
+    return make_schedule(kind, draw(st.floats(1e-9, 10)), warmup_steps, total_steps)
+
+
+@settings(max_examples=300, derandomize=True, deadline=None, database=None)
+@given(new_plans())
+def test_learning_rate_is_never_zero_and_never_rises_after_warmup(schedule):
+    rates = [learning_rate_at(step, schedule) for step in range(schedule.total_steps + 10)]
+    assert all(0 < rate <= schedule.peak for rate in rates)
+    rising, falling = rates[: schedule.warmup_steps], rates[schedule.warmup_steps :]
     assert rising == sorted(set(rising))
     assert falling == sorted(falling, reverse=True)
+    if (
+        schedule.kind != "wsd"
+        or schedule.decay_steps < schedule.total_steps - schedule.warmup_steps
+    ):
+        assert falling[0] == schedule.peak
+    if schedule.kind == "wsd":
+        assert falling[-1] == pytest.approx(FLOOR * schedule.peak)
+        stable = [step for step, rate in enumerate(rates) if rate == schedule.peak]
+        n_decayed = schedule.total_steps - schedule.warmup_steps - len(stable)
+        assert n_decayed == schedule.decay_steps
+
+
+# ----------------------------------------------------- a run that is to be longer than planned
+
+
+@pytest.mark.parametrize("kind", ["cosine", "constant"])
+@pytest.mark.parametrize("done", [0, 30, 60])
+def test_a_longer_run_keeps_its_old_rates_and_adds_steps_at_the_last_one(kind, done):
+    old = make_schedule(kind, 1.0, 5, 60)
+    longer = [learning_rate_at(s, extend_schedule(old, 90, done)) for s in range(90)]
+    assert longer == planned_rates(old) + [FLOOR if kind == "cosine" else 1.0] * 30
+
+
+@pytest.mark.parametrize(("done", "moves"), [(0, True), (48, True), (49, False), (60, False)])
+def test_the_decay_of_wsd_moves_to_the_new_end_unless_a_step_of_it_is_done(done, moves):
+    old = make_schedule("wsd", 1.0, 5, 60)  # steps 0 to 47 are before the decay of 12
+    assert planned_rates(old)[47] == 1.0 > planned_rates(old)[48]
+    longer = [learning_rate_at(s, extend_schedule(old, 90, done)) for s in range(90)]
+    if moves:
+        down = [1 - 0.9 * (i + 1) / 12 for i in range(12)]
+        expected = planned_rates(old)[:48] + [1.0] * 30 + down
+    else:
+        expected = planned_rates(old) + [FLOOR] * 30
+    assert longer == pytest.approx(expected)
+
+
+@settings(max_examples=300, derandomize=True, deadline=None, database=None)
+@given(new_plans(), st.lists(st.tuples(st.integers(0, 99), st.integers(0, 40)), max_size=4))
+def test_however_often_a_run_is_made_longer_done_steps_keep_their_rates(schedule, extensions):
+    done, rates = 0, []
+    for percent, added in [*extensions, (100, 0)]:
+        upto = max(done, schedule.total_steps * percent // 100)
+        rates += [learning_rate_at(step, schedule) for step in range(done, upto)]
+        done = upto
+        longer = extend_schedule(schedule, schedule.total_steps + added, done)
+        assert [learning_rate_at(step, longer) for step in range(done)] == rates
+        assert (longer.peak, longer.warmup_steps) == (schedule.peak, schedule.warmup_steps)
+        schedule = longer
+    falling = rates[schedule.warmup_steps :]
+    assert falling == sorted(falling, reverse=True)
+    assert all(rate > 0 for rate in rates)
+
+
+@pytest.mark.parametrize("kind", SCHEDULES)
+@pytest.mark.parametrize("total_steps", [1, 59, 60])
+def test_a_plan_is_never_made_shorter(kind, total_steps):
+    schedule = make_schedule(kind, 1.0, 5, 60)
+    assert extend_schedule(schedule, total_steps, 0) == schedule
 
 
 def test_default_learning_rate_falls_with_the_width():
@@ -147,17 +255,6 @@ def test_learning_rate_is_set_in_every_group():
     assert [group["lr"] for group in optimizer.param_groups] == [0.25, 0.25]
 
 
-# ------------------------------------------------------------------------------------- metrics
-
-
-@pytest.mark.parametrize(
-    ("loss", "expected"),
-    [(0.0, 1.0), (math.log(50257), 50257), (700.0, math.inf), (math.inf, math.inf)],
-)
-def test_perplexity_is_the_number_of_equally_likely_tokens(loss, expected):
-    assert perplexity(loss) == pytest.approx(expected)
-
-
 # ----------------------------------------------------------------------------------- precision
 
 
@@ -227,3 +324,44 @@ def test_auto_takes_bf16_on_gpus_from_ampere_on(monkeypatch, capability, name):
 
 def test_auto_takes_fp32_on_mps():
     assert choose_precision("auto", torch.device("mps")).name == "fp32"
+
+
+@pytest.mark.parametrize("device", ["cpu", "mps"])
+def test_fp16_anywhere_but_on_cuda_is_refused_with_what_to_do(device):
+    with pytest.raises(SettingsError) as caught:
+        choose_precision("fp16", torch.device(device))
+    assert caught.value.exit_code == 2
+    assert str(caught.value).splitlines() == [
+        f'PRECISION = "fp16" needs a CUDA GPU, and this run is on {device}.',
+        'Set PRECISION = "auto".',
+    ]
+
+
+@pytest.mark.parametrize("name", ["bf16", "fp32", "fp16"])
+def test_only_the_loss_of_fp16_is_scaled(monkeypatch, name):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    monkeypatch.setattr(torch.cuda.amp.common, "amp_definitely_not_available", lambda: False)
+    precision = choose_precision(name, torch.device("cuda"))
+    assert precision.name == name
+    assert precision.scaler().is_enabled() == (name == "fp16")
+
+
+def test_a_scaler_without_fp16_leaves_loss_and_gradients_alone(cpu_has):
+    cpu_has()
+    scaler = choose_precision("auto", CPU).scaler()
+    weight = torch.tensor([3.0], requires_grad=True)
+    loss = (weight**2).sum()
+    assert scaler.scale(loss) is loss
+    loss.backward()
+    optimizer = torch.optim.SGD([weight], lr=0.5)
+    scaler.unscale_(optimizer)
+    assert weight.grad.item() == 6.0
+    assert scaler.state_dict() == {}
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_fp16_on_a_gpu_multiplies_in_fp16():
+    precision = choose_precision("fp16", torch.device("cuda"))
+    with precision.autocast():
+        ones = torch.ones(2, 2, device="cuda")
+        assert (ones @ ones).dtype == torch.float16

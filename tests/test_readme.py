@@ -23,6 +23,7 @@ LONG = {
     "python -m benchmarks.train",
     "python -m benchmarks.startup",
     "python -m benchmarks.data",
+    "python -m benchmarks.survival",
 }
 
 
@@ -106,6 +107,10 @@ def test_every_file_that_is_named_exists(readme):
         "summary.json",
         "settings.json",
         "tokenizer.json",
+        "checkpoints/",
+        "best/",
+        "tensorboard/",
+        "wandb/",
     }
     named = {name for pair in rooms for name in pair if name} - made_by_a_run
     assert len(named) > 10

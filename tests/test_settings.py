@@ -1,5 +1,6 @@
 """How settings become a plan: names, spellings, types, ranges, precedence; config.json as well."""
 
+import ast
 import dataclasses
 import json
 import math
@@ -10,7 +11,6 @@ import types
 import typing
 
 import pytest
-from conftest import REPOSITORY
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
@@ -18,7 +18,10 @@ from engine.errors import SettingsError
 from engine.settings import ALIASES, ELSEWHERE, MODEL_SETTINGS, read_json_object, shown
 from generation import SamplingConfig
 from model import GPTConfig
+from run_folder import CHANGEABLE, FIXED, SETTINGS_CHANGEABLE, differences
 from run_plan import MODELS_FILE, RunSettings, resolve_settings
+from tests.conftest import REPOSITORY
+from tests.test_architecture import sources
 from training_utils import CustomTrainingConfig, TrainingConfig
 
 # a right value of each setting that is not the default
@@ -26,8 +29,9 @@ TRAINING_EXAMPLES = {
     "num_epochs": 5,
     "max_steps": 7,
     "batch_size": 2,
+    "gradient_accumulation_steps": 4,
     "learning_rate": 0.002,
-    "schedule": "constant",
+    "schedule": "wsd",
     "warmup_steps": 3,
     "weight_decay": 0.2,
     "max_grad_norm": 0.5,
@@ -37,6 +41,10 @@ TRAINING_EXAMPLES = {
     "train_ratio": 0.8,
     "eval_freq": 11,
     "eval_iter": 4,
+    "patience": 3,
+    "save_every": 6,
+    "save_minutes": 0.5,
+    "keep_checkpoints": 3,
     "start_context": "Once",
     "num_workers": 1,
 }
@@ -201,6 +209,10 @@ def test_model_field_counts_the_same_at_top_level_and_in_model_overrides(name):
     ("name", "pointer"),
     [
         ("use_amp", "PRECISION"),
+        ("resume_from", "RESUME"),
+        ("auto_resume", 'RESUME = "auto"'),
+        ("checkpoint_every", '"save_every"'),
+        ("save_on_interrupt", "always on"),
         ("train_file", "DATA"),
         ("test_file", '"val"'),
         ("tokenizer_path", "TOKENIZER"),
@@ -257,6 +269,7 @@ WRONG_TYPES = {
     bool: [1, 0, "True", 1.0, []],
     str: [8, True, ["cpu"], {}, b"cpu"],
     dict: ["{}", 1, True, [("a", 1)]],
+    list: ["wandb", 1, True, {}, ("wandb",)],
 }
 
 
@@ -267,7 +280,8 @@ WRONG_TYPES = {
         for cls, (name, hint) in all_fields()
         for base, optional in [base_and_optional(hint)]
         for value in WRONG_TYPES[base] + ([] if optional else [None])
-        if name != "DATA" or not isinstance(value, dict | list)  # which it may be
+        if not (name == "DATA" and isinstance(value, dict | list))  # which it may be
+        and not (name == "RESUME" and value is True)  # False is right, so the type is
     ],
 )
 def test_wrong_type_is_refused_with_name_value_and_type(cls, name, value):
@@ -301,8 +315,9 @@ def test_number_that_is_negative_or_not_finite_is_refused(cls, name, value):
         (TrainingConfig, "num_epochs", [0], [1]),
         (TrainingConfig, "max_steps", [0], [1]),
         (TrainingConfig, "batch_size", [0], [1]),
+        (TrainingConfig, "gradient_accumulation_steps", [0, 1_000_001], [1, 1_000_000]),
         (TrainingConfig, "learning_rate", [0, 0.0, 10.1, 1e308], [1e-12, 1, 10]),
-        (TrainingConfig, "schedule", ["linear", "Cosine", ""], ["cosine", "constant"]),
+        (TrainingConfig, "schedule", ["linear", "Cosine", ""], ["cosine", "wsd", "constant"]),
         (TrainingConfig, "warmup_steps", [], [0, 1]),
         (TrainingConfig, "weight_decay", [-1e-9, 1, 1.0], [0, 0.999]),
         (TrainingConfig, "max_grad_norm", [-1e-9], [0, 1e308]),
@@ -311,12 +326,19 @@ def test_number_that_is_negative_or_not_finite_is_refused(cls, name, value):
         (TrainingConfig, "train_ratio", [0, 0.0, 1, 1.0], [0.001, 0.999]),
         (TrainingConfig, "eval_freq", [0], [1]),
         (TrainingConfig, "eval_iter", [0], [1]),
+        (TrainingConfig, "patience", [0], [1]),
+        (TrainingConfig, "save_every", [0], [1]),
+        (TrainingConfig, "save_minutes", [0, 0.0], [1e-9, 600]),
+        (TrainingConfig, "keep_checkpoints", [0, 1, 1001], [2, 1000]),
         (TrainingConfig, "start_context", ["", " \n"], ["春"]),
         (TrainingConfig, "num_workers", [], [0]),
         (RunSettings, "DATA", ["", " "], ["no-such-file.txt"]),
         (RunSettings, "TOKENIZER", ["gpt3", "GPT2", ""], ["gpt2"]),
         (RunSettings, "DEVICE", ["gpu", "CPU", "cuda:", "cuda:x", ""], ["cpu", "mps", "cuda:1"]),
-        (RunSettings, "PRECISION", ["fp16", "BF16", ""], ["auto", "bf16", "fp32"]),
+        (RunSettings, "PRECISION", ["fp8", "BF16", ""], ["auto", "bf16", "fp32", "fp16"]),
+        (RunSettings, "RESUME", [True, "", " "], ["auto", False, "runs/no such run yet"]),
+        (RunSettings, "TRACKING", [], [[], ["wandb"], ["tensorboard", "wandb"]]),
+        (RunSettings, "NIGHT_MODE", [], [True, False]),
         (RunSettings, "SEED", [2**32], [0, 2**32 - 1]),
         (RunSettings, "LOG_EVERY", [], [0, 1]),
         (SamplingConfig, "max_new_tokens", [0, 100_001], [1, 100_000]),
@@ -349,7 +371,7 @@ def test_whole_number_is_accepted_where_a_fraction_may_stand():
 
 def test_mistyped_choice_is_refused_with_the_nearest():
     [problem] = problems_in(TrainingConfig, schedule="cosin")
-    assert problem.endswith('it must be "cosine" or "constant"; did you mean "cosine"?')
+    assert problem.endswith('it must be "cosine", "wsd" or "constant"; did you mean "cosine"?')
 
 
 @pytest.mark.parametrize(
@@ -366,7 +388,49 @@ def test_plain_run_name_is_accepted(name):
     plan_of(RUN_NAME=name)
 
 
+@pytest.mark.parametrize("name", ["OUTPUT_DIR", "RUN_NAME", "RESUME"])
+@pytest.mark.parametrize("path", ["\U0001f600" * 80, "x\udc00"], ids=ascii)
+def test_path_that_the_system_refuses_is_refused_with_its_name(name, path):
+    [problem] = problems_in(RunSettings, **{name: path})
+    assert problem.startswith(f"{name} ({shown(path)}) can't be a folder's ")
+
+
+@pytest.mark.parametrize("name", ["OUTPUT_DIR", "RESUME"])
+def test_home_of_nobody_is_no_place_for_a_run(name):
+    [problem] = problems_in(RunSettings, **{name: "~no-such-user/runs"})
+    assert problem == f"{name} ('~no-such-user/runs') can't be a folder's path on this machine"
+    plan_of(**{name: "~/runs"})
+    plan_of(RUN_NAME="~no-such-user")  # a name is no path
+
+
+@pytest.mark.parametrize(
+    ("trackers", "problem"),
+    [
+        (["tensorbord"], "TRACKING names 'tensorbord'; it may name: tensorboard, wandb"),
+        (["wandb", ""], "TRACKING names ''; it may name: tensorboard, wandb"),
+        ([["wandb"]], "TRACKING names ['wandb']; it may name: tensorboard, wandb"),
+        ([None], "TRACKING names None; it may name: tensorboard, wandb"),
+        (["wandb", "tensorboard", "wandb"], "TRACKING names 'wandb' twice"),
+    ],
+    ids=str,
+)
+def test_tracker_that_is_unknown_or_named_twice_is_refused(trackers, problem):
+    assert problems_in(RunSettings, TRACKING=trackers) == [problem]
+
+
 # --------------------------------------------------------------------- settings that conflict
+
+
+def test_resume_true_is_refused_with_what_it_may_be():
+    expected = 'RESUME is True; it must be "auto", False or the folder of a run'
+    assert problems_in(RunSettings, RESUME=True) == [expected]
+
+
+def test_two_settings_that_each_name_a_run_are_refused():
+    for resume in ("auto", False):  # which name none
+        plan_of(RESUME=resume, RUN_NAME="b")
+    [problem] = problems_in(plan_of, RESUME="runs/a", RUN_NAME="b")
+    assert problem == "RESUME ('runs/a') and RUN_NAME ('b') both name a run; set one of them"
 
 
 def test_width_that_heads_do_not_divide_is_refused_with_both_numbers():
@@ -440,6 +504,9 @@ def test_custom_params_are_checked_in_modes_that_do_not_read_them(mode):
         {"DTA": "x"},
         {"RUN_NAME": "../../etc"},
         {"DEVICE": "gpu"},
+        {"RESUME": True},
+        {"RESUME": "runs/a", "RUN_NAME": "b"},
+        {"TRACKING": ["mlflow"]},
         {"MODEL": "gpt5"},
         {"CUSTOM_MODE": True, "USE_SMALL": False},
         {"custom_params": []},
@@ -774,3 +841,129 @@ def test_each_object_has_a_model_overrides_of_its_own():
 def test_model_overrides_of_an_unknown_name_are_refused():
     [problem] = problems_in(TrainingConfig, model_overrides={"n_layer": 1})
     assert 'model_overrides["n_layer"] is unknown' in problem
+
+
+# ----------------------------------------------------------------- what a run may go on with
+
+# RunSettings that choose what is compared under another name, or say where a run is
+CHOOSES_MODE_OR_MODEL = {"QUICK_MODE", "CUSTOM_MODE", "MODEL", "USE_SMALL", "USE_DEFAULT"}
+COMPARED_FIELD_BY_FIELD = {"custom_params"}
+COMPARED_BY_NAME = {"SEED", "PRECISION", "TOKENIZER"}
+COMPARED_BY_ITS_TOKENS = {"DATA"}  # the same text may lie elsewhere
+SAYS_WHERE_THE_RUN_IS = {"OUTPUT_DIR", "RUN_NAME", "RESUME"}
+
+
+def test_each_hyper_parameter_is_either_fixed_or_changeable():
+    names = [*FIXED, *CHANGEABLE, "model_overrides"]
+    assert sorted(names) == sorted(f.name for f in dataclasses.fields(TrainingConfig))
+
+
+def test_each_run_setting_is_compared_or_changeable_or_no_part_of_a_run():
+    groups = [
+        CHOOSES_MODE_OR_MODEL,
+        COMPARED_FIELD_BY_FIELD,
+        COMPARED_BY_NAME,
+        COMPARED_BY_ITS_TOKENS,
+        SAYS_WHERE_THE_RUN_IS,
+        SETTINGS_CHANGEABLE,
+    ]
+    names = [name for group in groups for name in group]
+    assert sorted(names) == sorted(f.name for f in dataclasses.fields(RunSettings))
+
+
+def saved_from(plan) -> dict:
+    """What settings.json has of a run of three epochs, a step each."""
+    return {
+        "asked": plan.asked(),
+        "precision": {"name": "fp32"},
+        "model": plan.model | {"vocab_size": 10},
+        "training": plan.training.to_dict(),
+        "steps_per_epoch": 1,
+        "total_steps": 3,
+    }
+
+
+def differing(before: dict, now: dict) -> list[str]:
+    """What keeps a custom run from going on, as JSON gives it back."""
+    saved = json.loads(json.dumps(saved_from(plan_of(CUSTOM_MODE=True, **before))))
+    return differences(saved, plan_of(CUSTOM_MODE=True, **now).asked())
+
+
+@pytest.mark.parametrize("name", [*FIXED, *MODEL_SETTINGS])
+def test_run_with_another_fixed_setting_may_not_go_on(name):
+    lines = differing({}, {"custom_params": {name: EXAMPLES[name]}})
+    said = "context_length" if name == "max_length" else name
+    assert [line.split(":")[0] for line in lines] == [said]
+    assert f"{EXAMPLES[name]!r} now" in lines[0]
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("SEED", 5),
+        ("PRECISION", "bf16"),
+        ("TOKENIZER", "char"),
+    ],
+)
+def test_run_with_another_seed_precision_or_tokenizer_may_not_go_on(name, value):
+    [line] = differing({}, {name: value})
+    assert line.startswith(f"{name.lower()}: ") and line.endswith(f" then, {value!r} now")
+
+
+@pytest.mark.parametrize("choice", [{"QUICK_MODE": False, "CUSTOM_MODE": False}, {"MODEL": "mini"}])
+def test_run_of_another_mode_or_model_may_not_go_on(choice):
+    saved = saved_from(plan_of(CUSTOM_MODE=True))
+    assert differences(saved, plan_of(**{"CUSTOM_MODE": True} | choice).asked()) != []
+
+
+@pytest.mark.parametrize("name", CHANGEABLE)
+def test_run_with_another_changeable_setting_may_go_on(name):
+    assert differing({}, {"custom_params": {name: TRAINING_EXAMPLES[name]}}) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("DEVICE", "cpu"),
+        ("LOG_EVERY", 3),
+        ("TRACKING", ["wandb"]),
+        ("NIGHT_MODE", True),
+        ("sampling_params", {"top_k": 3}),
+        ("OUTPUT_DIR", "elsewhere"),
+    ],
+)
+def test_run_that_is_watched_or_kept_in_another_way_may_go_on(name, value):
+    assert differing({}, {name: value}) == []
+
+
+@pytest.mark.parametrize("fewer", [{"num_epochs": 2}, {"max_steps": 2}])
+def test_run_may_not_go_on_for_fewer_steps(fewer):
+    [line] = differing({}, {"custom_params": fewer})
+    assert line == "total steps: 3 then, 2 now (more is possible, less is not)"
+
+
+def test_a_value_that_was_worked_out_may_be_given_now_in_words():
+    assert differing({}, {"PRECISION": "fp32"}) == []
+    assert differing({"PRECISION": "fp32"}, {"PRECISION": "auto"}) != []
+
+
+# ------------------------------------------------------------------------- no dead settings
+
+
+def attributes_read() -> set[str]:
+    """The attributes that the project's modules read."""
+    return {
+        node.attr
+        for tree in sources().values()
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load)
+    }
+
+
+@pytest.mark.parametrize("cls", [TrainingConfig, RunSettings, SamplingConfig, GPTConfig])
+def test_every_setting_has_a_reader(cls):
+    read = attributes_read()
+    # these two are read as sections, by name, before the object is made
+    sections = {"custom_params", "sampling_params"}
+    unread = {f.name for f in dataclasses.fields(cls)} - read - sections
+    assert unread == set()

@@ -5,26 +5,37 @@ import errno
 import json
 import math
 import os
+import shutil
+import socket
 import subprocess
 import sys
 import threading
 
 import numpy as np
 import pytest
-from conftest import REPOSITORY
 
 from engine import storage
-from engine.errors import ResourceError
+from engine.errors import BusyError, CheckpointError, ResourceError
 from engine.storage import (
+    MANIFEST,
+    FolderLock,
     NewFile,
+    NewFolder,
     append_json_lines,
+    fsync_file,
     make_folder,
     make_new_folder,
+    remove_folder,
+    remove_orphans,
     rename_folder,
+    require_space,
+    set_aside,
     to_json,
+    verify_folder,
     write_atomically,
     write_json,
 )
+from tests.conftest import REPOSITORY
 
 FULL = OSError(errno.ENOSPC, "No space left on device")
 
@@ -409,3 +420,321 @@ def test_folder_whose_new_name_may_not_last_is_a_resource_error(tmp_path, fail_a
     with pytest.raises(ResourceError):
         rename_folder(tmp_path / "source", tmp_path / "target")
     assert os.listdir(tmp_path) == ["target"]
+
+
+def test_folder_that_a_killed_process_made_is_made_durable_by_the_next(tmp_path, monkeypatch):
+    fsynced = []
+    monkeypatch.setattr(storage, "_fsync_folder", fsynced.append)
+    (tmp_path / "a").mkdir()
+    make_folder(tmp_path / "a")
+    assert fsynced == [tmp_path]
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no fsync for folders")
+def test_folder_that_is_there_will_do_where_the_one_above_cannot_be_fsynced(tmp_path, fail_at):
+    (tmp_path / "a").mkdir()
+    fail_at("fsync")
+    make_folder(tmp_path / "a")
+
+
+# ------------------------------------------------------------------------------ sealed folders
+
+FILES = {"model": bytes(range(256)) * 40, "empty": b"", "state.json": b'{"a": 1}\n'}
+FACTS = {"step": 5, "run_id": "abc", "\u6b65": [1.5, None]}
+
+
+@pytest.fixture
+def sealed(tmp_path):
+    """A folder step-5 of three files."""
+    with NewFolder(tmp_path / "step-5", FACTS) as folder:
+        for name, content in FILES.items():
+            folder.write(name, [content[:1000], memoryview(content)[1000:]])
+    return tmp_path / "step-5"
+
+
+def test_sealed_folder_has_its_files_and_gives_its_facts_back(sealed):
+    assert verify_folder(sealed) == FACTS
+    assert {name: (sealed / name).read_bytes() for name in FILES} == FILES
+    assert sorted(os.listdir(sealed)) == sorted([*FILES, MANIFEST])
+    assert os.listdir(sealed.parent) == ["step-5"]
+
+
+@pytest.mark.parametrize("error", [ValueError("mine"), KeyboardInterrupt()], ids=repr)
+def test_folder_left_by_an_error_never_appears(tmp_path, error):
+    with pytest.raises(type(error)) as caught, NewFolder(tmp_path / "step-5", FACTS) as folder:
+        folder.write("model", [b"x"])
+        assert not (tmp_path / "step-5").exists()
+        raise error
+    assert caught.value is error
+    assert os.listdir(tmp_path) == []
+
+
+def test_folder_whose_chunks_fail_never_appears(tmp_path):
+    def chunks():
+        yield b"half"
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError), NewFolder(tmp_path / "step-5", FACTS) as folder:
+        folder.write("model", chunks())
+    assert os.listdir(tmp_path) == []
+
+
+def test_sealed_folder_that_is_there_is_not_written_over(sealed):
+    with pytest.raises(ResourceError), NewFolder(sealed, {"step": 6}) as folder:
+        folder.write("model", [b"new"])
+    assert verify_folder(sealed) == FACTS
+    assert os.listdir(sealed.parent) == ["step-5"]
+
+
+def damage(path, how):
+    """Do to a file what disks, copies and people do."""
+    content = path.read_bytes()
+    half = len(content) // 2
+    if how == "missing":
+        path.unlink()
+    elif how == "a folder":
+        path.unlink()
+        path.mkdir()
+    elif how == "a link":
+        path.rename(path.parent.parent / "elsewhere")
+        path.symlink_to(path.parent.parent / "elsewhere")
+    elif how == "a pipe":
+        path.unlink()
+        os.mkfifo(path)
+    else:
+        path.write_bytes(
+            {
+                "cut off": content[:half],
+                "one byte short": content[:-1],
+                "one byte more": content + b"\0",
+                "empty": b"",
+                "zeros at the end": content[:half] + bytes(len(content) - half),
+                "zeros": bytes(len(content)),
+            }[how]
+        )
+
+
+DAMAGES = (
+    "missing",
+    "a folder",
+    "a link",
+    "a pipe",
+    "cut off",
+    "one byte short",
+    "one byte more",
+    "empty",
+    "zeros at the end",
+    "zeros",
+)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="needs pipes and links")
+@pytest.mark.parametrize("how", DAMAGES)
+@pytest.mark.parametrize("name", ["model", "state.json", MANIFEST])
+def test_damaged_folder_is_refused_and_the_file_named(sealed, name, how):
+    damage(sealed / name, how)
+    with pytest.raises(CheckpointError, match=name):
+        verify_folder(sealed)
+
+
+def test_file_of_another_length_is_refused_with_both_lengths(sealed):
+    damage(sealed / "model", "one byte short")
+    with pytest.raises(CheckpointError, match="model has 10,239 bytes instead of 10,240"):
+        verify_folder(sealed)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="needs pwrite")
+@pytest.mark.parametrize("name", ["state.json", MANIFEST])
+def test_every_bit_that_flips_is_noticed(sealed, name):
+    content = (sealed / name).read_bytes()
+    with open(sealed / name, "r+b", buffering=0) as file:
+        for place in range(8 * len(content)):
+            byte = content[place // 8]
+            os.pwrite(file.fileno(), bytes([byte ^ 1 << place % 8]), place // 8)
+            with pytest.raises(CheckpointError, match=name):
+                verify_folder(sealed)
+            os.pwrite(file.fileno(), bytes([byte]), place // 8)
+    assert verify_folder(sealed) == FACTS
+
+
+def test_every_truncation_of_a_manifest_is_noticed(sealed):
+    for length in reversed(range((sealed / MANIFEST).stat().st_size)):
+        os.truncate(sealed / MANIFEST, length)
+        with pytest.raises(CheckpointError, match=MANIFEST):
+            verify_folder(sealed)
+
+
+FILE = {"bytes": 1, "sha256": "0" * 64}
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        {"files": {"../outside": FILE}},
+        {"files": {"/etc/passwd": FILE}},
+        {"files": {"C:x": FILE}},
+        {"files": {"..": FILE}},
+        {"files": {"": FILE}},
+        {"files": {"a\\b": FILE}},
+        {"files": {"a\0": FILE}},
+        {"files": ["model"]},
+        {"files": {"model": None}},
+        {"files": {"model": {}}},
+        {"files": {"model": FILE | {"bytes": "1"}}},
+        {"files": {"model": FILE | {"sha256": 5}}},
+        {"files": None},
+        {},
+        [],
+        None,
+        "x",
+    ],
+    ids=repr,
+)
+def test_well_sealed_manifest_of_another_shape_is_refused(sealed, content):
+    (sealed / MANIFEST).write_bytes(storage._seal(content))
+    with pytest.raises(CheckpointError):
+        verify_folder(sealed)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"[" * 100_000, b'{"content": ' * 20_000, b"\xff\xfe", b"{}", b" " * (2 << 20), b"null"],
+    ids=["lists", "objects", "no text", "nothing in it", "2 MB", "null"],
+)
+def test_manifest_that_is_none_is_refused(sealed, content):
+    (sealed / MANIFEST).write_bytes(content)
+    with pytest.raises(CheckpointError, match=MANIFEST):
+        verify_folder(sealed)
+
+
+@pytest.mark.parametrize("is_folder", [True, False])
+def test_what_is_set_aside_keeps_its_content_and_the_earlier_ones(tmp_path, is_folder):
+    for number, expected in enumerate([".bad-step-5", ".bad-step-5-2", ".bad-step-5-3"]):
+        path = tmp_path / "step-5"
+        if is_folder:
+            path.mkdir()
+        (path / "file" if is_folder else path).write_text(f"{number}")
+        aside = set_aside(path)
+        assert aside == tmp_path / expected
+        assert (aside / "file" if is_folder else aside).read_text() == f"{number}"
+        assert not path.exists()
+    assert (tmp_path / ".bad-step-5").exists()
+
+
+def test_what_cannot_be_set_aside_is_a_resource_error_and_stays(sealed, fail_at):
+    fail_at("rename")
+    with pytest.raises(ResourceError, match="step-5"):
+        set_aside(sealed)
+    assert verify_folder(sealed) == FACTS
+
+
+def test_removed_folder_is_gone_and_one_that_cannot_be_stays_whole(sealed, fail_at):
+    shutil.copytree(sealed, sealed.with_name("step-4"))
+    remove_folder(sealed.with_name("step-4"))
+    remove_folder(sealed.with_name("step-3"))  # another was quicker
+    assert os.listdir(sealed.parent) == ["step-5"]
+    fail_at("rename")
+    remove_folder(sealed)
+    assert verify_folder(sealed) == FACTS
+
+
+def test_folder_that_cannot_be_emptied_has_lost_its_name_and_goes_later(sealed, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "unlink", lambda *_, **__: (_ for _ in ()).throw(FULL))
+        remove_folder(sealed)
+    assert not sealed.exists()
+    assert os.listdir(sealed.parent) == [f".del-{os.getpid()}-step-5"]
+    remove_orphans(sealed.parent)
+    assert os.listdir(sealed.parent) == []
+
+
+@pytest.mark.skipif(os.name == "nt", reason="needs links")
+def test_orphans_go_and_nothing_else(sealed):
+    base, outside = sealed.parent, sealed.parent / "outside"
+    outside.mkdir()
+    (outside / "mine").write_text("x")
+    for name in (".tmp-1-step-6", ".del-2-step-3"):
+        shutil.copytree(sealed, base / name)
+    (base / ".tmp-3-summary.json").write_text("{")
+    (base / ".tmp-link").symlink_to(outside, target_is_directory=True)
+    (base / ".bad-step-4").mkdir()
+    (base / "tmp-notes").write_text("x")
+    remove_orphans(base)
+    assert sorted(os.listdir(base)) == [".bad-step-4", "outside", "step-5", "tmp-notes"]
+    assert verify_folder(sealed) == FACTS
+    assert (outside / "mine").read_text() == "x"
+    remove_orphans(base / "missing")
+
+
+def test_disk_that_is_too_small_is_a_resource_error_with_both_sizes(tmp_path):
+    free = shutil.disk_usage(tmp_path).free
+    require_space(tmp_path, free // 2, "a checkpoint")
+    with pytest.raises(ResourceError) as caught:
+        require_space(tmp_path, 10 * free, "a checkpoint")
+    message = str(caught.value)
+    assert f"a checkpoint takes {10 * free / 1e6:,.1f} MB" in message and str(tmp_path) in message
+    with pytest.raises(ResourceError, match="missing"):
+        require_space(tmp_path / "missing", 1, "a checkpoint")
+
+
+def test_file_that_is_fsynced_must_be_there(tmp_path, monkeypatch):
+    fsynced = []
+    monkeypatch.setattr(os, "fsync", lambda handle: fsynced.append(os.fstat(handle).st_size))
+    (tmp_path / "log").write_bytes(b"12345")
+    fsync_file(tmp_path / "log")
+    assert fsynced == [5]
+    assert (tmp_path / "log").read_bytes() == b"12345"
+    with pytest.raises(ResourceError, match="missing"):
+        fsync_file(tmp_path / "missing")
+
+
+def test_storage_does_without_torch():
+    code = "import sys, engine.storage; print(sorted({'torch', 'numpy'} & set(sys.modules)))"
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True
+    )
+    assert done.stdout == "[]\n", done.stderr
+
+
+# ------------------------------------------------------------------------------------ the lock
+
+
+def test_lock_tells_who_holds_it(tmp_path):
+    with FolderLock(tmp_path):
+        owner = json.loads((tmp_path / ".lock-owner.json").read_bytes())
+        assert (owner["pid"], owner["host"]) == (os.getpid(), socket.gethostname())
+        with pytest.raises(BusyError) as caught, FolderLock(tmp_path):
+            pass
+    assert caught.value.exit_code == 7
+    for part in (str(tmp_path), str(owner["pid"]), owner["host"], owner["since"]):
+        assert part in str(caught.value)
+
+
+@pytest.mark.parametrize("owner", [b"", b"{", b"[]", b"{}", b"\xff", None], ids=repr)
+def test_lock_is_refused_whatever_its_second_file_says(tmp_path, owner):
+    with FolderLock(tmp_path):
+        path = tmp_path / ".lock-owner.json"
+        path.unlink() if owner is None else path.write_bytes(owner)
+        with pytest.raises(BusyError, match="another process"), FolderLock(tmp_path):
+            pass
+
+
+def test_two_folders_are_locked_apart_and_two_names_of_one_are_not(tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+    again = FolderLock(tmp_path / "b" / ".." / "a")
+    with FolderLock(tmp_path / "a"), FolderLock(tmp_path / "b"), pytest.raises(BusyError), again:
+        pass
+    with FolderLock(tmp_path / "a"), FolderLock(tmp_path / "b"):
+        pass
+
+
+def test_folder_that_cannot_be_locked_is_a_resource_error_and_not_held(tmp_path):
+    with pytest.raises(ResourceError, match="missing"), FolderLock(tmp_path / "missing"):
+        pass
+    (tmp_path / ".lock-owner.json" / "in the way").mkdir(parents=True)
+    with pytest.raises(ResourceError, match="lock-owner"), FolderLock(tmp_path):
+        pass
+    shutil.rmtree(tmp_path / ".lock-owner.json")
+    with FolderLock(tmp_path):
+        pass

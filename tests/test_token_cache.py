@@ -7,6 +7,7 @@ import os
 import random
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -24,7 +25,8 @@ from tokenizers import models, pre_tokenizers
 
 from engine.errors import DataError, ResourceError
 from text import token_cache
-from text.sources import DataSpec
+from text.corpora import CORPORA
+from text.sources import DataSpec, ReadingReport
 from text.token_cache import TokenizedText, choose_validation, cut_into_chunks, find_cut, tokenize
 from text.tokenizer import CharTokenizer, GPT2Tokenizer, train_bpe
 
@@ -649,6 +651,95 @@ def test_a_file_where_the_entry_belongs_is_a_resource_error(tmp_path, cache):
     assert not list((cache / "tokens").glob(".tmp-*"))
 
 
+# ------------------------------------------------------------------------------ which text
+
+
+def test_equal_tokens_cut_alike_have_equal_hashes_wherever_the_text_lies(tmp_path, cache):
+    one, other = (write_text(tmp_path / name, ENGLISH) for name in ("a.txt", "b.md"))
+    made = tokenize(DataSpec((one,)), "char", 0.9, cache)
+    assert len(made.sha256) == 64
+    again = tokenize(DataSpec((one,)), "char", 0.9, cache)
+    moved = tokenize(DataSpec((other,)), "char", 0.9, cache)
+    elsewhere = tokenize(DataSpec((one,)), "char", 0.9, tmp_path / "other cache")
+    assert moved.path != made.path
+    assert {text.sha256 for text in (again, moved, elsewhere)} == {made.sha256}
+
+
+@pytest.mark.parametrize("at", [0, 1000, -1])
+def test_one_changed_byte_of_a_text_changes_its_hash(tmp_path, cache, at):
+    text = list(ENGLISH)
+    before = tokenize(
+        DataSpec((write_text(tmp_path / "a.txt", "".join(text)),)), "char", 0.9, cache
+    )
+    text[at] = "e" if text[at] != "e" else "a"
+    after = tokenize(DataSpec((write_text(tmp_path / "b.txt", "".join(text)),)), "char", 0.9, cache)
+    assert (before.n_tokens, before.n_train) == (after.n_tokens, after.n_train)
+    assert before.sha256 != after.sha256
+
+
+def test_the_same_tokens_cut_elsewhere_have_another_hash(tmp_path, cache):
+    tokenizer = write_text(tmp_path / "tokenizer.json", CharTokenizer(ENGLISH).to_json())
+    texts = []
+    for cut in (1000, 1001):
+        train = write_text(tmp_path / f"train-{cut}.txt", ENGLISH[:cut])
+        val = write_text(tmp_path / f"val-{cut}.txt", ENGLISH[cut:])
+        texts.append(tokenize(DataSpec((train,), (val,)), tokenizer, 0.9, cache))
+    assert [text.n_train for text in texts] == [1000, 1001]
+    assert tokens_of(texts[0]) == tokens_of(texts[1])
+    assert texts[0].sha256 != texts[1].sha256
+
+
+@pytest.fixture
+def verdict(monkeypatch) -> bytes:
+    """A text in place of the-verdict, which no server has: nobody listens at its address."""
+    content = CHINESE.encode()
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        url = f"http://127.0.0.1:{listening.getsockname()[1]}/text.txt"
+    known = replace(CORPORA["the-verdict"], url=url, sha256=hashlib.sha256(content).hexdigest())
+    monkeypatch.setitem(CORPORA, "the-verdict", known)
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    return content
+
+
+def save_verdict(cache: Path, content: bytes) -> None:
+    """Put the text itself where a download would."""
+    path = cache / "corpora" / "the-verdict.txt"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content)
+
+
+def test_a_stand_in_is_told_from_the_text_itself_and_taken_as_asked_for(cache, verdict):
+    def read(stand_in):
+        text = tokenize(DataSpec(("the-verdict",)), "char", 0.9, cache, stand_in=stand_in)
+        documents = documents_of(text, tokens_of(text))
+        assert text.stood_in == (documents == [ENGLISH]) != (documents == [verdict.decode()])
+        assert len(text.notices) == text.stood_in
+        return text
+
+    stood_in = read(None)
+    assert stood_in.stood_in
+    assert "can't be had" in stood_in.notices[0]
+    with pytest.raises(DataError, match="the-verdict can't be had"):
+        read(False)
+    save_verdict(cache, verdict)
+    itself = read(None)
+    assert not itself.stood_in
+    assert read(False).sha256 == itself.sha256 != stood_in.sha256
+    as_before = read(True)
+    assert (as_before.stood_in, as_before.sha256) == (True, stood_in.sha256)
+    assert "as when this run began" in as_before.notices[0]
+    (cache / "corpora" / "the-verdict.txt").unlink()
+    assert read(None).stood_in
+
+
+@pytest.mark.parametrize("stand_in", [True, False, None])
+def test_a_file_of_ones_own_never_stands_in(tmp_path, cache, verdict, stand_in):
+    spec = DataSpec((write_text(tmp_path / "a.txt", ENGLISH),))
+    text = tokenize(spec, "char", 0.9, cache, stand_in=stand_in)
+    assert (text.stood_in, text.notices) == (False, [])
+    assert documents_of(text, tokens_of(text)) == [ENGLISH]
+
+
 # ------------------------------------------------------------------------------ processes
 
 PROGRAM = f"""
@@ -716,7 +807,7 @@ def test_a_build_that_is_killed_at_any_moment_leaves_no_half_entry(tmp_path, cac
         n_killed += process.wait() == -signal.SIGKILL
         process.communicate()
         for folder in (cache / "tokens").glob("[!.]*/"):
-            entry = token_cache._open_entry(folder, [])
+            entry = token_cache._open_entry(folder, ReadingReport())
             assert entry is not None and tokens_of(entry) == expected
     assert n_killed > 0
     assert "damaged" not in capsys.readouterr().out

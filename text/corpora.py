@@ -62,13 +62,17 @@ class DownloadError(DataError):
     """A file that could not be fetched whole and right."""
 
 
-def corpus_path(name: str, cache: Path) -> tuple[Path, str | None]:
+def corpus_path(name: str, cache: Path, stand_in: bool | None = None) -> tuple[Path, str | None]:
     """The file of a named corpus, made or fetched into the cache folder at first use.
 
-    Returns the path and, where a stand-in had to take its place, the line that says so. Raises
-    DataError where the text can't be had and nothing may stand in.
+    Returns the path and, where its stand-in takes its place, the line that says so. With stand_in
+    True it does, where there is one, with False never, with None where the text can't be had.
+    Raises DataError where the text can't be had and nothing may stand in.
     """
     corpus = CORPORA[name]
+    if stand_in and corpus.stand_in is not None:
+        instead, _ = corpus_path(corpus.stand_in, cache)
+        return instead, f"corpus/{instead.name} stands in for {name}, as when this run began"
     if name == "dummy":
         return _dummy(cache / "corpora" / corpus.file_name), None
     if corpus.url is None:
@@ -79,7 +83,7 @@ def corpus_path(name: str, cache: Path) -> tuple[Path, str | None]:
     try:
         download(corpus.url, path, corpus.sha256)
     except DownloadError as error:
-        if corpus.stand_in is None:
+        if corpus.stand_in is None or stand_in is False:
             raise DownloadError(
                 f"{name} can't be had: {error}.\nWithout a network, download {corpus.url}\n"
                 f"elsewhere and save it as {path}."

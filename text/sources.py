@@ -59,6 +59,8 @@ class ReadingReport:
     passed_over: list[dict[str, str]] = field(default_factory=list)  # name, reason
     notes: list[str] = field(default_factory=list)  # on encodings and the like
     notices: list[str] = field(default_factory=list)  # what the user must know each time
+    stand_in: bool | None = None  # whether a text's stand-in must be read, or must not
+    stood_in: bool = False  # one was read
     documents: int = 0
     empty_documents: int = 0
     characters: int = 0
@@ -141,9 +143,10 @@ def _parts_of(name: str, cache: Path, report: ReadingReport) -> list[Part]:
         dataset, _, configuration = name[3:].partition(":")
         return [Part(name, None, dataset, configuration or None)]
     if name in CORPORA:
-        path, notice = corpus_path(name, cache)
+        path, notice = corpus_path(name, cache, report.stand_in)
         if notice:
             report.notices.append(notice)
+            report.stood_in = True
         return [Part(path.name, path)]
     if name.startswith(("http://", "https://")):
         path = fetch_address(name, cache)

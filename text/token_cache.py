@@ -62,17 +62,28 @@ class TokenizedText:
     n_train: int | None  # None: training and validation are still to be cut by position
     tokenizer: Tokenizer
     tokenizer_file: Path
+    sha256: str  # of the tokens and where they are cut
+    stood_in: bool  # a stand-in was read in place of what DATA names
     report: dict[str, Any]  # what was read, for data.json
     notices: list[str]  # what the user must know of how the text was had
 
 
-def tokenize(spec: DataSpec, tokenizer: str, train_ratio: float, cache: Path) -> TokenizedText:
+def tokenize(
+    spec: DataSpec,
+    tokenizer: str,
+    train_ratio: float,
+    cache: Path,
+    *,
+    stand_in: bool | None = None,
+) -> TokenizedText:
     """The tokens of what DATA asks for, from the cache where nothing has changed since.
 
-    tokenizer is TOKENIZER's value. Raises DataError for what can't be read, SettingsError for a
-    library that is missing, ResourceError where the cache can't be written.
+    tokenizer is TOKENIZER's value. stand_in tells whether a text with a stand-in is to be that
+    stand-in: True, False, or None for only where the text itself can't be had. Raises DataError
+    for what can't be read, SettingsError for a library that is missing, ResourceError where the
+    cache can't be written.
     """
-    report = ReadingReport()
+    report = ReadingReport(stand_in=stand_in)
     train = find_parts(spec.train, cache, report)
     val = find_parts(spec.val, cache, report) if spec.val else validation_parts(train)
     tokens_folder = cache / "tokens"
@@ -100,10 +111,10 @@ def tokenize(spec: DataSpec, tokenizer: str, train_ratio: float, cache: Path) ->
         kinds = ["".join(Path(part.name).suffixes).lower() for part in [*train, *val]]
         entry_id = _hash_of([FORMAT, how, train_ratio, len(train), content, kinds])
     folder = tokens_folder / entry_id
-    text = _open_entry(folder, report.notices)
+    text = _open_entry(folder, report)
     if text is None:
         _build_entry(folder, train, val, spec, tokenizer, train_ratio, report)
-        text = _open_entry(folder, report.notices)
+        text = _open_entry(folder, report)
         assert text is not None, f"{folder} was written and can't be read"
     write_json(found_path, {"state": state, "entry": entry_id})
     text.report["passed_over"] = report.passed_over
@@ -160,7 +171,7 @@ def _recall(found_path: Path, state: list) -> str | None:
 # ----------------------------------------------------------------------------------- reading
 
 
-def _open_entry(folder: Path, notices: list[str]) -> TokenizedText | None:
+def _open_entry(folder: Path, reading: ReadingReport) -> TokenizedText | None:
     """An entry as it was made; None where there is none. A damaged one is removed, and said."""
     if not folder.is_dir():
         return None
@@ -186,8 +197,12 @@ def _open_entry(folder: Path, notices: list[str]) -> TokenizedText | None:
         n_train=entry["n_train"],
         tokenizer=restore_tokenizer(entry["tokenizer_kind"], tokenizer_json),
         tokenizer_file=folder / "tokenizer.json",
+        sha256=hashlib.sha256(
+            json.dumps([entry["block_sha256"], entry["n_train"]]).encode()
+        ).hexdigest(),
+        stood_in=reading.stood_in,
         report=entry["report"],
-        notices=notices,
+        notices=reading.notices,
     )
 
 

@@ -1,0 +1,414 @@
+"""What is saved of a run, and how it is found again: weights, optimizer, best weights, the rest.
+
+A checkpoint is a sealed folder checkpoints/step-NNNNNNNN with model.safetensors (fp32 weights),
+optimizer.safetensors and state.json, random generators included. The best weights stand apart, in
+best/step-NNNNNNNN; a checkpoint names the one that was the best then. Nothing in them can run
+code, and nothing is read before its sha256 was compared.
+"""
+
+import base64
+import json
+import re
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import nn
+
+from engine.console import say
+from engine.errors import CheckpointError, NumericsError
+from engine.storage import (
+    NewFolder,
+    make_folder,
+    remove_folder,
+    remove_orphans,
+    require_space,
+    set_aside,
+    to_json,
+    verify_folder,
+)
+
+FORMAT = 1  # of a checkpoint; one with a higher number is from a newer version
+WEIGHTS, OPTIMIZER, STATE = "model.safetensors", "optimizer.safetensors", "state.json"
+MOST_STATE_BYTES = 1 << 28
+SAVING_SHARE = 0.02  # of a run's time, at most, where saves are made by the clock
+DTYPES = {  # safetensors' names for them
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.uint8: "U8",
+}
+
+
+@dataclass(frozen=True)
+class BestWeights:
+    """The weights with the lowest validation loss so far, by parameter name, in CPU memory."""
+
+    step: int
+    weights: dict[str, torch.Tensor]
+
+
+class CheckpointStore:
+    """The checkpoints of one run folder. The caller holds the folder's lock."""
+
+    def __init__(self, run_folder: Path, run_id: str, keep: int) -> None:
+        self.checkpoints = run_folder / "checkpoints"
+        self.best = run_folder / "best"
+        self._run_id = run_id
+        self._keep = keep
+        for folder in (self.checkpoints, self.best):
+            make_folder(folder)
+            remove_orphans(folder)
+
+    def save(
+        self,
+        step: int,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        state: dict[str, Any],
+        best: BestWeights | None,
+    ) -> None:
+        """Commit a checkpoint and remove those that are older than the last `keep`.
+
+        Raises NumericsError for weights that are not finite, ResourceError where the disk won't
+        take it; what was there stays as it was.
+        """
+        weights = weights_of(model)
+        bad = [name for name, value in weights.items() if not torch.isfinite(value).all()]
+        if bad:
+            raise NumericsError(
+                f"after step {step} the weights {bad[0]} are not finite: they are not saved."
+            )
+        moments = optimizer_tensors(model, optimizer)
+        new_best = best.weights if self._is_new(best) else {}
+        require_space(
+            self.checkpoints,
+            sum(value.nbytes for group in (weights, moments, new_best) for value in group.values()),
+            f"the checkpoint of step {step}",
+        )
+        self.save_best(best)
+        state = state | {"best_step": None if best is None else best.step}
+        with NewFolder(self.checkpoints / _name(step), self._facts(step)) as folder:
+            folder.write(WEIGHTS, safetensors_chunks(weights))
+            folder.write(OPTIMIZER, safetensors_chunks(moments))
+            folder.write(STATE, [to_json(state).encode("utf-8", "backslashreplace")])
+        self._prune(best)
+
+    def save_best(self, best: BestWeights | None) -> None:
+        """Commit the best weights where they are not on the disk yet."""
+        if self._is_new(best):
+            with NewFolder(self.best / _name(best.step), self._facts(best.step)) as folder:
+                folder.write(WEIGHTS, safetensors_chunks(best.weights))
+
+    def _is_new(self, best: BestWeights | None) -> bool:
+        return best is not None and not (self.best / _name(best.step)).exists()
+
+    def restore(
+        self, model: nn.Module, optimizer: torch.optim.Optimizer
+    ) -> tuple[dict[str, Any], BestWeights | None] | None:
+        """Load the newest checkpoint that is whole; returns its state and the best weights then.
+
+        A damaged one is named and set aside, and the one before is tried. None where none was
+        ever made. Raises CheckpointError where every one is bad, or one is from a newer version.
+        """
+        bad = [f"{path} was set aside before" for path in sorted(self.checkpoints.glob(".bad-*"))]
+        for path in self._newest_first():
+            try:
+                state = self._load(path, model, optimizer)
+            except _Unusable as error:
+                aside = set_aside(path)
+                say(f"Note: {error}; it is set aside as {aside.name}")
+                bad.append(str(error))
+                continue
+            for step, later in _steps_in(self.best):
+                if step > int(path.name[5:]):  # it is done again, and not always to the last bit
+                    remove_folder(later)
+            best = None
+            if state["best_step"] is not None:
+                best = self._load_best(state["best_step"], model)
+            return state, best
+        if bad:
+            listed = "\n  ".join(bad)
+            raise CheckpointError(
+                f"no checkpoint in {self.checkpoints} can be used:\n  {listed}\n"
+                "RESUME = False, or another RUN_NAME, begins anew and leaves these as they are."
+            )
+        return None
+
+    def require_space(self, model: nn.Module) -> None:
+        """Raise ResourceError where the disk can't take what a run of this model will keep."""
+        size = sum(value.nbytes for value in weights_of(model).values())
+        # a checkpoint has the weights and two moments of each; the best weights stand beside
+        n_bytes = 3 * size * (self._keep + 1) + size
+        require_space(self.checkpoints, n_bytes, f"keeping {self._keep} checkpoints and a new one")
+
+    def newest(self) -> Path | None:
+        """The newest checkpoint's folder, unverified."""
+        return next(iter(self._newest_first(quietly=True)), None)
+
+    def _facts(self, step: int) -> dict[str, Any]:
+        return {"format": FORMAT, "run_id": self._run_id, "step": step}
+
+    def _newest_first(self, quietly: bool = False) -> list[Path]:
+        newest_first = [path for _, path in sorted(_steps_in(self.checkpoints), reverse=True)]
+        for path in sorted(self.checkpoints.glob("*")):
+            if not (path in newest_first or path.name.startswith(".") or quietly):
+                say(f"Note: {path} is no checkpoint; it is left alone")
+        return newest_first
+
+    def _verify(self, path: Path, *files: str) -> None:
+        """Raise _Unusable for a folder that is not whole, or not what its place says."""
+        try:
+            facts = verify_folder(path, files)
+        except CheckpointError as error:
+            raise _Unusable(str(error)) from None
+        if facts.get("format") != FORMAT:
+            raise CheckpointError(
+                f"{path} has format {facts.get('format')}; this version reads {FORMAT}.\n"
+                "It was made by another version of this program: go on with that one."
+            )
+        if facts.get("run_id") != self._run_id:
+            raise _Unusable(f"{path} belongs to another run")
+        step = facts.get("step")
+        if not isinstance(step, int) or _name(step) != path.name:
+            raise _Unusable(f"{path} holds step {step}")
+
+    def _load(
+        self, path: Path, model: nn.Module, optimizer: torch.optim.Optimizer
+    ) -> dict[str, Any]:
+        self._verify(path, WEIGHTS, OPTIMIZER, STATE)
+        try:
+            if (path / STATE).stat().st_size > MOST_STATE_BYTES:
+                raise ValueError(f"{STATE} is too long")
+            state = json.loads((path / STATE).read_bytes())
+            if not isinstance(state, dict) or not isinstance(
+                state.get("best_step", ""), int | None
+            ):
+                raise ValueError(f"{STATE} lacks what it should have")
+            weights = read_safetensors(path / WEIGHTS)
+            moments = read_safetensors(path / OPTIMIZER)
+        except (OSError, ValueError, RecursionError, SafetensorError) as error:
+            raise _Unusable(f"{path} can't be read: {error}") from None
+        load_weights(model, weights, path)
+        load_optimizer(model, optimizer, moments, path)
+        return state
+
+    def _load_best(self, step: int, model: nn.Module) -> BestWeights | None:
+        path = self.best / _name(step)
+        try:
+            self._verify(path, WEIGHTS)
+            weights = read_safetensors(path / WEIGHTS)
+        except (_Unusable, OSError, SafetensorError) as error:
+            where = f", set aside as {set_aside(path).name}" if path.exists() else ""
+            say(f"Note: the best weights are lost ({error}{where}); later ones take their place")
+            return None
+        _check_names(weights, weights_of(model), path)
+        return BestWeights(step, weights)
+
+    def _prune(self, best: BestWeights | None) -> None:
+        newest_first = self._newest_first(quietly=True)
+        for path in newest_first[self._keep :]:
+            remove_folder(path)
+        named = {_best_step(path) for path in newest_first[: self._keep]}
+        named.add(best.step if best is not None else None)
+        needed = {_name(step) for step in named if step is not None}
+        for _, path in _steps_in(self.best):
+            if path.name not in needed:
+                remove_folder(path)
+
+
+class _Unusable(Exception):
+    """A checkpoint that is set aside."""
+
+
+@dataclass
+class SaveClock:
+    """When the next checkpoint is due: every so many steps, or by time.
+
+    By time means every so many minutes, but rarer where another save, taken to be as long as the
+    last, would bring saving above SAVING_SHARE of the time so far.
+    """
+
+    every: int | None  # optimizer steps
+    minutes: float
+
+    def __post_init__(self) -> None:
+        self._started_at = self._last_at = time.monotonic()
+        self._spent_s = self._last_s = 0.0
+
+    def is_due(self, step: int) -> bool:
+        """Whether to save after this step."""
+        if self.every is not None:
+            return step % self.every == 0
+        now = time.monotonic()
+        share = (self._spent_s + self._last_s) / max(now - self._started_at, 1e-9)
+        return now - self._last_at >= 60 * self.minutes and share <= SAVING_SHARE
+
+    def note(self, began_at: float) -> None:
+        """Note that a save, begun at this time.monotonic(), is done."""
+        self._last_at = time.monotonic()
+        self._last_s = self._last_at - began_at
+        self._spent_s += self._last_s
+
+
+def _name(step: int) -> str:
+    return f"step-{step:08d}"
+
+
+def _steps_in(folder: Path) -> list[tuple[int, Path]]:
+    """What stands under a step's name in a folder, with the step; nothing where it has gone."""
+    return [
+        (int(path.name[5:]), path)
+        for path in folder.glob("step-*")
+        if re.fullmatch(r"step-\d{8,}", path.name)
+    ]
+
+
+def _best_step(path: Path) -> int | None:
+    """The step whose weights were the best when a checkpoint was made."""
+    try:
+        return json.loads((path / STATE).read_bytes())["best_step"]
+    except (OSError, ValueError, KeyError, TypeError):  # damaged: it will be found out on resume
+        return None
+
+
+# -------------------------------------------------------------------------------- tensors
+
+
+def weights_of(model: nn.Module) -> dict[str, torch.Tensor]:
+    """The model's parameters by name, one that is shared only once."""
+    return {name: value.detach() for name, value in model.named_parameters()}
+
+
+def copy_weights(model: nn.Module) -> dict[str, torch.Tensor]:
+    """A copy of the parameters in CPU memory."""
+    return {name: value.to("cpu", copy=True) for name, value in weights_of(model).items()}
+
+
+def load_weights(model: nn.Module, weights: dict[str, torch.Tensor], place: object) -> None:
+    """Set every parameter; CheckpointError, naming place, where names or shapes don't match."""
+    current = weights_of(model)
+    _check_names(weights, current, place)
+    with torch.no_grad():
+        for name, value in current.items():
+            value.copy_(weights[name])
+
+
+def _check_names(
+    found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], place: object
+) -> None:
+    odd = sorted(found.keys() ^ expected.keys())
+    odd += [
+        name for name in found.keys() & expected.keys() if found[name].shape != expected[name].shape
+    ]
+    if odd:
+        raise CheckpointError(
+            f"{place} does not fit the model: {', '.join(odd[:3])} "
+            f"{'are' if len(odd) > 1 else 'is'} missing, unknown or of another shape."
+        )
+
+
+def optimizer_tensors(
+    model: nn.Module, optimizer: torch.optim.Optimizer
+) -> dict[str, torch.Tensor]:
+    """The optimizer's state as "kind.parameter" (say "exp_avg.head.weight") -> tensor."""
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    return {
+        f"{kind}.{names[parameter]}": value
+        for parameter, state in optimizer.state.items()
+        for kind, value in state.items()
+    }
+
+
+def load_optimizer(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    tensors: dict[str, torch.Tensor],
+    place: object,
+) -> None:
+    """Set the optimizer's state; its settings stay as they are, for they come from the run's own.
+
+    Raises CheckpointError, naming place, for state that has no place in the model, or that only
+    some of its parameters have.
+    """
+    parameters = dict(model.named_parameters())
+    order = [p for group in optimizer.param_groups for p in group["params"]]
+    index = {parameter: i for i, parameter in enumerate(order)}
+    state: dict[int, dict[str, torch.Tensor]] = {}
+    for key, value in tensors.items():
+        kind, _, name = key.partition(".")
+        parameter = parameters.get(name)
+        # a moment of another size would be read past its end
+        if parameter not in index or value.shape != (() if kind == "step" else parameter.shape):
+            raise CheckpointError(f"{place} does not fit the model: {key} has no place in it.")
+        state.setdefault(index[parameter], {})[kind] = value
+    kinds = {kind for kept in state.values() for kind in kept}
+    if state and any(state.get(i, {}).keys() != kinds for i in range(len(order))):
+        raise CheckpointError(f"{place} does not fit the model: it lacks state of a parameter.")
+    groups = optimizer.state_dict()["param_groups"]
+    optimizer.load_state_dict({"state": state, "param_groups": groups})
+
+
+def safetensors_chunks(tensors: dict[str, torch.Tensor]) -> Iterator[bytes | memoryview]:
+    """A safetensors file in pieces: its header, then each tensor's memory, never copied on CPUs.
+
+    The library's own writer takes a second copy of everything, and hashes and fsyncs nothing.
+    Format: github.com/huggingface/safetensors.
+    """
+    header, start = {}, 0
+    # wide numbers first, as the library does, so that each tensor is aligned
+    ordered = sorted(tensors.items(), key=lambda item: (-item[1].itemsize, item[0]))
+    for name, value in ordered:
+        header[name] = {
+            "dtype": DTYPES[value.dtype],
+            "shape": list(value.shape),
+            "data_offsets": [start, start + value.nbytes],
+        }
+        start += value.nbytes
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    yield len(text).to_bytes(8, "little") + text
+    for _, value in ordered:
+        flat = value.detach().to("cpu").contiguous().flatten()
+        if flat.numel():
+            yield memoryview(flat.view(torch.uint8).numpy())
+
+
+def read_safetensors(path: Path) -> dict[str, torch.Tensor]:
+    """The tensors of a safetensors file, in CPU memory."""
+    with safe_open(path, framework="pt", device="cpu") as file:
+        # cloned: what the library gives may be the file itself, mapped into memory
+        return {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
+
+
+# ---------------------------------------------------------------------- random generators
+
+
+def random_state(device: torch.device) -> dict[str, str]:
+    """The state of the generators that a step on this device draws from, as JSON."""
+    states = {"cpu": torch.get_rng_state()}
+    if device.type == "cuda":
+        states["cuda"] = torch.cuda.get_rng_state(device)
+    if device.type == "mps":
+        states["mps"] = torch.mps.get_rng_state()
+    return {
+        name: base64.b64encode(state.numpy().tobytes()).decode() for name, state in states.items()
+    }
+
+
+def set_random_state(states: dict[str, str], device: torch.device) -> None:
+    """Set the generators as random_state() found them; one of another kind of device is left."""
+    for name, text in states.items():
+        state = torch.frombuffer(bytearray(base64.b64decode(text)), dtype=torch.uint8)
+        if name == "cpu":
+            torch.set_rng_state(state)
+        elif name == device.type == "cuda":
+            torch.cuda.set_rng_state(state, device)
+        elif name == device.type == "mps":
+            torch.mps.set_rng_state(state)

@@ -1,0 +1,326 @@
+"""What happened in a run: its numbers, its samples, the lines on the screen, the picture."""
+
+import json
+import math
+import time
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from engine.console import say
+from engine.errors import NumericsError, ResourceError
+from engine.metrics import (
+    TokenSize,
+    as_duration,
+    bits_per_byte,
+    bits_per_character,
+    perplexity,
+    seconds_left,
+)
+from engine.storage import write_atomically
+from engine.tracking import MetricsFile, Trackers
+from visualize import render_losses
+
+PICTURE = "training_losses.png"
+FETCH_EVERY = 50  # steps whose losses stay on the device before they are read together
+MOST_SKIPPED = 10  # steps in a row; then it is no accident
+
+
+@dataclass
+class History:
+    """What a run measured: evaluations by optimizer step, and the loss of every step."""
+
+    steps: list[int] = field(default_factory=list)
+    train_losses: list[float] = field(default_factory=list)
+    val_losses: list[float] = field(default_factory=list)
+    tokens_seen: list[int] = field(default_factory=list)
+    batch_losses: list[float] = field(default_factory=list)  # NaN: not known any more
+    samples: list[tuple[str, str]] = field(default_factory=list)  # (heading, text)
+    skipped: int = 0  # steps left out because a gradient was not finite
+    elapsed_s: float = 0.0
+
+    @property
+    def best(self) -> int:
+        """The index of the evaluation with the lowest validation loss, after the first step."""
+        trained = [i for i in range(len(self.steps)) if self.steps[i] > 0] or [0]
+        return min(trained, key=lambda i: self.val_losses[i])
+
+    @property
+    def since_best(self) -> int:
+        """How many evaluations in a row have not been better than the best one."""
+        return len(self.steps) - 1 - self.best
+
+
+@dataclass
+class Journal:
+    """Records a run: prints its lines and, where it has a folder, keeps the files there current.
+
+    Losses of single steps stay on the device until an evaluation, a log line, a checkpoint or
+    FETCH_EVERY steps fetch them together. What the disk refuses is said, and training goes on.
+    """
+
+    vocab_size: int
+    total_steps: int
+    log_every: int = 0
+    folder: Path | None = None
+    token_size: TokenSize | None = None
+    trackers: Trackers = field(default_factory=lambda: Trackers([]))
+    history: History = field(default_factory=History)
+
+    def __post_init__(self) -> None:
+        self._metrics = None if self.folder is None else MetricsFile(self.folder / "metrics.jsonl")
+        self.weights_of_step: int | None = None  # where the model has not the last step's
+        self._tokens = 0
+        self._in_a_row = 0  # skipped steps
+        self._pending: list[tuple[torch.Tensor, torch.Tensor, int, float]] = []
+        self._complained: set[Path] = set()
+        self._earlier_s = 0.0  # of a run that goes on
+        self._first_step = 0  # of this process
+        self._started_at = self._marked_at = time.perf_counter()
+        self._marked_tokens = 0
+        self._tokens_per_s = 0.0  # up to the evaluation that is being made
+
+    @property
+    def steps(self) -> int:
+        """The optimizer steps so far."""
+        return len(self.history.batch_losses) + len(self._pending)
+
+    @property
+    def elapsed_s(self) -> float:
+        """The time of the run so far, that of earlier processes included."""
+        return self._earlier_s + time.perf_counter() - self._started_at
+
+    # ------------------------------------------------------------------------ single steps
+
+    def step(
+        self, loss: torch.Tensor, grad_norm: torch.Tensor, n_tokens: int, learning_rate: float
+    ) -> None:
+        """Note a step's loss and gradient norm, 0-d tensors on any device."""
+        self._tokens += n_tokens
+        self._pending.append((loss, grad_norm, self._tokens, learning_rate))
+        if self.log_every and self.steps % self.log_every == 0:
+            self.fetch()
+            say(f"step {self.steps}: batch loss {self.history.batch_losses[-1]:.4f}{self._pace()}")
+        elif len(self._pending) == FETCH_EVERY:
+            self.fetch()
+
+    def fetch(self) -> None:
+        """Read the pending numbers from the device, log them and count the steps skipped.
+
+        Raises NumericsError after MOST_SKIPPED skipped steps in a row.
+        """
+        if not self._pending:
+            return
+        first = len(self.history.batch_losses) + 1
+        numbers = torch.stack(
+            [torch.stack((loss.float(), norm.float())) for loss, norm, _, _ in self._pending]
+        )
+        rows = [
+            {
+                "step": first + i,
+                "train/loss": loss,
+                "train/grad_norm": norm,
+                "train/lr": rate,
+                "train/tokens": tokens,
+            }
+            for i, ((loss, norm), (_, _, tokens, rate)) in enumerate(
+                zip(numbers.tolist(), self._pending, strict=True)
+            )
+        ]
+        self._pending = []
+        self.history.batch_losses += [row["train/loss"] for row in rows]
+        self._log(rows)
+        for row in rows:
+            self._count_skipped(row)
+
+    def _count_skipped(self, row: dict[str, Any]) -> None:
+        if math.isfinite(row["train/loss"] + row["train/grad_norm"]):
+            self._in_a_row = 0
+            return
+        self.history.skipped += 1
+        self._in_a_row += 1
+        said = (
+            f"step {row['step']}: the loss is {row['train/loss']:.4g} and the gradient's norm "
+            f"{row['train/grad_norm']:.4g}"
+        )
+        if self._in_a_row == MOST_SKIPPED:
+            raise NumericsError(
+                f"{said}, as {MOST_SKIPPED - 1} times in a row before: training diverged.\n"
+                f"The learning rate was {row['train/lr']:.3g}; try a third of it, or a smaller "
+                "max_grad_norm."
+            )
+        say(f"Note: {said}: the step is skipped ({self.history.skipped} so far)")
+
+    def _pace(self) -> str:
+        """Tokens a second since the last evaluation and the time left, to end a line with."""
+        seconds = time.perf_counter() - self._started_at
+        left = seconds_left(
+            self.steps - self._first_step, self.total_steps - self._first_step, seconds
+        )
+        return f", {self._speed():,.0f} tokens/s, {as_duration(left or 0.0)} left"
+
+    def _speed(self) -> float:
+        seconds = time.perf_counter() - self._marked_at
+        return (self._tokens - self._marked_tokens) / max(seconds, 1e-9)
+
+    # ------------------------------------------------------------------------- evaluations
+
+    def pause(self) -> None:
+        """Note that training rests for an evaluation: its time is not that of the tokens."""
+        self.fetch()
+        if self._tokens > self._marked_tokens:  # else an earlier process made the steps
+            self._tokens_per_s = self._speed()
+
+    def evaluation(self, epoch: int | None, train_loss: float, val_loss: float) -> None:
+        """Note an evaluation after the steps so far, print it and draw the picture anew.
+
+        epoch is the one that ends here, counted from 1, or None. Raises NumericsError for a loss
+        that is not finite.
+        """
+        history, step = self.history, self.steps
+        if not math.isfinite(train_loss + val_loss):
+            raise NumericsError(
+                f"after step {step} the training loss is {train_loss} and the validation loss "
+                f"{val_loss}: training diverged.\nTry a third of the learning rate, or a smaller "
+                "max_grad_norm."
+            )
+        history.steps.append(step)
+        history.train_losses.append(train_loss)
+        history.val_losses.append(val_loss)
+        history.tokens_seen.append(self._tokens)
+        history.elapsed_s = self.elapsed_s
+        row = {"step": step, "eval/train_loss": train_loss, "val/loss": val_loss}
+        row["val/perplexity"] = perplexity(val_loss)
+        if self.token_size is not None:
+            row["val/bits_per_character"] = bits_per_character(val_loss, self.token_size)
+            row["val/bits_per_byte"] = bits_per_byte(val_loss, self.token_size)
+        if step == 0:
+            say(f"Before training: Train loss {train_loss:.3f}, Val loss {val_loss:.3f}")
+        else:
+            row["train/tok_per_sec"] = self._tokens_per_s
+            say(
+                f"step {step}: train loss {train_loss:.4f}, val loss {val_loss:.4f}, speed: "
+                f"{self._tokens_per_s:.2f} tokens/sec, time: {as_duration(self.elapsed_s)}"
+            )
+        if epoch is not None:
+            say(f"Ep {epoch} (End Epoch): Train loss {train_loss:.3f}, Val loss {val_loss:.3f}")
+        self._log([row])
+        if self.folder is not None and step > 0:
+            png = _draw(history, self.folder, self.vocab_size)
+            for path in (self.folder / PICTURE, Path(PICTURE)) if png else ():
+                self._try_to_write(path, png)
+        self._marked_at, self._marked_tokens = time.perf_counter(), self._tokens
+
+    def rest(self, seconds: float) -> None:
+        """Leave a time out of the tokens a second: something else was done in it."""
+        self._marked_at += seconds
+
+    def has_evaluated(self) -> bool:
+        """Whether the model as it is now has been evaluated."""
+        return self.history.steps[-1:] == [self.steps]
+
+    # ----------------------------------------------------------------------------- samples
+
+    def note_sample(self, label: str, text: str) -> None:
+        """Print a sample on one line and keep it for samples.md."""
+        shown = "".join(c if c.isprintable() else " " for c in text)  # no control codes
+        say(f"{label}: {' '.join(shown.split())}")
+        self.history.samples.append((label, text))
+        if self.folder is not None:
+            pages = [f"## {label}\n\n{_as_quote(text)}\n" for label, text in self.history.samples]
+            content = ("# What the model writes\n\n" + "\n".join(pages)).encode("utf-8", "replace")
+            self._try_to_write(self.folder / "samples.md", content)
+
+    # ------------------------------------------------------------------ leaving and coming back
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint keeps of the journal, as JSON; single losses are in metrics.jsonl."""
+        self.fetch()
+        self.trackers.flush()
+        history = asdict(self.history)
+        del history["batch_losses"]
+        history["elapsed_s"] = self.elapsed_s
+        return {
+            "history": history,
+            "steps": self.steps,
+            "tokens": self._tokens,
+            "tokens_per_s": self._speed(),
+            "skipped_in_a_row": self._in_a_row,
+            "metrics_bytes": 0 if self._metrics is None else self._metrics.sync(),
+        }
+
+    def restore(self, state: dict[str, Any] | None) -> None:
+        """Go on from state(), None being the start; metrics.jsonl is cut back to what it was."""
+        rows = (
+            []
+            if self._metrics is None
+            else self._metrics.cut(state["metrics_bytes"] if state else 0)
+        )
+        if state is None:
+            return
+        samples = [(label, text) for label, text in state["history"].pop("samples")]
+        self.history = History(**state["history"], samples=samples)
+        self.history.batch_losses = _losses_in(rows, state["steps"])
+        self._first_step = state["steps"]
+        self._tokens = self._marked_tokens = state["tokens"]
+        self._tokens_per_s = state["tokens_per_s"]
+        self._in_a_row = state["skipped_in_a_row"]
+        self._earlier_s = self.history.elapsed_s
+
+    def _log(self, rows: list[dict[str, Any]]) -> None:
+        if self._metrics is not None:
+            self._metrics.append(rows)
+        for row in rows:
+            self.trackers.log(row)
+
+    def _try_to_write(self, path: Path, content: bytes) -> None:
+        """Write something that no run may end for."""
+        try:
+            write_atomically(path, content)
+        except ResourceError as error:
+            if path not in self._complained:
+                self._complained.add(path)
+                say(f"Note: {str(error).splitlines()[0]} Training goes on")
+
+
+def _losses_in(rows: list[bytes], n_steps: int) -> list[float]:
+    """The loss of each step by the lines of metrics.jsonl; NaN where there is none."""
+    losses = [math.nan] * n_steps
+    for line in rows:
+        try:
+            row = json.loads(line)
+            losses[row["step"] - 1] = float(row["train/loss"])
+        except (ValueError, KeyError, TypeError, IndexError):  # an evaluation, or a damaged line
+            continue
+    return losses
+
+
+def _as_quote(text: str) -> str:
+    """Text as an indented Markdown block, in which no character has a meaning."""
+    return "\n".join(f"    {line}" for line in text.splitlines())
+
+
+def save_picture(history: History, folder: Path, vocab_size: int) -> bool:
+    """Draw the losses into the run's folder and the working directory; False without matplotlib."""
+    png = _draw(history, folder, vocab_size)
+    if png is None:
+        return False
+    write_atomically(folder / PICTURE, png)
+    try:
+        write_atomically(PICTURE, png)
+    except ResourceError as error:  # the run has its own; this one is for convenience
+        say(f"Note: {str(error).splitlines()[0]} The picture is in {folder}")
+    return True
+
+
+def _draw(history: History, folder: Path, vocab_size: int) -> bytes | None:
+    return render_losses(
+        steps=history.steps,
+        train_losses=history.train_losses,
+        val_losses=history.val_losses,
+        batch_losses=history.batch_losses,
+        vocab_size=vocab_size,
+        title=folder.name,
+    )

@@ -1,0 +1,152 @@
+"""Stop signals, really sent: what they become, and what they leave alone."""
+
+import os
+import signal
+import threading
+import time
+
+import numpy as np
+import pytest
+import torch
+
+from data import make_loaders, plan_windows
+from engine.errors import Stopped
+from engine.stopping import StopSignals
+
+HANDLED = [
+    getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)
+]
+
+
+def send(number: int) -> None:
+    os.kill(os.getpid(), number)
+
+
+def handlers() -> list:
+    return [signal.getsignal(number) for number in HANDLED]
+
+
+@pytest.fixture(autouse=True)
+def same_handlers_afterwards():
+    before = handlers()
+    yield
+    for number, handler in zip(HANDLED, before, strict=True):
+        signal.signal(number, handler)
+
+
+@pytest.mark.parametrize("number", HANDLED)
+def test_a_signal_becomes_a_wish_that_check_grants(number, capsys):
+    with StopSignals() as stop:
+        stop.check()
+        send(number)
+        with pytest.raises(Stopped) as caught:
+            stop.check()
+    assert caught.value.exit_code == 128 + number
+    printed = capsys.readouterr()
+    assert "Stopping after this step" in printed.err
+    assert printed.out == ""
+
+
+def test_exit_codes_are_those_of_the_shell():
+    assert Stopped(signal.SIGINT).exit_code == 130
+    assert Stopped(signal.SIGTERM).exit_code == 143
+
+
+@pytest.mark.parametrize("first", [signal.SIGINT, signal.SIGTERM])
+def test_an_echo_of_ctrl_c_is_one_wish_and_a_second_one_stops_at_once(first, capsys):
+    lived_through = []
+    with pytest.raises(KeyboardInterrupt) as caught, StopSignals() as stop:
+        send(first)
+        for _ in range(3):
+            send(signal.SIGINT)  # the terminal's and the launcher's
+        time.sleep(0.55)
+        send(signal.SIGTERM)  # a wish already; only Ctrl-C is a person in a hurry
+        with pytest.raises(Stopped) as granted:
+            stop.check()
+        assert granted.value.signal_number == first
+        lived_through.append("the echoes")
+        send(signal.SIGINT)
+        pytest.fail("the second Ctrl-C did nothing")
+    assert caught.type is KeyboardInterrupt
+    assert lived_through
+    assert capsys.readouterr().err.count("Stopping") == 1
+
+
+@pytest.mark.parametrize("ending", ["in order", "by an error"])
+def test_handlers_are_put_back(ending):
+    before = handlers()
+    try:
+        with StopSignals():
+            assert all(now != earlier for now, earlier in zip(handlers(), before, strict=True))
+            if ending == "by an error":
+                raise ValueError
+    except ValueError:
+        pass
+    assert handlers() == before
+    with pytest.raises(KeyboardInterrupt):
+        send(signal.SIGINT)
+
+
+def test_a_signal_that_was_ignored_before_stays_ignored():
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
+    with StopSignals() as stop:
+        send(signal.SIGHUP)
+        stop.check()
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+
+
+def test_outside_of_the_main_thread_nothing_is_caught():
+    before, seen = handlers(), []
+
+    def work() -> None:
+        with StopSignals() as stop:
+            seen.append(handlers())
+            stop.check()
+            stop.check_within_step(time.perf_counter() - 1000, 0.1)
+        seen.append("done")
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert seen == [before, "done"]
+    assert handlers() == before
+
+
+@pytest.mark.parametrize(
+    ("elapsed_s", "done", "stops"),
+    [
+        (10.0, 0.5, True),  # 10 s to go
+        (1.0, 0.1, True),  # 9 s
+        (10.0, 0.9, False),  # 1.1 s
+        (4.0, 0.5, False),
+        (0.01, 0.125, False),
+    ],
+)
+def test_only_a_step_with_long_to_go_is_left(elapsed_s, done, stops):
+    with StopSignals() as stop:
+        stop.check_within_step(time.perf_counter() - elapsed_s, done)  # nobody has asked
+        send(signal.SIGTERM)
+        if stops:
+            with pytest.raises(Stopped):
+                stop.check_within_step(time.perf_counter() - elapsed_s, done)
+        else:
+            stop.check_within_step(time.perf_counter() - elapsed_s, done)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_loaders_worker_works_on_through_a_stop_signal(number):
+    windows, _ = plan_windows(400, max_length=8, stride=8, batch_size=2, train_ratio=0.9)
+    tokens = (np.arange(400) % 7).astype(np.uint16)
+    loaders = [
+        make_loaders(tokens, windows, seed=1, num_workers=workers, device=torch.device("cpu"))[0]
+        for workers in (0, 1)
+    ]
+    expected = [ids for ids, _ in loaders[0]]
+    batches = iter(loaders[1])
+    found = [next(batches)[0]]  # there is one, so the worker is well under way
+    for worker in batches._workers:
+        os.kill(worker.pid, number)
+    found += [ids for ids, _ in batches]
+    assert len(found) > 10  # more than were on their way already
+    assert all(torch.equal(*pair) for pair in zip(found, expected, strict=True))
