@@ -359,13 +359,15 @@ def _share_the_machine(
     NIGHT_MODE leaves half of the cores, or half of the GPU's memory, to others: a step then goes
     through its windows in smaller parts, with the same sum.
     """
-    night, threads, micro_batch = plan.run.NIGHT_MODE, torch.get_num_threads(), windows.batch_size
-    usual_threads = threads
+    night, micro_batch = plan.run.NIGHT_MODE, windows.batch_size
+    threads = usual_threads = torch.get_num_threads()
     if night and device.type == "cpu":
         threads = max(1, threads // 2)
     if night and device.type in ("cuda", "mps"):
-        backend = torch.cuda if device.type == "cuda" else torch.mps
-        backend.set_per_process_memory_fraction(0.5)
+        if device.type == "cuda":
+            torch.cuda.set_per_process_memory_fraction(0.5, device)
+        else:
+            torch.mps.set_per_process_memory_fraction(0.5)
         micro_batch = -(-windows.batch_size // 2)
         notices.append(
             f"night mode: half of the memory, {micro_batch} windows at a time instead of "

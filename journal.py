@@ -3,7 +3,7 @@
 import json
 import math
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -148,8 +148,8 @@ class Journal:
         if self._in_a_row == MOST_SKIPPED:
             raise NumericsError(
                 f"{said}, as {MOST_SKIPPED - 1} times in a row before: training diverged.\n"
-                f"The learning rate was {row['train/lr']:.3g}; try a third of it, or a smaller "
-                "max_grad_norm."
+                f"The learning rate was {row['train/lr']:.3g}; begin a run with a third of it, or "
+                "with a smaller max_grad_norm."
             )
         say(f"Note: {said}: the step is skipped ({self.history.skipped} so far)")
 
@@ -183,8 +183,8 @@ class Journal:
         if not math.isfinite(train_loss + val_loss):
             raise NumericsError(
                 f"after step {step} the training loss is {train_loss} and the validation loss "
-                f"{val_loss}: training diverged.\nTry a third of the learning rate, or a smaller "
-                "max_grad_norm."
+                f"{val_loss}: training diverged.\nBegin a run with a third of the learning rate, "
+                "or with a smaller max_grad_norm."
             )
         history.steps.append(step)
         history.train_losses.append(train_loss)
@@ -213,7 +213,7 @@ class Journal:
                 self._try_to_write(path, png)
         self._marked_at, self._marked_tokens = time.perf_counter(), self._tokens
 
-    def rest(self, seconds: float) -> None:
+    def leave_out(self, seconds: float) -> None:
         """Leave a time out of the tokens a second: something else was done in it."""
         self._marked_at += seconds
 
@@ -239,9 +239,8 @@ class Journal:
         """What a checkpoint keeps of the journal, as JSON; single losses are in metrics.jsonl."""
         self.fetch()
         self.trackers.flush()
-        history = asdict(self.history)
+        history = vars(self.history) | {"elapsed_s": self.elapsed_s}
         del history["batch_losses"]
-        history["elapsed_s"] = self.elapsed_s
         return {
             "history": history,
             "steps": self.steps,
@@ -253,11 +252,8 @@ class Journal:
 
     def restore(self, state: dict[str, Any] | None) -> None:
         """Go on from state(), None being the start; metrics.jsonl is cut back to what it was."""
-        rows = (
-            []
-            if self._metrics is None
-            else self._metrics.cut(state["metrics_bytes"] if state else 0)
-        )
+        n_bytes = state["metrics_bytes"] if state else 0
+        rows = [] if self._metrics is None else self._metrics.cut(n_bytes)
         if state is None:
             return
         samples = [(label, text) for label, text in state["history"].pop("samples")]

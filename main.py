@@ -13,13 +13,22 @@ from pathlib import Path
 import torch
 
 from engine.console import complain, say, use_utf8
-from engine.errors import PipelineError, ResourceError, RunFinished, SettingsError, Stopped
+from engine.errors import (
+    BusyError,
+    CheckpointError,
+    PipelineError,
+    ResourceError,
+    RunFinished,
+    SettingsError,
+    Stopped,
+)
 from engine.metrics import bits_per_byte, bits_per_character, perplexity
+from engine.stopping import StopSignals
 from engine.storage import write_json
 from environment import RuntimeEnv, is_out_of_memory, prepare_environment
 from generation import generate, text_to_token_ids, token_ids_to_text
 from journal import PICTURE, Journal, save_picture
-from train import mean_loss, train
+from train import mean_loss, train, using_threads
 
 LINE = "=" * 70
 
@@ -37,7 +46,8 @@ def main(arguments: list[str]) -> int:
     except RunFinished as finished:
         say(f"✓ {finished}")
     except Stopped as stopped:
-        complain(str(stopped))
+        finished = "The training is done and saved; the same command finishes the rest."
+        complain(str(stopped) or finished)
         return stopped.exit_code
     except (PipelineError, MemoryError, RuntimeError, ConnectionError, EOFError) as error:
         if os.environ.get("GPT_DEBUG") == "1":
@@ -65,7 +75,8 @@ def _report_failure(error: Exception, env: RuntimeEnv | None) -> int:
         )
     if not isinstance(error, PipelineError):
         raise error
-    complain(f"{type(error).__name__}: {error}{_what_is_kept(env)}")
+    kept = "" if isinstance(error, BusyError | CheckpointError) else _what_is_kept(env)
+    complain(f"{type(error).__name__}: {error}{kept}")
     return error.exit_code
 
 
@@ -89,6 +100,7 @@ def _is_lost_worker(error: Exception) -> bool:
 
 
 def _what_is_kept(env: RuntimeEnv | None) -> str:
+    """Where to look after a failure of a run that was being trained here."""
     if env is None or not os.path.exists(env.run.path / "metrics.jsonl"):
         return ""
     return f" What was measured so far is in {env.run.path}"
@@ -97,12 +109,15 @@ def _what_is_kept(env: RuntimeEnv | None) -> str:
 def run_pipeline(env: RuntimeEnv) -> None:
     """Train, sample, plot, sum up; everything that is left behind is in env.run.path."""
     _headline("TRAINING START")
-    with env.run.opened():  # the samples and the summary too are this program's alone
+    # the samples and the summary, too, are this program's alone, and on as many threads
+    with env.run.opened(), using_threads(env.threads):
         journal = train(env)
-        show_samples(env, journal)
-        show_picture(env, journal)
-        _headline("TRAINING COMPLETE")
-        sum_up(env, journal)
+        with StopSignals() as stop:
+            show_samples(env, journal)
+            show_picture(env, journal)
+            stop.check()
+            _headline("TRAINING COMPLETE")
+            sum_up(env, journal, stop)
     say("✓ Training pipeline finished successfully!")
 
 
@@ -135,18 +150,20 @@ def show_samples(env: RuntimeEnv, journal: Journal) -> None:
         journal.note_sample(label, token_ids_to_text(ids, env.tokenizer))
 
 
-def sum_up(env: RuntimeEnv, journal: Journal) -> None:
+def sum_up(env: RuntimeEnv, journal: Journal, stop: StopSignals) -> None:
     """Print the summary and write summary.json; the final loss is over all validation text.
 
     summary.json comes last of all: it is what makes a run a finished one.
     """
-    final_val = mean_loss(env.model, env.val_loader, env.device, env.precision)
+    final_val = mean_loss(env.model, env.val_loader, env.device, env.precision, stop)
     history, best = journal.history, journal.history.best
+    step = journal.weights_of_step or history.steps[-1]
+    final_train = history.train_losses[history.steps.index(step)]
     per_character = bits_per_character(final_val, env.token_size)
     per_byte = bits_per_byte(final_val, env.token_size)
     whose = "" if journal.weights_of_step is None else "with the best weights, "
     say("Training Summary:")
-    say(f"  Final train loss: {history.train_losses[-1]:.4f}")
+    say(f"  Final train loss: {final_train:.4f}")
     say(
         f"  Final val loss: {final_val:.4f} ({whose}over all validation text; perplexity "
         f"{perplexity(final_val):,.1f}, {per_character:.3f} bits a character, "
@@ -157,7 +174,7 @@ def sum_up(env: RuntimeEnv, journal: Journal) -> None:
         say(f"  Steps skipped: {history.skipped} (a loss or gradient was not finite)")
     say(f"  Run folder: {env.run.path}")
     summary = {
-        "final_train_loss": history.train_losses[-1],
+        "final_train_loss": final_train,
         "final_val_loss": final_val,
         "final_val_perplexity": perplexity(final_val),
         "final_val_bits_per_character": per_character,
@@ -166,7 +183,7 @@ def sum_up(env: RuntimeEnv, journal: Journal) -> None:
         "best_step": history.steps[best],
         "initial_val_loss": history.val_losses[0],
         "uniform_loss": math.log(env.tokenizer.vocab_size),
-        "weights_of_step": journal.weights_of_step or len(history.batch_losses),
+        "weights_of_step": step,
         "steps": len(history.batch_losses),
         "steps_skipped": history.skipped,
         "tokens_seen": history.tokens_seen[-1],

@@ -20,6 +20,7 @@ from engine.storage import (
     FolderLock,
     make_folder,
     make_new_folder,
+    remove_file,
     remove_orphans,
     write_atomically,
     write_json,
@@ -131,7 +132,7 @@ class RunFolder:
         # the settings come last: a folder that has them has everything
         write_atomically(self.path / "tokenizer.json", self.tokenizer_file.read_bytes())
         write_json(self.path / DATA, self.data)
-        (self.path / SUMMARY).unlink(missing_ok=True)
+        remove_file(self.path / SUMMARY)
         write_json(self.path / SETTINGS, self.settings)
 
     def check_text(self, tokenizer_id: str, tokens_sha256: str) -> None:
@@ -147,15 +148,17 @@ class RunFolder:
             if differing := _text_differences(self.path, now):
                 raise _differs(self.path, differing)
             return
+        passed_over = []
         for path, saved in [(self.path, self.saved), *self.others]:
             try:
                 differing = _text_differences(path, now)
             except CheckpointError as error:
                 differing = [str(error)]
             if not differing:
-                self.path, self.saved, self.notes = path, saved, []
+                self.path, self.saved = path, saved
                 return
-            self.notes = self.notes or [_passed_over(path, differing)]
+            passed_over.append(_passed_over(path, differing))
+        self.notes += passed_over[:1]
         self.path, self.saved = self.path.with_name(self.new_name), None
 
 
@@ -210,16 +213,24 @@ def choose_run(
 def _continue_named(path: Path, asked: dict[str, Any]) -> RunFolder:
     saved = _read_json(path / SETTINGS)
     differing = differences(saved, asked)
-    is_longer = _total_steps(saved, asked) > saved["total_steps"]
-    if (path / SUMMARY).exists() and (differing or not is_longer):
+    if (path / SUMMARY).exists() and (differing or not _has_more_to_do(path, saved, asked)):
         hint = f" (with other settings: {'; '.join(differing)})" if differing else ""
         raise RunFinished(
             f"The run in {path} is finished{hint}: nothing to do. Another RUN_NAME begins a new "
-            "one; more num_epochs or max_steps goes on with this one."
+            "one; more num_epochs, max_steps or, where that ended it, patience goes on with it."
         )
     if differing:
         raise _differs(path, differing)
     return RunFolder(path, named=True, saved=saved)
+
+
+def _has_more_to_do(path: Path, saved: dict[str, Any], asked: dict[str, Any]) -> bool:
+    """Whether a finished run is to be longer, or to have more patience than what ended it."""
+    patience, before = asked["training"]["patience"], saved["training"].get("patience")
+    is_more_patient = before is not None and (patience is None or patience > before)
+    ended_early = _read_json(path / SUMMARY).get("steps", 0) < saved["total_steps"]
+    is_longer = _total_steps(saved, asked) > saved["total_steps"]
+    return is_more_patient if ended_early else is_longer
 
 
 def _find_unfinished(
@@ -241,7 +252,9 @@ def _find_unfinished(
         # stable: those that were begun with this DATA come first, the newest of them before all
         fitting.sort(key=lambda run: run[1]["settings"]["DATA"] != data)
         (path, saved), *others = fitting
-        return RunFolder(path, named=False, saved=saved, new_name=new_name, others=others)
+        return RunFolder(
+            path, named=False, saved=saved, notes=notes, new_name=new_name, others=others
+        )
     notes += [_passed_over(path, differences(saved, asked)) for path, saved in found[:1]]
     return RunFolder(output_dir / new_name, named=False, notes=notes)
 
@@ -281,9 +294,9 @@ def differences(saved: dict[str, Any], asked: dict[str, Any]) -> list[str]:
         if now not in (was, became):
             lines.append(f"{name}: {shown(was)} then, {shown(now)} now")
 
-    for name in ("mode", "seed", "precision", "tokenizer"):
-        became = saved["precision"]["name"] if name == "precision" else None
-        compare(name, before[name], asked[name], became or before[name])
+    for name in ("mode", "seed", "tokenizer"):
+        compare(name, before[name], asked[name], before[name])
+    compare("precision", before["precision"], asked["precision"], saved["precision"]["name"])
     for name in sorted(before["model"].keys() | asked["model"].keys()):
         compare(name, before["model"].get(name), asked["model"].get(name), saved["model"].get(name))
     for name in FIXED:

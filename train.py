@@ -2,6 +2,7 @@
 
 import contextlib
 import itertools
+import math
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
@@ -155,11 +156,12 @@ class Trainer:
         self.journal.note_sample(label, token_ids_to_text(ids, self.tokenizer))
 
     def keep_best(self) -> None:
-        """Copy the weights where the last evaluation was the best; the next save writes them."""
-        history = self.journal.history
-        is_best = history.best == len(history.steps) - 1 and self.journal.steps > 0
-        if self.store is not None and is_best:
-            self.best = BestWeights(self.journal.steps, copy_weights(self.model))
+        """Copy weights that were evaluated as better than those held; the next save writes them."""
+        history, held = self.journal.history, math.inf
+        if self.best is not None:
+            held = history.val_losses[history.steps.index(self.best.step)]
+        if self.store is not None and history.steps[-1] > 0 and history.val_losses[-1] < held:
+            self.best = BestWeights(history.steps[-1], copy_weights(self.model))
 
     def save_where_due(self, *, is_last: bool) -> None:
         """Save a checkpoint after the last step, and whenever the clock says so."""
@@ -182,7 +184,7 @@ class Trainer:
         self.store.save(step, self.model, self.optimizer, state, self.best)
         self._saved_step = step
         self.clock.note(began_at)
-        self.journal.rest(time.monotonic() - began_at)
+        self.journal.leave_out(time.monotonic() - began_at)
 
     def restore(self, plan: LoopPlan) -> LoopPlan:
         """Go on from the newest checkpoint, where there is one; returns the plan with its rates.
@@ -347,8 +349,8 @@ def _train(env: "RuntimeEnv") -> Journal:
     for note in run.notes:
         say(f"Note: {note}")
     store = CheckpointStore(run.path, run.run_id, config.keep_checkpoints)
-    if run.saved is None:
-        store.require_space(env.model)
+    if store.newest() is None:
+        store.require_room(env.model)
     journal = Journal(
         vocab_size=env.tokenizer.vocab_size,
         total_steps=env.total_steps,
@@ -397,17 +399,18 @@ def _train_and_save(
     """Run the loop; whatever ends it in order, the last whole step is saved."""
     journal, store = trainer.journal, trainer.store
     try:
-        training_loop(trainer, train_loader, val_loader, plan)
-        trainer.save()  # patience may have ended the run between two checkpoints
-        trainer.stop.check()
-    except Stopped as stopped:
-        trainer.save()
-        kept = f"saved in {store.newest()}" if journal.steps else "nothing was trained yet"
-        raise Stopped(
-            stopped.signal_number,
-            f"Stopped after step {journal.steps:,} of {plan.total_steps:,}: {kept}.\n"
-            "The same command goes on from there.",
-        ) from None
+        try:
+            training_loop(trainer, train_loader, val_loader, plan)
+            trainer.save()  # patience may have ended the run between two checkpoints
+            trainer.stop.check()
+        except Stopped as stopped:
+            trainer.save()
+            kept = f"saved in {store.newest()}" if journal.steps else "nothing was trained yet"
+            raise Stopped(
+                stopped.signal_number,
+                f"Stopped after step {journal.steps:,} of {plan.total_steps:,}: {kept}.\n"
+                "The same command goes on from there.",
+            ) from None
     except NumericsError as error:
         newest = store.newest()
         kept = "No checkpoint was made yet." if newest is None else f"The last good one: {newest}"

@@ -3,7 +3,7 @@
 A checkpoint is a sealed folder checkpoints/step-NNNNNNNN with model.safetensors (fp32 weights),
 optimizer.safetensors and state.json, random generators included. The best weights stand apart, in
 best/step-NNNNNNNN; a checkpoint names the one that was the best then. Nothing in them can run
-code, and nothing is read before its sha256 was compared.
+code, and nothing is loaded before its sha256 was compared.
 """
 
 import base64
@@ -118,6 +118,9 @@ class CheckpointStore:
         ever made. Raises CheckpointError where every one is bad, or one is from a newer version.
         """
         bad = [f"{path} was set aside before" for path in sorted(self.checkpoints.glob(".bad-*"))]
+        for path in sorted(self.checkpoints.glob("[!.]*")):
+            if path not in self._newest_first():
+                say(f"Note: {path} is no checkpoint; it is left alone")
         for path in self._newest_first():
             try:
                 state = self._load(path, model, optimizer)
@@ -137,30 +140,26 @@ class CheckpointStore:
             listed = "\n  ".join(bad)
             raise CheckpointError(
                 f"no checkpoint in {self.checkpoints} can be used:\n  {listed}\n"
-                "RESUME = False, or another RUN_NAME, begins anew and leaves these as they are."
+                "Another RUN_NAME, or none and RESUME = False, begins anew and leaves these alone."
             )
         return None
 
-    def require_space(self, model: nn.Module) -> None:
+    def require_room(self, model: nn.Module) -> None:
         """Raise ResourceError where the disk can't take what a run of this model will keep."""
         size = sum(value.nbytes for value in weights_of(model).values())
-        # a checkpoint has the weights and two moments of each; the best weights stand beside
-        n_bytes = 3 * size * (self._keep + 1) + size
+        # weights, two moments of each, and best weights that each checkpoint may have of its own
+        n_bytes = 4 * size * (self._keep + 1)
         require_space(self.checkpoints, n_bytes, f"keeping {self._keep} checkpoints and a new one")
 
     def newest(self) -> Path | None:
         """The newest checkpoint's folder, unverified."""
-        return next(iter(self._newest_first(quietly=True)), None)
+        return next(iter(self._newest_first()), None)
 
     def _facts(self, step: int) -> dict[str, Any]:
         return {"format": FORMAT, "run_id": self._run_id, "step": step}
 
-    def _newest_first(self, quietly: bool = False) -> list[Path]:
-        newest_first = [path for _, path in sorted(_steps_in(self.checkpoints), reverse=True)]
-        for path in sorted(self.checkpoints.glob("*")):
-            if not (path in newest_first or path.name.startswith(".") or quietly):
-                say(f"Note: {path} is no checkpoint; it is left alone")
-        return newest_first
+    def _newest_first(self) -> list[Path]:
+        return [path for _, path in sorted(_steps_in(self.checkpoints), reverse=True)]
 
     def _verify(self, path: Path, *files: str) -> None:
         """Raise _Unusable for a folder that is not whole, or not what its place says."""
@@ -212,7 +211,7 @@ class CheckpointStore:
         return BestWeights(step, weights)
 
     def _prune(self, best: BestWeights | None) -> None:
-        newest_first = self._newest_first(quietly=True)
+        newest_first = self._newest_first()
         for path in newest_first[self._keep :]:
             remove_folder(path)
         named = {_best_step(path) for path in newest_first[: self._keep]}

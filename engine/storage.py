@@ -322,6 +322,14 @@ def remove_folder(path: str | os.PathLike) -> None:
         shutil.rmtree(doomed)
 
 
+def remove_file(path: str | os.PathLike) -> None:
+    """Remove a file where it is there; ResourceError where the disk refuses."""
+    try:
+        Path(path).unlink(missing_ok=True)
+    except OSError as error:
+        raise _cannot_write(path, error) from error
+
+
 def remove_orphans(folder: str | os.PathLike) -> None:
     """Remove what killed programs left half written or half removed; the caller has the lock."""
     for pattern in (".tmp-*", ".del-*"):
@@ -399,7 +407,7 @@ class FolderLock:
             holder = "another process, which has only just begun"
         return BusyError(
             f"{self.folder} is in use by {holder}.\n"
-            "Wait for its end; for a run beside it set RESUME = False, or another RUN_NAME."
+            "Wait for its end. A run beside it needs another RUN_NAME, or none and RESUME = False."
         )
 
 

@@ -451,7 +451,7 @@ def test_where_all_are_bad_the_run_ends_with_the_list_and_never_begins_anew(save
     assert caught.value.exit_code == 4
     for step in (1, 2, 3):
         assert f"{saved.path(step)}/model.safetensors has 7 bytes" in str(caught.value)
-    assert "RESUME = False, or another RUN_NAME" in str(caught.value)
+    assert "Another RUN_NAME, or none and RESUME = False" in str(caught.value)
     for _ in range(2):  # nor at the next start
         with pytest.raises(CheckpointError) as caught:
             saved.restore()
@@ -915,15 +915,15 @@ def test_room_for_the_best_weights_is_asked_for_too(saved, monkeypatch):
 def test_a_run_asks_for_room_for_all_it_will_keep(tmp_path, monkeypatch):
     model = nn.Linear(1000, 1000, bias=False)  # 4 MB
     usage = namedtuple("usage", "total used free")
-    free = 39_999_999
+    free = 47_999_999
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10**9, 0, free))
     store = CheckpointStore(tmp_path, "run-a", 2)
     with pytest.raises(ResourceError) as caught:
-        store.require_space(model)
-    assert "keeping 2 checkpoints and a new one takes 40.0 MB" in str(caught.value)
+        store.require_room(model)
+    assert "keeping 2 checkpoints and a new one takes 48.0 MB" in str(caught.value)
     assert str(tmp_path / "checkpoints") in str(caught.value)
-    free = 40_000_000
-    store.require_space(model)
+    free = 48_000_000
+    store.require_room(model)
 
 
 # --------------------------------------------------------------------- tensors of others

@@ -474,7 +474,7 @@ checkpoint.require_space = full_later
 @pytest.mark.parametrize(
     ("first", "said"),
     [
-        (True, r"the checkpoint of step 10 takes \d MB, but the disk of \S+ has 1 MB free"),
+        (True, r"the checkpoint of step 10 takes [\d.]+ MB, but the disk of \S+ has 1\.\d MB free"),
         (False, r"can't write disk/one/checkpoints/step-00000010/\S+: No space left on device"),
     ],
     ids=["before the save", "in the save"],
@@ -501,7 +501,7 @@ def test_a_disk_that_is_full_ends_the_run_with_6_and_keeps_the_checkpoint_before
 def test_a_disk_too_small_for_the_first_checkpoints_is_told_before_training(launch):
     program = launch(prefix=on_a_small_disk(8), **BIG)
     program.ends_with(6)
-    assert re.search(r"keeping 2 checkpoints .* takes \d+ MB, .* has 8 MB free", program.err)
+    assert re.search(r"keeping 2 checkpoints .* takes [\d.]+ MB, .* has 8\.\d MB free", program.err)
     assert "Before training" not in program.out
 
 

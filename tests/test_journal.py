@@ -147,7 +147,7 @@ def test_too_many_skipped_in_a_row_stop_the_run_and_a_good_one_resets_the_row(lo
         journal.fetch()
     assert caught.value.exit_code == 5
     assert str(caught.value).startswith(f"step {journal.steps}: the loss is 1 and the gradient's")
-    assert "The learning rate was 0.01; try a third of it" in str(caught.value)
+    assert "The learning rate was 0.01; begin a run with a third of it" in str(caught.value)
 
 
 def test_the_row_of_skipped_steps_outlasts_an_interruption(tmp_path):
@@ -224,7 +224,7 @@ def test_speed_leaves_out_the_time_of_evaluations_and_saves(clock, tmp_path, no_
     clock.now += 4
     step(journal, n_tokens=300)
     clock.now += 50
-    journal.rest(50)  # a checkpoint
+    journal.leave_out(50)  # a checkpoint
     clock.now += 2
     step(journal, n_tokens=300)
     evaluate(journal)

@@ -4,6 +4,8 @@ import os
 import subprocess
 import sys
 
+import pytest
+
 from tests.conftest import REPOSITORY
 
 TRAIN_SCRIPT = """
@@ -75,6 +77,7 @@ def run_script(folder, script, **environment):
     )
 
 
+@pytest.mark.slow
 def test_a_script_sets_config_run_prepares_and_trains(tmp_path):
     done = run_script(tmp_path, TRAIN_SCRIPT)
     assert done.returncode == 0, done.stderr

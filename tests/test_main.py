@@ -4,6 +4,7 @@ import itertools
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -21,6 +22,8 @@ from tests.conftest import REPOSITORY
 OFFLINE = {f"{scheme}_proxy": "http://127.0.0.1:9" for scheme in ("http", "https")}
 
 CHECKPOINT_FILES = {"model.safetensors", "optimizer.safetensors", "state.json", "manifest.json"}
+SLOW = pytest.mark.slow  # where one case stands for the others in the default suite
+
 PRINTED_IN_ORDER = [
     "=" * 70,
     "GPT Model Training Pipeline",
@@ -184,6 +187,7 @@ def test_a_console_that_cannot_show_a_tick_crashes_nothing(tmp_path, encoding):
     assert "✓ Training pipeline finished successfully!" in done.stdout
 
 
+@pytest.mark.slow
 def test_without_matplotlib_and_tqdm_it_trains_and_says_what_is_missing(tmp_path):
     settings = write_settings(tmp_path, "")
     code = (
@@ -239,7 +243,7 @@ def test_bad_input_ends_with_its_exit_code_and_help(workdir, capsys, settings, c
     assert [file.name for file in (workdir / "runs" / "taken").iterdir()] == ["thesis.txt"]
 
 
-@pytest.mark.parametrize("n_words", [4, 6, 12, 40])
+@pytest.mark.parametrize("n_words", [4, *(pytest.param(n, marks=SLOW) for n in (6, 12, 40))])
 def test_a_text_shorter_than_a_window_is_trained_on_and_said(workdir, capsys, n_words):
     write_settings(workdir, "river " * n_words, custom_params=TINY | {"batch_size": 64})
     assert main.main(["settings.py"]) == 0
@@ -318,7 +322,7 @@ def test_a_diverging_run_ends_with_5_and_names_the_last_good_checkpoint(
         assert main.main(["settings.py"]) == 5
     error = capsys.readouterr().err
     assert "training diverged" in error
-    assert "try a third of it" in error
+    assert "begin a run with a third of it" in error
     named = workdir / re.search(r"The last good one: (\S+)", error)[1]
     assert {file.name for file in named.iterdir()} == CHECKPOINT_FILES
     assert not (only_run(workdir) / "summary.json").exists()
@@ -361,6 +365,7 @@ def test_an_unexpected_failure_keeps_its_traceback(workdir, monkeypatch):
         main.main(["settings.py"])
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.name == "nt", reason="POSIX signals")
 def test_ctrl_c_in_training_ends_with_130_and_no_traceback(tmp_path):
     settings = write_settings(tmp_path, "", custom_params=TINY | {"max_steps": 100_000})
@@ -496,7 +501,9 @@ def test_a_named_folder_that_is_taken_is_told_before_the_text_is_read(workdir, c
     assert "Text loaded" not in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("tokenizer", ["char", "auto", "bpe:600"])
+@pytest.mark.parametrize(
+    "tokenizer", ["char", *(pytest.param(name, marks=SLOW) for name in ("auto", "bpe:600"))]
+)
 def test_chinese_poems_train_and_are_continued_in_chinese(shared_data, workdir, capsys, tokenizer):
     params = TINY | {"max_steps": 12, "start_context": "春江", "max_length": 32}
     write_settings(
@@ -533,3 +540,38 @@ def test_random_crops_train(workdir):
     assert main.main(["settings.py"]) == 0
     summary = json.loads((only_run(workdir) / "summary.json").read_text(encoding="utf-8"))
     assert summary["final_val_loss"] < summary["initial_val_loss"]
+
+
+def test_a_disk_without_room_is_told_before_training_each_time(workdir, capsys, monkeypatch):
+    write_settings(workdir, "", RUN_NAME="one")
+    usage = shutil.disk_usage(workdir)._replace(free=1000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    for _ in range(2):
+        assert main.main(["settings.py"]) == 6
+        printed = capsys.readouterr()
+        assert "keeping 2 checkpoints and a new one takes" in printed.err
+        assert "Before training" not in printed.out
+
+
+def test_a_run_that_patience_ended_goes_on_with_more_patience(workdir, capsys):
+    impatient = TINY | {"max_steps": 40, "eval_freq": 1, "learning_rate": 5.0, "patience": 1}
+    write_settings(workdir, "", RUN_NAME="one", custom_params=impatient)
+    assert main.main(["settings.py"]) == 0
+    before = json.loads((workdir / "runs" / "one" / "summary.json").read_text(encoding="utf-8"))
+    assert before["steps"] < 40
+    losses = [
+        row
+        for row in map(
+            json.loads,
+            (workdir / "runs" / "one" / "metrics.jsonl").read_text(encoding="utf-8").splitlines(),
+        )
+        if row.get("val/loss") is not None and row["step"] == before["weights_of_step"]
+    ]
+    assert before["final_train_loss"] == losses[0]["eval/train_loss"]
+    write_settings(workdir, "", RUN_NAME="one", custom_params=impatient | {"max_steps": 60})
+    assert main.main(["settings.py"]) == 0
+    assert "patience goes on with it" in capsys.readouterr().out
+    write_settings(workdir, "", RUN_NAME="one", custom_params=impatient | {"patience": None})
+    assert main.main(["settings.py"]) == 0
+    after = json.loads((workdir / "runs" / "one" / "summary.json").read_text(encoding="utf-8"))
+    assert after["steps"] == 40

@@ -480,6 +480,22 @@ def test_a_run_that_was_made_longer_resumes_exactly_too(bench, kind):
     assert outcomes[0]["saved step"] == "step-00000060"
 
 
+def test_best_weights_that_were_lost_are_followed_by_the_best_of_those_to_come(bench, capsys):
+    bench.describe("run", eval_freq=5)
+    bench.signal_at("take_step", 22)
+    assert not bench.session()
+    (held,) = (bench.run / "best").iterdir()
+    (held / "model.safetensors").write_bytes(b"damaged")
+    real = train.mean_loss
+    bench.patch.setattr(train, "mean_loss", lambda *arguments: real(*arguments) + 1)  # all worse
+    assert bench.session()
+    assert "the best weights are lost" in capsys.readouterr().out
+    history = bench.journal.history
+    later = {s: x for s, x in zip(history.steps, history.val_losses, strict=True) if s > 22}
+    kept = max(int(path.name[5:]) for path in (bench.run / "best").glob("step-*"))
+    assert kept == min(later, key=later.get)
+
+
 def test_a_finished_run_that_is_made_longer_keeps_its_last_evaluation_and_best_weights(bench):
     bench.describe("run")
     before = bench.finish()["history"]
