@@ -5,6 +5,7 @@ import json
 import os
 import re
 import shutil
+import statistics
 import subprocess
 import sys
 
@@ -23,6 +24,7 @@ LONG = {
     "python -m benchmarks.train",
     "python -m benchmarks.startup",
     "python -m benchmarks.data",
+    "python -m benchmarks.saving",
     "python -m benchmarks.survival",
 }
 
@@ -136,6 +138,26 @@ def test_the_speeds_are_those_that_the_benchmarks_wrote(readme):
         f" {data['found_again_s']:.2f} s",
     ):
         assert figure in text
+
+
+@pytest.mark.parametrize("readme", READMES)
+def test_what_saving_costs_and_survives_is_what_the_benchmarks_wrote(readme):
+    results = REPOSITORY / "benchmarks" / "results"
+    saving = json.loads((results / "saving-cpu.json").read_text(encoding="utf-8"))
+    survival = json.loads((results / "survival-cpu.json").read_text(encoding="utf-8"))
+    text = read(readme)
+    for figure in (
+        f" {statistics.median(saving['save_s']):.1f} s",
+        f" {saving['share_of_time']:.1%}",
+        f" {statistics.median(saving['sigterm_s']):.1f} s",
+        f" {survival['storm']['kills']:,} ",
+        f" {survival['storm']['acknowledged']:,} ",
+        f" {survival['power']['cuts']:,} ",
+        f" {survival['training']['kills']} ",
+    ):
+        assert figure in text
+    assert survival["storm"]["corrupt"] == survival["storm"]["lost"] == 0
+    assert not any(survival[part]["failures"] for part in ("storm", "calls", "power", "training"))
 
 
 def test_both_readmes_have_the_same_commands_and_code():
