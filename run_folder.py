@@ -71,6 +71,7 @@ class RunFolder:
     new_name: str = ""  # of the folder where a run that was found is passed over
     # more that were found: they go on where the text is theirs and not the first one's
     others: list[tuple[Path, dict[str, Any]]] = field(default_factory=list)
+    _is_there: bool = False  # opened() has been here before
     _lock: FolderLock | None = None
 
     @property
@@ -108,21 +109,22 @@ class RunFolder:
         if self._lock is not None:
             yield
             return
-        if not self.named and self.saved is None:
+        is_new = self.saved is None and not self._is_there
+        if is_new and not self.named:
             wanted, count = self.path, 1
             while not make_new_folder(self.path):
                 count += 1  # another run began in the same second
                 self.path = wanted.with_name(f"{wanted.name}-{count}")
         make_folder(self.path)
         with FolderLock(self.path) as lock:
-            if self.saved is None and (self.path / SETTINGS).exists():
+            if is_new and (self.path / SETTINGS).exists():
                 raise BusyError(
                     f"another program began a run in {self.path} a moment ago.\n"
                     "Start again to go on with it."
                 )
             remove_orphans(self.path)
             self._write()
-            self._lock = lock
+            self._lock, self._is_there = lock, True
             try:
                 yield
             finally:
@@ -194,14 +196,11 @@ def choose_run(
         path = output_dir / run_name
         if not _is_taken(path):
             return RunFolder(path, named=True)
-        if resume is False:
+        holds_a_run = (path / SETTINGS).is_file()
+        if resume is False or not holds_a_run:
+            why = "RESUME is False" if holds_a_run else "it holds no run"
             raise CheckpointError(
-                f"the run folder {path} is already there, and RESUME is False.\n"
-                "Choose another RUN_NAME, or move the folder away."
-            )
-        if not (path / SETTINGS).is_file():
-            raise CheckpointError(
-                f"the folder {path} is already there and holds no run.\n"
+                f"the folder {path} is already there, and {why}.\n"
                 "Choose another RUN_NAME, or move the folder away."
             )
         return _continue_named(path, asked)

@@ -372,7 +372,7 @@ def _train(env: "RuntimeEnv") -> Journal:
         patience=config.patience,
     )
     plan = trainer.restore(plan)
-    if run.saved is not None:
+    if run.saved is not None or journal.steps > 0:
         say(f"Resuming {run.path}: {journal.steps:,} of {plan.total_steps:,} steps are done")
     journal.trackers = open_trackers(
         env.tracking, run.path, run.run_id, run.settings, journal.steps

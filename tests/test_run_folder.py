@@ -21,9 +21,11 @@ from pathlib import Path
 import pytest
 import torch
 
+import environment
 import journal
 import main
 import train
+from engine.errors import Stopped
 from run_folder import CHANGEABLE, FIXED, SETTINGS_CHANGEABLE, RunFolder
 from run_plan import RunSettings
 from tests.conftest import REPOSITORY
@@ -384,11 +386,35 @@ def test_a_named_run_with_other_settings_is_refused_with_every_difference(start,
     assert everything_in(begun) == before
 
 
+@pytest.mark.parametrize("name", [None, "one"])
+def test_a_script_that_was_stopped_trains_the_same_environment_to_its_end(
+    start, begun, workdir, monkeypatch, name
+):
+    shutil.rmtree(begun)
+    with open(workdir / "settings.py", "a", encoding="utf-8") as file:
+        file.write(f"RUN_NAME = {name!r}\n")
+    env = environment.prepare_environment("settings.py")
+    real, done = train.take_step, []
+
+    def step(*arguments, **options):
+        done.append(1)
+        if len(done) == 3:
+            os.kill(os.getpid(), signal.SIGINT)
+        return real(*arguments, **options)
+
+    monkeypatch.setattr(train, "take_step", step)
+    with pytest.raises(Stopped):
+        train.train(env)
+    journal = train.train(env)
+    assert journal.steps == len(done) == env.total_steps
+    assert runs(workdir) == [env.run.path.name]
+
+
 def test_resume_false_never_writes_over_a_folder(start, begun):
     before = everything_in(begun)
     refused = start(RUN_NAME="one", RESUME=False)
     assert refused.code == 4
-    assert "the run folder runs/one is already there, and RESUME is False" in refused.err
+    assert "the folder runs/one is already there, and RESUME is False" in refused.err
     assert everything_in(begun) == before
 
 
@@ -400,7 +426,7 @@ def test_a_folder_that_holds_something_else_is_refused(start, workdir, content):
     before = everything_in(workdir / "runs")
     refused = start(RUN_NAME="one")
     assert refused.code == 4
-    assert "the folder runs/one is already there and holds no run" in refused.err
+    assert "the folder runs/one is already there, and it holds no run" in refused.err
     assert everything_in(workdir / "runs") == before
 
 
