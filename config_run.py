@@ -15,7 +15,8 @@ QUICK_MODE = True  # True: the whole chain in seconds, with a small model;  Fals
 CUSTOM_MODE = False  # True: your numbers below, in custom_params; wins over QUICK_MODE
 
 # ---------------------------------------------------------------- which model
-# "auto": the mode chooses;  or a name from config.json: "small", "mini", "gpt2-124m"
+# "auto": the mode chooses;  or a name from config.json: "small", "mini", "gpt2-124m",
+# "llama-mini", "llama-124m"
 MODEL = "auto"
 USE_SMALL = True  # custom mode with MODEL "auto": the small model
 USE_DEFAULT = False  # custom mode with MODEL "auto" and USE_SMALL False: the 124M model
@@ -25,8 +26,10 @@ USE_DEFAULT = False  # custom mode with MODEL "auto" and USE_SMALL False: the 12
 custom_params = {
     "num_epochs": 3,  # how often to read through the text: 1 or more
     "max_steps": None,  # end after this many optimizer steps, whatever num_epochs says
+    "time_budget_minutes": None,  # so many steps as take this long, in place of num_epochs
     "batch_size": 8,  # windows at a time: 1 or more
     "gradient_accumulation_steps": 1,  # a step sums up the gradients of so many batches
+    "optimizer": "adamw",  # "adamw", or "muon": learns more in a step, which takes longer
     "learning_rate": None,  # peak step size, 0.0001 to 0.01 as a rule; wide models want less
     "schedule": "cosine",  # the rate after warm-up: "cosine", "wsd" (stays, then falls), "constant"
     "warmup_steps": None,  # steps in which the rate rises to its peak: 0 or more
@@ -44,6 +47,7 @@ custom_params = {
     "keep_checkpoints": 2,  # how many of the last ones are kept: 2 or more; the best comes on top
     "start_context": "Every effort moves you",  # the words that samples go on from
     "num_workers": 0,  # processes that prepare batches: 0 is right for all but huge texts
+    "activation_checkpointing": False,  # True: less memory a step, a third more time
     "model_overrides": {},  # e.g. {"n_layers": 4, "n_heads": 4, "emb_dim": 256, "drop_rate": 0.1}
 }
 
@@ -58,6 +62,7 @@ sampling_params = {
 # ---------------------------------------------------------------- the machine
 DEVICE = None  # None: the best there is;  or "cpu", "cuda", "mps"
 PRECISION = "auto"  # "auto": bf16 where the hardware has it;  or "bf16", "fp32", "fp16" (old GPUs)
+COMPILE = "auto"  # "auto": where the run is long enough to repay the wait;  or True, False
 SEED = 123  # the same seed gives the same run
 NIGHT_MODE = False  # True: leave half of the cores, or of the GPU's memory, to others
 LOG_EVERY = 0  # print the batch loss every so many steps;  0: never

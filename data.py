@@ -156,6 +156,7 @@ class WindowBatches(Sampler):
     def __iter__(self) -> Iterator[list[int]]:
         epoch, first = self._next_epoch, self._next_step
         self._next_epoch, self._next_step = epoch + 1, 0
+        size = self.micro_batch  # a change counts from the next iteration on
         order = None if self._is_random else self._order(epoch)
         for step in range(first, self.n_steps):
             if order is None:
@@ -163,8 +164,8 @@ class WindowBatches(Sampler):
                 windows = chooser.integers(self.dataset.n_whole, size=self.step_size)
             else:
                 windows = order[step * self.step_size : (step + 1) * self.step_size]
-            for start in range(0, len(windows), self.micro_batch):
-                yield windows[start : start + self.micro_batch].tolist()
+            for start in range(0, len(windows), size):
+                yield windows[start : start + size].tolist()
         if self.dataset.has_tail:
             yield [self.dataset.n_whole]
 
@@ -400,6 +401,19 @@ def measure_tokens(tokens: np.ndarray | TokenSlice, tokenizer: Tokenizer) -> Tok
     text = tokenizer.decode(ids[ids != tokenizer.end_of_text_id].tolist())
     n_bytes = len(text.encode("utf-8", "replace"))
     return TokenSize(max(1, len(text)) / len(ids), max(1, n_bytes) / len(ids))
+
+
+def in_parts(
+    batches: list[tuple[torch.Tensor, torch.Tensor]], size: int
+) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """The windows of a step's micro-batches in parts of at most size windows.
+
+    They are cut as WindowBatches with that micro_batch would. All are of one length, (B, T) each.
+    """
+    if all(len(ids) <= size for ids, _ in batches):
+        return batches
+    ids, targets = (torch.cat(tensors) for tensors in zip(*batches, strict=True))
+    return list(zip(ids.split(size), targets.split(size), strict=True))
 
 
 def as_batch(items):

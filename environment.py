@@ -28,26 +28,35 @@ from data import (
 )
 from engine.console import say
 from engine.errors import DataError, ResourceError, SettingsError
+from engine.memory import (
+    ADVICE,
+    as_bytes,
+    available_memory,
+    estimate_memory,
+    is_out_of_memory,
+)
 from engine.metrics import TokenSize
 from engine.optim import (
     Schedule,
-    build_adamw,
+    build_optimizer,
     default_eval_freq,
     default_learning_rate,
     default_warmup_steps,
     make_schedule,
 )
 from engine.precision import Precision, choose_precision
+from engine.processor import default_threads, prepare_processor, threads_are_set
 from engine.storage import make_folder, write_atomically
 from engine.tracking import check_trackers
 from generation import SamplingConfig
-from model import GPTConfig, GPTModel
+from model import GPTConfig, GPTModel, attention_kernel
 from run_folder import RunFolder, choose_run
 from run_plan import RunPlan, RunSettings, resolve_settings
 from text.sources import DataSpec, parse_data
 from text.token_cache import TokenizedText, tokenize
 from text.tokenizer import Tokenizer
 from training_utils import TrainingConfig
+from trial import Compiled, Trial, decide_compiling, precision_that_agrees, steps_in
 
 CACHE = Path(__file__).resolve().parent / "cache"
 # the mark by which backup programs know a cache (bford.info/cachedir)
@@ -67,6 +76,7 @@ class RuntimeEnv:
     tokenizer: Tokenizer
     model_config: GPTConfig
     precision: Precision
+    compiled: Compiled
     schedule: Schedule
     total_steps: int
     sampling: SamplingConfig
@@ -88,6 +98,7 @@ def prepare_environment(settings: str | Path | None = None) -> RuntimeEnv:
     setting, DataError for the text, ResourceError for the device, CheckpointError where a run
     that is named can't go on, RunFinished where it has nothing left to do.
     """
+    prepare_processor()
     plan = resolve_settings(*read_given_settings(settings))
     check_trackers(plan.run.TRACKING)
     run = _choose_run(plan)
@@ -113,8 +124,11 @@ def prepare_environment(settings: str | Path | None = None) -> RuntimeEnv:
         **plan.model | {"context_length": windows.max_length, "vocab_size": tokenizer.vocab_size}
     )
     torch.manual_seed(plan.run.SEED)
+    _require_memory_for(model_config, device)
     model = build_model(model_config, device)
+    model.activation_checkpointing = asked.activation_checkpointing
     _show_model(plan.model_name, model)
+    micro_batch = _fit_into_memory(model, asked, windows, precision, device, micro_batch, notices)
 
     train_loader, val_loader = make_loaders(
         TokenSlice(text.path, text.dtype, 0, text.n_tokens),
@@ -126,10 +140,15 @@ def prepare_environment(settings: str | Path | None = None) -> RuntimeEnv:
         accumulation=asked.gradient_accumulation_steps,
         micro_batch=micro_batch,
     )
+    precision = _check_arithmetic(model, train_loader, precision, notices)
+    rate = asked.learning_rate or default_learning_rate(model_config.emb_dim, asked.optimizer)
+    asked = dataclasses.replace(asked, learning_rate=rate)
+    optimizer = build_optimizer(asked.optimizer, model, rate, asked.weight_decay)
     steps_per_epoch = train_loader.batch_sampler.n_steps
-    total_steps = asked.max_steps or asked.num_epochs * steps_per_epoch
-    total_steps = min(total_steps, plan.most_steps or total_steps)
-    training = _complete_training(asked, windows, model_config.emb_dim, total_steps, notices)
+    trial = Trial(model, optimizer, train_loader, precision, device, threads)
+    compiled, asked = _try_out(plan, run.saved, asked, trial, steps_per_epoch, notices)
+    total_steps = _count_steps(plan, asked, steps_per_epoch)
+    training = _complete_training(asked, windows, total_steps, notices)
     _show_training(plan.mode, training, total_steps, notices)
     for line in describe_text(text.report, windows, model.count_parameters()):
         say(f"  {line}")
@@ -137,7 +156,6 @@ def prepare_environment(settings: str | Path | None = None) -> RuntimeEnv:
         f"  {windows.n_train:,} tokens to train on in {windows.n_windows:,} windows "
         f"({windows.n_unused} left over), {windows.n_val:,} to validate on"
     )
-    optimizer = build_adamw(model, training.learning_rate, training.weight_decay)
     batch = [part.to(device) for part in train_loader.dataset.__getitems__([0])]
     check_devices(model, optimizer, batch, device)
     say(f"✓ Device consistency verified (using {device})")
@@ -151,6 +169,7 @@ def prepare_environment(settings: str | Path | None = None) -> RuntimeEnv:
         tokenizer=tokenizer,
         model_config=model_config,
         precision=precision,
+        compiled=compiled,
         schedule=make_schedule(
             training.schedule, training.learning_rate, training.warmup_steps, total_steps
         ),
@@ -263,11 +282,91 @@ def build_model(config: GPTConfig, device: torch.device) -> GPTModel:
         ) from error
 
 
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an exception says that memory ran out, on whatever device."""
-    return isinstance(error, MemoryError | torch.OutOfMemoryError) or (
-        isinstance(error, RuntimeError) and "allocate" in str(error)
+def _require_memory_for(config: GPTConfig, device: torch.device) -> None:
+    """Raise ResourceError where not even the model's matrices can be trained on a device.
+
+    A system that promises more memory than it has would end the process instead of refusing.
+    """
+    n_matrices = 1 if config.tie_embeddings else 2
+    least = n_matrices * config.vocab_size * config.emb_dim
+    least += config.n_layers * 2 * config.emb_dim * (config.emb_dim + config.ff_dim)
+    needed = least * 4 * 3  # weights, gradients and one moment of each
+    room = available_memory(device)
+    if room is not None and needed > room:
+        raise ResourceError(
+            f"training this model takes more than {as_bytes(needed)} of memory, and {device} has "
+            f"{as_bytes(room)} free.\nSet a smaller n_layers or emb_dim, or another MODEL."
+        )
+
+
+def _fit_into_memory(
+    model: GPTModel,
+    asked: TrainingConfig,
+    windows: WindowPlan,
+    precision: Precision,
+    device: torch.device,
+    micro_batch: int,
+    notices: list[str],
+) -> int:
+    """How many windows at a time there is memory for, at most micro_batch; shows the estimate.
+
+    Raises ResourceError where there is none for a single one.
+    """
+    estimate = estimate_memory(
+        model,
+        n_tokens=windows.max_length,
+        n_windows=micro_batch,
+        precision=precision,
+        device=device,
+        optimizer=asked.optimizer,
+        keeps_best=device.type != "cuda",
     )
+    room = available_memory(device)
+    if room is not None:
+        room += estimate.weights  # they are there already
+    fitting = estimate.largest_fit(micro_batch, room)
+    parts, there = estimate.described(max(1, fitting)), "" if room is None else as_bytes(room)
+    if fitting == 0:
+        raise ResourceError(
+            f"a step with a single window of {windows.max_length:,} tokens at a time takes about "
+            f"{as_bytes(estimate.total(1))} of memory, and {device} has {there} free:\n"
+            f"{parts}.\n{ADVICE}"
+        )
+    needed = estimate.total(fitting)
+    of_room = f" of {there} free" if there else ""
+    say(f"Memory: about {as_bytes(needed)}{of_room}" + f" ({parts})" * (needed > 1e9))
+    if fitting < micro_batch:
+        notices.append(
+            f"memory: {fitting} windows at a time instead of {micro_batch}, which would take "
+            f"{as_bytes(estimate.total(micro_batch))}; the batch stays the same"
+        )
+    return fitting
+
+
+def _check_arithmetic(
+    model: GPTModel, loader: DataLoader, precision: Precision, notices: list[str]
+) -> Precision:
+    """The precision to train in, after a look at what the GPU does with the model.
+
+    Apple's GPUs have been wrong before, so their logits are held against the CPU's. On CUDA the
+    attention kernel is named, because a wrong library on the path makes it a slow one.
+    """
+    device = next(model.parameters()).device
+    if device.type == "mps":
+        ids, _ = loader.dataset.__getitems__([0])
+        agreed = precision_that_agrees(model, ids.to(device), precision)
+        if agreed != precision:
+            notices.append(f"precision is {agreed.name}: {agreed.reason}")
+        return agreed
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high")  # TF32 for products that stay in fp32
+        kernel, is_fast = attention_kernel(model.config, precision, device)
+        say(f"Attention: {kernel}")
+        if not is_fast and precision.name != "fp32":
+            notices.append(
+                f"the attention kernel is {kernel}, not cuDNN's or flash: training is slow"
+            )
+    return precision
 
 
 def usable_cache() -> Path:
@@ -357,10 +456,10 @@ def _share_the_machine(
     """How many threads to use and how many windows at a time; a run that goes on keeps its own.
 
     NIGHT_MODE leaves half of the cores, or half of the GPU's memory, to others: a step then goes
-    through its windows in smaller parts, with the same sum.
+    through its windows in smaller parts, with the same sum up to rounding.
     """
     night, micro_batch = plan.run.NIGHT_MODE, windows.batch_size
-    threads = usual_threads = torch.get_num_threads()
+    threads = usual_threads = default_threads()
     if night and device.type == "cpu":
         threads = max(1, threads // 2)
     if night and device.type in ("cuda", "mps"):
@@ -373,22 +472,59 @@ def _share_the_machine(
             f"night mode: half of the memory, {micro_batch} windows at a time instead of "
             f"{windows.batch_size}"
         )
-    # a number set from outside is somebody's wish
-    if saved is not None and saved["settings"]["NIGHT_MODE"] == night and not _threads_are_set():
-        threads = min(saved["threads"], os.cpu_count() or 1)
+    if saved is not None and saved["settings"]["NIGHT_MODE"] == night:
+        if not threads_are_set():  # a number set from outside is somebody's wish
+            threads = min(saved["threads"], os.cpu_count() or 1)
+        before = saved.get("micro_batch")  # earlier versions kept none
+        if isinstance(before, int) and before > 0:
+            micro_batch = min(before, windows.batch_size)
     if night and device.type == "cpu":
         notices.append(f"night mode: {threads} of {usual_threads} threads")
     return threads, micro_batch
 
 
-def _threads_are_set() -> bool:
-    return any(os.environ.get(name) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"))
+def _count_steps(plan: RunPlan, training: TrainingConfig, steps_per_epoch: int) -> int:
+    total_steps = training.max_steps or training.num_epochs * steps_per_epoch
+    return min(total_steps, plan.most_steps or total_steps)
+
+
+def _try_out(
+    plan: RunPlan,
+    saved: dict[str, Any] | None,
+    asked: TrainingConfig,
+    trial: Trial,
+    steps_per_epoch: int,
+    notices: list[str],
+) -> tuple[Compiled, TrainingConfig]:
+    """What only a tried step tells: whether to compile, and the steps of a time budget.
+
+    A run that goes on keeps both.
+    """
+    requested, why = plan.run.COMPILE, None
+    if requested == "auto" and saved is not None and isinstance(saved.get("compiled"), bool):
+        requested, why = saved["compiled"], "as when this run began"
+    has_budget = asked.time_budget_minutes is not None and asked.max_steps is None
+    if asked.time_budget_minutes is not None and plan.training.max_steps is not None:
+        notices.append("time_budget_minutes is not used: max_steps, where set, alone ends the run")
+    budget_s = 60 * asked.time_budget_minutes if has_budget else None
+    total_steps = None if has_budget else _count_steps(plan, asked, steps_per_epoch)
+    compiled = decide_compiling(requested, trial, total_steps, budget_s)
+    if why is not None and compiled.on == requested:
+        compiled = Compiled(compiled.on, why)
+    elif requested is True and not compiled.on:
+        notices.append(f"the model is not compiled: {compiled.reason}")
+    say(f"Compile: {'on' if compiled.on else 'off'} ({compiled.reason})")
+    if has_budget:
+        max_steps = steps_in(budget_s, trial, asked)
+        minutes = asked.time_budget_minutes
+        notices.append(f"{max_steps:,} steps are expected to take {minutes:g} minutes")
+        asked = dataclasses.replace(asked, max_steps=max_steps)
+    return compiled, asked
 
 
 def _complete_training(
     asked: TrainingConfig,
     windows: WindowPlan,
-    emb_dim: int,
     total_steps: int,
     notices: list[str],
 ) -> TrainingConfig:
@@ -408,7 +544,6 @@ def _complete_training(
         batch_size=windows.batch_size,
         max_length=windows.max_length,
         stride=windows.stride,
-        learning_rate=asked.learning_rate or default_learning_rate(emb_dim),
         warmup_steps=warmup_steps,
     )
 
@@ -479,6 +614,9 @@ def _describe_run(
         "device": str(env.device),
         "precision": {"name": env.precision.name, "reason": env.precision.reason},
         "threads": env.threads,
+        "compiled": env.compiled.on,
+        "why_compiled": env.compiled.reason,
+        "micro_batch": env.train_loader.batch_sampler.micro_batch,
         "tokenizer": env.tokenizer.fingerprint,
         "stood_in": env.text.stood_in,
         "steps_per_epoch": steps_per_epoch,

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from engine.compiling import not_compiled
 from engine.errors import SettingsError
 from engine.settings import check, raise_if_any, setting, shown
 from text.tokenizer import Tokenizer
@@ -109,11 +110,12 @@ def choose_next(
 
 @contextlib.contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Put the model into evaluation mode and leave it in the mode it had."""
+    """Put the model into evaluation mode, uncompiled, and leave it in the mode it had."""
     was_training = model.training
     model.eval()
     try:
-        yield
+        with not_compiled():
+            yield
     finally:
         model.train(was_training)
 

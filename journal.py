@@ -75,7 +75,7 @@ class Journal:
         self._tokens = 0
         self._in_a_row = 0  # skipped steps
         self._pending: list[tuple[torch.Tensor, torch.Tensor, int, float]] = []
-        self._complained: set[Path] = set()
+        self._said: set[str] = set()
         self._earlier_s = 0.0  # of a run that goes on
         self._first_step = 0  # of this process
         self._started_at = self._marked_at = time.perf_counter()
@@ -208,10 +208,29 @@ class Journal:
             say(f"Ep {epoch} (End Epoch): Train loss {train_loss:.3f}, Val loss {val_loss:.3f}")
         self._log([row])
         if self.folder is not None and step > 0:
-            png = _draw(history, self.folder, self.vocab_size)
-            for path in (self.folder / PICTURE, Path(PICTURE)) if png else ():
-                self._try_to_write(path, png)
+            self.draw()
         self._marked_at, self._marked_tokens = time.perf_counter(), self._tokens
+
+    def draw(self) -> bool:
+        """Draw the losses anew, into the run's folder and the working directory.
+
+        False where matplotlib is missing or neither place takes the picture, which is said once.
+        """
+        history = self.history
+        png = render_losses(
+            steps=history.steps,
+            train_losses=history.train_losses,
+            val_losses=history.val_losses,
+            best=history.best,
+            batch_losses=history.batch_losses,
+            vocab_size=self.vocab_size,
+            title=self.folder.name,
+        )
+        if png is None:
+            self._say_once("matplotlib is not installed: no picture (pip install matplotlib)")
+            return False
+        written = [self._try_to_write(path, png) for path in (self.folder / PICTURE, Path(PICTURE))]
+        return any(written)
 
     def leave_out(self, seconds: float) -> None:
         """Leave a time out of the tokens a second: something else was done in it."""
@@ -271,14 +290,19 @@ class Journal:
         for row in rows:
             self.trackers.log(row)
 
-    def _try_to_write(self, path: Path, content: bytes) -> None:
-        """Write something that no run may end for."""
+    def _try_to_write(self, path: Path, content: bytes) -> bool:
+        """Write something that no run may end for; False where the disk refuses."""
         try:
             write_atomically(path, content)
         except ResourceError as error:
-            if path not in self._complained:
-                self._complained.add(path)
-                say(f"Note: {str(error).splitlines()[0]} Training goes on")
+            self._say_once(f"{str(error).splitlines()[0]} Training goes on")
+            return False
+        return True
+
+    def _say_once(self, note: str) -> None:
+        if note not in self._said:
+            self._said.add(note)
+            say(f"Note: {note}")
 
 
 def _losses_in(rows: list[bytes], n_steps: int) -> list[float]:
@@ -296,27 +320,3 @@ def _losses_in(rows: list[bytes], n_steps: int) -> list[float]:
 def _as_quote(text: str) -> str:
     """Text as an indented Markdown block, in which no character has a meaning."""
     return "\n".join(f"    {line}" for line in text.splitlines())
-
-
-def save_picture(history: History, folder: Path, vocab_size: int) -> bool:
-    """Draw the losses into the run's folder and the working directory; False without matplotlib."""
-    png = _draw(history, folder, vocab_size)
-    if png is None:
-        return False
-    write_atomically(folder / PICTURE, png)
-    try:
-        write_atomically(PICTURE, png)
-    except ResourceError as error:  # the run has its own; this one is for convenience
-        say(f"Note: {str(error).splitlines()[0]} The picture is in {folder}")
-    return True
-
-
-def _draw(history: History, folder: Path, vocab_size: int) -> bytes | None:
-    return render_losses(
-        steps=history.steps,
-        train_losses=history.train_losses,
-        val_losses=history.val_losses,
-        batch_losses=history.batch_losses,
-        vocab_size=vocab_size,
-        title=folder.name,
-    )

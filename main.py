@@ -10,6 +10,10 @@ import traceback
 from collections.abc import Iterator
 from pathlib import Path
 
+# Threads that wait for each other in a busy loop for long make a step take twice the time beside
+# any other program. OpenMP reads this when torch is imported.
+os.environ.setdefault("GOMP_SPINCOUNT", "2000")
+
 import torch
 
 from engine.console import complain, say, use_utf8
@@ -22,12 +26,13 @@ from engine.errors import (
     SettingsError,
     Stopped,
 )
+from engine.memory import is_out_of_memory
 from engine.metrics import bits_per_byte, bits_per_character, perplexity
 from engine.stopping import StopSignals
 from engine.storage import write_json
-from environment import RuntimeEnv, is_out_of_memory, prepare_environment
+from environment import RuntimeEnv, prepare_environment
 from generation import generate, text_to_token_ids, token_ids_to_text
-from journal import PICTURE, Journal, save_picture
+from journal import PICTURE, Journal
 from train import mean_loss, train, using_threads
 
 LINE = "=" * 70
@@ -114,24 +119,12 @@ def run_pipeline(env: RuntimeEnv) -> None:
         journal = train(env)
         with StopSignals() as stop:
             show_samples(env, journal)
-            show_picture(env, journal)
+            if journal.draw():
+                say(f"✓ Saved training loss plot to {PICTURE}")
             stop.check()
             _headline("TRAINING COMPLETE")
             sum_up(env, journal, stop)
     say("✓ Training pipeline finished successfully!")
-
-
-def show_picture(env: RuntimeEnv, journal: Journal) -> None:
-    """Draw the losses once more; a run that is trained does not fail for a picture."""
-    try:
-        drawn = save_picture(journal.history, env.run.path, env.tokenizer.vocab_size)
-    except ResourceError as error:
-        say(f"Note: {str(error).splitlines()[0]} There is no picture")
-        return
-    if drawn:
-        say(f"✓ Saved training loss plot to {PICTURE}")
-    else:
-        say("Note: matplotlib is not installed: no picture (pip install matplotlib)")
 
 
 def show_samples(env: RuntimeEnv, journal: Journal) -> None:

@@ -25,12 +25,16 @@ from engine.storage import (
     write_atomically,
     write_json,
 )
+from training_utils import TrainingConfig
 
+USUAL = TrainingConfig().to_dict()
 SETTINGS, DATA, SUMMARY = "settings.json", "data.json", "summary.json"
 # the hyper-parameters that a run's numbers depend on
 FIXED = (
+    "time_budget_minutes",
     "batch_size",
     "gradient_accumulation_steps",
+    "optimizer",
     "learning_rate",
     "schedule",
     "warmup_steps",
@@ -53,8 +57,16 @@ CHANGEABLE = (
     "keep_checkpoints",
     "start_context",
     "num_workers",
+    "activation_checkpointing",
 )
-SETTINGS_CHANGEABLE = ("DEVICE", "LOG_EVERY", "TRACKING", "NIGHT_MODE", "sampling_params")
+SETTINGS_CHANGEABLE = (
+    "DEVICE",
+    "COMPILE",
+    "LOG_EVERY",
+    "TRACKING",
+    "NIGHT_MODE",
+    "sampling_params",
+)
 
 
 @dataclass
@@ -93,7 +105,7 @@ class RunFolder:
             self.notes += [
                 f"{name} was {shown(changed[name][0])} and is {shown(changed[name][1])}: from here "
                 "on the numbers are not bit for bit those of an undisturbed run"
-                for name in ("device", "threads", "torch")
+                for name in ("device", "threads", "micro_batch", "compiled", "torch")
                 if name in changed
             ]
         self.settings = identity | settings
@@ -129,6 +141,20 @@ class RunFolder:
                 yield
             finally:
                 self._lock = None
+
+    def note_micro_batch(self, n_windows: int) -> None:
+        """Keep in settings.json how many windows at a time there is memory for.
+
+        It is kept at once and not with the next checkpoint: the steps since the last one would
+        run out of memory again.
+        """
+        change = {
+            "at": time.strftime("%Y-%m-%d %H:%M:%S"),
+            "micro_batch": [self.settings["micro_batch"], n_windows],
+        }
+        changes = [*self.settings["changes"], change]
+        self.settings = self.settings | {"micro_batch": n_windows, "changes": changes}
+        write_json(self.path / SETTINGS, self.settings)
 
     def _write(self) -> None:
         # the settings come last: a folder that has them has everything
@@ -300,8 +326,9 @@ def differences(saved: dict[str, Any], asked: dict[str, Any]) -> list[str]:
         compare(name, before["model"].get(name), asked["model"].get(name), saved["model"].get(name))
     for name in FIXED:
         if name != "max_length":  # the model's context_length says the same
-            now = asked["training"][name]
-            compare(name, before["training"].get(name), now, saved["training"].get(name))
+            now, usual = asked["training"][name], USUAL[name]  # an earlier version had fewer
+            then = before["training"].get(name, usual)
+            compare(name, then, now, saved["training"].get(name, usual))
     total = _total_steps(saved, asked)
     if total < saved["total_steps"]:
         lines.append(
@@ -313,11 +340,12 @@ def differences(saved: dict[str, Any], asked: dict[str, Any]) -> list[str]:
 
 def _total_steps(saved: dict[str, Any], asked: dict[str, Any]) -> int:
     """The optimizer steps that a saved run has by the settings that are asked for now."""
-    if asked["length"] == saved["asked"]["length"]:
+    length = asked["length"]
+    by_time = length["num_epochs"] is None and length["max_steps"] is None
+    if by_time or length == saved["asked"]["length"]:
         return saved["total_steps"]
-    by_epochs = asked["length"]["num_epochs"] * saved["steps_per_epoch"]
-    total = asked["length"]["max_steps"] or by_epochs
-    return min(total, asked["length"]["at_most"] or total)
+    total = length["max_steps"] or length["num_epochs"] * saved["steps_per_epoch"]
+    return min(total, length["at_most"] or total)
 
 
 def _changes(saved: dict[str, Any], settings: dict[str, Any]) -> dict[str, list]:
@@ -333,6 +361,9 @@ def _changes(saved: dict[str, Any], settings: dict[str, Any]) -> dict[str, list]
         name: (saved.get(name), settings.get(name))
         for name in ("device", "threads", "torch", "total_steps")
     }
+    for name in ("micro_batch", "compiled"):
+        if name in saved:  # earlier versions kept none
+            pairs[name] = saved[name], settings.get(name)
     return {name: [was, now] for name, (was, now) in pairs.items() if was != now}
 
 

@@ -48,6 +48,7 @@ class RunSettings:
     sampling_params: dict = setting({})
     DEVICE: str | None = setting(None)
     PRECISION: str = setting("auto", choices=PRECISIONS)
+    COMPILE: str | bool = setting("auto")
     SEED: int = setting(123, minimum=0, maximum=2**32 - 1)
     LOG_EVERY: int = setting(0, minimum=0)
     OUTPUT_DIR: str = setting("runs")
@@ -69,6 +70,10 @@ class RunSettings:
             problems.append(str(error))
         if fault := find_tokenizer_fault(values["TOKENIZER"]):
             problems.append(f"TOKENIZER {fault}")
+        if values["COMPILE"] not in ("auto", True, False):
+            problems.append(
+                f'COMPILE is {shown(values["COMPILE"])}; it must be "auto", True or False'
+            )
         if values["RESUME"] is True:
             problems.append('RESUME is True; it must be "auto", False or the folder of a run')
         if values["RESUME"] not in ("auto", False) and values["RUN_NAME"] is not None:
@@ -146,8 +151,11 @@ class RunPlan:
             "tokenizer": self.run.TOKENIZER,
             "model": self.model,
             "training": training,
-            "length": {name: training[name] for name in ("num_epochs", "max_steps")}
-            | {"at_most": self.most_steps},
+            "length": {
+                "num_epochs": None if training["time_budget_minutes"] else training["num_epochs"],
+                "max_steps": training["max_steps"],
+                "at_most": self.most_steps,
+            },
         }
 
 
@@ -168,7 +176,10 @@ def resolve_settings(given: dict[str, Any], place: str, models_file: Path = MODE
     models, model_problems = read_models(models_file)
     problems += run_problems + custom_problems + sampling_problems + model_problems
     problems += find_problems(
-        GPTConfig, custom["model_overrides"], lambda name: f'model_overrides["{name}"]'
+        GPTConfig,
+        custom["model_overrides"],
+        lambda name: f'model_overrides["{name}"]',
+        joined=False,
     )
     if not run_problems + model_problems:  # else there is nothing to choose by, or from
         run = RunSettings(**known)

@@ -1,6 +1,7 @@
 """The training loop: steps, evaluations and samples, checkpoints and how to go on from them."""
 
 import contextlib
+import gc
 import itertools
 import math
 import time
@@ -12,7 +13,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
-from data import WindowBatches, evaluation_loader
+from data import WindowBatches, evaluation_loader, in_parts
 from engine.checkpoint import (
     BestWeights,
     CheckpointStore,
@@ -23,8 +24,9 @@ from engine.checkpoint import (
     set_random_state,
 )
 from engine.console import say, track
-from engine.errors import CheckpointError, DataError, NumericsError, Stopped
+from engine.errors import CheckpointError, DataError, NumericsError, ResourceError, Stopped
 from engine.loss import next_token_loss
+from engine.memory import ADVICE, OutOfStepMemory, halved, is_out_of_memory
 from engine.optim import Schedule, extend_schedule, learning_rate_at, set_learning_rate
 from engine.precision import Precision, choose_precision
 from engine.settings import raise_if_any, shown
@@ -36,6 +38,7 @@ from text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from environment import RuntimeEnv
+    from run_folder import RunFolder
 
 SAMPLE_TOKENS = 30
 Batch = tuple[torch.Tensor, torch.Tensor]  # ids and targets, (B, T) each
@@ -64,8 +67,7 @@ def training_loop(
     end, over the same batches each time. Checkpoints come before evaluations, so that a run that
     goes on owes at most one. Raises Stopped where a signal asks for it, at a step's end.
     """
-    train_view = evaluation_loader(train_loader, plan.eval_iter)
-    val_view = evaluation_loader(val_loader, plan.eval_iter)
+    trainer.loaders = (train_loader, val_loader)
     steps_per_epoch = count_steps(train_loader)
     journal = trainer.journal
 
@@ -75,7 +77,8 @@ def training_loop(
         if journal.has_evaluated() or not (epoch_ends or step % plan.eval_freq == 0):
             return
         journal.pause()
-        losses = [trainer.mean_loss(view) for view in (train_view, val_view)]
+        views = [evaluation_loader(loader, plan.eval_iter) for loader in trainer.loaders]
+        losses = [trainer.mean_loss(view) for view in views]
         epoch = epochs + (within > 0) if epoch_ends and step > 0 else None
         journal.evaluation(epoch, *losses)
         trainer.keep_best()
@@ -123,6 +126,7 @@ class Trainer:
     tokenizer: Tokenizer
     store: CheckpointStore | None = None  # None: nothing is saved
     clock: SaveClock | None = None
+    run: "RunFolder | None" = None  # None: nothing is noted for a later start
 
     def __post_init__(self) -> None:
         self.stop = StopSignals()
@@ -130,10 +134,31 @@ class Trainer:
         self.best: BestWeights | None = None
         self._plan: LoopPlan | None = None  # what a checkpoint says of the learning rates
         self._saved_step = 0
+        self.loaders: tuple[DataLoader, ...] = ()
+        self._micro_batch: int | None = None  # windows at a time, since memory ran out
 
     def step(self, batches: list[Batch], max_grad_norm: float) -> tuple[torch.Tensor, torch.Tensor]:
-        """One optimizer step on micro-batches; returns loss and gradient norm."""
-        on_device = [(to_device(x, self.device), to_device(y, self.device)) for x, y in batches]
+        """One optimizer step on micro-batches; returns loss and gradient norm.
+
+        Where memory runs out, the step is made again with half as many windows at a time, and so
+        are all that follow: the sum stays the same. Raises OutOfStepMemory where a single window
+        is too much.
+        """
+        while True:
+            parts = batches if self._micro_batch is None else in_parts(batches, self._micro_batch)
+            n_windows = max(len(ids) for ids, _ in parts)
+            try:
+                return self._try_step(parts, max_grad_norm)
+            except OutOfStepMemory:
+                if n_windows == 1:
+                    raise
+            # out here the error is gone, and with it what it held of the step
+            self._use_smaller(halved(n_windows), n_windows)
+
+    def _try_step(
+        self, parts: list[Batch], max_grad_norm: float
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        on_device = [(to_device(x, self.device), to_device(y, self.device)) for x, y in parts]
         return take_step(
             self.model,
             on_device,
@@ -143,6 +168,22 @@ class Trainer:
             scaler=self.scaler,
             stop=self.stop,
         )
+
+    def _use_smaller(self, n_windows: int, before: int) -> None:
+        """Go through fewer windows at a time from here on; evaluations do, too."""
+        gc.collect()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()  # what is cached may be in pieces too small
+        say(
+            f"Note: step {self.journal.steps + 1} ran out of memory: {n_windows} windows at a time "
+            f"instead of {before} from here on, the batch stays the same"
+        )
+        self._micro_batch = n_windows
+        for loader in self.loaders:
+            if isinstance(loader.batch_sampler, WindowBatches):
+                loader.batch_sampler.micro_batch = n_windows
+        if self.run is not None:
+            self.run.note_micro_batch(n_windows)
 
     def mean_loss(self, loader: DataLoader) -> float:
         """The mean loss over a loader, unless a signal asks to stop."""
@@ -237,25 +278,33 @@ def take_step(
     The loss is the mean over all targets, whatever the sizes of the micro-batches. Where it or
     the gradient is not finite, weights and moments stay as they were: with a fused optimizer the
     device decides that, and nobody waits for it. Raises Stopped, with everything as it was before
-    the step, where a signal has come and the rest of the step would take long.
+    the step, where a signal has come and the rest of the step would take long; and OutOfStepMemory,
+    just so, where a micro-batch does not fit.
     """
     scaler = scaler or precision.scaler()
     n_targets = sum(targets.numel() for _, targets in batches)
     device = batches[0][0].device
-    random_before = random_state(device) if len(batches) > 1 else {}
+    random_before = random_state(device)
     started_at = time.perf_counter()
     total = torch.zeros((), device=device)
-    for number, (ids, targets) in enumerate(batches):
-        if number > 0 and stop is not None:
-            try:
-                stop.check_within_step(started_at, number / len(batches))
-            except Stopped:
-                optimizer.zero_grad()
-                set_random_state(random_before, device)
-                raise
-        loss = batch_loss(model, ids, targets, precision) * (targets.numel() / n_targets)
-        scaler.scale(loss).backward()
-        total += loss.detach()
+    try:
+        with precision.autocast():  # it keeps each weight's cast for all micro-batches
+            for number, (ids, targets) in enumerate(batches):
+                if number > 0 and stop is not None:
+                    stop.check_within_step(started_at, number / len(batches))
+                loss = batch_loss(model, ids, targets, precision, n_targets)
+                with torch.autocast(device.type, enabled=False):
+                    scaler.scale(loss).backward()
+                total += loss.detach()
+    except (Stopped, MemoryError, RuntimeError) as error:
+        optimizer.zero_grad()
+        set_random_state(random_before, device)
+        if is_out_of_memory(error):
+            reason = next(iter(str(error).splitlines()), type(error).__name__)
+            raise OutOfStepMemory(reason) from error
+        raise
+    # Where memory runs out below this line, smaller micro-batches are no help, for activations
+    # are gone by now, and weights may have changed: the error ends the run, and nothing is saved.
     scaler.unscale_(optimizer)  # first: clipping must see true gradients
     parameters = [p for p in model.parameters() if p.grad is not None]
     if max_grad_norm > 0:
@@ -277,11 +326,15 @@ def take_step(
 
 
 def batch_loss(
-    model: nn.Module, ids: torch.Tensor, targets: torch.Tensor, precision: Precision
+    model: nn.Module,
+    ids: torch.Tensor,
+    targets: torch.Tensor,
+    precision: Precision,
+    n_targets: int | None = None,
 ) -> torch.Tensor:
-    """The mean loss of a batch, (B, T) each, as a 0-d fp32 tensor."""
+    """The mean loss of a batch, (B, T) each, as a 0-d fp32 tensor; n_targets as in the loss."""
     with precision.autocast():
-        return next_token_loss(model.hidden(ids), model.head.weight, targets)
+        return next_token_loss(model.hidden(ids), model.head.weight, targets, n_targets)
 
 
 def count_steps(loader: DataLoader) -> int:
@@ -360,7 +413,15 @@ def _train(env: "RuntimeEnv") -> Journal:
     )
     clock = SaveClock(config.save_every, config.save_minutes)
     trainer = Trainer(
-        env.model, env.optimizer, env.device, env.precision, journal, env.tokenizer, store, clock
+        env.model,
+        env.optimizer,
+        env.device,
+        env.precision,
+        journal,
+        env.tokenizer,
+        store,
+        clock,
+        run,
     )
     plan = LoopPlan(
         total_steps=env.total_steps,
@@ -415,6 +476,13 @@ def _train_and_save(
         newest = store.newest()
         kept = "No checkpoint was made yet." if newest is None else f"The last good one: {newest}"
         raise NumericsError(f"{error}\n{kept}") from None
+    except OutOfStepMemory as error:
+        newest = store.newest()
+        kept = "No checkpoint was made yet." if newest is None else f"The last checkpoint: {newest}"
+        raise ResourceError(
+            f"a step ran out of memory with a single window at a time: {str(error)[:100]}\n"
+            f"{ADVICE}\n{kept}"
+        ) from error
 
 
 @contextlib.contextmanager

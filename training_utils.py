@@ -4,7 +4,7 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any, Self
 
-from engine.optim import SCHEDULES
+from engine.optim import OPTIMIZERS, SCHEDULES
 from engine.settings import (
     MODEL_SETTINGS,
     check,
@@ -24,15 +24,18 @@ class TrainingConfig:
 
     None stands for a value that is worked out from the model or the text when the run is
     prepared: RuntimeEnv.train_config has no None left but those of max_steps, patience and
-    save_every, where it means never. Lengths are in tokens; eval_freq, save_every, warmup_steps
+    save_every, where it means never, and of time_budget_minutes, which becomes max_steps unless
+    that is set. Lengths are in tokens; eval_freq, save_every, warmup_steps
     and max_steps in optimizer steps; patience in evaluations. Raises SettingsError with every
     wrong value.
     """
 
     num_epochs: int = setting(3, minimum=1, maximum=1_000_000_000)
     max_steps: int | None = setting(None, minimum=1, maximum=1_000_000_000)
+    time_budget_minutes: float | None = setting(None, above=0, maximum=1_000_000)
     batch_size: int = setting(8, minimum=1, maximum=1_000_000)
     gradient_accumulation_steps: int = setting(1, minimum=1, maximum=1_000_000)
+    optimizer: str = setting("adamw", choices=OPTIMIZERS)
     learning_rate: float | None = setting(None, above=0, maximum=10)
     schedule: str = setting("cosine", choices=SCHEDULES)
     warmup_steps: int | None = setting(None, minimum=0)
@@ -50,6 +53,7 @@ class TrainingConfig:
     keep_checkpoints: int = setting(2, minimum=2, maximum=1000)
     start_context: str = setting("Every effort moves you")
     num_workers: int = setting(0, minimum=0, maximum=1024)
+    activation_checkpointing: bool = setting(False)
     model_overrides: dict = setting({})
 
     def __post_init__(self) -> None:

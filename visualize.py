@@ -15,14 +15,15 @@ def render_losses(
     steps: Sequence[int],
     train_losses: Sequence[float],
     val_losses: Sequence[float],
+    best: int,
     batch_losses: Sequence[float],
     vocab_size: int,
     title: str,
 ) -> bytes | None:
     """Draw the losses (nats a token) of a run; returns a PNG, None where matplotlib is missing.
 
-    Left: training and validation loss of each evaluation, at the optimizer steps `steps`. Right:
-    the loss of every batch, the first one that of step 1.
+    Left: training and validation loss of each evaluation, at the optimizer steps `steps`, with a
+    star at the one of index `best`. Right: the loss of every batch, the first one that of step 1.
     """
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -35,7 +36,7 @@ def render_losses(
     if title.isascii():  # matplotlib's own font lacks Chinese
         figure.suptitle(title, parse_math=False)  # a "$" in a folder's name is no formula
     left, right = figure.subplots(1, 2, sharey=True)
-    _draw_evaluations(left, steps, train_losses, val_losses)
+    _draw_evaluations(left, steps, train_losses, val_losses, best)
     _draw_batches(right, batch_losses)
     for axes in (left, right):
         axes.axhline(math.log(vocab_size), color="0.5", linestyle=":", zorder=1)
@@ -59,11 +60,9 @@ def render_losses(
     return png.getvalue()
 
 
-def _draw_evaluations(axes, steps, train_losses, val_losses) -> None:
+def _draw_evaluations(axes, steps, train_losses, val_losses, best) -> None:
     axes.plot(steps, train_losses, color="tab:blue", marker="o", markersize=4, label="training")
     axes.plot(steps, val_losses, color="tab:orange", marker="o", markersize=4, label="validation")
-    trained = [i for i in range(len(steps)) if steps[i] > 0] or [0]
-    best = min(trained, key=lambda i: val_losses[i])
     axes.plot(
         steps[best],
         val_losses[best],

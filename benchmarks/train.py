@@ -1,30 +1,41 @@
 """Training speed: tokens a second of three models, and their share of the matrix-multiply rate.
 
     python -m benchmarks.train [quick] [char-10m] [gpt2-124m]
+    python -m benchmarks.train --peers [--rounds N] [--only NAME ...]
+    python -m benchmarks.train --memory
 
-The rate is measured in the same run, in fp32 and bf16. Work is counted as 6N + 12LHDT floating
+The rate is measured in the same run, in fp32 and bf16, at the best of a few large shapes; and once
+more over the model's own matrix products, each run alone. Work is counted as 6N + 12LHDT floating
 point operations a token (Chowdhery et al. 2022, appendix B), N with the head and without
-positions.
+positions. The quick model is also trained with full logits, in turn with the usual loss. --peers
+and --memory set the 124M model beside transformers and litgpt; see benchmarks/peers.py.
 """
 
-import statistics
+import argparse
+import math
 import sys
-import time
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 
+from benchmarks import peers
 from benchmarks.report import machine, write_results
+from benchmarks.steps import (
+    bf16_peak,
+    median_seconds_in_turn,
+    multiply_rate,
+    own_products_rate,
+    prepare_full_logits_step,
+    prepare_step,
+)
+from engine.compiling import what_prevents_compiling
 from engine.console import say, use_utf8
-from engine.optim import build_adamw
 from engine.precision import Precision, choose_precision
 from environment import pick_device
-from model import GPTConfig, GPTModel
+from model import GPTConfig
 from run_plan import MODELS_FILE, read_models
-from train import take_step
 
-MULTIPLY_SHAPES = ((1024, 768, 3072), (1024, 3072, 768), (2048, 2048, 2048))  # rows, inner, columns
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
@@ -35,111 +46,120 @@ class Case:
     config: GPTConfig
     batch_size: int
     steps: int
+    beside_full_logits: bool = False
 
 
-def cases() -> list[Case]:
-    """The three models, smallest first."""
+def cases(device: torch.device) -> list[Case]:
+    """The three models, smallest first; a GPU trains the largest on 64 x 1024 tokens."""
     models, _ = read_models(MODELS_FILE)
     character_model = GPTConfig(
         vocab_size=65, context_length=256, emb_dim=384, n_heads=6, n_layers=6, tie_embeddings=True
     )
+    large, batch_size = models["gpt2-124m"], 64
+    if device.type != "cuda":
+        large, batch_size = large | {"context_length": 256}, 4
     return [
-        Case("quick", GPTConfig(vocab_size=50257, **models["small"]), batch_size=4, steps=20),
-        Case("char-10m", character_model, batch_size=16, steps=6),
         Case(
-            "gpt2-124m",
-            GPTConfig(vocab_size=50257, **models["gpt2-124m"] | {"context_length": 256}),
+            "quick",
+            GPTConfig(vocab_size=50257, **models["small"]),
             batch_size=4,
-            steps=4,
+            steps=20,
+            beside_full_logits=True,
         ),
+        Case("char-10m", character_model, batch_size=16, steps=6),
+        Case("gpt2-124m", GPTConfig(vocab_size=50257, **large), batch_size=batch_size, steps=4),
     ]
 
 
-def main(names: list[str]) -> None:
-    """Measure the named cases (all without a name), print a table and write the results."""
+def main(arguments: list[str]) -> None:
+    """Measure what the command line asks for."""
     use_utf8()
-    known = [case.name for case in cases()]
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.train")
+    parser.add_argument("cases", nargs="*", help="quick, char-10m, gpt2-124m; all without a name")
+    parser.add_argument("--peers", action="store_true", help="speed and memory beside the peers")
+    parser.add_argument("--memory", action="store_true", help="memory alone beside the peers")
+    parser.add_argument("--rounds", type=int, default=3, help="speed rounds of --peers")
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="contenders of --peers, and ours")
+    asked = parser.parse_args(arguments)
+    if asked.peers or asked.memory:
+        peers.main(asked.rounds if asked.peers else 0, asked.only)
+    else:
+        measure_cases(asked.cases)
+
+
+def measure_cases(names: list[str]) -> None:
+    """Measure the named cases (all without a name), print a table and write the results."""
+    device = pick_device(None)
+    known = [case.name for case in cases(device)]
     if unknown := [name for name in names if name not in known]:
         sys.exit(f"unknown: {', '.join(unknown)}; known are: {', '.join(known)}")
-    device = pick_device(None)
     rates = {name: multiply_rate(dtype, device) for name, dtype in DTYPES.items()}
     for name, rate in rates.items():
         say(f"matrix multiply, {name}: {rate / 1e9:,.0f} GFLOP/s")
     rows = []
-    for case in cases():
+    for case in cases(device):
         if names and case.name not in names:
             continue
         row = measure(case, device, choose_precision("auto", device))
         for name, rate in rates.items():
             row[f"share_of_{name}_rate"] = row["flop_per_second"] / rate
+        if device.type == "cuda" and (peak := bf16_peak(torch.cuda.get_device_name(device))):
+            row["share_of_bf16_peak"] = row["flop_per_second"] / peak
         rows.append(row)
-        say(
-            f"{case.name:10} {row['parameters']:>11,} parameters  "
-            f"{case.batch_size} x {case.config.context_length}  {row['precision']}  "
-            f"{row['tokens_per_second']:>8,.0f} tokens/s  "
-            f"{row['share_of_fp32_rate']:.0%} of fp32, {row['share_of_bf16_rate']:.0%} of bf16"
-        )
+        describe(row)
     results = {"machine": machine(device), "multiply_rates": rates, "rows": rows}
     say(f"written to {write_results('train', device, results)}")
 
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-
-
-def multiply_rate(dtype: torch.dtype, device: torch.device) -> float:
-    """The best rate of a large matrix product, in floating point operations a second."""
-    best = 0.0
-    for rows, inner, columns in MULTIPLY_SHAPES:
-        left = torch.randn(rows, inner, device=device, dtype=dtype)
-        right = torch.randn(inner, columns, device=device, dtype=dtype)
-        seconds = median_seconds(lambda a=left, b=right: a @ b, device, repeats=15)
-        best = max(best, 2 * rows * inner * columns / seconds)
-    return best
+def describe(row: dict) -> None:
+    """Print the figures of a case."""
+    batch_size, max_length = row["batch"]
+    say(
+        f"{row['name']:10} {row['parameters']:>11,} parameters  "
+        f"{batch_size} x {max_length}  {row['precision']}  {row['faster'].replace('_', ' ')}  "
+        f"{row['tokens_per_second']:>8,.0f} tokens/s  "
+        f"{row['share_of_fp32_rate']:.0%} of fp32, {row['share_of_bf16_rate']:.0%} of bf16, "
+        f"{row['share_of_own_products']:.0%} of its own products alone"
+    )
+    if "share_of_bf16_peak" in row:
+        say(f"{'':10} {row['share_of_bf16_peak']:.1%} of the device's dense bf16 peak")
+    if "times_full_logits" in row:
+        say(f"{'':10} {row['times_full_logits']:.2f} times as fast as with full logits")
 
 
 def measure(case: Case, device: torch.device, precision: Precision) -> dict:
     """Train a case on random tokens; returns its figures."""
-    torch.manual_seed(0)
-    model = GPTModel(case.config).to(device)
-    optimizer = build_adamw(model, learning_rate=1e-4, weight_decay=0.1)
+    model, step = prepare_step(case.config, device, precision)
+    obstacle = what_prevents_compiling(device)
     shape = (case.batch_size, case.config.context_length)
     ids, targets = torch.randint(case.config.vocab_size, (2, *shape), device=device)
-    seconds = median_seconds(
-        lambda: take_step(model, [(ids, targets)], optimizer, precision, 1.0), device, case.steps
-    )
+    steps = {"as_written": step}
+    if obstacle is None:
+        _, steps["compiled"] = prepare_step(case.config, device, precision, compiled=True)
+    if case.beside_full_logits:
+        _, steps["full_logits"] = prepare_full_logits_step(case.config, device, precision)
+    work = [lambda step=step: step(ids, targets) for step in steps.values()]
+    seconds = dict(zip(steps, median_seconds_in_turn(work, device, case.steps), strict=True))
     tokens = ids.numel()
-    return {
+    best = min(("as_written", "compiled"), key=lambda name: seconds.get(name, math.inf))
+    flop_per_second = tokens * model.flop_per_token() / seconds[best]
+    row = {
         "name": case.name,
         "parameters": model.count_parameters(),
         "batch": list(shape),
         "precision": precision.name,
-        "step_seconds": seconds,
-        "tokens_per_second": tokens / seconds,
-        "flop_per_second": tokens * flop_per_token(model) / seconds,
+        "faster": best,
+        "step_seconds": seconds[best],
+        "seconds": seconds,
+        "not_compiled_because": obstacle,
+        "tokens_per_second": tokens / seconds[best],
+        "flop_per_second": flop_per_second,
+        "share_of_own_products": flop_per_second / own_products_rate(case.config, tokens, device),
     }
-
-
-def flop_per_token(model: GPTModel) -> int:
-    """Floating point operations of a training step for each token: 6N + 12LHDT."""
-    config = model.config
-    in_products = model.count_parameters()
-    if config.positions == "learned":
-        in_products -= model.position_embedding.weight.numel()
-    if not config.tie_embeddings:
-        in_products -= model.token_embedding.weight.numel()  # looked up, not multiplied
-    return 6 * in_products + 12 * config.n_layers * config.emb_dim * config.context_length
-
-
-def median_seconds(work: Callable[[], object], device: torch.device, repeats: int) -> float:
-    """The median time of a piece of work, after two runs that don't count."""
-    times = []
-    for _ in range(repeats + 2):
-        started_at = time.perf_counter()
-        work()
-        if device.type != "cpu":
-            torch.accelerator.synchronize()
-        times.append(time.perf_counter() - started_at)
-    return statistics.median(times[2:])
+    if case.beside_full_logits:
+        # neither is compiled, so that the loss alone makes the difference
+        row["times_full_logits"] = seconds["full_logits"] / seconds["as_written"]
+    return row
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ import re
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -347,8 +348,9 @@ def load_optimizer(
         if parameter not in index or value.shape != (() if kind == "step" else parameter.shape):
             raise CheckpointError(f"{place} does not fit the model: {key} has no place in it.")
         state.setdefault(index[parameter], {})[kind] = value
-    kinds = {kind for kept in state.values() for kind in kept}
-    if state and any(state.get(i, {}).keys() != kinds for i in range(len(order))):
+    # Muon and AdamW have no kind in common: where two parameters share one, they share all
+    kinds = {frozenset(state.get(i, ())) for i in range(len(order))}
+    if state and (frozenset() in kinds or any(a & b for a, b in combinations(kinds, 2))):
         raise CheckpointError(f"{place} does not fit the model: it lacks state of a parameter.")
     groups = optimizer.state_dict()["param_groups"]
     optimizer.load_state_dict({"state": state, "param_groups": groups})

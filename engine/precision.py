@@ -61,6 +61,10 @@ def _bf16_hardware(device: torch.device) -> tuple[bool, str]:
     if device.type == "cpu":
         found = [name for name in ("amx_bf16", "avx512_bf16") if _cpu_capabilities().get(name)]
         return bool(found), f"this CPU has {found[0]}" if found else "this CPU has no bf16 units"
+    if device.type == "mps":
+        # before macOS 14 Metal has no bf16
+        has_bf16 = torch.backends.mps.is_macos_or_newer(14, 0)
+        return has_bf16, "this Mac has bf16" if has_bf16 else "bf16 needs macOS 14"
     return False, f"bf16 on {device.type} is not relied upon"
 
 

@@ -30,6 +30,11 @@ MODEL_SETTINGS = (
     "activation",
     "positions",
     "tie_embeddings",
+    "architecture",
+    "n_kv_heads",
+    "qk_norm",
+    "rope_theta",
+    "zero_init",
 )
 
 # other systems' spellings of our names
@@ -106,12 +111,16 @@ def check(instance: Any) -> None:
 
 
 def find_problems(
-    cls: type, values: Mapping[str, Any], label: Callable[[str], str] = str
+    cls: type,
+    values: Mapping[str, Any],
+    label: Callable[[str], str] = str,
+    *,
+    joined: bool = True,
 ) -> list[str]:
     """Every type, range and cross-field problem of values, as lines that begin with label(name).
 
     values may leave fields out. Rules that join fields are judged where the fields themselves
-    are right, with the defaults for what was left out.
+    are right, with the defaults for what was left out; not at all where joined is False.
     """
     hints = typing.get_type_hints(cls)
     fields = {f.name: f for f in dataclasses.fields(cls)}
@@ -123,7 +132,7 @@ def find_problems(
             problems.append(f"{label(name)} {fault}")
         else:
             sound[name] = value
-    if not problems and hasattr(cls, "conflicts"):
+    if joined and not problems and hasattr(cls, "conflicts"):
         problems += cls.conflicts(sound)
     return problems
 

@@ -36,3 +36,4 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+    torch.set_flush_denormal(False)  # a prepared run sets it, and hypothesis minds

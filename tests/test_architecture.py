@@ -22,11 +22,12 @@ FLOORS = {
     "run_plan": 3,
     "run_folder": 3,
     "train": 3,
-    "environment": 4,
-    "config_run": 4,  # read by environment alone
-    "main": 5,
-    "scripts": 5,
-    "benchmarks": 5,
+    "trial": 4,
+    "environment": 5,
+    "config_run": 5,  # read by environment alone
+    "main": 6,
+    "scripts": 6,
+    "benchmarks": 6,
 }
 PROGRAMS = ("main", "scripts", "benchmarks")
 
@@ -161,9 +162,11 @@ def test_only_the_loss_room_computes_cross_entropy():
         for name, tree in sources().items()
         for node in ast.walk(tree)
         if isinstance(node, ast.Attribute | ast.Name)
-        and getattr(node, "attr", getattr(node, "id", "")) in ("cross_entropy", "nll_loss")
+        and getattr(node, "attr", getattr(node, "id", ""))
+        in ("cross_entropy", "nll_loss", "softmax", "log_softmax", "logsumexp")
     ]
-    assert set(users) == {"engine.loss"}
+    # attention and sampling have probabilities too
+    assert set(users) == {"engine.loss", "generation", "model"}
 
 
 @pytest.mark.parametrize("banned", ["pickle", "eval", "exec"])
@@ -190,4 +193,8 @@ def test_importing_a_room_does_no_work():
                     name.split(".")[0] in PROGRAMS and ast.unparse(node.test).startswith("__name__")
                 )
             )
-            assert docstring or guard or isinstance(node, allowed), f"{name} line {node.lineno}"
+            # a program may say how torch's libraries are to behave, before it imports torch
+            environment = name in PROGRAMS and ast.unparse(node).startswith("os.environ.setdefault")
+            assert docstring or guard or environment or isinstance(node, allowed), (
+                f"{name} line {node.lineno}"
+            )

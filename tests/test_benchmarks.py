@@ -1,15 +1,51 @@
-"""The benchmarks count right, and run."""
+"""The benchmarks count right, hold the contenders to the same training, and run."""
 
+import dataclasses
 import json
+import math
+import subprocess
+import sys
 
+import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 
+import benchmarks.learn
+import benchmarks.peers
 import benchmarks.report
 import benchmarks.startup
+import benchmarks.steps
 import benchmarks.train
-from benchmarks.train import flop_per_token, multiply_rate
+from benchmarks.peer_job import Job, StepClock, report
+from benchmarks.peers import (
+    OURS,
+    Contender,
+    Race,
+    compare_speed,
+    disagreement,
+    make_row,
+    not_falling,
+    peers_python,
+    sample_tokens,
+    save_for_transformers,
+)
+from benchmarks.steps import (
+    bf16_peak,
+    fresh_model,
+    median_seconds_in_turn,
+    multiply_rate,
+    own_products_rate,
+    prepare_full_logits_step,
+    prepare_step,
+)
+from data import WindowDataset
+from engine.precision import choose_precision
 from model import GPTConfig, GPTModel
+from tests.conftest import REPOSITORY
+
+CPU = torch.device("cpu")
+TINY = GPTConfig(vocab_size=100, context_length=16, emb_dim=8, n_heads=2, n_layers=3)
 
 
 @pytest.fixture
@@ -19,28 +55,298 @@ def results(tmp_path, monkeypatch):
     return tmp_path
 
 
+# ------------------------------------------------------------------ counting
+
+
 @pytest.mark.parametrize("tied", [True, False])
 def test_work_is_counted_with_the_head_and_without_lookups(tied):
-    model = GPTModel(
-        GPTConfig(
-            vocab_size=100,
-            context_length=16,
-            emb_dim=8,
-            n_heads=2,
-            n_layers=3,
-            tie_embeddings=tied,
-        )
-    )
+    model = GPTModel(dataclasses.replace(TINY, tie_embeddings=tied))
     norms = 7 * 2 * 8
     block = 8 * 24 + (8 * 8 + 8) + (8 * 32 + 32) + (32 * 8 + 8)
     in_products = 100 * 8 + 3 * block + norms
-    assert flop_per_token(model) == 6 * in_products + 12 * 3 * 8 * 16
+    assert model.flop_per_token() == 6 * in_products + 12 * 3 * 8 * 16
 
 
 def test_the_multiply_rate_counts_two_operations_for_each_product(monkeypatch):
-    monkeypatch.setattr(benchmarks.train, "MULTIPLY_SHAPES", ((10, 20, 30),))
-    monkeypatch.setattr(benchmarks.train, "median_seconds", lambda *_, **__: 0.5)
-    assert multiply_rate(torch.float32, torch.device("cpu")) == 2 * 10 * 20 * 30 / 0.5
+    monkeypatch.setattr(benchmarks.steps, "MULTIPLY_SHAPES", ((10, 20, 30),))
+    monkeypatch.setattr(benchmarks.steps, "median_seconds", lambda *_, **__: 0.5)
+    assert multiply_rate(torch.float32, CPU) == 2 * 10 * 20 * 30 / 0.5
+
+
+def test_a_models_own_products_are_three_of_every_linear_and_of_the_head(monkeypatch):
+    monkeypatch.setattr(benchmarks.steps, "median_seconds", lambda *_, **__: 0.5)
+    weights = 100 * 8 + 3 * (8 * 24 + 8 * 8 + 8 * 32 + 32 * 8)
+    products = 3 * (1 + 3 * 4)
+    assert own_products_rate(TINY, 5, CPU) == pytest.approx(3 * 2 * 5 * weights / (0.5 * products))
+
+
+def test_pieces_of_work_take_turns_and_the_first_two_runs_do_not_count(monkeypatch):
+    order = []
+    clock = iter([0, 9, 9, 18, 20, 29, 29, 38, 40, 41, 41, 43, 50, 53, 53, 57])
+    monkeypatch.setattr(benchmarks.steps.time, "perf_counter", lambda: next(clock))
+    pieces = [lambda: order.append("a"), lambda: order.append("b")]
+    assert median_seconds_in_turn(pieces, CPU, repeats=2) == [2, 3]
+    assert order == ["a", "b"] * 4
+
+
+@pytest.mark.parametrize(
+    ("name", "peak"),
+    [
+        ("NVIDIA H100 80GB HBM3", 989e12),
+        ("NVIDIA H100 PCIe", 756e12),
+        ("NVIDIA H200", 989e12),
+        ("NVIDIA A100-SXM4-80GB", 312e12),
+        ("NVIDIA L4", 121e12),
+        ("NVIDIA L40S", None),
+        ("NVIDIA GeForce RTX 4090", 165e12),
+        ("NVIDIA T4", None),
+    ],
+)
+def test_the_peak_is_that_of_the_named_gpu_or_none(name, peak):
+    assert bf16_peak(name) == peak
+
+
+def test_the_step_with_full_logits_is_the_same_training():
+    precision = choose_precision("fp32", CPU)
+    ids, targets = torch.randint(100, (2, 4, 16), generator=torch.Generator().manual_seed(0))
+    ours, step = prepare_step(TINY, CPU, precision)
+    plain, full_logits_step = prepare_full_logits_step(TINY, CPU, precision)
+    for _ in range(3):
+        torch.testing.assert_close(step(ids, targets), full_logits_step(ids, targets))
+    start = fresh_model(TINY, CPU)
+    for ended, other, began in zip(
+        ours.parameters(), plain.parameters(), start.parameters(), strict=True
+    ):
+        torch.testing.assert_close(ended, other)
+        assert not torch.equal(ended, began)
+
+
+# ------------------------------------------------------------------ contenders
+
+
+def job_for(tmp_path, tokens, **changes) -> Job:
+    np.save(tmp_path / "tokens.npy", tokens.astype(np.uint16))
+    fields = {
+        "tokens": str(tmp_path / "tokens.npy"),
+        "weights": "",
+        "model": dataclasses.asdict(TINY),
+        "batch_size": 2,
+        "steps": 2,
+        "device": "cpu",
+        "learning_rate": 1e-4,
+        "precision": "fp32",
+        "keep_losses": True,
+        "report": str(tmp_path / "report.json"),
+    }
+    return Job(**fields | changes)
+
+
+@pytest.mark.parametrize("count", [16, 17, 48, 49])
+def test_the_contenders_windows_are_those_of_the_trainer(tmp_path, count):
+    tokens = np.arange(count)
+    theirs = list(job_for(tmp_path, tokens).windows())
+    ours = WindowDataset(tokens, TINY.context_length, TINY.context_length)
+    assert len(theirs) == len(ours) == (count - 1) // 16
+    for window, (ids, targets) in zip(theirs, ours, strict=True):
+        assert window[:-1].tolist() == ids.tolist()
+        assert window[1:].tolist() == targets.tolist()
+
+
+def test_a_report_counts_operations_and_leaves_out_no_time(tmp_path, monkeypatch):
+    times = iter([1.0, 3.0, 3.5])
+    monkeypatch.setattr(benchmarks.peer_job.time, "perf_counter", lambda: next(times))
+    clock = StepClock()
+    for _ in range(3):
+        clock.mark()
+    job = job_for(tmp_path, np.arange(40))
+    report(job, clock, losses=[], parameters=9, in_products=7, precision="fp32", versions={})
+    written = json.loads((tmp_path / "report.json").read_text(encoding="utf-8"))
+    assert written["step_s"] == [2.0, 0.5]
+    assert written["flop_per_token"] == 6 * 7 + 12 * 3 * 8 * 16
+    assert clock.first_step_at == written["first_step_at"]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere the peak is getrusage's")
+def test_the_peak_is_the_processes_own_and_stays_when_memory_is_given_back():
+    held = np.ones(50_000_000)  # what this process holds is not the other's
+    code = (
+        "import numpy; from benchmarks.peer_job import peak_bytes; before = peak_bytes();"
+        "numpy.ones(25_000_000); print(before, peak_bytes())"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, check=True
+    )
+    before, after = map(int, done.stdout.split())
+    assert before < held.nbytes // 2
+    assert 190e6 < after - before < 210e6
+
+
+def test_transformers_reads_our_weights_as_the_same_model(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    for tied in (True, False):
+        model = GPTModel(dataclasses.replace(TINY, tie_embeddings=tied))
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(0.2 * torch.randn_like(parameter))
+        save_for_transformers(model, tmp_path / str(tied))
+        theirs = transformers.GPT2LMHeadModel.from_pretrained(tmp_path / str(tied)).eval()
+        ids = torch.randint(100, (3, 16))
+        torch.testing.assert_close(theirs(ids).logits, model(ids), rtol=0, atol=1e-4)
+
+
+def test_the_tokens_are_the_repositorys_texts_over_and_over():
+    tokens = sample_tokens(60_000)
+    assert len(tokens) == 60_000
+    assert tokens.dtype == np.uint16
+    period = next(n for n in range(1000, 60_000) if (tokens[n : n + 50] == tokens[:50]).all())
+    assert (tokens[period:] == tokens[:-period]).all()
+    assert len(set(tokens.tolist())) > 1000
+
+
+# ------------------------------------------------------------------ which rows count
+
+LOSSES = [10.0 - 0.1 * step for step in range(50)]
+
+
+@pytest.mark.parametrize("step", [1, 10, 50])
+@pytest.mark.parametrize("error", [0.021, -0.021, math.nan])
+def test_losses_that_differ_at_a_compared_step_void_a_row(step, error):
+    theirs = list(LOSSES)
+    theirs[step - 1] += error
+    assert f"loss of step {step} is" in disagreement(LOSSES, theirs)
+
+
+def test_losses_that_agree_within_the_tolerance_void_nothing():
+    assert disagreement(LOSSES, [loss + 0.019 for loss in LOSSES]) is None
+
+
+def test_a_run_too_short_to_compare_is_void():
+    assert disagreement(LOSSES, LOSSES[:49]) == "no loss of step 50 to compare"
+    assert not_falling(LOSSES[:49]) == "no loss of step 50"
+
+
+def test_a_loss_that_does_not_fall_voids_a_row():
+    assert not_falling(LOSSES) is None
+    assert not_falling(LOSSES[::-1]) == "its loss goes from 5.100 to 10.000"
+    assert not_falling([*LOSSES[:-1], math.nan]) is not None
+
+
+def run_of(seconds: float, flop: int, losses=()) -> dict:
+    return {
+        "step_s": [99.0] * 3 + [seconds] * 2,
+        "flop_per_token": flop,
+        "losses": list(losses),
+        "precision": "bf16",
+        "parameters": 9,
+        "peak_bytes": 5,
+        "start_s": 1.0,
+        "versions": {},
+    }
+
+
+@pytest.mark.parametrize(("same_model", "ratio"), [(True, 2.0), (False, 1.0)])
+def test_a_ratio_is_taken_round_by_round_without_the_warm_up(same_model, ratio):
+    race = Race(TINY, batch_size=4)
+    peer = Contender("peer", "", starts_from_our_weights=same_model)
+    checks = {name: run_of(1.0, 100, LOSSES) for name in ("ours", "peer")}
+    reports = {
+        "ours": [run_of(s, 100) for s in (1.0, 2.0, 4.0)],
+        "peer": [run_of(s, 200) for s in (2.0, 4.0, 12.0)],  # twice the work a token
+    }
+    rates = {"bf16": 3200.0, "own_products": 6400.0}
+    row = make_row(peer, race, checks, reports, rates)
+    assert row["void"] is None
+    assert row["ratio"] == {"median": ratio, "min": ratio, "max": 1.5 * ratio}
+    assert row["tokens_per_second"] == {"median": 16.0, "min": 64 / 12, "max": 32.0}
+    assert row["flop_per_second"] == 3200.0
+    assert (row["share_of_bf16_rate"], row["share_of_own_products"]) == (1.0, 0.5)
+    assert row["losses"] == {"1": LOSSES[0], "10": LOSSES[9], "50": LOSSES[49]}
+    checks["peer"]["losses"] = LOSSES[::-1]
+    assert make_row(peer, race, checks, reports, rates)["void"] is not None
+
+
+def test_losses_in_fp32_are_held_against_ours_in_fp32():
+    race, peer = Race(TINY, batch_size=4), Contender("peer", "", "fp32")
+    checks = {name: run_of(1.0, 100, LOSSES) for name in ("ours-fp32", "peer")}
+    checks["ours"] = run_of(1.0, 100, LOSSES[::-1])
+    reports = {name: [run_of(1.0, 100)] for name in ("ours", "peer")}
+    rates = {"bf16": 1.0, "own_products": 1.0}
+    assert make_row(peer, race, checks, reports, rates)["void"] is None
+    checks["ours-fp32"] = checks["ours"]
+    assert make_row(peer, race, checks, reports, rates)["void"] is not None
+
+
+def test_a_peer_that_fails_is_a_void_row_with_its_last_line(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(benchmarks.peers, "peers_python", lambda: sys.executable)
+    missing = Contender("missing", "benchmarks.no_such_peer")
+    failed = benchmarks.peers.run(missing, Race(TINY, 2), 2, CPU, tmp_path, False)
+    assert "no_such_peer" in failed["failed"]
+    row = make_row(missing, Race(TINY, 2), {"missing": failed}, {"missing": []}, {})
+    assert row == {"name": "missing", "void": failed["failed"]}
+    benchmarks.peers.print_rows([row], {"bf16": 1.0, "own_products": 1.0})
+    assert f"void: {failed['failed']}" in capsys.readouterr().out
+
+
+def test_our_own_failure_is_raised_and_not_a_row(tmp_path, monkeypatch):
+    broken = dataclasses.replace(OURS, module="benchmarks.no_such_peer")
+    monkeypatch.setattr(benchmarks.peers, "OURS", broken)
+    with pytest.raises(RuntimeError, match="no_such_peer"):
+        benchmarks.peers.run(broken, Race(TINY, 2), 2, CPU, tmp_path, False)
+
+
+def test_the_peers_environment_is_made_once_for_its_requirements(tmp_path, monkeypatch):
+    made = []
+    requirements = tmp_path / "requirements.txt"
+    requirements.write_text("torch==1\n", encoding="utf-8")
+    (tmp_path / "peers-venv").mkdir()
+    without = tmp_path / "no-deps.txt"
+    without.write_text("litgpt==1\n", encoding="utf-8")
+    monkeypatch.setattr(benchmarks.peers, "REQUIREMENTS", requirements)
+    monkeypatch.setattr(benchmarks.peers, "WITHOUT_DEPENDENCIES", without)
+    monkeypatch.setattr(benchmarks.peers, "usable_cache", lambda: tmp_path)
+    monkeypatch.setattr(benchmarks.peers.subprocess, "run", lambda c, check: made.append(c))
+    python = peers_python()
+    assert made[0][1:3] == ["-m", "venv"]
+    install = [str(python), "-m", "pip", "install", "--quiet"]
+    assert made[1:] == [
+        [*install, "-r", str(requirements)],
+        [*install, "--no-deps", "-r", str(without)],
+    ]
+    assert peers_python() == python
+    assert len(made) == 3
+    for file in (requirements, without):
+        made.clear()
+        file.write_text("torch==2\n", encoding="utf-8")
+        peers_python()
+        assert len(made) == 3
+
+
+@pytest.mark.parametrize("arguments", [["no-case"], ["--peers", "--only", "no-peer"]])
+def test_an_unknown_name_ends_the_benchmark_with_the_known_ones(arguments):
+    with pytest.raises(SystemExit, match=r"unknown: no-.*known are: .*, "):
+        benchmarks.train.main(arguments)
+
+
+# ------------------------------------------------------------------ the real thing
+
+
+@pytest.mark.slow
+def test_our_contender_trains_on_the_given_tokens_from_the_shared_weights(tmp_path, capsys):
+    config = GPTConfig(vocab_size=50257, context_length=16, emb_dim=8, n_heads=2, n_layers=1)
+    race = Race(config, batch_size=2, rounds=2, steps=4)
+    (row,) = compare_speed(race, [], CPU, tmp_path)["rows"]
+    model = fresh_model(config, CPU)
+    windows = WindowDataset(np.load(tmp_path / "tokens.npy"), 16, 16)
+    ids, targets = windows.__getitems__([0, 1])
+    expected = F.cross_entropy(model(ids).flatten(0, 1), targets.flatten()).item()
+    assert row["losses"]["1"] == pytest.approx(expected, abs=1e-2)
+    assert row["void"] is None
+    assert row["parameters"] == model.count_parameters()
+    assert row["flop_per_token"] == model.flop_per_token()
+    assert 0 < row["tokens_per_second"]["min"] <= row["tokens_per_second"]["max"]
+    assert row["peak_bytes"] > 1e8
+    assert row["first_step_s"] > 0.1
+    assert "tokens/s" in capsys.readouterr().out
 
 
 @pytest.mark.slow
@@ -50,6 +356,8 @@ def test_the_training_benchmark_measures_the_quick_model(results, capsys):
     assert row["parameters"] == 6_540_800
     assert row["tokens_per_second"] > 0
     assert 0 < row["share_of_fp32_rate"] < 10
+    assert 0 < row["share_of_own_products"] < 10
+    assert row["times_full_logits"] == row["full_logits_step_seconds"] / row["step_seconds"]
     assert "tokens/s" in capsys.readouterr().out
 
 
@@ -59,3 +367,23 @@ def test_the_startup_benchmark_times_the_real_program(results, capsys):
     figures = json.loads((results / "startup-cpu.json").read_text(encoding="utf-8"))
     assert 0 < figures["import_torch_s"][0] < figures["first_step_s"][0]
     assert "beyond import torch" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_a_run_that_learns_is_the_trainers_own(shared_data, tmp_path):
+    params = {"max_length": 32, "batch_size": 4, "sampling": "random", "eval_iter": 2}
+    shape = {"n_layers": 1, "n_heads": 2, "emb_dim": 32}
+    side = benchmarks.learn.Side("tiny", "small", params | {"model_overrides": shape}, (1e-2,))
+    case = benchmarks.learn.Case("tiny", "ci.txt", "char", 4.0, 1.0, True, (side,))
+    outcome = benchmarks.learn.run(case, side, 1e-2, seed=1, share=1.0)
+    assert outcome.loss < outcome.losses[0]
+    assert outcome.train_seconds == outcome.seconds[-1] > 0
+    assert len(outcome.seconds) == len(outcome.tokens) == len(outcome.losses)
+    assert outcome.tokens[-1] == outcome.steps * 4 * 32
+    assert outcome.other_seconds > 0
+    row = {
+        "unit": "bits a character",
+        "sides": [{"name": "tiny", "rate": 1e-2, "runs": [vars(outcome)]}],
+    }
+    benchmarks.learn.draw(case, row, tmp_path / "curve.png")
+    assert (tmp_path / "curve.png").read_bytes().startswith(b"\x89PNG")

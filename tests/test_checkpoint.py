@@ -31,7 +31,7 @@ from engine.checkpoint import (
     weights_of,
 )
 from engine.errors import CheckpointError, NumericsError, ResourceError
-from engine.optim import build_adamw
+from engine.optim import build_adamw, build_muon
 from model import GPTConfig, GPTModel
 from tests.conftest import REPOSITORY
 
@@ -182,6 +182,27 @@ def test_a_loaded_optimizer_takes_the_same_next_steps(saved):
             torch.manual_seed(seed)
             take_step(*each)
     assert same(weights_of(loaded), weights_of(model))
+
+
+def test_muon_too_goes_on_from_a_checkpoint_with_the_same_steps(tmp_path, quick_disk):
+    models = [GPTModel(CONFIG) for _ in range(2)]
+    optimizers = [build_muon(model, 1e-2, 0.1) for model in models]
+    for _ in range(3):
+        take_step(models[0], optimizers[0])
+    store = CheckpointStore(tmp_path, "run-a", 2)
+    store.save(3, models[0], optimizers[0], {}, None)
+    path = tmp_path / "checkpoints" / "step-00000003" / "optimizer.safetensors"
+    saved = safetensors.torch.load_file(path)
+    assert saved["momentum_buffer.blocks.0.attention.qkv.weight"].shape == (12, 4)
+    assert saved["step.head.weight"].item() == 3
+    assert len(saved) == 4 + 3 * (len(weights_of(models[0])) - 4)
+    assert store.restore(models[1], optimizers[1]) is not None
+    assert same(optimizer_tensors(models[1], optimizers[1]), saved)
+    for seed in (5, 6):
+        for model, optimizer in zip(models, optimizers, strict=True):
+            torch.manual_seed(seed)
+            take_step(model, optimizer)
+    assert same(weights_of(models[1]), weights_of(models[0]))
 
 
 def test_loading_leaves_the_random_generator_alone(saved):
@@ -958,9 +979,21 @@ def test_moments_that_do_not_fit_are_refused_by_name():
         assert same(optimizer_tensors(model, optimizer), good)
 
 
-@pytest.mark.parametrize("left_out", ["step.head.weight", ".head.weight", "exp_avg_sq.final_norm"])
-def test_moments_of_some_parameters_only_are_refused(left_out):
-    model, optimizer = build()
+@pytest.mark.parametrize(
+    ("build_optimizer", "left_out"),
+    [
+        (build_adamw, "step.head.weight"),
+        (build_adamw, ".head.weight"),
+        (build_adamw, "exp_avg_sq.final_norm"),
+        (build_muon, "step.head.weight"),
+        (build_muon, ".head.weight"),
+        (build_muon, "momentum_buffer.blocks.0.mlp.0.weight"),
+        (build_muon, "momentum_buffer."),
+    ],
+)
+def test_moments_of_some_parameters_only_are_refused(build_optimizer, left_out):
+    model = GPTModel(CONFIG)
+    optimizer = build_optimizer(model, 1e-2, 0.1)
     take_step(model, optimizer)
     good = {name: value.clone() for name, value in optimizer_tensors(model, optimizer).items()}
     some = {name: value for name, value in good.items() if left_out not in name}

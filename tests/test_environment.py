@@ -1,6 +1,7 @@
 """Building a run: device, settings read at call time, everything on one device."""
 
 import itertools
+import json
 import os
 import tempfile
 from types import SimpleNamespace
@@ -9,6 +10,7 @@ import pytest
 import torch
 
 import environment
+import trial
 from engine import tracking
 from engine.errors import ResourceError, SettingsError
 from engine.optim import build_adamw
@@ -293,10 +295,11 @@ def test_a_step_takes_so_many_batches(settings_file, capsys):
 
 @pytest.fixture
 def threads(monkeypatch):
-    """Set how many threads torch uses, with nothing said from outside."""
+    """Set how many threads suit the machine, with nothing said from outside."""
     for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(os, "cpu_count", lambda: 8)
+    monkeypatch.setattr(environment, "default_threads", torch.get_num_threads)
     return torch.set_num_threads  # the fixture one_thread sets it back
 
 
@@ -329,6 +332,139 @@ def test_night_mode_on_a_gpu_takes_half_of_the_memory_and_of_the_batch(settings_
             torch.empty(int(total * 0.6), dtype=torch.uint8, device="cuda")
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
+
+
+# ------------------------------------------------------------------ compiling, a time budget
+
+
+@pytest.fixture
+def compiler(monkeypatch):
+    """A compiler that does nothing."""
+    monkeypatch.setattr(trial, "what_prevents_compiling", lambda device: None)
+    monkeypatch.setattr(trial, "compile_model", lambda *_: None)
+
+
+@pytest.fixture
+def step_seconds(monkeypatch):
+    """Set how long a tried step takes; a text in place of seconds is an error."""
+
+    def use(seconds):
+        monkeypatch.setattr(trial.Trial, "step_seconds", lambda self: seconds / 1)
+
+    use("a run for which nothing needs to be tried")
+    return use
+
+
+def test_quick_and_small_runs_stay_uncompiled_with_nothing_tried(
+    settings_file, step_seconds, compiler, capsys
+):
+    env = prepare_environment(settings_file)
+    assert (env.compiled.on, env.run.settings["compiled"]) == (False, False)
+    settings_file.write_text('DATA = "text.txt"\n', encoding="utf-8")
+    env = prepare_environment(settings_file)
+    assert env.run.settings["mode"] == "quick" and not env.compiled.on
+    said = "Compile: off (a run this short would not repay it)"
+    assert capsys.readouterr().out.count(said) == 2
+
+
+def test_compile_true_that_cannot_be_had_is_noticed_and_the_run_begins(
+    settings_file, monkeypatch, capsys
+):
+    monkeypatch.setattr(trial, "what_prevents_compiling", lambda device: "no compiler here")
+    change(settings_file, lines="COMPILE = True\n")
+    env = prepare_environment(settings_file)
+    assert not env.compiled.on and env.run.settings["why_compiled"] == "no compiler here"
+    assert "Note: the model is not compiled: no compiler here" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("compiled", [True, False])
+def test_a_run_that_goes_on_keeps_what_auto_came_to(settings_file, compiler, capsys, compiled):
+    change(settings_file, lines=f"COMPILE = {compiled}\n")
+    begin_run(settings_file)
+    capsys.readouterr()
+    change(settings_file, lines='COMPILE = "auto"\n')
+    env = prepare_environment(settings_file)
+    assert env.run.saved is not None and env.run.notes == []
+    assert env.compiled.on == env.run.settings["compiled"] == compiled
+    said = f"Compile: {'on' if compiled else 'off'} (as when this run began)"
+    assert said in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("compiled", [True, False])
+def test_a_run_that_goes_on_with_another_compile_says_that_the_numbers_change(
+    settings_file, compiler, compiled
+):
+    change(settings_file, lines=f"COMPILE = {compiled}\n")
+    begin_run(settings_file)
+    change(settings_file, lines=f"COMPILE = {not compiled}\n")
+    env = prepare_environment(settings_file)
+    assert env.run.saved is not None and env.compiled.on != compiled
+    [note] = env.run.notes
+    assert note.startswith(f"compiled was {compiled} and is {not compiled}: from here on the ")
+    [changed] = env.run.settings["changes"]
+    assert changed["compiled"] == changed["COMPILE"] == [compiled, not compiled]
+
+
+@pytest.mark.parametrize("kept", [{}, {"compiled": 17}, {"compiled": "auto"}], ids=str)
+def test_a_run_that_kept_no_decision_to_compile_decides_anew(settings_file, compiler, kept):
+    folder = begin_run(settings_file)
+    saved = json.loads((folder / "settings.json").read_text(encoding="utf-8"))
+    del saved["compiled"], saved["why_compiled"]  # as earlier versions left them
+    (folder / "settings.json").write_text(json.dumps(saved | kept), encoding="utf-8")
+    env = prepare_environment(settings_file)
+    assert env.run.saved is not None and not env.compiled.on
+    assert env.compiled.reason == "a run this short would not repay it"
+    assert bool(env.run.notes) == bool(kept)
+
+
+def test_a_time_budget_becomes_the_steps_of_the_run_and_of_its_schedule(
+    settings_file, step_seconds, capsys
+):
+    step_seconds(0.5)
+    change(settings_file, '"time_budget_minutes": 2,')
+    env = prepare_environment(settings_file)
+    # every four steps two batches are evaluated, at a third of a step's time each
+    expected = int(120 / (0.5 + 2 * 0.5 / 3 / 4))
+    assert env.total_steps == env.train_config.max_steps == expected > len(env.train_loader)
+    assert env.schedule.total_steps == env.run.settings["total_steps"] == expected
+    printed = capsys.readouterr().out
+    assert f"Note: {expected} steps are expected to take 2 minutes" in printed
+    assert f"custom training config ({expected} steps)" in printed
+
+
+def test_max_steps_wins_over_a_time_budget_and_that_is_said(settings_file, step_seconds, capsys):
+    change(settings_file, '"time_budget_minutes": 2, "max_steps": 9,')
+    assert prepare_environment(settings_file).total_steps == 9
+    said = "Note: time_budget_minutes is not used: max_steps, where set, alone ends the run"
+    assert said in capsys.readouterr().out
+
+
+def test_a_run_that_goes_on_keeps_the_steps_of_its_time_budget(settings_file, step_seconds, capsys):
+    change(settings_file, '"time_budget_minutes": 2,')
+    step_seconds(0.5)
+    begin_run(settings_file)
+    before = prepare_environment(settings_file)
+    step_seconds("nothing is to be tried again")
+    capsys.readouterr()
+    env = prepare_environment(settings_file)
+    assert env.run.saved is not None and env.run.notes == []
+    assert env.total_steps == before.total_steps
+    assert env.schedule == before.schedule
+    assert env.train_config == before.train_config
+    assert "are expected to take" not in capsys.readouterr().out
+
+
+def test_a_run_whose_steps_are_tried_is_the_run_that_it_would_be(settings_file, compiler):
+    plain = prepare_environment(settings_file)
+    state = torch.get_rng_state()
+    change(settings_file, lines="COMPILE = True\n")
+    tried = prepare_environment(settings_file)
+    assert torch.equal(torch.get_rng_state(), state)
+    for one, other in zip(plain.model.parameters(), tried.model.parameters(), strict=True):
+        assert torch.equal(one, other) and other.grad is None
+    assert tried.optimizer.state_dict() == plain.optimizer.state_dict()
+    for one, other in zip(plain.train_loader, tried.train_loader, strict=True):
+        assert torch.equal(one[0], other[0])
 
 
 # --------------------------------------------------------------------------- an unfinished run

@@ -22,10 +22,10 @@ N_DRAWS = 20_000
 INF = math.inf
 
 
-def tiny_model(context_length: int = 8) -> GPTModel:
+def tiny_model(context_length: int = 8, **changes) -> GPTModel:
     """A model with weights so large that its choices depend on all of its window."""
     torch.manual_seed(0)
-    shape = {"emb_dim": 16, "n_heads": 2, "n_layers": 2, "tie_embeddings": False}
+    shape = {"emb_dim": 16, "n_heads": 2, "n_layers": 2, "tie_embeddings": False} | changes
     model = GPTModel(GPTConfig(vocab_size=23, context_length=context_length, **shape))
     with torch.no_grad():
         for parameter in model.parameters():
@@ -40,9 +40,12 @@ def prompt(length: int, rows: int = 1) -> torch.Tensor:
 # ------------------------------------------------------------------ greedy, and the window
 
 
+@pytest.mark.parametrize(
+    "changes", [{}, {"architecture": "llama", "n_kv_heads": 1, "qk_norm": True}], ids=str
+)
 @torch.no_grad()
-def test_greedy_takes_the_argmax_of_a_full_forward_at_each_step():
-    model = tiny_model(context_length=32)
+def test_greedy_takes_the_argmax_of_a_full_forward_at_each_step(changes):
+    model = tiny_model(context_length=32, **changes)
     ids = prompt(3)
     found = generate(model, ids, max_new_tokens=29, temperature=0.0)
     for _ in range(29):

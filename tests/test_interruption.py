@@ -389,7 +389,7 @@ KILLED_IN = {  # what is called then, and by which call of it that is known
     "the final evaluation": ("train.Trainer.mean_loss", "lambda t, _: t.journal.steps == 60"),
     "the last epoch's sample": ("train.Trainer.sample", "lambda t, *_: t.journal.steps == 60"),
     "the samples": ("journal.Journal.note_sample", "lambda j, label, _: 'Top-k' in label"),
-    "the picture": ("main.save_picture", "lambda *_: True"),
+    "the picture": ("journal.Journal.draw", "lambda j: 'Top-p' in j.history.samples[-1][0]"),
     "the summary": ("main.write_json", "lambda *_: True"),
 }
 KILL = """

@@ -13,7 +13,7 @@ from matplotlib import image
 from engine.errors import NumericsError
 from engine.metrics import TokenSize
 from engine.tracking import Trackers
-from journal import FETCH_EVERY, MOST_SKIPPED, PICTURE, History, Journal, save_picture
+from journal import FETCH_EVERY, MOST_SKIPPED, PICTURE, History, Journal
 
 GOOD, NAN, INF = 1.0, math.nan, math.inf
 
@@ -26,8 +26,8 @@ def somewhere_else(tmp_path, monkeypatch):
 
 @pytest.fixture
 def no_pictures(monkeypatch):
-    """As without matplotlib: drawing takes longer than all the rest."""
-    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    """Drawing takes longer than all the rest."""
+    monkeypatch.setattr(Journal, "draw", lambda self: False)
 
 
 @pytest.fixture
@@ -362,6 +362,29 @@ def test_a_folder_that_is_gone_is_said_once_a_file(tmp_path, capsys):
     assert journal.history.batch_losses == [GOOD] * 3
 
 
+def test_that_matplotlib_is_missing_is_said_once(tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    journal = new_journal(tmp_path)
+    two_rounds(journal)
+    assert not journal.draw()
+    assert notes_in(capsys.readouterr().out) == [
+        "Note: matplotlib is not installed: no picture (pip install matplotlib)"
+    ]
+
+
+def test_the_star_of_the_picture_is_at_the_best_evaluation_of_a_trained_model(
+    tmp_path, monkeypatch
+):
+    drawn = []
+    monkeypatch.setattr("journal.render_losses", lambda **run: drawn.append(run))
+    journal = new_journal(tmp_path)
+    journal.history = History(
+        steps=[0, 4, 8], train_losses=[1.0] * 3, val_losses=[1.0, 3.0, 2.0], tokens_seen=[0, 1, 2]
+    )
+    journal.draw()
+    assert drawn[0]["best"] == 2
+
+
 def test_a_working_directory_that_refuses_the_picture_is_said_once(tmp_path, capsys):
     folder = tmp_path / "run"
     folder.mkdir()
@@ -370,8 +393,7 @@ def test_a_working_directory_that_refuses_the_picture_is_said_once(tmp_path, cap
     two_rounds(journal)
     assert len(notes_in(capsys.readouterr().out)) == 1
     assert (folder / PICTURE).is_file()
-    assert save_picture(journal.history, folder, 8)
-    assert f"The picture is in {folder}" in capsys.readouterr().out
+    assert journal.draw()
 
 
 # ------------------------------------------------------------------ leaving and coming back

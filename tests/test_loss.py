@@ -1,13 +1,18 @@
-"""The loss against fp64 arithmetic by hand, and its gradients against plain cross-entropy."""
+"""The loss against fp64 arithmetic by hand, and beside the one that computes full logits."""
 
-import contextlib
+import copy
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
+import engine.loss
 from engine.loss import next_token_loss
+from engine.precision import Precision
+from model import GPTConfig, GPTModel
+from train import take_step
 
 
 def example() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -62,26 +67,204 @@ def test_the_loss_of_a_bf16_model_is_fp32():
     assert loss.item() == pytest.approx(by_hand(F.linear(hidden, weight), targets), rel=1e-6)
 
 
-@pytest.mark.parametrize("autocast", [False, True], ids=["fp32", "bf16 autocast"])
-def test_gradients_equal_those_of_plain_cross_entropy(autocast):
-    def gradients(loss_of, dtype, context):
-        hidden, weight, targets = example()
-        hidden = hidden.to(dtype).requires_grad_()
-        weight = weight.to(dtype).requires_grad_()
-        with context:
-            loss = loss_of(hidden, weight, targets)
-        loss.backward()
-        return hidden.grad, weight.grad
+# ------------------------------------------------------------------ beside the plain loss
 
-    def plain(hidden, weight, targets):
-        return F.cross_entropy((hidden @ weight.T).flatten(0, 1), targets.flatten())
+# rows, width, vocabulary, spread of the head, rows at a time (None: as many as are its own choice)
+CASES = [
+    (1, 16, 29, 1.0, None),
+    (7, 16, 1, 1.0, None),
+    (15, 16, 29, 2.0, 15),
+    (15, 16, 29, 2.0, 1),
+    (15, 16, 29, 2.0, 4),
+    (15, 16, 29, 2.0, 1000),
+    (600, 64, 65, 0.02, None),
+    (600, 64, 65, 0.02, 100),
+    (1000, 96, 1000, 0.05, 300),
+    (512, 64, 257, 0.3, 129),
+    (300, 32, 9001, 0.02, None),
+]
+Figures = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # loss, both gradients
 
-    context = contextlib.nullcontext()
-    if autocast:
-        context = torch.autocast("cpu", dtype=torch.bfloat16)
-    found = gradients(next_token_loss, torch.float32, context)
-    expected = gradients(plain, torch.float64, contextlib.nullcontext())
-    tolerance = 0.02 if autocast else 1e-6
-    for ours, theirs in zip(found, expected, strict=True):
-        assert ours.dtype == torch.float32
-        torch.testing.assert_close(ours.double(), theirs, rtol=0, atol=tolerance)
+
+def random_case(rows: int, width: int, vocabulary: int, spread: float) -> tuple[torch.Tensor, ...]:
+    """Hidden states (1, rows, width), a head and targets."""
+    generator = torch.Generator().manual_seed(rows + vocabulary)
+    hidden = torch.randn(1, rows, width, generator=generator)
+    weight = spread * torch.randn(vocabulary, width, generator=generator)
+    return hidden, weight, torch.randint(vocabulary, (1, rows), generator=generator)
+
+
+def plain_loss(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """The loss with full logits and torch's own gradients."""
+    logits = F.linear(hidden, weight).flatten(0, -2)
+    wide = logits if logits.dtype == torch.float64 else logits.float()
+    return F.cross_entropy(wide, targets.flatten())
+
+
+def figures(loss_of, case, dtype=torch.float32, autocast=False) -> Figures:
+    """What a loss comes to on a case: its value and the gradients of hidden states and head."""
+    hidden, weight = (part.detach().clone().to(dtype).requires_grad_() for part in case[:2])
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+        loss = loss_of(hidden, weight, case[2])
+    loss.backward()
+    return loss.detach(), hidden.grad, weight.grad
+
+
+def errors(found: Figures, exact: Figures) -> list[float]:
+    """How far each figure is from the exact one, by norm, in fp64."""
+    return [(a.double() - b).norm().item() for a, b in zip(found, exact, strict=True)]
+
+
+@pytest.fixture
+def rows_at_a_time(monkeypatch):
+    """Set the size of the chunks; None leaves it."""
+
+    def use(rows: int | None) -> None:
+        if rows is not None:
+            monkeypatch.setattr(engine.loss, "chunk_rows", lambda hidden, vocab_size: rows)
+
+    return use
+
+
+@pytest.mark.parametrize("shape", CASES, ids=str)
+def test_in_fp32_loss_and_gradients_equal_the_plain_ones(shape, rows_at_a_time):
+    rows_at_a_time(shape[-1])
+    case = random_case(*shape[:-1])
+    exact = figures(plain_loss, case, torch.float64)
+    found = figures(next_token_loss, case)
+    assert [part.dtype for part in found] == [torch.float32] * 3
+    for error, value in zip(errors(found, exact), exact, strict=True):
+        assert error <= 1e-6 * value.norm().item()
+
+
+@pytest.mark.parametrize("shape", CASES, ids=str)
+def test_in_bf16_no_error_is_larger_than_that_of_the_plain_loss(shape, rows_at_a_time):
+    rows_at_a_time(shape[-1])
+    case = random_case(*shape[:-1])
+    exact = figures(plain_loss, case, torch.float64)
+    ours = errors(figures(next_token_loss, case, autocast=True), exact)
+    plain = errors(figures(plain_loss, case, autocast=True), exact)
+    for mine, theirs, value in zip(ours, plain, exact, strict=True):
+        assert mine <= 1.1 * theirs + 1e-6 * value.norm().item()
+
+
+@pytest.mark.parametrize("autocast", [False, True], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("scale", [1e4, 1e30])
+def test_where_probabilities_vanish_the_gradients_are_those_of_the_plain_loss(autocast, scale):
+    # the first target is the likeliest token by far, the second as unlikely as can be
+    hidden = torch.eye(2)[None]
+    weight = scale * torch.tensor([[1.0, 0.0], [0.0, 1.0], [-1.0, 0.5]])
+    case = hidden, weight, torch.tensor([[0, 0]])
+    loss, *gradients = figures(next_token_loss, case, autocast=autocast)
+    exact = figures(plain_loss, case, torch.float64)
+    assert loss.item() == pytest.approx(scale / 2, rel=0.01)
+    for found, expected in zip(gradients, exact[1:], strict=True):
+        assert found.isfinite().all()
+        torch.testing.assert_close(found.double(), expected, rtol=0.01, atol=1e-30)
+
+
+def test_logits_that_are_not_finite_give_a_loss_that_is_not():
+    case = random_case(9, 8, 11, 1.0)
+    case[0][0, 4, 0] = float("nan")
+    loss, hidden_grad, _ = figures(next_token_loss, case)
+    assert loss.isnan()
+    assert hidden_grad[0, 4].isnan().all() and hidden_grad[0, :4].isfinite().all()
+
+
+@pytest.mark.parametrize("frozen", ["hidden", "head"])
+def test_what_is_frozen_gets_no_gradient_and_the_other_its_own(frozen):
+    hidden, weight, targets = random_case(20, 8, 11, 1.0)
+    exact = figures(plain_loss, (hidden, weight, targets), torch.float64)
+    hidden.requires_grad_(frozen != "hidden")
+    weight.requires_grad_(frozen != "head")
+    next_token_loss(hidden, weight, targets).backward()
+    without, trained, expected = (hidden, weight, exact[2])
+    if frozen == "head":
+        without, trained, expected = (weight, hidden, exact[1])
+    assert without.grad is None
+    torch.testing.assert_close(trained.grad.double(), expected, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("factor", [65536.0, 3.0, 0.0])
+def test_a_factor_on_the_loss_reaches_the_gradients(factor):
+    hidden, weight, targets = random_case(20, 8, 11, 1.0)
+    once = figures(next_token_loss, (hidden, weight, targets))
+    scaled = figures(lambda *case: factor * next_token_loss(*case), (hidden, weight, targets))
+    for found, expected in zip(scaled[1:], once[1:], strict=True):
+        torch.testing.assert_close(found, factor * expected)
+
+
+@pytest.mark.parametrize("autocast", [False, True], ids=["fp32", "bf16"])
+def test_without_gradients_the_loss_is_the_same_and_nothing_is_kept(autocast, rows_at_a_time):
+    rows_at_a_time(7)
+    case = random_case(20, 8, 11, 1.0)
+    trained, *_ = figures(next_token_loss, case, autocast=autocast)
+    hidden, weight = case[0].requires_grad_(), case[1].requires_grad_()
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+        with torch.no_grad():
+            evaluated = next_token_loss(hidden, weight, case[2])
+        frozen = next_token_loss(hidden.detach(), weight.detach(), case[2])
+    assert torch.equal(evaluated, trained) and torch.equal(frozen, trained)
+    assert not evaluated.requires_grad and not frozen.requires_grad
+
+
+def test_parts_of_a_batch_that_name_its_targets_add_up_to_its_loss():
+    hidden, weight, targets = random_case(20, 8, 11, 1.0)
+    whole = next_token_loss(hidden, weight, targets)
+    parts = [
+        next_token_loss(hidden[:, part], weight, targets[:, part], n_targets=20)
+        for part in (slice(0, 13), slice(13, 20))
+    ]
+    torch.testing.assert_close(sum(parts), whole)
+
+
+class LargestTensor(TorchDispatchMode):
+    """Notes the size of the largest tensor that any operation gives."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        given = result if isinstance(result, list | tuple) else [result]
+        sizes = [part.numel() for part in given if isinstance(part, torch.Tensor)]
+        self.elements = max([self.elements, *sizes])
+        return result
+
+
+@pytest.mark.parametrize("gradients", [True, False])
+def test_full_logits_never_exist(gradients):
+    hidden, weight, targets = random_case(3000, 8, 4000, 1.0)
+    with torch.set_grad_enabled(gradients), LargestTensor() as plain:
+        plain_loss(hidden.requires_grad_(), weight, targets)
+    assert plain.elements == 3000 * 4000
+    with torch.set_grad_enabled(gradients), LargestTensor() as ours:
+        next_token_loss(hidden.requires_grad_(), weight, targets)
+    assert 500 * 4000 <= ours.elements <= 1100 * 4000
+
+
+# ------------------------------------------------------------------ in a training step
+
+
+@pytest.mark.parametrize("tie_embeddings", [True, False], ids=["tied", "untied"])
+@pytest.mark.parametrize("parts", [[5], [2, 2, 1], [1] * 5], ids=str)
+def test_a_step_has_the_gradients_of_plain_cross_entropy(tie_embeddings, parts, rows_at_a_time):
+    rows_at_a_time(3)
+    torch.manual_seed(0)
+    shape = {"context_length": 6, "emb_dim": 8, "n_heads": 2, "n_layers": 1}
+    model = GPTModel(GPTConfig(vocab_size=13, tie_embeddings=tie_embeddings, **shape))
+    exact = copy.deepcopy(model).double()
+    ids, targets = torch.randint(13, (2, 5, 6), generator=torch.Generator().manual_seed(1))
+    plain = F.cross_entropy(exact(ids).flatten(0, 1), targets.flatten())
+    plain.backward()
+
+    seen = {}
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    optimizer.register_step_pre_hook(
+        lambda *_: seen.update({n: p.grad.clone() for n, p in model.named_parameters()})
+    )
+    batches = list(zip(ids.split(parts), targets.split(parts), strict=True))
+    loss, _ = take_step(model, batches, optimizer, Precision("fp32", "as set", "cpu"), 0.0)
+    assert loss.item() == pytest.approx(plain.item(), rel=1e-6)
+    assert seen.keys() == dict(exact.named_parameters()).keys()
+    for name, parameter in exact.named_parameters():
+        torch.testing.assert_close(seen[name].double(), parameter.grad, rtol=1e-4, atol=1e-6)

@@ -522,6 +522,7 @@ def test_chinese_poems_train_and_are_continued_in_chinese(shared_data, workdir, 
     assert data["duplicate_documents"] == 6
 
 
+@pytest.mark.slow
 def test_a_validation_text_of_its_own_is_used(shared_data, workdir):
     folder = shared_data / "wikitext-2"
     data = {"path": str(folder / "valid.txt"), "val": str(folder / "test.txt")}
@@ -553,6 +554,7 @@ def test_a_disk_without_room_is_told_before_training_each_time(workdir, capsys, 
         assert "Before training" not in printed.out
 
 
+@pytest.mark.slow
 def test_a_run_that_patience_ended_goes_on_with_more_patience(workdir, capsys):
     impatient = TINY | {"max_steps": 40, "eval_freq": 1, "learning_rate": 5.0, "patience": 1}
     write_settings(workdir, "", RUN_NAME="one", custom_params=impatient)

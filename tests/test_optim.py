@@ -1,5 +1,6 @@
-"""Learning rates, AdamW's groups, and which precision is chosen."""
+"""Learning rates, AdamW and Muon, and which precision is chosen."""
 
+import copy
 import platform
 from dataclasses import replace
 
@@ -7,18 +8,26 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
+import engine.optim
 from engine.errors import SettingsError
 from engine.optim import (
     FLOOR,
+    OPTIMIZERS,
     SCHEDULES,
+    Muon,
     Schedule,
     build_adamw,
+    build_muon,
+    build_optimizer,
     default_learning_rate,
     default_warmup_steps,
     extend_schedule,
     learning_rate_at,
     make_schedule,
+    orthogonalize,
     set_learning_rate,
 )
 from engine.precision import choose_precision
@@ -184,6 +193,7 @@ def test_default_learning_rate_falls_with_the_width():
     assert default_learning_rate(768) == pytest.approx(6e-4)
     assert default_learning_rate(384) == pytest.approx(12e-4)
     assert default_learning_rate(1) == default_learning_rate(64) == pytest.approx(7.2e-3)
+    assert default_learning_rate(192, "muon") == pytest.approx(2.5 * default_learning_rate(192))
 
 
 @pytest.mark.parametrize(("total", "warmup"), [(1, 0), (9, 0), (10, 1), (1000, 100), (10**6, 100)])
@@ -200,20 +210,28 @@ def tiny_model(**settings) -> GPTModel:
     return GPTModel(GPTConfig(**config | settings))
 
 
-@pytest.mark.parametrize("positions", ["learned", "sinusoidal"])
-@pytest.mark.parametrize("qkv_bias", [False, True])
+LLAMA = {"architecture": "llama", "n_heads": 4, "n_kv_heads": 2, "ff_dim": 12, "qk_norm": True}
+
+
+@pytest.mark.parametrize(
+    "config",
+    [{}, {"qkv_bias": True, "positions": "sinusoidal"}, LLAMA],
+    ids=["gpt2", "gpt2 with biases and sines", "llama"],
+)
 @pytest.mark.parametrize("tied", [False, True])
-def test_every_parameter_is_in_exactly_one_group(tied, qkv_bias, positions):
-    model = tiny_model(tie_embeddings=tied, qkv_bias=qkv_bias, positions=positions)
-    groups = build_adamw(model, 1e-3, 0.1).param_groups
+@pytest.mark.parametrize("kind", OPTIMIZERS)
+def test_every_parameter_is_in_exactly_one_group(kind, tied, config):
+    model = tiny_model(tie_embeddings=tied, **config)
+    groups = build_optimizer(kind, model, 1e-3, 0.1).param_groups
     grouped = [id(p) for group in groups for p in group["params"]]
     assert sorted(grouped) == sorted(id(p) for p in model.parameters())
 
 
 @pytest.mark.parametrize("tied", [False, True])
-def test_only_the_weights_of_linear_layers_decay(tied):
+@pytest.mark.parametrize("kind", OPTIMIZERS)
+def test_only_the_weights_of_linear_layers_decay(kind, tied):
     model = tiny_model(tie_embeddings=tied, qkv_bias=True)
-    optimizer = build_adamw(model, learning_rate=0.5, weight_decay=0.1)
+    optimizer = build_optimizer(kind, model, learning_rate=0.5, weight_decay=0.1)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     for p in model.parameters():
         p.grad = torch.zeros_like(p)  # so that decay is all that moves a weight
@@ -225,10 +243,12 @@ def test_only_the_weights_of_linear_layers_decay(tied):
     assert ("head.weight" in before) != tied  # a tied head goes by the embedding's name
 
 
-def test_frozen_parameters_are_left_out():
+@pytest.mark.parametrize("kind", OPTIMIZERS)
+def test_frozen_parameters_are_left_out(kind):
     model = tiny_model()
     model.blocks[0].requires_grad_(False)
-    grouped = {id(p) for g in build_adamw(model, 1e-3, 0.1).param_groups for p in g["params"]}
+    groups = build_optimizer(kind, model, 1e-3, 0.1).param_groups
+    grouped = {id(p) for group in groups for p in group["params"]}
     assert grouped == {id(p) for p in model.parameters() if p.requires_grad}
 
 
@@ -249,10 +269,336 @@ def test_adamw_is_fused_on_the_cpu_and_equals_the_plain_one():
         torch.testing.assert_close(ours, theirs)
 
 
-def test_learning_rate_is_set_in_every_group():
-    optimizer = build_adamw(tiny_model(), 1e-3, 0.1)
+@pytest.mark.parametrize("kind", OPTIMIZERS)
+def test_learning_rate_is_set_in_every_group(kind):
+    optimizer = build_optimizer(kind, tiny_model(), 1e-3, 0.1)
+    assert {group["lr"] for group in optimizer.param_groups} == {1e-3}
     set_learning_rate(optimizer, 0.25)
-    assert [group["lr"] for group in optimizer.param_groups] == [0.25, 0.25]
+    assert {group["lr"] for group in optimizer.param_groups} == {0.25}
+
+
+# ---------------------------------------------------------------------------------------- Muon
+
+SHAPES = [(6, 6), (6, 6), (6, 6), (4, 9), (9, 4), (4, 9)]
+
+
+def random_matrices(*shapes: tuple[int, int]) -> list[nn.Parameter]:
+    torch.manual_seed(0)
+    return [nn.Parameter(torch.randn(shape)) for shape in shapes]
+
+
+def muon_of(matrices: list, dtype: torch.dtype = torch.float32, learning_rate=0.1) -> Muon:
+    """Muon over matrices, each a parameter or a parameter and the rows merged in it."""
+    pairs = [m if isinstance(m, tuple) else (m, m.shape[:1]) for m in matrices]
+    return Muon(pairs, [], learning_rate, weight_decay=0.2, dtype=dtype)
+
+
+def step_with_random_gradients(*optimizers: torch.optim.Optimizer, n_steps: int = 3) -> None:
+    """Let each optimizer take the same steps; the numbers of their parameters are in one order."""
+    for step in range(n_steps):
+        for optimizer in optimizers:
+            generator = torch.Generator().manual_seed(step)
+            for group in optimizer.param_groups:
+                for p in group["params"]:
+                    p.grad = torch.randn(p.shape, generator=generator)
+            optimizer.step()
+
+
+def everything(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
+    """A copy of all weights and all that the optimizer keeps of them."""
+    kept = {name: p.detach().clone() for name, p in model.named_parameters()}
+    for name, p in model.named_parameters():
+        kept |= {f"{kind} {name}": x.clone() for kind, x in optimizer.state.get(p, {}).items()}
+    return kept
+
+
+def assert_the_same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        assert torch.equal(found[name], value), name
+
+
+def set_gradients(model: nn.Module, seed: int) -> None:
+    torch.manual_seed(seed)
+    for p in model.parameters():
+        p.grad = torch.randn_like(p)
+
+
+def test_steps_in_fp32_equal_those_of_torchs_muon(monkeypatch):
+    # torch's iteration always runs in bf16; it is made to run in fp32 here
+    monkeypatch.setattr(torch.Tensor, "bfloat16", torch.Tensor.clone)
+    ours, theirs = random_matrices(*SHAPES), random_matrices(*SHAPES)
+    reference = torch.optim.Muon(theirs, lr=0.1, weight_decay=0.2, adjust_lr_fn="match_rms_adamw")
+    step_with_random_gradients(muon_of(ours), reference)
+    for our, their, start in zip(ours, theirs, random_matrices(*SHAPES), strict=True):
+        assert not torch.allclose(our, start, atol=0.1)
+        torch.testing.assert_close(our, their, rtol=1e-5, atol=1e-6)
+
+
+def test_steps_in_bf16_equal_those_of_torchs_muon_but_for_rounding():
+    shapes = [(32, 32), (32, 32), (16, 64), (64, 16)]
+    ours, theirs = random_matrices(*shapes), random_matrices(*shapes)
+    reference = torch.optim.Muon(theirs, lr=0.1, weight_decay=0.2, adjust_lr_fn="match_rms_adamw")
+    step_with_random_gradients(muon_of(ours, torch.bfloat16), reference)
+    for our, their, start in zip(ours, theirs, random_matrices(*shapes), strict=True):
+        assert (our - their).norm() < 0.02 * (their - start).norm()
+
+
+@pytest.mark.parametrize("rows", [(6, 6, 6), (6, 4, 4), (14, 14)], ids=str)
+def test_matrices_merged_in_a_weight_move_as_by_themselves(rows):
+    apart = random_matrices(*[(n, 6) for n in rows])
+    merged = nn.Parameter(torch.cat([p.detach() for p in apart]))
+    by_itself = nn.Parameter(merged.detach().clone())
+    optimizers = muon_of(apart), muon_of([(merged, rows)]), muon_of([by_itself])
+    for _ in range(3):
+        merged.grad = by_itself.grad = torch.randn(sum(rows), 6)
+        for p, grad in zip(apart, merged.grad.split(rows), strict=True):
+            p.grad = grad
+        for optimizer in optimizers:
+            optimizer.step()
+    torch.testing.assert_close(merged, torch.cat(apart), rtol=1e-6, atol=1e-6)
+    assert not torch.allclose(merged, by_itself, atol=0.01)
+
+
+@pytest.mark.parametrize(("most", "largest"), [(1, 1), (71, 1), (72, 2), (10**6, 3)])
+def test_matrices_move_the_same_however_many_are_taken_at_once(monkeypatch, most, largest):
+    together, parts = random_matrices(*SHAPES), random_matrices(*SHAPES)
+    step_with_random_gradients(muon_of(together))
+    counts = []
+    real = engine.optim.orthogonalize
+    monkeypatch.setattr(
+        engine.optim, "orthogonalize", lambda stack: counts.append(len(stack)) or real(stack)
+    )
+    monkeypatch.setattr(engine.optim, "MOST_AT_ONCE", most)
+    step_with_random_gradients(muon_of(parts))
+    assert max(counts) == largest
+    assert sum(counts) == 3 * len(SHAPES)  # steps times matrices
+    for one, other in zip(together, parts, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(3, 16, 16), (2, 8, 40), (2, 40, 8)], ids=str)
+def test_orthogonalized_matrices_keep_their_directions_and_get_values_near_one(shape, dtype):
+    torch.manual_seed(0)
+    scales = torch.tensor([1e-4, 1.0, 1e4])[: shape[0], None, None]  # which do not matter
+    matrices = torch.randn(shape) * scales
+    found = orthogonalize(matrices.to(dtype))
+    assert (found.dtype, found.shape) == (dtype, shape)
+    left, values, right = torch.linalg.svd(matrices, full_matrices=False)
+    share = values / matrices.norm(dim=(1, 2))[:, None]
+    turned = left.mT @ found.float() @ right.mT  # diagonal where the directions are kept
+    new_values = turned.diagonal(dim1=1, dim2=2)
+    slack = 1e-4 if dtype == torch.float32 else 0.03
+    assert ((new_values > 0.68 - slack) & (new_values < 1.21 + slack))[share > 0.002].all()
+    assert (share > 0.002).sum() >= share.numel() - 1
+    torch.testing.assert_close(turned, new_values.diag_embed(), rtol=0, atol=3 * slack)
+
+
+@pytest.mark.parametrize("shape", [(2, 5, 30), (2, 30, 5)], ids=str)
+def test_the_iteration_works_on_squares_of_the_shorter_side(monkeypatch, shape):
+    squares, real = set(), torch.bmm
+    monkeypatch.setattr(torch, "bmm", lambda a, b: squares.add(real(a, b).shape) or real(a, b))
+    orthogonalize(torch.randn(shape))
+    assert squares == {(2, 5, 5)}
+
+
+def test_each_matrix_of_a_stack_is_orthogonalized_as_by_itself():
+    torch.manual_seed(0)
+    stack = torch.randn(5, 6, 9)
+    stack[3] = 0.0
+    found = orthogonalize(stack)
+    alone = torch.cat([orthogonalize(matrix[None]) for matrix in stack])
+    torch.testing.assert_close(found, alone)
+    assert not found[3].any()
+
+
+@pytest.mark.parametrize("config", [{"qkv_bias": True}, LLAMA], ids=["gpt2", "llama"])
+@pytest.mark.parametrize("tied", [False, True])
+def test_muon_moves_the_matrices_of_the_blocks_and_nothing_else(tied, config):
+    model = tiny_model(tie_embeddings=tied, **config)
+    muon_group, *others = build_muon(model, 1e-3, 0.1).param_groups
+    found = {id(p) for p in muon_group["params"]}
+    named = {
+        name: id(p)
+        for name, p in model.named_parameters()
+        if name.startswith("blocks.") and p.dim() == 2
+    }
+    assert len(named) == 8  # four products in each block
+    assert found == set(named.values())
+    assert all("rows" not in group for group in others)
+    rows = dict(zip(map(id, muon_group["params"]), muon_group["rows"], strict=True))
+    merged = {
+        name.removeprefix("blocks.1."): rows[p] for name, p in named.items() if "blocks.1" in name
+    }
+    out_proj = {"attention.out_proj.weight": (8,)}
+    assert merged == out_proj | (
+        {"attention.qkv.weight": (8, 4, 4), "mlp.gate_up.weight": (12, 12), "mlp.down.weight": (8,)}
+        if config is LLAMA
+        else {"attention.qkv.weight": (8, 8, 8), "mlp.0.weight": (32,), "mlp.2.weight": (8,)}
+    )
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_parameters_that_are_no_hidden_matrices_move_by_adamw(fused):
+    by_adamw, by_muon = tiny_model(tie_embeddings=False), tiny_model(tie_embeddings=False)
+    adamw, muon = build_adamw(by_adamw, 1e-2, 0.1), build_muon(by_muon, 1e-2, 0.1)
+    for group in muon.param_groups[1:]:
+        group["fused"] = fused
+    for seed in range(3):
+        for model, optimizer in ((by_adamw, adamw), (by_muon, muon)):
+            set_gradients(model, seed)
+            optimizer.step()
+    matrices = {id(weight) for weight, _ in by_muon.hidden_matrices()}
+    start = tiny_model(tie_embeddings=False)
+    for name, p in by_muon.named_parameters():
+        theirs = by_adamw.get_parameter(name)
+        assert not torch.equal(p, start.get_parameter(name)), name
+        assert torch.allclose(p, theirs, rtol=1e-5, atol=1e-7) == (id(p) not in matrices), name
+
+
+def test_muon_moves_a_matrix_about_as_far_as_adamw_does():
+    model = tiny_model(emb_dim=64)
+    before = copy.deepcopy(model)
+    optimizer = build_muon(model, learning_rate=1e-2, weight_decay=0.0)
+    set_gradients(model, 0)
+    optimizer.step()
+    for name, p in model.blocks.named_parameters():
+        if p.dim() == 2:
+            rms = (p - before.blocks.get_parameter(name)).square().mean().sqrt().item()
+            assert rms == pytest.approx(0.2 * 1e-2, rel=0.15), name
+
+
+@pytest.mark.parametrize("bad_at", [0, 2])
+@pytest.mark.parametrize("number", [float("nan"), float("inf")])
+def test_a_bad_step_of_muon_changes_nothing_and_is_as_if_it_had_not_been(number, bad_at):
+    model, twin = tiny_model(), tiny_model()
+    optimizer, its_optimizer = build_muon(model, 1e-2, 0.1), build_muon(twin, 1e-2, 0.1)
+    for seed in range(4):
+        if seed == bad_at:
+            before = everything(model, optimizer)
+            set_gradients(model, seed)
+            for p in model.parameters():
+                p.grad.view(-1)[0] = number
+            optimizer.found_inf = torch.tensor(1.0)
+            optimizer.step()
+            found = everything(model, optimizer)
+            kept = {name: value for name, value in found.items() if name in before}
+            assert_the_same(kept, before)
+            assert all(not found[name].any() for name in found.keys() - before.keys())
+        set_gradients(model, seed)
+        optimizer.found_inf = torch.tensor(0.0)
+        optimizer.step()
+        set_gradients(twin, seed)
+        its_optimizer.step()
+    assert_the_same(everything(model, optimizer), everything(twin, its_optimizer))
+
+
+def test_nobody_waits_for_the_numbers_of_a_muon_step():
+    class Waits(TorchDispatchMode):
+        """Counts the operations that read a number from the device."""
+
+        count = 0
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            self.count += function is torch.ops.aten._local_scalar_dense.default
+            return function(*args, **(kwargs or {}))
+
+    model = tiny_model()
+    optimizer = build_muon(model, 1e-2, 0.1)
+    assert optimizer._step_supports_amp_scaling  # else train.take_step reads one before each step
+    optimizer.found_inf = torch.tensor(0.0)
+    for seed in range(2):
+        set_gradients(model, seed)
+        with Waits() as mode:
+            optimizer.step()
+        assert mode.count == 0
+    with Waits() as mode:
+        optimizer.found_inf.item()
+    assert mode.count == 1  # so the count can count
+
+
+@pytest.mark.parametrize("unscaled_before", [True, False])
+def test_muon_obeys_a_gradient_scaler(unscaled_before):
+    model, twin = tiny_model(), tiny_model()
+    optimizer, its_optimizer = build_muon(model, 1e-2, 0.1), build_muon(twin, 1e-2, 0.1)
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    ids = torch.arange(8).view(1, 8)
+    twin(ids).square().mean().backward()
+    its_optimizer.step()
+    good = everything(twin, its_optimizer)
+    for factor in (1.0, float("inf")):
+        optimizer.zero_grad()
+        scaler.scale(model(ids).square().mean() * factor).backward()
+        if unscaled_before:
+            scaler.unscale_(optimizer)
+        scaler.step(optimizer)
+        scaler.update()
+        assert_the_same(everything(model, optimizer), good)
+    assert scaler.get_scale() == 2.0
+
+
+def test_a_parameter_without_a_gradient_stays_where_it_is():
+    model = tiny_model()
+    optimizer = build_muon(model, 1e-2, 0.1)
+    set_gradients(model, 0)
+    left_out = {"blocks.0.attention.qkv.weight", "final_norm.weight"}
+    for name in left_out:
+        model.get_parameter(name).grad = None
+    optimizer.step()
+    start = tiny_model()
+    stayed = {n for n, p in model.named_parameters() if torch.equal(p, start.get_parameter(n))}
+    assert stayed == left_out
+    assert not any(model.get_parameter(name) in optimizer.state for name in left_out)
+
+
+def test_muon_with_its_state_loaded_takes_the_same_next_steps():
+    model = tiny_model()
+    optimizer = build_muon(model, 1e-2, 0.1)
+    step_with_random_gradients(optimizer)
+    other = copy.deepcopy(model)
+    loaded, fresh = build_muon(other, 1e-2, 0.1), build_muon(copy.deepcopy(model), 1e-2, 0.1)
+    loaded.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    step_with_random_gradients(optimizer, loaded, fresh, n_steps=2)
+    assert_the_same(everything(other, loaded), everything(model, optimizer))
+    moved = [p for group in fresh.param_groups for p in group["params"]]
+    expected = [p for group in optimizer.param_groups for p in group["params"]]
+    assert not any(map(torch.equal, moved, expected))  # so the state matters
+
+
+def test_muon_calls_a_closure_with_gradients_and_returns_its_loss():
+    model = tiny_model()
+    optimizer = build_muon(model, 1e-2, 0.1)
+    assert optimizer.step() is None
+
+    def closure():
+        loss = model(torch.arange(8).view(1, 8)).square().mean()
+        loss.backward()
+        return loss
+
+    before = model.head.weight.detach().clone()
+    assert optimizer.step(closure).item() > 0
+    assert not torch.equal(model.head.weight, before)
+
+
+@pytest.mark.parametrize("config", [{}, LLAMA | {"ff_dim": None}], ids=["gpt2", "llama"])
+def test_muon_learns_to_repeat_what_it_read_in_fewer_steps_than_adamw(config):
+    losses = {}
+    for kind in OPTIMIZERS:
+        model = tiny_model(**config | {"context_length": 16, "emb_dim": 32})
+        optimizer = build_optimizer(kind, model, 2e-2, 0.1)
+        losses[kind] = []
+        for _ in range(60):
+            ids = torch.randint(20, (16, 8)).repeat(1, 2)  # (B, 16), its halves the same
+            logits = model(ids[:, :-1])[:, 8:]
+            loss = nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 9:].flatten())
+            losses[kind].append(loss.item())
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+    assert losses["muon"][0] == losses["adamw"][0]
+    last = {kind: sum(values[-5:]) / 5 for kind, values in losses.items()}
+    assert last["muon"] < 1.5 < last["adamw"] < losses["adamw"][0]
 
 
 # ----------------------------------------------------------------------------------- precision
@@ -283,6 +629,24 @@ def test_auto_takes_bf16_where_the_processor_has_it(cpu_has, unit):
     assert unit in precision.reason
     assert product_dtype(precision) == torch.bfloat16
     assert product_dtype(choose_precision("fp32", CPU)) == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("unit", "dtype"), [("amx_bf16", torch.bfloat16), ("no unit", torch.float32)]
+)
+def test_muon_iterates_in_bf16_where_the_processor_has_it(cpu_has, monkeypatch, unit, dtype):
+    cpu_has(unit)
+    used = set()
+    real = engine.optim.orthogonalize
+    monkeypatch.setattr(
+        engine.optim, "orthogonalize", lambda stack: used.add(stack.dtype) or real(stack)
+    )
+    model = tiny_model()
+    optimizer = build_muon(model, 1e-2, 0.1)
+    set_gradients(model, 0)
+    optimizer.step()
+    assert used == {dtype}
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
 
 
 def test_auto_takes_fp32_where_the_processor_has_no_bf16(cpu_has):
@@ -322,8 +686,14 @@ def test_auto_takes_bf16_on_gpus_from_ampere_on(monkeypatch, capability, name):
     assert choose_precision("auto", torch.device("cuda")).name == name
 
 
-def test_auto_takes_fp32_on_mps():
-    assert choose_precision("auto", torch.device("mps")).name == "fp32"
+@pytest.mark.parametrize(("is_newer", "name"), [(True, "bf16"), (False, "fp32")])
+def test_auto_takes_bf16_on_mps_from_macos_14_on(is_newer, name, monkeypatch):
+    def is_macos_or_newer(major, minor):
+        assert (major, minor) == (14, 0)
+        return is_newer
+
+    monkeypatch.setattr(torch.backends.mps, "is_macos_or_newer", is_macos_or_newer)
+    assert choose_precision("auto", torch.device("mps")).name == name
 
 
 @pytest.mark.parametrize("device", ["cpu", "mps"])

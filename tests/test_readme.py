@@ -12,8 +12,9 @@ import sys
 import pytest
 
 from engine.settings import MODEL_SETTINGS
+from environment import read_given_settings
 from generation import SamplingConfig
-from run_plan import RunSettings
+from run_plan import RunSettings, resolve_settings
 from tests.conftest import REPOSITORY
 from tests.test_main import OFFLINE
 from training_utils import TrainingConfig
@@ -22,6 +23,8 @@ READMES = ["README.md", "README.zh-CN.md"]
 LONG = {
     "python -m pytest",
     "python -m benchmarks.train",
+    "python -m benchmarks.train --peers",
+    "python -m benchmarks.learn",
     "python -m benchmarks.startup",
     "python -m benchmarks.data",
     "python -m benchmarks.saving",
@@ -125,7 +128,8 @@ def test_the_speeds_are_those_that_the_benchmarks_wrote(readme):
     startup = json.loads((results / "startup-cpu.json").read_text(encoding="utf-8"))
     text = read(readme)
     for row in figures["rows"]:
-        shown = f"| {row['tokens_per_second']:,.0f} | {row['share_of_bf16_rate']:.0%} |"
+        shares = row["share_of_bf16_rate"], row["share_of_own_products"]
+        shown = f"| {row['tokens_per_second']:,.0f} | {shares[0]:.0%} | {shares[1]:.0%} |"
         assert f"| {row['name']} | {row['parameters']:,} | " in text
         assert shown in text
     assert f"{figures['multiply_rates']['bf16'] / 1e9:,.0f} GFLOP/s" in text
@@ -138,6 +142,36 @@ def test_the_speeds_are_those_that_the_benchmarks_wrote(readme):
         f" {data['found_again_s']:.2f} s",
     ):
         assert figure in text
+
+
+@pytest.mark.parametrize("readme", READMES)
+def test_the_peers_rows_are_those_that_the_benchmark_wrote(readme):
+    results = REPOSITORY / "benchmarks" / "results"
+    peers = json.loads((results / "peers-cpu.json").read_text(encoding="utf-8"))
+    memory = json.loads((results / "peers-memory-cpu.json").read_text(encoding="utf-8"))
+    text = read(readme)
+    for row in peers["rows"]:
+        assert row["void"] is None, row["name"]
+        ratio = f" {row['ratio']['median']:.2f} " if "ratio" in row else "  "
+        assert f"| {row['tokens_per_second']['median']:,.0f} |{ratio}|" in text
+    for name in ("ours_peak_bytes", "transformers_bf16_peak_bytes"):
+        assert f" {memory[name] / 1e9:.1f} GB" in text
+
+
+@pytest.mark.parametrize("recipes", ["docs/recipes.md", "docs/recipes.zh-CN.md"])
+def test_the_recipes_are_settings_and_their_figures_those_of_the_benchmark(recipes, tmp_path):
+    text = read(recipes)
+    (block,) = fences(text, "python")
+    (tmp_path / "recipe.py").write_text(block, encoding="utf-8")
+    plan = resolve_settings(*read_given_settings(tmp_path / "recipe.py"))
+    assert plan.mode == "custom"
+    results = REPOSITORY / "benchmarks" / "results"
+    for name in ("shakespeare", "shakespeare-30s", "ci"):
+        written = json.loads((results / f"learn-{name}-cpu.json").read_text(encoding="utf-8"))
+        for side in written["row"]["sides"]:
+            assert f"{side['median_loss']:.3f}" in text
+    linked = re.findall(r"\]\((\.\./[^)]+)\)", text)
+    assert linked and all((REPOSITORY / "docs" / path).exists() for path in linked)
 
 
 @pytest.mark.parametrize("readme", READMES)

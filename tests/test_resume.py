@@ -45,6 +45,8 @@ KINDS = {
     "workers": {"num_workers": 2},
     "random": {"sampling": "random"},
     "wsd": {"schedule": "wsd"},
+    "muon": {"optimizer": "muon"},
+    "muon in bf16": {"optimizer": "muon", "PRECISION": "bf16"},
 }
 WHOLE: dict[str, dict] = {}  # what runs that nobody stopped came to, by their settings
 
@@ -227,7 +229,15 @@ def check_stops(bench: Bench, stops: list[int], **settings) -> None:
 
 
 @pytest.mark.parametrize(
-    ("kind", "stop"), [("fp32", 13), ("bf16", 22), ("accumulation", 11), ("wsd", 34)]
+    ("kind", "stop"),
+    [
+        ("fp32", 13),
+        ("bf16", 22),
+        ("accumulation", 11),
+        ("wsd", 34),
+        ("muon", 14),
+        ("muon in bf16", 25),
+    ],
 )
 def test_resumed_run_equals_an_uninterrupted_one(bench, kind, stop):
     check_stops(bench, [stop], **KINDS[kind])
@@ -241,7 +251,9 @@ def test_a_run_stopped_after_any_of_its_steps_equals_an_uninterrupted_one(bench,
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["accumulation", "workers", "random", "wsd"])
+@pytest.mark.parametrize(
+    "kind", ["accumulation", "workers", "random", "wsd", "muon", "muon in bf16"]
+)
 def test_every_kind_of_run_resumes_exactly_from_eight_places(bench, kind):
     # the first and last steps; 7, 8, 16 and 32 are at an epoch's end in some kinds, 33 is in
     # the decay of wsd

@@ -25,6 +25,7 @@ import environment
 import journal
 import main
 import train
+from engine.compiling import what_prevents_compiling
 from engine.errors import Stopped
 from run_folder import CHANGEABLE, FIXED, SETTINGS_CHANGEABLE, RunFolder
 from run_plan import RunSettings
@@ -528,8 +529,10 @@ def test_a_pickle_is_refused_without_being_opened(start, workdir, begun, kind, p
 # ------------------------------------------------------------------------------- what may change
 
 REFUSED = {  # another value for each
+    "time_budget_minutes": 5,
     "batch_size": 3,
     "gradient_accumulation_steps": 2,
+    "optimizer": "muon",
     "learning_rate": 0.01,
     "schedule": "constant",
     "warmup_steps": 3,
@@ -549,6 +552,8 @@ MODEL = {
     "attention_drop_rate": 0.1,
     "qkv_bias": True,
     "tie_embeddings": True,
+    "architecture": "llama",
+    "zero_init": True,
 }
 
 
@@ -588,6 +593,8 @@ CHANGED = {
     "save_minutes": 7.0,
     "keep_checkpoints": 3,
     "start_context": "bell",
+    "activation_checkpointing": True,
+    "COMPILE": False,
     "LOG_EVERY": 2,
     "NIGHT_MODE": True,
     "sampling_params": {"max_new_tokens": 4},
@@ -702,6 +709,24 @@ def test_threads_stay_as_they_were_unless_somebody_sets_them(start, begun, monke
     assert (told in on.out) == is_set
     assert [change["threads"] for change in read(begun)["changes"]] == [[1, 2]] * is_set
     assert torch.get_num_threads() == 2, "whoever calls train() keeps the threads they had"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(what_prevents_compiling(torch.device("cpu")) is not None, reason="no compiler")
+def test_a_compiled_run_that_was_stopped_ends_like_one_that_was_not(start, workdir, monkeypatch):
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(workdir / "compiled"))
+    overrides = PARAMS["model_overrides"] | {"drop_rate": 0.2}
+    settings = {"COMPILE": True, "model_overrides": overrides}
+    for run, stops in (("whole", [None]), ("stopped", [STOPPED_AT, 2, None])):
+        for stop in stops:
+            torch.compiler.reset()  # as a process of its own would
+            outcome = start(stop, RUN_NAME=run, **settings)
+            assert outcome.code == (130 if stop else 0), outcome.err
+            assert "Compile: on (as set)" in outcome.out
+        assert read(workdir / "runs" / run)["changes"] == []
+    last = f"checkpoints/step-{STEPS:08}/model.safetensors"
+    whole, stopped = ((workdir / "runs" / run / last).read_bytes() for run in ("whole", "stopped"))
+    assert whole == stopped
 
 
 # -------------------------------------------------------------------------------- damaged runs

@@ -28,8 +28,10 @@ from training_utils import CustomTrainingConfig, TrainingConfig
 TRAINING_EXAMPLES = {
     "num_epochs": 5,
     "max_steps": 7,
+    "time_budget_minutes": 2.5,
     "batch_size": 2,
     "gradient_accumulation_steps": 4,
+    "optimizer": "muon",
     "learning_rate": 0.002,
     "schedule": "wsd",
     "warmup_steps": 3,
@@ -47,6 +49,7 @@ TRAINING_EXAMPLES = {
     "keep_checkpoints": 3,
     "start_context": "Once",
     "num_workers": 1,
+    "activation_checkpointing": True,
 }
 MODEL_EXAMPLES = {
     "emb_dim": 32,
@@ -59,7 +62,14 @@ MODEL_EXAMPLES = {
     "activation": "relu",
     "positions": "sinusoidal",
     "tie_embeddings": True,
+    "architecture": "llama",
+    "n_kv_heads": 2,
+    "qk_norm": True,
+    "rope_theta": 500_000.0,
+    "zero_init": True,
 }
+# what a field of the model may stand beside only
+BESIDE = {name: {"architecture": "llama"} for name in ("n_kv_heads", "qk_norm", "rope_theta")}
 EXAMPLES = TRAINING_EXAMPLES | MODEL_EXAMPLES
 # what a class needs beside the field that is looked at
 COMPLETED_BY = {
@@ -199,7 +209,8 @@ def test_other_systems_spelling_of_a_model_field_is_accepted_in_model_overrides(
 @pytest.mark.parametrize("name", MODEL_SETTINGS)
 def test_model_field_counts_the_same_at_top_level_and_in_model_overrides(name):
     value = MODEL_EXAMPLES[name]
-    on_top, below = custom_plan(**{name: value}), custom_plan(model_overrides={name: value})
+    given = BESIDE.get(name, {}) | {name: value}
+    on_top, below = custom_plan(**given), custom_plan(model_overrides=given)
     assert (on_top.training, on_top.model) == (below.training, below.model)
     assert on_top.model[name] == value
     assert on_top.notices == []
@@ -281,7 +292,8 @@ WRONG_TYPES = {
         for base, optional in [base_and_optional(hint)]
         for value in WRONG_TYPES[base] + ([] if optional else [None])
         if not (name == "DATA" and isinstance(value, dict | list))  # which it may be
-        and not (name == "RESUME" and value is True)  # False is right, so the type is
+        # False is right, so the type is
+        and not (name in ("RESUME", "COMPILE") and value is True)
     ],
 )
 def test_wrong_type_is_refused_with_name_value_and_type(cls, name, value):
@@ -314,8 +326,10 @@ def test_number_that_is_negative_or_not_finite_is_refused(cls, name, value):
     [
         (TrainingConfig, "num_epochs", [0], [1]),
         (TrainingConfig, "max_steps", [0], [1]),
+        (TrainingConfig, "time_budget_minutes", [0, 0.0, 1_000_001], [1e-9, 1_000_000]),
         (TrainingConfig, "batch_size", [0], [1]),
         (TrainingConfig, "gradient_accumulation_steps", [0, 1_000_001], [1, 1_000_000]),
+        (TrainingConfig, "optimizer", ["sgd", "AdamW", ""], ["adamw", "muon"]),
         (TrainingConfig, "learning_rate", [0, 0.0, 10.1, 1e308], [1e-12, 1, 10]),
         (TrainingConfig, "schedule", ["linear", "Cosine", ""], ["cosine", "wsd", "constant"]),
         (TrainingConfig, "warmup_steps", [], [0, 1]),
@@ -336,6 +350,7 @@ def test_number_that_is_negative_or_not_finite_is_refused(cls, name, value):
         (RunSettings, "TOKENIZER", ["gpt3", "GPT2", ""], ["gpt2"]),
         (RunSettings, "DEVICE", ["gpu", "CPU", "cuda:", "cuda:x", ""], ["cpu", "mps", "cuda:1"]),
         (RunSettings, "PRECISION", ["fp8", "BF16", ""], ["auto", "bf16", "fp32", "fp16"]),
+        (RunSettings, "COMPILE", ["on", "Auto", "True", ""], ["auto", True, False]),
         (RunSettings, "RESUME", [True, "", " "], ["auto", False, "runs/no such run yet"]),
         (RunSettings, "TRACKING", [], [[], ["wandb"], ["tensorboard", "wandb"]]),
         (RunSettings, "NIGHT_MODE", [], [True, False]),
@@ -355,6 +370,10 @@ def test_number_that_is_negative_or_not_finite_is_refused(cls, name, value):
         (GPTConfig, "attention_drop_rate", [1, 1.0], [0, 0.999]),
         (GPTConfig, "activation", ["swish", ""], ["gelu", "relu"]),
         (GPTConfig, "positions", ["rotary"], ["learned", "sinusoidal"]),
+        (GPTConfig, "architecture", ["llama3", "GPT2", ""], ["gpt2", "llama"]),
+        (GPTConfig, "n_kv_heads", [0, 1025], [4]),
+        (GPTConfig, "rope_theta", [0, 1, 1.0], [10_000]),
+        (GPTConfig, "zero_init", [], [True, False]),
     ],
 )
 def test_limits_are_where_they_are_said_to_be(cls, name, wrong, right):
@@ -504,6 +523,7 @@ def test_custom_params_are_checked_in_modes_that_do_not_read_them(mode):
         {"DTA": "x"},
         {"RUN_NAME": "../../etc"},
         {"DEVICE": "gpu"},
+        {"COMPILE": "on"},
         {"RESUME": True},
         {"RESUME": "runs/a", "RUN_NAME": "b"},
         {"TRACKING": ["mlflow"]},
@@ -891,7 +911,8 @@ def differing(before: dict, now: dict) -> list[str]:
 
 @pytest.mark.parametrize("name", [*FIXED, *MODEL_SETTINGS])
 def test_run_with_another_fixed_setting_may_not_go_on(name):
-    lines = differing({}, {"custom_params": {name: EXAMPLES[name]}})
+    beside = BESIDE.get(name, {})
+    lines = differing({"custom_params": beside}, {"custom_params": beside | {name: EXAMPLES[name]}})
     said = "context_length" if name == "max_length" else name
     assert [line.split(":")[0] for line in lines] == [said]
     assert f"{EXAMPLES[name]!r} now" in lines[0]
@@ -925,6 +946,7 @@ def test_run_with_another_changeable_setting_may_go_on(name):
     ("name", "value"),
     [
         ("DEVICE", "cpu"),
+        ("COMPILE", True),
         ("LOG_EVERY", 3),
         ("TRACKING", ["wandb"]),
         ("NIGHT_MODE", True),

@@ -18,6 +18,7 @@ def render(**changes) -> bytes | None:
         "steps": [0, 4, 8],
         "train_losses": [10.8, 7.0, 5.5],
         "val_losses": [10.8, 7.2, 6.1],
+        "best": 2,
         "batch_losses": [10.8, 9.6, 8.1, 7.4, 6.9, 6.4, 6.0, 5.6],
         "vocab_size": 50_257,
         "title": "a-run",
@@ -34,7 +35,8 @@ def pixels(png: bytes) -> np.ndarray:
 
 
 def one_evaluation(loss: float) -> dict:
-    return {"steps": [0], "train_losses": [loss], "val_losses": [loss], "batch_losses": []}
+    losses = {"train_losses": [loss], "val_losses": [loss], "batch_losses": []}
+    return losses | {"steps": [0], "best": 0}
 
 
 @pytest.mark.parametrize(

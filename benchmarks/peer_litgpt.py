@@ -1,0 +1,120 @@
+"""litgpt's pretraining as a contender, in the peers' environment (peers.py writes the job).
+
+python -m benchmarks.peer_litgpt JOB
+
+Its nearest model to GPT-2 has rotary positions and a vocabulary padded to a multiple of 64.
+Precision and compile are as it ships them.
+"""
+
+import csv
+import sys
+import tempfile
+from importlib.metadata import version
+from pathlib import Path
+
+from benchmarks.peer_job import Job, StepClock, read_job, report
+
+
+def main(job: Job) -> None:
+    """Train with litgpt.pretrain.setup, and report."""
+    import torch
+    from litgpt import pretrain
+    from litgpt.args import EvalArgs, TrainArgs
+    from litgpt.config import Config
+    from litgpt.data import DataModule
+    from litgpt.utils import get_default_supported_precision
+    from torch.utils.data import DataLoader, IterableDataset
+
+    clock = StepClock()
+
+    class Windows(IterableDataset):
+        def __init__(self, clock: StepClock | None) -> None:
+            self.clock = clock
+
+        def __iter__(self):
+            for number, window in enumerate(job.windows()):
+                # litgpt asks for a batch when the step before has ended
+                if self.clock is not None and number % job.batch_size == 0:
+                    self.clock.mark()
+                yield torch.from_numpy(window)
+
+    class Tokens(DataModule):
+        def connect(self, **_) -> None:
+            pass
+
+        def train_dataloader(self) -> DataLoader:
+            return DataLoader(Windows(clock), batch_size=job.batch_size)
+
+        def val_dataloader(self) -> DataLoader:
+            return DataLoader(Windows(None), batch_size=job.batch_size)
+
+    shape = job.model
+    config = Config(
+        name="gpt2-like",
+        block_size=shape["context_length"],
+        vocab_size=shape["vocab_size"],
+        padding_multiple=64,
+        n_layer=shape["n_layers"],
+        n_head=shape["n_heads"],
+        n_embd=shape["emb_dim"],
+        intermediate_size=shape["ff_dim"],
+        parallel_residual=False,
+        gelu_approximate="tanh",
+    )
+    trained = []
+    build = pretrain.GPT
+
+    def keep_model(config: Config) -> torch.nn.Module:
+        trained.append(build(config))
+        return trained[-1]
+
+    # both lie outside the steps that are timed: the count of parameters, and 2 GB on the disk
+    pretrain.GPT = keep_model
+    pretrain.save_checkpoint = lambda *_: None
+    with tempfile.TemporaryDirectory() as folder:
+        pretrain.setup(
+            model_name=config.name,
+            model_config=config,
+            out_dir=Path(folder),
+            data=Tokens(),
+            train=TrainArgs(
+                save_interval=None,
+                global_batch_size=job.batch_size,
+                micro_batch_size=job.batch_size,
+                max_tokens=job.steps * job.batch_size * job.max_length,
+                lr_warmup_steps=None,
+                max_norm=1.0,
+                min_lr=job.learning_rate,
+                tie_embeddings=shape["tie_embeddings"],
+            ),
+            eval=EvalArgs(interval=job.steps + 1, final_validation=False),
+            optimizer={
+                "class_path": "torch.optim.AdamW",
+                "init_args": {
+                    "lr": job.learning_rate,
+                    "betas": (0.9, 0.95),
+                    "weight_decay": 0.0,
+                },
+            },
+            devices=1,
+            logger_name="csv",
+        )
+        (metrics,) = Path(folder).rglob("metrics.csv")
+        with metrics.open(newline="") as file:
+            losses = [float(row["loss"]) for row in csv.DictReader(file)]
+    model = trained[0]
+    parameters = sum(p.numel() for p in model.parameters())
+    looked_up = 0 if shape["tie_embeddings"] else model.transformer.wte.weight.numel()
+    report(
+        job,
+        clock,
+        losses=losses,
+        parameters=parameters,
+        in_products=parameters - looked_up,
+        precision=get_default_supported_precision(training=True),
+        versions={name: version(name) for name in ("torch", "litgpt", "lightning")},
+    )
+
+
+if __name__ == "__main__":
+    main(read_job(sys.argv[1]))

@@ -1,0 +1,419 @@
+"""The 124M model's training beside transformers' Trainer and litgpt: speed, losses and memory.
+
+Run by python -m benchmarks.train --peers (both) or --memory (memory alone).
+
+The peers run in an environment of their own, cache/peers-venv, made from requirements-peers.txt
+and requirements-peers-no-deps.txt.
+Each contender is a process that trains on the same tokens in the same shapes with the same
+optimizer settings, the contenders in turn. transformers starts from our weights: where its losses
+at steps 1, 10 and 50 are not ours its row is void. litgpt trains the nearest model that it has, so
+it is compared in 6N + 12LHQT a second, and its loss must fall.
+"""
+
+import dataclasses
+import hashlib
+import itertools
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import save_file
+
+from benchmarks.peer_job import Job
+from benchmarks.report import machine, write_results
+from benchmarks.steps import fresh_model, multiply_rate, own_products_rate
+from engine.console import say
+from engine.storage import write_atomically, write_json
+from environment import pick_device, usable_cache
+from model import GPTConfig, GPTModel
+from run_plan import MODELS_FILE, read_models
+from text.tokenizer import GPT2Tokenizer
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+REQUIREMENTS = Path(__file__).resolve().parent / "requirements-peers.txt"
+WITHOUT_DEPENDENCIES = REQUIREMENTS.with_name("requirements-peers-no-deps.txt")
+TEXTS = tuple(REPOSITORY / "corpus" / name for name in ("sample-en.txt", "sample-zh.txt"))
+LOSS_STEPS = (1, 10, 50)
+LOSS_TOLERANCE = 2e-2
+LEARNING_RATE = 1e-4
+
+
+@dataclass(frozen=True)
+class Contender:
+    """One row: the module that trains, in which precision, and what its losses are held to."""
+
+    name: str
+    module: str
+    precision: str = "auto"
+    starts_from_our_weights: bool = True
+
+
+OURS = Contender("ours", "benchmarks.peer_ours")
+# what losses in fp32 are held against: bf16's own error is as large as the tolerance
+OURS_FP32 = Contender("ours-fp32", "benchmarks.peer_ours", "fp32")
+PEERS = (
+    Contender("transformers", "benchmarks.peer_transformers", "fp32"),
+    Contender("transformers-bf16", "benchmarks.peer_transformers", "bf16"),
+    Contender("litgpt", "benchmarks.peer_litgpt", starts_from_our_weights=False),
+)
+MEMORY_PEER = PEERS[1]
+
+
+@dataclass(frozen=True)
+class Race:
+    """What all contenders train: the model, the batch and how many steps."""
+
+    config: GPTConfig
+    batch_size: int
+    rounds: int = 3
+    steps: int = 8  # in a round
+    warm_up: int = 3  # of them, left out
+    checked_steps: int = LOSS_STEPS[-1]  # in the run for the losses
+
+
+def main(rounds: int, only: list[str] | None) -> None:
+    """Compare the speed in so many rounds (0: not at all), then the memory; write the results.
+
+    only names the contenders to run beside ours, None for all.
+    """
+    known = [peer.name for peer in PEERS]
+    if unknown := [name for name in only or () if name not in known]:
+        sys.exit(f"unknown: {', '.join(unknown)}; known are: {', '.join(known)}")
+    peers = [peer for peer in PEERS if only is None or peer.name in only]
+    device = pick_device(None)
+    models, _ = read_models(MODELS_FILE)
+    shape = models["gpt2-124m"] | {"vocab_size": GPT2Tokenizer().vocab_size, "drop_rate": 0.0}
+    if rounds > 0:
+        race = Race(GPTConfig(**shape | {"context_length": 256}), batch_size=4, rounds=rounds)
+        with tempfile.TemporaryDirectory() as folder:
+            results = compare_speed(race, peers, device, Path(folder))
+        results = {"machine": machine(device)} | results
+        say(f"written to {write_results('peers', device, results)}")
+    if MEMORY_PEER in peers:
+        # two steps: from the second on the optimizer's moments are there
+        race = Race(GPTConfig(**shape | {"context_length": 1024}), batch_size=8, steps=2)
+        with tempfile.TemporaryDirectory() as folder:
+            results = compare_memory(race, device, Path(folder))
+        results = {"machine": machine(device)} | results
+        say(f"written to {write_results('peers-memory', device, results)}")
+
+
+def compare_speed(race: Race, peers: list[Contender], device: torch.device, folder: Path) -> dict:
+    """Run every contender once for its losses and then in rounds; print and return the rows."""
+    contenders = [OURS, *peers]
+    write_inputs(race, folder)
+    checks = {}
+    needs_fp32 = any(peer.precision == "fp32" for peer in peers)
+    for contender in [*contenders, OURS_FP32] if needs_fp32 else contenders:
+        say(f"{contender.name}: losses of {race.checked_steps} steps")
+        checks[contender.name] = run(contender, race, race.checked_steps, device, folder, True)
+    reports = {contender.name: [] for contender in contenders}
+    rates, loads = [], []
+    for number in range(race.rounds):
+        loads.append(os.getloadavg()[0] if hasattr(os, "getloadavg") else None)
+        rates.append(calibrate(race, device))
+        say(f"round {number + 1} of {race.rounds}")
+        for contender in contenders:
+            if "failed" not in checks[contender.name]:
+                done = run(contender, race, race.steps, device, folder, False)
+                reports[contender.name].append(done)
+    rates = {name: statistics.median(rate[name] for rate in rates) for name in rates[0]}
+    rows = [make_row(contender, race, checks, reports, rates) for contender in contenders]
+    print_rows(rows, rates)
+    return {
+        "batch": [race.batch_size, race.config.context_length],
+        "rounds": race.rounds,
+        "rates": rates,
+        "load_averages": loads,
+        "rows": rows,
+    }
+
+
+def calibrate(race: Race, device: torch.device) -> dict[str, float]:
+    """What this machine reaches now in bf16, in floating point operations a second: the best large
+    product, and the model's own products alone."""
+    n_tokens = race.batch_size * race.config.context_length
+    return {
+        "bf16": multiply_rate(torch.bfloat16, device),
+        "own_products": own_products_rate(race.config, n_tokens, device),
+    }
+
+
+def make_row(
+    contender: Contender,
+    race: Race,
+    checks: dict[str, dict],
+    reports: dict[str, list[dict]],
+    rates: dict[str, float],
+) -> dict:
+    """The figures of a contender: medians over the rounds, with the least and the most.
+
+    "void" says why a row counts for nothing, None where it counts. "ratio" is how many times as
+    fast ours is, in tokens a second, or for another model in operations a second.
+    """
+    check, done = checks[contender.name], reports[contender.name]
+    failures = [report["failed"] for report in (check, *done) if "failed" in report]
+    if failures:
+        return {"name": contender.name, "void": failures[0]}
+    if contender.starts_from_our_weights:
+        reference = OURS_FP32 if contender.precision == "fp32" else OURS
+        void = disagreement(checks[reference.name]["losses"], check["losses"])
+    else:
+        void = not_falling(check["losses"])
+    n_tokens = race.batch_size * race.config.context_length
+    speeds = [n_tokens / median_step(report, race) for report in done]
+    flop = done[0]["flop_per_token"]
+    row = {
+        "name": contender.name,
+        "void": void,
+        "precision": check["precision"],
+        "parameters": check["parameters"],
+        "flop_per_token": flop,
+        "tokens_per_second": spread(speeds),
+        "flop_per_second": flop * statistics.median(speeds),
+        "losses": {str(n): check["losses"][n - 1] for n in LOSS_STEPS if n <= len(check["losses"])},
+        "first_step_s": statistics.median(report["start_s"] for report in done),
+        "peak_bytes": max(report["peak_bytes"] or 0 for report in done) or None,
+        "versions": check["versions"],
+    }
+    row["share_of_bf16_rate"] = row["flop_per_second"] / rates["bf16"]
+    row["share_of_own_products"] = row["flop_per_second"] / rates["own_products"]
+    if contender is not OURS:
+        our_reports = reports[OURS.name]
+        factor = 1.0
+        if not contender.starts_from_our_weights:
+            factor = our_reports[0]["flop_per_token"] / flop
+        row["ratio"] = spread(
+            factor * median_step(theirs, race) / median_step(ours, race)
+            for ours, theirs in zip(our_reports, done, strict=True)
+        )
+    return row
+
+
+def median_step(report: dict, race: Race) -> float:
+    """The median time of a step of a round, in seconds, without those of warming up."""
+    return statistics.median(report["step_s"][race.warm_up :])
+
+
+def spread(values) -> dict[str, float]:
+    """Median, least and most."""
+    values = list(values)
+    return {"median": statistics.median(values), "min": min(values), "max": max(values)}
+
+
+def disagreement(ours: list[float], theirs: list[float]) -> str | None:
+    """Why two runs are not the same training, None where they are: one loss a step each."""
+    for step in LOSS_STEPS:
+        if min(len(ours), len(theirs)) < step:
+            return f"no loss of step {step} to compare"
+        mine, other = ours[step - 1], theirs[step - 1]
+        if not abs(mine - other) <= LOSS_TOLERANCE:  # so that nan is no agreement
+            return f"its loss of step {step} is {other:.3f}, ours {mine:.3f}"
+    return None
+
+
+def not_falling(losses: list[float]) -> str | None:
+    """Why a run is no training, None where its loss falls."""
+    if len(losses) < LOSS_STEPS[-1]:
+        return f"no loss of step {LOSS_STEPS[-1]}"
+    first, last = losses[0], losses[LOSS_STEPS[-1] - 1]
+    return None if last < first else f"its loss goes from {first:.3f} to {last:.3f}"
+
+
+def print_rows(rows: list[dict], rates: dict[str, float]) -> None:
+    """Print the comparison as a table."""
+    say(
+        f"bf16 products: {rates['bf16'] / 1e9:,.0f} GFLOP/s at best, "
+        f"{rates['own_products'] / 1e9:,.0f} over the model's own"
+    )
+    for row in rows:
+        if "tokens_per_second" in row:
+            speed = row["tokens_per_second"]
+            say(
+                f"{row['name']:18} {row['precision']:10} {speed['median']:8,.0f} tokens/s "
+                f"({speed['min']:,.0f} to {speed['max']:,.0f})  "
+                f"{row['flop_per_second'] / 1e9:6,.0f} GFLOP/s, {row['share_of_bf16_rate']:.0%} of "
+                f"bf16, {row['share_of_own_products']:.0%} of own products"
+            )
+            say(f"{'':18} losses {', '.join(f'{loss:.3f}' for loss in row['losses'].values())}")
+        if row["void"] is not None:
+            say(f"{row['name']:18} void: {row['void']}")
+        elif "ratio" in row:
+            ratio = row["ratio"]
+            say(
+                f"{'':18} ours is {ratio['median']:.2f} times as fast "
+                f"({ratio['min']:.2f} to {ratio['max']:.2f})"
+            )
+
+
+def compare_memory(race: Race, device: torch.device, folder: Path) -> dict:
+    """The most memory that our steps and those of transformers' Trainer with bf16 take."""
+    write_inputs(race, folder)
+    ours, theirs = (
+        run(contender, race, race.steps, device, folder, True) for contender in (OURS, MEMORY_PEER)
+    )
+    if "failed" in theirs:
+        say(f"memory: void: {theirs['failed']}")
+        return {"void": theirs["failed"]}
+    void = None
+    if not abs(ours["losses"][0] - theirs["losses"][0]) <= LOSS_TOLERANCE:
+        void = f"the first loss is {theirs['losses'][0]:.3f}, ours {ours['losses'][0]:.3f}"
+    peaks = ours["peak_bytes"], theirs["peak_bytes"]
+    ratio = peaks[0] / peaks[1] if None not in peaks else None
+    results = {
+        "batch": [race.batch_size, race.config.context_length],
+        "void": void,
+        "ours_peak_bytes": peaks[0],
+        "transformers_bf16_peak_bytes": peaks[1],
+        "ratio": ratio,
+        "versions": theirs["versions"],
+    }
+    if ratio is None:
+        say("memory: this system does not tell the peak of a process")
+    else:
+        say(
+            f"memory of {race.batch_size} x {race.config.context_length}: {peaks[0] / 1e9:.2f} GB, "
+            f"{MEMORY_PEER.name} {peaks[1] / 1e9:.2f} GB: {ratio:.2f} of it"
+        )
+    if void is not None:
+        say(f"memory: void: {void}")
+    return results
+
+
+# ------------------------------------------------------------------------------ running them
+
+
+def peers_python() -> Path:
+    """The Python of the peers' environment, made first where it is missing or out of date."""
+    place = usable_cache() / "peers-venv"
+    python = place / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
+    marker = place / "requirements.sha256"
+    files = (REQUIREMENTS, WITHOUT_DEPENDENCIES)
+    wanted = hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
+    if not marker.exists() or marker.read_text(encoding="ascii") != wanted:
+        say(f"making {place} from {REQUIREMENTS.name}")
+        subprocess.run([sys.executable, "-m", "venv", "--clear", str(place)], check=True)
+        install = [str(python), "-m", "pip", "install", "--quiet"]
+        subprocess.run([*install, "-r", str(REQUIREMENTS)], check=True)
+        subprocess.run([*install, "--no-deps", "-r", str(WITHOUT_DEPENDENCIES)], check=True)
+        write_atomically(marker, wanted.encode("ascii"))
+    return python
+
+
+def run(
+    contender: Contender,
+    race: Race,
+    steps: int,
+    device: torch.device,
+    folder: Path,
+    keep_losses: bool,
+) -> dict:
+    """Let a contender train in a process of its own; returns its report.
+
+    The report is {"failed": reason} where a peer fails; where ours does, RuntimeError is raised.
+    """
+    result = folder / "report.json"
+    job = Job(
+        tokens=str(folder / "tokens.npy"),
+        weights=str(folder / "weights"),
+        model=dataclasses.asdict(race.config),
+        batch_size=race.batch_size,
+        steps=steps,
+        device=device.type,
+        learning_rate=LEARNING_RATE,
+        precision=contender.precision,
+        keep_losses=keep_losses,
+        report=str(result),
+    )
+    write_json(folder / "job.json", dataclasses.asdict(job))
+    result.unlink(missing_ok=True)
+    python = sys.executable if contender.module == OURS.module else peers_python()
+    began_at = time.time()
+    done = subprocess.run(
+        [str(python), "-m", contender.module, str(folder / "job.json")],
+        cwd=REPOSITORY,
+        env=os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads()), "HF_HUB_OFFLINE": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        encoding="utf-8",
+        errors="replace",
+    )
+    if done.returncode != 0:
+        if contender.module == OURS.module:
+            raise RuntimeError(done.stdout)
+        say(done.stdout)
+        return {"failed": (done.stdout.strip().splitlines() or ["no output"])[-1]}
+    report = json.loads(result.read_text(encoding="utf-8"))
+    return report | {"start_s": report["first_step_at"] - began_at}
+
+
+def write_inputs(race: Race, folder: Path) -> None:
+    """Write what the contenders read: the tokens, and our fresh weights for transformers."""
+    most_steps = max(race.steps, race.checked_steps) + 1
+    n_tokens = most_steps * race.batch_size * race.config.context_length + 1
+    np.save(folder / "tokens.npy", sample_tokens(n_tokens))
+    save_for_transformers(fresh_model(race.config, torch.device("cpu")), folder / "weights")
+
+
+def sample_tokens(count: int) -> np.ndarray:
+    """So many GPT-2 tokens of the repository's texts, over and over, as uint16."""
+    tokenizer = GPT2Tokenizer()
+    ids = [token for path in TEXTS for token in tokenizer.encode(path.read_text(encoding="utf-8"))]
+    return np.fromiter(itertools.islice(itertools.cycle(ids), count), np.uint16, count)
+
+
+def save_for_transformers(model: GPTModel, folder: Path) -> None:
+    """Write a model of the "gpt2" architecture as a folder that GPT2LMHeadModel reads.
+
+    Our qkv may have no bias and theirs has one, so it is 0; their matrices are (inputs, outputs).
+    """
+    config = model.config
+    settings = {
+        "model_type": "gpt2",
+        "architectures": ["GPT2LMHeadModel"],
+        "vocab_size": config.vocab_size,
+        "n_positions": config.context_length,
+        "n_embd": config.emb_dim,
+        "n_head": config.n_heads,
+        "n_layer": config.n_layers,
+        "n_inner": config.ff_dim,
+        "activation_function": {"gelu": "gelu_new", "relu": "relu"}[config.activation],
+        "tie_word_embeddings": config.tie_embeddings,
+        "resid_pdrop": config.drop_rate,
+        "embd_pdrop": config.drop_rate,
+        "attn_pdrop": config.attention_drop_rate,
+    }
+    tensors = {
+        "transformer.wte.weight": model.token_embedding.weight,
+        "transformer.wpe.weight": model.position_embedding.weight,
+        "transformer.ln_f.weight": model.final_norm.weight,
+        "transformer.ln_f.bias": model.final_norm.bias,
+    }
+    if not config.tie_embeddings:
+        tensors["lm_head.weight"] = model.head.weight
+    for number, block in enumerate(model.blocks):
+        place = f"transformer.h.{number}"
+        for name, norm in (("ln_1", block.attention_norm), ("ln_2", block.mlp_norm)):
+            tensors[f"{place}.{name}.weight"] = norm.weight
+            tensors[f"{place}.{name}.bias"] = norm.bias
+        for name, linear in (
+            ("attn.c_attn", block.attention.qkv),
+            ("attn.c_proj", block.attention.out_proj),
+            ("mlp.c_fc", block.mlp[0]),
+            ("mlp.c_proj", block.mlp[2]),
+        ):
+            bias = torch.zeros(len(linear.weight)) if linear.bias is None else linear.bias
+            tensors[f"{place}.{name}.weight"] = linear.weight.T
+            tensors[f"{place}.{name}.bias"] = bias
+    folder.mkdir(exist_ok=True)
+    write_json(folder / "config.json", settings)
+    tensors = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})

@@ -1,0 +1,268 @@
+"""Whether models are compiled, what is compiled, and what happens where that fails."""
+
+import importlib.util
+import json
+import shutil
+import sys
+import sysconfig
+
+import pytest
+import torch
+
+from engine import compiling
+from engine.compiling import (
+    compile_model,
+    is_repaid,
+    not_compiled,
+    undo_compiling,
+    what_prevents_compiling,
+)
+from generation import generate
+from tests.test_main import run_main, write_settings
+from tests.test_train import CPU, FP32, tiny_loaders, tiny_model
+from train import mean_loss
+
+CUDA = torch.device("cuda")
+
+# ------------------------------------------------------------------ whether it can work, and pays
+
+
+@pytest.fixture
+def there(monkeypatch, tmp_path):
+    """Say what is on the machine: programs, packages, Python's header, platform."""
+    monkeypatch.delenv("CXX", raising=False)
+
+    def use(*names: str, platform: str = "linux") -> None:
+        monkeypatch.setattr(sys, "platform", platform)
+        monkeypatch.setattr(shutil, "which", lambda name: name if name in names else None)
+        monkeypatch.setattr(
+            importlib.util, "find_spec", lambda name: name if name in names else None
+        )
+        monkeypatch.setattr(sysconfig, "get_path", lambda name: {"include": tmp_path}[name])
+        (tmp_path / "Python.h").unlink(missing_ok=True)
+        if "Python.h" in names:
+            (tmp_path / "Python.h").touch()
+
+    return use
+
+
+@pytest.mark.parametrize(
+    ("device", "platform", "names", "expected"),
+    [
+        ("mps", "darwin", ["clang++", "Python.h"], "it is not dependable on Apple's GPUs"),
+        ("cuda", "linux", [], "Triton is not installed"),
+        ("cuda", "linux", ["triton"], None),
+        ("cpu", "win32", [], "there is no C++ compiler (cl) here"),
+        ("cpu", "win32", ["cl"], None),
+        ("cpu", "linux", ["Python.h"], "there is no C++ compiler (g++) here"),
+        (
+            "cpu",
+            "linux",
+            ["g++"],
+            "Python's header files are not installed (python3-dev)",
+        ),
+        ("cpu", "linux", ["g++", "Python.h"], None),
+        ("cpu", "darwin", ["clang++", "Python.h"], None),
+    ],
+)
+def test_what_keeps_a_machine_from_compiling_is_named(there, device, platform, names, expected):
+    there(*names, platform=platform)
+    assert what_prevents_compiling(torch.device(device)) == expected
+
+
+def test_the_compiler_that_cxx_names_counts(there, monkeypatch):
+    there("/opt/g++-14", "Python.h")
+    assert what_prevents_compiling(CPU) is not None
+    monkeypatch.setenv("CXX", "/opt/g++-14")
+    assert what_prevents_compiling(CPU) is None
+
+
+@pytest.mark.parametrize(
+    ("device", "step_s", "steps", "expected"),
+    [
+        # 15 % of 400 s are 60 s, twice what compiling takes on a CPU
+        (CPU, 1.0, 400, False),
+        (CPU, 1.0, 401, True),
+        (CPU, 0.001, 400_001, True),
+        (CPU, 0.0, 10**9, False),
+        # three tenths of 400 s are 120 s, twice what it takes on a GPU
+        (CUDA, 1.0, 400, False),
+        (CUDA, 1.0, 401, True),
+    ],
+)
+def test_compiling_is_repaid_where_twice_its_cost_is_saved(device, step_s, steps, expected):
+    assert is_repaid(step_s, steps, device) == expected
+
+
+# ------------------------------------------------------------------ what is compiled
+
+
+@pytest.fixture
+def compiled_calls(monkeypatch):
+    """Let torch.compile note each compilation, and run the graphs as they are."""
+    calls, torchs_own = [], torch.compile
+
+    def noting(graph, example_inputs):
+        calls.append(graph)
+        return graph.forward
+
+    def compile_noting(function, **options):
+        options.pop("mode", None)
+        return torchs_own(function, **options, backend=noting)
+
+    monkeypatch.setattr(torch, "compile", compile_noting)
+    yield calls
+    torch.compiler.reset()
+
+
+@pytest.fixture
+def asked_of_torch(monkeypatch):
+    """What torch.compile is asked for, with nothing compiled."""
+    asked = []
+    monkeypatch.setattr(torch, "compile", lambda f, **options: asked.append(options) or f)
+    return asked
+
+
+def test_on_a_cpu_each_block_is_compiled_and_the_weights_keep_their_names(asked_of_torch):
+    model = tiny_model(n_layers=3)
+    names = list(model.state_dict())
+    compile_model(model, CPU)
+    assert asked_of_torch == [{"dynamic": False}] * 3
+    assert all(block._compiled_call_impl is not None for block in model.blocks)
+    assert list(model.state_dict()) == names
+    undo_compiling(model)
+    assert all(block._compiled_call_impl is None for block in model.blocks)
+
+
+@pytest.mark.parametrize(("largest_small", "mode"), [(10**9, "reduce-overhead"), (1, "default")])
+def test_on_a_gpu_the_whole_is_compiled_and_a_small_model_replayed(
+    asked_of_torch, monkeypatch, largest_small, mode
+):
+    monkeypatch.setattr(compiling, "SMALL_MODEL", largest_small)
+    model = tiny_model()
+    names, written = list(model.state_dict()), model.hidden
+    compile_model(model, CUDA)
+    assert asked_of_torch == [{"dynamic": False, "mode": mode}]
+    assert "hidden" in vars(model)
+    assert list(model.state_dict()) == names
+    undo_compiling(model)
+    assert "hidden" not in vars(model) and model.hidden == written
+
+
+@pytest.mark.parametrize("device", [CPU, CUDA], ids=str)
+def test_training_alone_runs_compiled(compiled_calls, device):
+    model, (_, val_loader) = tiny_model().train(), tiny_loaders()
+    ids = torch.zeros(1, 4, dtype=torch.long)
+    expected = model(ids)
+    compile_model(model, device)  # "cuda" says only which part of the model
+    mean_loss(model, val_loader, CPU, FP32)
+    generate(model, ids, max_new_tokens=3)
+    with not_compiled():
+        model(ids)
+    assert compiled_calls == []
+    torch.testing.assert_close(model(ids), expected)
+    assert len(compiled_calls) == 1
+    undo_compiling(model)
+    model(ids[:, :3])
+    assert len(compiled_calls) == 1
+
+
+def test_compiled_blocks_share_their_code(compiled_calls):
+    model = tiny_model(n_layers=4).train()
+    compile_model(model, CPU)
+    model(torch.zeros(2, 4, dtype=torch.long)).sum().backward()
+    assert len(compiled_calls) == 1
+
+
+def test_where_nothing_is_compiled_torchs_compiler_is_not_imported(monkeypatch):
+    monkeypatch.delitem(sys.modules, "torch._dynamo", raising=False)
+    monkeypatch.setattr(torch.compiler, "set_stance", None)
+    with not_compiled():
+        pass
+    assert "torch._dynamo" not in sys.modules
+
+
+def test_after_an_error_compiled_models_run_compiled_again(compiled_calls):
+    model = tiny_model().train()
+    compile_model(model, CPU)
+    with pytest.raises(KeyError), not_compiled():
+        raise KeyError
+    model(torch.zeros(1, 4, dtype=torch.long))
+    assert len(compiled_calls) == 1
+
+
+# ------------------------------------------------------------------ with a real compiler
+
+PARAMS = {
+    "max_steps": 8,
+    "batch_size": 4,
+    "max_length": 16,
+    "eval_freq": 4,
+    "eval_iter": 1,
+    "start_context": "river",
+}
+FORMS = {
+    "gpt2": {},
+    "qwen3": {"architecture": "llama", "n_kv_heads": 1, "qk_norm": True},
+}
+
+
+def losses(folder) -> list[float]:
+    """Each step's loss, as a run noted them."""
+    rows = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    return [row["train/loss"] for row in map(json.loads, rows) if "train/loss" in row]
+
+
+def train_twice(folder, form: str, first: dict, second: dict, **environment):
+    """Two runs of one model, "first" and "second"; what the second printed."""
+    model = FORMS[form] | {"emb_dim": 32, "n_heads": 2, "n_layers": 2, "drop_rate": 0.0}
+    printed = ""
+    for name, settings in (("first", first), ("second", second)):
+        file = write_settings(
+            folder,
+            "the river carries the bell and the bell carries the river " * 20,
+            TOKENIZER="char",
+            RUN_NAME=name,
+            custom_params=PARAMS | {"model_overrides": model},
+            **settings,
+        )
+        done = run_main(
+            folder, file, TORCHINDUCTOR_CACHE_DIR=str(folder / "compiled"), **environment
+        )
+        assert done.returncode == 0, done.stderr
+        assert "Traceback" not in done.stderr
+        printed = done.stdout
+    return printed
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(what_prevents_compiling(CPU) is not None, reason="needs a C++ compiler")
+@pytest.mark.parametrize(
+    ("form", "precision", "tolerance"), [("gpt2", "fp32", 1e-4), ("qwen3", "bf16", 2e-2)]
+)
+def test_a_compiled_run_learns_what_an_uncompiled_one_does(tmp_path, form, precision, tolerance):
+    precision = {"PRECISION": precision}
+    printed = train_twice(
+        tmp_path, form, precision | {"COMPILE": False}, precision | {"COMPILE": True}
+    )
+    assert "✓ Compiled in" in printed and "Compile: on (as set)" in printed
+    assert any((tmp_path / "compiled").rglob("*.so")), "nothing was compiled"
+    plain, compiled = (losses(tmp_path / "runs" / name) for name in ("first", "second"))
+    assert len(compiled) == PARAMS["max_steps"]
+    assert compiled == pytest.approx(plain, abs=tolerance)
+    assert compiled[-1] < compiled[0]
+
+
+@pytest.mark.slow
+def test_a_run_trains_on_where_the_compiler_fails_and_says_why(tmp_path):
+    # a compiler that can be found, and fails
+    compiler = tmp_path / "failing-compiler"
+    compiler.write_text("#!/bin/sh\nexit 1\n", encoding="ascii")
+    compiler.chmod(0o755)
+    settings = {"COMPILE": False}, {"COMPILE": True}
+    printed = train_twice(tmp_path, "gpt2", *settings, CXX=str(compiler))
+    assert "Note: the model is not compiled: " in printed
+    assert "Compile: off (" in printed
+    assert "✓ Training pipeline finished successfully!" in printed
+    plain, after_failure = (losses(tmp_path / "runs" / name) for name in ("first", "second"))
+    assert after_failure == plain  # the attempt left no trace

@@ -1,0 +1,594 @@
+"""What memory a run takes, how it fits itself to less, and what it does where that runs out."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+import environment
+from data import in_parts
+from engine import memory
+from engine.errors import ResourceError
+from engine.memory import (
+    MemoryEstimate,
+    OutOfStepMemory,
+    available_memory,
+    estimate_memory,
+    is_out_of_memory,
+    measure_activations,
+)
+from engine.precision import Precision
+from environment import prepare_environment
+from model import GPTConfig, GPTModel
+from tests.conftest import REPOSITORY
+from tests.test_resume import Bench, compare, sha256, uninterrupted
+from tests.test_train import loader_of_13_windows, new_plan, new_trainer, tiny_loaders, tiny_model
+from train import steps_of_epoch, training_loop
+
+CPU = torch.device("cpu")
+FP32, BF16 = (Precision(name, "as set", "cpu") for name in ("fp32", "bf16"))
+MODELS = {
+    "plain": {},
+    "dropout": {"drop_rate": 0.1},
+    "attention dropout": {"attention_drop_rate": 0.1},
+    "untied": {"tie_embeddings": False},
+    "llama": {"architecture": "llama"},
+}
+
+
+@pytest.fixture
+def bench(workdir, monkeypatch) -> Bench:
+    return Bench(workdir, monkeypatch)
+
+
+def small_model(**changes) -> GPTModel:
+    torch.manual_seed(0)
+    shape = {"vocab_size": 50, "context_length": 96, "emb_dim": 32, "n_heads": 2, "n_layers": 3}
+    return GPTModel(GPTConfig(**(shape | changes)))
+
+
+def estimate(model: GPTModel, **changes) -> MemoryEstimate:
+    options = {"n_tokens": 96, "n_windows": 4, "precision": FP32, "device": CPU} | changes
+    return estimate_memory(model, **options)
+
+
+# ------------------------------------------------------------------------------ the estimate
+
+
+@pytest.mark.parametrize("precision", [FP32, BF16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("kind", MODELS)
+def test_activations_measured_on_few_tokens_are_those_of_all(monkeypatch, kind, precision):
+    model = small_model(**MODELS[kind])
+    fixed, window = measure_activations(model, 96, precision, CPU)
+    monkeypatch.setitem(memory.PROBED_TOKENS, "cpu", 96)
+    expected_fixed, expected_window = measure_activations(model, 96, precision, CPU)
+    assert window == pytest.approx(expected_window, rel=0.02)
+    # what windows share: half-precision weights, a mask of T x T
+    assert abs(fixed - expected_fixed) <= 0.05 * window
+
+
+def test_activations_are_what_a_block_is_known_to_keep():
+    wide, deep = ({"emb_dim": 32, "n_layers": n} for n in (3, 5))
+    models = [small_model(**shape) for shape in (wide, deep)]
+    windows = [measure_activations(model, 96, FP32, CPU)[1] for model in models]
+    # by hand, in units of a (T, C) tensor: two norms' inputs and outputs, q, k and v, attention's
+    # output twice (as heads give it, and in order), the MLP's 4 before and 4 after its activation
+    assert 14 <= (windows[1] - windows[0]) / 2 / (96 * 32 * 4) <= 18
+
+
+def test_half_precision_keeps_a_copy_of_the_weights_whatever_the_batch():
+    model = small_model()
+    fixed, window = measure_activations(model, 96, BF16, CPU)
+    hidden = sum(weight.numel() for weight, _ in model.hidden_matrices())
+    assert 2 * hidden <= fixed <= 2 * hidden * 1.1
+    assert window < measure_activations(model, 96, FP32, CPU)[1]
+
+
+@pytest.mark.parametrize("kind", ["plain", "untied", "llama"])
+def test_in_full_precision_windows_share_nothing_but_parameters_and_tables(kind):
+    assert measure_activations(small_model(**MODELS[kind]), 96, FP32, CPU)[0] == 0
+
+
+def test_measuring_leaves_everything_as_it_was():
+    model = small_model(drop_rate=0.1)
+    model.eval()
+    model.activation_checkpointing = True
+    before, weights = torch.get_rng_state(), sha256(*model.parameters())
+    measure_activations(model, 96, FP32, CPU)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert sha256(*model.parameters()) == weights
+    assert all(parameter.grad is None for parameter in model.parameters())
+    assert not model.training and model.activation_checkpointing
+
+
+def test_a_window_of_one_token_can_be_measured():
+    fixed, window = measure_activations(small_model(), 1, FP32, CPU)
+    assert fixed >= 0 and window > 0
+
+
+def test_each_part_has_the_bytes_that_it_has():
+    model = small_model()
+    count = model.count_parameters()
+    hidden = sum(weight.numel() for weight, _ in model.hidden_matrices())
+    found = estimate(model, keeps_best=True)
+    assert found.weights == found.gradients == found.best_weights == 4 * count
+    assert found.optimizer == 8 * count
+    assert estimate(model).best_weights == 0
+    assert estimate(model, optimizer="muon").optimizer == 8 * count - 4 * hidden
+    assert found.total(5) - found.total(4) == found.window
+    parts = [found.weights, found.gradients, found.optimizer, found.best_weights, found.head]
+    assert found.total(4) == sum(parts) + found.activations_of(4)
+
+
+def test_checkpointing_keeps_each_blocks_input_and_one_block():
+    model = small_model(n_layers=6)
+    plain = estimate(model)
+    model.activation_checkpointing = True
+    saving = estimate(model)
+    inputs = 6 * 96 * 32 * 4
+    assert inputs < saving.window < plain.window / 2
+    assert saving.window == pytest.approx(inputs + plain.window / 6, rel=0.01)
+
+
+def test_the_head_of_a_large_batch_takes_no_more_than_some_rows_of_logits():
+    model = small_model(vocab_size=20_000)
+    few, many, more = (estimate(model, n_windows=n).head for n in (1, 64, 256))
+    assert few < many == more < 64 * 96 * 20_000 * 4
+
+
+@pytest.mark.parametrize(
+    ("n_windows", "room", "expected"),
+    [(8, 900, 8), (8, 899, 4), (8, 400, 2), (5, 500, 3), (5, 399, 2), (8, 200, 1), (8, 199, 0)],
+)
+def test_windows_are_halved_until_they_fit(n_windows, room, expected):
+    parts = {"weights": 20, "gradients": 20, "optimizer": 40, "best_weights": 0}
+    size = MemoryEstimate(**parts, activations=10, window=100, head=10)
+    assert size.total(1) == 200
+    assert size.largest_fit(n_windows, room) == expected
+    assert size.largest_fit(n_windows, None) == n_windows
+
+
+PEAK = """
+import json, resource, sys
+import torch
+from engine.memory import estimate_memory
+from engine.optim import build_adamw
+from engine.precision import Precision
+from model import GPTConfig, GPTModel
+from train import take_step
+
+torch.set_num_threads(1)
+shape, n_windows, n_tokens, saves, name = json.loads(sys.argv[1])
+precision, device = Precision(name, "as set", "cpu"), torch.device("cpu")
+warm = torch.randn(64, 64, requires_grad=True)  # libraries, which are no part of a step
+(warm @ warm).sum().backward()
+torch.optim.AdamW([warm], fused=True).step()
+with open("/proc/self/statm") as file:
+    before = int(file.read().split()[1]) * resource.getpagesize()
+model = GPTModel(GPTConfig(vocab_size=50257, context_length=n_tokens, **shape))
+model.activation_checkpointing = saves
+size = estimate_memory(
+    model, n_tokens=n_tokens, n_windows=n_windows, precision=precision, device=device
+)
+optimizer = build_adamw(model, 1e-3, 0.1)
+for _ in range(3):
+    ids = torch.randint(50257, (n_windows, n_tokens))
+    take_step(model, [(ids, ids)], optimizer, precision, 1.0)
+peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before
+print(size.total(n_windows), peak)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize(
+    ("name", "n_windows", "n_tokens", "saves", "precision"),
+    [
+        ("small", 4, 128, False, "fp32"),
+        ("small", 32, 128, False, "fp32"),
+        ("mini", 8, 256, False, "fp32"),
+        ("mini", 8, 256, True, "fp32"),
+        ("mini", 8, 256, False, "bf16"),
+        ("gpt2-124m", 4, 256, False, "fp32"),
+    ],
+)
+def test_the_estimate_is_within_30_percent_of_what_steps_take(
+    name, n_windows, n_tokens, saves, precision
+):
+    shape = json.loads((REPOSITORY / "config.json").read_text(encoding="utf-8"))[name]
+    del shape["context_length"]
+    arguments = json.dumps([shape, n_windows, n_tokens, saves, precision])
+    done = subprocess.run(
+        [sys.executable, "-c", PEAK, arguments],
+        env=os.environ | {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    estimated, peak = map(int, done.stdout.split())
+    print(f"{name} {n_windows} x {n_tokens} {precision}: {estimated / 1e6:.0f}, {peak / 1e6:.0f}")
+    assert 0.7 * peak < estimated < 1.3 * peak
+
+
+# ---------------------------------------------------------------------------- what is there
+
+
+def write(path: Path, **files: str) -> None:
+    path.mkdir(parents=True, exist_ok=True)
+    for name, content in files.items():
+        (path / name.replace("__", ".")).write_text(content, encoding="utf-8")
+
+
+def test_a_container_of_version_2_leaves_its_limit_less_what_cannot_be_taken_back(tmp_path):
+    write(tmp_path / "proc/self", cgroup="0::/a/b\n")
+    root = tmp_path / "sys/fs/cgroup"
+    write(root / "a/b", memory__max="max\n")
+    write(
+        root / "a",
+        memory__max="1000\n",
+        memory__current="700\n",
+        memory__stat="anon 500\nactive_file 120\ninactive_file 30\n",
+    )
+    assert memory._container_rooms(tmp_path / "proc", tmp_path / "sys") == [450]
+
+
+def test_a_container_of_version_1_leaves_the_tightest_of_its_groups(tmp_path):
+    # within a container its own group stands at the root, and its path leads nowhere
+    write(tmp_path / "proc/self", cgroup="5:cpu:/x\n4:cpuset,memory:/docker/x\n0::/\n")
+    write(
+        tmp_path / "sys/fs/cgroup/memory",
+        memory__limit_in_bytes="1000\n",
+        memory__usage_in_bytes="900\n",
+        memory__stat="total_active_file 50\ntotal_inactive_file 25\ninactive_file 7\n",
+    )
+    assert memory._container_rooms(tmp_path / "proc", tmp_path / "sys") == [175]
+
+
+def test_where_nothing_tells_nothing_is_judged(tmp_path, monkeypatch):
+    assert memory._container_rooms(tmp_path, tmp_path) == []
+    for source in ("_system_room", "_address_room"):
+        monkeypatch.setattr(memory, source, lambda: None)
+    monkeypatch.setattr(memory, "_container_rooms", lambda proc, sys: [])
+    assert available_memory(CPU) is None
+
+
+def test_the_tightest_of_all_limits_counts(monkeypatch):
+    monkeypatch.setattr(memory, "_system_room", lambda: 500)
+    monkeypatch.setattr(memory, "_address_room", lambda: None)
+    monkeypatch.setattr(memory, "_container_rooms", lambda proc, sys: [700, 300])
+    assert available_memory(CPU) == 300
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_this_machine_has_some_memory_and_not_more_than_is_built_in():
+    built_in = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    assert 50e6 < available_memory(CPU) <= built_in
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_a_limit_of_the_process_counts():
+    import resource  # Windows has none
+
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    taken = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    try:
+        resource.setrlimit(resource.RLIMIT_AS, (taken + 300_000_000, before[1]))
+        assert 200e6 < available_memory(CPU) <= 300e6
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, before)
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (MemoryError(), True),
+        (torch.OutOfMemoryError("CUDA out of memory"), True),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried ..."), True),
+        (RuntimeError("std::bad_alloc"), True),
+        (RuntimeError("CUDA error: out of memory"), True),
+        (RuntimeError("shapes don't match"), False),
+        (ResourceError("out of memory: said already"), False),
+        (ValueError("can't allocate"), False),
+    ],
+)
+def test_errors_that_say_that_memory_ran_out_are_known(error, expected):
+    assert is_out_of_memory(error) is expected
+
+
+# --------------------------------------------------------------------- before training begins
+
+
+def limit_memory(patch, n_windows: float) -> None:
+    """Let this machine have room for so many windows of the run that is prepared."""
+
+    def measured(model: GPTModel, **options) -> MemoryEstimate:
+        size = estimate_memory(model, **options)
+        room = size.total(0) + int((n_windows + 0.5) * size.window) - size.weights
+        patch.setattr(environment, "available_memory", lambda device: room)
+        return size
+
+    patch.setattr(environment, "estimate_memory", measured)
+
+
+def prepared(bench: Bench) -> environment.RuntimeEnv:
+    return prepare_environment(bench.folder / "settings.py")
+
+
+def test_what_does_not_fit_goes_in_fewer_windows_at_a_time(bench, capsys):
+    bench.describe("run", gradient_accumulation_steps=2)
+    whole = prepared(bench)
+    assert "Memory: about " in capsys.readouterr().out
+    limit_memory(bench.patch, 2)
+    env = prepared(bench)
+    batches, expected = (e.train_loader.batch_sampler for e in (env, whole))
+    assert (batches.micro_batch, expected.micro_batch) == (2, 4)
+    assert (batches.step_size, batches.n_steps) == (expected.step_size, expected.n_steps)
+    assert env.run.settings["micro_batch"] == 2
+    [notice] = [line for line in capsys.readouterr().out.splitlines() if "at a time" in line]
+    assert "2 windows at a time instead of 4" in notice and "the batch stays the same" in notice
+
+
+def test_where_not_even_one_window_fits_the_run_says_so_before_it_begins(bench):
+    bench.describe("run")
+    limit_memory(bench.patch, 0)
+    with pytest.raises(ResourceError) as raised:
+        prepared(bench)
+    lines = str(raised.value).splitlines()
+    assert len(lines) <= 4 and raised.value.exit_code == 6
+    for said in ("single window of 16 tokens", "weights", "activation_checkpointing", "max_length"):
+        assert said in str(raised.value)
+    assert not bench.run.exists()
+
+
+def test_a_model_far_too_large_is_refused_before_it_is_built(bench):
+    bench.describe("run", model_overrides={"emb_dim": 65536, "n_heads": 512, "n_layers": 1024})
+    bench.patch.setattr(environment, "build_model", None)  # it would take 52 TB
+    with pytest.raises(ResourceError, match=r"takes more than [\d,.]+ GB of memory.*\n.*n_layers"):
+        prepared(bench)
+
+
+def test_a_machine_that_tells_nothing_trains_as_was_asked(bench, capsys):
+    bench.patch.setattr(environment, "available_memory", lambda device: None)
+    bench.describe("run")
+    assert prepared(bench).train_loader.batch_sampler.micro_batch == 4
+    assert "free" not in capsys.readouterr().out
+
+
+def test_checkpointing_reaches_the_model_and_changes_no_number(bench):
+    expected = uninterrupted(bench)
+    bench.describe("run", activation_checkpointing=True)
+    found = bench.finish()
+    assert bench.env.model.activation_checkpointing
+    compare(found, expected)
+
+
+def test_a_run_goes_on_with_as_many_windows_at_a_time_as_it_began_with(bench):
+    bench.describe("run")
+    with bench.patch.context() as patch:
+        limit_memory(patch, 2)
+        bench.signal_at("take_step", 5, after=True)
+        assert not bench.session()
+    bench.patch.undo()  # memory is there again
+    bench.patch.chdir(bench.folder)
+    bench.patch.setattr(environment, "CACHE", bench.folder / "cache")
+    env = prepared(bench)
+    assert env.train_loader.batch_sampler.micro_batch == env.run.settings["micro_batch"] == 2
+    assert not any("micro_batch" in note for note in env.run.notes)
+
+
+def test_a_run_that_goes_on_with_less_memory_says_what_that_means(bench):
+    bench.describe("run")
+    bench.signal_at("take_step", 5, after=True)
+    assert not bench.session()
+    limit_memory(bench.patch, 1)
+    env = prepared(bench)
+    assert env.train_loader.batch_sampler.micro_batch == 1
+    assert env.run.settings["changes"][-1]["micro_batch"] == [4, 1]
+    assert any("micro_batch was 4 and is 1" in note for note in env.run.notes)
+
+
+@pytest.mark.parametrize("value", ["2", 0, -1, None, 99])
+def test_a_number_of_windows_that_makes_no_sense_is_not_taken_over(bench, value):
+    bench.describe("run")
+    bench.signal_at("take_step", 1, after=True)
+    assert not bench.session()
+    file = bench.run / "settings.json"
+    saved = json.loads(file.read_text(encoding="utf-8")) | {"micro_batch": value}
+    file.write_text(json.dumps(saved), encoding="utf-8")
+    assert prepared(bench).train_loader.batch_sampler.micro_batch == 4
+
+
+# ------------------------------------------------------------------------- while it trains
+
+
+def run_out_of_memory(above: int, *, from_call: int = 1) -> Callable[[GPTModel], None]:
+    """Give a model no memory to train on more than `above` windows, from a forward pass on."""
+
+    def prepare(model: GPTModel) -> None:
+        count = 0
+
+        def refuse(block: torch.nn.Module, arguments: tuple) -> None:
+            nonlocal count
+            count += torch.is_grad_enabled()
+            if torch.is_grad_enabled() and count >= from_call and len(arguments[0]) > above:
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+        # the last block: by then dropout has drawn on the generator
+        model.blocks[-1].register_forward_pre_hook(refuse)
+
+    return prepare
+
+
+def test_parts_are_cut_as_a_loader_with_that_micro_batch_cuts_them():
+    for size in range(1, 7):
+        for before in range(size, 8):
+            smaller, larger = (loader_of_13_windows(n) for n in (size, before))
+            for epoch in (0, 1):
+                expected = list(steps_of_epoch(smaller, epoch, 0, 3))
+                for batches, parts in zip(
+                    steps_of_epoch(larger, epoch, 0, 3), expected, strict=True
+                ):
+                    found = in_parts(batches, size)
+                    assert [len(ids) for ids, _ in found] == [len(ids) for ids, _ in parts]
+                    for pair, other in zip(found, parts, strict=True):
+                        assert all(map(torch.equal, pair, other))
+
+
+def trained_in_parts(micro_batch: int, prepare=None, **shape) -> tuple:
+    """Seven steps on 13 windows: weights, losses of steps, and of evaluations after the first."""
+    model = tiny_model(**shape)
+    if prepare is not None:
+        prepare(model)
+    trainer = new_trainer(7, model=model)
+    val_loader = tiny_loaders()[1]
+    val_loader.batch_sampler.micro_batch = micro_batch
+    training_loop(trainer, loader_of_13_windows(micro_batch), val_loader, new_plan(7))
+    history = trainer.journal.history
+    evaluations = history.train_losses[1:], history.val_losses[1:]
+    return [p.detach().clone() for p in model.parameters()], history.batch_losses, evaluations
+
+
+@pytest.mark.parametrize("from_call", [1, 2], ids=["at once", "second part"])
+@pytest.mark.parametrize("above", [1, 2])
+def test_a_step_that_runs_out_of_memory_is_made_again_in_smaller_parts(above, from_call, capsys):
+    weights, *losses = trained_in_parts(above, drop_rate=0.2)
+    assert "ran out of memory" not in capsys.readouterr().out
+    prepare = run_out_of_memory(above, from_call=from_call)
+    found, *found_losses = trained_in_parts(3, prepare, drop_rate=0.2)
+    said = capsys.readouterr().out
+    assert said.count("Note: step 1 ran out of memory") == (2 if above == 1 else 1)
+    assert "2 windows at a time instead of 3 from here on, the batch stays the same" in said
+    # bit for bit what a run comes to that had so many windows at a time from the first
+    assert found_losses == losses
+    assert sha256(*found) == sha256(*weights)
+
+
+def test_memory_that_runs_out_later_changes_no_step_before_and_no_sum_after(capsys):
+    weights, losses, evaluations = trained_in_parts(3)
+    # two parts a step, one in the third: the eighth is the second of step 5
+    found = trained_in_parts(3, run_out_of_memory(1, from_call=8))
+    said = capsys.readouterr().out
+    assert said.count("Note: step 5 ran out of memory") == 2
+    assert found[1][:4] == losses[:4]
+    assert found[1] == pytest.approx(losses, abs=1e-5)
+    torch.testing.assert_close(found[0], weights, rtol=0, atol=1e-3)
+    for some, others in zip(found[2], evaluations, strict=True):
+        assert some == pytest.approx(others, abs=1e-4)
+
+
+def test_the_trainer_leaves_a_step_that_cannot_be_made_as_before_it():
+    model = tiny_model(drop_rate=0.2)
+    run_out_of_memory(0, from_call=3)(model)
+    trainer = new_trainer(7, model=model)
+    model.train()
+    before, weights = torch.get_rng_state(), sha256(*model.parameters())
+    [batches] = list(steps_of_epoch(loader_of_13_windows(2), 0, 0, 1))
+    with pytest.raises(OutOfStepMemory, match="Tried to allocate"):
+        trainer.step(batches, 1.0)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert sha256(*model.parameters()) == weights and not trainer.optimizer.state
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_memory_that_the_optimizer_lacks_is_no_reason_to_try_again(monkeypatch):
+    trainer, calls = new_trainer(7), []
+
+    def refuse(*arguments) -> None:
+        calls.append(1)
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+
+    trainer.optimizer.register_step_pre_hook(refuse)
+    [batches] = list(steps_of_epoch(loader_of_13_windows(2), 0, 0, 1))
+    with pytest.raises(RuntimeError, match="can't allocate") as raised:
+        trainer.step(batches, 1.0)
+    assert len(calls) == 1 and not isinstance(raised.value, OutOfStepMemory)
+
+
+def test_an_error_that_is_not_about_memory_is_not_tried_again():
+    trainer, calls = new_trainer(7), []
+
+    def fail(*arguments) -> None:
+        calls.append(1)
+        raise RuntimeError("the shapes don't match")
+
+    trainer.model.blocks[0].register_forward_pre_hook(fail)
+    [batches] = list(steps_of_epoch(loader_of_13_windows(2), 0, 0, 1))
+    with pytest.raises(RuntimeError, match="shapes"):
+        trainer.step(batches, 1.0)
+    assert len(calls) == 1
+
+
+def test_a_run_that_ran_out_of_memory_is_stopped_and_goes_on_exactly(bench):
+    settings = {"gradient_accumulation_steps": 2}
+    # one that had no more memory from its first step on, and was never stopped
+    bench.prepare_model = run_out_of_memory(2)
+    expected = uninterrupted(bench, **settings)
+    bench.describe("run", **settings)
+    bench.signal_at("take_step", 6, 15, after=True)
+    found = bench.finish()
+    assert bench.stopped_at and bench.env.train_loader.batch_sampler.micro_batch == 2
+    saved = json.loads((bench.run / "settings.json").read_text(encoding="utf-8"))
+    assert saved["micro_batch"] == 2
+    assert [change.get("micro_batch") for change in saved["changes"]] == [[4, 2]]
+    compare(found, expected)
+
+
+def test_a_window_too_much_ends_the_run_with_6_and_names_the_checkpoint(bench):
+    bench.describe("run", save_every=3)
+    bench.prepare_model = run_out_of_memory(0, from_call=8)
+    with pytest.raises(ResourceError) as raised:
+        bench.session()
+    assert raised.value.exit_code == 6
+    lines = str(raised.value).splitlines()
+    assert len(lines) <= 4
+    assert "single window" in lines[0] and "activation_checkpointing" in lines[1]
+    assert lines[-1].endswith("step-00000006")
+
+
+LIMITED = """
+import resource, sys
+import torch
+from environment import prepare_environment
+from train import train
+
+torch.set_num_threads(1)
+env = prepare_environment("settings.py")
+with open("/proc/self/statm") as file:
+    taken = int(file.read().split()[0]) * resource.getpagesize()
+limit = taken + int(sys.argv[1])
+resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+train(env)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems don't heed the limit")
+def test_a_limit_on_memory_is_lived_with(bench):
+    # some 0.6 MB a window: an evaluation fits, a step with 512 at a time does not
+    bench.describe(
+        "run",
+        max_steps=1,
+        warmup_steps=0,
+        batch_size=512,
+        max_length=128,
+        eval_iter=1,
+        model_overrides={"emb_dim": 32, "n_heads": 2, "n_layers": 2},
+    )
+    (bench.folder / "text.txt").write_text("abcdefgh " * 9000, encoding="utf-8")
+    done = subprocess.run(
+        [sys.executable, "-c", LIMITED, "200_000_000"],
+        env=os.environ | {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        cwd=bench.folder,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "ran out of memory" in done.stdout
+    saved = json.loads((bench.run / "settings.json").read_text(encoding="utf-8"))
+    assert 1 <= saved["micro_batch"] < 512
+    assert (bench.run / "checkpoints" / "step-00000001").is_dir()

@@ -1,0 +1,97 @@
+"""How many threads suit a machine, by what Linux tells of it in files."""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+from engine import processor
+from engine.processor import default_threads, physical_cores, quota_cores
+
+
+@pytest.fixture
+def machine(tmp_path, monkeypatch):
+    """A machine by its files: siblings of each processor in order, and a container's limit.
+
+    All of its processors may be used, and nothing is set from outside.
+    """
+    for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(processor, "TOPOLOGY", tmp_path / "cpu")
+    monkeypatch.setattr(processor, "CGROUP", tmp_path)
+
+    def build(siblings: list[str], cpu_max: str | None = None, torchs_own: int = 64) -> Path:
+        for number, listed in enumerate(siblings):
+            folder = tmp_path / "cpu" / f"cpu{number}" / "topology"
+            folder.mkdir(parents=True)
+            (folder / "thread_siblings_list").write_text(f"{listed}\n", encoding="ascii")
+        if cpu_max is not None:
+            (tmp_path / "cpu.max").write_text(f"{cpu_max}\n", encoding="ascii")
+        every = set(range(len(siblings)))
+        monkeypatch.setattr(os, "sched_getaffinity", lambda pid: every, raising=False)
+        monkeypatch.setattr(torch, "get_num_threads", lambda: torchs_own)
+        return tmp_path
+
+    return build
+
+
+TWO_A_CORE = ["0,4", "1,5", "2,6", "3,7", "0,4", "1,5", "2,6", "3,7"]
+ONE_A_CORE = ["0", "1", "2", "3", "4", "5"]
+
+
+@pytest.mark.parametrize(
+    ("siblings", "cpu_max", "torchs_own", "expected"),
+    [
+        (TWO_A_CORE, None, 64, 4),
+        (TWO_A_CORE, "max 100000", 64, 4),
+        (TWO_A_CORE, "200000 100000", 64, 2),
+        (TWO_A_CORE, "250000 100000", 64, 2),  # a third thread would wait half of the time
+        (TWO_A_CORE, "50000 100000", 64, 1),
+        (TWO_A_CORE, "800000 100000", 64, 4),
+        (TWO_A_CORE, None, 3, 3),
+        (ONE_A_CORE, None, 64, 6),
+        (ONE_A_CORE, "300000 50000", 64, 6),
+        (["0-1", "0-1", "2-3", "2-3"], None, 64, 2),
+        (["0"], "max 100000", 1, 1),
+        ([], None, 5, 5),  # a machine that tells nothing
+        (ONE_A_CORE, "?", 64, 6),
+    ],
+)
+def test_threads_are_the_least_of_what_core_container_and_torch_allow(
+    machine, siblings, cpu_max, torchs_own, expected
+):
+    machine(siblings, cpu_max, torchs_own)
+    assert default_threads() == expected
+
+
+@pytest.mark.parametrize("name", ["OMP_NUM_THREADS", "MKL_NUM_THREADS"])
+def test_a_number_set_from_outside_stands(machine, monkeypatch, name):
+    machine(TWO_A_CORE, "100000 100000", torchs_own=7)
+    assert default_threads() == 1
+    monkeypatch.setenv(name, "7")
+    assert default_threads() == 7
+    monkeypatch.setenv(name, "")
+    assert default_threads() == 1
+
+
+def test_cores_that_the_process_may_not_use_do_not_count(machine, monkeypatch):
+    folder = machine(TWO_A_CORE) / "cpu"
+    assert physical_cores(folder) == 4
+    for allowed, expected in (({0, 4}, 1), ({0, 1, 2, 6}, 3), ({7}, 1)):
+        monkeypatch.setattr(os, "sched_getaffinity", lambda pid, found=allowed: found)
+        assert physical_cores(folder) == expected
+
+
+def test_a_core_that_tells_nothing_makes_the_number_unknown(machine):
+    folder = machine(TWO_A_CORE) / "cpu"
+    (folder / "cpu3" / "topology" / "thread_siblings_list").unlink()
+    assert physical_cores(folder) is None
+
+
+def test_without_linux_cores_and_limits_are_unknown(machine, monkeypatch, tmp_path):
+    machine(TWO_A_CORE, torchs_own=5)
+    monkeypatch.delattr(os, "sched_getaffinity")
+    assert physical_cores(tmp_path / "cpu") is None
+    assert quota_cores(tmp_path / "nowhere") is None
+    assert default_threads() == 5

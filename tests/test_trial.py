@@ -1,0 +1,381 @@
+"""What tried steps tell, and that they leave no trace."""
+
+import copy
+import itertools
+import json
+import time
+
+import pytest
+import torch
+
+import trial
+from engine.errors import ResourceError
+from engine.memory import OutOfStepMemory
+from engine.optim import build_optimizer
+from engine.precision import Precision
+from tests.test_main import run_main, write_settings
+from tests.test_train import BATCH, CONTEXT, CPU, FP32, tiny_loaders, tiny_model
+from train import steps_of_epoch, take_step
+from training_utils import TrainingConfig
+from trial import WORTH_A_TRIAL, Compiled, Trial, decide_compiling, steps_in
+
+BF16 = Precision("bf16", "as set", "cpu")
+
+
+def new_trial(optimizer: str = "adamw", precision: Precision = FP32, **model) -> Trial:
+    model = tiny_model(**model)
+    optimizer = build_optimizer(optimizer, model, 1e-2, 0.1)
+    return Trial(model, optimizer, tiny_loaders()[0], precision, CPU, threads=1)
+
+
+def state(tried: Trial) -> dict:
+    """All that training starts from."""
+    return copy.deepcopy(
+        {
+            "weights": tried.model.state_dict(),
+            "gradients": [p.grad for p in tried.model.parameters()],
+            "mode": [module.training for module in tried.model.modules()],
+            "optimizer": tried.optimizer.state_dict(),
+            "random": torch.get_rng_state(),
+            "threads": torch.get_num_threads(),
+            "next": (tried.loader.batch_sampler._next_epoch, tried.loader.batch_sampler._next_step),
+        }
+    )
+
+
+def assert_same(one: dict, other: dict) -> None:
+    torch.testing.assert_close(one.pop("weights"), other.pop("weights"), rtol=0, atol=0)
+    assert torch.equal(one.pop("random"), other.pop("random"))
+    assert one == other
+
+
+@pytest.fixture
+def seconds_of_steps(monkeypatch):
+    """Let time pass in steps only: so many seconds in each, one after the other."""
+
+    def use(seconds: list[float]) -> list:
+        durations, now, seen = iter(seconds), 0.0, []
+
+        def step(model, batches, *arguments):
+            nonlocal now
+            now += next(durations)
+            seen.append(batches)
+
+        monkeypatch.setattr(trial, "take_step", step)
+        monkeypatch.setattr(time, "perf_counter", lambda: now)
+        return seen
+
+    return use
+
+
+# ------------------------------------------------------------------ a trial
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+@pytest.mark.parametrize("precision", [FP32, BF16], ids=["fp32", "bf16"])
+def test_a_trial_changes_nothing(optimizer, precision):
+    tried = new_trial(optimizer, precision, drop_rate=0.3, attention_drop_rate=0.3)
+    torch.manual_seed(3)
+    before = state(tried)
+    assert tried.step_seconds() > 0
+    assert_same(state(tried), before)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_training_after_a_trial_is_that_without_one(optimizer):
+    def trained(with_trial: bool) -> dict:
+        tried = new_trial(optimizer, drop_rate=0.3)
+        torch.manual_seed(3)
+        if with_trial:
+            tried.step_seconds()
+        for batches in itertools.islice(iter(tried.loader), 3):
+            take_step(tried.model, [batches], tried.optimizer, FP32, 1.0)
+        return state(tried)
+
+    one, other = trained(True), trained(False)
+    moments = [after["optimizer"].pop("state") for after in (one, other)]
+    torch.testing.assert_close(*moments, rtol=0, atol=0)
+    assert all(value.any() for value in moments[0][0].values())
+    assert_same(one, other)
+
+
+def test_a_trial_that_memory_cannot_hold_changes_nothing_either(monkeypatch):
+    calls = itertools.count()
+
+    def step(*arguments):
+        if next(calls) == 2:
+            raise OutOfStepMemory("not enough")
+        return take_step(*arguments)
+
+    monkeypatch.setattr(trial, "take_step", step)
+    tried = new_trial(drop_rate=0.3)
+    tried.loader.batch_sampler.micro_batch = 1
+    before = state(tried)
+    with pytest.raises(OutOfStepMemory):
+        tried.step_seconds()
+    assert_same(state(tried), before)
+
+
+def test_a_trial_goes_through_fewer_windows_until_they_fit(monkeypatch, capsys):
+    sizes = []
+
+    def step(model, batches, *arguments):
+        sizes.append(max(len(ids) for ids, _ in batches))
+        if sizes[-1] > 1:
+            raise OutOfStepMemory("not enough")
+        return take_step(model, batches, *arguments)
+
+    monkeypatch.setattr(trial, "take_step", step)
+    tried = new_trial()
+    assert tried.step_seconds() > 0
+    assert sizes[0] > 1 and sizes[-4:] == [1] * 4
+    assert tried.loader.batch_sampler.micro_batch == 1
+    assert "1 windows at a time" in capsys.readouterr().out
+
+
+def test_the_time_of_a_step_is_the_median_without_the_first(seconds_of_steps):
+    seen = seconds_of_steps([60.0, 1.0, 9.0, 2.0])
+    tried = new_trial()
+    assert tried.step_seconds() == 2.0
+    [[first, *_], *_] = steps_of_epoch(tried.loader, 0, 0, 1)
+    assert len(seen) == 4
+    assert all(torch.equal(batches[0][0], first[0]) for batches in seen)
+
+
+# ------------------------------------------------------------------ a time budget
+
+
+@pytest.mark.parametrize(
+    ("budget", "settings", "expected"),
+    [
+        # an evaluation is 2 x eval_iter batches at a third of a step's time: here 2 s
+        (120.5, {"eval_freq": 10, "eval_iter": 3}, 100),
+        (120.5, {"eval_freq": 1, "eval_iter": 3}, 40),
+        # eleven of them where nothing is set, 10 s each
+        (210.5, {"eval_iter": 15}, 100),
+        # every 100 steps in a long run
+        (2200.5, {"eval_iter": 15}, 2000),
+        (1209.0, {"eval_iter": 15}, 1099),
+        (1211.0, {"eval_iter": 15}, 1100),
+        (0.5, {"eval_freq": 10, "eval_iter": 3}, 1),
+        (50.0, {"eval_iter": 15}, 1),  # shorter than its evaluations
+    ],
+)
+@pytest.mark.parametrize("step_s", [1.0, 0.25])
+def test_steps_and_evaluations_take_the_time_that_is_there(
+    monkeypatch, budget, settings, expected, step_s
+):
+    monkeypatch.setattr(Trial, "step_seconds", lambda self: step_s)
+    found = steps_in(budget * step_s, new_trial(), TrainingConfig(**settings))
+    assert found == expected
+
+
+def test_an_evaluation_batch_is_a_part_of_a_step_that_has_several(monkeypatch):
+    monkeypatch.setattr(Trial, "step_seconds", lambda self: 1.0)
+    tried = new_trial()
+    tried.loader.batch_sampler.step_size = 4 * BATCH
+    # 2 x 6 batches at a third of a quarter of a second: 1 s every ten steps
+    assert steps_in(110.5, tried, TrainingConfig(eval_freq=10, eval_iter=6)) == 100
+
+
+@pytest.mark.slow
+def test_a_run_with_a_time_budget_takes_about_so_long_and_goes_on_with_its_steps(tmp_path):
+    settings = {
+        "time_budget_minutes": 0.1,
+        "batch_size": 8,
+        "max_length": 64,
+        "eval_iter": 2,
+        "start_context": "river",
+        "model_overrides": {"emb_dim": 64, "n_heads": 2, "n_layers": 2},
+    }
+    text = "the river carries the bell and the bell carries the river " * 200
+    file = write_settings(tmp_path, text, TOKENIZER="char", RUN_NAME="one", custom_params=settings)
+    # the program, stopped by Ctrl-C after twenty steps
+    code = (
+        "import main, os, signal, sys, train\n"
+        "step, done = train.take_step, []\n"
+        "def stop(*given, **options):\n"
+        "    done.append(1)\n"
+        "    if len(done) == 20:\n"
+        "        os.kill(os.getpid(), signal.SIGINT)\n"
+        "    return step(*given, **options)\n"
+        "train.take_step = stop\n"
+        "sys.exit(main.main(['settings.py']))\n"
+    )
+    stopped = run_main(tmp_path, code=code)
+    assert stopped.returncode == 130, stopped.stderr
+    saved = json.loads((tmp_path / "runs/one/settings.json").read_text(encoding="utf-8"))
+    steps = saved["total_steps"]
+    assert f"Note: {steps:,} steps are expected to take 0.1 minutes" in stopped.stdout
+    assert steps == saved["training"]["max_steps"] > 100
+
+    started_at = time.monotonic()
+    goes_on = run_main(tmp_path, file)
+    seconds = time.monotonic() - started_at
+    assert goes_on.returncode == 0, goes_on.stderr
+    assert f"Resuming runs/one: 20 of {steps:,} steps are done" in goes_on.stdout
+    assert 3 < seconds < 40  # 6 s and the start, on a machine that others use, too
+    rows = (tmp_path / "runs/one/metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    trained = [row for row in map(json.loads, rows) if "train/loss" in row]
+    assert len(trained) == steps
+    peak = max(row["train/lr"] for row in trained)
+    assert trained[-1]["train/lr"] == pytest.approx(peak / 10)  # the schedule ends with the run
+    assert "nothing to do" in run_main(tmp_path, file).stdout
+
+
+# ------------------------------------------------------------------ whether to compile
+
+
+@pytest.fixture
+def compiler(monkeypatch):
+    """A compiler that does nothing; notes what was asked of it."""
+    calls = []
+    monkeypatch.setattr(trial, "what_prevents_compiling", lambda device: None)
+    monkeypatch.setattr(trial, "compile_model", lambda *_: calls.append("compile"))
+    monkeypatch.setattr(trial, "undo_compiling", lambda *_: calls.append("undo"))
+    return calls
+
+
+def large_steps(n: float) -> int:
+    """Steps whose operations are n times as many as are worth a trial."""
+    return int(n * WORTH_A_TRIAL / (BATCH * CONTEXT * tiny_model().flop_per_token()))
+
+
+@pytest.mark.parametrize("budget", [None, 1e6])
+def test_compile_false_tries_nothing(compiler, monkeypatch, budget):
+    monkeypatch.setattr(Trial, "step_seconds", None)
+    assert decide_compiling(False, new_trial(), 10**9, budget) == Compiled(False, "as set")
+    assert compiler == []
+
+
+def test_auto_tries_nothing_for_a_run_that_is_short_on_any_machine(compiler, monkeypatch):
+    monkeypatch.setattr(Trial, "step_seconds", None)
+    found = decide_compiling("auto", new_trial(), large_steps(0.99), None)
+    assert found == Compiled(False, "a run this short would not repay it")
+    assert compiler == []
+
+
+@pytest.mark.parametrize("requested", ["auto", True])
+def test_where_compiling_cannot_work_nothing_is_tried_and_the_reason_is_told(
+    compiler, monkeypatch, requested
+):
+    monkeypatch.setattr(Trial, "step_seconds", None)
+    monkeypatch.setattr(trial, "what_prevents_compiling", lambda device: "no compiler")
+    found = decide_compiling(requested, new_trial(), 10**9, None)
+    assert found == Compiled(False, "no compiler")
+    assert compiler == []
+
+
+@pytest.mark.parametrize(
+    ("total", "budget", "step_s", "compiled"),
+    [
+        # 15 % of a step's time are saved, and twice 30 s must be
+        (1.01, None, 0.0, False),
+        (1.01, None, 1.0, True),
+        (None, 399.0, 1.0, False),
+        (None, 402.0, 1.0, True),
+        (None, 402.0, 0.01, True),
+    ],
+)
+def test_auto_compiles_where_the_steps_repay_it(
+    compiler, monkeypatch, capsys, total, budget, step_s, compiled
+):
+    measured = iter([step_s, 0.9 * step_s])
+    monkeypatch.setattr(Trial, "step_seconds", lambda self: next(measured))
+    total = None if total is None else large_steps(total)
+    found = decide_compiling("auto", new_trial(), total, budget)
+    assert found.on == compiled
+    assert found.reason.endswith(" repay it" if compiled else " would not repay it")
+    steps = total if budget is None else round(budget / step_s)
+    assert found.reason.startswith(f"{steps:,} steps of ")
+    assert compiler == ["compile"] * compiled
+    assert ("✓ Compiled in" in capsys.readouterr().out) == compiled
+
+
+def test_auto_keeps_what_is_faster(compiler, monkeypatch):
+    measured = iter([1.0, 1.0])
+    monkeypatch.setattr(Trial, "step_seconds", lambda self: next(measured))
+    found = decide_compiling("auto", new_trial(), None, 1000.0)
+    assert found == Compiled(False, "compiled steps are no faster here: 1 s, 1 s without")
+    assert compiler == ["compile", "undo"]
+
+
+def test_compile_true_compiles_however_short_the_run(compiler, capsys):
+    assert decide_compiling(True, new_trial(), 1, None) == Compiled(True, "as set")
+    assert compiler == ["compile"]
+    assert "Compiling the model's blocks" in capsys.readouterr().out
+
+
+def test_what_fails_to_compile_runs_as_it_is_written(compiler, monkeypatch):
+    tried = new_trial()
+    before = state(tried)
+
+    def fail(*arguments):
+        raise KeyError("no such kernel\nand a page more")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(trial, "take_step", fail)
+        found = decide_compiling(True, tried, 10**9, None)
+    assert not found.on
+    assert found.reason == r"KeyError: 'no such kernel\nand a page more'"
+    assert compiler == ["compile", "undo"]
+    assert_same(state(tried), before)
+
+
+def test_a_long_reason_is_cut_to_its_first_line(compiler, monkeypatch):
+    def fail(*arguments):
+        raise RuntimeError(f"{'x' * 999}\nand a page more")
+
+    monkeypatch.setattr(trial, "take_step", fail)
+    assert new_trial().compile(None) == f"RuntimeError: {'x' * 200}"
+
+
+def test_memory_that_runs_out_is_no_fault_of_the_compiler(compiler, monkeypatch):
+    def fail(*arguments):
+        raise OutOfStepMemory("not enough")
+
+    monkeypatch.setattr(trial, "take_step", fail)
+    with pytest.raises(OutOfStepMemory):
+        new_trial().compile(None)
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit])
+def test_ctrl_c_while_compiling_ends_the_program(compiler, monkeypatch, error):
+    def fail(*arguments):
+        raise error
+
+    monkeypatch.setattr(trial, "take_step", fail)
+    with pytest.raises(error):
+        new_trial().compile(None)
+
+
+# ------------------------------------------------------------------ a device's arithmetic
+
+
+def agreeing(precision: str, spoil=None) -> Precision:
+    model = tiny_model()
+    if spoil is not None:
+        model.blocks[0].mlp.register_forward_hook(
+            lambda module, inputs, output: (
+                spoil(output) if torch.is_autocast_enabled("cpu") else None
+            )
+        )
+    ids = torch.randint(model.config.vocab_size, (1, model.config.context_length))
+    return trial.precision_that_agrees(model, ids, Precision(precision, "as set", "cpu"))
+
+
+@pytest.mark.parametrize("name", ["fp32", "bf16"])
+def test_right_arithmetic_agrees_with_the_cpu(name):
+    assert agreeing(name) == Precision(name, "as set", "cpu")
+
+
+@pytest.mark.parametrize("spoil", [lambda x: 30 * x + 3, lambda x: x * float("nan")])
+def test_where_bf16_is_wrong_fp32_is_used(spoil):
+    agreed = agreeing("bf16", spoil)
+    assert (agreed.name, agreed.reason) == ("fp32", "bf16 gives wrong numbers here")
+
+
+def test_a_device_that_is_wrong_in_every_precision_is_refused(monkeypatch):
+    monkeypatch.setattr(trial, "disagreement", lambda *arguments: float("nan"))
+    with pytest.raises(ResourceError, match='set DEVICE = "cpu"'):
+        agreeing("bf16")

@@ -1,0 +1,190 @@
+"""What is found out by trying: whether compiling pays, how many steps a time allows, and whether
+a device computes what the CPU does."""
+
+import copy
+import statistics
+import time
+from dataclasses import dataclass
+
+import torch
+from torch.utils.data import DataLoader
+
+from engine.checkpoint import random_state, set_random_state
+from engine.compiling import (
+    compile_model,
+    is_repaid,
+    undo_compiling,
+    what_prevents_compiling,
+)
+from engine.console import say
+from engine.errors import ResourceError
+from engine.memory import OutOfStepMemory, halved
+from engine.optim import set_learning_rate
+from engine.precision import Precision
+from generation import evaluating
+from model import GPTModel
+from train import steps_of_epoch, take_step, to_device, using_threads
+from training_utils import TrainingConfig
+
+TIMED_STEPS = 3
+# floating point operations of a run below which compiling can't pay on any machine, so that
+# nothing needs to be tried: 40 s of a slow one
+WORTH_A_TRIAL = 4e12
+EVALUATION_COST = 1 / 3  # of a training step, for as many tokens: it has no backward pass
+DEFAULT_EVALUATIONS = 11  # as default_eval_freq has it
+
+
+AGREEMENT = {"fp32": 1e-3, "bf16": 5e-2, "fp16": 1e-2}  # a relative error of right arithmetic
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """Whether training steps run compiled, and why; a run that goes on keeps it."""
+
+    on: bool
+    reason: str
+
+
+@dataclass
+class Trial:
+    """A run that is ready to train, tried without training it."""
+
+    model: GPTModel
+    optimizer: torch.optim.Optimizer
+    loader: DataLoader
+    precision: Precision
+    device: torch.device
+    threads: int
+
+    def step_seconds(self) -> float:
+        """The median time of an optimizer step, after one that doesn't count.
+
+        Weights, moments and random numbers are afterwards what they were. Where memory runs out,
+        fewer windows go through at a time from here on; OutOfStepMemory is raised for a single
+        one.
+        """
+        while True:
+            batches = self.loader.batch_sampler
+            try:
+                return self._step_seconds()
+            except OutOfStepMemory:
+                if batches.micro_batch == 1:
+                    raise
+            batches.micro_batch = halved(min(batches.micro_batch, batches.batch_size))
+            say(f"Note: memory ran out: {batches.micro_batch} windows at a time, as a trial shows")
+
+    def _step_seconds(self) -> float:
+        random_before = random_state(self.device)
+        rates = [group["lr"] for group in self.optimizer.param_groups]
+        set_learning_rate(self.optimizer, 0.0)  # such a step changes no weight
+        batches = [
+            (to_device(ids, self.device), to_device(targets, self.device))
+            for ids, targets in next(steps_of_epoch(self.loader, 0, 0, 1))
+        ]
+        seconds = []
+        try:
+            with using_threads(self.threads):
+                for _ in range(1 + TIMED_STEPS):
+                    started_at = time.perf_counter()
+                    take_step(self.model, batches, self.optimizer, self.precision, 1.0)
+                    if self.device.type != "cpu":
+                        torch.accelerator.synchronize()
+                    seconds.append(time.perf_counter() - started_at)
+        finally:
+            self.loader.batch_sampler.start_at(0)
+            self.optimizer.state.clear()
+            for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
+                group["lr"] = rate
+            set_random_state(random_before, self.device)
+        return statistics.median(seconds[1:])
+
+    def compile(self, as_written: float | None) -> str | None:
+        """Compile the model's steps now, with a line that says so; returns what speaks against it.
+
+        That is a compiler's fault, or steps that take no less than as_written seconds.
+        """
+        say("Compiling the model's blocks: up to a minute, once ...")
+        compile_model(self.model, self.device)
+        started_at = time.perf_counter()
+        try:
+            seconds = self.step_seconds()
+        except OutOfStepMemory:
+            raise
+        except Exception as error:  # compilers fail in ways of their own: the model runs without
+            undo_compiling(self.model)
+            reason = next(iter(str(error).splitlines()), "")[:200]
+            return f"{type(error).__name__}: {reason}"
+        say(f"✓ Compiled in {time.perf_counter() - started_at:.0f} s")
+        if as_written is not None and seconds >= as_written:
+            undo_compiling(self.model)
+            return f"compiled steps are no faster here: {seconds:.2g} s, {as_written:.2g} s without"
+        return None
+
+
+def disagreement(model: GPTModel, ids: torch.Tensor, precision: Precision) -> float:
+    """How far a model's logits are from those of the CPU in fp32: relative, by norm.
+
+    ids is (B, T), on the model's device.
+    """
+    with evaluating(model), torch.no_grad():
+        with precision.autocast():
+            found = model(ids).float().cpu()
+        expected = copy.deepcopy(model).cpu()(ids.cpu())
+    return ((found - expected).norm() / expected.norm()).item()
+
+
+def precision_that_agrees(model: GPTModel, ids: torch.Tensor, precision: Precision) -> Precision:
+    """The precision as it is, or fp32 where only that agrees with the CPU.
+
+    Raises ResourceError where neither does: training would go on with wrong numbers. A NaN
+    agrees with nothing.
+    """
+    errors = {}
+    for tried in (precision, Precision("fp32", "bf16 gives wrong numbers here", ids.device.type)):
+        errors[tried.name] = disagreement(model, ids, tried)
+        if errors[tried.name] <= AGREEMENT[tried.name]:
+            return tried
+    listed = ", ".join(f"{error:.2g} in {name}" for name, error in errors.items())
+    raise ResourceError(
+        f"{ids.device} computes wrong numbers: its logits are off the CPU's by {listed}.\n"
+        'Update torch or the system, or set DEVICE = "cpu".'
+    )
+
+
+def decide_compiling(
+    requested: str | bool, trial: Trial, total_steps: int | None, budget_s: float | None
+) -> Compiled:
+    """Turn COMPILE (True, False or "auto") into what this run does, and compile where it does.
+
+    The run has total_steps, or those that budget_s seconds allow.
+    """
+    if requested is False:
+        return Compiled(False, "as set")
+    if obstacle := what_prevents_compiling(trial.device):
+        return Compiled(False, obstacle)
+    reason, seconds = "as set", None
+    if requested == "auto":
+        tokens = len(trial.loader.dataset[0][0]) * trial.loader.batch_sampler.step_size
+        if budget_s is None and total_steps * tokens * trial.model.flop_per_token() < WORTH_A_TRIAL:
+            return Compiled(False, "a run this short would not repay it")
+        seconds = trial.step_seconds()
+        steps = total_steps if budget_s is None else round(budget_s / seconds)
+        reason = f"{steps:,} steps of {seconds:.2g} s"
+        if not is_repaid(seconds, steps, trial.device):
+            return Compiled(False, f"{reason} would not repay it")
+        reason += " repay it"
+    obstacle = trial.compile(seconds)
+    return Compiled(True, reason) if obstacle is None else Compiled(False, obstacle)
+
+
+def steps_in(budget_s: float, trial: Trial, training: TrainingConfig) -> int:
+    """How many optimizer steps, with their evaluations, take so many seconds; at least 1."""
+    seconds = trial.step_seconds()
+    batches = trial.loader.batch_sampler
+    batch_seconds = seconds * batches.batch_size / batches.step_size  # a step may have several
+    evaluation = 2 * training.eval_iter * batch_seconds * EVALUATION_COST
+    per_step = evaluation / (training.eval_freq or 100)
+    steps = budget_s / (seconds + per_step)
+    if training.eval_freq is None and steps < 100 * DEFAULT_EVALUATIONS:
+        steps = (budget_s - DEFAULT_EVALUATIONS * evaluation) / seconds
+    return max(1, int(steps))
