@@ -80,10 +80,12 @@ def cases() -> dict[str, Case]:
             Side("gpt2, AdamW", "small", common | {"model_overrides": shape}, ADAMW_RATES),
         )
 
-    both, (poems, _) = (sides("llama-mini", small, length) for length in (256, 128))
-    # in half a minute every evaluation counts, and more, smaller steps learn more
-    short = poems.custom_params | {"eval_iter": 2, "eval_freq": 100}
-    alone = Side(poems.name, poems.model, short, (6e-3,))
+    both = sides("llama-mini", small, 256)
+    # where little time is left every evaluation counts, and more, smaller steps learn more
+    short = both[0].custom_params | {"max_length": 128, "eval_iter": 2, "eval_freq": 100}
+    alone = Side(both[0].name, both[0].model, short, (6e-3,))
+    shallow = short | {"model_overrides": {"n_layers": 4}}
+    poems = Side(alone.name, alone.model, shallow, (6e-3,))
     listed = (
         Case("shakespeare", "tinyshakespeare.txt", "char", 100, 1.56, False, both),
         Case("shakespeare-30s", "tinyshakespeare.txt", "char", 30, 1.886, False, (alone,)),

@@ -154,7 +154,7 @@ def test_windows_are_halved_until_they_fit(n_windows, room, expected):
 
 
 PEAK = """
-import json, resource, sys
+import json, sys
 import torch
 from engine.memory import estimate_memory
 from engine.optim import build_adamw
@@ -168,8 +168,13 @@ precision, device = Precision(name, "as set", "cpu"), torch.device("cpu")
 warm = torch.randn(64, 64, requires_grad=True)  # libraries, which are no part of a step
 (warm @ warm).sum().backward()
 torch.optim.AdamW([warm], fused=True).step()
-with open("/proc/self/statm") as file:
-    before = int(file.read().split()[1]) * resource.getpagesize()
+
+def held(name):
+    # not getrusage: its peak begins with what the parent held when it started this process
+    with open("/proc/self/status") as file:
+        return next(int(line.split()[1]) * 1024 for line in file if line.startswith(name))
+
+before = held("VmRSS")
 model = GPTModel(GPTConfig(vocab_size=50257, context_length=n_tokens, **shape))
 model.activation_checkpointing = saves
 size = estimate_memory(
@@ -179,7 +184,7 @@ optimizer = build_adamw(model, 1e-3, 0.1)
 for _ in range(3):
     ids = torch.randint(50257, (n_windows, n_tokens))
     take_step(model, [(ids, ids)], optimizer, precision, 1.0)
-peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before
+peak = held("VmHWM") - before
 print(size.total(n_windows), peak)
 """
 
