@@ -557,11 +557,12 @@ def test_a_window_too_much_ends_the_run_with_6_and_names_the_checkpoint(bench):
 
 LIMITED = """
 import resource, sys
-import torch
+import numpy, torch
 from environment import prepare_environment
 from train import train
 
 torch.set_num_threads(1)
+numpy.ones((64, 64)) @ numpy.ones((64, 64))  # its library takes memory once, which isn't a step's
 env = prepare_environment("settings.py")
 with open("/proc/self/statm") as file:
     taken = int(file.read().split()[0]) * resource.getpagesize()
