@@ -446,9 +446,13 @@ def test_socket_is_refused(workdir):
         ),
         ("x.txt", b"\n <!DOCTYPE html><title>Log in</title>", "a web page, not the text"),
         ("x.jsonl", b"\xef\xbb\xbf<HTML><body>", "a web page, not the text"),
-        ("x.txt.gz", gzip.compress(b"<html>"), "a web page, not the text"),
+        ("x.txt.gz", gzip.compress(b"<html>", mtime=0), "a web page, not the text"),
         ("x.csv", b"PK\x03\x04\x14\x00", "a zip archive. Unpack it"),
-        ("x.txt", gzip.compress(b"one"), "compressed with gzip. Give it a name that ends in .gz"),
+        (
+            "x.txt",
+            gzip.compress(b"one", mtime=0),
+            "compressed with gzip. Give it a name that ends in .gz",
+        ),
         ("x.txt", b"\x28\xb5\x2f\xfd\x00", "compressed with zstd. Give it a name that ends in .z"),
     ],
 )
