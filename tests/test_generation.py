@@ -13,7 +13,7 @@ from generation import (
     text_to_token_ids,
     token_ids_to_text,
 )
-from model import GPTConfig, GPTModel
+from model import Dropout, GPTConfig, GPTModel
 from text.tokenizer import load_tokenizer
 
 # chi-square values that chance exceeds once in a thousand times, by degrees of freedom (tables)
@@ -139,8 +139,8 @@ def test_evaluating_acts_inside_and_restores_on_an_error():
 def test_generation_has_no_dropout_and_no_gradients():
     dropped = tiny_model()
     for module in dropped.modules():
-        if isinstance(module, torch.nn.Dropout):
-            module.p = 0.5
+        if isinstance(module, Dropout):
+            module.rate = 0.5
     expected = generate(tiny_model(), prompt(4), max_new_tokens=20, temperature=0.0)
     found = generate(dropped.train(), prompt(4), max_new_tokens=20, temperature=0.0)
     assert torch.equal(found, expected)

@@ -15,7 +15,7 @@ from torch import nn
 from engine.errors import SettingsError
 from engine.optim import build_adamw
 from engine.precision import Precision
-from model import GPTConfig, GPTModel, RotaryTable, attend, attention_kernel
+from model import Dropout, GPTConfig, GPTModel, RotaryTable, attend, attention_kernel
 
 CONFIGURATIONS = json.loads(
     (Path(__file__).resolve().parent.parent / "config.json").read_text(encoding="utf-8")
@@ -551,6 +551,39 @@ def test_dropout_acts_in_training_mode_only(rates, form):
     assert not torch.equal(model.train()(ids), undropped(ids))
     assert not torch.equal(model(ids), model(ids))
     assert torch.equal(undropped.train()(ids), undropped.eval()(ids))
+
+
+@pytest.mark.parametrize("rate", [1e-9, 0.1, 0.5, 0.9, 0.99999])
+def test_dropout_keeps_each_element_with_its_probability_and_the_mean(rate):
+    torch.manual_seed(0)
+    x = torch.ones(401, 501, requires_grad=True)  # an odd number of elements
+    dropped = Dropout(rate)(x)
+    kept_share = 1 - min(round(rate * 65536), 65535) / 65536
+    values = dropped.detach().unique().tolist()
+    assert values[-1:] == pytest.approx([1 / kept_share]) and values[:-1] in ([0.0], [])
+    deviation = math.sqrt(kept_share * (1 - kept_share) / x.numel())
+    kept = dropped.detach().flatten() > 0
+    assert abs(kept.float().mean().item() - kept_share) <= 4 * deviation
+    dropped.sum().backward()
+    assert torch.equal(x.grad, dropped.detach())  # of ones
+
+
+def test_elements_that_share_a_random_number_are_dropped_independently():
+    torch.manual_seed(0)
+    kept = (Dropout(0.3)(torch.ones(100_000, 4)) > 0).float()
+    correlations = torch.corrcoef(torch.cat((kept, kept.roll(1, 0)), 1).T) - torch.eye(8)
+    assert correlations.abs().max() < 4 / math.sqrt(len(kept))
+
+
+def test_dropout_repeats_with_the_seed_and_takes_nothing_where_it_does_nothing():
+    x, before = torch.ones(5), torch.get_rng_state()
+    assert Dropout(0.0)(x) is x and Dropout(0.5).eval()(x) is x
+    assert torch.equal(torch.get_rng_state(), before)
+    layer = Dropout(0.5)
+    first = [torch.manual_seed(3), layer(torch.ones(1000))][1]
+    torch.manual_seed(3)
+    assert torch.equal(layer(torch.ones(1000)), first)
+    assert not torch.equal(layer(torch.ones(1000)), first)
 
 
 @pytest.mark.parametrize("rate", [0.2, 0.7])
