@@ -91,7 +91,8 @@ def _loss_and_gradients(
         # new memory for each chunk would cost more than the arithmetic on it; columns of zeros
         # up to a multiple of 64 speed up the product for the head's gradient
         width = V if dtype == torch.float32 else -(-V // 64) * 64
-        padded = rows.new_zeros(largest, width)
+        padded = rows.new_empty(largest, width)
+        padded[:, V:] = 0
         at_once = largest if dtype == torch.float32 else min(largest, softmax_rows(rows, V))
         buffer = padded if dtype == torch.float32 else torch.empty(at_once, V, device=rows.device)
         total = torch.zeros((), device=hidden.device)
