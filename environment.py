@@ -33,6 +33,7 @@ from engine.memory import (
     as_bytes,
     available_memory,
     estimate_memory,
+    halved,
     is_out_of_memory,
 )
 from engine.metrics import TokenSize
@@ -120,14 +121,7 @@ def prepare_environment(settings: str | Path | None = None) -> RuntimeEnv:
     )
     threads, micro_batch = _share_the_machine(plan, run.saved, device, windows, notices)
 
-    model_config = GPTConfig(
-        **plan.model | {"context_length": windows.max_length, "vocab_size": tokenizer.vocab_size}
-    )
-    torch.manual_seed(plan.run.SEED)
-    _require_memory_for(model_config, device)
-    model = build_model(model_config, device)
-    model.activation_checkpointing = asked.activation_checkpointing
-    _show_model(plan.model_name, model)
+    model = _fresh_model(plan, asked, windows.max_length, tokenizer.vocab_size, device)
     micro_batch = _fit_into_memory(model, asked, windows, precision, device, micro_batch, notices)
 
     train_loader, val_loader = make_loaders(
@@ -141,7 +135,7 @@ def prepare_environment(settings: str | Path | None = None) -> RuntimeEnv:
         micro_batch=micro_batch,
     )
     precision = _check_arithmetic(model, train_loader, precision, notices)
-    rate = asked.learning_rate or default_learning_rate(model_config.emb_dim, asked.optimizer)
+    rate = asked.learning_rate or default_learning_rate(model.config.emb_dim, asked.optimizer)
     asked = dataclasses.replace(asked, learning_rate=rate)
     optimizer = build_optimizer(asked.optimizer, model, rate, asked.weight_decay)
     steps_per_epoch = train_loader.batch_sampler.n_steps
@@ -150,12 +144,7 @@ def prepare_environment(settings: str | Path | None = None) -> RuntimeEnv:
     total_steps = _count_steps(plan, asked, steps_per_epoch)
     training = _complete_training(asked, windows, total_steps, notices)
     _show_training(plan.mode, training, total_steps, notices)
-    for line in describe_text(text.report, windows, model.count_parameters()):
-        say(f"  {line}")
-    say(
-        f"  {windows.n_train:,} tokens to train on in {windows.n_windows:,} windows "
-        f"({windows.n_unused} left over), {windows.n_val:,} to validate on"
-    )
+    _show_windows(text, windows, model)
     batch = [part.to(device) for part in train_loader.dataset.__getitems__([0])]
     check_devices(model, optimizer, batch, device)
     say(f"✓ Device consistency verified (using {device})")
@@ -167,7 +156,7 @@ def prepare_environment(settings: str | Path | None = None) -> RuntimeEnv:
         optimizer=optimizer,
         train_config=training,
         tokenizer=tokenizer,
-        model_config=model_config,
+        model_config=model.config,
         precision=precision,
         compiled=compiled,
         schedule=make_schedule(
@@ -280,6 +269,19 @@ def build_model(config: GPTConfig, device: torch.device) -> GPTModel:
             f"the model does not fit into the memory of {device}.\n"
             "Set smaller n_layers or emb_dim in model_overrides, or another MODEL."
         ) from error
+
+
+def _fresh_model(
+    plan: RunPlan, asked: TrainingConfig, max_length: int, vocab_size: int, device: torch.device
+) -> GPTModel:
+    """The run's model with the weights of its seed; ResourceError where it can't be trained."""
+    config = GPTConfig(**plan.model | {"context_length": max_length, "vocab_size": vocab_size})
+    torch.manual_seed(plan.run.SEED)
+    _require_memory_for(config, device)
+    model = build_model(config, device)
+    model.activation_checkpointing = asked.activation_checkpointing
+    _show_model(plan.model_name, model)
+    return model
 
 
 def _require_memory_for(config: GPTConfig, device: torch.device) -> None:
@@ -467,7 +469,7 @@ def _share_the_machine(
             torch.cuda.set_per_process_memory_fraction(0.5, device)
         else:
             torch.mps.set_per_process_memory_fraction(0.5)
-        micro_batch = -(-windows.batch_size // 2)
+        micro_batch = halved(windows.batch_size)
         notices.append(
             f"night mode: half of the memory, {micro_batch} windows at a time instead of "
             f"{windows.batch_size}"
@@ -699,6 +701,15 @@ def _show_training(
         f"{training.warmup_steps} warm-up steps)"
     )
     say("✓ Data loaders ready")
+
+
+def _show_windows(text: TokenizedText, windows: WindowPlan, model: GPTModel) -> None:
+    for line in describe_text(text.report, windows, model.count_parameters()):
+        say(f"  {line}")
+    say(
+        f"  {windows.n_train:,} tokens to train on in {windows.n_windows:,} windows "
+        f"({windows.n_unused} left over), {windows.n_val:,} to validate on"
+    )
 
 
 def _batch_shown(training: TrainingConfig) -> str:

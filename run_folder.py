@@ -27,7 +27,6 @@ from engine.storage import (
 )
 from training_utils import TrainingConfig
 
-USUAL = TrainingConfig().to_dict()
 SETTINGS, DATA, SUMMARY = "settings.json", "data.json", "summary.json"
 # the hyper-parameters that a run's numbers depend on
 FIXED = (
@@ -314,6 +313,7 @@ def differences(saved: dict[str, Any], asked: dict[str, Any]) -> list[str]:
     A value counts as the same where it was asked for before, or was what it had become.
     """
     before, lines = saved["asked"], []
+    usual = TrainingConfig().to_dict()  # for what an earlier version did not have
 
     def compare(name: str, was: Any, now: Any, became: Any) -> None:
         if now not in (was, became):
@@ -326,9 +326,8 @@ def differences(saved: dict[str, Any], asked: dict[str, Any]) -> list[str]:
         compare(name, before["model"].get(name), asked["model"].get(name), saved["model"].get(name))
     for name in FIXED:
         if name != "max_length":  # the model's context_length says the same
-            now, usual = asked["training"][name], USUAL[name]  # an earlier version had fewer
-            then = before["training"].get(name, usual)
-            compare(name, then, now, saved["training"].get(name, usual))
+            then, became = (kept["training"].get(name, usual[name]) for kept in (before, saved))
+            compare(name, then, asked["training"][name], became)
     total = _total_steps(saved, asked)
     if total < saved["total_steps"]:
         lines.append(

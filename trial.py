@@ -19,7 +19,7 @@ from engine.compiling import (
 from engine.console import say
 from engine.errors import ResourceError
 from engine.memory import OutOfStepMemory, halved
-from engine.optim import set_learning_rate
+from engine.optim import EVALUATIONS, LONGEST_EVAL_FREQ, set_learning_rate
 from engine.precision import Precision
 from generation import evaluating
 from model import GPTModel
@@ -31,9 +31,6 @@ TIMED_STEPS = 3
 # nothing needs to be tried: 40 s of a slow one
 WORTH_A_TRIAL = 4e12
 EVALUATION_COST = 1 / 3  # of a training step, for as many tokens: it has no backward pass
-DEFAULT_EVALUATIONS = 11  # as default_eval_freq has it
-
-
 AGREEMENT = {"fp32": 1e-3, "bf16": 5e-2, "fp16": 1e-2}  # a relative error of right arithmetic
 
 
@@ -183,8 +180,9 @@ def steps_in(budget_s: float, trial: Trial, training: TrainingConfig) -> int:
     batches = trial.loader.batch_sampler
     batch_seconds = seconds * batches.batch_size / batches.step_size  # a step may have several
     evaluation = 2 * training.eval_iter * batch_seconds * EVALUATION_COST
-    per_step = evaluation / (training.eval_freq or 100)
+    per_step = evaluation / (training.eval_freq or LONGEST_EVAL_FREQ)
     steps = budget_s / (seconds + per_step)
-    if training.eval_freq is None and steps < 100 * DEFAULT_EVALUATIONS:
-        steps = (budget_s - DEFAULT_EVALUATIONS * evaluation) / seconds
+    n_evaluations = EVALUATIONS + 1  # the one before the first step, too
+    if training.eval_freq is None and steps < LONGEST_EVAL_FREQ * n_evaluations:
+        steps = (budget_s - n_evaluations * evaluation) / seconds
     return max(1, int(steps))

@@ -4,7 +4,8 @@
 
 On tiny-shakespeare two sides train for the same time: GPT-2's form with AdamW, and Llama's with
 QK-norm and Muon. Each first tries the same number of learning rates, a factor of two apart, for a
-part of the time; the best one is then trained with three seeds. On ci the second trains alone.
+part of the time; the best one is then trained with three seeds. On ci, and for 30 s, the second
+trains alone, at one rate.
 Runs are the trainer's own, from a settings file to train(); losses are over the whole validation
 text. The time of training is without import, evaluation and compiling, which are printed.
 """

@@ -12,44 +12,53 @@ import tempfile
 from importlib.metadata import version
 from pathlib import Path
 
+import torch
+from litgpt import pretrain
+from litgpt.args import EvalArgs, TrainArgs
+from litgpt.config import Config
+from litgpt.data import DataModule
+from litgpt.utils import get_default_supported_precision
+from torch.utils.data import DataLoader, IterableDataset
+
 from benchmarks.peer_job import Job, StepClock, read_job, report
 
 
-def main(job: Job) -> None:
-    """Train with litgpt.pretrain.setup, and report."""
-    import torch
-    from litgpt import pretrain
-    from litgpt.args import EvalArgs, TrainArgs
-    from litgpt.config import Config
-    from litgpt.data import DataModule
-    from litgpt.utils import get_default_supported_precision
-    from torch.utils.data import DataLoader, IterableDataset
+class Windows(IterableDataset):
+    """The job's windows in their order; with a clock, each batch marks the end of a step."""
 
-    clock = StepClock()
+    def __init__(self, job: Job, clock: StepClock | None) -> None:
+        self.job, self.clock = job, clock
 
-    class Windows(IterableDataset):
-        def __init__(self, clock: StepClock | None) -> None:
-            self.clock = clock
+    def __iter__(self):
+        for number, window in enumerate(self.job.windows()):
+            # litgpt asks for a batch when the step before has ended
+            if self.clock is not None and number % self.job.batch_size == 0:
+                self.clock.mark()
+            yield torch.from_numpy(window)
 
-        def __iter__(self):
-            for number, window in enumerate(job.windows()):
-                # litgpt asks for a batch when the step before has ended
-                if self.clock is not None and number % job.batch_size == 0:
-                    self.clock.mark()
-                yield torch.from_numpy(window)
 
-    class Tokens(DataModule):
-        def connect(self, **_) -> None:
-            pass
+class Tokens(DataModule):
+    """The job's windows as litgpt takes them."""
 
-        def train_dataloader(self) -> DataLoader:
-            return DataLoader(Windows(clock), batch_size=job.batch_size)
+    def __init__(self, job: Job, clock: StepClock) -> None:
+        super().__init__()
+        self.job, self.clock = job, clock
 
-        def val_dataloader(self) -> DataLoader:
-            return DataLoader(Windows(None), batch_size=job.batch_size)
+    def connect(self, **_) -> None:
+        """Nothing is to be known of tokenizer and batch."""
 
-    shape = job.model
-    config = Config(
+    def train_dataloader(self) -> DataLoader:
+        """Batches to train on."""
+        return DataLoader(Windows(self.job, self.clock), batch_size=self.job.batch_size)
+
+    def val_dataloader(self) -> DataLoader:
+        """Batches to validate on."""
+        return DataLoader(Windows(self.job, None), batch_size=self.job.batch_size)
+
+
+def nearest_model(shape: dict) -> Config:
+    """litgpt's configuration that comes nearest to a GPTConfig's fields."""
+    return Config(
         name="gpt2-like",
         block_size=shape["context_length"],
         vocab_size=shape["vocab_size"],
@@ -61,7 +70,11 @@ def main(job: Job) -> None:
         parallel_residual=False,
         gelu_approximate="tanh",
     )
-    trained = []
+
+
+def main(job: Job) -> None:
+    """Train with litgpt.pretrain.setup, and report."""
+    clock, trained = StepClock(), []
     build = pretrain.GPT
 
     def keep_model(config: Config) -> torch.nn.Module:
@@ -71,12 +84,13 @@ def main(job: Job) -> None:
     # both lie outside the steps that are timed: the count of parameters, and 2 GB on the disk
     pretrain.GPT = keep_model
     pretrain.save_checkpoint = lambda *_: None
+    config = nearest_model(job.model)
     with tempfile.TemporaryDirectory() as folder:
         pretrain.setup(
             model_name=config.name,
             model_config=config,
             out_dir=Path(folder),
-            data=Tokens(),
+            data=Tokens(job, clock),
             train=TrainArgs(
                 save_interval=None,
                 global_batch_size=job.batch_size,
@@ -85,7 +99,7 @@ def main(job: Job) -> None:
                 lr_warmup_steps=None,
                 max_norm=1.0,
                 min_lr=job.learning_rate,
-                tie_embeddings=shape["tie_embeddings"],
+                tie_embeddings=job.model["tie_embeddings"],
             ),
             eval=EvalArgs(interval=job.steps + 1, final_validation=False),
             optimizer={
@@ -104,7 +118,7 @@ def main(job: Job) -> None:
             losses = [float(row["loss"]) for row in csv.DictReader(file)]
     model = trained[0]
     parameters = sum(p.numel() for p in model.parameters())
-    looked_up = 0 if shape["tie_embeddings"] else model.transformer.wte.weight.numel()
+    looked_up = 0 if job.model["tie_embeddings"] else model.transformer.wte.weight.numel()
     report(
         job,
         clock,

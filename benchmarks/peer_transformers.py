@@ -7,36 +7,46 @@ import sys
 import tempfile
 from importlib.metadata import version
 
+import torch
+from torch.utils.data import IterableDataset
+from transformers import GPT2LMHeadModel, Trainer, TrainerCallback, TrainingArguments
+
 from benchmarks.peer_job import Job, StepClock, read_job, report
+
+
+class Windows(IterableDataset):
+    """The windows in their order; a map-style dataset would be shuffled."""
+
+    def __init__(self, job: Job) -> None:
+        self.job = job
+
+    def __iter__(self):
+        for window in self.job.windows():
+            targets = torch.from_numpy(window[1:])
+            # shift_labels: as many targets as ids, where labels alone would leave out one
+            yield {
+                "input_ids": torch.from_numpy(window[:-1]),
+                "labels": targets,
+                "shift_labels": targets,
+            }
+
+
+class Clock(TrainerCallback):
+    """Marks where Trainer's steps begin and end."""
+
+    def __init__(self) -> None:
+        self.steps = StepClock()
+
+    def on_train_begin(self, *_, **__):
+        self.steps.mark()
+
+    def on_step_end(self, *_, **__):
+        self.steps.mark()
 
 
 def main(job: Job) -> None:
     """Train GPT2LMHeadModel with Trainer from our weights, and report."""
-    import torch
-    from transformers import GPT2LMHeadModel, Trainer, TrainerCallback, TrainingArguments
-
-    class Windows(torch.utils.data.IterableDataset):
-        """The windows in their order; a map-style dataset would be shuffled."""
-
-        def __iter__(self):
-            for window in job.windows():
-                targets = torch.from_numpy(window[1:])
-                # shift_labels: as many targets as ids, where labels alone would leave out one
-                yield {
-                    "input_ids": torch.from_numpy(window[:-1]),
-                    "labels": targets,
-                    "shift_labels": targets,
-                }
-
-    clock = StepClock()
-
-    class Clock(TrainerCallback):
-        def on_train_begin(self, *_, **__):
-            clock.mark()
-
-        def on_step_end(self, *_, **__):
-            clock.mark()
-
+    clock = Clock()
     model = GPT2LMHeadModel.from_pretrained(job.weights)
     with tempfile.TemporaryDirectory() as folder:
         logging = {"logging_steps": 1} if job.keep_losses else {}
@@ -56,7 +66,7 @@ def main(job: Job) -> None:
             report_to="none",
             **logging,
         )
-        trainer = Trainer(model, arguments, train_dataset=Windows(), callbacks=[Clock()])
+        trainer = Trainer(model, arguments, train_dataset=Windows(job), callbacks=[clock])
         trainer.train()
     parameters = sum(p.numel() for p in model.parameters())
     not_in_products = model.transformer.wpe.weight.numel()
@@ -64,7 +74,7 @@ def main(job: Job) -> None:
         not_in_products += model.transformer.wte.weight.numel()
     report(
         job,
-        clock,
+        clock.steps,
         losses=[row["loss"] for row in trainer.state.log_history if "loss" in row],
         parameters=parameters,
         in_products=parameters - not_in_products,

@@ -21,6 +21,8 @@ MOST_AT_ONCE = 2**22  # numbers in a stack of matrices: more is no faster and ta
 
 SCHEDULES = ("cosine", "wsd", "constant")
 FLOOR = 0.1  # a schedule that decays ends at this share of its peak
+# of a run's evaluations where nothing is set: how many, and the most steps between two of them
+EVALUATIONS, LONGEST_EVAL_FREQ = 10, 100
 MUON_TIMES_ADAMW = 2.5  # in the learning rate that is best for a model 192 wide
 WSD_DECAY_SHARE = 0.2  # of the run, at its end
 
@@ -96,7 +98,7 @@ def default_warmup_steps(total_steps: int) -> int:
 
 def default_eval_freq(total_steps: int) -> int:
     """Steps between evaluations: ten in a run, or one every 100 steps of a long one."""
-    return max(1, min(100, total_steps // 10))
+    return max(1, min(LONGEST_EVAL_FREQ, total_steps // EVALUATIONS))
 
 
 def build_optimizer(

@@ -9,8 +9,6 @@ import torch
 
 TOPOLOGY = Path("/sys/devices/system/cpu")
 CGROUP = Path("/sys/fs/cgroup")
-
-
 # of mallopt() in glibc's malloc.h
 TRIM_THRESHOLD, MMAP_MAX = -1, -4
 

@@ -9,7 +9,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import engine.optim
 from engine.errors import SettingsError
@@ -32,6 +31,7 @@ from engine.optim import (
 )
 from engine.precision import choose_precision
 from model import GPTConfig, GPTModel
+from tests.conftest import HostReads
 
 CPU = torch.device("cpu")
 
@@ -495,25 +495,16 @@ def test_a_bad_step_of_muon_changes_nothing_and_is_as_if_it_had_not_been(number,
 
 
 def test_nobody_waits_for_the_numbers_of_a_muon_step():
-    class Waits(TorchDispatchMode):
-        """Counts the operations that read a number from the device."""
-
-        count = 0
-
-        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-            self.count += function is torch.ops.aten._local_scalar_dense.default
-            return function(*args, **(kwargs or {}))
-
     model = tiny_model()
     optimizer = build_muon(model, 1e-2, 0.1)
     assert optimizer._step_supports_amp_scaling  # else train.take_step reads one before each step
     optimizer.found_inf = torch.tensor(0.0)
     for seed in range(2):
         set_gradients(model, seed)
-        with Waits() as mode:
+        with HostReads() as mode:
             optimizer.step()
         assert mode.count == 0
-    with Waits() as mode:
+    with HostReads() as mode:
         optimizer.found_inf.item()
     assert mode.count == 1  # so the count can count
 

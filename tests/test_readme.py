@@ -129,9 +129,9 @@ def test_the_speeds_are_those_that_the_benchmarks_wrote(readme):
     text = read(readme)
     for row in figures["rows"]:
         shares = row["share_of_bf16_rate"], row["share_of_own_products"]
+        name = f"| {row['name']} | {row['parameters']:,} | {' x '.join(map(str, row['batch']))} "
         shown = f"| {row['tokens_per_second']:,.0f} | {shares[0]:.0%} | {shares[1]:.0%} |"
-        assert f"| {row['name']} | {row['parameters']:,} | " in text
-        assert shown in text
+        assert name + shown in text
     assert f"{figures['multiply_rates']['bf16'] / 1e9:,.0f} GFLOP/s" in text
     assert f" {startup['beyond_s']:.1f} " in text
     data = json.loads((results / "data-cpu.json").read_text(encoding="utf-8"))

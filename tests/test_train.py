@@ -16,7 +16,6 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader
 
 import engine.stopping
@@ -28,7 +27,7 @@ from engine.optim import Schedule, build_adamw, build_optimizer, learning_rate_a
 from engine.precision import Precision
 from journal import MOST_SKIPPED, PICTURE, Journal
 from model import GPTConfig, GPTModel
-from tests.conftest import REPOSITORY
+from tests.conftest import REPOSITORY, HostReads
 from train import (
     LoopPlan,
     Trainer,
@@ -542,23 +541,14 @@ def test_a_bad_first_step_leaves_the_weights():
 
 
 def test_with_a_fused_optimizer_nobody_waits_for_the_numbers():
-    class Waits(TorchDispatchMode):
-        """Counts the operations that read a number from the device."""
-
-        count = 0
-
-        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-            self.count += function is torch.ops.aten._local_scalar_dense.default
-            return function(*args, **(kwargs or {}))
-
     def waits(kind: str) -> int:
         model = tiny_model()
         optimizer = OPTIMIZERS[kind](model)
         batches = list(itertools.islice(tiny_loaders()[0], 2))
-        with Waits() as of_losses:  # on a CPU the loss looks whether its gradient is 1
+        with HostReads() as of_losses:  # on a CPU the loss looks whether its gradient is 1
             for ids, targets in batches:
                 batch_loss(model, ids, targets, FP32).backward()
-        with Waits() as mode:
+        with HostReads() as mode:
             take_step(model, batches, optimizer, FP32, 1.0)
         return mode.count - of_losses.count
 
