@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 from engine.console import say
 from engine.errors import DataError
 from engine.metrics import TokenSize
-from engine.stopping import ignore_stop_signals
+from engine.stopping import defer_to_owner
 from text.tokenizer import GPT2Tokenizer, Tokenizer
 
 MIN_TOKENS = 4  # two to train on, a token and the one to guess, and two to validate on
@@ -310,7 +310,7 @@ def make_loaders(
             batch_sampler=batches,
             collate_fn=as_batch,
             num_workers=num_workers,
-            worker_init_fn=ignore_stop_signals,
+            worker_init_fn=defer_to_owner,
             pin_memory=pin_memory,
             generator=torch.Generator().manual_seed(seed),  # else each epoch draws on torch's own
         )

@@ -3,6 +3,7 @@
 import contextlib
 import os
 import signal
+import sys
 import threading
 import time
 from types import FrameType
@@ -67,11 +68,12 @@ class StopSignals:
             raise KeyboardInterrupt
 
 
-def ignore_stop_signals(worker: int) -> None:
-    """For a loader's worker processes: their owner ends them once it has saved.
+def defer_to_owner(worker: int) -> None:
+    """For a loader's worker processes: their owner ends them once it has saved, and says why.
 
     One that got SIGTERM ends by itself a while later: where the owner fails, Python sends that to
-    its processes and then waits for them, however long they take.
+    its processes and then waits for them, however long they take. An owner that is gone before it
+    has fetched a batch is no error of theirs.
     """
     for number in (getattr(signal, name) for name in _NAMES if hasattr(signal, name)):
         signal.signal(number, signal.SIG_IGN)
@@ -79,3 +81,10 @@ def ignore_stop_signals(worker: int) -> None:
         # with status 0: another would interrupt an owner that is still saving
         signal.signal(signal.SIGALRM, lambda *_: os._exit(0))
         signal.signal(signal.SIGTERM, lambda *_: signal.setitimer(signal.ITIMER_REAL, _LINGER_S))
+    report = sys.excepthook  # which the thread that hands out batches calls, too
+
+    def report_all_but_a_lost_owner(kind, error, trace) -> None:
+        if not issubclass(kind, ConnectionError | EOFError):
+            report(kind, error, trace)
+
+    sys.excepthook = report_all_but_a_lost_owner

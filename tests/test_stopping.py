@@ -2,6 +2,8 @@
 
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 
@@ -12,6 +14,7 @@ import torch
 from data import make_loaders, plan_windows
 from engine.errors import Stopped
 from engine.stopping import StopSignals
+from tests.conftest import REPOSITORY
 
 HANDLED = [
     getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)
@@ -150,3 +153,36 @@ def test_a_loaders_worker_works_on_through_a_stop_signal(number):
     found += [ids for ids, _ in batches]
     assert len(found) > 10  # more than were on their way already
     assert all(torch.equal(*pair) for pair in zip(found, expected, strict=True))
+
+
+DESERTED = """
+import socket, sys, time
+from multiprocessing import resource_sharer
+from engine.stopping import defer_to_owner
+
+if sys.argv[1] == "worker":
+    defer_to_owner(0)
+address, _ = resource_sharer.DupFd(0)._id  # as a batch is offered to who asked for it
+with socket.socket(socket.AF_UNIX) as owner:
+    owner.connect(address)
+time.sleep(1)
+
+def fail():
+    raise ZeroDivisionError("a bug of ours")
+
+fail()
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="batches go another way there")
+@pytest.mark.parametrize("kind", ["worker", "other"])
+def test_a_worker_whose_owner_is_gone_is_silent_about_it_and_not_about_errors(kind):
+    done = subprocess.run(
+        [sys.executable, "-c", DESERTED, kind],
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert ("_serve" in done.stderr) == (kind == "other")  # so the owner was missed
+    assert "ZeroDivisionError: a bug of ours" in done.stderr
