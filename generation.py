@@ -1,78 +1,311 @@
-"""From a model to text: greedy, temperature, top-k and top-p sampling; ids in, ids out."""
+"""From a model to text: a prompt in, one token after the other out.
+
+generate() and stream() take and give token ids, stream_text() text. All of them keep the keys and
+values of what was read, so that a token costs a step of one position. Where a text outgrows the
+model's context its newest half is read once more, which then serves for the other half.
+"""
 
 import contextlib
-from collections.abc import Iterator
-from dataclasses import dataclass
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
 
 import torch
 from torch import nn
 
 from engine.compiling import not_compiled
-from engine.errors import SettingsError
-from engine.settings import check, raise_if_any, setting, shown
+from engine.errors import NumericsError, SettingsError
+from engine.settings import check, find_problems, raise_if_any, setting
+from model import KVCache
 from text.tokenizer import Tokenizer
+
+# top_p looks at so many likeliest tokens first: sorting 50,000 logits costs milliseconds
+NUCLEUS = 1024
 
 
 @dataclass(frozen=True)
 class SamplingConfig:
-    """How the samples after training are drawn. Raises SettingsError with every wrong value."""
+    """How many tokens are drawn, and how. Raises SettingsError with every wrong value."""
 
     max_new_tokens: int = setting(50, minimum=1, maximum=100_000)
     temperature: float = setting(0.8, minimum=0, maximum=1e9)
-    top_k: int = setting(50, minimum=1)
-    top_p: float = setting(0.9, minimum=0, maximum=1)
+    top_k: int | None = setting(50, minimum=1)
+    top_p: float | None = setting(0.9, minimum=0, maximum=1)
+    min_p: float = setting(0.0, minimum=0, maximum=1)
+    repetition_penalty: float = setting(1.0, minimum=0.01, maximum=100)
+    repetition_window: int = setting(64, minimum=1, maximum=100_000)
 
     def __post_init__(self) -> None:
         check(self)
 
 
-@torch.no_grad()
+@dataclass(frozen=True)
+class Token:
+    """A token that was drawn, and the logarithm of the probability that the model gave it."""
+
+    id: int
+    logprob: float  # natural; before penalty, temperature and filters
+
+
+@dataclass(frozen=True)
+class Piece:
+    """What a step adds to one of several texts: its token, and the characters that are whole."""
+
+    row: int
+    text: str  # empty while a character or a stop string may still be incomplete
+    token: Token
+    finish: str | None = None  # "stop" or "length" in a row's last piece
+
+
 def generate(
     model: nn.Module,
-    ids: torch.Tensor,
+    ids: torch.Tensor | Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int,
+    num_samples: int = 1,
+    end_of_text_id: int | None = None,
+    **options: float | torch.Generator | None,
+) -> torch.Tensor | list[list[int]]:
+    """Continue token ids, (B, T) or B lists, by max_new_tokens each; options as in stream().
+
+    Returns the ids with what was added: for a tensor (B * num_samples, T + n), where rows that
+    came to end_of_text_id are filled up with it; for lists as many lists. Samples of one prompt
+    stand side by side.
+    """
+    if isinstance(ids, torch.Tensor) and ids.dim() != 2:
+        raise SettingsError(f"ids has shape {tuple(ids.shape)}; generate() needs (B, T)")
+    prompts = ids.tolist() if isinstance(ids, torch.Tensor) else ids
+    rows = [list(prompt) for prompt in prompts for _ in range(num_samples)]
+    if max_new_tokens != 0:
+        options |= {"num_samples": num_samples, "end_of_text_id": end_of_text_id}
+        for tokens in stream(model, prompts, max_new_tokens=max_new_tokens, **options):
+            for row, token in zip(rows, tokens, strict=True):
+                if token is not None:
+                    row.append(token.id)
+    if not isinstance(ids, torch.Tensor):
+        return rows
+    longest = max(map(len, rows))
+    rows = [row + [end_of_text_id] * (longest - len(row)) for row in rows]
+    return torch.tensor(rows, dtype=ids.dtype, device=ids.device)
+
+
+@torch.no_grad()
+def generate_text_simple(
+    model: nn.Module, idx: torch.Tensor, max_new_tokens: int, context_size: int
+) -> torch.Tensor:
+    """Continue (B, T) ids greedily, plainly: each token from the newest context_size ones anew.
+
+    For any module that turns ids into (B, T, V) logits; generate() is much faster.
+    """
+    with evaluating(model):
+        for _ in range(max_new_tokens):
+            logits = model(idx[:, -context_size:])[:, -1]  # (B, V)
+            idx = torch.cat((idx, logits.argmax(dim=-1, keepdim=True)), dim=1)
+    return idx
+
+
+def stream(
+    model: nn.Module,
+    prompts: Sequence[Sequence[int]],
     *,
     max_new_tokens: int,
     temperature: float = 1.0,
     top_k: int | None = None,
     top_p: float | None = None,
+    min_p: float = 0.0,
+    repetition_penalty: float = 1.0,
+    repetition_window: int = 64,
+    num_samples: int = 1,
+    end_of_text_id: int | None = None,
     generator: torch.Generator | None = None,
-) -> torch.Tensor:
-    """Continue (B, T) token ids, T at least 1, by max_new_tokens; returns (B, T + max_new_tokens).
+) -> Iterator[list[Token | None]]:
+    """Yield the next token of every row as it is drawn, None for a row that has ended.
 
-    Whenever the text outgrows the model's context, its newest half is kept and goes on.
-    Temperature 0 takes the likeliest token each time. The generator, on the model's device, makes
-    a draw repeatable. Raises SettingsError for a value that makes no sense.
+    Rows are the prompts, lists of token ids, each num_samples times. A row ends with
+    end_of_text_id, or after max_new_tokens. What shapes a draw is told in choose_next(); the
+    penalty is for the newest repetition_window tokens of a row. The generator, on the model's
+    device, makes draws repeatable. Raises SettingsError with every value that makes no sense.
     """
-    problems = [
-        f"{name} is {shown(value)}; it must be {allowed}"
-        for name, value, is_right, allowed in (
-            ("max_new_tokens", max_new_tokens, max_new_tokens >= 0, "0 or more"),
-            ("temperature", temperature, temperature >= 0, "0 or more"),
-            ("top_k", top_k, top_k is None or top_k >= 1, "1 or more, or None"),
-            ("top_p", top_p, top_p is None or 0 <= top_p <= 1, "between 0 and 1, or None"),
-            (
-                "ids",
-                tuple(ids.shape),
-                ids.dim() == 2 and ids.shape[1] > 0,
-                "of shape (B, T), T > 0",
-            ),
-        )
-        if not is_right
-    ]
-    raise_if_any(problems, "generate()")
-    keep = max(1, model.config.context_length // 2)
-    window = ids
+    given = {
+        "max_new_tokens": max_new_tokens,
+        "temperature": temperature,
+        "top_k": top_k,
+        "top_p": top_p,
+        "min_p": min_p,
+        "repetition_penalty": repetition_penalty,
+        "repetition_window": repetition_window,
+    }
+    rows = Rows(model, prompts, given, num_samples, generator)
     with evaluating(model):
         for _ in range(max_new_tokens):
-            if window.shape[1] > model.config.context_length:
-                window = window[:, -keep:]
-            logits = model.head(model.hidden(window)[:, -1]).float()  # (B, V)
-            chosen = choose_next(
-                logits, temperature=temperature, top_k=top_k, top_p=top_p, generator=generator
-            )
-            window = torch.cat((window, chosen), dim=1)
-            ids = torch.cat((ids, chosen), dim=1)
-    return ids
+            tokens = rows.draw()
+            yield tokens
+            for row, token in enumerate(tokens):
+                if token is not None and token.id == end_of_text_id:
+                    rows.end(row)
+            if not rows.running:
+                return
+
+
+def stream_text(
+    model: nn.Module,
+    tokenizer: Tokenizer,
+    prompts: Sequence[str],
+    *,
+    stop: Sequence[str] = (),
+    num_samples: int = 1,
+    generator: torch.Generator | None = None,
+    **sampling: float | None,
+) -> Iterator[Piece]:
+    """Continue texts, each num_samples times; yield what is new of each as it is drawn.
+
+    sampling has the fields of SamplingConfig; those that are not given have its defaults. A text
+    ends before the first stop string, at the tokenizer's end of text, or after max_new_tokens. An
+    empty prompt begins as a document does: behind an end of text. Raises SettingsError.
+    """
+    given = asdict(SamplingConfig()) | sampling
+    ids = [tokenizer.encode(prompt) or [tokenizer.end_of_text_id] for prompt in prompts]
+    rows = Rows(model, ids, given, num_samples, generator)
+    decoders = [tokenizer.decoder() for _ in rows.running]
+    held = [_HeldBack(stop) for _ in rows.running]
+    with evaluating(model):
+        for n_drawn in range(1, given["max_new_tokens"] + 1):
+            for row, token in enumerate(rows.draw()):
+                if token is None:
+                    continue
+                is_end, is_last = (
+                    token.id == tokenizer.end_of_text_id,
+                    n_drawn == given["max_new_tokens"],
+                )
+                text = "" if is_end else decoders[row].add(token.id)
+                if is_end or is_last:
+                    text += decoders[row].finish()
+                text, stopped = held[row].add(text)
+                finish = "stop" if is_end or stopped else "length" if is_last else None
+                if finish is not None:
+                    text += held[row].rest()
+                    rows.end(row)
+                yield Piece(row, text, token, finish)
+            if not rows.running:
+                return
+
+
+class _HeldBack:
+    """Lets text through up to the first stop string, and no part of one before it is known."""
+
+    def __init__(self, stops: Sequence[str]) -> None:
+        self._stops = [stop for stop in stops if stop]
+        self._held = ""
+
+    def add(self, text: str) -> tuple[str, bool]:
+        """What may be shown now, and whether a stop string has come."""
+        text = self._held + text
+        found = [at for at in map(text.find, self._stops) if at >= 0]
+        if found:
+            self._held = ""
+            return text[: min(found)], True
+        longest = max(map(len, self._stops), default=1)
+        starts = range(max(0, len(text) - longest + 1), len(text))
+        cut = next(
+            (i for i in starts if any(stop.startswith(text[i:]) for stop in self._stops)), len(text)
+        )
+        self._held = text[cut:]
+        return text[:cut], False
+
+    def rest(self) -> str:
+        """What was held back and has not become a stop string."""
+        rest, self._held = self._held, ""
+        return rest
+
+
+class Rows:
+    """The texts of a batch and the model's cache of them; draws a token for each at a time."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        prompts: Sequence[Sequence[int]],
+        sampling: dict[str, float | None],
+        num_samples: int = 1,
+        generator: torch.Generator | None = None,
+    ) -> None:
+        problems = find_problems(SamplingConfig, sampling)
+        if not prompts or not all(len(prompt) for prompt in prompts):
+            problems.append("ids has a prompt without a token; each must have one or more")
+        if num_samples < 1:
+            problems.append(f"num_samples is {num_samples}; it must be 1 or more")
+        raise_if_any(problems, "generation")
+        self._model, self._generator, self._copies = model, generator, num_samples
+        self._choice = dict(sampling)
+        n_new = self._choice.pop("max_new_tokens")
+        self._n_recent = self._choice.pop("repetition_window")
+        self._texts = [list(prompt) for prompt in prompts]
+        self._seen_from = [0] * len(prompts)  # where the model's window of each text begins
+        self._limit = model.config.context_length
+        self._capacity = min(self._limit, max(map(len, prompts)) + n_new)
+        self._cache: KVCache | None = None
+        self.running = set(range(len(prompts) * num_samples))
+
+    def end(self, row: int) -> None:
+        """Draw no more for a row."""
+        self.running.discard(row)
+
+    @torch.no_grad()
+    def draw(self) -> list[Token | None]:
+        """The next token of each row, None for those that have ended."""
+        logits = self._next_logits().float()  # (rows, V)
+        chosen = choose_next(
+            logits, recent=self._recent(logits), generator=self._generator, **self._choice
+        )
+        logprobs = logits.gather(1, chosen) - logits.logsumexp(1, keepdim=True)
+        # as one tensor, so that a GPU is waited for once
+        drawn = torch.cat((chosen.double(), logprobs.double()), dim=1).tolist()
+        for text, (token, _) in zip(self._texts, drawn, strict=True):
+            text.append(int(token))
+        return [
+            Token(int(token), logprob) if row in self.running else None
+            for row, (token, logprob) in enumerate(drawn)
+        ]
+
+    def _next_logits(self) -> torch.Tensor:
+        """(rows, V) logits of what comes next."""
+        lengths = [len(t) - first for t, first in zip(self._texts, self._seen_from, strict=True)]
+        if self._cache is not None and max(lengths) <= self._limit:
+            return self._read([text[-1:] for text in self._texts])
+        for row, length in enumerate(lengths):
+            if length > self._limit:
+                # nobody reads on in a text that has ended
+                kept = max(1, self._limit // 2) if row in self.running else 1
+                self._seen_from[row] = len(self._texts[row]) - kept
+        windows = [t[first:] for t, first in zip(self._texts, self._seen_from, strict=True)]
+        device = self._model.token_embedding.weight.device
+        self._cache = KVCache([len(window) for window in windows], self._capacity, device)
+        logits = self._read(windows)
+        if self._copies > 1:
+            self._cache.repeat(self._copies)
+            logits = logits.repeat_interleave(self._copies, dim=0)
+            self._texts = [list(text) for text in self._texts for _ in range(self._copies)]
+            self._seen_from = [n for n in self._seen_from for _ in range(self._copies)]
+            self._copies = 1
+        return logits
+
+    def _read(self, windows: list[list[int]]) -> torch.Tensor:
+        """(rows, V) logits after the newest tokens of each row, shorter ones padded in front."""
+        longest = max(map(len, windows))
+        padded = [[0] * (longest - len(window)) + window for window in windows]
+        ids = torch.tensor(padded, device=self._cache.device)
+        hidden = self._model.hidden(ids, self._cache.advance(longest))
+        return self._model.head(hidden[:, -1])
+
+    def _recent(self, logits: torch.Tensor) -> torch.Tensor | None:
+        """(rows, n) newest tokens of each text, for the penalty; None where there is none."""
+        if self._choice["repetition_penalty"] == 1:
+            return None
+        newest = [text[-self._n_recent :] for text in self._texts]
+        longest = max(map(len, newest))
+        # a token counts once, so a shorter text may repeat its last
+        newest = [tokens + tokens[-1:] * (longest - len(tokens)) for tokens in newest]
+        return torch.tensor(newest, device=logits.device)
 
 
 def choose_next(
@@ -81,31 +314,57 @@ def choose_next(
     temperature: float = 1.0,
     top_k: int | None = None,
     top_p: float | None = None,
+    min_p: float = 0.0,
+    repetition_penalty: float = 1.0,
+    recent: torch.Tensor | None = None,
     generator: torch.Generator | None = None,
 ) -> torch.Tensor:
     """Draw one token a row from (B, V) logits; returns (B, 1).
 
-    top_k keeps the k likeliest tokens, all where k is above V. top_p then keeps the smallest set
-    of likeliest tokens whose probabilities sum to at least p, never fewer than one (nucleus
-    sampling, Holtzman et al. 2019). Both filter the distribution at this temperature.
+    First the logits of tokens in recent, (B, n), are divided by repetition_penalty where positive
+    and multiplied where negative (Keskar et al. 2019). Then, all of the distribution at this
+    temperature: top_k keeps the k likeliest tokens, all where k is above V; of those, top_p keeps
+    the smallest set of likeliest ones whose probabilities sum to at least p, never fewer than one
+    (nucleus sampling, Holtzman et al. 2019), and min_p those that have at least that share of the
+    likeliest one's probability (Nguyen et al. 2024). Temperature 0 takes the likeliest token.
+    Raises NumericsError where there is no likeliest one.
     """
+    if recent is not None and repetition_penalty != 1:
+        seen = logits.gather(1, recent)
+        seen = torch.where(seen > 0, seen / repetition_penalty, seen * repetition_penalty)
+        logits = logits.scatter(1, recent, seen)
+    highest = logits.amax(dim=-1, keepdim=True)
+    if not highest.isfinite().all():
+        raise NumericsError("the model's logits are not finite: there is no token to choose")
     if temperature < torch.finfo(torch.float32).tiny or top_k == 1:  # fp32 may divide by it as 0
         return logits.argmax(dim=-1, keepdim=True)
-    # the largest logit becomes 0 before the division, so that no temperature overflows
-    logits = (logits - logits.amax(dim=-1, keepdim=True)) / temperature
+    # the highest logit becomes 0 before the division, so that no temperature overflows
+    logits, tokens = (logits - highest) / temperature, None
     if top_k is not None and top_k < logits.shape[-1]:
         logits, tokens = logits.topk(top_k, dim=-1)  # both (B, k), likeliest first
-    elif top_p is not None:
-        logits, tokens = logits.sort(dim=-1, descending=True)
-    else:
-        tokens = None
-    probabilities = logits.softmax(dim=-1)
-    if top_p is not None:
+    if top_p is not None and top_p < 1:
+        total = logits.logsumexp(dim=-1, keepdim=True)
+        if tokens is None:
+            logits, tokens = _likeliest(logits, total, top_p)
+        probabilities = (logits - total).exp()
         before = probabilities.cumsum(dim=-1) - probabilities  # what likelier tokens sum to
         before[:, 0] = -1.0  # the likeliest token stays even at top_p 0
-        probabilities = probabilities.masked_fill(before >= top_p, 0.0)
-    drawn = torch.multinomial(probabilities, num_samples=1, generator=generator)
+        logits = logits.masked_fill(before >= top_p, -math.inf)
+    if min_p > 0:
+        logits = logits.masked_fill(logits < math.log(min_p), -math.inf)
+    drawn = torch.multinomial(logits.softmax(dim=-1), num_samples=1, generator=generator)
     return drawn if tokens is None else tokens.gather(-1, drawn)
+
+
+def _likeliest(
+    logits: torch.Tensor, total: torch.Tensor, top_p: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The highest logits in order, and their tokens: enough of them for a probability of top_p."""
+    first = logits.topk(min(NUCLEUS, logits.shape[-1]), dim=-1)
+    if ((first.values.logsumexp(dim=-1, keepdim=True) - total).exp() >= top_p).all():
+        return first.values, first.indices
+    ordered = logits.sort(dim=-1, descending=True)
+    return ordered.values, ordered.indices
 
 
 @contextlib.contextmanager

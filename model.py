@@ -116,8 +116,8 @@ class GPTConfig:
 class RotaryTable(nn.Module):
     """The angles by which rotary positions turn queries and keys (Su et al. 2021).
 
-    Called with a length T it gives cosines and sines, (T, D / 2) each; position p turns the pair
-    of features i and i + D / 2 by p * theta ** (-2 i / D).
+    Called with positions it gives cosines and sines, (..., D / 2) each; position p turns the
+    pair of features i and i + D / 2 by p * theta ** (-2 i / D).
     """
 
     def __init__(self, length: int, head_dim: int, theta: float) -> None:
@@ -127,17 +127,85 @@ class RotaryTable(nn.Module):
         self.register_buffer("cos", angles.cos(), persistent=False)
         self.register_buffer("sin", angles.sin(), persistent=False)
 
-    def forward(self, length: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """The angles' cosines and sines of the first `length` positions."""
-        return self.cos[:length], self.sin[:length]
+    def forward(self, positions: slice | torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The angles' cosines and sines of some positions."""
+        return self.cos[positions], self.sin[positions]
 
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Turn (B, T, heads, D) by the angles of its positions, (T, D / 2) each; keeps x's format."""
+    """Turn (B, T, heads, D) by the angles of its positions, (T, D / 2) or (B, T, D / 2) each.
+
+    Keeps x's format.
+    """
     first, second = x.float().chunk(2, dim=-1)
-    cos, sin = cos[:, None], sin[:, None]  # the same for every head
+    cos, sin = cos.unsqueeze(-2), sin.unsqueeze(-2)  # the same for every head
     turned = torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
     return turned.to(x.dtype)
+
+
+class KVCache:
+    """The keys and values of the positions that a batch of texts has so far.
+
+    Texts of unequal lengths end in the same column: shorter ones begin later. A fixed cache is
+    seen whole, its empty columns masked, so that every step has the same shapes, as compiled code
+    needs them; else a step sees the columns that are filled.
+    """
+
+    def __init__(
+        self, lengths: list[int], capacity: int, device: torch.device, *, fixed: bool = False
+    ) -> None:
+        self.capacity, self.fixed, self.device = capacity, fixed, device
+        self.filled = 0
+        self.layers: list[tuple[torch.Tensor, torch.Tensor]] = []  # (B, K, capacity, D) each
+        starts = [max(lengths) - length for length in lengths]
+        self.starts = torch.tensor(starts, device=device) if any(starts) else None  # (B,)
+
+    def repeat(self, copies: int) -> None:
+        """Make each row `copies` rows, side by side."""
+        self.layers = [
+            tuple(part.repeat_interleave(copies, dim=0) for part in layer) for layer in self.layers
+        ]
+        if self.starts is not None:
+            self.starts = self.starts.repeat_interleave(copies)
+
+    def advance(self, n_columns: int) -> "Newest":
+        """The next n_columns, which each layer is to extend the cache by."""
+        columns = torch.arange(self.filled, self.filled + n_columns, device=self.device)
+        self.filled += n_columns
+        return Newest(self, columns, self.capacity if self.fixed else self.filled)
+
+
+class Newest:
+    """The newest columns of a KVCache: where they stand in their texts, and what they see."""
+
+    def __init__(self, cache: KVCache, columns: torch.Tensor, n_seen: int) -> None:
+        self.cache, self.columns, self.n_seen = cache, columns, n_seen
+        self.positions, starts = columns, cache.starts  # (T,)
+        masked = cache.fixed or starts is not None
+        self.is_causal = len(columns) > 1 and not masked
+        self.mask = None  # True where seen
+        if masked:
+            seen = torch.arange(n_seen, device=columns.device)
+            self.mask = (seen <= columns[:, None])[None, None]  # (1, 1, T, n_seen)
+        if starts is not None:
+            self.positions = (columns - starts[:, None]).clamp(min=0)  # (B, T)
+            # padding sees itself: a row of a mask without anything has no softmax
+            in_text = (seen >= starts[:, None, None, None]) | (seen == columns[:, None])
+            self.mask = self.mask & in_text  # (B, 1, T, n_seen)
+
+    def extend(
+        self, layer: int, k: torch.Tensor, v: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keep a layer's new keys and values, (B, K, T, D); returns all, (B, K, n_seen, D)."""
+        layers = self.cache.layers
+        if layer == len(layers):
+            B, K, _, D = k.shape
+            # zeros: what is masked must be a number
+            layers.append(tuple(k.new_zeros(B, K, self.cache.capacity, D) for _ in range(2)))
+        keys, values = layers[layer]
+        keys.index_copy_(2, self.columns, k)
+        values.index_copy_(2, self.columns, v)
+        return keys[:, :, : self.n_seen], values[:, :, : self.n_seen]
 
 
 class CausalSelfAttention(nn.Module):
@@ -147,8 +215,9 @@ class CausalSelfAttention(nn.Module):
     and keys may be normalised (Dehghani et al. 2023).
     """
 
-    def __init__(self, config: GPTConfig) -> None:
+    def __init__(self, config: GPTConfig, layer: int) -> None:
         super().__init__()
+        self.layer = layer
         self.head_dim = config.emb_dim // config.n_heads
         self.n_heads, self.n_kv_heads = config.n_heads, config.n_kv_heads
         self.drop_rate = config.attention_drop_rate
@@ -168,9 +237,15 @@ class CausalSelfAttention(nn.Module):
         return self.n_heads, self.n_kv_heads, self.n_kv_heads
 
     def forward(
-        self, x: torch.Tensor, angles: tuple[torch.Tensor, torch.Tensor] | None
+        self,
+        x: torch.Tensor,
+        angles: tuple[torch.Tensor, torch.Tensor] | None,
+        newest: Newest | None = None,
     ) -> torch.Tensor:
-        """(B, T, C) -> (B, T, C); angles are a RotaryTable's, None without rotary positions."""
+        """(B, T, C) -> (B, T, C); angles are a RotaryTable's, None without rotary positions.
+
+        newest makes x the newest positions of a KVCache, which see those before them too.
+        """
         B, T, C = x.shape
         qkv = self.qkv(x).view(B, T, -1, self.head_dim)
         q, k, v = qkv.split(self._heads(), dim=2)  # (B, T, H, D), then (B, T, K, D) twice
@@ -181,7 +256,16 @@ class CausalSelfAttention(nn.Module):
             q, k = rotate(q, *angles).to(v.dtype), rotate(k, *angles).to(v.dtype)
         dropout = self.drop_rate if self.training else 0.0
         q, k, v = (tensor.transpose(1, 2) for tensor in (q, k, v))  # (B, H, T, D)
-        x = attend(q, k, v, dropout, is_short=self.is_short)
+        if newest is None:
+            x = attend(q, k, v, dropout, is_short=self.is_short)
+        else:
+            x = F.scaled_dot_product_attention(
+                q,
+                *newest.extend(self.layer, k, v),
+                attn_mask=newest.mask,
+                is_causal=newest.is_causal,
+                enable_gqa=self.n_heads != self.n_kv_heads,
+            )
         return self.out_proj(x.transpose(1, 2).reshape(B, T, C))
 
 
@@ -237,10 +321,10 @@ class GatedMLP(nn.Module):
 class Block(nn.Module):
     """Attention, then an MLP, each behind a norm and beside a residual path."""
 
-    def __init__(self, config: GPTConfig) -> None:
+    def __init__(self, config: GPTConfig, layer: int) -> None:
         super().__init__()
         self.attention_norm = build_norm(config)
-        self.attention = CausalSelfAttention(config)
+        self.attention = CausalSelfAttention(config, layer)
         self.mlp_norm = build_norm(config)
         if config.activation == "swiglu":
             self.mlp = GatedMLP(config.emb_dim, config.ff_dim)
@@ -253,10 +337,13 @@ class Block(nn.Module):
         self.dropout = Dropout(config.drop_rate)
 
     def forward(
-        self, x: torch.Tensor, angles: tuple[torch.Tensor, torch.Tensor] | None
+        self,
+        x: torch.Tensor,
+        angles: tuple[torch.Tensor, torch.Tensor] | None,
+        newest: Newest | None = None,
     ) -> torch.Tensor:
-        """(B, T, C) -> (B, T, C); angles as in CausalSelfAttention."""
-        x = x + self.dropout(self.attention(self.attention_norm(x), angles))
+        """(B, T, C) -> (B, T, C); angles and newest as in CausalSelfAttention."""
+        x = x + self.dropout(self.attention(self.attention_norm(x), angles, newest))
         return x + self.dropout(self.mlp(self.mlp_norm(x)))
 
     def residual_projections(self) -> tuple[nn.Linear, nn.Linear]:
@@ -318,7 +405,7 @@ class GPTModel(nn.Module):
             head_dim = config.emb_dim // config.n_heads
             self.rotary = RotaryTable(config.context_length, head_dim, config.rope_theta)
         self.dropout = Dropout(config.drop_rate)
-        self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layers))
+        self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layers))
         self.final_norm = build_norm(config)
         self.head = nn.Linear(config.emb_dim, config.vocab_size, bias=False)
         self.initialize()
@@ -347,30 +434,32 @@ class GPTModel(nn.Module):
         """(B, T) token ids -> (B, T, V) logits of each position's next token."""
         return self.head(self.hidden(ids))
 
-    def hidden(self, ids: torch.Tensor) -> torch.Tensor:
+    def hidden(self, ids: torch.Tensor, newest: Newest | None = None) -> torch.Tensor:
         """(B, T) token ids -> (B, T, C), what the head turns into logits.
 
-        T is at most config.context_length, else ValueError.
+        newest makes the ids the newest positions of a KVCache. T is at most
+        config.context_length, else ValueError.
         """
         T, limit = ids.shape[1], self.config.context_length
         if limit < T:
             raise ValueError(f"{T} token ids, but the model's context_length is {limit}")
+        positions = slice(T) if newest is None else newest.positions
         x = self.token_embedding(ids)  # (B, T, C)
         angles = None
         if self.config.positions == "rope":
-            angles = self.rotary(T)
+            angles = self.rotary(positions)
         elif self.config.positions == "learned":
-            x = x + self.position_embedding.weight[:T]
+            x = x + self.position_embedding.weight[positions]
         else:
             # embeddings start at 0.02 and would drown in sines of 1 (Vaswani et al. 2017, 3.4)
-            x = x * math.sqrt(self.config.emb_dim) + self.position_table[:T]
+            x = x * math.sqrt(self.config.emb_dim) + self.position_table[positions]
         x = self.dropout(x)
         saves_memory = self.activation_checkpointing and torch.is_grad_enabled()
         for block in self.blocks:
             if saves_memory:
                 x = checkpoint(block, x, angles, use_reentrant=False)
             else:
-                x = block(x, angles)
+                x = block(x, angles, newest)
         return self.final_norm(x)
 
     def hidden_matrices(self) -> list[tuple[nn.Parameter, tuple[int, ...]]]:

@@ -62,11 +62,21 @@ class Tokenizer(Protocol):
     def decode(self, ids: Iterable[int]) -> str:
         """The text of ids; incomplete characters become U+FFFD."""
 
-    def stream(self, ids: Iterable[int]) -> Iterator[str]:
-        """The text as ids come in; a character is shown when it is whole, never half."""
+    def decoder(self) -> "Decoder":
+        """A decoder for ids that come in one by one."""
 
     def to_json(self) -> str:
         """The tokenizer as the text of a tokenizer.json, which other libraries read."""
+
+
+class Decoder(Protocol):
+    """Turns ids into text as they come in; a character is shown when it is whole, never half."""
+
+    def add(self, token: int) -> str:
+        """The characters that this token completes."""
+
+    def finish(self) -> str:
+        """What is left at the end, as decode() shows it."""
 
 
 class ByteTokens:
@@ -78,16 +88,27 @@ class ByteTokens:
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of ids; incomplete characters become U+FFFD."""
-        return "".join(self.stream(ids))
+        return b"".join(self.token_bytes(int(token)) for token in ids).decode("utf-8", "replace")
 
-    def stream(self, ids: Iterable[int]) -> Iterator[str]:
-        """The text as ids come in; a character is shown when it is whole, never half."""
-        decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-        for token in ids:
-            if text := decoder.decode(self.token_bytes(int(token))):
-                yield text
-        if rest := decoder.decode(b"", final=True):
-            yield rest
+    def decoder(self) -> "ByteDecoder":
+        """A decoder for ids that come in one by one."""
+        return ByteDecoder(self.token_bytes)
+
+
+class ByteDecoder:
+    """The Decoder of tokens that stand for bytes."""
+
+    def __init__(self, token_bytes: Callable[[int], bytes]) -> None:
+        self._token_bytes = token_bytes
+        self._characters = codecs.getincrementaldecoder("utf-8")(errors="replace")
+
+    def add(self, token: int) -> str:
+        """The characters that this token completes."""
+        return self._characters.decode(self._token_bytes(token))
+
+    def finish(self) -> str:
+        """What is left at the end, as decode() shows it."""
+        return self._characters.decode(b"", final=True)
 
 
 class BPETokenizer(ByteTokens):
@@ -238,28 +259,39 @@ class ForeignTokenizer:
         known = [int(i) for i in ids if i < self._tokenizer.get_vocab_size()]
         return self._tokenizer.decode(known, skip_special_tokens=False)
 
-    def stream(self, ids: Iterable[int]) -> Iterator[str]:
-        """The text as ids come in; a character is shown when it is whole, never half."""
-        window: list[int] = []  # since a decoder may join tokens, a few are decoded again
-        shown = ""
-        for token in ids:
-            window.append(int(token))
-            text = self.decode(window)
-            if text.endswith("\ufffd"):
-                continue
-            if len(text) > len(shown):
-                yield text[len(shown) :]
-            if len(window) > 64:
-                window = window[-16:]
-                text = self.decode(window)
-            shown = text
-        rest = self.decode(window)[len(shown) :]
-        if rest:
-            yield rest
+    def decoder(self) -> "ForeignDecoder":
+        """A decoder for ids that come in one by one."""
+        return ForeignDecoder(self.decode)
 
     def to_json(self) -> str:
         """The file, as the library writes it."""
         return self._tokenizer.to_str()
+
+
+class ForeignDecoder:
+    """The Decoder of tokens that may be joined: the newest ones are decoded again each time."""
+
+    def __init__(self, decode: Callable[[list[int]], str]) -> None:
+        self._decode = decode
+        self._window: list[int] = []
+        self._shown = ""  # what of the window's text was given out
+
+    def add(self, token: int) -> str:
+        """The characters that this token completes."""
+        self._window.append(token)
+        text = self._decode(self._window)
+        if text.endswith("\ufffd"):
+            return ""
+        new = text[len(self._shown) :]
+        if len(self._window) > 64:
+            self._window = self._window[-16:]
+            text = self._decode(self._window)
+        self._shown = text
+        return new
+
+    def finish(self) -> str:
+        """What is left at the end, as decode() shows it."""
+        return self._decode(self._window)[len(self._shown) :]
 
 
 # ---------------------------------------------------------------------------------- building
