@@ -26,8 +26,9 @@ from data import (
     measure_tokens,
     plan_windows,
 )
+from engine.checkpoint import assign_weights, read_weights
 from engine.console import say
-from engine.errors import DataError, ResourceError, SettingsError
+from engine.errors import CheckpointError, DataError, ResourceError, SettingsError
 from engine.memory import (
     ADVICE,
     as_bytes,
@@ -47,15 +48,23 @@ from engine.optim import (
 )
 from engine.precision import Precision, choose_precision
 from engine.processor import default_threads, prepare_processor, threads_are_set
+from engine.settings import shown
 from engine.storage import make_folder, write_atomically
 from engine.tracking import check_trackers
+from engine.weights import choose_weights, convert_weights
 from generation import SamplingConfig
 from model import GPTConfig, GPTModel, attention_kernel
-from run_folder import RunFolder, choose_run
+from run_folder import (
+    SETTINGS,
+    RunFolder,
+    choose_run,
+    newest_finished_run,
+    read_run_settings,
+)
 from run_plan import RunPlan, RunSettings, resolve_settings
 from text.sources import DataSpec, parse_data
 from text.token_cache import TokenizedText, tokenize
-from text.tokenizer import Tokenizer
+from text.tokenizer import GPT2_FINGERPRINT, Tokenizer, load_tokenizer
 from training_utils import TrainingConfig
 from trial import Compiled, Trial, decide_compiling, precision_that_agrees, steps_in
 
@@ -174,6 +183,86 @@ def prepare_environment(settings: str | Path | None = None) -> RuntimeEnv:
     )
     _describe_run(env, plan, windows, steps_per_epoch, notices)
     return env
+
+
+@dataclass(frozen=True)
+class LoadedRun:
+    """A trained model and what it needs to write; what load_run() returns."""
+
+    path: Path
+    step: int  # whose weights these are
+    device: torch.device
+    model: GPTModel
+    weights: str  # what its products read: "fp32", "bf16" or "int8"
+    tokenizer: Tokenizer
+    sampling: SamplingConfig  # the run's own
+    settings: dict[str, Any]  # its settings.json
+
+
+def load_run(
+    folder: str | Path | None = None,
+    *,
+    which: str = "best",
+    weights: str = "auto",
+    device: str | None = None,
+) -> LoadedRun:
+    """Load the model of a run for use, while it is being trained too; changes nothing.
+
+    folder is a path, or a name in OUTPUT_DIR; None is the run that was finished last. which is
+    "best", the weights of the lowest validation loss, or "last". weights "auto" is bf16 where the
+    device is fast with it, else fp32; "int8" is faster on CPUs, and a little less exact. Raises
+    CheckpointError where there is no such run or it can't be read, SettingsError, ResourceError.
+    """
+    prepare_processor()
+    path = _find_run(folder)
+    settings = read_run_settings(path)
+    chosen = pick_device(device)
+    kind = choose_weights(weights, chosen)
+    try:
+        config = GPTConfig(**settings["model"])
+        sampling = SamplingConfig(**settings["sampling"])
+    except (LookupError, TypeError, SettingsError) as error:
+        raise CheckpointError(f"{path / SETTINGS} does not describe a model: {error}") from None
+    tokenizer = _tokenizer_of(path, settings)
+    if tokenizer.vocab_size != config.vocab_size:
+        raise CheckpointError(
+            f"{path / SETTINGS} has a vocab_size of {config.vocab_size}, and the run's tokenizer "
+            f"{tokenizer.vocab_size} tokens: they don't belong together."
+        )
+    step, tensors = read_weights(path, settings["run_id"], which)
+    with torch.device("meta"):  # no weights are made that the run's would replace
+        model = GPTModel(config)
+    assign_weights(model, tensors, path)
+    convert_weights(model, kind)
+    model.to(chosen).eval().requires_grad_(False)
+    return LoadedRun(path, step, chosen, model, kind, tokenizer, sampling, settings)
+
+
+def _find_run(folder: str | Path | None) -> Path:
+    """The folder of a run: the path itself, or what has this name in OUTPUT_DIR."""
+    path = None if folder is None else Path(folder).expanduser()
+    if path is not None and path.exists():
+        return path
+    given, place = read_given_settings(None)
+    output_dir = given.get("OUTPUT_DIR", "runs")
+    if not isinstance(output_dir, str):
+        raise SettingsError(f"OUTPUT_DIR is {shown(output_dir)} in {place}; it must be a string")
+    output_dir = Path(output_dir).expanduser()
+    return newest_finished_run(output_dir) if path is None else output_dir / path
+
+
+def _tokenizer_of(path: Path, settings: dict[str, Any]) -> Tokenizer:
+    """The tokenizer that a run was trained with; CheckpointError where it is another by now."""
+    if settings.get("tokenizer") == GPT2_FINGERPRINT:  # reading it from JSON takes half a second
+        return load_tokenizer("gpt2")
+    file = path / "tokenizer.json"
+    try:
+        tokenizer = load_tokenizer(file)
+    except DataError as error:
+        raise CheckpointError(str(error)) from None
+    if tokenizer.fingerprint != settings.get("tokenizer"):
+        raise CheckpointError(f"{file} is not the tokenizer that this run was trained with.")
+    return tokenizer
 
 
 def read_given_settings(path: str | Path | None) -> tuple[dict[str, Any], str]:

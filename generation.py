@@ -16,6 +16,7 @@ from torch import nn
 from engine.compiling import not_compiled
 from engine.errors import NumericsError, SettingsError
 from engine.settings import check, find_problems, raise_if_any, setting
+from engine.weights import products_of_one_row
 from model import KVCache
 from text.tokenizer import Tokenizer
 
@@ -294,8 +295,9 @@ class Rows:
         longest = max(map(len, windows))
         padded = [[0] * (longest - len(window)) + window for window in windows]
         ids = torch.tensor(padded, device=self._cache.device)
-        hidden = self._model.hidden(ids, self._cache.advance(longest))
-        return self._model.head(hidden[:, -1])
+        newest = self._cache.advance(longest)
+        with products_of_one_row(ids.device) if ids.numel() == 1 else contextlib.nullcontext():
+            return self._model.head(self._model.hidden(ids, newest)[:, -1])
 
     def _recent(self, logits: torch.Tensor) -> torch.Tensor | None:
         """(rows, n) newest tokens of each text, for the penalty; None where there is none."""

@@ -122,8 +122,10 @@ class RotaryTable(nn.Module):
 
     def __init__(self, length: int, head_dim: int, theta: float) -> None:
         super().__init__()
-        frequencies = theta ** (-torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim)
-        angles = torch.arange(length, dtype=torch.float32)[:, None] * frequencies
+        # on the CPU even where the weights are to come later and are "meta" until then
+        pairs = torch.arange(0, head_dim, 2, dtype=torch.float32, device="cpu")
+        positions = torch.arange(length, dtype=torch.float32, device="cpu")
+        angles = positions[:, None] * theta ** (-pairs / head_dim)
         self.register_buffer("cos", angles.cos(), persistent=False)
         self.register_buffer("sin", angles.sin(), persistent=False)
 
@@ -409,7 +411,11 @@ class GPTModel(nn.Module):
         self.final_norm = build_norm(config)
         self.head = nn.Linear(config.emb_dim, config.vocab_size, bias=False)
         self.initialize()
-        if config.tie_embeddings:
+        self.tie_head()
+
+    def tie_head(self) -> None:
+        """Let the head share the embedding's weights, where the config says so."""
+        if self.config.tie_embeddings:
             self.head.weight = self.token_embedding.weight
 
     def initialize(self) -> None:
@@ -500,7 +506,8 @@ class GPTModel(nn.Module):
 
 def sinusoidal_positions(length: int, emb_dim: int) -> torch.Tensor:
     """(length, emb_dim) sines and cosines of geometric wavelengths (Vaswani et al. 2017, 3.5)."""
-    positions = torch.arange(length, dtype=torch.float32)[:, None]
-    frequencies = torch.exp(torch.arange(0, emb_dim, 2) * (-math.log(10_000) / emb_dim))
+    positions = torch.arange(length, dtype=torch.float32, device="cpu")[:, None]
+    pairs = torch.arange(0, emb_dim, 2, device="cpu")
+    frequencies = torch.exp(pairs * (-math.log(10_000) / emb_dim))
     angles = positions * frequencies
     return torch.stack((angles.sin(), angles.cos()), dim=-1).flatten(1)

@@ -234,6 +234,26 @@ def choose_run(
     return RunFolder(output_dir / new_name, named=False)
 
 
+def read_run_settings(path: Path) -> dict[str, Any]:
+    """The settings.json of a run; CheckpointError where there is none, or a damaged one."""
+    if not (path / SETTINGS).is_file():
+        raise CheckpointError(
+            f"{path} is no run (looked for {path / SETTINGS}).\n"
+            "A run is a folder that training leaves, such as those in OUTPUT_DIR."
+        )
+    return _read_json(path / SETTINGS)
+
+
+def newest_finished_run(output_dir: Path) -> Path:
+    """The folder of the run that was finished last; CheckpointError where there is none."""
+    finished = list(output_dir.glob(f"*/{SUMMARY}"))
+    if not finished:
+        begun = sorted(path.parent for path in output_dir.glob(f"*/{SETTINGS}"))
+        hint = f"{begun[-1]} is unfinished, but can be named." if begun else "Train a model first."
+        raise CheckpointError(f"there is no finished run in {output_dir.absolute()}.\n{hint}")
+    return max(finished, key=lambda path: (path.stat().st_mtime_ns, path)).parent
+
+
 def _continue_named(path: Path, asked: dict[str, Any]) -> RunFolder:
     saved = _read_json(path / SETTINGS)
     differing = differences(saved, asked)

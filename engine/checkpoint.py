@@ -7,7 +7,9 @@ code, and nothing is loaded before its sha256 was compared.
 """
 
 import base64
+import contextlib
 import json
+import os
 import re
 import time
 from collections.abc import Iterator
@@ -160,41 +162,16 @@ class CheckpointStore:
         return {"format": FORMAT, "run_id": self._run_id, "step": step}
 
     def _newest_first(self) -> list[Path]:
-        return [path for _, path in sorted(_steps_in(self.checkpoints), reverse=True)]
-
-    def _verify(self, path: Path, *files: str) -> None:
-        """Raise _Unusable for a folder that is not whole, or not what its place says."""
-        try:
-            facts = verify_folder(path, files)
-        except CheckpointError as error:
-            raise _Unusable(str(error)) from None
-        if facts.get("format") != FORMAT:
-            raise CheckpointError(
-                f"{path} has format {facts.get('format')}; this version reads {FORMAT}.\n"
-                "It was made by another version of this program: go on with that one."
-            )
-        if facts.get("run_id") != self._run_id:
-            raise _Unusable(f"{path} belongs to another run")
-        step = facts.get("step")
-        if not isinstance(step, int) or _name(step) != path.name:
-            raise _Unusable(f"{path} holds step {step}")
+        return _newest_first(self.checkpoints)
 
     def _load(
         self, path: Path, model: nn.Module, optimizer: torch.optim.Optimizer
     ) -> dict[str, Any]:
-        self._verify(path, WEIGHTS, OPTIMIZER, STATE)
-        try:
-            if (path / STATE).stat().st_size > MOST_STATE_BYTES:
-                raise ValueError(f"{STATE} is too long")
-            state = json.loads((path / STATE).read_bytes())
-            if not isinstance(state, dict) or not isinstance(
-                state.get("best_step", ""), int | None
-            ):
-                raise ValueError(f"{STATE} lacks what it should have")
+        _verify(path, self._run_id, WEIGHTS, OPTIMIZER, STATE)
+        with _unusable_where_unreadable(path):
+            state = _read_state(path)
             weights = read_safetensors(path / WEIGHTS)
             moments = read_safetensors(path / OPTIMIZER)
-        except (OSError, ValueError, RecursionError, SafetensorError) as error:
-            raise _Unusable(f"{path} can't be read: {error}") from None
         load_weights(model, weights, path)
         load_optimizer(model, optimizer, moments, path)
         return state
@@ -202,9 +179,8 @@ class CheckpointStore:
     def _load_best(self, step: int, model: nn.Module) -> BestWeights | None:
         path = self.best / _name(step)
         try:
-            self._verify(path, WEIGHTS)
-            weights = read_safetensors(path / WEIGHTS)
-        except (_Unusable, OSError, SafetensorError) as error:
+            weights = _read_best(path, self._run_id)
+        except _Unusable as error:
             where = f", set aside as {set_aside(path).name}" if path.exists() else ""
             say(f"Note: the best weights are lost ({error}{where}); later ones take their place")
             return None
@@ -225,6 +201,82 @@ class CheckpointStore:
 
 class _Unusable(Exception):
     """A checkpoint that is set aside."""
+
+
+def read_weights(
+    run_folder: Path, run_id: str, which: str = "best"
+) -> tuple[int, dict[str, torch.Tensor]]:
+    """A run's weights with the step they are from: the "best" so far, or the "last" ones.
+
+    For a program beside the one that trains: it changes nothing, and begins anew where what it
+    was reading has been removed for something newer. Where a checkpoint is damaged it says so and
+    takes the one before. Raises CheckpointError where none can be read.
+    """
+    checkpoints, bad = run_folder / "checkpoints", {}
+    while found := [path for path in _newest_first(checkpoints) if path not in bad]:
+        path = found[0]
+        try:
+            if which == "best":
+                _verify(path, run_id, STATE, others=False)
+                with _unusable_where_unreadable(path):
+                    best_step = _read_state(path)["best_step"]
+                if best_step is not None:
+                    return best_step, _read_best(run_folder / "best" / _name(best_step), run_id)
+            _verify(path, run_id, WEIGHTS, others=False)
+            with _unusable_where_unreadable(path):
+                return int(path.name[5:]), read_safetensors(path / WEIGHTS)
+        except _Unusable as error:
+            if os.path.lexists(path):
+                say(f"Note: {error}; what was saved before serves instead")
+                bad[path] = str(error)
+    listed = "\n  ".join(bad.values())
+    raise CheckpointError(
+        f"no checkpoint in {checkpoints} can be used:\n  {listed}"
+        if bad
+        else f"{checkpoints} holds no checkpoint: the run has saved none yet."
+    )
+
+
+def _verify(path: Path, run_id: str, *files: str, others: bool = True) -> None:
+    """Raise _Unusable for a folder that is not whole, or not what its place says."""
+    try:
+        facts = verify_folder(path, files, others=others)
+    except CheckpointError as error:
+        raise _Unusable(str(error)) from None
+    if facts.get("format") != FORMAT:
+        raise CheckpointError(
+            f"{path} has format {facts.get('format')}; this version reads {FORMAT}.\n"
+            "It was made by another version of this program: go on with that one."
+        )
+    if facts.get("run_id") != run_id:
+        raise _Unusable(f"{path} belongs to another run")
+    step = facts.get("step")
+    if not isinstance(step, int) or _name(step) != path.name:
+        raise _Unusable(f"{path} holds step {step}")
+
+
+@contextlib.contextmanager
+def _unusable_where_unreadable(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, ValueError, RecursionError, SafetensorError) as error:
+        raise _Unusable(f"{path} can't be read: {error}") from None
+
+
+def _read_state(path: Path) -> dict[str, Any]:
+    """A checkpoint's state.json; ValueError where it lacks what it should have."""
+    if (path / STATE).stat().st_size > MOST_STATE_BYTES:
+        raise ValueError(f"{STATE} is too long")
+    state = json.loads((path / STATE).read_bytes())
+    if not isinstance(state, dict) or not isinstance(state.get("best_step", ""), int | None):
+        raise ValueError(f"{STATE} lacks what it should have")
+    return state
+
+
+def _read_best(path: Path, run_id: str) -> dict[str, torch.Tensor]:
+    _verify(path, run_id, WEIGHTS)
+    with _unusable_where_unreadable(path):
+        return read_safetensors(path / WEIGHTS)
 
 
 @dataclass
@@ -259,6 +311,10 @@ class SaveClock:
 
 def _name(step: int) -> str:
     return f"step-{step:08d}"
+
+
+def _newest_first(folder: Path) -> list[Path]:
+    return [path for _, path in sorted(_steps_in(folder), reverse=True)]
 
 
 def _steps_in(folder: Path) -> list[tuple[int, Path]]:
@@ -298,6 +354,17 @@ def load_weights(model: nn.Module, weights: dict[str, torch.Tensor], place: obje
     with torch.no_grad():
         for name, value in current.items():
             value.copy_(weights[name])
+
+
+def assign_weights(model: nn.Module, weights: dict[str, torch.Tensor], place: object) -> None:
+    """Give a model that was built on the "meta" device its parameters, in fp32 and uncopied.
+
+    Raises CheckpointError, naming place, where names or shapes don't match.
+    """
+    _check_names(weights, weights_of(model), place)
+    tensors = {name: value.float() for name, value in weights.items()}
+    model.load_state_dict(tensors, strict=False, assign=True)  # a shared one has one name here
+    model.tie_head()
 
 
 def _check_names(

@@ -227,16 +227,20 @@ class NewFolder:
                 shutil.rmtree(self._beside, ignore_errors=True)  # renamed, or what failed
 
 
-def verify_folder(path: str | os.PathLike, required: Iterable[str] = ()) -> dict[str, Any]:
+def verify_folder(
+    path: str | os.PathLike, required: Iterable[str] = (), *, others: bool = True
+) -> dict[str, Any]:
     """The facts of a folder that NewFolder made, after every file was held against its sha256.
 
     Raises CheckpointError that names the first file at fault and what is wrong with it; a
-    required file must be among those that were sealed.
+    required file must be among those that were sealed. others=False leaves out the rest of them.
     """
     facts = _read_manifest(Path(path))
     files = facts.pop("files")
     if absent := [name for name in required if name not in files]:
         raise CheckpointError(f"{Path(path, MANIFEST)} does not name {absent[0]}")
+    if not others:
+        files = {name: files[name] for name in required}
     with ThreadPoolExecutor(_HASHING_THREADS) as pool:
         list(pool.map(lambda name: _verify_file(Path(path, name), files[name]), files))
     return facts
