@@ -45,7 +45,7 @@ custom_params = {
     "save_every": None,  # steps from one checkpoint to the next;  None: by time
     "save_minutes": 5.0,  # minutes from one checkpoint to the next: above 0
     "keep_checkpoints": 2,  # how many of the last ones are kept: 2 or more; the best comes on top
-    "start_context": "Every effort moves you",  # the words that samples go on from
+    "start_context": "Every effort moves you",  # what samples go on from;  or ["春江", "往事"]
     "num_workers": 0,  # processes that prepare batches: 0 is right for all but huge texts
     "activation_checkpointing": False,  # True: less memory a step, a third more time
     "model_overrides": {},  # e.g. {"n_layers": 4, "n_heads": 4, "emb_dim": 256, "drop_rate": 0.1}
@@ -55,8 +55,11 @@ custom_params = {
 sampling_params = {
     "max_new_tokens": 50,  # tokens in each sample
     "temperature": 0.8,  # 0: always the likeliest token; higher: bolder
-    "top_k": 50,  # the top-k sample draws from the k likeliest tokens
-    "top_p": 0.9,  # the top-p sample draws from the likeliest tokens that sum to p: 0 to 1
+    "top_k": 50,  # the top-k sample draws from the k likeliest tokens;  None: from all
+    "top_p": 0.9,  # the top-p sample draws from the likeliest that sum to p: 0 to 1;  None: all
+    "min_p": 0.0,  # leave out tokens less likely than this share of the likeliest: 0 to 1
+    "repetition_penalty": 1.0,  # above 1: what was just written becomes less likely
+    "repetition_window": 64,  # for how many of the last tokens that holds
 }
 
 # ---------------------------------------------------------------- the machine

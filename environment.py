@@ -27,6 +27,7 @@ from data import (
     plan_windows,
 )
 from engine.checkpoint import assign_weights, read_weights
+from engine.compiling import compile_decoding
 from engine.console import say
 from engine.errors import CheckpointError, DataError, ResourceError, SettingsError
 from engine.memory import (
@@ -194,6 +195,7 @@ class LoadedRun:
     device: torch.device
     model: GPTModel
     weights: str  # what its products read: "fp32", "bf16" or "int8"
+    n_parameters: int
     tokenizer: Tokenizer
     sampling: SamplingConfig  # the run's own
     settings: dict[str, Any]  # its settings.json
@@ -205,12 +207,14 @@ def load_run(
     which: str = "best",
     weights: str = "auto",
     device: str | None = None,
+    compiled: bool = False,
 ) -> LoadedRun:
     """Load the model of a run for use, while it is being trained too; changes nothing.
 
     folder is a path, or a name in OUTPUT_DIR; None is the run that was finished last. which is
     "best", the weights of the lowest validation loss, or "last". weights "auto" is bf16 where the
-    device is fast with it, else fp32; "int8" is faster on CPUs, and a little less exact. Raises
+    device is fast with it, else fp32; "int8" is faster on CPUs, and a little less exact. compiled
+    is for CUDA: the first token waits half a minute, the others come faster. Raises
     CheckpointError where there is no such run or it can't be read, SettingsError, ResourceError.
     """
     prepare_processor()
@@ -233,9 +237,22 @@ def load_run(
     with torch.device("meta"):  # no weights are made that the run's would replace
         model = GPTModel(config)
     assign_weights(model, tensors, path)
+    n_parameters = model.count_parameters()
     convert_weights(model, kind)
     model.to(chosen).eval().requires_grad_(False)
-    return LoadedRun(path, step, chosen, model, kind, tokenizer, sampling, settings)
+    if compiled:
+        compile_decoding(model, chosen)
+    return LoadedRun(
+        path=path,
+        step=step,
+        device=chosen,
+        model=model,
+        weights=kind,
+        n_parameters=n_parameters,
+        tokenizer=tokenizer,
+        sampling=sampling,
+        settings=settings,
+    )
 
 
 def _find_run(folder: str | Path | None) -> Path:

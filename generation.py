@@ -8,14 +8,14 @@ model's context its newest half is read once more, which then serves for the oth
 import contextlib
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 
 import torch
 from torch import nn
 
-from engine.compiling import not_compiled
+from engine.compiling import RecordedStep, is_compiled, not_compiled
 from engine.errors import NumericsError, SettingsError
-from engine.settings import check, find_problems, raise_if_any, setting
+from engine.settings import check, find_problems, raise_if_any, setting, unknown_name
 from engine.weights import products_of_one_row
 from model import KVCache
 from text.tokenizer import Tokenizer
@@ -137,15 +137,14 @@ def stream(
         "repetition_window": repetition_window,
     }
     rows = Rows(model, prompts, given, num_samples, generator)
-    with evaluating(model):
-        for _ in range(max_new_tokens):
-            tokens = rows.draw()
-            yield tokens
-            for row, token in enumerate(tokens):
-                if token is not None and token.id == end_of_text_id:
-                    rows.end(row)
-            if not rows.running:
-                return
+    for _ in range(max_new_tokens):
+        tokens = rows.draw()
+        yield tokens
+        for row, token in enumerate(tokens):
+            if token is not None and token.id == end_of_text_id:
+                rows.end(row)
+        if not rows.running:
+            return
 
 
 def stream_text(
@@ -169,26 +168,23 @@ def stream_text(
     rows = Rows(model, ids, given, num_samples, generator)
     decoders = [tokenizer.decoder() for _ in rows.running]
     held = [_HeldBack(stop) for _ in rows.running]
-    with evaluating(model):
-        for n_drawn in range(1, given["max_new_tokens"] + 1):
-            for row, token in enumerate(rows.draw()):
-                if token is None:
-                    continue
-                is_end, is_last = (
-                    token.id == tokenizer.end_of_text_id,
-                    n_drawn == given["max_new_tokens"],
-                )
-                text = "" if is_end else decoders[row].add(token.id)
-                if is_end or is_last:
-                    text += decoders[row].finish()
-                text, stopped = held[row].add(text)
-                finish = "stop" if is_end or stopped else "length" if is_last else None
-                if finish is not None:
-                    text += held[row].rest()
-                    rows.end(row)
-                yield Piece(row, text, token, finish)
-            if not rows.running:
-                return
+    for n_drawn in range(1, given["max_new_tokens"] + 1):
+        for row, token in enumerate(rows.draw()):
+            if token is None:
+                continue
+            is_end = token.id == tokenizer.end_of_text_id
+            is_last = n_drawn == given["max_new_tokens"]
+            text = "" if is_end else decoders[row].add(token.id)
+            if is_end or is_last:
+                text += decoders[row].finish()
+            text, stopped = held[row].add(text)
+            finish = "stop" if is_end or stopped else "length" if is_last else None
+            if finish is not None:
+                text += held[row].rest()
+                rows.end(row)
+            yield Piece(row, text, token, finish)
+        if not rows.running:
+            return
 
 
 class _HeldBack:
@@ -201,10 +197,11 @@ class _HeldBack:
     def add(self, text: str) -> tuple[str, bool]:
         """What may be shown now, and whether a stop string has come."""
         text = self._held + text
-        found = [at for at in map(text.find, self._stops) if at >= 0]
+        # the one that is complete first, so that it does not matter how tokens cut the text
+        found = [(at + len(stop), at) for stop in self._stops if (at := text.find(stop)) >= 0]
         if found:
             self._held = ""
-            return text[: min(found)], True
+            return text[: min(found)[1]], True
         longest = max(map(len, self._stops), default=1)
         starts = range(max(0, len(text) - longest + 1), len(text))
         cut = next(
@@ -230,7 +227,10 @@ class Rows:
         num_samples: int = 1,
         generator: torch.Generator | None = None,
     ) -> None:
-        problems = find_problems(SamplingConfig, sampling)
+        names = [field.name for field in fields(SamplingConfig)]
+        known = {name: value for name, value in sampling.items() if name in names}
+        problems = [unknown_name(name, name, names) for name in sampling.keys() - known.keys()]
+        problems += find_problems(SamplingConfig, known)
         if not prompts or not all(len(prompt) for prompt in prompts):
             problems.append("ids has a prompt without a token; each must have one or more")
         if num_samples < 1:
@@ -245,6 +245,7 @@ class Rows:
         self._limit = model.config.context_length
         self._capacity = min(self._limit, max(map(len, prompts)) + n_new)
         self._cache: KVCache | None = None
+        self._recorded: RecordedStep | None = None
         self.running = set(range(len(prompts) * num_samples))
 
     def end(self, row: int) -> None:
@@ -254,7 +255,8 @@ class Rows:
     @torch.no_grad()
     def draw(self) -> list[Token | None]:
         """The next token of each row, None for those that have ended."""
-        logits = self._next_logits().float()  # (rows, V)
+        with evaluating(self._model):  # for the step alone: between two, the caller may train
+            logits = self._next_logits().float()  # (rows, V)
         chosen = choose_next(
             logits, recent=self._recent(logits), generator=self._generator, **self._choice
         )
@@ -280,7 +282,11 @@ class Rows:
                 self._seen_from[row] = len(self._texts[row]) - kept
         windows = [t[first:] for t, first in zip(self._texts, self._seen_from, strict=True)]
         device = self._model.token_embedding.weight.device
-        self._cache = KVCache([len(window) for window in windows], self._capacity, device)
+        # recorded with autocast, a step would hold casts of the weights that are dropped after it
+        fixed = device.type == "cuda" and not torch.is_autocast_enabled("cuda")
+        capacity = self._limit if fixed else self._capacity
+        self._cache = KVCache([len(w) for w in windows], capacity, device, fixed=fixed)
+        self._recorded = None
         logits = self._read(windows)
         if self._copies > 1:
             self._cache.repeat(self._copies)
@@ -295,9 +301,21 @@ class Rows:
         longest = max(map(len, windows))
         padded = [[0] * (longest - len(window)) + window for window in windows]
         ids = torch.tensor(padded, device=self._cache.device)
+        if self._cache.fixed and self._cache.filled > 0:
+            return self._replay(ids)
         newest = self._cache.advance(longest)
         with products_of_one_row(ids.device) if ids.numel() == 1 else contextlib.nullcontext():
             return self._model.head(self._model.hidden(ids, newest)[:, -1])
+
+    def _replay(self, ids: torch.Tensor) -> torch.Tensor:
+        """The logits after the next column of a fixed cache, (rows, 1) ids, by a recorded step."""
+        columns = self._cache.advance(1).columns
+        if self._recorded is None:
+            cache = self._cache
+            self._recorded = RecordedStep(
+                lambda ids, columns: self._model.decode(ids, cache, columns), ids, columns
+            )
+        return self._recorded(ids, columns)
 
     def _recent(self, logits: torch.Tensor) -> torch.Tensor | None:
         """(rows, n) newest tokens of each text, for the penalty; None where there is none."""
@@ -373,12 +391,14 @@ def _likeliest(
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Put the model into evaluation mode, uncompiled, and leave it in the mode it had."""
     was_training = model.training
-    model.eval()
+    if was_training:
+        model.eval()
     try:
-        with not_compiled():
+        with not_compiled() if is_compiled(model) else contextlib.nullcontext():
             yield
     finally:
-        model.train(was_training)
+        if was_training:
+            model.train()
 
 
 def text_to_token_ids(text: str, tokenizer: Tokenizer) -> torch.Tensor:

@@ -2,10 +2,11 @@
 
 import json
 import math
+import re
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -26,6 +27,18 @@ from visualize import render_losses
 PICTURE = "training_losses.png"
 FETCH_EVERY = 50  # steps whose losses stay on the device before they are read together
 MOST_SKIPPED = 10  # steps in a row; then it is no accident
+MOST_MOMENTS, LAST_MOMENTS = 50, 10  # whose samples are kept, and how many of the last of all
+
+# what would move a terminal's cursor or turn the direction of writing
+_CONTROLS = re.compile("[\x00-\x08\x0e-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
+
+
+class Moment(NamedTuple):
+    """What the model wrote at one moment of a run."""
+
+    label: str
+    step: int | None  # whose weights wrote it; earlier versions kept none
+    texts: list[str]  # one for each prompt
 
 
 @dataclass
@@ -37,7 +50,7 @@ class History:
     val_losses: list[float] = field(default_factory=list)
     tokens_seen: list[int] = field(default_factory=list)
     batch_losses: list[float] = field(default_factory=list)  # NaN: not known any more
-    samples: list[tuple[str, str]] = field(default_factory=list)  # (heading, text)
+    samples: list[Moment] = field(default_factory=list)  # at most MOST_MOMENTS
     skipped: int = 0  # steps left out because a gradient was not finite
     elapsed_s: float = 0.0
 
@@ -242,15 +255,25 @@ class Journal:
 
     # ----------------------------------------------------------------------------- samples
 
-    def note_sample(self, label: str, text: str) -> None:
-        """Print a sample on one line and keep it for samples.md."""
-        shown = "".join(c if c.isprintable() else " " for c in text)  # no control codes
-        say(f"{label}: {' '.join(shown.split())}")
-        self.history.samples.append((label, text))
+    @property
+    def steps_since_sample(self) -> int:
+        """The optimizer steps since the model wrote last."""
+        return self.steps - (self.history.samples[-1].step or 0 if self.history.samples else 0)
+
+    def note_sample(self, label: str, texts: list[str]) -> None:
+        """Print what the model wrote, a line for each prompt, and keep it for samples.md."""
+        for number, text in enumerate(texts, start=1):
+            shown = "".join(c if c.isprintable() else " " for c in text)  # no control codes
+            name = label if len(texts) == 1 else f"{label}, prompt {number}"
+            say(f"{name}: {' '.join(shown.split())}")
+        step = self.steps if self.weights_of_step is None else self.weights_of_step
+        self.history.samples.append(Moment(label, step, texts))
+        _thin_out(self.history.samples)
         if self.folder is not None:
-            pages = [f"## {label}\n\n{_as_quote(text)}\n" for label, text in self.history.samples]
-            content = ("# What the model writes\n\n" + "\n".join(pages)).encode("utf-8", "replace")
-            self._try_to_write(self.folder / "samples.md", content)
+            losses = dict(zip(self.history.steps, self.history.val_losses, strict=True))
+            pages = [_as_section(moment, losses) for moment in self.history.samples]
+            content = "\n\n".join(["# What the model writes", *pages]) + "\n"
+            self._try_to_write(self.folder / "samples.md", content.encode("utf-8", "replace"))
 
     # ------------------------------------------------------------------ leaving and coming back
 
@@ -275,7 +298,7 @@ class Journal:
         rows = [] if self._metrics is None else self._metrics.cut(n_bytes)
         if state is None:
             return
-        samples = [(label, text) for label, text in state["history"].pop("samples")]
+        samples = [_as_moment(*kept) for kept in state["history"].pop("samples")]
         self.history = History(**state["history"], samples=samples)
         self.history.batch_losses = _losses_in(rows, state["steps"])
         self._first_step = state["steps"]
@@ -317,6 +340,38 @@ def _losses_in(rows: list[bytes], n_steps: int) -> list[float]:
     return losses
 
 
+def _as_moment(label: str, *rest: Any) -> Moment:
+    """A moment as a checkpoint keeps it; earlier versions kept a label and a single text."""
+    step, texts = rest if len(rest) == 2 else (None, [*rest])
+    return Moment(label, step, texts)
+
+
+def _thin_out(moments: list[Moment]) -> None:
+    """Take moments out until MOST_MOMENTS are left: the first, the last ones, and of those between
+    the ones that divide the run most evenly.
+
+    A run that goes on thins out as one that was never stopped: nothing else is looked at.
+    """
+    while len(moments) > MOST_MOMENTS:
+        steps = [moment.step or 0 for moment in moments]
+        between = range(1, len(moments) - LAST_MOMENTS)
+        del moments[min(between, key=lambda i: steps[i + 1] - steps[i - 1])]
+
+
+def _as_section(moment: Moment, losses: dict[int, float]) -> str:
+    """A section of samples.md; losses are the evaluations by step."""
+    parts = [f"## {moment.label}"]
+    if moment.step is not None:
+        loss = losses.get(moment.step)
+        told = "" if loss is None else f", validation loss {loss:.3f}"
+        parts.append(f"Step {moment.step}{told}")
+    for number, text in enumerate(moment.texts, start=1):
+        if len(moment.texts) > 1:
+            parts.append(f"Prompt {number}:")  # else two blocks would be read as one
+        parts.append(_as_quote(text))
+    return "\n\n".join(parts)
+
+
 def _as_quote(text: str) -> str:
     """Text as an indented Markdown block, in which no character has a meaning."""
-    return "\n".join(f"    {line}" for line in text.splitlines())
+    return "\n".join("    " + _CONTROLS.sub("\ufffd", line) for line in text.splitlines())

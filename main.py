@@ -31,9 +31,8 @@ from engine.metrics import bits_per_byte, bits_per_character, perplexity
 from engine.stopping import StopSignals
 from engine.storage import write_json
 from environment import RuntimeEnv, prepare_environment
-from generation import generate, text_to_token_ids, token_ids_to_text
 from journal import PICTURE, Journal
-from train import mean_loss, train, using_threads
+from train import continue_prompts, mean_loss, train, using_threads
 
 LINE = "=" * 70
 
@@ -128,19 +127,30 @@ def run_pipeline(env: RuntimeEnv) -> None:
 
 
 def show_samples(env: RuntimeEnv, journal: Journal) -> None:
-    """Continue the start context in three ways: greedy, top-k and top-p."""
-    sampling = env.sampling
-    prompt = text_to_token_ids(env.train_config.start_context, env.tokenizer).to(env.device)
+    """Continue the prompts in three ways, each time all of them at once: greedy, top-k, top-p."""
+    sampling, prompts = env.sampling, env.train_config.prompts
     generator = torch.Generator(device=env.device).manual_seed(env.seed)
     for label, choice in (
         ("Greedy", {"temperature": 0.0}),
-        (f"Top-k ({sampling.top_k})", {"top_k": sampling.top_k}),
-        (f"Top-p ({sampling.top_p})", {"top_p": sampling.top_p}),
+        (f"Top-k ({_limit(sampling.top_k)})", {"top_k": sampling.top_k}),
+        (f"Top-p ({_limit(sampling.top_p)})", {"top_p": sampling.top_p}),
     ):
-        options = {"temperature": sampling.temperature, "generator": generator} | choice
+        options = {
+            "max_new_tokens": sampling.max_new_tokens,
+            "temperature": sampling.temperature,
+            "min_p": sampling.min_p,
+            "repetition_penalty": sampling.repetition_penalty,
+            "repetition_window": sampling.repetition_window,
+            "generator": generator,
+        }
         with env.precision.autocast():
-            ids = generate(env.model, prompt, max_new_tokens=sampling.max_new_tokens, **options)
-        journal.note_sample(label, token_ids_to_text(ids, env.tokenizer))
+            texts = continue_prompts(env.model, env.tokenizer, prompts, **options | choice)
+        journal.note_sample(label, texts)
+
+
+def _limit(value: float | None) -> str:
+    """What a sample draws from; where there is no limit, all tokens."""
+    return "all" if value is None else str(value)
 
 
 def sum_up(env: RuntimeEnv, journal: Journal, stop: StopSignals) -> None:

@@ -29,18 +29,23 @@ from engine.loss import next_token_loss
 from engine.memory import ADVICE, OutOfStepMemory, halved, is_out_of_memory
 from engine.optim import Schedule, extend_schedule, learning_rate_at, set_learning_rate
 from engine.precision import Precision, choose_precision
-from engine.settings import raise_if_any, shown
+from engine.settings import find_problems, raise_if_any, shown
 from engine.stopping import StopSignals
 from engine.tracking import open_trackers
-from generation import evaluating, generate, text_to_token_ids, token_ids_to_text
+from generation import evaluating, generate, text_to_token_ids
 from journal import Journal
 from text.tokenizer import Tokenizer
+from training_utils import TrainingConfig, as_prompts
 
 if TYPE_CHECKING:
     from environment import RuntimeEnv
     from run_folder import RunFolder
 
 SAMPLE_TOKENS = 30
+SAMPLE_CHARACTERS = 1000  # of a long prompt the end is enough to see what it led to
+# in long epochs the model also writes at evaluations, so many steps apart or more: on a CPU it
+# takes less time than two steps, for 16 prompts too
+SAMPLE_EVERY, SAMPLES_A_RUN = 100, 10
 Batch = tuple[torch.Tensor, torch.Tensor]  # ids and targets, (B, T) each
 
 
@@ -53,7 +58,7 @@ class LoopPlan:
     eval_iter: int
     max_grad_norm: float  # 0: gradients are not clipped
     schedule: Schedule | None  # None: the optimizer's learning rates stay as they are
-    start_context: str
+    prompts: list[str]  # what samples go on from
     patience: int | None = None  # evaluations without a better one that end the run
     former_end: int | None = None  # the last step that a run had before it was made longer
 
@@ -64,8 +69,10 @@ def training_loop(
     """Train until plan.total_steps are done, in as many epochs as that takes.
 
     An evaluation is made before the first step, every plan.eval_freq steps and at each epoch's
-    end, over the same batches each time. Checkpoints come before evaluations, so that a run that
-    goes on owes at most one. Raises Stopped where a signal asks for it, at a step's end.
+    end, over the same batches each time; the model writes samples before the first step, at each
+    epoch's end and, where epochs are long, at evaluations on the way. Checkpoints come before
+    evaluations, so that a run that goes on owes at most one. Raises Stopped where a signal asks
+    for it, at a step's end.
     """
     trainer.loaders = (train_loader, val_loader)
     steps_per_epoch = count_steps(train_loader)
@@ -84,7 +91,9 @@ def training_loop(
         trainer.keep_best()
         if epoch_ends:
             label = "Before training" if step == 0 else f"After epoch {epoch}"
-            trainer.sample(label, plan.start_context)
+            trainer.sample(label, plan.prompts)
+        elif journal.steps_since_sample >= max(SAMPLE_EVERY, plan.total_steps // SAMPLES_A_RUN):
+            trainer.sample(f"After step {step}", plan.prompts)
 
     def is_over() -> bool:
         out_of_patience = plan.patience is not None and journal.history.since_best >= plan.patience
@@ -189,12 +198,20 @@ class Trainer:
         """The mean loss over a loader, unless a signal asks to stop."""
         return mean_loss(self.model, loader, self.device, self.precision, self.stop)
 
-    def sample(self, label: str, start_context: str) -> None:
-        """Let the model continue the start context, greedily, and show what it writes."""
-        prompt = text_to_token_ids(start_context, self.tokenizer).to(self.device)
+    def sample(self, label: str, prompts: list[str]) -> None:
+        """Let the model continue the prompts, greedily, and show what it writes."""
+        began_at = time.monotonic()
         with self.precision.autocast():
-            ids = generate(self.model, prompt, max_new_tokens=SAMPLE_TOKENS, temperature=0.0)
-        self.journal.note_sample(label, token_ids_to_text(ids, self.tokenizer))
+            texts = continue_prompts(
+                self.model,
+                self.tokenizer,
+                prompts,
+                max_new_tokens=SAMPLE_TOKENS,
+                temperature=0.0,
+            )
+        texts = [t if len(t) <= SAMPLE_CHARACTERS else f"…{t[-SAMPLE_CHARACTERS:]}" for t in texts]
+        self.journal.note_sample(label, texts)
+        self.journal.leave_out(time.monotonic() - began_at)
 
     def keep_best(self) -> None:
         """Copy weights that were evaluated as better than those held; the next save writes them."""
@@ -261,6 +278,22 @@ class Trainer:
         if self.best is not None and self.best.step != self.journal.steps:
             load_weights(self.model, self.best.weights, "the best weights")
             self.journal.weights_of_step = self.best.step
+
+
+def continue_prompts(
+    model: nn.Module,
+    tokenizer: Tokenizer,
+    prompts: list[str],
+    **options: float | torch.Generator | None,
+) -> list[str]:
+    """Continue several prompts as one batch; each text goes to its end of text at most.
+
+    options are those of generate(). Raises SettingsError for a prompt that has no tokens.
+    """
+    ids = [text_to_token_ids(prompt, tokenizer)[0].tolist() for prompt in prompts]
+    end = tokenizer.end_of_text_id
+    rows = generate(model, ids, end_of_text_id=end, **options)
+    return [tokenizer.decode(row[:-1] if row[-1] == end else row) for row in rows]
 
 
 def take_step(
@@ -429,7 +462,7 @@ def _train(env: "RuntimeEnv") -> Journal:
         eval_iter=config.eval_iter,
         max_grad_norm=config.max_grad_norm,
         schedule=env.schedule,
-        start_context=config.start_context,
+        prompts=config.prompts,
         patience=config.patience,
     )
     plan = trainer.restore(plan)
@@ -507,7 +540,7 @@ def train_model_simple(
     num_epochs: int,
     eval_freq: int,
     eval_iter: int,
-    start_context: str,
+    start_context: str | list[str],
     tokenizer: Tokenizer,
     log_every: int = 0,
     *,
@@ -518,9 +551,9 @@ def train_model_simple(
 
     Returns (train_losses, val_losses, tokens_seen), one entry for each evaluation: before the
     first step, every eval_freq steps and at the end of each epoch. The optimizer's learning rates
-    stay as they are. precision (RuntimeEnv has one) None is bf16 where the device has it;
-    max_grad_norm 0 never clips. Raises SettingsError for counts too small and NumericsError where
-    the numbers go bad.
+    stay as they are. start_context is what samples go on from, one text or a list of them;
+    precision (RuntimeEnv has one) None is bf16 where the device has it; max_grad_norm 0 never
+    clips. Raises SettingsError with every wrong value and NumericsError where the numbers go bad.
     """
     counts = (
         ("num_epochs", num_epochs, 0),
@@ -532,7 +565,8 @@ def train_model_simple(
             f"{name} is {shown(count)}; it must be a whole number at least {least}"
             for name, count, least in counts
             if not isinstance(count, int) or count < least
-        ],
+        ]
+        + find_problems(TrainingConfig, {"start_context": start_context}),
         "train_model_simple()",
     )
     device = torch.device(device)
@@ -543,7 +577,7 @@ def train_model_simple(
         eval_iter=eval_iter,
         max_grad_norm=max_grad_norm,
         schedule=None,
-        start_context=start_context,
+        prompts=as_prompts(start_context),
     )
     journal = Journal(tokenizer.vocab_size, plan.total_steps, log_every)
     trainer = Trainer(model, optimizer, device, precision, journal, tokenizer)

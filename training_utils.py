@@ -51,7 +51,7 @@ class TrainingConfig:
     save_every: int | None = setting(None, minimum=1)
     save_minutes: float = setting(5.0, above=0)
     keep_checkpoints: int = setting(2, minimum=2, maximum=1000)
-    start_context: str = setting("Every effort moves you")
+    start_context: str | list[str] = setting("Every effort moves you", most_items=16)
     num_workers: int = setting(0, minimum=0, maximum=1024)
     activation_checkpointing: bool = setting(False)
     model_overrides: dict = setting({})
@@ -103,6 +103,11 @@ class TrainingConfig:
             eval_iter=5,
         )
 
+    @property
+    def prompts(self) -> list[str]:
+        """The texts that samples go on from."""
+        return as_prompts(self.start_context)
+
     def to_dict(self) -> dict[str, Any]:
         """Every setting by name."""
         return dataclasses.asdict(self)
@@ -136,6 +141,11 @@ class CustomTrainingConfig(TrainingConfig):
         changed = type(self)(**(self.to_dict() | arguments))
         for name, value in vars(changed).items():
             object.__setattr__(self, name, value)  # frozen against everything but this
+
+
+def as_prompts(start_context: str | list[str]) -> list[str]:
+    """The prompts of a start_context, which may be a single one."""
+    return [start_context] if isinstance(start_context, str) else list(start_context)
 
 
 def read_custom_params(

@@ -10,11 +10,13 @@ import os
 import shutil
 import sys
 import sysconfig
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
 from torch import nn
+
+from engine.errors import SettingsError
 
 # what was seen of 6- and 12-layer models: the share of a step's time that is saved, and the wait
 CPU_SAVES, CPU_SECONDS = 0.15, 30.0
@@ -60,11 +62,56 @@ def compile_model(model: nn.Module, device: torch.device) -> None:
     model.hidden = torch.compile(model.hidden, dynamic=False, mode=mode)
 
 
+def compile_decoding(model: nn.Module, device: torch.device) -> None:
+    """Have the model's steps of one position compiled, at the first of them; SettingsError."""
+    prevented = what_prevents_compiling(device)
+    if device.type != "cuda" or prevented:
+        why = prevented or f"on {device.type} a step is as fast as its weights are read"
+        raise SettingsError(f"generation can't be compiled: {why}.\nLeave compiling out.")
+    model.decode = torch.compile(model.decode, dynamic=False)
+
+
+def is_compiled(model: nn.Module) -> bool:
+    """Whether compile_model() has been at a model."""
+    blocks = getattr(model, "blocks", ())
+    return "hidden" in model.__dict__ or any(block._compiled_call_impl for block in blocks)
+
+
 def undo_compiling(model: nn.Module) -> None:
     """Run the model as it is written again."""
     model.__dict__.pop("hidden", None)
     for block in model.blocks:
         block._compiled_call_impl = None
+
+
+class RecordedStep:
+    """A function of tensors on a GPU, recorded once and replayed: its kernels wait for no host.
+
+    The inputs' shapes stay the same, and so does the place of all else that it reads and writes;
+    what it returns is overwritten by the next call.
+    """
+
+    def __init__(self, step: Callable[..., torch.Tensor], *inputs: torch.Tensor) -> None:
+        self._inputs = inputs
+        device = inputs[0].device
+        with torch.cuda.device(device):
+            current, side = torch.cuda.current_stream(), torch.cuda.Stream()
+            side.wait_stream(current)
+            with torch.cuda.stream(side):
+                for _ in range(3):  # libraries choose their kernels, and compiled code is made
+                    step(*inputs)
+            current.wait_stream(side)
+            self._graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self._graph):
+                self._output = step(*inputs)
+
+    def __call__(self, *values: torch.Tensor) -> torch.Tensor:
+        """What the function gives for these values."""
+        for place, value in zip(self._inputs, values, strict=True):
+            if place is not value:
+                place.copy_(value)
+        self._graph.replay()
+        return self._output
 
 
 @contextlib.contextmanager

@@ -87,6 +87,7 @@ class Rule:
     above: float | None = None
     below: float | None = None
     choices: tuple | None = None
+    most_items: int | None = None  # of a list, which then may not be empty
 
 
 def setting(default: Any = dataclasses.MISSING, **rule: Any) -> Any:
@@ -100,7 +101,8 @@ def setting(default: Any = dataclasses.MISSING, **rule: Any) -> Any:
 def check(instance: Any) -> None:
     """Raise SettingsError with every problem of a settings object, one a line.
 
-    Numbers of other libraries, such as NumPy's, become Python's own.
+    Numbers of other libraries, such as NumPy's, become Python's own; lists and dicts become the
+    object's own, so that what was checked is what is kept.
     """
     values = {f.name: getattr(instance, f.name) for f in dataclasses.fields(instance)}
     raise_if_any(find_problems(type(instance), values), type(instance).__name__)
@@ -108,6 +110,8 @@ def check(instance: Any) -> None:
         if isinstance(value, numbers.Real) and not isinstance(value, bool):
             plain = int(value) if isinstance(value, numbers.Integral) else float(value)
             object.__setattr__(instance, name, plain)  # frozen against everything but this
+        elif isinstance(value, list | dict):
+            object.__setattr__(instance, name, value.copy())
 
 
 def find_problems(
@@ -259,6 +263,22 @@ def _fault(value: Any, hint: Any, rule: Rule) -> str | None:
         return f"is {shown(value)}; it must be {_describe(allowed, rule)}{hint}"
     if isinstance(value, str) and not value.strip():
         return "is empty; it must be some text"
+    if list[str] in allowed and isinstance(value, list):
+        return _fault_in_texts(value, allowed, rule)
+    return None
+
+
+def _fault_in_texts(texts: list, allowed: tuple, rule: Rule) -> str | None:
+    """What is wrong with a list of texts, or with the first of them that is none."""
+    if not texts or (rule.most_items is not None and len(texts) > rule.most_items):
+        count = "empty" if not texts else f"a list of {len(texts):,}"
+        return f"is {count}; it must be {_describe(allowed, rule)}"
+    for place, text in enumerate(texts, start=1):
+        if not isinstance(text, str):
+            kind = type(text).__name__
+            return f"has {shown(text)} ({kind}) in place {place}; each must be {_KINDS[str]}"
+        if not text.strip():
+            return f"has an empty text in place {place}; each must be some text"
     return None
 
 
@@ -293,7 +313,7 @@ def _is_a(value: Any, kind: Any) -> bool:
         return isinstance(value, numbers.Integral)
     if kind is float:
         return isinstance(value, numbers.Real)
-    return isinstance(value, kind)
+    return isinstance(value, typing.get_origin(kind) or kind)
 
 
 _KINDS = {
@@ -303,6 +323,7 @@ _KINDS = {
     str: "text in quotes",
     dict: "a dict {...}",
     list: "a list [...]",
+    list[str]: "a list of texts [...]",
     type(None): "None",
 }
 
@@ -322,6 +343,8 @@ def _describe(allowed: tuple, rule: Rule) -> str:
             if limit is not None
         ]
         kind = " or ".join(_KINDS[kind] for kind in allowed if kind is not type(None))
+        if rule.most_items is not None:
+            kind += f", 1 to {rule.most_items} of them"
         words = [f"{kind} {' and '.join(limits)}".strip()]
     if type(None) in allowed:
         words.append("None")

@@ -17,8 +17,9 @@ from engine.precision import choose_precision
 WEIGHTS = ("auto", "fp32", "bf16", "int8")
 # so many of the highest logits are computed once more: bf16 can't tell 20.0 from 20.1
 EXACT_LOGITS = 32
-# the int8 kernel takes a row at a time: above this a product of bf16 weights is faster
-MOST_INT8_ROWS = 16
+# the int8 kernel takes a row at a time, above this a product of bf16 weights is faster; and it
+# reads so many weights at once, past the end of a row that has not as many
+MOST_INT8_ROWS, INT8_WIDTH = 16, 64
 
 
 def choose_weights(requested: str, device: torch.device) -> str:
@@ -83,7 +84,7 @@ class Int8Linear(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Any float format in, bf16 out."""
         flat = x.bfloat16().flatten(0, -2)
-        if len(flat) <= MOST_INT8_ROWS:
+        if len(flat) <= MOST_INT8_ROWS and flat.shape[1] % INT8_WIDTH == 0:
             product = torch._weight_int8pack_mm(flat, self.weight, self.scale)
         else:
             product = F.linear(flat, self.weight.bfloat16()) * self.scale

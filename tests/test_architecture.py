@@ -183,7 +183,8 @@ def test_nothing_can_run_code_from_a_file_that_is_loaded(banned):
 
 def test_importing_a_room_does_no_work():
     """At module level stand only imports, definitions, constants and a program's main guard."""
-    allowed = (ast.Import, ast.ImportFrom, ast.FunctionDef, ast.ClassDef, ast.Assign, ast.AnnAssign)
+    functions = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
+    allowed = (ast.Import, ast.ImportFrom, *functions, ast.Assign, ast.AnnAssign)
     for name, tree in sources().items():
         for node in tree.body:
             docstring = isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)

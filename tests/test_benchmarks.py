@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import statistics
 import subprocess
 import sys
 
@@ -11,6 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import benchmarks.generate
 import benchmarks.learn
 import benchmarks.peers
 import benchmarks.report
@@ -368,6 +370,31 @@ def test_the_startup_benchmark_times_the_real_program(results, capsys):
     figures = json.loads((results / "startup-cpu.json").read_text(encoding="utf-8"))
     assert 0 < figures["import_torch_s"][0] < figures["first_step_s"][0]
     assert "beyond import torch" in capsys.readouterr().out
+
+
+def test_the_generation_benchmark_sets_every_kind_beside_transformers(results, monkeypatch, capsys):
+    tiny = {"context_length": 16, "emb_dim": 64, "n_heads": 2, "n_layers": 2}
+    monkeypatch.setattr(benchmarks.generate, "read_models", lambda _: ({"gpt2-124m": tiny}, []))
+    monkeypatch.setattr(benchmarks.generate, "N_PROMPT", 5)
+    monkeypatch.setattr(benchmarks.generate, "N_NEW", 9)
+    monkeypatch.setattr(benchmarks.generate, "N_COMPARED", 12)
+    monkeypatch.setattr(benchmarks.generate, "N_READ", 1 << 20)
+    benchmarks.generate.main(rounds=2)
+    figures = json.loads((results / "generate-cpu.json").read_text(encoding="utf-8"))
+    rows = figures["rows"]
+    names = ["transformers, fp32", "transformers, bf16", "ours, fp32", "ours, bf16", "ours, int8"]
+    assert [(row["name"], row["batch"]) for row in rows] == [(n, b) for n in names for b in (1, 8)]
+    for row in rows:
+        assert row["tokens_per_s"] > 0 and 0 < row["first_token_s"] < row["cold_first_token_s"] + 1
+        size = 4 if "fp32" in row["name"] else 2 if "bf16" in row["name"] else 1
+        per_token = figures["parameters_in_products"] * size / row["batch"]
+        limit = statistics.median(figures["bytes_per_s"]) / per_token
+        assert row["share_of_limit"] == pytest.approx(row["tokens_per_s"] / limit)
+    assert rows[0]["ratios"] == rows[1]["ratios"] == [1.0, 1.0]
+    assert figures["fp32_tokens_are_transformers"] is True
+    for kind, most in (("bf16", 0.02), ("int8", 0.1)):
+        assert 0 < figures["from_fp32"][kind]["mean_difference_by_std"] < most
+    assert "x transformers" in capsys.readouterr().out
 
 
 @pytest.mark.slow

@@ -11,13 +11,17 @@ import torch
 
 from engine import compiling
 from engine.compiling import (
+    compile_decoding,
     compile_model,
+    is_compiled,
     is_repaid,
     not_compiled,
     undo_compiling,
     what_prevents_compiling,
 )
+from engine.errors import SettingsError
 from generation import generate
+from model import GPTConfig, GPTModel, KVCache
 from tests.test_main import run_main, write_settings
 from tests.test_train import CPU, FP32, tiny_loaders, tiny_model
 from train import mean_loss
@@ -266,3 +270,87 @@ def test_a_run_trains_on_where_the_compiler_fails_and_says_why(tmp_path):
     assert "✓ Training pipeline finished successfully!" in printed
     plain, after_failure = (losses(tmp_path / "runs" / name) for name in ("first", "second"))
     assert after_failure == plain  # the attempt left no trace
+
+
+# ------------------------------------------------------------------ generation
+
+
+SHAPE = {"vocab_size": 23, "context_length": 16, "emb_dim": 16, "n_heads": 2, "n_layers": 2}
+LLAMA = {"architecture": "llama", "n_kv_heads": 1, "qk_norm": True}
+
+
+def small_model(**changes) -> GPTModel:
+    torch.manual_seed(0)
+    return GPTModel(GPTConfig(**SHAPE | changes)).eval()
+
+
+@torch.no_grad()
+def decoded(model, decode, lengths: list[int], ids: torch.Tensor) -> torch.Tensor:
+    """(B, steps, V) logits of a fixed cache: three ids are read, the others stepped through."""
+    cache = KVCache(lengths, 16, ids.device, fixed=True)
+    model.hidden(ids[:, :3], cache.advance(3))
+    steps = range(3, ids.shape[1])
+    logits = [decode(ids[:, i : i + 1], cache, cache.advance(1).columns).clone() for i in steps]
+    return torch.stack(logits, dim=1)
+
+
+def assert_as_alone(model, found: torch.Tensor, lengths: list[int], ids: torch.Tensor) -> None:
+    for row, length in enumerate(lengths):
+        alone = model(ids[row : row + 1, 3 - length :])[:, length:]
+        torch.testing.assert_close(found[row : row + 1], alone, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("lengths", [[3, 3], [3, 1]], ids=str)
+@pytest.mark.parametrize("changes", [{}, LLAMA], ids=["gpt2", "llama"])
+@torch.no_grad()
+def test_steps_of_a_fixed_cache_give_the_logits_of_a_full_pass(changes, lengths):
+    model = small_model(**changes)
+    ids = torch.randint(23, (2, 14), generator=torch.Generator().manual_seed(1))
+    assert_as_alone(model, decoded(model, model.decode, lengths, ids), lengths, ids)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(what_prevents_compiling(CPU) is not None, reason="needs a C++ compiler")
+@pytest.mark.parametrize("changes", [{}, LLAMA], ids=["gpt2", "llama"])
+@torch.no_grad()
+def test_compiled_steps_give_the_same_and_serve_the_next_cache_too(changes):
+    model = small_model(**changes)
+    ids = torch.randint(23, (2, 14), generator=torch.Generator().manual_seed(1))
+    decode = torch.compile(model.decode, dynamic=False, fullgraph=True)
+    assert_as_alone(model, decoded(model, decode, [3, 3], ids), [3, 3], ids)
+    with torch.compiler.set_stance("fail_on_recompile"):
+        again = decoded(model, decode, [3, 3], ids.flip(1))
+    assert_as_alone(model, again, [3, 3], ids.flip(1))
+
+
+def test_compiling_generation_is_refused_where_it_does_not_pay(monkeypatch):
+    with pytest.raises(SettingsError, match="on cpu a step is as fast as its weights are read"):
+        compile_decoding(small_model(), CPU)
+    monkeypatch.setattr(compiling, "what_prevents_compiling", lambda _: "Triton is not installed")
+    with pytest.raises(SettingsError, match="Triton is not installed"):
+        compile_decoding(small_model(), CUDA)
+
+
+def test_a_model_with_compiled_steps_counts_as_uncompiled(compiled_calls):
+    model = small_model()
+    assert not is_compiled(model)
+    model.decode = torch.compile(model.decode)  # else generation would run it as it is written
+    assert not is_compiled(model)
+    for device in (CPU, CUDA):
+        compile_model(model, device)
+        assert is_compiled(model)
+        undo_compiling(model)
+        assert not is_compiled(model)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("changes", [{}, LLAMA], ids=["gpt2", "llama"])
+def test_on_a_gpu_recorded_steps_give_the_tokens_of_a_cpu(changes, compiled):
+    prompts = [[1, 2, 3], [4]]
+    options = {"max_new_tokens": 40, "temperature": 0.0, "num_samples": 2}
+    expected = generate(small_model(**changes), prompts, **options)
+    model = small_model(**changes).to("cuda")
+    if compiled:
+        compile_decoding(model, CUDA)
+    assert generate(model, prompts, **options) == expected

@@ -1,5 +1,6 @@
 """What a journal counts, prints and keeps, and how it comes back from a checkpoint."""
 
+import itertools
 import json
 import math
 import shutil
@@ -13,7 +14,16 @@ from matplotlib import image
 from engine.errors import NumericsError
 from engine.metrics import TokenSize
 from engine.tracking import Trackers
-from journal import FETCH_EVERY, MOST_SKIPPED, PICTURE, History, Journal
+from journal import (
+    FETCH_EVERY,
+    LAST_MOMENTS,
+    MOST_MOMENTS,
+    MOST_SKIPPED,
+    PICTURE,
+    History,
+    Journal,
+    Moment,
+)
 
 GOOD, NAN, INF = 1.0, math.nan, math.inf
 
@@ -277,20 +287,126 @@ def test_trackers_get_the_rows_of_the_file(tmp_path, no_pictures):
 def test_control_characters_never_reach_the_screen(capsys, tmp_path):
     journal = new_journal(tmp_path)
     text = "a\x1b[31mb\r\n\nc\x00\x07\x9b\u202ed\u2028e\tf  春"
-    journal.note_sample("After epoch 1", text)
+    journal.note_sample("After epoch 1", [text])
     assert capsys.readouterr().out == "After epoch 1: a [31mb c d e f 春\n"
-    assert journal.history.samples == [("After epoch 1", text)]
+    assert journal.history.samples == [Moment("After epoch 1", 0, [text])]
 
 
-def test_samples_md_holds_each_sample_as_a_quote(tmp_path):
+def test_control_characters_in_samples_md_move_no_cursor_and_turn_no_line(tmp_path):
     journal = new_journal(tmp_path)
-    journal.note_sample("Before training", "# no\n\n<b>heading</b>")
-    journal.note_sample("After epoch 1", "春江\ud800")  # half a pair, as bytes may decode
-    assert (tmp_path / "samples.md").read_text(encoding="utf-8") == (
-        "# What the model writes\n\n"
-        "## Before training\n\n    # no\n    \n    <b>heading</b>\n\n"
-        "## After epoch 1\n\n    春江?\n"
+    text = "a\x1b[31m\tb\r\nc\x00\x07\x9b\u202e\u2067d\u2028e\x7f\u3000f"
+    journal.note_sample("After epoch 1", [text])
+    assert samples_in(tmp_path).splitlines()[6:] == [
+        "    a\ufffd[31m\tb",
+        "    c\ufffd\ufffd\ufffd\ufffd\ufffdd",
+        "    e\ufffd\u3000f",
+    ]
+
+
+def samples_in(folder) -> str:
+    return (folder / "samples.md").read_bytes().decode("utf-8")
+
+
+def test_samples_md_has_a_section_a_moment_with_its_step_and_a_quote_a_prompt(
+    tmp_path, capsys, no_pictures
+):
+    journal = new_journal(tmp_path)
+    evaluate(journal, val_loss=7.0)
+    journal.note_sample("Before training", ["# no\n\n<b>heading</b>", "往事"])
+    step(journal)
+    evaluate(journal, val_loss=6.25)
+    capsys.readouterr()
+    journal.note_sample(
+        "After epoch 1", ["春江\ud800", "往\n事"]
+    )  # half a pair, as bytes may decode
+    assert capsys.readouterr().out == (
+        "After epoch 1, prompt 1: 春江\nAfter epoch 1, prompt 2: 往 事\n"
     )
+    assert samples_in(tmp_path) == (
+        "# What the model writes\n\n"
+        "## Before training\n\nStep 0, validation loss 7.000\n\n"
+        "Prompt 1:\n\n    # no\n    \n    <b>heading</b>\n\nPrompt 2:\n\n    往事\n\n"
+        "## After epoch 1\n\nStep 1, validation loss 6.250\n\n"
+        "Prompt 1:\n\n    春江?\n\nPrompt 2:\n\n    往\n    事\n"
+    )
+
+
+def test_samples_of_the_best_weights_tell_their_step(tmp_path, no_pictures):
+    journal = new_journal(tmp_path)
+    step(journal)
+    evaluate(journal, val_loss=3.0)
+    step(journal)
+    evaluate(journal, val_loss=4.0)
+    journal.weights_of_step = 1
+    journal.note_sample("Greedy", ["abc"])
+    assert samples_in(tmp_path) == (
+        "# What the model writes\n\n## Greedy\n\nStep 1, validation loss 3.000\n\n    abc\n"
+    )
+
+
+def note_epochs(journal: Journal, first: int, last: int) -> None:
+    for epoch in range(first, last + 1):
+        step(journal)
+        journal.note_sample(f"After epoch {epoch}", [f"text {epoch}"])
+
+
+def test_of_many_moments_the_first_the_last_and_evenly_spread_ones_are_kept(tmp_path):
+    journal = new_journal(tmp_path)
+    journal.note_sample("Before training", ["text 0"])
+    note_epochs(journal, 1, 1000)
+    kept = [moment.step for moment in journal.history.samples]
+    assert len(kept) == MOST_MOMENTS
+    assert kept[0] == 0
+    assert kept[-LAST_MOMENTS:] == list(range(1001 - LAST_MOMENTS, 1001))
+    gaps = [b - a for a, b in itertools.pairwise(kept)]
+    even = kept[-LAST_MOMENTS] / (MOST_MOMENTS - LAST_MOMENTS)
+    assert max(gaps) <= 2 * even
+    assert min(gaps) > 0
+    assert samples_in(tmp_path).count("\n## ") == MOST_MOMENTS
+    assert len(json.dumps(journal.state()["history"]["samples"])) < 60 * MOST_MOMENTS
+
+
+@pytest.mark.parametrize("stop", [1, MOST_MOMENTS - 1, MOST_MOMENTS, 137])
+def test_a_journal_that_goes_on_ends_with_the_samples_of_an_undisturbed_one(tmp_path, stop):
+    (whole := tmp_path / "whole").mkdir()
+    (stopped := tmp_path / "stopped").mkdir()
+    note_epochs(new_journal(whole), 1, 200)
+    first = new_journal(stopped)
+    note_epochs(first, 1, stop)
+    state = json.loads(json.dumps(first.state()))
+    note_epochs(first, stop + 1, stop + 3)  # which no checkpoint has
+    again = new_journal(stopped)
+    again.restore(state)
+    note_epochs(again, stop + 1, 200)
+    assert samples_in(stopped) == samples_in(whole)
+
+
+def test_samples_of_an_earlier_version_are_read_and_the_first_to_go(tmp_path):
+    journal = new_journal(tmp_path)
+    state = journal.state()
+    state["history"]["samples"] = [["Before training", "a\nb"], ["After epoch 1", "c"]]
+    journal.restore(json.loads(json.dumps(state)))
+    assert journal.steps_since_sample == 0
+    journal.note_sample("After epoch 2", ["d"])
+    assert samples_in(tmp_path) == (
+        "# What the model writes\n\n## Before training\n\n    a\n    b\n\n"
+        "## After epoch 1\n\n    c\n\n## After epoch 2\n\nStep 0\n\n    d\n"
+    )
+    note_epochs(journal, 3, MOST_MOMENTS)
+    labels = [moment.label for moment in journal.history.samples]
+    assert labels[:2] == ["Before training", "After epoch 2"]
+
+
+def test_steps_since_a_sample_are_counted_from_the_last_one():
+    journal = new_journal()
+    assert journal.steps_since_sample == 0
+    step(journal)
+    assert journal.steps_since_sample == 1
+    journal.note_sample("After epoch 1", ["a"])
+    assert journal.steps_since_sample == 0
+    step(journal)
+    step(journal)
+    assert journal.steps_since_sample == 2
 
 
 def test_an_evaluation_draws_the_picture_into_the_folder_and_the_working_directory(tmp_path):
@@ -309,7 +425,7 @@ def test_a_journal_without_a_folder_writes_nothing(tmp_path):
     journal = new_journal()
     step(journal)
     evaluate(journal)
-    journal.note_sample("After epoch 1", "abc")
+    journal.note_sample("After epoch 1", ["abc"])
     assert journal.state()["metrics_bytes"] == 0
     assert list(tmp_path.iterdir()) == []
 
@@ -321,7 +437,7 @@ def two_rounds(journal: Journal) -> None:
     for _ in range(2):
         step(journal)
         evaluate(journal)
-        journal.note_sample("After epoch 1", "abc")
+        journal.note_sample("After epoch 1", ["abc"])
         journal.state()  # as for a checkpoint
 
 
@@ -403,7 +519,7 @@ def long_history(folder) -> Journal:
     """A journal of five steps, one of them skipped, with evaluations and samples."""
     journal = new_journal(folder, token_size=TokenSize(1.5, 3.0))
     evaluate(journal, 2.0794, 0.1 + 0.2)  # a number that no short text holds
-    journal.note_sample("Before training", "春\n江")
+    journal.note_sample("Before training", ["春\n江", "往事"])
     for loss in (1 / 3, 2.0, NAN, 0.1, 5e-324):
         step(journal, loss, n_tokens=7)
     evaluate(journal, 1 / 7, 1.0, epoch=1)

@@ -21,7 +21,7 @@ config_run.custom_params = {
     "eval_iter": 2,
     "max_length": 32,
     "stride": 32,
-    "start_context": "The ferry",
+    "start_context": ["The ferry", "A bell"],
     "num_workers": 0,
     "model_overrides": {
         "n_heads": 2, "n_layers": 1, "emb_dim": 32, "drop_rate": 0.1, "qkv_bias": False
@@ -82,6 +82,8 @@ def test_a_script_sets_config_run_prepares_and_trains(tmp_path):
     done = run_script(tmp_path, TRAIN_SCRIPT)
     assert done.returncode == 0, done.stderr
     assert done.stdout.endswith("learnt\n")
+    assert "\nAfter epoch 2, prompt 1: The ferry" in done.stdout
+    assert "\nAfter epoch 2, prompt 2: A bell" in done.stdout
     assert sorted(path.name for path in tmp_path.iterdir()) == ["mine.py", "story.txt"]
 
 

@@ -166,16 +166,82 @@ def test_quick_mode_learns_three_nats_in_its_epoch(shared_data, workdir, text, s
     assert summary["uniform_loss"] - summary["final_val_loss"] >= 3.0
 
 
-def test_a_run_on_chinese_text_writes_readable_samples(workdir, capsys):
-    params = TINY | {"start_context": "春江"}
+def test_a_run_on_chinese_text_writes_readable_samples_of_each_prompt(workdir, capsys):
+    params = TINY | {"start_context": ["春江", "往事"]}
     text = (REPOSITORY / "corpus" / "sample-zh.txt").read_text(encoding="utf-8")[:800]
     write_settings(workdir, text, custom_params=params, RUN_NAME="春江 one")
     assert main.main(["settings.py"]) == 0
     run = only_run(workdir)
     assert run.name == "春江 one"
-    assert "    春江" in (run / "samples.md").read_text(encoding="utf-8")
-    settings = (run / "settings.json").read_text(encoding="utf-8")
-    assert '"start_context": "春江"' in settings
+    moments = ("Before training", "After epoch 1", "Greedy", "Top-k (50)", "Top-p (0.9)")
+    printed = capsys.readouterr().out
+    _, *sections = (run / "samples.md").read_text(encoding="utf-8").split("\n## ")
+    for moment, section in zip(moments, sections, strict=True):
+        for number, prompt in enumerate(params["start_context"], start=1):
+            assert f"\n{moment}, prompt {number}: {prompt}" in printed
+        assert re.fullmatch(
+            rf"{re.escape(moment)}\n\nStep \d+, validation loss \d+\.\d{{3}}\n\n"
+            "Prompt 1:\n\n    春江.*\n\nPrompt 2:\n\n    往事.*",
+            section,
+            re.DOTALL,
+        )
+    settings = json.loads((run / "settings.json").read_text(encoding="utf-8"))
+    assert settings["training"]["start_context"] == ["春江", "往事"]
+
+
+SAMPLE_LINES = re.compile(r"^(Greedy|Top-k \(.+\)|Top-p \(.+\)): river(.*)$", re.MULTILINE)
+
+
+def last_samples(workdir: Path, capsys, **sampling) -> dict[str, str]:
+    """What a character model writes behind "river" when it is trained, by label."""
+    shutil.rmtree(workdir / "runs", ignore_errors=True)
+    write_settings(
+        workdir,
+        "",
+        TOKENIZER="char",
+        PRECISION="fp32",
+        custom_params=TINY | {"max_steps": 20, "start_context": "river"},
+        sampling_params={"max_new_tokens": 8} | sampling,
+    )
+    assert main.main(["settings.py"]) == 0
+    found = dict(SAMPLE_LINES.findall(capsys.readouterr().out))
+    assert len(found) == 3
+    return found
+
+
+def test_without_a_limit_the_samples_say_that_they_draw_from_all_tokens(workdir, capsys):
+    found = last_samples(workdir, capsys, top_k=None, top_p=None)
+    assert list(found) == ["Greedy", "Top-k (all)", "Top-p (all)"]
+    limited = last_samples(workdir, capsys, top_k=1, top_p=0.0)
+    assert list(limited) == ["Greedy", "Top-k (1)", "Top-p (0.0)"]
+    assert len(set(limited.values())) == 1  # the likeliest token, three times over
+    assert found["Greedy"] == limited["Greedy"] != found["Top-k (all)"]
+
+
+def test_each_of_the_last_samples_heeds_min_p_and_the_repetition_penalty(workdir, capsys):
+    free = last_samples(workdir, capsys, temperature=1.0)
+    sure = last_samples(workdir, capsys, temperature=1.0, min_p=1.0)
+    assert len(set(sure.values())) == 1  # min_p 1 leaves the likeliest token alone
+    assert set(sure.values()) == {free["Greedy"]}
+    assert set(free.values()) != set(sure.values())
+    varied = last_samples(workdir, capsys, temperature=0.0, repetition_penalty=100.0)
+    assert all(text != sure["Greedy"] for text in varied.values())
+    short = last_samples(
+        workdir, capsys, temperature=0.0, repetition_penalty=100.0, repetition_window=1
+    )
+    assert all(text != varied["Greedy"] for text in short.values())
+
+
+def test_a_sample_ends_where_the_model_ends_its_text(workdir, capsys, monkeypatch):
+    drawn = last_samples(workdir, capsys)["Greedy"]
+
+    def generate(model, ids, *, end_of_text_id, **options):
+        rows = real(model, ids, end_of_text_id=end_of_text_id, **options)
+        return [[*row[: len("river") + 3], end_of_text_id] for row in rows]
+
+    real = train.generate
+    monkeypatch.setattr(train, "generate", generate)
+    assert last_samples(workdir, capsys)["Greedy"] == drawn[:3].rstrip()
 
 
 @pytest.mark.slow
@@ -220,6 +286,7 @@ def test_without_matplotlib_and_tqdm_it_trains_and_says_what_is_missing(tmp_path
         ({"custom_params": {"lerning_rate": 1e-3}}, 2, 'did you mean "learning_rate"?'),
         ({"custom_params": {"stride": 0}}, 2, "it must be a whole number at least 1 and at most"),
         ({"custom_params": {"start_context": ""}}, 2, 'custom_params["start_context"] is empty'),
+        ({"custom_params": {"start_context": ["a", ""]}}, 2, "has an empty text in place 2"),
         ({"SEED": "x", "LOG_EVERY": -1}, 2, "2 problems in settings.py"),
         ({"RUN_NAME": "../elsewhere"}, 2, "it must be a folder's plain name"),
         ({"RUN_NAME": "taken"}, 4, "is already there"),

@@ -47,7 +47,7 @@ TRAINING_EXAMPLES = {
     "save_every": 6,
     "save_minutes": 0.5,
     "keep_checkpoints": 3,
-    "start_context": "Once",
+    "start_context": ["Once", "春江"],
     "num_workers": 1,
     "activation_checkpointing": True,
 }
@@ -292,6 +292,7 @@ WRONG_TYPES = {
         for base, optional in [base_and_optional(hint)]
         for value in WRONG_TYPES[base] + ([] if optional else [None])
         if not (name == "DATA" and isinstance(value, dict | list))  # which it may be
+        and not (name == "start_context" and isinstance(value, list))  # so may this
         # False is right, so the type is
         and not (name in ("RESUME", "COMPILE") and value is True)
     ],
@@ -344,7 +345,12 @@ def test_number_that_is_negative_or_not_finite_is_refused(cls, name, value):
         (TrainingConfig, "save_every", [0], [1]),
         (TrainingConfig, "save_minutes", [0, 0.0], [1e-9, 600]),
         (TrainingConfig, "keep_checkpoints", [0, 1, 1001], [2, 1000]),
-        (TrainingConfig, "start_context", ["", " \n"], ["春"]),
+        (
+            TrainingConfig,
+            "start_context",
+            ["", " \n", [], ["a"] * 17],
+            ["春", ["春"], ["a b", "a b"], ["a"] * 16],
+        ),
         (TrainingConfig, "num_workers", [], [0]),
         (RunSettings, "DATA", ["", " "], ["no-such-file.txt"]),
         (RunSettings, "TOKENIZER", ["gpt3", "GPT2", ""], ["gpt2"]),
@@ -360,6 +366,9 @@ def test_number_that_is_negative_or_not_finite_is_refused(cls, name, value):
         (SamplingConfig, "temperature", [-1e-9], [0, 2.5]),
         (SamplingConfig, "top_k", [0], [1]),
         (SamplingConfig, "top_p", [-1e-9, 1.1], [0, 1]),
+        (SamplingConfig, "min_p", [-1e-9, 1.1], [0, 1]),
+        (SamplingConfig, "repetition_penalty", [0, 0.009, 100.1], [0.01, 0.9, 1, 100]),
+        (SamplingConfig, "repetition_window", [0, 100_001], [1, 100_000]),
         (GPTConfig, "vocab_size", [0], [1]),
         (GPTConfig, "context_length", [0, 1_000_001], [1]),
         (GPTConfig, "emb_dim", [0, 65_540], [4, 65_536]),
@@ -382,6 +391,34 @@ def test_limits_are_where_they_are_said_to_be(cls, name, wrong, right):
         assert problem.startswith(f"{name} is ")
     for value in right:
         assert getattr(build(cls, **{name: value}), name) == value
+
+
+ONE_OR_SEVERAL = "text in quotes or a list of texts [...], 1 to 16 of them"
+
+
+@pytest.mark.parametrize(
+    ("start_context", "problem"),
+    [
+        ([], f"is empty; it must be {ONE_OR_SEVERAL}"),
+        (["a"] * 17, f"is a list of 17; it must be {ONE_OR_SEVERAL}"),
+        (("a", "b"), f"is ('a', 'b') (tuple); it must be {ONE_OR_SEVERAL}"),
+        (["a", ""], "has an empty text in place 2; each must be some text"),
+        (["\t", "a"], "has an empty text in place 1; each must be some text"),
+        (["a", "b", 5], "has 5 (int) in place 3; each must be text in quotes"),
+        (["a", None], "has None (NoneType) in place 2; each must be text in quotes"),
+        ([["a"]], "has ['a'] (list) in place 1; each must be text in quotes"),
+    ],
+    ids=ascii,
+)
+def test_list_of_prompts_is_refused_with_what_is_wrong_in_it(start_context, problem):
+    assert problems_in(TrainingConfig, start_context=start_context) == [f"start_context {problem}"]
+    found = problems_in(custom_plan, start_context=start_context)
+    assert found == [f'custom_params["start_context"] {problem}']
+
+
+def test_prompts_are_the_start_context_as_a_list():
+    assert TrainingConfig(start_context="春江").prompts == ["春江"]
+    assert TrainingConfig(start_context=["春江", "往事"]).prompts == ["春江", "往事"]
 
 
 def test_whole_number_is_accepted_where_a_fraction_may_stand():
@@ -681,6 +718,11 @@ def test_config_run_ships_every_setting_with_its_default():
     assert shipped == defaults
 
 
+def test_settings_file_of_an_earlier_version_means_what_it_meant():
+    earlier = {"max_new_tokens": 50, "temperature": 0.8, "top_k": 50, "top_p": 0.9}
+    assert plan_of(sampling_params=earlier).sampling == SamplingConfig()
+
+
 def test_sampling_params_reach_the_plan_and_what_is_left_out_has_its_default():
     plan = plan_of(sampling_params={"top_k": 7})
     assert plan.sampling == SamplingConfig(top_k=7)
@@ -807,6 +849,7 @@ def test_dict_of_every_setting_survives_there_and_back():
     config = CustomTrainingConfig.from_dict(everything)
     assert config.to_dict() == everything
     assert CustomTrainingConfig.from_dict(config.to_dict()) == config
+    assert CustomTrainingConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
     assert CustomTrainingConfig(**everything) == config
 
 
@@ -833,6 +876,7 @@ def test_update_changes_what_is_named_and_nothing_else():
         {"batch_size": 4, "learning_rat": 1},
         {"batch_size": 4, "max_steps": 3},  # below the warm-up that is there
         {"batch_size": 4, "model_overrides": {"n_layer": 2, "zzz": 1}},
+        {"batch_size": 4, "start_context": ["a", ""]},
     ],
 )
 def test_update_with_a_problem_changes_nothing(changes):
@@ -856,6 +900,20 @@ def test_each_object_has_a_model_overrides_of_its_own():
     copied = one.to_dict()
     copied["model_overrides"].clear()
     assert one.model_overrides == {"n_layers": 1}
+
+
+def test_what_is_done_to_a_list_or_dict_after_it_was_given_changes_no_settings():
+    prompts, overrides = ["a"], {"n_layers": 1}
+    config = CustomTrainingConfig(start_context=prompts, model_overrides=overrides)
+    config.prompts.append("b")
+    config.to_dict()["start_context"].append("b")
+    prompts.append("")
+    overrides["n_layers"] = 0
+    assert (config.start_context, config.model_overrides) == (["a"], {"n_layers": 1})
+    config.update(start_context=prompts[:1] * 2)
+    assert config.start_context == ["a", "a"]
+    config.update(start_context="b")
+    assert config.start_context == "b"
 
 
 def test_model_overrides_of_an_unknown_name_are_refused():

@@ -9,6 +9,7 @@ import re
 import shutil
 import signal
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -19,10 +20,11 @@ import torch.nn.functional as F
 from torch.utils.data import DataLoader
 
 import engine.stopping
+import train
 from data import WindowDataset, evaluation_loader, make_loaders, plan_windows
 from engine.checkpoint import CheckpointStore, SaveClock
 from engine.console import say
-from engine.errors import NumericsError, Stopped
+from engine.errors import NumericsError, SettingsError, Stopped
 from engine.optim import Schedule, build_adamw, build_optimizer, learning_rate_at
 from engine.precision import Precision
 from journal import MOST_SKIPPED, PICTURE, Journal
@@ -32,6 +34,7 @@ from train import (
     LoopPlan,
     Trainer,
     batch_loss,
+    continue_prompts,
     count_steps,
     mean_loss,
     steps_of_epoch,
@@ -57,6 +60,7 @@ class Letters:
 
     name = fingerprint = "letters"
     vocab_size = 8
+    end_of_text_id = 8  # which is none of the letters
 
     def encode(self, text: str) -> list[int]:
         return [ord(letter) - ord("a") for letter in text]
@@ -102,7 +106,7 @@ def new_trainer(
 
 def new_plan(total_steps: int, **changes) -> LoopPlan:
     defaults = {"eval_freq": 100, "eval_iter": 2, "max_grad_norm": 1.0, "schedule": None}
-    return LoopPlan(total_steps=total_steps, start_context="abc", **(defaults | changes))
+    return LoopPlan(total_steps=total_steps, **(defaults | {"prompts": ["abc"]} | changes))
 
 
 def run(
@@ -989,7 +993,7 @@ def test_lines_are_printed_in_the_order_of_events(capsys):
         f"train loss {train:.4f}, val loss {val:.4f}, speed: * tokens/sec, time: *"
         for train, val in both
     ]
-    samples = [text for _, text in history.samples]
+    samples = [text for moment in history.samples for text in moment.texts]
     batch = [f"batch loss {loss:.4f}, * tokens/s, * left" for loss in history.batch_losses]
     untimed = re.sub(r"[\d,.]+ tokens/s", "* tokens/s", printed.out)
     untimed = re.sub(r"\d+m [\d.]+s", "*", untimed)
@@ -1015,9 +1019,91 @@ def test_lines_are_printed_in_the_order_of_events(capsys):
 def test_samples_go_on_from_the_start_context_greedily():
     first, second = (run(5).history.samples for _ in range(2))
     assert first == second
-    for _, text in first:
+    for _, _, [text] in first:
         assert text.startswith("abc")
         assert len(text) == 3 + 30
+
+
+def test_several_prompts_are_continued_together_as_each_would_be_alone(monkeypatch):
+    batches = []
+
+    def generate(model, ids, **options):
+        batches.append(ids)
+        return real(model, ids, **options)
+
+    real = train.generate
+    monkeypatch.setattr(train, "generate", generate)
+    prompts = ["abc", "h", "gfedcba" * 4]  # the last one is longer than the model's context
+    together = run(5, prompts=prompts).history.samples
+    assert len(batches) == 2  # before training, and after the epoch
+    assert [len(ids) for ids in batches] == [3, 3]
+    alone = [run(5, prompts=[prompt]).history.samples for prompt in prompts]
+    for i, moment in enumerate(together):
+        assert moment.texts == [samples[i].texts[0] for samples in alone]
+
+
+def test_a_sample_ends_at_the_end_of_text_and_the_others_go_on():
+    class Ending(Letters):
+        end_of_text_id = 3
+
+    model, prompts = tiny_model(), ["abc", "hh", "g"]
+    texts, ended = (
+        continue_prompts(
+            model,
+            tokenizer,
+            prompts,
+            max_new_tokens=30,
+            generator=torch.Generator().manual_seed(5),
+        )
+        for tokenizer in (Letters(), Ending())
+    )
+    assert ended == [text.split("d")[0] for text in texts]
+    assert len({len(text) for text in ended}) == 3  # each at a place of its own
+    assert all(text.startswith(prompt) for text, prompt in zip(ended, prompts, strict=True))
+
+
+def test_of_a_very_long_prompt_the_end_is_shown():
+    trainer = new_trainer(0)
+    trainer.sample("Before training", ["ab" * 5000, "abc"])
+    long, short = trainer.journal.history.samples[0].texts
+    assert (len(short), len(long)) == (3 + 30, 1 + 1000)
+    assert long.startswith("…") and "ab" * 400 in long
+
+
+def test_in_long_epochs_samples_come_at_evaluations_a_hundred_steps_apart_or_more():
+    history = run(260, n_batches=250, eval_freq=40).history
+    assert [(moment.label, moment.step) for moment in history.samples] == [
+        ("Before training", 0),
+        ("After step 120", 120),
+        ("After step 240", 240),
+        ("After epoch 1", 250),
+        ("After epoch 2", 260),
+    ]
+
+
+def test_a_run_of_one_epoch_has_about_ten_samples_however_long_it_is():
+    class Counting(Trainer):
+        def step(self, batches, max_grad_norm):
+            return torch.tensor(1.0), torch.tensor(1.0)
+
+    history = run(3000, n_batches=3000, eval_freq=50, eval_iter=1, kind=Counting).history
+    assert [moment.step for moment in history.samples] == list(range(0, 3001, 300))
+
+
+def test_the_time_of_a_sample_is_not_that_of_the_tokens(monkeypatch):
+    trainer = new_trainer(5)
+    left_out = []
+    monkeypatch.setattr(trainer.journal, "leave_out", left_out.append)
+    real = train.generate
+
+    def slow(*arguments, **options):
+        time.sleep(0.2)
+        return real(*arguments, **options)
+
+    monkeypatch.setattr(train, "generate", slow)
+    trainer.sample("Before training", ["abc"])
+    assert len(left_out) == 1
+    assert 0.2 <= left_out[0] < 5
 
 
 # ------------------------------------------------------------------ what is kept
@@ -1111,3 +1197,32 @@ def test_an_ordinary_loader_trains_too():
     assert tokens_seen == [epoch * len(pairs) * CONTEXT for epoch in range(9)]
     assert train_losses[-1] < 0.5 * train_losses[0]
     assert val_losses == pytest.approx(train_losses)
+
+
+def train_simply(start_context) -> None:
+    model, loaders = tiny_model(), tiny_loaders()
+    optimizer = build_adamw(model, learning_rate=1e-2, weight_decay=0.0)
+    train_model_simple(model, *loaders, optimizer, CPU, 1, 100, 2, start_context, Letters())
+
+
+@pytest.mark.parametrize(
+    ("start_context", "names"), [("abc", [""]), (["abc", "h"], [", prompt 1", ", prompt 2"])]
+)
+def test_one_prompt_or_several_are_continued_in_a_script(start_context, names, capsys):
+    train_simply(start_context)
+    printed = capsys.readouterr().out.splitlines()
+    prompts = [start_context] if isinstance(start_context, str) else start_context
+    for moment in ("Before training", "After epoch 1"):
+        for name, prompt in zip(names, prompts, strict=True):
+            line = rf"{moment}{name}: {prompt}[a-h]{{30}}"
+            assert sum(re.fullmatch(line, found) is not None for found in printed) == 1
+
+
+@pytest.mark.parametrize("start_context", ["", [], ["abc", ""], 5, None], ids=repr)
+def test_a_wrong_start_context_in_a_script_is_refused_before_anything_is_done(
+    start_context, capsys
+):
+    with pytest.raises(SettingsError, match="problem in train_model_simple") as caught:
+        train_simply(start_context)
+    assert "\n  start_context " in str(caught.value)
+    assert capsys.readouterr().out == ""

@@ -1,0 +1,240 @@
+"""Generation: tokens a second, and the wait for the first, beside transformers with its cache.
+
+    python -m benchmarks.generate [rounds]
+
+124M parameters with the same fresh weights, 64 tokens in, 128 out, greedily, one text and eight at
+a time; the contenders take turns, all in one process. The limit is what memory would allow that
+did nothing but read the weights of the products once a token; how fast it is read is measured in
+the same rounds. A contender counts only where its tokens are transformers' own (fp32), or its
+logits are near those of fp32 (fewer bits).
+"""
+
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from copy import deepcopy
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from benchmarks.peers import sample_tokens, save_for_transformers
+from benchmarks.report import machine, write_results
+from engine.console import say, track, use_utf8
+from engine.processor import prepare_processor
+from engine.weights import convert_weights, products_of_one_row
+from environment import pick_device
+from generation import stream
+from model import GPTConfig, GPTModel, KVCache
+from run_plan import MODELS_FILE, read_models
+
+N_PROMPT, N_NEW = 64, 128
+BATCHES = (1, 8)
+N_READ = 1 << 28  # numbers of 4 bytes, far more than any cache of a processor
+N_COMPARED = 256  # positions at which logits are held against those of fp32
+BYTES = {"fp32": 4, "bf16": 2, "int8": 1}
+
+# (prompts of equal length, how many tokens to add) -> the ids that were added to each
+Generate = Callable[[list[list[int]], int], list[list[int]]]
+
+
+@dataclass
+class Contender:
+    """Something that generates, and what was seen of it: seconds by batch, a round each."""
+
+    name: str
+    weights: str
+    generate: Generate
+    first_s: dict[int, list[float]] = field(default_factory=lambda: {b: [] for b in BATCHES})
+    all_s: dict[int, list[float]] = field(default_factory=lambda: {b: [] for b in BATCHES})
+    cold_first_s: float = 0.0  # the very first token, for which nothing was warm
+
+    def measure(self, prompts: list[list[int]]) -> None:
+        """Time the first token, and a whole generation."""
+        for count, kept in ((1, self.first_s), (N_NEW, self.all_s)):
+            began_at = time.perf_counter()
+            self.generate(prompts, count)
+            kept[len(prompts)].append(time.perf_counter() - began_at)
+
+
+def main(rounds: int = 5) -> None:
+    """Print a row for each contender and batch, and write the results."""
+    use_utf8()
+    prepare_processor()
+    device = pick_device(None)
+    models, _ = read_models(MODELS_FILE)
+    torch.manual_seed(0)
+    model = GPTModel(GPTConfig(**models["gpt2-124m"] | {"vocab_size": 50257})).eval()
+    prompts = sample_tokens(max(BATCHES) * N_PROMPT).reshape(-1, N_PROMPT).tolist()
+    bandwidths = []
+    with tempfile.TemporaryDirectory() as folder:
+        contenders = [*theirs(model, Path(folder), device), *ours(model, device)]
+        for contender in contenders:
+            began_at = time.perf_counter()
+            contender.generate(prompts[:1], 1)
+            contender.cold_first_s = time.perf_counter() - began_at
+        for _ in track(range(rounds), rounds, "rounds"):
+            bandwidths.append(memory_bandwidth(device))
+            for batch in BATCHES:
+                for contender in contenders:
+                    contender.measure(prompts[:batch])
+    agreement = compare(model, device)
+    same = contenders[0].generate(prompts[:1], N_NEW) == next(
+        c.generate(prompts[:1], N_NEW) for c in contenders if c.name == "ours, fp32"
+    )
+    n_weights = model.parameters_in_products()
+    bandwidth = statistics.median(bandwidths)
+    rows = [row_of(c, contenders[0], b, bandwidth / n_weights) for c in contenders for b in BATCHES]
+    report(rows, bandwidth, agreement, same)
+    results = {
+        "machine": machine(device),
+        "tokens_in": N_PROMPT,
+        "tokens_out": N_NEW,
+        "parameters_in_products": n_weights,
+        "bytes_per_s": bandwidths,
+        "rows": rows,
+        "fp32_tokens_are_transformers": same,
+        "from_fp32": agreement,
+    }
+    say(f"written to {write_results('generate', device, results)}")
+
+
+def theirs(model: GPTModel, folder: Path, device: torch.device) -> Iterator[Contender]:
+    """transformers' GPT-2 with our weights, as it comes (fp32) and in bf16."""
+    from transformers import GPT2LMHeadModel
+
+    save_for_transformers(model, folder)
+
+    def contender(kind: str, dtype: torch.dtype) -> Contender:
+        their_model = GPT2LMHeadModel.from_pretrained(folder, dtype=dtype).to(device).eval()
+
+        def generate(prompts: list[list[int]], count: int) -> list[list[int]]:
+            ids = torch.tensor(prompts, device=device)
+            added = their_model.generate(
+                ids,
+                attention_mask=torch.ones_like(ids),
+                max_new_tokens=count,
+                min_new_tokens=count,
+                do_sample=False,
+                use_cache=True,
+                eos_token_id=None,
+                pad_token_id=0,
+            )
+            return added[:, len(prompts[0]) :].tolist()
+
+        return Contender(f"transformers, {kind}", kind, generate)
+
+    for kind, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
+        yield contender(kind, dtype)
+
+
+def ours(model: GPTModel, device: torch.device) -> Iterator[Contender]:
+    """Our model with weights of each kind that the device has."""
+
+    def contender(kind: str) -> Contender:
+        our_model = converted(model, kind, device)
+
+        def generate(prompts: list[list[int]], count: int) -> list[list[int]]:
+            steps = stream(our_model, prompts, max_new_tokens=count, temperature=0.0)
+            return [[token.id for token in row] for row in zip(*steps, strict=True)]
+
+        return Contender(f"ours, {kind}", kind, generate)
+
+    for kind in kinds_on(device):
+        yield contender(kind)
+
+
+def kinds_on(device: torch.device) -> list[str]:
+    """The weights that load_run() offers on a device."""
+    return [kind for kind in BYTES if kind != "int8" or device.type == "cpu"]
+
+
+def converted(model: GPTModel, kind: str, device: torch.device) -> GPTModel:
+    """A copy of a model with weights of a kind, as load_run() makes it."""
+    copy = deepcopy(model)
+    convert_weights(copy, kind)
+    return copy.to(device).eval()
+
+
+def memory_bandwidth(device: torch.device) -> float:
+    """Bytes a second at which a gigabyte is read, by the faster of two plain ways."""
+    memory = torch.ones(N_READ, device=device)
+    best = 0.0
+    for read in (memory.sum, memory.amax):
+        for _ in range(3):
+            began_at = time.perf_counter()
+            read().item()
+            best = max(best, memory.nbytes / (time.perf_counter() - began_at))
+    return best
+
+
+def compare(model: GPTModel, device: torch.device) -> dict[str, dict[str, float]]:
+    """How far logits are from those of fp32, by kind of weights, stepping through a text."""
+    ids = sample_tokens(N_COMPARED).tolist()
+    exact = logits_of(converted(model, "fp32", device), ids)
+    found = {}
+    for kind in kinds_on(device)[1:]:
+        logits = logits_of(converted(model, kind, device), ids)
+        found[kind] = {
+            "mean_difference_by_std": ((logits - exact).abs().mean() / exact.std()).item(),
+            "same_greedy_token": (logits.argmax(-1) == exact.argmax(-1)).float().mean().item(),
+        }
+    return found
+
+
+@torch.no_grad()
+def logits_of(model: nn.Module, ids: list[int]) -> torch.Tensor:
+    """(T, V) logits after each token of a text, a step of one position each."""
+    device = model.token_embedding.weight.device
+    cache = KVCache([1], len(ids), device)
+    rows = []
+    for token in ids:
+        with products_of_one_row(device):
+            hidden = model.hidden(torch.tensor([[token]], device=device), cache.advance(1))
+            rows.append(model.head(hidden[:, -1]).float().cpu())
+    return torch.cat(rows)
+
+
+def row_of(contender: Contender, base: Contender, batch: int, weights_per_s: float) -> dict:
+    """A line of the report; weights_per_s is how often memory could give a byte of each weight."""
+    seconds = contender.all_s[batch]
+    limit = batch * weights_per_s / BYTES[contender.weights]
+    speed = batch * N_NEW / statistics.median(seconds)
+    ratios = [theirs / own for theirs, own in zip(base.all_s[batch], seconds, strict=True)]
+    return {
+        "name": contender.name,
+        "batch": batch,
+        "tokens_per_s": speed,
+        "times_transformers": statistics.median(ratios),
+        "ratios": ratios,
+        "share_of_limit": speed / limit,
+        "first_token_s": statistics.median(contender.first_s[batch]),
+        "cold_first_token_s": contender.cold_first_s,
+    }
+
+
+def report(rows: list[dict], bandwidth: float, agreement: dict, same: bool) -> None:
+    """Print what was seen."""
+    say(f"memory is read at {bandwidth / 1e9:.1f} GB/s; {N_PROMPT} tokens in, {N_NEW} out")
+    for row in rows:
+        say(
+            f"{row['name']:20} batch {row['batch']}: {row['tokens_per_s']:7.1f} tokens/s, "
+            f"{row['times_transformers']:.2f} x transformers, {row['share_of_limit']:.0%} of the "
+            f"limit, first token {row['first_token_s']:.3f} s "
+            f"(the very first {row['cold_first_token_s']:.3f} s)"
+        )
+    for kind, seen in agreement.items():
+        say(
+            f"{kind}: logits {seen['mean_difference_by_std']:.2%} of their standard deviation from "
+            f"fp32's, the same greedy token at {seen['same_greedy_token']:.1%}"
+        )
+    say(f"fp32 gives transformers' tokens: {'yes' if same else 'NO'}")
+
+
+if __name__ == "__main__":
+    if not all(argument.isdecimal() and int(argument) for argument in sys.argv[1:2]):
+        sys.exit(__doc__)
+    main(*map(int, sys.argv[1:2]))
