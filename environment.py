@@ -5,6 +5,7 @@ import difflib
 import importlib
 import json
 import os
+import re
 import runpy
 import tempfile
 import time
@@ -226,7 +227,9 @@ def load_run(
         config = GPTConfig(**settings["model"])
         sampling = SamplingConfig(**settings["sampling"])
     except (LookupError, TypeError, SettingsError) as error:
-        raise CheckpointError(f"{path / SETTINGS} does not describe a model: {error}") from None
+        raise CheckpointError(
+            f"{path / SETTINGS} does not describe a model: {str(error)[:500]}"
+        ) from None
     tokenizer = _tokenizer_of(path, settings)
     if tokenizer.vocab_size != config.vocab_size:
         raise CheckpointError(
@@ -234,6 +237,7 @@ def load_run(
             f"{tokenizer.vocab_size} tokens: they don't belong together."
         )
     step, tensors = read_weights(path, settings["run_id"], which)
+    _require_fit(config, tensors, path)
     with torch.device("meta"):  # no weights are made that the run's would replace
         model = GPTModel(config)
     assign_weights(model, tensors, path)
@@ -255,17 +259,44 @@ def load_run(
     )
 
 
+def _require_fit(config: GPTConfig, tensors: dict[str, torch.Tensor], path: Path) -> None:
+    """Raise before a model is built that weights are not of, or whose positions fill the memory.
+
+    A few numbers in a settings.json may ask for any amount of time and memory.
+    """
+    embedding = tensors.get("token_embedding.weight")
+    is_wide = embedding is not None and embedding.shape == (config.vocab_size, config.emb_dim)
+    if not is_wide or config.n_layers > len(tensors):
+        raise CheckpointError(f"{path / SETTINGS} describes another model than the weights are of.")
+    features = {
+        "learned": 0,
+        "sinusoidal": config.emb_dim,
+        "rope": config.emb_dim // config.n_heads,
+    }
+    needed = 10 * config.context_length * features[config.positions]  # bytes, in steps of fp32
+    room = available_memory(torch.device("cpu"))
+    if room is not None and needed > room:
+        raise ResourceError(
+            f"the positions of {path} take {as_bytes(needed)} of memory, and {as_bytes(room)} are "
+            "free."
+        )
+
+
 def _find_run(folder: str | Path | None) -> Path:
     """The folder of a run: the path itself, or what has this name in OUTPUT_DIR."""
-    path = None if folder is None else Path(folder).expanduser()
-    if path is not None and path.exists():
+    # unlike Path's, os.path's functions take whatever somebody may type
+    path = None if folder is None else Path(os.path.expanduser(folder))
+    if path is not None and os.path.isfile(path / SETTINGS):
         return path
     given, place = read_given_settings(None)
     output_dir = given.get("OUTPUT_DIR", "runs")
     if not isinstance(output_dir, str):
         raise SettingsError(f"OUTPUT_DIR is {shown(output_dir)} in {place}; it must be a string")
     output_dir = Path(output_dir).expanduser()
-    return newest_finished_run(output_dir) if path is None else output_dir / path
+    if path is None:
+        return newest_finished_run(output_dir)
+    is_named = os.path.exists(output_dir / path) or not os.path.exists(path)
+    return output_dir / path if is_named else path
 
 
 def _tokenizer_of(path: Path, settings: dict[str, Any]) -> Tokenizer:
@@ -343,17 +374,22 @@ def _resembles(name: str, known: Iterable[str]) -> bool:
 def pick_device(requested: str | None) -> torch.device:
     """The device that DEVICE names, or the best of this machine: MPS, then CUDA, then CPU.
 
-    Raises ResourceError where the named one is not there.
+    Raises ResourceError where the named one is not there, SettingsError where it is none.
     """
+    if requested is not None and not re.fullmatch(r"cpu|mps|cuda(:\d{1,4})?", requested):
+        raise SettingsError(
+            f'the device is {shown(requested)}; it must be "cpu", "cuda", "mps" or None'
+        )
     has_mps, has_cuda = torch.backends.mps.is_available(), torch.cuda.is_available()
     if requested is None:
         return torch.device("mps" if has_mps else "cuda" if has_cuda else "cpu")
-    device = torch.device(requested)
+    kind, _, index = requested.partition(":")
     there = {
         "cpu": True,
         "mps": has_mps,
-        "cuda": has_cuda and (device.index or 0) < torch.cuda.device_count(),
-    }[device.type]
+        # not by torch.device's index: above 127 it is another one
+        "cuda": has_cuda and int(index or 0) < torch.cuda.device_count(),
+    }[kind]
     if not there:
         available = ["cpu"] + ["mps"] * has_mps
         available += [f"cuda:{i}" for i in range(torch.cuda.device_count())] if has_cuda else []
@@ -361,7 +397,7 @@ def pick_device(requested: str | None) -> torch.device:
             f'DEVICE = "{requested}", but this machine has no such device.\n'
             f"Available here: {', '.join(available)}; DEVICE = None takes the best."
         )
-    return device
+    return torch.device(requested)
 
 
 def build_model(config: GPTConfig, device: torch.device) -> GPTModel:

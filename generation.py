@@ -359,7 +359,7 @@ def choose_next(
     if temperature < torch.finfo(torch.float32).tiny or top_k == 1:  # fp32 may divide by it as 0
         return logits.argmax(dim=-1, keepdim=True)
     # the highest logit becomes 0 before the division, so that no temperature overflows
-    logits, tokens = (logits - highest) / temperature, None
+    logits, tokens = (logits - highest) / min(temperature, torch.finfo(torch.float32).max), None
     if top_k is not None and top_k < logits.shape[-1]:
         logits, tokens = logits.topk(top_k, dim=-1)  # both (B, k), likeliest first
     if top_p is not None and top_p < 1:

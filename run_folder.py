@@ -28,6 +28,7 @@ from engine.storage import (
 from training_utils import TrainingConfig
 
 SETTINGS, DATA, SUMMARY = "settings.json", "data.json", "summary.json"
+MOST_SETTINGS_BYTES = 1 << 24
 # the hyper-parameters that a run's numbers depend on
 FIXED = (
     "time_budget_minutes",
@@ -236,7 +237,11 @@ def choose_run(
 
 def read_run_settings(path: Path) -> dict[str, Any]:
     """The settings.json of a run; CheckpointError where there is none, or a damaged one."""
-    if not (path / SETTINGS).is_file():
+    try:
+        is_there = (path / SETTINGS).is_file()
+    except OSError as error:  # a name that is too long, a folder that is not ours to read
+        raise CheckpointError(f"{path} can't be read: {error.strerror or error}") from None
+    if not is_there:
         raise CheckpointError(
             f"{path} is no run (looked for {path / SETTINGS}).\n"
             "A run is a folder that training leaves, such as those in OUTPUT_DIR."
@@ -246,12 +251,16 @@ def read_run_settings(path: Path) -> dict[str, Any]:
 
 def newest_finished_run(output_dir: Path) -> Path:
     """The folder of the run that was finished last; CheckpointError where there is none."""
-    finished = list(output_dir.glob(f"*/{SUMMARY}"))
+    finished = []
+    for summary in output_dir.glob(f"*/{SUMMARY}"):
+        if (summary.parent / SETTINGS).is_file():  # else it is no run of this program
+            with contextlib.suppress(FileNotFoundError):  # made longer, it is unfinished again
+                finished.append((summary.stat().st_mtime_ns, summary.parent))
     if not finished:
         begun = sorted(path.parent for path in output_dir.glob(f"*/{SETTINGS}"))
         hint = f"{begun[-1]} is unfinished, but can be named." if begun else "Train a model first."
         raise CheckpointError(f"there is no finished run in {output_dir.absolute()}.\n{hint}")
-    return max(finished, key=lambda path: (path.stat().st_mtime_ns, path)).parent
+    return max(finished)[1]
 
 
 def _continue_named(path: Path, asked: dict[str, Any]) -> RunFolder:
@@ -402,6 +411,8 @@ def _is_taken(path: Path) -> bool:
 def _read_json(path: Path) -> dict[str, Any]:
     """A JSON object of a run; CheckpointError where it is damaged or of another program."""
     try:
+        if path.name == SETTINGS and path.stat().st_size > MOST_SETTINGS_BYTES:
+            raise ValueError("it is too long")
         value = json.loads(path.read_bytes())
     except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} can't be read: {error}") from None

@@ -8,6 +8,7 @@ code, and nothing is loaded before its sha256 was compared.
 
 import base64
 import contextlib
+import errno
 import json
 import os
 import re
@@ -22,8 +23,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from engine.console import say
-from engine.errors import CheckpointError, NumericsError
+from engine.console import say, tell
+from engine.errors import CheckpointError, NumericsError, SettingsError
+from engine.settings import shown
 from engine.storage import (
     NewFolder,
     make_folder,
@@ -208,32 +210,31 @@ def read_weights(
 ) -> tuple[int, dict[str, torch.Tensor]]:
     """A run's weights with the step they are from: the "best" so far, or the "last" ones.
 
-    For a program beside the one that trains: it changes nothing, and begins anew where what it
-    was reading has been removed for something newer. Where a checkpoint is damaged it says so and
-    takes the one before. Raises CheckpointError where none can be read.
+    Before the first evaluation the best are the last. For a program beside the one that trains:
+    it changes nothing, and begins anew where what it was reading has been removed for something
+    newer. Where weights are damaged it says so and takes those saved before, or the last where
+    there are no best ones before. Raises CheckpointError where none can be read, SettingsError.
     """
-    checkpoints, bad = run_folder / "checkpoints", {}
-    while found := [path for path in _newest_first(checkpoints) if path not in bad]:
+    if which not in ("best", "last"):
+        raise SettingsError(f'which is {shown(which)}; it must be "best" or "last"')
+    # the best of a finished run may be newer than its last checkpoint's record of them
+    places = [run_folder / "best"] * (which == "best") + [run_folder / "checkpoints"]
+    bad: dict[Path, str] = {}
+    while found := [path for place in places for path in _newest_first(place) if path not in bad]:
         path = found[0]
         try:
-            if which == "best":
-                _verify(path, run_id, STATE, others=False)
-                with _unusable_where_unreadable(path):
-                    best_step = _read_state(path)["best_step"]
-                if best_step is not None:
-                    return best_step, _read_best(run_folder / "best" / _name(best_step), run_id)
             _verify(path, run_id, WEIGHTS, others=False)
             with _unusable_where_unreadable(path):
                 return int(path.name[5:]), read_safetensors(path / WEIGHTS)
         except _Unusable as error:
             if os.path.lexists(path):
-                say(f"Note: {error}; what was saved before serves instead")
+                tell(f"Note: {error}; what was saved before serves instead")
                 bad[path] = str(error)
     listed = "\n  ".join(bad.values())
     raise CheckpointError(
-        f"no checkpoint in {checkpoints} can be used:\n  {listed}"
+        f"no weights in {run_folder} can be used:\n  {listed}"
         if bad
-        else f"{checkpoints} holds no checkpoint: the run has saved none yet."
+        else f"{run_folder} holds no checkpoint: the run has saved none yet."
     )
 
 
@@ -245,14 +246,14 @@ def _verify(path: Path, run_id: str, *files: str, others: bool = True) -> None:
         raise _Unusable(str(error)) from None
     if facts.get("format") != FORMAT:
         raise CheckpointError(
-            f"{path} has format {facts.get('format')}; this version reads {FORMAT}.\n"
+            f"{path} has format {shown(facts.get('format'))}; this version reads {FORMAT}.\n"
             "It was made by another version of this program: go on with that one."
         )
     if facts.get("run_id") != run_id:
         raise _Unusable(f"{path} belongs to another run")
     step = facts.get("step")
     if not isinstance(step, int) or _name(step) != path.name:
-        raise _Unusable(f"{path} holds step {step}")
+        raise _Unusable(f"{path} holds step {shown(step)}")
 
 
 @contextlib.contextmanager
@@ -348,7 +349,10 @@ def copy_weights(model: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def load_weights(model: nn.Module, weights: dict[str, torch.Tensor], place: object) -> None:
-    """Set every parameter; CheckpointError, naming place, where names or shapes don't match."""
+    """Set every parameter.
+
+    Raises CheckpointError, naming place, where names or shapes don't match, or one is not fp32.
+    """
     current = weights_of(model)
     _check_names(weights, current, place)
     with torch.no_grad():
@@ -357,13 +361,12 @@ def load_weights(model: nn.Module, weights: dict[str, torch.Tensor], place: obje
 
 
 def assign_weights(model: nn.Module, weights: dict[str, torch.Tensor], place: object) -> None:
-    """Give a model that was built on the "meta" device its parameters, in fp32 and uncopied.
+    """Give a model that was built on the "meta" device its parameters, uncopied.
 
-    Raises CheckpointError, naming place, where names or shapes don't match.
+    Raises CheckpointError, naming place, where names or shapes don't match, or one is not fp32.
     """
     _check_names(weights, weights_of(model), place)
-    tensors = {name: value.float() for name, value in weights.items()}
-    model.load_state_dict(tensors, strict=False, assign=True)  # a shared one has one name here
+    model.load_state_dict(weights, strict=False, assign=True)  # a shared one has one name here
     model.tie_head()
 
 
@@ -372,12 +375,14 @@ def _check_names(
 ) -> None:
     odd = sorted(found.keys() ^ expected.keys())
     odd += [
-        name for name in found.keys() & expected.keys() if found[name].shape != expected[name].shape
+        name
+        for name in sorted(found.keys() & expected.keys())
+        if (found[name].shape, found[name].dtype) != (expected[name].shape, torch.float32)
     ]
     if odd:
         raise CheckpointError(
-            f"{place} does not fit the model: {', '.join(odd[:3])} "
-            f"{'are' if len(odd) > 1 else 'is'} missing, unknown or of another shape."
+            f"{place} does not fit the model: {', '.join(name[:80] for name in odd[:3])} "
+            f"{'are' if len(odd) > 1 else 'is'} missing, unknown, of another shape or not fp32."
         )
 
 
@@ -413,7 +418,7 @@ def load_optimizer(
         parameter = parameters.get(name)
         # a moment of another size would be read past its end
         if parameter not in index or value.shape != (() if kind == "step" else parameter.shape):
-            raise CheckpointError(f"{place} does not fit the model: {key} has no place in it.")
+            raise CheckpointError(f"{place} does not fit the model: {key[:80]} has no place in it.")
         state.setdefault(index[parameter], {})[kind] = value
     # Muon and AdamW have no kind in common: where two parameters share one, they share all
     kinds = {frozenset(state.get(i, ())) for i in range(len(order))}
@@ -449,10 +454,19 @@ def safetensors_chunks(tensors: dict[str, torch.Tensor]) -> Iterator[bytes | mem
 
 
 def read_safetensors(path: Path) -> dict[str, torch.Tensor]:
-    """The tensors of a safetensors file, in CPU memory."""
-    with safe_open(path, framework="pt", device="cpu") as file:
-        # cloned: what the library gives may be the file itself, mapped into memory
-        return {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
+    """The tensors of a safetensors file, in CPU memory.
+
+    Raises SafetensorError for a file that is none, OSError for one that can't be read.
+    """
+    try:
+        with safe_open(path, framework="pt", device="cpu") as file:
+            # cloned: what the library gives may be the file itself, mapped into memory
+            return {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
+    except RuntimeError:
+        if path.exists():
+            raise
+        # the library opens a file twice, and this one was removed in between
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path)) from None
 
 
 # ---------------------------------------------------------------------- random generators

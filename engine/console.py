@@ -1,9 +1,18 @@
 """How lines and progress bars reach the screen, whatever the console can show."""
 
 import os
+import re
 import sys
 from collections.abc import Iterable, Iterator
 from typing import TextIO
+
+# all but newline and tab: a terminal may take them for orders
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+
+
+def printable(text: str) -> str:
+    """A text without control characters but newline and tab, which no terminal obeys then."""
+    return _CONTROL.sub("", text)
 
 
 def use_utf8() -> None:
@@ -16,11 +25,10 @@ def use_utf8() -> None:
 def say(line: str = "") -> None:
     """Print a line to standard output, above a progress bar where one is drawn.
 
-    Characters that the console has no code for are shown as "?": a library's caller may have
-    any encoding.
+    Control characters are left out, and characters that the console has no code for are shown as
+    "?": a library's caller may have any encoding.
     """
-    encoding = _encoding(sys.stdout)
-    line = line.encode(encoding, errors="replace").decode(encoding)
+    line = _for_console(line, sys.stdout)
     if _has_terminal():
         _tqdm().write(line, file=sys.stdout)
     else:
@@ -29,8 +37,12 @@ def say(line: str = "") -> None:
 
 def complain(message: str) -> None:
     """Print a message of failure to standard error, below whatever bar is drawn there."""
-    message = message.encode(_encoding(sys.stderr), errors="replace").decode(_encoding(sys.stderr))
-    _print(f"\n{message}", "stderr")
+    _print(f"\n{_for_console(message, sys.stderr)}", "stderr")
+
+
+def tell(line: str) -> None:
+    """Print a line to standard error, beside a result that standard output is for."""
+    _print(_for_console(line, sys.stderr), "stderr")
 
 
 def track(steps: Iterable, total: int, label: str, done: int = 0) -> Iterator:
@@ -114,6 +126,12 @@ def _print(line: str, name: str) -> None:
 def _encoding(stream: TextIO | None) -> str:
     """The encoding of a stream; one that a caller put in place may have none."""
     return getattr(stream, "encoding", None) or "utf-8"
+
+
+def _for_console(text: str, stream: TextIO | None) -> str:
+    """What of a text a stream can show."""
+    encoding = _encoding(stream)
+    return printable(text).encode(encoding, errors="replace").decode(encoding)
 
 
 def _tqdm():

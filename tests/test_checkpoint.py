@@ -8,6 +8,8 @@ import os
 import pickle
 import random
 import shutil
+import subprocess
+import sys
 import types
 from collections import namedtuple
 from pathlib import Path
@@ -22,15 +24,17 @@ from engine.checkpoint import (
     BestWeights,
     CheckpointStore,
     SaveClock,
+    assign_weights,
     copy_weights,
     load_optimizer,
     load_weights,
     optimizer_tensors,
     read_safetensors,
+    read_weights,
     safetensors_chunks,
     weights_of,
 )
-from engine.errors import CheckpointError, NumericsError, ResourceError
+from engine.errors import CheckpointError, NumericsError, ResourceError, SettingsError
 from engine.optim import build_adamw, build_muon
 from model import GPTConfig, GPTModel
 from tests.conftest import REPOSITORY
@@ -565,6 +569,233 @@ def test_a_weight_that_is_not_finite_is_never_saved(saved, value):
     assert contents(saved.folder) == before
 
 
+# ------------------------------------------------------------------------------ read for use
+
+
+def read_for_use(saved: Saved, which: str, capsys) -> tuple[int, dict, list[str]]:
+    """What read_weights() gives and says; it must leave everything as it is."""
+    before = contents(saved.folder)
+    capsys.readouterr()
+    step, weights = read_weights(saved.folder, "run-a", which)
+    assert contents(saved.folder) == before
+    return step, weights, capsys.readouterr().err.splitlines()
+
+
+def test_the_best_weights_and_the_last_are_read_with_their_steps(saved, capsys):
+    for which, expected in (("best", 2), ("last", 3)):
+        step, weights, said = read_for_use(saved, which, capsys)
+        assert (step, said) == (expected, [])
+        assert same(weights, saved.weights[expected])
+    # what the last evaluation found after the last checkpoint had been saved
+    model, _ = build(seed=7)
+    saved.store.save_best(BestWeights(3, copy_weights(model)))
+    step, weights, said = read_for_use(saved, "best", capsys)
+    assert (step, said) == (3, [])
+    assert same(weights, copy_weights(model))
+
+
+def test_before_the_first_evaluation_the_best_weights_are_the_last(saved, capsys):
+    shutil.rmtree(saved.folder / "best" / "step-00000002")
+    for found in ([3, []], [2, []], [1, []]):
+        step, weights, said = read_for_use(saved, "best", capsys)
+        assert [step, said] == found
+        assert same(weights, saved.weights[step])
+        shutil.rmtree(saved.path(step))
+    for which in ("best", "last"):
+        with pytest.raises(CheckpointError, match="holds no checkpoint: the run has saved none"):
+            read_weights(saved.folder, "run-a", which)
+    with pytest.raises(CheckpointError, match="holds no checkpoint: the run has saved none"):
+        read_weights(saved.folder / "nowhere", "run-a")
+
+
+# state and moments are not read for use, so what is wrong with them does no harm there
+READABLE = ("two files swapped", "moments of another step", "no state")
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_checkpoint_that_is_not_what_it_should_be_is_passed_over_in_one_line(saved, capsys, way):
+    spoil, named = WAYS[way]
+    spoil(saved)
+    step, weights, said = read_for_use(saved, "last", capsys)
+    if way in READABLE[1:]:
+        assert (step, said) == (3, [])
+    else:
+        assert step == 2
+        (line,) = said
+        assert line.startswith("Note: ")
+        assert line.endswith("; what was saved before serves instead")
+        assert named in line
+        assert str(saved.path()) in line
+    assert same(weights, saved.weights[step])
+
+
+@pytest.mark.parametrize("way", ["flip", "missing", "empty", "another step", "another run"])
+def test_damaged_best_weights_are_said_in_one_line_and_others_serve(saved, capsys, way):
+    saved.store.save_best(BestWeights(3, saved.weights[1]))  # beside those of step 2
+    path = saved.folder / "best" / "step-00000003"
+    if way == "flip":
+        content = bytearray((path / "model.safetensors").read_bytes())
+        content[-1] ^= 1
+        (path / "model.safetensors").write_bytes(content)
+    elif way == "missing":
+        (path / "model.safetensors").unlink()
+    elif way == "empty":
+        empty(path)
+    elif way == "another step":
+        shutil.rmtree(path)
+        shutil.copytree(path.with_name("step-00000002"), path)
+    else:
+        shutil.rmtree(path)
+        CheckpointStore(saved.folder, "run-b", 3).save_best(BestWeights(3, saved.weights[3]))
+    step, weights, said = read_for_use(saved, "best", capsys)
+    assert (step, len(said)) == (2, 1)
+    assert str(path) in said[0]
+    assert same(weights, saved.weights[2])
+    (path.with_name("step-00000002") / "model.safetensors").write_bytes(b"rubbish")
+    step, weights, said = read_for_use(saved, "best", capsys)  # none are left: the last then
+    assert (step, len(said)) == (3, 2)
+    assert same(weights, saved.weights[3])
+
+
+def test_where_nothing_can_be_used_every_file_is_named(saved):
+    files = [saved.path(step) / "model.safetensors" for step in (1, 2, 3)]
+    files.append(saved.folder / "best" / "step-00000002" / "model.safetensors")
+    for file in files:
+        file.write_bytes(b"rubbish")
+    before = contents(saved.folder)
+    for which, named in (("best", files), ("last", files[:3])):
+        with pytest.raises(CheckpointError) as caught:
+            read_weights(saved.folder, "run-a", which)
+        lines = str(caught.value).splitlines()
+        assert lines[0] == f"no weights in {saved.folder} can be used:"
+        assert len(lines) == 1 + len(named)
+        for file in named:
+            assert f"{file} has 7 bytes instead of" in str(caught.value)
+    assert contents(saved.folder) == before
+
+
+@pytest.mark.parametrize("number", [2, 0, None, "x" * 100_000])
+def test_weights_of_another_version_are_refused_for_use_too(saved, number):
+    saved.reseal(format=number)
+    with pytest.raises(CheckpointError, match="another version of this program") as caught:
+        read_weights(saved.folder, "run-a", "last")
+    assert len(str(caught.value)) < 1000
+
+
+@pytest.mark.parametrize("which", ["first", "", None, "Best", 3, ["last"]])
+def test_only_the_best_and_the_last_weights_can_be_asked_for(saved, which):
+    with pytest.raises(SettingsError, match='it must be "best" or "last"'):
+        read_weights(saved.folder, "run-a", which)
+
+
+LOOKS = (
+    (Path, "glob"),
+    (storage, "_read_manifest"),
+    (storage, "_verify_file"),
+    (checkpoint, "safe_open"),
+)
+
+
+@pytest.mark.parametrize("which", ["best", "last"])
+@pytest.mark.parametrize("place", LOOKS, ids=lambda look: look[1])
+def test_what_is_removed_while_it_is_read_gives_way_to_what_is_newer(
+    saved, monkeypatch, capsys, place, which
+):
+    """A save comes just before a look at the disk, and keeps nothing that was there."""
+    model, optimizer = build(seed=7)
+    store = CheckpointStore(saved.folder, "run-a", 1)
+    owner, name = place
+    look, saves = getattr(owner, name), 0
+
+    def look_too_late(*arguments, **options):
+        nonlocal saves
+        saves += 1
+        if saves == 1:
+            with monkeypatch.context() as patch:
+                patch.setattr(owner, name, look)
+                store.save(4, model, optimizer, STATE, BestWeights(4, copy_weights(model)))
+        return look(*arguments, **options)
+
+    monkeypatch.setattr(owner, name, look_too_late)
+    step, weights = read_weights(saved.folder, "run-a", which)
+    assert (step, capsys.readouterr().err) == (4, "")
+    assert same(weights, copy_weights(model))
+    assert saves > 1 or name == "glob"
+
+
+def test_a_file_that_goes_while_the_library_opens_it_is_a_missing_one(saved, monkeypatch):
+    def opened_twice(path, **_):
+        shutil.rmtree(path.parent)
+        raise RuntimeError(f"unable to open file <{path}> in read-only mode")  # so torch says it
+
+    monkeypatch.setattr(checkpoint, "safe_open", opened_twice)
+    with pytest.raises(FileNotFoundError):
+        read_safetensors(saved.path() / "model.safetensors")
+
+    def out_of_memory(path, **_):
+        raise RuntimeError("can't allocate memory")
+
+    monkeypatch.setattr(checkpoint, "safe_open", out_of_memory)
+    with pytest.raises(RuntimeError, match="can't allocate memory"):
+        read_weights(saved.folder, "run-a", "last")
+
+
+SAVER = """
+import os, sys, torch
+from pathlib import Path
+from torch import nn
+from engine.checkpoint import BestWeights, CheckpointStore, copy_weights
+
+torch.set_num_threads(1)
+os.fsync = lambda handle: None  # as fast as it can
+model = nn.Sequential(nn.Linear(40, 30), nn.Linear(30, 50, bias=False))
+optimizer = torch.optim.SGD(model.parameters(), 0.0)
+store = CheckpointStore(Path(sys.argv[1]), "run-a", keep=1)
+best, step = None, 0
+while True:
+    step += 1
+    with torch.no_grad():
+        for value in model.parameters():
+            value.fill_(step)
+    if step % 3 == 1:
+        best = BestWeights(step, copy_weights(model))
+    store.save(step, model, optimizer, {}, best)
+    if step == 1:
+        print("saving", flush=True)
+"""
+
+
+@pytest.mark.parametrize(
+    "reads", [50, pytest.param(1000, marks=pytest.mark.slow)], ids=["some", "many"]
+)
+def test_beside_a_program_that_saves_every_read_is_of_one_step_and_none_goes_back(tmp_path, reads):
+    saver = subprocess.Popen(
+        [sys.executable, "-c", SAVER, str(tmp_path)],
+        env=os.environ | {"PYTHONPATH": str(REPOSITORY)},
+        stdout=subprocess.PIPE,
+    )
+    try:
+        assert saver.stdout.readline() == b"saving\n"
+        seen: dict[str, list[int]] = {"best": [], "last": []}
+        for _ in range(reads):
+            for which, steps in seen.items():
+                step, weights = read_weights(tmp_path, "run-a", which)
+                assert sorted(weights) == ["0.bias", "0.weight", "1.weight"]
+                assert {
+                    number for value in weights.values() for number in value.unique().tolist()
+                } == {step}
+                steps.append(step)
+        assert saver.poll() is None, "it was to save all the time"
+    finally:
+        saver.kill()
+        saver.wait()
+        saver.stdout.close()
+    for which, steps in seen.items():
+        assert steps == sorted(steps), which
+        assert len(set(steps)) > reads / 10, "too few saves between the reads to show anything"
+    assert {step % 3 for step in seen["best"]} == {1}
+
+
 # --------------------------------------------------------------------------------- hostile
 
 
@@ -957,10 +1188,31 @@ def test_weights_that_do_not_fit_are_refused_by_name():
         {name: value for name, value in good.items() if name != "head.weight"},
         good | {"head.bias": torch.zeros(11)},
         good | {"head.weight": torch.zeros(4, 11)},
+        good | {"head.weight": torch.zeros(11, 4, dtype=torch.bfloat16)},
+        good | {"head.weight": torch.zeros(11, 4, dtype=torch.float64)},
+        good | {"head.weight": torch.zeros(11, 4, dtype=torch.complex64)},
+        good | {"head.weight": torch.zeros(11, 4, dtype=torch.float4_e2m1fn_x2)},
     ):
         with pytest.raises(CheckpointError, match=r"^a place does not fit the model: head\."):
             load_weights(model, bad, "a place")
         assert same(weights_of(model), good)
+        with torch.device("meta"):
+            empty = GPTModel(CONFIG)
+        with pytest.raises(CheckpointError, match=r"^a place does not fit the model: head\."):
+            assign_weights(empty, bad, "a place")
+        assert all(value.device.type == "meta" for value in empty.parameters())
+
+
+def test_names_of_any_length_make_no_message_of_any_length():
+    model, optimizer = build()
+    long = {"x" * 100_000: torch.zeros(1)}
+    for load in (load_weights, assign_weights):
+        with pytest.raises(CheckpointError, match=r"x{80}") as caught:
+            load(model, copy_weights(model) | long, "a place")
+        assert len(str(caught.value)) < 300
+    with pytest.raises(CheckpointError, match=r"x{80}") as caught:
+        load_optimizer(model, optimizer, long, "a place")
+    assert len(str(caught.value)) < 300
 
 
 def test_moments_that_do_not_fit_are_refused_by_name():

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from engine.console import say, track, use_utf8
+from engine.console import complain, say, tell, track, use_utf8
 
 
 class Console(io.TextIOWrapper):
@@ -71,6 +71,19 @@ def test_say_reaches_a_stream_without_an_encoding(monkeypatch):
     monkeypatch.setattr(sys, "stdout", stream)
     say("✓ 春江")
     assert stream.getvalue() == "✓ 春江\n"
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_control_characters_reach_no_console_but_newline_and_tab(terminal, with_tqdm, consoles):
+    out, err = consoles("utf-8", terminal=terminal)
+    hostile = "a\x1b[2Jb\r\x07\x00\x7f\x9b3mc\td\ne\xa0é"
+    plain = "a[2Jb3mc\td\ne\xa0é\n"
+    say(hostile)
+    assert out.shown() == plain
+    tell(hostile)
+    assert err.shown() == plain
+    complain(hostile)
+    assert err.shown() == f"{plain}\n{plain}"
 
 
 def test_use_utf8_lets_every_character_through(consoles):

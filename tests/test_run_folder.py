@@ -592,7 +592,7 @@ CHANGED = {
     "save_every": 2,
     "save_minutes": 7.0,
     "keep_checkpoints": 3,
-    "start_context": "bell",
+    "start_context": ["bell", "river"],
     "activation_checkpointing": True,
     "COMPILE": False,
     "LOG_EVERY": 2,
@@ -623,6 +623,64 @@ def test_each_change_is_added_to_those_before(start, begun):
     assert start(1, RUN_NAME="one", eval_freq=3).code == 130
     assert start(RUN_NAME="one", eval_freq=2).code == 0
     assert [change["eval_freq"] for change in read(begun)["changes"]] == [[4, 3], [3, 2]]
+
+
+# ------------------------------------------------------------------------------------ samples
+
+# 307 steps an epoch: samples come at evaluations on the way
+LONG_EPOCH = {
+    "max_steps": 320,
+    "batch_size": 1,
+    "max_length": 2,
+    "eval_freq": 40,
+    "start_context": ["the", "a bell"],
+}
+
+
+def test_a_stopped_run_ends_with_the_samples_of_an_undisturbed_one(start, workdir):
+    assert start(RUN_NAME="whole", **LONG_EPOCH).code == 0
+    for stop_after in (119, 1, 130):  # before samples, right at them, and in between
+        assert start(stop_after, RUN_NAME="one", **LONG_EPOCH).code == 130
+    assert start(RUN_NAME="one", **LONG_EPOCH).code == 0
+    whole, ours = (
+        (workdir / "runs" / name / "samples.md").read_text(encoding="utf-8")
+        for name in ("whole", "one")
+    )
+    assert ours == whole
+    headings = [line[3:] for line in whole.splitlines() if line.startswith("## ")]
+    assert headings[:5] == [
+        "Before training",
+        "After step 120",
+        "After step 240",
+        "After epoch 1",
+        "After epoch 2",
+    ]
+
+
+def test_a_run_of_an_earlier_version_goes_on_with_its_samples(start, workdir, monkeypatch):
+    def earlier_state(self):
+        state = real(self)
+        samples = [[label, texts[0]] for label, _, texts in state["history"]["samples"]]
+        return state | {"history": state["history"] | {"samples": samples}}
+
+    real = journal.Journal.state
+    with monkeypatch.context() as patch:
+        patch.setattr(journal.Journal, "state", earlier_state)
+        assert start(STOPPED_AT, RUN_NAME="one").code == 130
+    run = workdir / "runs" / "one"
+    settings = read(run)
+    for name in ("min_p", "repetition_penalty", "repetition_window"):
+        del settings["sampling"][name]
+    (run / "settings.json").write_text(json.dumps(settings), encoding="utf-8")
+    shipped = {"max_new_tokens": 3, "min_p": 0.0, "repetition_penalty": 1.0}
+    assert_goes_on(
+        start(RUN_NAME="one", sampling_params=shipped, start_context=["the", "a"]), "one"
+    )
+    samples = (run / "samples.md").read_text(encoding="utf-8")
+    assert samples.startswith("# What the model writes\n\n## Before training\n\n    the")
+    assert "## After epoch 1\n\nStep 8, validation loss " in samples
+    assert read(run)["changes"][-1]["start_context"] == ["the", ["the", "a"]]
+    assert read(run)["sampling"]["repetition_window"] == 64
 
 
 # ------------------------------------------------------------------------------------- length

@@ -564,6 +564,49 @@ def test_every_truncation_of_a_manifest_is_noticed(sealed):
             verify_folder(sealed)
 
 
+@pytest.mark.skipif(os.name == "nt", reason="needs pipes and links")
+@pytest.mark.parametrize("how", DAMAGES)
+def test_of_a_folder_only_the_files_that_are_required_may_be_verified(sealed, how):
+    damage(sealed / "model", how)  # a pipe would be waited for if it were opened
+    for required in ([], ["state.json"], ["state.json", "empty"]):
+        assert verify_folder(sealed, required, others=False) == FACTS
+    for required in (["model"], ["state.json", "model"]):
+        with pytest.raises(CheckpointError, match="model"):
+            verify_folder(sealed, required, others=False)
+    with pytest.raises(CheckpointError, match="model"):
+        verify_folder(sealed, ["state.json"])
+
+
+@pytest.mark.skipif(os.name == "nt", reason="needs pipes and links")
+def test_link_or_pipe_is_refused_though_its_length_is_right(sealed):
+    content = FILES["state.json"]
+    (sealed / "elsewhere"[: len(content)]).write_bytes(content)
+    (sealed / "state.json").unlink()
+    (sealed / "state.json").symlink_to("elsewhere"[: len(content)])
+    assert (sealed / "state.json").lstat().st_size == len(content)
+    with pytest.raises(CheckpointError, match=r"state\.json is no regular file"):
+        verify_folder(sealed)
+    (sealed / "empty").unlink()
+    os.mkfifo(sealed / "empty")  # who opens it waits for ever
+    with pytest.raises(CheckpointError, match="empty is no regular file"):
+        verify_folder(sealed, ["empty"], others=False)
+
+
+@pytest.mark.parametrize("others", [True, False])
+def test_required_file_must_be_among_the_sealed_ones(sealed, others):
+    (sealed / "added").write_bytes(b"later")
+    with pytest.raises(CheckpointError, match=rf"{MANIFEST} does not name added"):
+        verify_folder(sealed, ["model", "added"], others=others)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="needs pipes and links")
+@pytest.mark.parametrize("how", DAMAGES)
+def test_manifest_is_verified_whatever_else_is(sealed, how):
+    damage(sealed / MANIFEST, how)
+    with pytest.raises(CheckpointError, match=MANIFEST):
+        verify_folder(sealed, [], others=False)
+
+
 FILE = {"bytes": 1, "sha256": "0" * 64}
 
 

@@ -2,10 +2,12 @@
 
 import binascii
 import codecs
+import errno
 import hashlib
 import itertools
 import json
 import re
+import stat
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -37,6 +39,7 @@ MAX_TRAINED_VOCABULARY = 100_000
 TRAINING_CHARACTERS = 64_000_000  # a trained BPE looks at so many; more change it no further
 MAX_TOKENIZER_FILE = 128 << 20
 MAX_MERGES = 2_000_000
+MOST_MERGE_STEPS = 50_000_000  # for finding what tokens were merged from; GPT-2's take 3 million
 
 # \s of the GPT-2 pattern; Python's own \s has four control characters more
 _BLANK = "\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"
@@ -422,7 +425,10 @@ def load_tokenizer(name: str | Path) -> Tokenizer:
         return GPT2Tokenizer()
     path = Path(name).expanduser()
     try:
-        size = path.stat().st_size
+        found = path.stat()
+        if not stat.S_ISREG(found.st_mode):  # a pipe or device may never end
+            raise OSError(errno.EINVAL, "it is no regular file")
+        size = found.st_size
         content = path.read_bytes() if size <= MAX_TOKENIZER_FILE else b""
     except OSError as error:
         raise DataError(
@@ -439,7 +445,9 @@ def load_tokenizer(name: str | Path) -> Tokenizer:
     except (ValueError, RecursionError) as error:
         raise DataError(f"the tokenizer {path} is not valid JSON: {error}.") from error
     _check_tokenizer_tree(tree, path)
-    for kind in ("bpe", "char"):
+    # in time that grows with the square of a token's length, which a hostile file may choose
+    n_steps = sum(len(token) ** 2 for token in tree["model"]["vocab"] if isinstance(token, str))
+    for kind in ("bpe", "char") if n_steps <= MOST_MERGE_STEPS else ("char",):
         try:
             own = restore_tokenizer(kind, content)
             same = json.loads(own.to_json()) == tree
