@@ -150,7 +150,7 @@ def stream(
 def stream_text(
     model: nn.Module,
     tokenizer: Tokenizer,
-    prompts: Sequence[str],
+    prompts: Sequence[str | Sequence[int]],
     *,
     stop: Sequence[str] = (),
     num_samples: int = 1,
@@ -159,12 +159,14 @@ def stream_text(
 ) -> Iterator[Piece]:
     """Continue texts, each num_samples times; yield what is new of each as it is drawn.
 
-    sampling has the fields of SamplingConfig; those that are not given have its defaults. A text
-    ends before the first stop string, at the tokenizer's end of text, or after max_new_tokens. An
-    empty prompt begins as a document does: behind an end of text. Raises SettingsError.
+    A prompt may also be token ids. sampling has the fields of SamplingConfig; those that are not
+    given have its defaults. A text ends before the first stop string, at the tokenizer's end of
+    text, or after max_new_tokens. An empty prompt begins as a document does: behind an end of
+    text. Raises SettingsError.
     """
     given = asdict(SamplingConfig()) | sampling
-    ids = [tokenizer.encode(prompt) or [tokenizer.end_of_text_id] for prompt in prompts]
+    ids = [tokenizer.encode(p) if isinstance(p, str) else p for p in prompts]
+    ids = [prompt or [tokenizer.end_of_text_id] for prompt in ids]
     rows = Rows(model, ids, given, num_samples, generator)
     decoders = [tokenizer.decoder() for _ in rows.running]
     held = [_HeldBack(stop) for _ in rows.running]
@@ -240,9 +242,10 @@ class Rows:
         self._choice = dict(sampling)
         n_new = self._choice.pop("max_new_tokens")
         self._n_recent = self._choice.pop("repetition_window")
-        self._texts = [list(prompt) for prompt in prompts]
-        self._seen_from = [0] * len(prompts)  # where the model's window of each text begins
         self._limit = model.config.context_length
+        n_kept = max(self._limit + 1, self._n_recent)  # nothing older is looked at
+        self._texts = [list(prompt[-n_kept:]) for prompt in prompts]
+        self._seen_from = [0] * len(prompts)  # where the model's window of each text begins
         self._capacity = min(self._limit, max(map(len, prompts)) + n_new)
         self._cache: KVCache | None = None
         self._recorded: RecordedStep | None = None

@@ -117,8 +117,11 @@ def _has_terminal() -> bool:
 
 def _print(line: str, name: str) -> None:
     """Print to sys.stdout or sys.stderr; one that nobody reads any more must not end a run."""
+    stream = getattr(sys, name)
+    if stream is None:  # print() would take standard output then
+        return
     try:
-        print(line, file=getattr(sys, name), flush=True)
+        print(line, file=stream, flush=True)
     except OSError:  # a closed pipe (| head), a full disk
         setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115
 

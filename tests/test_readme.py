@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import re
+import shlex
 import shutil
 import statistics
 import subprocess
@@ -24,11 +25,13 @@ LONG = {
     "python -m pytest",
     "python -m benchmarks.train",
     "python -m benchmarks.train --peers",
+    "python -m benchmarks.generate",
     "python -m benchmarks.learn",
     "python -m benchmarks.startup",
     "python -m benchmarks.data",
     "python -m benchmarks.saving",
     "python -m benchmarks.survival",
+    "python -m scripts.serve",  # until it is stopped
 }
 
 
@@ -59,12 +62,13 @@ def test_the_commands_run_as_written(tmp_path):  # those of the other README are
             (copy / named[1]).write_text(block, encoding="utf-8")
     assert "python main.py" in commands(text)
     for command in commands(text):
-        program, *arguments = command.split()
+        program, *arguments = shlex.split(command)
         assert program == "python", command
         done = subprocess.run(
             [sys.executable, *arguments],
             cwd=copy,
             env=os.environ | OFFLINE,
+            stdin=subprocess.DEVNULL,
             capture_output=True,
             encoding="utf-8",
         )
@@ -156,6 +160,21 @@ def test_the_peers_rows_are_those_that_the_benchmark_wrote(readme):
         assert f"| {row['tokens_per_second']['median']:,.0f} |{ratio}|" in text
     for name in ("ours_peak_bytes", "transformers_bf16_peak_bytes"):
         assert f" {memory[name] / 1e9:.1f} GB" in text
+
+
+@pytest.mark.parametrize("readme", READMES)
+def test_the_speeds_of_generation_are_those_that_the_benchmark_wrote(readme):
+    results = REPOSITORY / "benchmarks" / "results"
+    figures = json.loads((results / "generate-cpu.json").read_text(encoding="utf-8"))
+    assert figures["fp32_tokens_are_transformers"] is True
+    text = read(readme)
+    rows = {(row["name"], row["batch"]): row for row in figures["rows"]}
+    for name in dict.fromkeys(name for name, _ in rows):
+        one, eight = rows[name, 1], rows[name, 8]
+        shown = f"| {one['tokens_per_s']:.0f} | {one['times_transformers']:.1f} "
+        shown += f"| {one['share_of_limit']:.0%} | {eight['tokens_per_s']:.0f} |"
+        assert shown in text
+    assert f"{statistics.median(figures['bytes_per_s']) / 1e9:.0f} GB/s" in text
 
 
 @pytest.mark.parametrize("recipes", ["docs/recipes.md", "docs/recipes.zh-CN.md"])

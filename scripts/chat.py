@@ -1,0 +1,210 @@
+"""Write a text in turns with a trained model, in a terminal:  python -m scripts.chat
+
+A base model continues text: it goes on from your words directly, and your next words begin behind
+a blank line. It reads the newest turns that fit into its context beside max_new_tokens, for which
+half of the context is kept at most; older turns are left out whole. Of a turn that is too long by
+itself it reads the newest part. Standard output gets the answers alone, without control characters.
+"""
+
+import contextlib
+import os
+import re
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from engine.console import printable, tell
+from engine.errors import PipelineError, SettingsError
+from engine.settings import unknown_name
+from engine.storage import write_atomically
+from environment import LoadedRun
+from generation import stream_text
+from scripts.options import (
+    add_run_options,
+    add_sampling_options,
+    add_stop_option,
+    describe,
+    load,
+    new_parser,
+    read_sampling,
+    run_program,
+    sampling_of,
+    seed_of,
+    whole,
+    write,
+)
+
+GAP = "\n\n"  # between turns
+HELP = """\
+/retry                  draw the last answer again, with another seed
+/reset                  forget all that was said
+/set temperature=0.8    change how tokens are drawn, several at a time; /set alone shows it all
+/save FILE              write the conversation to a file (chat-DATE.md)
+/help                   show this
+/quit                   end, as Ctrl-D does; Ctrl-C ends an answer
+A line that begins with a blank is text, whatever follows it."""
+
+
+def main() -> int:
+    """Read the options, load the run and hold the conversation; returns 0 when it ends."""
+    parser = new_parser(__doc__)
+    add_run_options(parser)
+    add_sampling_options(parser)
+    add_stop_option(parser)
+    arguments = parser.parse_args()
+    run = load(arguments)
+    seed = seed_of(arguments)
+    chat = Chat(run, sampling_of(arguments, run), arguments.stop, seed)
+    tell(
+        f"{describe(run)}, seed {seed}\n"
+        "This is a base model and no assistant: it continues the text that you begin,\n"
+        f"and reads the newest {run.model.config.context_length:,} tokens of it.\n"
+        "/retry /reset /set temperature=0.8 /save FILE /help /quit; Ctrl-C ends an answer"
+    )
+    for line in read_lines():
+        if not chat.take(line):
+            break
+    return 0
+
+
+@dataclass
+class Turn:
+    """What the user wrote, and what the model added to it."""
+
+    words: str
+    answer: str = ""
+
+
+class Chat:
+    """A conversation: its turns, and how the next answer is drawn."""
+
+    def __init__(self, run: LoadedRun, sampling: dict[str, Any], stop: list[str], seed: int):
+        self.turns: list[Turn] = []
+        self.sampling = sampling
+        self._run, self._stop, self._seed = run, stop, seed
+        self._commands = {
+            "/retry": lambda _: "there is no answer yet",
+            "/reset": self._reset,
+            "/set": self._set,
+            "/save": self._save,
+            "/help": lambda _: HELP,
+        }
+
+    def take(self, line: str) -> bool:
+        """Answer a line, or do what it orders; returns whether the conversation goes on."""
+        name, _, rest = line.rstrip().partition(" ")
+        if name == "/quit":
+            return False
+        if name == "/retry" and self.turns:
+            self.answer()
+        elif name in self._commands:
+            try:
+                tell(self._commands[name](printable(rest).strip()))
+            except PipelineError as error:
+                tell(str(error))
+        elif name.startswith("/"):
+            tell(unknown_name(name, name, [*self._commands, "/quit"]))
+        elif line.strip():
+            self.turns.append(Turn(line))
+            self.answer()
+        return True
+
+    def answer(self) -> None:
+        """Draw the last turn's answer and show it as it comes; Ctrl-C ends it where it is."""
+        turn = self.turns[-1]
+        turn.answer = ""
+        generator = torch.Generator(device=self._run.device).manual_seed(self._seed)
+        self._seed += 1
+        model, tokenizer = self._run.model, self._run.tokenizer
+        options = self.sampling | {"stop": self._stop, "generator": generator}
+        try:
+            with contextlib.closing(
+                stream_text(model, tokenizer, [self.prompt()], **options)
+            ) as pieces:
+                for piece in pieces:
+                    turn.answer += piece.text
+                    write(piece.text)
+        except KeyboardInterrupt:
+            tell("\n(stopped)")
+        else:
+            if not turn.answer:
+                tell("(the model ends the text here; /retry draws again)")
+        write("\n")
+
+    def prompt(self) -> str:
+        """The text that the next answer goes on from: the last turn, and what fits before it."""
+        context = self._run.model.config.context_length
+        most = context - min(self.sampling["max_new_tokens"], context // 2)
+        text = self.turns[-1].words
+        for turn in reversed(self.turns[:-1]):
+            longer = f"{turn.words}{turn.answer}".rstrip() + GAP + text
+            if len(self._run.tokenizer.encode(longer)) > most:
+                break
+            text = longer
+        return text
+
+    def _reset(self, _: str) -> str:
+        self.turns.clear()
+        return "forgotten"
+
+    def _set(self, values: str) -> str:
+        """Change the sampling as "name=value name=value" says, all of it or nothing."""
+        pairs = [pair.partition("=") for pair in re.sub(r"\s*=\s*", "=", values).split()]
+        changes = read_sampling({name.replace("-", "_"): value for name, _, value in pairs})
+        self.sampling |= changes
+        shown = changes or self.sampling
+        return "\n".join(
+            f"{name} = {value}".replace("None", "none") for name, value in shown.items()
+        )
+
+    def _save(self, name: str) -> str:
+        """Write the conversation as Markdown, the user's words as quotations."""
+        path = os.path.expanduser(name or time.strftime("chat-%Y-%m-%d_%H-%M-%S.md"))
+        if not self.turns:
+            raise SettingsError("there is nothing to save yet")
+        if os.path.lexists(path):
+            raise SettingsError(f"{path} is there already; name another file")
+        parts = [f"# {self._run.path.name}, step {self._run.step}"]
+        for turn in self.turns:
+            parts += [f"> {turn.words}", turn.answer.strip("\n")]
+        write_atomically(path, (printable(GAP.join(parts)) + "\n").encode("utf-8", "replace"))
+        return f"saved to {path}"
+
+
+def read_lines() -> Iterator[str]:
+    """The lines of standard input, to its end; two Ctrl-C in a row end it, too.
+
+    In a terminal with a mark before each, and Python's line editing where it is there.
+    """
+    if sys.stdin is None:
+        return
+    is_terminal = sys.stdin.isatty()
+    sys.stdin.reconfigure(encoding=None if is_terminal else "utf-8", errors="replace")
+    if is_terminal:
+        with contextlib.suppress(ImportError):  # Windows has its own
+            import readline  # noqa: F401
+    mark = "> " if is_terminal and sys.stdout is not None and sys.stdout.isatty() else ""
+    was_interrupted = False
+    while True:
+        try:
+            line = input(mark)
+        except EOFError:
+            if mark:
+                write("\n")
+            return
+        except KeyboardInterrupt:
+            if was_interrupted:
+                return
+            was_interrupted = True
+            tell("\n(Ctrl-C once more, or /quit, ends the conversation)")
+            continue
+        was_interrupted = False
+        yield whole(line)
+
+
+if __name__ == "__main__":
+    run_program(main)

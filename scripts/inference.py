@@ -1,0 +1,243 @@
+"""Continue a text with a trained model:  python -m scripts.inference --prompt "Once upon a time"
+
+Standard output gets nothing but the result: each prompt and what the model adds to it, without
+control characters, which a terminal might obey. With --json they are there, escaped.
+"""
+
+import argparse
+import math
+import re
+import sys
+from typing import Any
+
+import torch
+
+from engine.console import tell
+from engine.errors import DataError, SettingsError
+from engine.settings import raise_if_any
+from engine.storage import to_json
+from environment import LoadedRun
+from generation import stream_text
+from scripts.options import (
+    add_run_options,
+    add_sampling_options,
+    add_stop_option,
+    describe,
+    load,
+    new_parser,
+    run_program,
+    sampling_of,
+    seed_of,
+    whole,
+    write,
+)
+
+ROWS_AT_ONCE = 8  # texts of several prompts in one batch: each takes memory
+MOST_SAMPLES = 100
+MOST_BYTES = 16 << 20  # of a prompt file; a model reads the newest few thousand
+# JSON may hold these as they are, but a terminal obeys some, and others end a line for some
+_UNSAFE_IN_JSON = re.compile("[\x7f-\x9f\u2028\u2029\ud800-\udfff]")
+
+
+def main() -> int:
+    """Read options and prompts, load the run, print its continuations; returns 0."""
+    arguments = _parser().parse_args()
+    prompts = read_prompts(arguments)
+    _check(arguments, len(prompts))
+    run = load(arguments)
+    seed = seed_of(arguments)
+    tell(f"{describe(run)}, seed {seed}")
+    options = sampling_of(arguments, run) | {
+        "stop": arguments.stop,
+        "num_samples": arguments.num_samples,
+        "generator": torch.Generator(device=run.device).manual_seed(seed),
+    }
+    if arguments.stream:
+        write(prompts[0])
+        for piece in stream_text(run.model, run.tokenizer, prompts, **options):
+            write(piece.text)
+        write("\n")
+        return 0
+    facts = {"seed": seed, "run": str(run.path), "step": run.step}
+    for first in range(0, len(prompts), _prompts_at_once(arguments)):
+        some = prompts[first : first + _prompts_at_once(arguments)]
+        for row, sample in enumerate(continue_texts(run, some, options)):
+            if arguments.json:
+                write(to_json_line(sample | facts))
+            else:
+                number = first * arguments.num_samples + row
+                write(_headline(number, len(prompts), arguments.num_samples))
+                write(f"{sample['prompt']}{sample['text']}\n")
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = new_parser(__doc__)
+    _add_prompt_options(parser)
+    _add_result_options(parser)
+    add_run_options(parser)
+    add_sampling_options(parser)
+    return parser
+
+
+def _add_prompt_options(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("prompts (without one, standard input is read)")
+    group.add_argument(
+        "--prompt",
+        metavar="TEXT",
+        action="append",
+        type=whole,
+        default=[],
+        help='go on from this text; may be repeated; "" begins as a document does',
+    )
+    group.add_argument(
+        "--prompt-file",
+        metavar="FILE",
+        help='go on from the text of a UTF-8 file; "-" is standard input',
+    )
+    group.add_argument(
+        "--lines", action="store_true", help="each line of the file or input is a prompt"
+    )
+
+
+def _add_result_options(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("the result")
+    group.add_argument(
+        "--num-samples",
+        metavar="N",
+        type=int,
+        default=1,
+        help=f"texts for each prompt, up to {MOST_SAMPLES} (1)",
+    )
+    add_stop_option(group)
+    group.add_argument(
+        "--stream", action="store_true", help="show the text as it is drawn: of one prompt, once"
+    )
+    group.add_argument(
+        "--json",
+        action="store_true",
+        help="a JSON object a text and line: prompt, text, finish_reason, tokens with their "
+        "probabilities, seed, run, step",
+    )
+
+
+def _check(arguments: argparse.Namespace, n_prompts: int) -> None:
+    """Raise SettingsError with every option that is wrong or does not go with the others."""
+    problems = []
+    if not 1 <= arguments.num_samples <= MOST_SAMPLES:
+        problems.append(f"--num-samples is {arguments.num_samples}; it must be 1 to {MOST_SAMPLES}")
+    if arguments.stream and (n_prompts > 1 or arguments.num_samples > 1):
+        problems.append("--stream shows a single text; ask for one prompt and one sample")
+    if arguments.stream and arguments.json:
+        problems.append("--stream and --json don't go together: an object is written when whole")
+    raise_if_any(problems, "the options")
+
+
+def _prompts_at_once(arguments: argparse.Namespace) -> int:
+    return max(1, ROWS_AT_ONCE // arguments.num_samples)
+
+
+def _headline(number: int, n_prompts: int, n_samples: int) -> str:
+    """What stands above text number of all, from 0; nothing where there is only one."""
+    prompt, sample = divmod(number, n_samples)
+    parts = [f"prompt {prompt + 1} of {n_prompts}"] if n_prompts > 1 else []
+    parts += [f"sample {sample + 1} of {n_samples}"] if n_samples > 1 else []
+    gap = "\n" if number else ""
+    return f"{gap}--- {', '.join(parts)} ---\n" if parts else ""
+
+
+# -------------------------------------------------------------------------------- prompts
+
+
+def read_prompts(arguments: argparse.Namespace) -> list[str]:
+    """The texts to go on from: --prompt, then --prompt-file; without both, standard input.
+
+    A file is one prompt, without the end of its last line; with --lines, every line that is not
+    blank is one. Raises SettingsError where there is no prompt, DataError for one that can't be
+    read.
+    """
+    file = arguments.prompt_file
+    if file is None and not arguments.prompt and sys.stdin is not None and not sys.stdin.isatty():
+        file = "-"
+    if file is None:
+        if not arguments.prompt:
+            raise SettingsError(
+                'there is no prompt. Give --prompt "TEXT", --prompt-file FILE, or text on standard '
+                'input;\n--prompt "" begins as a document does.'
+            )
+        if arguments.lines:
+            raise SettingsError("--lines is for --prompt-file or standard input; leave it out.")
+        return arguments.prompt
+    name = "standard input" if file == "-" else file
+    text = _read_file(file, name)
+    if not arguments.lines:
+        return [*arguments.prompt, text.removesuffix("\n").removesuffix("\r")]
+    lines = [line.removesuffix("\r") for line in text.split("\n") if line.strip()]
+    if not lines:
+        raise DataError(f"{name} has no line with text in it; --lines makes each one a prompt.")
+    return [*arguments.prompt, *lines]
+
+
+def _read_file(file: str, name: str) -> str:
+    """The text of a file, or of standard input for "-"; name is what messages call it."""
+    try:
+        if file != "-":
+            with open(file, "rb") as opened:
+                content = opened.read(MOST_BYTES + 1)
+        elif sys.stdin is None:
+            raise DataError("standard input is closed; give --prompt or --prompt-file.")
+        else:
+            content = sys.stdin.buffer.read(MOST_BYTES + 1)
+        text = content.decode("utf-8")
+    except OSError as error:
+        raise DataError(f"can't read {name}: {error.strerror or error}.") from None
+    except UnicodeDecodeError as error:
+        raise DataError(
+            f"{name} is not UTF-8: byte {error.start} is 0x{content[error.start]:02x}.\n"
+            "Save it as UTF-8."
+        ) from None
+    if len(content) > MOST_BYTES:
+        raise DataError(f"{name} has more than {MOST_BYTES >> 20} MB; shorten it: the end counts.")
+    return text.removeprefix("\ufeff")
+
+
+# --------------------------------------------------------------------------------- results
+
+
+def continue_texts(
+    run: LoadedRun, prompts: list[str], options: dict[str, Any]
+) -> list[dict[str, Any]]:
+    """Continue prompts as one batch; a dict for each sample, those of a prompt side by side.
+
+    It has prompt, text, finish_reason ("stop" or "length") and tokens: id, text (the characters
+    that it completes, None for none) and probability, each.
+    """
+    rows = [prompt for prompt in prompts for _ in range(options["num_samples"])]
+    samples = [{"prompt": prompt, "text": "", "finish_reason": "", "tokens": []} for prompt in rows]
+    decoders = [run.tokenizer.decoder() for _ in rows]
+    for piece in stream_text(run.model, run.tokenizer, prompts, **options):
+        sample, decoder = samples[piece.row], decoders[piece.row]
+        is_end = piece.token.id == run.tokenizer.end_of_text_id
+        text = "" if is_end else decoder.add(piece.token.id)
+        if piece.finish is not None:
+            sample["finish_reason"] = piece.finish
+            text += decoder.finish()
+        sample["text"] += piece.text
+        sample["tokens"].append(
+            {
+                "id": piece.token.id,
+                "text": text or None,
+                "probability": min(1.0, math.exp(piece.token.logprob)),  # rounding may pass 1
+            }
+        )
+    return samples
+
+
+def to_json_line(value: dict[str, Any]) -> str:
+    """A dict as a line of JSON that is one line, and harmless, wherever it is shown."""
+    line = _UNSAFE_IN_JSON.sub(lambda match: f"\\u{ord(match[0]):04x}", to_json(value))
+    return f"{line}\n"
+
+
+if __name__ == "__main__":
+    run_program(main)

@@ -1,0 +1,149 @@
+"""Serve a trained model on this machine:  python -m scripts.serve
+
+A page at / to talk to it, and OpenAI's API at /v1 for programs. It listens on this machine alone
+unless --host and --token say otherwise.
+"""
+
+import argparse
+import asyncio
+import errno
+import os
+import re
+import socket
+from importlib.util import find_spec
+
+from engine.errors import ResourceError, SettingsError
+from engine.settings import raise_if_any, shown
+from environment import LoadedRun
+from scripts.options import (
+    add_run_options,
+    add_sampling_options,
+    load,
+    new_parser,
+    run_program,
+    sampling_of,
+    seed_of,
+)
+
+BACKLOG = 2048  # connections that wait to be accepted
+
+
+def main() -> int:
+    """Read the options, take the port, load the run, serve it until Ctrl-C; returns 0."""
+    arguments = _options()
+    for library in ("starlette", "uvicorn"):
+        if find_spec(library) is None:
+            raise SettingsError(f"{library} is not installed: pip install starlette uvicorn")
+    with listen(arguments.host, arguments.port) as listener:
+        run = load(arguments)
+        asyncio.run(_serve(arguments, run, listener))
+    return 0
+
+
+def _options() -> argparse.Namespace:
+    parser = new_parser(__doc__)
+    add_run_options(parser)
+    group = parser.add_argument_group("the server")
+    group.add_argument("--port", metavar="N", default="8000", help="0 takes a free one (8000)")
+    group.add_argument(
+        "--host",
+        default="127.0.0.1",
+        help="the address to listen on; any but this machine's own needs --token (127.0.0.1)",
+    )
+    group.add_argument(
+        "--token",
+        default=os.environ.get("GPT_SERVE_TOKEN") or None,
+        help="what clients must know; other users of this machine may see options, so the "
+        "environment variable GPT_SERVE_TOKEN serves too",
+    )
+    group.add_argument(
+        "--answer-limit", metavar="N", default="4096", help="most tokens of an answer (4096)"
+    )
+    group.add_argument(
+        "--queue-limit", metavar="N", default="8", help="requests that may wait their turn (8)"
+    )
+    add_sampling_options(parser)
+    return _checked(parser.parse_args())
+
+
+def _checked(arguments: argparse.Namespace) -> argparse.Namespace:
+    """The options with numbers for their texts; SettingsError with every wrong one."""
+    problems = []
+    for name, least, most in (
+        ("port", 0, 65_535),
+        ("answer_limit", 1, 100_000),
+        ("queue_limit", 0, 1000),
+    ):
+        text = getattr(arguments, name)
+        number = int(text) if re.fullmatch("[0-9]{1,6}", text) else -1
+        if not least <= number <= most:
+            flag = "--" + name.replace("_", "-")
+            allowed = f"it must be a whole number from {least} to {most}"
+            problems.append(f"{flag} is {shown(text)}; {allowed}")
+        setattr(arguments, name, number)
+    token = arguments.token
+    if token is not None and not re.fullmatch("[!-~]{8,}", token):  # nor is it shown
+        problems.append("--token must be 8 or more ASCII letters, digits or signs without blanks")
+    if arguments.host == "localhost":
+        arguments.host = "127.0.0.1"
+    if token is None and arguments.host not in ("127.0.0.1", "::1"):
+        problems.append(
+            f"--host {shown(arguments.host)} lets other machines in, so it needs --token: "
+            "a secret of 8 or more characters that clients must know"
+        )
+    raise_if_any(problems, "the options")
+    return arguments
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A socket that listens; ResourceError where the port is taken, naming one that is free."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        return socket.create_server((host, port), family=family, backlog=BACKLOG)
+    except OSError as error:
+        if error.errno in (errno.EADDRINUSE, errno.EACCES):
+            with socket.create_server((host, 0), family=family) as other:
+                free = other.getsockname()[1]
+            reason = "is in use" if error.errno == errno.EADDRINUSE else "is not for this user"
+            raise ResourceError(f"port {port} {reason}. Try --port {free}.") from None
+        reason = error.strerror or error
+        raise ResourceError(f"can't listen on {shown(host)}: {reason}.") from None
+
+
+async def _serve(arguments: argparse.Namespace, run: LoadedRun, listener: socket.socket) -> None:
+    from scripts.serving.app import Application, Server
+    from scripts.serving.guard import bracketed
+    from scripts.serving.protocol import Served
+    from scripts.serving.writer import Writer
+
+    sampling = sampling_of(arguments, run)
+    if sampling["max_new_tokens"] > arguments.answer_limit:
+        raise SettingsError(
+            f"max_new_tokens is {sampling['max_new_tokens']}, more than --answer-limit "
+            f"{arguments.answer_limit} allows; change one of them"
+        )
+    served = Served(
+        model=run.path.resolve().name,
+        aliases=tuple({run.path.name, run.settings.get("model_name") or run.path.name}),
+        created=int((run.path / "settings.json").stat().st_mtime),
+        fingerprint=f"step-{run.step}-{run.weights}",
+        tokenizer=run.tokenizer,
+        sampling=sampling,
+        seed=None if arguments.seed is None else seed_of(arguments),
+        answer_limit=arguments.answer_limit,
+    )
+    host, port = arguments.host, listener.getsockname()[1]
+    writer = Writer(run, arguments.queue_limit)
+    app = Application(run, served, writer).guarded(host=host, port=port, token=arguments.token)
+    greeting = (
+        f"http://{bracketed(host)}:{port}/ serves {served.model}, step {run.step}, "
+        f"{run.weights} weights (Ctrl-C ends it)"
+    )
+    try:
+        await Server(app, writer, greeting).serve(sockets=[listener])
+    finally:
+        writer.close()
+
+
+if __name__ == "__main__":
+    run_program(main)

@@ -1,0 +1,251 @@
+"""The server's answers: OpenAI's endpoints, the page and its facts."""
+
+import json
+import socket
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+from typing import Any
+
+import uvicorn
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import Response
+from starlette.routing import Route
+
+from engine.console import say
+from engine.errors import PipelineError
+from environment import LoadedRun
+from generation import Piece
+from scripts.serving.guard import Guard, Refused, TimedProtocol, report, send_refusal, to_json
+from scripts.serving.protocol import Answer, Served, check_model_name, read_order
+from scripts.serving.writer import Job, Writer, watched
+
+MOST_BODY_BYTES = 1_000_000
+SECONDS_TO_END = 3
+HERE = Path(__file__).resolve().parent
+FILES = {
+    "/": ("page.html", "text/html; charset=utf-8"),
+    "/page.css": ("page.css", "text/css; charset=utf-8"),
+    "/page.js": ("page.js", "text/javascript; charset=utf-8"),
+    "/icon.svg": ("icon.svg", "image/svg+xml"),
+}
+
+
+def as_refusal(error: Exception) -> Refused:
+    """What a client is told of an error."""
+    if isinstance(error, Refused):
+        return error
+    if isinstance(error, PipelineError):
+        return Refused(500, str(error))
+    return Refused(500, f"the server failed ({type(error).__name__})")
+
+
+class JSONResponse(Response):
+    """JSON, whatever characters it has."""
+
+    media_type = "application/json"
+
+    def render(self, content: Any) -> bytes:
+        """The bytes of the body."""
+        return to_json(content)
+
+
+class EventStream:
+    """An answer as server-sent events, chunk by chunk, while it is written."""
+
+    def __init__(self, writer: Writer, job: Job, answer: Answer) -> None:
+        self._writer, self._job, self._answer = writer, job, answer
+
+    async def __call__(self, scope: dict, receive: Callable, send: Callable) -> None:
+        async def send_event(data: bytes) -> None:
+            body = b"data: " + data + b"\n\n"
+            await send({"type": "http.response.body", "body": body, "more_body": True})
+
+        headers = [(b"content-type", b"text/event-stream; charset=utf-8")]
+        async with watched(self._writer, self._job, receive):
+            await send({"type": "http.response.start", "status": 200, "headers": headers})
+            try:
+                async for chunk in self._chunks():
+                    await send_event(to_json(chunk))
+                await send_event(b"[DONE]")
+            except ClientDisconnect:
+                return
+            except Exception as error:  # the status is sent, so the stream tells it
+                if not isinstance(error, Refused | PipelineError):
+                    report(error)
+                await send_event(to_json(as_refusal(error).body()))
+        await send({"type": "http.response.body", "body": b""})
+
+    async def _chunks(self) -> AsyncIterator[dict[str, Any]]:
+        for chunk in self._answer.opening():
+            yield chunk
+        async for piece in self._job.pieces():
+            chunk = self._answer.chunk(piece)
+            if chunk is not None:
+                yield chunk
+        for chunk in self._answer.closing(self._job.n_prompt_tokens):
+            yield chunk
+
+
+async def read_body(request: Request) -> bytes:
+    """The body of a request; Refused, with 413, as soon as it is known to be too long."""
+    too_long = Refused(413, f"the body is too long: {MOST_BODY_BYTES} bytes at most")
+    if int(request.headers.get("content-length", 0)) > MOST_BODY_BYTES:
+        raise too_long
+    body = bytearray()
+    async for part in request.stream():
+        body += part
+        if len(body) > MOST_BODY_BYTES:
+            raise too_long
+    return bytes(body)
+
+
+class Application:
+    """The endpoints of a server for one run."""
+
+    def __init__(self, run: LoadedRun, served: Served, writer: Writer) -> None:
+        self._run, self._served, self._writer = run, served, writer
+
+    def guarded(self, *, host: str, port: int, token: str | None) -> Guard:
+        """The whole as an ASGI application for an address."""
+        app = Starlette(
+            routes=[
+                *(Route(path, self.file) for path in FILES),
+                Route("/run.json", self.run_facts),
+                Route("/training_losses.png", self.picture),
+                Route("/v1/models", self.models),
+                Route("/v1/models/{name:path}", self.model),
+                Route("/v1/completions", self.complete, methods=["POST"]),
+                Route("/v1/chat/completions", self.complete, methods=["POST"]),
+            ],
+            exception_handlers={
+                Refused: self.refuse,
+                PipelineError: self.refuse,
+                HTTPException: self.refuse,
+                ClientDisconnect: self.nobody,
+                Exception: self.refuse,
+            },
+        )
+        app.router.redirect_slashes = False
+        return Guard(app, host=host, port=port, token=token)
+
+    async def complete(self, request: Request) -> Any:
+        """/v1/completions and /v1/chat/completions."""
+        is_chat = request.url.path.endswith("/chat/completions")
+        order = read_order(await read_body(request), self._served, is_chat=is_chat)
+        job = self._writer.submit(order)
+        answer = Answer(order, self._served)
+        if order.stream:
+            return EventStream(self._writer, job, answer)
+        rows: list[list[Piece]] = [[] for _ in range(len(order.prompts) * order.n)]
+        async with watched(self._writer, job, request.receive):
+            async for piece in job.pieces():
+                rows[piece.row].append(piece)
+        return JSONResponse(answer.whole(rows, job.n_prompt_tokens))
+
+    async def models(self, request: Request) -> Response:
+        """/v1/models: the run."""
+        return JSONResponse({"object": "list", "data": [self._model()]})
+
+    async def model(self, request: Request) -> Response:
+        """/v1/models/NAME: the run, by any of its names."""
+        check_model_name(request.path_params["name"], self._served)
+        return JSONResponse(self._model())
+
+    def _model(self) -> dict[str, Any]:
+        created, name = self._served.created, self._served.model
+        return {"id": name, "object": "model", "created": created, "owned_by": "you"}
+
+    async def file(self, request: Request) -> Response:
+        """The page and what belongs to it."""
+        name, media_type = FILES[request.url.path]
+        return Response((HERE / name).read_bytes(), media_type=media_type)
+
+    async def picture(self, request: Request) -> Response:
+        """The run's losses as a picture, which a run that is being trained draws anew."""
+        try:
+            picture = (self._run.path / "training_losses.png").read_bytes()
+        except FileNotFoundError:
+            raise Refused(404, "this run has no picture of its losses yet") from None
+        return Response(picture, media_type="image/png")
+
+    async def run_facts(self, request: Request) -> Response:
+        """What the page tells of the run, and where its controls begin."""
+        run, served = self._run, self._served
+        summary, data = self._facts_in("summary.json"), self._facts_in("data.json")
+        names = [Path(file["name"]).name for file in data.get("files", [])]
+        facts = {
+            "name": served.model,
+            "step": run.step,
+            "weights": run.weights,
+            "device": str(run.device),
+            "parameters": run.n_parameters,
+            "context_length": run.model.config.context_length,
+            "tokenizer": run.tokenizer.name,
+            "final_train_loss": summary.get("final_train_loss"),
+            "final_val_loss": summary.get("final_val_loss"),
+            "text": names[:3],
+            "more_texts": len(names[3:]),
+            "text_tokens": data.get("tokens"),
+            "sampling": served.sampling,
+            "seed": served.seed,
+            "answer_limit": served.answer_limit,
+        }
+        return JSONResponse(facts)
+
+    def _facts_in(self, name: str) -> dict[str, Any]:
+        """A JSON file of the run; nothing where it is not there yet."""
+        try:
+            return json.loads((self._run.path / name).read_bytes())
+        except FileNotFoundError:
+            return {}
+
+    async def refuse(self, request: Request, error: Exception) -> Any:
+        """The answer to what went wrong, in OpenAI's shape."""
+        if isinstance(error, HTTPException):  # of the router
+            method, path = request.method, request.url.path
+            said = f"there is no {method} {path} here; see /v1/models, /v1/completions, "
+            said += "/v1/chat/completions and the page at /"
+            error = Refused(error.status_code, said, headers=error.headers)
+        refusal = as_refusal(error)
+
+        async def answer(scope: dict, receive: Callable, send: Callable) -> None:
+            await send_refusal(refusal, send)
+
+        return answer
+
+    async def nobody(self, request: Request, error: Exception) -> Response:
+        """What is sent where the client has gone: nothing that anybody reads."""
+        return Response(status_code=400)
+
+
+class Server(uvicorn.Server):
+    """uvicorn's, which says when it is ready, and ends what is being written when it ends."""
+
+    def __init__(self, app: Guard, writer: Writer, greeting: str) -> None:
+        self._writer, self._greeting = writer, greeting
+        super().__init__(
+            uvicorn.Config(
+                app,
+                http=TimedProtocol,
+                ws="none",
+                lifespan="off",
+                log_config=None,
+                log_level="error",
+                access_log=False,  # it would have what clients put into addresses
+                proxy_headers=False,
+                server_header=False,
+                timeout_graceful_shutdown=SECONDS_TO_END,
+            )
+        )
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Accept connections, and say so."""
+        await super().startup(sockets=sockets)
+        say(self._greeting)
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """End what is being written, then everything."""
+        self._writer.stop()
+        await super().shutdown(sockets=sockets)

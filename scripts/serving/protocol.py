@@ -1,0 +1,389 @@
+"""OpenAI's protocol: a request's JSON is checked into an Order, and answers get their shapes."""
+
+import dataclasses
+import json
+import time
+import uuid
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn
+
+from engine.settings import find_problems, shown, unknown_name
+from generation import Piece, SamplingConfig
+from scripts.serving.guard import Refused
+from text.tokenizer import Tokenizer
+
+MOST_ROWS = 16  # texts that a request may ask for: prompts times n
+MOST_STOPS = 16
+LONGEST_STOP = 1000
+LENGTHS = ("max_tokens", "max_completion_tokens")
+# these would change the text, so they must say that they don't
+NEUTRAL: dict[str, tuple] = {
+    "frequency_penalty": (0,),
+    "presence_penalty": (0,),
+    "best_of": (1,),
+    "echo": (False,),
+    "suffix": ("",),
+    "logit_bias": ({},),
+    "top_logprobs": (0,),
+    "tools": ([],),
+    "tool_choice": ("none", "auto"),
+    "functions": ([],),
+    "function_call": ("none", "auto"),
+    "response_format": ({"type": "text"},),
+    "modalities": (["text"],),
+}
+# these are about accounts and storage, and change nothing here
+WITHOUT_EFFECT = (
+    "user",
+    "metadata",
+    "store",
+    "service_tier",
+    "safety_identifier",
+    "prompt_cache_key",
+    "parallel_tool_calls",
+)
+ROLES = ("system", "developer", "user", "assistant")
+
+
+@dataclasses.dataclass(frozen=True)
+class Served:
+    """What is served, and what a request that says nothing else gets."""
+
+    model: str  # the name of the run
+    aliases: tuple[str, ...]
+    created: int  # seconds since 1970
+    fingerprint: str
+    tokenizer: Tokenizer
+    sampling: dict[str, Any]  # all fields of SamplingConfig
+    seed: int | None
+    answer_limit: int  # tokens
+
+
+@dataclasses.dataclass(frozen=True)
+class Order:
+    """What a request asks for, checked."""
+
+    is_chat: bool
+    prompts: list[str | list[int]]
+    n: int
+    stop: list[str]
+    seed: int | None
+    sampling: dict[str, Any]  # all fields of SamplingConfig
+    logprobs: bool
+    stream: bool
+    include_usage: bool
+
+
+# ------------------------------------------------------------------------------- requests
+
+
+def read_order(body: bytes, served: Served, *, is_chat: bool) -> Order:
+    """Check a request's body; Refused with every wrong value, or for another model."""
+    given = parse_object(body)
+    fields = _Fields(given)
+    _check_model(given.get("model"), served)
+    prompts = [_chat_prompt(fields)] if is_chat else _prompts(fields, served.tokenizer.vocab_size)
+    n = fields.take("n", 1, _whole_number(1, MOST_ROWS), f"a whole number from 1 to {MOST_ROWS}")
+    if len(prompts) * n > MOST_ROWS and not fields.problems:
+        rows = f"{len(prompts)} prompts with n = {n}" if n > 1 else f"{len(prompts)} prompts"
+        fields.wrong("prompt", f"{rows} are too many: {MOST_ROWS} texts at once at most")
+    stop = _stop_strings(fields)
+    seed = fields.take(
+        "seed", served.seed, _whole_number(-(2**63), 2**63 - 1), "a whole number of 64 bits"
+    )
+    stream = fields.take("stream", False, _is_bool, "true or false")
+    options = fields.take("stream_options", {}, _is_object, "an object")
+    include_usage = options.get("include_usage") or False
+    if not _is_bool(include_usage):
+        fields.wrong("stream_options", "include_usage must be true or false")
+    if is_chat:
+        logprobs = fields.take("logprobs", False, _is_bool, "true or false")
+    else:
+        only_zero = "0: of the drawn token alone, of no others"
+        logprobs = fields.take("logprobs", None, _whole_number(0, 0), only_zero) is not None
+    sampling = _sampling(fields, served)
+    for name, allowed in NEUTRAL.items():
+        listed = " or ".join(shown(value) for value in allowed)
+        said = f"{listed} or left out: this server does not support it"
+        fields.take(name, None, lambda value, allowed=allowed: value in allowed, said)
+    fields.check_names()
+    fields.refuse_if_wrong()
+    return Order(is_chat, prompts, n, stop, seed, sampling, logprobs, stream, include_usage)
+
+
+def parse_object(body: bytes) -> dict[str, Any]:
+    """The JSON object in a request's body; Refused where it is none."""
+    try:
+        value = json.loads(body.decode("utf-8"), parse_constant=_no_constant)
+    except UnicodeDecodeError as error:
+        raise Refused(400, f"the body is not UTF-8 (byte {error.start})") from None
+    except json.JSONDecodeError as error:
+        place = f"line {error.lineno} column {error.colno}"
+        raise Refused(400, f"the body is not JSON: {place}: {error.msg}") from None
+    except (RecursionError, ValueError):  # ValueError: NaN, thousands of digits
+        message = "the body is nested too deeply, or has a number that is too long or not finite"
+        raise Refused(400, message) from None
+    if not isinstance(value, dict):
+        raise Refused(400, f"the body is {shown(value)}; it must be an object")
+    return value
+
+
+def _no_constant(name: str) -> NoReturn:
+    raise ValueError(name)
+
+
+class _Fields:
+    """The parameters of a request, taken one by one; keeps what is wrong with them."""
+
+    def __init__(self, given: dict[str, Any]) -> None:
+        self.given = given
+        self.problems: list[tuple[str, str]] = []  # parameter, what is wrong
+        self._known = {"model", *WITHOUT_EFFECT}
+
+    def take(self, name: str, default: Any, is_right: Callable[[Any], bool], allowed: str) -> Any:
+        """A parameter's value; the default where it is left out, null or wrong."""
+        self._known.add(name)
+        value = self.given.get(name)
+        if value is None:
+            return default
+        if is_right(value):
+            return value
+        self.wrong(name, f"{name} is {shown(value)}; it must be {allowed}")
+        return default
+
+    def wrong(self, name: str, message: str) -> None:
+        """Note that a parameter can't be used."""
+        self.problems.append((name, message))
+
+    def check_names(self) -> None:
+        """Note the parameters that nobody has taken."""
+        for name in self.given.keys() - self._known:
+            self.wrong(name, unknown_name(shown(name), name, self._known))
+
+    def refuse_if_wrong(self) -> None:
+        """Raise Refused where anything was noted."""
+        if self.problems:
+            message = "; ".join(message for _, message in self.problems)
+            raise Refused(400, message, param=self.problems[0][0])
+
+
+def _is_bool(value: Any) -> bool:
+    return isinstance(value, bool)
+
+
+def _is_object(value: Any) -> bool:
+    return isinstance(value, dict)
+
+
+def _whole_number(least: int, most: int) -> Callable[[Any], bool]:
+    return lambda v: isinstance(v, int) and not isinstance(v, bool) and least <= v <= most
+
+
+def _is_text(value: Any) -> bool:
+    """Whether a value is text that UTF-8 can hold: JSON may have half of a surrogate pair."""
+    if not isinstance(value, str):
+        return False
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _check_model(name: Any, served: Served) -> None:
+    if not isinstance(name, str):
+        message = f"model is {shown(name)}; it must be text, such as {shown(served.model)}"
+        raise Refused(400, message, param="model")
+    check_model_name(name, served)
+
+
+def check_model_name(name: str, served: Served) -> None:
+    """Raise Refused, with 404, for the name of a model that is not served."""
+    if name != served.model and name not in served.aliases:
+        message = f"the model {shown(name)} does not exist; this server has {shown(served.model)}"
+        raise Refused(404, message, param="model", code="model_not_found")
+
+
+def _prompts(fields: _Fields, vocab_size: int) -> list[str | list[int]]:
+    """The prompts of a completion: a text, a list of texts, token ids, or lists of them."""
+    is_id = _whole_number(0, vocab_size - 1)
+
+    def are_ids(value: Any) -> bool:
+        return isinstance(value, list) and len(value) > 0 and all(map(is_id, value))
+
+    def is_right(value: Any) -> bool:
+        if isinstance(value, list) and value and not are_ids(value):
+            return all(map(_is_text, value)) or all(map(are_ids, value))
+        return _is_text(value) or are_ids(value)
+
+    allowed = f"text, token ids from 0 to {vocab_size - 1}, or a list of either"
+    if fields.given.get("prompt") is None:
+        fields.wrong("prompt", f"prompt is missing; it must be {allowed}")
+    prompt = fields.take("prompt", "", is_right, allowed)
+    return [prompt] if _is_text(prompt) or are_ids(prompt) else prompt
+
+
+def _chat_prompt(fields: _Fields) -> str:
+    """The contents of a conversation joined with blank lines: a base model has no template."""
+    allowed = "a list of one or more messages"
+    if fields.given.get("messages") is None:
+        fields.wrong("messages", f"messages is missing; it must be {allowed}")
+    messages = fields.take(
+        "messages", [], lambda value: isinstance(value, list) and len(value) > 0, allowed
+    )
+    contents = [_content(fields, f"messages[{i}]", m) for i, m in enumerate(messages)]
+    return "\n\n".join(content for content in contents if content)
+
+
+def _content(fields: _Fields, place: str, message: Any) -> str:
+    """The text of a message; of one in parts, those joined with blank lines too."""
+    if not isinstance(message, dict) or message.get("role") not in ROLES:
+        roles = ", ".join(ROLES)
+        fields.wrong("messages", f'{place} must be an object whose "role" is one of {roles}')
+        return ""
+    content = message.get("content")
+    if _is_text(content):
+        return content
+    parts = content if isinstance(content, list) else [None]
+    if not all(
+        _is_object(p) and p.get("type") == "text" and _is_text(p.get("text")) for p in parts
+    ):
+        said = 'must be text, or a list of parts {"type": "text", "text": ...}'
+        fields.wrong("messages", f"{place}.content is {shown(content)}; it {said}")
+        return ""
+    return "\n\n".join(part["text"] for part in parts if part["text"])
+
+
+def _stop_strings(fields: _Fields) -> list[str]:
+    def is_stop(value: Any) -> bool:
+        return _is_text(value) and 0 < len(value) <= LONGEST_STOP
+
+    stop = fields.take(
+        "stop",
+        [],
+        lambda v: (
+            is_stop(v) or (isinstance(v, list) and len(v) <= MOST_STOPS and all(map(is_stop, v)))
+        ),
+        f"text of 1 to {LONGEST_STOP} characters, or a list of at most {MOST_STOPS} such",
+    )
+    return [stop] if isinstance(stop, str) else stop
+
+
+def _sampling(fields: _Fields, served: Served) -> dict[str, Any]:
+    """All fields of SamplingConfig; null lifts top_k and top_p, and leaves others as they are."""
+    limit = served.answer_limit
+    allowed = f"a whole number from 1 to {limit}, the most that this server writes at once"
+    lengths = [fields.take(name, None, _whole_number(1, limit), allowed) for name in LENGTHS]
+    lengths = {length for length in lengths if length is not None}
+    if len(lengths) > 1:
+        fields.wrong(LENGTHS[0], f"{' and '.join(LENGTHS)} differ; give one of them")
+    given = {}
+    for field in dataclasses.fields(SamplingConfig):
+        if field.name == "max_new_tokens":
+            continue
+        fields.take(field.name, None, lambda value: True, "")
+        if field.name in fields.given:
+            value = fields.given[field.name]
+            if value is not None or "None" in str(field.type):
+                given[field.name] = value
+    for problem in find_problems(SamplingConfig, given):
+        fields.wrong(problem.partition(" ")[0], problem)
+    length = lengths.pop() if lengths else served.sampling["max_new_tokens"]
+    return served.sampling | given | {"max_new_tokens": length}
+
+
+# -------------------------------------------------------------------------------- answers
+
+
+class Answer:
+    """The shapes of one answer: whole, or as the chunks of a stream."""
+
+    def __init__(self, order: Order, served: Served) -> None:
+        self._order, self._tokenizer = order, served.tokenizer
+        kind = "chat.completion" if order.is_chat else "text_completion"
+        chunked = order.is_chat and order.stream
+        self._head = {
+            "id": ("chatcmpl-" if order.is_chat else "cmpl-") + uuid.uuid4().hex,
+            "object": kind + ".chunk" if chunked else kind,
+            "created": int(time.time()),
+            "model": served.model,
+            "system_fingerprint": served.fingerprint,
+        }
+        self._lengths = [0] * (len(order.prompts) * order.n)  # characters given, a row each
+        self._n_drawn = 0
+
+    def whole(self, rows: Sequence[Sequence[Piece]], n_prompt_tokens: int) -> dict[str, Any]:
+        """The answer that is not streamed, from the pieces of each row."""
+        choices = []
+        for row, pieces in enumerate(rows):
+            self._n_drawn += len(pieces)
+            text = "".join(piece.text for piece in pieces)
+            said = {"message": {"role": "assistant", "content": text}}
+            choice = {"index": row, **(said if self._order.is_chat else {"text": text})}
+            choice["logprobs"] = self._logprobs(pieces)
+            choice["finish_reason"] = pieces[-1].finish
+            choices.append(choice)
+        return self._head | {"choices": choices, "usage": self.usage(n_prompt_tokens)}
+
+    def chunk(self, piece: Piece) -> dict[str, Any] | None:
+        """What a piece adds to a stream; None where it would add nothing."""
+        self._n_drawn += 1
+        logprobs = self._logprobs([piece])
+        if not piece.text and piece.finish is None and logprobs is None:
+            return None
+        said = {"delta": {"content": piece.text}} if self._order.is_chat else {"text": piece.text}
+        return self._chunk([self._choice(piece.row, said, logprobs, piece.finish)])
+
+    def opening(self) -> list[dict[str, Any]]:
+        """The chunks before the first piece: of a conversation, who speaks."""
+        if not self._order.is_chat:
+            return []
+        said = {"delta": {"role": "assistant", "content": ""}}
+        return [self._chunk([self._choice(row, said)]) for row in range(len(self._lengths))]
+
+    def closing(self, n_prompt_tokens: int) -> list[dict[str, Any]]:
+        """The chunks after the last piece: the usage where it was asked for."""
+        if not self._order.include_usage:
+            return []
+        return [self._chunk([]) | {"usage": self.usage(n_prompt_tokens)}]
+
+    def usage(self, n_prompt_tokens: int) -> dict[str, int]:
+        """The tokens that were read and drawn, the end of text among them."""
+        return {
+            "prompt_tokens": n_prompt_tokens,
+            "completion_tokens": self._n_drawn,
+            "total_tokens": n_prompt_tokens + self._n_drawn,
+        }
+
+    def _chunk(self, choices: list[dict[str, Any]]) -> dict[str, Any]:
+        usage = {"usage": None} if self._order.include_usage else {}
+        return self._head | {"choices": choices} | usage
+
+    def _choice(
+        self, row: int, said: dict, logprobs: dict | None = None, finish: str | None = None
+    ) -> dict[str, Any]:
+        return {"index": row, **said, "logprobs": logprobs, "finish_reason": finish}
+
+    def _logprobs(self, pieces: Sequence[Piece]) -> dict[str, Any] | None:
+        """The log-probabilities of drawn tokens in the endpoint's shape, where asked for."""
+        if not self._order.logprobs:
+            return None
+        texts = [self._tokenizer.decode([piece.token.id]) for piece in pieces]
+        logprobs = [piece.token.logprob for piece in pieces]
+        if self._order.is_chat:
+            entries = [
+                {"token": text, "logprob": logprob, "bytes": self._bytes(piece), "top_logprobs": []}
+                for text, logprob, piece in zip(texts, logprobs, pieces, strict=True)
+            ]
+            return {"content": entries}
+        offsets = []
+        for piece in pieces:
+            offsets.append(self._lengths[piece.row])
+            self._lengths[piece.row] += len(piece.text)
+        named = {"tokens": texts, "token_logprobs": logprobs}
+        return named | {"top_logprobs": None, "text_offset": offsets}
+
+    def _bytes(self, piece: Piece) -> list[int] | None:
+        """The bytes of a token, where its tokenizer has such."""
+        token_bytes = getattr(self._tokenizer, "token_bytes", None)
+        return None if token_bytes is None else list(token_bytes(piece.token.id))

@@ -1,0 +1,411 @@
+"""The conversation in a terminal: turns, commands, Ctrl-C, and what reaches the screen."""
+
+import dataclasses
+import io
+import os
+import re
+import select
+import subprocess
+import sys
+import time
+
+import pytest
+
+from generation import SamplingConfig, stream_text
+from scripts import chat
+from scripts.options import run_program
+from tests.conftest import REPOSITORY
+from tests.test_inference import ON_POSIX, SHOWN, Done, Terminal, train_tiny
+
+CONTEXT = 48  # of the tiny run, in characters
+HOT = ("--temperature", "5", "--top-k", "none", "--top-p", "none", "--max-new-tokens", "12")
+
+
+@pytest.fixture(scope="module")
+def tiny_run(tmp_path_factory):
+    return train_tiny(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture
+def talk(tiny_run, monkeypatch, capsys, tmp_path):
+    """Hold a conversation in this process: what is typed, line by line, in an empty folder."""
+
+    def call(*lines: str, options: tuple[str, ...] = (), stdin: io.TextIOBase | None = None):
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr(sys, "argv", ["chat", "--run", str(tiny_run), *options])
+        typed = "".join(f"{line}\n" for line in lines).encode("utf-8", "surrogateescape")
+        stdin = stdin or io.TextIOWrapper(io.BytesIO(typed), encoding="ascii")
+        monkeypatch.setattr(sys, "stdin", stdin)
+        with pytest.raises(SystemExit) as exit:
+            run_program(chat.main)
+        return Done(exit.value.code, *capsys.readouterr())
+
+    return call
+
+
+@pytest.fixture
+def drawn(monkeypatch) -> list[dict]:
+    """What goes to the model for each answer: the prompt, the options, the seed; and the answer."""
+    calls = []
+
+    def spy(model, tokenizer, prompts, **options):
+        (prompt,) = prompts
+        seed = options["generator"].initial_seed()
+        calls.append(options | {"prompt": prompt, "seed": seed, "answer": ""})
+        for piece in stream_text(model, tokenizer, prompts, **options):
+            calls[-1]["answer"] += piece.text
+            yield piece
+
+    monkeypatch.setattr(chat, "stream_text", spy)
+    return calls
+
+
+def remarks(done: Done) -> list[str]:
+    """The lines beside the answers, without the four of the beginning."""
+    return done.err.splitlines()[4:]
+
+
+# ----------------------------------------------------------------------------------- turns
+
+
+def test_answers_are_all_of_standard_output_and_the_input_s_end_is_the_conversation_s(talk):
+    done = talk("The ferry", "", "   ", "啦la 啦la", options=("--max-new-tokens", "8"))
+    assert (done.code, done.out) == (0, " crossed\n 啦la 啦la\n")
+    assert remarks(done) == []
+
+
+def test_the_beginning_tells_run_step_kind_of_model_and_commands(talk, tiny_run):
+    first, second, third, fourth = talk(options=("--seed", "5")).err.splitlines()
+    assert re.fullmatch(rf"{re.escape(str(tiny_run))}, step 180, \w+ weights on cpu, seed 5", first)
+    assert "a base model and no assistant: it continues the text" in second
+    assert f"{CONTEXT} tokens" in third
+    assert all(command in fourth for command in ("/retry", "/reset", "/set", "/save", "/help"))
+
+
+def test_an_answer_ends_at_the_end_of_text_and_shows_no_control_characters(talk):
+    done = talk("The ferry")
+    assert "The ferry" + done.out == SHOWN + "\n"
+
+
+def test_an_answer_ends_before_a_stop_string(talk):
+    assert (
+        talk("The ferry", options=("--stop", "海", "--stop", "平")).out == " crossed.\n春江潮水连\n"
+    )
+
+
+def test_turns_are_joined_with_blank_lines(talk, drawn):
+    talk("The", "二", " /set is text", options=("--max-new-tokens", "2"))
+    first, second, third = drawn
+    assert first["prompt"] == "The"
+    assert second["prompt"] == f"The{first['answer']}".rstrip() + "\n\n二"
+    assert third["prompt"] == f"{second['prompt']}{second['answer']}".rstrip() + "\n\n /set is text"
+
+
+def test_blank_lines_between_turns_stay_single(talk, drawn):
+    talk("The ferry crossed.", "A", options=("--max-new-tokens", "1"))
+    assert drawn[0]["answer"] == "\n"
+    assert drawn[1]["prompt"] == "The ferry crossed.\n\nA"
+
+
+def test_half_a_character_from_a_console_is_made_whole(talk, drawn, monkeypatch):
+    lines = iter(["a\ud83d", "/quit"])
+    monkeypatch.setattr("builtins.input", lambda mark: next(lines))
+    talk(stdin=Terminal(), options=("--max-new-tokens", "1"))
+    assert drawn[0]["prompt"] == "a\ufffd"
+
+
+def test_the_oldest_turns_make_room_for_the_answer(talk, drawn):
+    lines = [f"turn {i}" for i in range(9)]
+    talk(*lines, options=("--max-new-tokens", "6", "--stop", "\x00"))
+    turns = [f"{line}{call['answer']}".rstrip() for line, call in zip(lines, drawn, strict=True)]
+    for i, call in enumerate(drawn):
+        first = turns.index(call["prompt"].split("\n\n")[0]) if "\n\n" in call["prompt"] else i
+        assert call["prompt"] == "\n\n".join([*turns[first:i], lines[i]])
+        assert len(call["prompt"]) <= CONTEXT - 6
+        assert first == 0 or len("\n\n".join([*turns[first - 1 : i], lines[i]])) > CONTEXT - 6
+    assert 0 < len(drawn[-1]["prompt"].split("\n\n")) < 9
+
+
+def test_an_answer_is_given_half_of_the_context_at_most(talk, drawn):
+    turn, fits = "The ferry crossed", "12345"
+    assert len(f"{turn}\n\n{fits}") == CONTEXT // 2
+    talk(turn, fits, "/reset", turn, fits + "6", options=("--max-new-tokens", "999", "--stop", "."))
+    assert [call["prompt"] for call in drawn] == [turn, f"{turn}\n\n{fits}", turn, fits + "6"]
+
+
+def test_a_turn_that_is_longer_than_the_context_is_answered(talk, drawn):
+    done = talk("x" * 1000 + " The ferry", "short", options=("--max-new-tokens", "8"))
+    assert done.out.startswith(" crossed\n")
+    assert drawn[1]["prompt"] == "short"
+
+
+def test_one_seed_holds_one_conversation(talk):
+    lines = ("The", "/retry", "A")
+    first, again, other = (talk(*lines, options=(*HOT, "--seed", s)).out for s in "112")
+    assert first == again != other
+
+
+def test_bytes_that_are_no_utf_8_are_taken_as_a_character_each(talk, drawn):
+    talk("caf\udce9", "春江", options=("--max-new-tokens", "1"))
+    assert drawn[0]["prompt"] == "caf\ufffd"
+    assert drawn[1]["prompt"].endswith("\n\n春江")
+
+
+# -------------------------------------------------------------------------------- commands
+
+
+def test_retry_draws_the_last_answer_again_with_another_seed(talk, drawn):
+    talk("The", "A", "/retry", "B", options=(*HOT, "--seed", "4"))
+    _, second, again, third = drawn
+    assert [call["seed"] for call in drawn] == [4, 5, 6, 7]
+    assert second["prompt"] == again["prompt"]
+    assert second["answer"] != again["answer"]
+    assert f"A{again['answer']}".rstrip() in third["prompt"]
+    assert f"A{second['answer']}".rstrip() not in third["prompt"]
+
+
+def test_reset_forgets_all_that_was_said(talk, drawn):
+    done = talk("The", "/reset", "A", "/reset", "/retry", options=("--max-new-tokens", "2"))
+    assert [call["prompt"] for call in drawn] == ["The", "A"]
+    assert remarks(done) == ["forgotten", "forgotten", "there is no answer yet"]
+
+
+def test_set_changes_what_it_names_for_the_next_answer(talk, drawn):
+    done = talk(
+        "A",
+        "/set temperature=0.5 top_k=none max-new-tokens = 3",
+        "B",
+        "/set top_k = 7",
+        "C",
+    )
+    before, after, last = drawn
+    assert (after["temperature"], after["top_k"], after["max_new_tokens"]) == (0.5, None, 3)
+    changed = {"temperature", "top_k", "max_new_tokens"}
+    same = {field.name for field in dataclasses.fields(SamplingConfig)} - changed
+    assert {name: before[name] for name in same} == {name: after[name] for name in same}
+    assert (last["temperature"], last["top_k"]) == (0.5, 7)
+    assert remarks(done) == ["temperature = 0.5", "top_k = none", "max_new_tokens = 3", "top_k = 7"]
+
+
+def test_set_alone_shows_every_value(talk):
+    done = talk("/set", options=("--top-p", "none"))
+    assert remarks(done) == [
+        "max_new_tokens = 100",
+        "temperature = 0.0",
+        "top_k = 50",
+        "top_p = none",
+        "min_p = 0.0",
+        "repetition_penalty = 1.0",
+        "repetition_window = 64",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        ("temprature=1 top_k=5", ['temprature is unknown; did you mean "temperature"?']),
+        ("top_k=0 temperature=warm", ["top_k is 0", "temperature is 'warm'"]),
+        ("top_k=5 top_p=nan", ["top_p is nan"]),
+        ("temperature=none top_k=5", ["temperature is None"]),
+        ("max_new_tokens=2.5", ["max_new_tokens is 2.5 (float); it must be a whole number"]),
+        ("top_k=5 temperature", ["temperature is ''"]),
+        ("top_k=5 =3", ["top_k is '5=3'"]),
+        ("top_k=5 run=x", ["run is unknown"]),
+    ],
+)
+def test_a_wrong_set_is_told_and_changes_nothing(talk, values, said):
+    done = talk(f"/set {values}", "/set")
+    errors, settings = remarks(done)[:-7], remarks(done)[-7:]
+    assert all(words in "\n".join(errors) for words in said), errors
+    assert settings == remarks(talk("/set"))
+
+
+def test_save_writes_the_conversation_as_it_was_and_never_over_a_file(talk, tmp_path):
+    done = talk(
+        *("/save early.md", "The ferry", "/save my talk.md", "二", "/save my talk.md", "/save"),
+        options=("--max-new-tokens", "6"),
+    )
+    assert remarks(done)[:3] == [
+        "there is nothing to save yet",
+        "saved to my talk.md",
+        "my talk.md is there already; name another file",
+    ]
+    saved = (tmp_path / "my talk.md").read_text(encoding="utf-8")
+    assert saved == "# tiny, step 180\n\n> The ferry\n\n cross\n"
+    (named,) = tmp_path.glob("chat-*.md")
+    assert remarks(done)[3] == f"saved to {named.name}"
+    assert "\n\n> 二\n\n" in named.read_text(encoding="utf-8")
+    assert not (tmp_path / "early.md").exists()
+
+
+def test_a_saved_conversation_has_no_control_characters(talk, tmp_path):
+    talk("The ferry", "/save talk.md")
+    text = (tmp_path / "talk.md").read_text(encoding="utf-8")
+    assert text == f"# tiny, step 180\n\n> The ferry\n\n{SHOWN.removeprefix('The ferry')}\n"
+
+
+def test_a_place_that_cannot_be_written_is_told_and_the_conversation_goes_on(talk):
+    done = talk("The ferry", "/save no/such/folder/x.md", "/save .", "/set top_k=3")
+    first, *_, last = remarks(done)
+    assert first.startswith("can't write")
+    assert ". is there already" in done.err
+    assert (done.code, last) == (0, "top_k = 3")
+
+
+def test_help_tells_every_command_and_an_unknown_one_the_nearest(talk):
+    done = talk("/help", "/rest", "/usr/bin", "/quit", "The ferry")
+    *lines, near, unknown = remarks(done)
+    for command in ("/retry", "/reset", "/set", "/save", "/help", "/quit"):
+        assert any(line.startswith(f"{command} ") for line in lines)
+    assert near == '/rest is unknown; did you mean "/reset"?'
+    assert unknown.startswith("/usr/bin is unknown; known are: /help, /quit")
+    assert (done.code, done.out) == (0, "")
+
+
+@pytest.mark.parametrize(
+    ("options", "code"),
+    [
+        (("--top-k", "0"), 2),
+        (("--stop", ""), 2),
+        (("--prompt", "a"), 2),
+        (("--run", "nowhere"), 4),
+        (("--help",), 0),
+    ],
+)
+def test_a_wrong_option_ends_with_its_code_before_anything_is_said(talk, options, code):
+    done = talk("The ferry", options=options)
+    assert done.code == code
+    assert bool(done.out) == (code == 0)
+    assert "Traceback" not in done.err
+
+
+# ---------------------------------------------------------------------------------- Ctrl-C
+
+
+def test_ctrl_c_ends_an_answer_whose_part_stays_in_the_history(talk, monkeypatch):
+    prompts = []
+
+    def interrupted(model, tokenizer, given, **options):
+        prompts.append(given[0])
+        for i, piece in enumerate(stream_text(model, tokenizer, given, **options)):
+            if i == 5 and len(prompts) == 1:
+                raise KeyboardInterrupt
+            yield piece
+
+    monkeypatch.setattr(chat, "stream_text", interrupted)
+    done = talk("The ferry", "on", options=("--max-new-tokens", "9"))
+    assert done.code == 0
+    assert done.out.startswith(" cros\n")
+    assert remarks(done) == ["", "(stopped)"]
+    assert prompts[1] == "The ferry cros\n\non"
+
+
+def test_an_answer_without_text_is_told(talk):
+    done = talk("The ferry", options=("--stop", " cross"))
+    assert done.out == "\n"
+    assert "/retry draws again" in done.err
+
+
+@pytest.mark.parametrize(
+    ("events", "answers"),
+    [
+        ([KeyboardInterrupt, KeyboardInterrupt, "The ferry"], 0),
+        ([KeyboardInterrupt, "The ferry", KeyboardInterrupt, "A", EOFError], 2),
+        (["The ferry", EOFError, "A"], 1),
+    ],
+)
+def test_two_ctrl_c_in_a_row_at_the_prompt_end_it_and_one_says_how(
+    talk, drawn, monkeypatch, events, answers
+):
+    coming = iter(events)
+
+    def read(mark: str) -> str:
+        event = next(coming)
+        if isinstance(event, str):
+            return event
+        raise event
+
+    monkeypatch.setattr("builtins.input", read)
+    done = talk(stdin=Terminal(), options=("--max-new-tokens", "1"))
+    assert (done.code, len(drawn)) == (0, answers)
+    hints = events[: events.index(EOFError) if EOFError in events else 1].count(KeyboardInterrupt)
+    assert done.err.count("/quit, ends the conversation") == hints
+
+
+class Screen:
+    """A program in a terminal of its own, and what it has shown there."""
+
+    def __init__(self, *command: str) -> None:
+        self._ours, theirs = os.openpty()
+        command = [sys.executable, *command]
+        start = f"import os; os.login_tty(0); os.execv({sys.executable!r}, {command!r})"
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", start],
+            stdin=theirs,
+            stdout=theirs,
+            stderr=theirs,
+            env=os.environ | {"PYTHONPATH": str(REPOSITORY), "TERM": "dumb"},
+        )
+        os.close(theirs)
+        self._shown = b""
+
+    def type(self, text: str) -> None:
+        os.write(self._ours, text.encode())
+
+    def press_ctrl_c_at_the_mark(self) -> None:
+        self.wait_for("> ")
+        self.type("x")  # readline shows the mark before it listens, and this when it does
+        self.wait_for("x")
+        time.sleep(0.2)
+        self.type("\x03")
+
+    def wait_for(self, text: str, within_s: float = 60) -> str:
+        """What was shown since the last call, up to this text and with it."""
+        ends_at = time.monotonic() + within_s
+        while text.encode() not in self._shown:
+            ready, _, _ = select.select([self._ours], [], [], max(0, ends_at - time.monotonic()))
+            assert ready, f"{text!r} did not come, but {self._shown.decode(errors='replace')!r}"
+            self._shown += os.read(self._ours, 65536)
+        before, _, self._shown = self._shown.partition(text.encode())
+        return before.decode(errors="replace") + text
+
+    def close(self) -> None:
+        self.process.kill()
+        self.process.wait()
+        os.close(self._ours)
+
+
+@pytest.fixture
+def screen(tiny_run):
+    shown = Screen("-m", "scripts.chat", "--run", str(tiny_run), "--max-new-tokens", "100000")
+    yield shown
+    shown.close()
+
+
+@ON_POSIX
+def test_ctrl_c_in_a_real_terminal_ends_the_answer_and_then_the_program(screen):
+    screen.wait_for("> ")
+    screen.type("The ferry\n")
+    shown = screen.wait_for(" end.").replace("\r\n", "\n")
+    assert SHOWN.removeprefix("The ferry") in shown
+    assert "\x1b[31m" not in shown
+    screen.wait_for("> ")
+    screen.type("啦la 啦la 啦la\n")  # which has no end
+    screen.wait_for("啦la 啦la 啦la 啦la 啦la")
+    screen.type("\x03")
+    assert "�" not in screen.wait_for("(stopped)")
+    screen.wait_for("> ")
+    screen.type("/set top_k=3\n")
+    screen.wait_for("top_k = 3\r\n")
+    screen.press_ctrl_c_at_the_mark()
+    screen.wait_for("/quit, ends the conversation)")
+    screen.press_ctrl_c_at_the_mark()
+    assert screen.process.wait(timeout=30) == 0
+
+
+@pytest.mark.slow
+@ON_POSIX
+def test_ctrl_d_in_a_real_terminal_ends_the_conversation(screen):
+    screen.wait_for("> ")
+    screen.type("\x04")
+    assert screen.process.wait(timeout=30) == 0

@@ -1,0 +1,494 @@
+"""Continuing texts from the command line: what is printed, what is drawn, how it fails."""
+
+import contextlib
+import dataclasses
+import io
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import environment
+import main as training
+from generation import SamplingConfig, generate, stream_text
+from scripts import inference
+from scripts.options import run_program
+from tests.conftest import REPOSITORY
+
+POEM = "春江潮水连海平，海上明月共潮生。"
+# what the model has by heart: wide characters, joined emoji, and orders to a terminal
+STORY = f"The ferry crossed.\n{POEM}\n👩‍🚀😀 \x1b[31mred\x1b[0m\x07\x9b1m end."
+SHOWN = f"The ferry crossed.\n{POEM}\n👩‍🚀😀 [31mred[0m1m end."
+SETTINGS = """
+CUSTOM_MODE = True
+DATA = {"path": "train.jsonl", "val": "val.jsonl"}
+TOKENIZER = "char"
+custom_params = {
+    "max_steps": 180,
+    "batch_size": 8,
+    "max_length": 48,
+    "learning_rate": 0.01,
+    "warmup_steps": 5,
+    "eval_freq": 180,
+    "eval_iter": 1,
+    "start_context": "The",
+    "model_overrides": {"n_heads": 2, "n_layers": 2, "emb_dim": 32, "drop_rate": 0.0},
+}
+sampling_params = {"max_new_tokens": 100, "temperature": 0.0}
+DEVICE = "cpu"
+RUN_NAME = "tiny"
+COMPILE = False
+"""
+ON_POSIX = pytest.mark.skipif(os.name == "nt", reason="Windows has neither SIGINT nor ptys")
+
+
+def train_tiny(folder: Path) -> Path:
+    """Train a model in folder until it has STORY by heart, and "啦la 啦la ..." without an end."""
+    documents = ([STORY] * 50 + ["啦la " * 700]) * 8
+    for name, texts in ("train.jsonl", documents), ("val.jsonl", [f"{STORY}\n{STORY}"]):
+        lines = "".join(json.dumps({"text": text}) + "\n" for text in texts)
+        (folder / name).write_text(lines, encoding="utf-8")
+    (folder / "settings.py").write_text(SETTINGS, encoding="utf-8")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()):
+        patch.chdir(folder)
+        patch.setattr(environment, "CACHE", folder / "cache")
+        assert training.main(["settings.py"]) == 0
+    torch.set_num_threads(threads)
+    return folder / "runs" / "tiny"
+
+
+@pytest.fixture(scope="module")
+def tiny_run(tmp_path_factory) -> Path:
+    return train_tiny(tmp_path_factory.mktemp("tiny"))
+
+
+class Terminal(io.TextIOWrapper):
+    def __init__(self, typed: bytes = b"") -> None:
+        super().__init__(io.BytesIO(typed), encoding="utf-8")
+
+    def isatty(self) -> bool:
+        return True
+
+
+@dataclasses.dataclass
+class Done:
+    code: int
+    out: str
+    err: str
+
+    @property
+    def samples(self) -> list[dict]:
+        return [json.loads(line) for line in self.out.split("\n") if line]
+
+
+@pytest.fixture
+def infer(tiny_run, monkeypatch, capsys):
+    """Run the program in this process, on the tiny run where no other is named."""
+
+    def call(
+        *arguments: str,
+        run: Path | str | None = tiny_run,
+        stdin: bytes | io.TextIOWrapper | None = b"",
+    ) -> Done:
+        where = [] if run is None else ["--run", str(run)]
+        monkeypatch.setattr(sys, "argv", ["inference", *where, *arguments])
+        if isinstance(stdin, bytes):
+            stdin = io.TextIOWrapper(io.BytesIO(stdin), encoding="ascii")
+        monkeypatch.setattr(sys, "stdin", stdin)
+        with pytest.raises(SystemExit) as exit:
+            run_program(inference.main)
+        return Done(exit.value.code, *capsys.readouterr())
+
+    return call
+
+
+@pytest.fixture
+def batches(monkeypatch) -> list[tuple[list[str], dict]]:
+    """The prompts and options that go to the model, batch by batch."""
+    calls = []
+
+    def spy(model, tokenizer, prompts, **options):
+        calls.append((list(prompts), options))
+        return stream_text(model, tokenizer, prompts, **options)
+
+    monkeypatch.setattr(inference, "stream_text", spy)
+    return calls
+
+
+def start(tiny_run: Path, *arguments: str | bytes, **options) -> subprocess.Popen:
+    """Run the program as a process of its own."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "scripts.inference", "--run", str(tiny_run), *arguments],
+        cwd=tiny_run.parent.parent,
+        env=os.environ | {"PYTHONPATH": str(REPOSITORY)},
+        **{"stdin": subprocess.DEVNULL, "stdout": -1, "stderr": -1} | options,
+    )
+
+
+# ------------------------------------------------------------------------- what is printed
+
+
+def test_prompt_and_continuation_are_all_of_standard_output(infer, tiny_run):
+    done = infer("--prompt", "The ferry")
+    assert (done.code, done.out) == (0, SHOWN + "\n")
+    assert re.fullmatch(
+        rf"{re.escape(str(tiny_run))}, step 180, (bf16|fp32) weights on cpu, seed \d+\n", done.err
+    )
+
+
+def test_without_a_name_the_newest_finished_run_is_used(infer, tiny_run, monkeypatch):
+    monkeypatch.chdir(tiny_run.parent.parent)
+    assert infer("--prompt", "The ferry", run=None).out == SHOWN + "\n"
+    assert infer("--prompt", "The ferry", run="tiny").out == SHOWN + "\n"
+
+
+def test_control_characters_reach_no_terminal(infer):
+    done = infer("--prompt", "\x1b]0;title\x07The ferry\r\tcrossed\x9b.\x7f")
+    assert done.code == 0
+    assert done.out.startswith("]0;titleThe ferry\tcrossed.")
+    assert not re.search(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", done.out)
+
+
+def test_json_has_every_character_escaped_where_a_terminal_would_obey_it(infer):
+    done = infer("--prompt", "The\u2028 fe\x85rry\ud83d", "--prompt", "The ferry", "--json")
+    assert not re.search(r"[\x00-\x09\x0b-\x1f\x7f-\x9f\u2028\u2029]", done.out)
+    assert len(done.out.splitlines()) == 2
+    first, second = done.samples
+    assert first["prompt"] == "The\u2028 fe\x85rry\ufffd"
+    assert second["prompt"] + second["text"] == STORY
+
+
+def test_json_tells_finish_tokens_seed_run_and_step(infer, tiny_run):
+    (sample,) = infer("--prompt", "The ferry", "--json", "--seed", "7").samples
+    assert list(sample) == ["prompt", "text", "finish_reason", "tokens", "seed", "run", "step"]
+    assert sample["finish_reason"] == "stop"
+    assert (sample["seed"], sample["run"], sample["step"]) == (7, str(tiny_run), 180)
+    assert "".join(token["text"] or "" for token in sample["tokens"]) == sample["text"]
+    assert sample["tokens"][-1]["text"] is None  # the end of the text
+    (sample,) = infer("--prompt", "The ferry", "--json", "--max-new-tokens", "5").samples
+    assert (sample["text"], sample["finish_reason"]) == (" cros", "length")
+
+
+def test_a_token_s_probability_is_the_model_s(infer, tiny_run):
+    run = environment.load_run(tiny_run, weights="fp32")
+    (sample,) = infer(
+        *("--prompt", "The ferry", "--json", "--seed", "2", "--weights", "fp32"),
+        *("--temperature", "3", "--top-k", "none", "--top-p", "none", "--max-new-tokens", "20"),
+    ).samples
+    ids = run.tokenizer.encode("The ferry")
+    for token in sample["tokens"]:
+        probabilities = run.model(torch.tensor([ids]))[0, -1].softmax(0)
+        assert token["probability"] == pytest.approx(probabilities[token["id"]].item(), rel=1e-3)
+        ids.append(token["id"])
+
+
+def test_bytes_of_characters_have_text_where_they_complete_one(infer):
+    (sample,) = infer(
+        *("--prompt", "春", "--json", "--seed", "1", "--temperature", "1e9"),
+        *("--top-k", "none", "--top-p", "none", "--max-new-tokens", "300"),
+    ).samples
+    texts = [token["text"] for token in sample["tokens"]]
+    assert "".join(text or "" for text in texts) == sample["text"]
+    assert None in texts[:-1]  # bytes that begin a character
+    assert "\ufffd" in sample["text"]
+
+
+def test_several_samples_and_prompts_have_headlines(infer):
+    done = infer("--prompt", "The ferry", "--prompt", POEM[:4], "--num-samples", "2")
+    headlines = [f"--- prompt {p} of 2, sample {s} of 2 ---" for p in (1, 2) for s in (1, 2)]
+    poem = SHOWN[SHOWN.index(POEM) :]
+    parts = [
+        f"{line}\n{text}\n"
+        for line, text in zip(headlines, [SHOWN, SHOWN, poem, poem], strict=True)
+    ]
+    assert done.out == "\n".join(parts)
+    assert infer("--prompt", "a", "--num-samples", "2").out.startswith("--- sample 1 of 2 ---\n")
+    assert infer("--prompt", "a", "--prompt", "b").out.startswith("--- prompt 1 of 2 ---\n")
+
+
+def test_help_names_every_option_and_ends_with_0(infer):
+    done = infer("--help")
+    assert done.code == 0
+    options = [field.name for field in dataclasses.fields(SamplingConfig)]
+    options += ["run", "which", "weights", "device", "num-samples", "stream", "stop", "json"]
+    options += ["prompt", "prompt-file", "lines", "seed"]
+    for option in options:
+        assert re.search(rf"^  --{option.replace('_', '-')}\b", done.out, re.MULTILINE), option
+
+
+# ---------------------------------------------------------------------------- what is drawn
+
+
+def test_one_seed_draws_one_text_and_another_another(infer):
+    hot = ("--prompt", "The", "--json", "--temperature", "5", "--num-samples", "2")
+    first, again, other = (infer(*hot, "--seed", seed).samples for seed in ("1", "1", "2"))
+    assert first == again
+    assert [s["text"] for s in first] != [s["text"] for s in other]
+    assert first[0]["text"] != first[1]["text"]
+
+
+def test_a_seed_that_was_drawn_is_told_and_draws_the_same(infer):
+    hot = ("--prompt", "The", "--json", "--temperature", "5")
+    (first,), (other,) = infer(*hot).samples, infer(*hot).samples
+    assert first["seed"] != other["seed"]
+    assert infer(*hot, "--seed", str(first["seed"])).samples == [first]
+
+
+def test_every_sampling_option_reaches_the_model(infer, batches):
+    given = {
+        "max_new_tokens": 3,
+        "temperature": 0.5,
+        "top_k": 7,
+        "top_p": None,
+        "min_p": 0.25,
+        "repetition_penalty": 1.5,
+        "repetition_window": 9,
+    }
+    assert given.keys() == {field.name for field in dataclasses.fields(SamplingConfig)}
+    infer("--prompt", "a", *(f"--{name}={str(value).lower()}" for name, value in given.items()))
+    infer("--prompt", "a")
+    changed, unchanged = ({name: call[name] for name in given} for _, call in batches)
+    assert changed == given
+    assert unchanged == dataclasses.asdict(SamplingConfig(max_new_tokens=100, temperature=0.0))
+
+
+def test_prompts_of_different_lengths_are_a_batch_and_equal_each_alone(infer, batches):
+    prompts = ["The ferry", POEM[:3], "T", "啦la 啦"]
+    together = infer(*(f"--prompt={p}" for p in prompts), "--json", "--weights", "fp32").samples
+    assert len(batches) == 1
+    for prompt, sample in zip(prompts, together, strict=True):
+        (alone,) = infer("--prompt", prompt, "--json", "--weights", "fp32").samples
+        assert alone["text"] == sample["text"]
+
+
+def test_no_more_than_eight_texts_of_prompts_are_drawn_at_once(infer, batches):
+    prompts = [f"prompt {i}" for i in range(11)]
+    flags = [f"--prompt={prompt}" for prompt in prompts]
+    short = ("--json", "--max-new-tokens", "1")
+    for samples, sizes in (1, [8, 3]), (3, [2, 2, 2, 2, 2, 1]), (20, [1] * 11):
+        batches.clear()
+        done = infer(*flags, *short, "--num-samples", str(samples))
+        assert [len(batch) for batch, _ in batches] == sizes
+        assert [s["prompt"] for s in done.samples] == [p for p in prompts for _ in range(samples)]
+
+
+def test_a_text_ends_before_the_first_stop_string(infer):
+    done = infer("--prompt", "The ferry", "--stop", "海上", "--stop", "水连", "--json")
+    (sample,) = done.samples
+    assert (sample["text"], sample["finish_reason"]) == (" crossed.\n春江潮", "stop")
+
+
+@pytest.mark.parametrize(
+    "prompt",
+    ["", "<|endoftext|>", "한국어 ✈ unseen", "\udce9 from a byte", "half \ud83d", "\ufffe\x00"],
+)
+def test_any_prompt_is_gone_on_from(infer, batches, prompt):
+    (sample,) = infer("--prompt", prompt, "--json").samples
+    assert sample["prompt"] == re.sub("[\ud800-\udfff]", "\ufffd", prompt)
+    assert batches[0][0] == [sample["prompt"]]
+    assert sample["tokens"]
+
+
+def test_an_empty_prompt_begins_as_a_document_does(infer):
+    # the greedy beginning of a document is that of the story or of the other text
+    (sample,) = infer("--prompt", "", "--json").samples
+    assert sample["text"][:6] in (STORY[:6], "啦la 啦l")
+
+
+def test_a_megabyte_is_gone_on_from_as_its_end_is(infer, tiny_run):
+    text = "The ferry crossed. " * 55_000 + "The ferry"
+    (sample,) = infer("--json", stdin=text.encode()).samples
+    assert len(sample["prompt"]) == len(text) > 1_000_000
+    run = environment.load_run(tiny_run)
+    ids = generate(run.model, [run.tokenizer.encode(text[-100:])], max_new_tokens=8, temperature=0)
+    drawn = [token["id"] for token in sample["tokens"][:8]]
+    assert drawn == ids[0][-8:]
+
+
+# ---------------------------------------------------------------------- where prompts are from
+
+
+@pytest.mark.parametrize("source", ["file", "standard input", "-"])
+def test_a_whole_file_is_one_prompt_without_its_last_line_end(infer, tmp_path, source):
+    content = "\ufeffThe ferry\r\n\r\ncrossed\r\n".encode()
+    file = tmp_path / "prompt.txt"
+    file.write_bytes(content)
+    flags = {"file": ["--prompt-file", str(file)], "-": ["--prompt-file", "-"]}.get(source, [])
+    done = infer(*flags, "--json", stdin=b"other" if source == "file" else content)
+    assert [s["prompt"] for s in done.samples] == ["The ferry\r\n\r\ncrossed"]
+
+
+def test_lines_makes_each_line_that_is_not_blank_a_prompt(infer):
+    stdin = "The ferry\r\n\n  \nA\u2028B\n 春江".encode()
+    done = infer("--lines", "--json", stdin=stdin)
+    assert [s["prompt"] for s in done.samples] == ["The ferry", "A\u2028B", " 春江"]
+    done = infer("--lines", "--json", "--prompt", "first", "--prompt-file", "-", stdin=stdin)
+    assert [s["prompt"] for s in done.samples] == ["first", "The ferry", "A\u2028B", " 春江"]
+
+
+def test_standard_input_is_left_alone_where_a_prompt_is_given(infer):
+    stdin = io.TextIOWrapper(io.BytesIO(b"more"))
+    assert infer("--prompt", "The ferry", stdin=stdin).out == SHOWN + "\n"
+    assert stdin.read() == "more"
+    assert infer("--prompt", "The ferry", stdin=None).out == SHOWN + "\n"
+
+
+@pytest.mark.parametrize("stdin", [Terminal(), None], ids=["terminal", "closed"])
+def test_no_prompt_at_all_is_an_error_that_says_how_to_give_one(infer, stdin):
+    done = infer(stdin=stdin)
+    assert (done.code, done.out) == (2, "")
+    assert "--prompt-file FILE" in done.err
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"caf\xe9 and more", r"not UTF-8: byte 3 is 0xe9"),
+        (b"cut \xe6\x98", r"not UTF-8: byte 4"),
+        ("春".encode("utf-16"), "not UTF-8: byte 0 is 0xff"),
+        (None, "No such file"),
+        ("folder", "directory|denied"),
+        (b"x" * 101, "more than 0 MB"),
+    ],
+    ids=["latin-1", "cut", "utf-16", "missing", "folder", "too large"],
+)
+def test_a_prompt_file_that_cannot_be_read_is_named(infer, tmp_path, monkeypatch, content, said):
+    monkeypatch.setattr(inference, "MOST_BYTES", 100)
+    file = tmp_path / "prompt.txt"
+    if content == "folder":
+        file.mkdir()
+    elif content is not None:
+        file.write_bytes(content)
+    done = infer("--prompt-file", str(file))
+    assert (done.code, done.out) == (3, "")
+    assert done.err.startswith("\nDataError: ")
+    assert "prompt.txt" in done.err
+    assert re.search(said, done.err)
+
+
+def test_errors_of_standard_input_name_it(infer):
+    done = infer(stdin=b"\xff")
+    assert done.code == 3
+    assert "standard input is not UTF-8: byte 0" in done.err
+    done = infer("--lines", stdin=b"\n \n")
+    assert done.code == 3
+    assert "standard input has no line with text" in done.err
+    done = infer("--prompt-file", "-", stdin=None)
+    assert done.code == 3
+    assert "closed" in done.err
+
+
+# ------------------------------------------------------------------------------- how it fails
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "said"),
+    [
+        (["--num-samples", "0"], 2, ["--num-samples is 0; it must be 1 to 100"]),
+        (["--num-samples", "101"], 2, ["--num-samples is 101"]),
+        (["--num-samples", "x"], 2, ["--num-samples", "'x'"]),
+        (["--stop", ""], 2, ["--stop", "empty"]),
+        (["--stream", "--num-samples", "2"], 2, ["--stream shows a single text"]),
+        (["--stream", "--prompt", "b"], 2, ["--stream shows a single text"]),
+        (["--stream", "--json"], 2, ["--stream and --json"]),
+        (["--lines"], 2, ["--lines is for --prompt-file"]),
+        (
+            ["--temperature", "-1", "--top_k=0", "--top-p", "nan", "--seed", "-1"],
+            2,
+            [
+                "4 problems",
+                "--temperature is -1.0",
+                "--top-k is 0",
+                "--top-p is nan",
+                "--seed is '-1'",
+            ],
+        ),
+        (["--which", "worst"], 2, ["--which", "best", "last"]),
+        (["--weights", "int4"], 2, ["--weights", "int8"]),
+        (["--device", "tpu"], 2, ["--device is 'tpu'", "cuda"]),
+        (["--promt", "b"], 2, ['did you mean "--prompt"', "--help"]),
+        (["two", "words"], 2, ["'two'", "quotes"]),
+        (["--run", "no-such-run"], 4, ["no-such-run"]),
+    ],
+    ids=lambda value: "-".join(value).strip("-")[:40] if isinstance(value, list) else "",
+)
+def test_what_is_wrong_is_said_in_words_with_its_code(infer, arguments, code, said):
+    done = infer("--prompt", "a", *arguments)
+    assert (done.code, done.out) == (code, "")
+    assert all(words in done.err for words in said), done.err
+    assert "Traceback" not in done.err
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the device is there")
+def test_a_device_that_is_not_there_is_a_lack_of_resources(infer):
+    assert infer("--prompt", "a", "--device", "cuda").code == 6
+
+
+def test_a_wrong_option_is_told_before_a_run_is_read(infer, monkeypatch):
+    monkeypatch.setattr("scripts.options.load_run", lambda *_, **__: pytest.fail("read a run"))
+    assert infer("--prompt", "a", "--top-k", "0").code == 2
+
+
+# ---------------------------------------------------------------------------------- streaming
+
+
+def test_a_stream_shows_a_character_when_it_is_drawn_and_never_half_of_one(infer, monkeypatch):
+    written = []
+    monkeypatch.setattr(inference, "write", written.append)
+    infer("--prompt", "The ferry", "--stream")
+    assert "".join(written) == STORY + "\n"
+    assert written[0] == "The ferry"
+    assert all(len(piece) <= 1 for piece in written[1:])
+
+
+@ON_POSIX
+def test_ctrl_c_ends_a_stream_with_130_and_no_traceback(tiny_run):
+    process = start(
+        tiny_run, "--prompt", "啦la 啦la 啦la", "--stream", "--max-new-tokens", "100000", bufsize=0
+    )
+    shown = b""
+    while len(shown) < 200:  # which is long before its end
+        shown += (piece := process.stdout.read(200))
+        assert piece, process.stderr.read().decode()
+    process.send_signal(signal.SIGINT)
+    rest, error = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert (shown + rest).decode().startswith("啦la 啦la 啦la 啦la 啦la")
+    assert error.decode().endswith("\nStopped.\n")
+    assert b"Traceback" not in error
+
+
+def test_a_pipe_that_is_closed_ends_the_program_quietly(tiny_run):
+    process = start(tiny_run, "--prompt", "The ferry", "--num-samples", "3")
+    process.stdout.close()
+    error = process.stderr.read().decode()
+    assert process.wait(timeout=60) == 0
+    assert len(error.splitlines()) == 1  # the run that is used
+
+
+@pytest.mark.slow
+@ON_POSIX
+def test_bytes_that_are_not_utf_8_on_the_command_line_become_one_character(tiny_run):
+    process = start(tiny_run, "--prompt", b"caf\xe9", "--json")
+    out, error = process.communicate(timeout=60)
+    assert process.returncode == 0, error
+    assert json.loads(out)["prompt"] == "caf\ufffd"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="only Linux has /dev/full")
+def test_a_full_disk_is_not_passed_over(tiny_run):
+    with open("/dev/full", "wb") as full:
+        process = start(tiny_run, "--prompt", "The ferry", stdout=full)
+        error = process.communicate(timeout=60)[1].decode()
+    assert process.returncode == 6
+    assert "No space left" in error
+    assert "Traceback" not in error and "Exception" not in error
