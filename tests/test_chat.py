@@ -382,6 +382,7 @@ def screen(tiny_run):
     shown.close()
 
 
+@pytest.mark.slow
 @ON_POSIX
 def test_ctrl_c_in_a_real_terminal_ends_the_answer_and_then_the_program(screen):
     screen.wait_for("> ")

@@ -449,6 +449,7 @@ def test_a_stream_shows_a_character_when_it_is_drawn_and_never_half_of_one(infer
     assert all(len(piece) <= 1 for piece in written[1:])
 
 
+@pytest.mark.slow
 @ON_POSIX
 def test_ctrl_c_ends_a_stream_with_130_and_no_traceback(tiny_run):
     process = start(
@@ -466,6 +467,7 @@ def test_ctrl_c_ends_a_stream_with_130_and_no_traceback(tiny_run):
     assert b"Traceback" not in error
 
 
+@pytest.mark.slow
 def test_a_pipe_that_is_closed_ends_the_program_quietly(tiny_run):
     process = start(tiny_run, "--prompt", "The ferry", "--num-samples", "3")
     process.stdout.close()

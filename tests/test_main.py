@@ -166,6 +166,7 @@ def test_quick_mode_learns_three_nats_in_its_epoch(shared_data, workdir, text, s
     assert summary["uniform_loss"] - summary["final_val_loss"] >= 3.0
 
 
+@pytest.mark.slow
 def test_a_run_on_chinese_text_writes_readable_samples_of_each_prompt(workdir, capsys):
     params = TINY | {"start_context": ["春江", "往事"]}
     text = (REPOSITORY / "corpus" / "sample-zh.txt").read_text(encoding="utf-8")[:800]
@@ -209,6 +210,7 @@ def last_samples(workdir: Path, capsys, **sampling) -> dict[str, str]:
     return found
 
 
+@pytest.mark.slow
 def test_without_a_limit_the_samples_say_that_they_draw_from_all_tokens(workdir, capsys):
     found = last_samples(workdir, capsys, top_k=None, top_p=None)
     assert list(found) == ["Greedy", "Top-k (all)", "Top-p (all)"]
@@ -218,6 +220,7 @@ def test_without_a_limit_the_samples_say_that_they_draw_from_all_tokens(workdir,
     assert found["Greedy"] == limited["Greedy"] != found["Top-k (all)"]
 
 
+@pytest.mark.slow
 def test_each_of_the_last_samples_heeds_min_p_and_the_repetition_penalty(workdir, capsys):
     free = last_samples(workdir, capsys, temperature=1.0)
     sure = last_samples(workdir, capsys, temperature=1.0, min_p=1.0)

@@ -85,6 +85,7 @@ def test_a_program_ends_with_its_own_code(capsys):
     assert ending(failing(BrokenPipeError()), capsys) == (0, "")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("closed", ["stdout", "stderr"])
 def test_output_that_nobody_reads_makes_no_noise_at_the_end(closed):
     code = (

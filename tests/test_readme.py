@@ -106,7 +106,7 @@ def test_the_tables_list_every_model_field_and_no_other_name(readme):
 def test_every_file_that_is_named_exists(readme):
     text = read(readme)
     linked = re.findall(r"\]\(([^)#:]+)\)", text)
-    rooms = re.findall(r"^\| `([\w./]+)`(?:, `([\w./]+)`)? \| [^|]+ \|$", text, re.MULTILINE)
+    rooms = re.findall(r"^\| `(\w[\w./]*)`(?:, `([\w./]+)`)? \| [^|]+ \|$", text, re.MULTILINE)
     made_by_a_run = {
         "training_losses.png",
         "samples.md",

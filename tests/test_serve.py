@@ -561,6 +561,7 @@ def test_a_server_for_all_addresses_is_known_by_any_of_them_but_by_no_foreign_na
         gate.check(scope)
 
 
+@pytest.mark.slow
 def test_with_a_token_nothing_but_the_page_is_shown_without_it(run):
     token = "open-sesame"
     with Server(run, "--token", token) as server:
@@ -587,6 +588,7 @@ def test_with_a_token_nothing_but_the_page_is_shown_without_it(run):
         assert client.completions.create(model="tiny", prompt="The").choices[0].text
 
 
+@pytest.mark.slow
 @ON_POSIX
 def test_ctrl_c_in_mid_stream_ends_it_cleanly_and_no_prompt_or_token_was_ever_printed(run):
     secret, token = "a-planted-prompt", "a-planted-token"
@@ -813,6 +815,7 @@ def test_the_page_names_no_other_host_and_never_makes_markup_of_text():
         assert not re.search(banned, text), name
 
 
+@pytest.mark.slow
 def test_what_requests_leave_out_is_as_the_options_have_it_even_of_a_run_without_figures(
     run, tmp_path
 ):
