@@ -223,24 +223,9 @@ def load_run(
     settings = read_run_settings(path)
     chosen = pick_device(device)
     kind = choose_weights(weights, chosen)
-    try:
-        config = GPTConfig(**settings["model"])
-        sampling = SamplingConfig(**settings["sampling"])
-    except (LookupError, TypeError, SettingsError) as error:
-        raise CheckpointError(
-            f"{path / SETTINGS} does not describe a model: {str(error)[:500]}"
-        ) from None
-    tokenizer = _tokenizer_of(path, settings)
-    if tokenizer.vocab_size != config.vocab_size:
-        raise CheckpointError(
-            f"{path / SETTINGS} has a vocab_size of {config.vocab_size}, and the run's tokenizer "
-            f"{tokenizer.vocab_size} tokens: they don't belong together."
-        )
-    step, tensors = read_weights(path, settings["run_id"], which)
-    _require_fit(config, tensors, path)
-    with torch.device("meta"):  # no weights are made that the run's would replace
-        model = GPTModel(config)
-    assign_weights(model, tensors, path)
+    config, sampling = _described(path, settings)
+    tokenizer = _tokenizer_of(path, settings, config)
+    step, model = _trained_model(path, settings["run_id"], which, config)
     n_parameters = model.count_parameters()
     convert_weights(model, kind)
     model.to(chosen).eval().requires_grad_(False)
@@ -259,6 +244,26 @@ def load_run(
     )
 
 
+def _described(path: Path, settings: dict[str, Any]) -> tuple[GPTConfig, SamplingConfig]:
+    """What a run's settings say of its model and its samples; CheckpointError where they don't."""
+    try:
+        return GPTConfig(**settings["model"]), SamplingConfig(**settings["sampling"])
+    except (LookupError, TypeError, SettingsError) as error:
+        raise CheckpointError(
+            f"{path / SETTINGS} does not describe a model: {str(error)[:500]}"
+        ) from None
+
+
+def _trained_model(path: Path, run_id: str, which: str, config: GPTConfig) -> tuple[int, GPTModel]:
+    """A run's model in fp32 on the CPU, and the step whose weights it has."""
+    step, tensors = read_weights(path, run_id, which)
+    _require_fit(config, tensors, path)
+    with torch.device("meta"):  # no weights are made that the run's would replace
+        model = GPTModel(config)
+    assign_weights(model, tensors, path)
+    return step, model
+
+
 def _require_fit(config: GPTConfig, tensors: dict[str, torch.Tensor], path: Path) -> None:
     """Raise before a model is built that weights are not of, or whose positions fill the memory.
 
@@ -273,7 +278,8 @@ def _require_fit(config: GPTConfig, tensors: dict[str, torch.Tensor], path: Path
         "sinusoidal": config.emb_dim,
         "rope": config.emb_dim // config.n_heads,
     }
-    needed = 10 * config.context_length * features[config.positions]  # bytes, in steps of fp32
+    # in bytes: a table in fp32, and what it is made from
+    needed = 10 * config.context_length * features[config.positions]
     room = available_memory(torch.device("cpu"))
     if room is not None and needed > room:
         raise ResourceError(
@@ -299,17 +305,22 @@ def _find_run(folder: str | Path | None) -> Path:
     return output_dir / path if is_named else path
 
 
-def _tokenizer_of(path: Path, settings: dict[str, Any]) -> Tokenizer:
+def _tokenizer_of(path: Path, settings: dict[str, Any], config: GPTConfig) -> Tokenizer:
     """The tokenizer that a run was trained with; CheckpointError where it is another by now."""
-    if settings.get("tokenizer") == GPT2_FINGERPRINT:  # reading it from JSON takes half a second
-        return load_tokenizer("gpt2")
+    is_gpt2 = settings.get("tokenizer") == GPT2_FINGERPRINT
     file = path / "tokenizer.json"
     try:
-        tokenizer = load_tokenizer(file)
+        # reading GPT-2's from JSON takes half a second
+        tokenizer = load_tokenizer("gpt2" if is_gpt2 else file)
     except DataError as error:
         raise CheckpointError(str(error)) from None
     if tokenizer.fingerprint != settings.get("tokenizer"):
         raise CheckpointError(f"{file} is not the tokenizer that this run was trained with.")
+    if tokenizer.vocab_size != config.vocab_size:
+        raise CheckpointError(
+            f"{path / SETTINGS} has a vocab_size of {config.vocab_size}, and the run's tokenizer "
+            f"{tokenizer.vocab_size} tokens: they don't belong together."
+        )
     return tokenizer
 
 

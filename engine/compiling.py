@@ -102,7 +102,8 @@ class RecordedStep:
                     step(*inputs)
             current.wait_stream(side)
             self._graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self._graph):
+            # a loader's thread that pins memory meanwhile would else spoil the recording
+            with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
                 self._output = step(*inputs)
 
     def __call__(self, *values: torch.Tensor) -> torch.Tensor:

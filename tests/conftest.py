@@ -1,5 +1,7 @@
 """What the tests share: the real texts beside the project, and a place to run in."""
 
+import contextlib
+import io
 import sys
 from pathlib import Path
 
@@ -19,6 +21,22 @@ class HostReads(TorchDispatchMode):
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         self.count += function is torch.ops.aten._local_scalar_dense.default
         return function(*args, **(kwargs or {}))
+
+
+def train_in(folder: Path, settings: str) -> Path:
+    """Train with settings, whose RUN_NAME is "tiny", in a folder and in silence; the run's path."""
+    import environment
+    import main
+
+    (folder / "settings.py").write_text(settings, encoding="utf-8")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()):
+        patch.chdir(folder)
+        patch.setattr(environment, "CACHE", folder / "cache")
+        assert main.main(["settings.py"]) == 0
+    torch.set_num_threads(threads)
+    return folder / "runs" / "tiny"
 
 
 @pytest.fixture

@@ -23,7 +23,8 @@ from engine.errors import CheckpointError, DataError, PipelineError, ResourceErr
 from environment import load_run
 from tests.conftest import REPOSITORY
 from tests.test_checkpoint import HOSTILE, file_of
-from tests.test_load_run import Bomb, Trained, edit_settings, listing, read, train_run
+from tests.test_load_run import Trained, edit_settings, listing, read, train_run
+from tests.test_run_folder import Canary
 from text.tokenizer import END_OF_TEXT, BPETokenizer, load_tokenizer
 
 ALLOWED_S = 4.0  # for a refusal that takes a second, on a machine that is busy
@@ -76,9 +77,9 @@ def refused(which: str = "best", kinds: tuple = (CheckpointError,), n_bytes: int
 def test_a_pickle_under_any_name_in_a_run_folder_is_never_run(run, tmp_path, writer):
     canary = tmp_path / "canary"
     if writer == "pickle":
-        content = pickle.dumps({"model": Bomb(canary)})
+        content = pickle.dumps({"model": Canary(canary)})
     else:
-        torch.save({"model": Bomb(canary)}, tmp_path / "bomb")
+        torch.save({"model": Canary(canary)}, tmp_path / "bomb")
         content = (tmp_path / "bomb").read_bytes()
     sealed = [f"{BEST}/{name}" for name in os.listdir(run / BEST)]
     sealed += [f"{NEWEST}/{name}" for name in os.listdir(run / NEWEST)]
@@ -104,7 +105,7 @@ def test_a_pickle_under_any_name_in_a_run_folder_is_never_run(run, tmp_path, wri
             if name in sealed and not name.endswith("manifest.json"):
                 reseal((run / name).parent)
     assert not canary.exists()
-    pickle.loads(pickle.dumps(Bomb(canary)))
+    pickle.loads(pickle.dumps(Canary(canary)))
     assert canary.exists()  # it would have been seen
 
 

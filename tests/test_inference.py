@@ -1,6 +1,5 @@
 """Continuing texts from the command line: what is printed, what is drawn, how it fails."""
 
-import contextlib
 import dataclasses
 import io
 import json
@@ -15,11 +14,10 @@ import pytest
 import torch
 
 import environment
-import main as training
 from generation import SamplingConfig, generate, stream_text
 from scripts import inference
 from scripts.options import run_program
-from tests.conftest import REPOSITORY
+from tests.conftest import REPOSITORY, train_in
 
 POEM = "春江潮水连海平，海上明月共潮生。"
 # what the model has by heart: wide characters, joined emoji, and orders to a terminal
@@ -54,15 +52,7 @@ def train_tiny(folder: Path) -> Path:
     for name, texts in ("train.jsonl", documents), ("val.jsonl", [f"{STORY}\n{STORY}"]):
         lines = "".join(json.dumps({"text": text}) + "\n" for text in texts)
         (folder / name).write_text(lines, encoding="utf-8")
-    (folder / "settings.py").write_text(SETTINGS, encoding="utf-8")
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()):
-        patch.chdir(folder)
-        patch.setattr(environment, "CACHE", folder / "cache")
-        assert training.main(["settings.py"]) == 0
-    torch.set_num_threads(threads)
-    return folder / "runs" / "tiny"
+    return train_in(folder, SETTINGS)
 
 
 @pytest.fixture(scope="module")

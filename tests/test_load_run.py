@@ -27,6 +27,7 @@ from engine.weights import Bf16Linear, Int8Linear, choose_weights
 from environment import load_run, prepare_environment
 from generation import SamplingConfig
 from tests.conftest import REPOSITORY
+from tests.test_run_folder import Canary
 
 TEXT = "the river carries the bell and the bell carries the river. 钟声 " * 12
 PARAMS = {
@@ -421,16 +422,6 @@ def test_reading_changes_nothing_on_the_disk(trained, workdir, damaged, capsys):
     assert len([line for line in said if line.startswith("Note: ")]) == damaged, said
 
 
-class Bomb:
-    """What a pickle may do to whoever opens it."""
-
-    def __init__(self, canary: Path) -> None:
-        self.canary = canary
-
-    def __reduce__(self):
-        return Path.touch, (self.canary,)
-
-
 @pytest.mark.parametrize("kind", ["pickle", "torch", "pipe"])
 def test_a_pickle_is_refused_without_being_opened(trained, workdir, kind):
     canary, path = workdir / "canary", workdir / "model.pt"
@@ -439,9 +430,9 @@ def test_a_pickle_is_refused_without_being_opened(trained, workdir, kind):
             pytest.skip("pipes of POSIX")
         os.mkfifo(path)  # who opens it waits for ever
     elif kind == "torch":
-        torch.save(Bomb(canary), path)
+        torch.save(Canary(canary), path)
     else:
-        path.write_bytes(pickle.dumps(Bomb(canary)))
+        path.write_bytes(pickle.dumps(Canary(canary)))
     with watching() as events, pytest.raises(CheckpointError, match=r"model\.pt is no run"):
         load_run("model.pt")
     assert not [arguments for _, arguments in events if str(arguments[0]).endswith("model.pt")]

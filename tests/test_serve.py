@@ -2,7 +2,6 @@
 
 import contextlib
 import http.client
-import io
 import json
 import os
 import re
@@ -21,13 +20,12 @@ import requests
 import torch
 
 import environment
-import main as training
 from engine.errors import ResourceError, SettingsError
 from generation import stream_text
 from scripts import serve
 from scripts.serving import guard
 from scripts.serving.guard import HEADERS, Guard, Refused, own_names
-from tests.conftest import REPOSITORY
+from tests.conftest import REPOSITORY, train_in
 
 ON_POSIX = pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGINT for one process")
 ON_LINUX = pytest.mark.skipif(sys.platform != "linux", reason="memory is read from /proc")
@@ -57,15 +55,7 @@ RUN_NAME = "tiny"
 def train_by_heart(folder: Path, text: str, steps: int) -> Path:
     """Train a tiny model on a text over and over; returns its run."""
     (folder / "text.txt").write_text(text * (40_000 // len(text)), encoding="utf-8")
-    (folder / "settings.py").write_text(SETTINGS % steps, encoding="utf-8")
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()):
-        patch.chdir(folder)
-        patch.setattr(environment, "CACHE", folder / "cache")
-        assert training.main(["settings.py"]) == 0
-    torch.set_num_threads(threads)
-    return folder / "runs" / "tiny"
+    return train_in(folder, SETTINGS % steps)
 
 
 class Server:

@@ -290,6 +290,28 @@ function history() {
   return newest;
 }
 
+// shows what comes once a frame: a small model writes faster than a long text can be laid out
+function painterOf(place) {
+  const node = place.appendChild(document.createTextNode(""));
+  let waiting = "";
+  let frame = null;
+  function paint() {
+    frame = null;
+    following(() => node.appendData(waiting));
+    waiting = "";
+  }
+  return {
+    add(piece) {
+      waiting += piece;
+      frame ??= requestAnimationFrame(paint);
+    },
+    finish() {
+      if (frame !== null) cancelAnimationFrame(frame);
+      paint();
+    },
+  };
+}
+
 async function write(message) {
   const { box, text, note } = message.view;
   const controller = new AbortController();
@@ -299,10 +321,9 @@ async function write(message) {
   note.textContent = "";
   showState();
   const figures = { startedAt: null, usage: null, finish: null };
+  const painter = painterOf(text);
   try {
-    await receive(message, controller.signal, figures, (piece) => {
-      following(() => text.append(piece));
-    });
+    await receive(message, controller.signal, figures, painter.add);
     note.textContent = describe(message, figures);
   } catch (error) {
     if (controller.signal.aborted) {
@@ -312,6 +333,7 @@ async function write(message) {
       note.textContent = error instanceof TypeError ? strings.gone : error.message;
     }
   }
+  painter.finish();
   if (writing === controller) writing = null;
   box.classList.remove("writing");
   following(showState);
