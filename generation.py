@@ -16,7 +16,7 @@ from torch import nn
 from engine.compiling import RecordedStep, is_compiled, not_compiled
 from engine.errors import NumericsError, SettingsError
 from engine.settings import check, find_problems, raise_if_any, setting, unknown_name
-from engine.weights import products_of_one_row
+from engine.weights import OneRowProducts
 from model import KVCache
 from text.tokenizer import Tokenizer
 
@@ -75,6 +75,8 @@ def generate(
     """
     if isinstance(ids, torch.Tensor) and ids.dim() != 2:
         raise SettingsError(f"ids has shape {tuple(ids.shape)}; generate() needs (B, T)")
+    if len(ids) == 0:
+        raise SettingsError("ids has no prompt; generate() needs one or more")
     prompts = ids.tolist() if isinstance(ids, torch.Tensor) else ids
     rows = [list(prompt) for prompt in prompts for _ in range(num_samples)]
     if max_new_tokens != 0:
@@ -125,7 +127,8 @@ def stream(
     Rows are the prompts, lists of token ids, each num_samples times. A row ends with
     end_of_text_id, or after max_new_tokens. What shapes a draw is told in choose_next(); the
     penalty is for the newest repetition_window tokens of a row. The generator, on the model's
-    device, makes draws repeatable. Raises SettingsError with every value that makes no sense.
+    device, makes draws repeatable. Raises SettingsError, at the first step, with every value that
+    makes no sense.
     """
     given = {
         "max_new_tokens": max_new_tokens,
@@ -150,9 +153,9 @@ def stream(
 def stream_text(
     model: nn.Module,
     tokenizer: Tokenizer,
-    prompts: Sequence[str | Sequence[int]],
+    prompts: str | Sequence[str | Sequence[int]],
     *,
-    stop: Sequence[str] = (),
+    stop: str | Sequence[str] = (),
     num_samples: int = 1,
     generator: torch.Generator | None = None,
     **sampling: float | None,
@@ -162,9 +165,12 @@ def stream_text(
     A prompt may also be token ids. sampling has the fields of SamplingConfig; those that are not
     given have its defaults. A text ends before the first stop string, at the tokenizer's end of
     text, or after max_new_tokens. An empty prompt begins as a document does: behind an end of
-    text. Raises SettingsError.
+    text. Raises SettingsError, at the first piece.
     """
     given = asdict(SamplingConfig()) | sampling
+    # a text is a sequence of texts, too: of its characters
+    prompts = [prompts] if isinstance(prompts, str) else prompts
+    stop = [stop] if isinstance(stop, str) else stop
     ids = [tokenizer.encode(p) if isinstance(p, str) else p for p in prompts]
     ids = [prompt or [tokenizer.end_of_text_id] for prompt in ids]
     rows = Rows(model, ids, given, num_samples, generator)
@@ -233,10 +239,13 @@ class Rows:
         known = {name: value for name, value in sampling.items() if name in names}
         problems = [unknown_name(name, name, names) for name in sampling.keys() - known.keys()]
         problems += find_problems(SamplingConfig, known)
-        if not prompts or not all(len(prompt) for prompt in prompts):
+        vocab_size = model.config.vocab_size
+        if len(prompts) == 0 or not all(len(prompt) for prompt in prompts):
             problems.append("ids has a prompt without a token; each must have one or more")
-        if num_samples < 1:
-            problems.append(f"num_samples is {num_samples}; it must be 1 or more")
+        elif not all(min(prompt) >= 0 and max(prompt) < vocab_size for prompt in prompts):
+            problems.append(f"ids has a token that is not in 0 to {vocab_size - 1}")
+        if not isinstance(num_samples, int) or num_samples < 1:
+            problems.append(f"num_samples is {num_samples}; it must be a whole number from 1")
         raise_if_any(problems, "generation")
         self._model, self._generator, self._copies = model, generator, num_samples
         self._choice = dict(sampling)
@@ -283,7 +292,8 @@ class Rows:
         device = self._model.token_embedding.weight.device
         # recorded with autocast, a step would hold casts of the weights that are dropped after it
         fixed = device.type == "cuda" and not torch.is_autocast_enabled("cuda")
-        capacity = self._limit if fixed else self._capacity
+        # fixed ones in few sizes: compiled code is for one each
+        capacity = min(self._limit, -(-self._capacity // 256) * 256) if fixed else self._capacity
         self._cache = KVCache([len(w) for w in windows], capacity, device, fixed=fixed)
         self._recorded = None
         logits = self._read(windows)
@@ -303,7 +313,8 @@ class Rows:
         if self._cache.fixed and self._cache.filled > 0:
             return self._replay(ids)
         newest = self._cache.advance(longest)
-        with products_of_one_row(ids.device) if ids.numel() == 1 else contextlib.nullcontext():
+        is_one_row = ids.numel() == 1 and ids.device.type == "cpu"
+        with OneRowProducts() if is_one_row else contextlib.nullcontext():
             return self._model.head(self._model.hidden(ids, newest)[:, -1])
 
     def _replay(self, ids: torch.Tensor) -> torch.Tensor:

@@ -204,13 +204,14 @@ class Newest:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Keep a layer's new keys and values, (B, K, T, D); returns all, (B, K, n_seen, D).
 
-        On a CPU they are fp32: its kernel takes a third of the time that it takes for bf16.
+        On a CPU they are fp32, whose kernel takes a third of bf16's time; autocast would turn
+        them into bf16 again at each step.
         """
         layers = self.cache.layers
         if layer == len(layers):
             B, K, _, D = k.shape
             shape, dtype = (B, K, self.cache.capacity, D), k.dtype
-            if k.device.type == "cpu":
+            if k.device.type == "cpu" and not torch.is_autocast_enabled("cpu"):
                 dtype = torch.float32
             # zeros: what is masked must be a number
             layers.append(tuple(k.new_zeros(shape, dtype=dtype) for _ in range(2)))

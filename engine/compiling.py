@@ -63,7 +63,10 @@ def compile_model(model: nn.Module, device: torch.device) -> None:
 
 
 def compile_decoding(model: nn.Module, device: torch.device) -> None:
-    """Have the model's steps of one position compiled, at the first of them; SettingsError."""
+    """Have the model's steps of one position compiled, at the first for each number of texts.
+
+    Raises SettingsError where that can't work, or does not pay.
+    """
     prevented = what_prevents_compiling(device)
     if device.type != "cuda" or prevented:
         why = prevented or f"on {device.type} a step is as fast as its weights are read"
@@ -103,7 +106,7 @@ class RecordedStep:
             current.wait_stream(side)
             self._graph = torch.cuda.CUDAGraph()
             # a loader's thread that pins memory meanwhile would else spoil the recording
-            with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
+            with torch.cuda.graph(self._graph, stream=side, capture_error_mode="thread_local"):
                 self._output = step(*inputs)
 
     def __call__(self, *values: torch.Tensor) -> torch.Tensor:

@@ -6,8 +6,9 @@ import sys
 from collections.abc import Iterable, Iterator
 from typing import TextIO
 
-# all but newline and tab: a terminal may take them for orders
-_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+# all but newline and tab, which a terminal may take for orders, and what turns the direction of
+# writing
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 
 
 def printable(text: str) -> str:

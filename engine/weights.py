@@ -5,7 +5,7 @@ nn.Linear layers are replaced, so embeddings and norms are as they were.
 """
 
 import contextlib
-from collections.abc import Iterator
+import threading
 
 import torch
 import torch.nn.functional as F
@@ -112,12 +112,28 @@ class Head(nn.Module):
         return logits.scatter(-1, highest, exact)
 
 
-@contextlib.contextmanager
-def products_of_one_row(device: torch.device) -> Iterator[None]:
-    """Where one row meets each weight: torch's own kernel reads bf16 twice as fast as oneDNN."""
-    was_enabled = torch.backends.mkldnn.enabled
-    torch.backends.mkldnn.enabled = was_enabled and device.type != "cpu"
-    try:
-        yield
-    finally:
-        torch.backends.mkldnn.enabled = was_enabled
+class OneRowProducts(contextlib.AbstractContextManager):
+    """Where one row meets each weight: torch's own kernel reads bf16 twice as fast as oneDNN.
+
+    The switch is the whole process's: the first thread that enters turns oneDNN off, and the last
+    that leaves restores it.
+    """
+
+    _lock = threading.Lock()
+    _n_inside = 0
+    _was_enabled = True
+
+    def __enter__(self) -> None:
+        cls = type(self)
+        with cls._lock:
+            if cls._n_inside == 0:
+                cls._was_enabled = torch.backends.mkldnn.enabled
+                torch.backends.mkldnn.enabled = False
+            cls._n_inside += 1
+
+    def __exit__(self, *_: object) -> None:
+        cls = type(self)
+        with cls._lock:
+            cls._n_inside -= 1
+            if cls._n_inside == 0:
+                torch.backends.mkldnn.enabled = cls._was_enabled

@@ -92,7 +92,8 @@ def add_run_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--compile",
         action="store_true",
-        help="on CUDA: the first token waits half a minute, the others come faster",
+        help="on CUDA: for each number of texts the first token waits half a minute, the others "
+        "come faster",
     )
 
 

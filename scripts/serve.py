@@ -7,6 +7,7 @@ unless --host and --token say otherwise.
 import argparse
 import asyncio
 import errno
+import logging
 import os
 import re
 import socket
@@ -132,13 +133,15 @@ async def _serve(arguments: argparse.Namespace, run: LoadedRun, listener: socket
         seed=None if arguments.seed is None else seed_of(arguments),
         answer_limit=arguments.answer_limit,
     )
-    host, port = arguments.host, listener.getsockname()[1]
+    host, port = listener.getsockname()[:2]  # "0", say, stands for every address
     writer = Writer(run, arguments.queue_limit)
     app = Application(run, served, writer).guarded(host=host, port=port, token=arguments.token)
     greeting = (
         f"http://{bracketed(host)}:{port}/ serves {served.model}, step {run.step}, "
         f"{run.weights} weights (Ctrl-C ends it)"
     )
+    # it tells of every client that has gone
+    logging.getLogger("asyncio").setLevel(logging.ERROR)
     try:
         await Server(app, writer, greeting).serve(sockets=[listener])
     finally:

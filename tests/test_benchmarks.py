@@ -388,8 +388,11 @@ def test_the_generation_benchmark_sets_every_kind_beside_transformers(results, m
         assert row["tokens_per_s"] > 0 and 0 < row["first_token_s"] < row["cold_first_token_s"] + 1
         size = 4 if "fp32" in row["name"] else 2 if "bf16" in row["name"] else 1
         per_token = figures["parameters_in_products"] * size / row["batch"]
-        limit = statistics.median(figures["bytes_per_s"]) / per_token
-        assert row["share_of_limit"] == pytest.approx(row["tokens_per_s"] / limit)
+        n_new = 9 * row["batch"]
+        rounds = zip(row["seconds"], figures["bytes_per_s"], strict=True)
+        shares = [n_new / seconds * per_token / rate for seconds, rate in rounds]
+        assert row["shares"] == pytest.approx(shares)
+        assert row["share_of_limit"] == pytest.approx(statistics.median(shares))
     assert rows[0]["ratios"] == rows[1]["ratios"] == [1.0, 1.0]
     assert figures["fp32_tokens_are_transformers"] is True
     for kind, most in (("bf16", 0.02), ("int8", 0.1)):

@@ -483,8 +483,10 @@ def test_the_mode_of_the_model_is_restored(training, monkeypatch):
     model = tiny_model().train(training)
     generate(model, prompt(4), max_new_tokens=2)
     assert model.training == training
-    with pytest.raises(IndexError):
-        generate(model, torch.tensor([[1_000_000]]), max_new_tokens=2)
+    monkeypatch.setattr(model, "hidden", None)
+    with pytest.raises(TypeError):
+        generate(model, prompt(4), max_new_tokens=2)
+    monkeypatch.undo()
     assert model.training == training
     unfinished = stream(model, [[1, 2]], max_new_tokens=9)
     next(unfinished)
@@ -592,7 +594,9 @@ def test_a_compiled_model_is_uncompiled_for_each_of_two_texts_drawn_in_turn(comp
     [
         ([[]], {}, "a prompt without a token"),
         ([[1], []], {}, "a prompt without a token"),
-        ([], {}, "a prompt without a token"),
+        ([], {}, "ids has no prompt"),
+        ([[1], [23]], {}, "a token that is not in 0 to 22"),
+        ([[-1, 2]], {}, "a token that is not in 0 to 22"),
         ([[1]], {"num_samples": 0}, "num_samples is 0"),
         ([[1]], {"max_new_tokens": -1}, "max_new_tokens"),
         ([[1]], {"temperature": -0.1}, "temperature"),

@@ -17,9 +17,9 @@ from engine.weights import (
     Bf16Linear,
     Head,
     Int8Linear,
+    OneRowProducts,
     choose_weights,
     convert_weights,
-    products_of_one_row,
 )
 from generation import generate, stream
 from model import GPTConfig, GPTModel
@@ -369,26 +369,33 @@ def mkldnn_enabled():
     torch.backends.mkldnn.enabled = before
 
 
-def test_products_of_one_row_are_torchs_own_on_a_cpu_inside_alone(mkldnn_enabled):
-    with products_of_one_row(CPU):
+def test_products_of_one_row_are_torchs_own_inside_alone(mkldnn_enabled):
+    with OneRowProducts():
         assert not mkldnn_enabled()
-        with products_of_one_row(CPU):
+        with OneRowProducts():
             assert not mkldnn_enabled()
         assert not mkldnn_enabled()
     assert mkldnn_enabled()
-    with products_of_one_row(torch.device("cuda")):
-        assert mkldnn_enabled()
-    with pytest.raises(KeyError), products_of_one_row(CPU):
+    with pytest.raises(KeyError), OneRowProducts():
         raise KeyError
+    assert mkldnn_enabled()
+
+
+def test_threads_that_enter_and_leave_in_turn_leave_the_switch_as_it_was(mkldnn_enabled):
+    first, second = OneRowProducts(), OneRowProducts()
+    first.__enter__()
+    second.__enter__()
+    first.__exit__()
+    assert not mkldnn_enabled()
+    second.__exit__()
     assert mkldnn_enabled()
 
 
 def test_what_was_turned_off_before_stays_so(mkldnn_enabled):
     torch.backends.mkldnn.enabled = False
-    for device in (CPU, torch.device("cuda")):
-        with products_of_one_row(device):
-            assert not mkldnn_enabled()
+    with OneRowProducts():
         assert not mkldnn_enabled()
+    assert not mkldnn_enabled()
 
 
 def test_steps_of_one_row_alone_are_taken_without_onednn(mkldnn_enabled, monkeypatch):
@@ -412,6 +419,7 @@ def test_steps_of_one_row_alone_are_taken_without_onednn(mkldnn_enabled, monkeyp
     steps = stream(model, [[1]], max_new_tokens=3)
     next(steps)
     assert mkldnn_enabled()  # also between two steps
-    with pytest.raises(IndexError):
-        generate(model, [[10**6]], max_new_tokens=2)
+    monkeypatch.setattr(model, "hidden", None)
+    with pytest.raises(TypeError):
+        generate(model, [[1]], max_new_tokens=2)
     assert mkldnn_enabled()

@@ -97,6 +97,8 @@ def bracketed(host: str) -> str:
 
 def _is_address(host: str, port: int) -> bool:
     """Whether a Host header is an IP address with this port: no foreign name can stand for it."""
+    if port == 80 and ":" not in host.rpartition("]")[2]:  # browsers leave it out
+        host += ":80"
     name, _, given_port = host.rpartition(":")
     try:
         ipaddress.ip_address(name.removeprefix("[").removesuffix("]"))

@@ -122,9 +122,13 @@ const prompt = element("prompt");
 let token = null; // kept in memory only
 let facts = null;
 let messages = []; // {role, content, view}
+let retries = 0; // since the last message was sent
 let writing = null; // the AbortController of the answer that is being written
 
 // ------------------------------------------------------------------------------- the server
+
+// an input method's own keys: WebKit ends composing before the key that ended it
+const isComposing = (event) => event.isComposing || event.keyCode === 229;
 
 async function ask(path, options = {}) {
   const headers = token === null ? {} : { authorization: `Bearer ${token}` };
@@ -159,18 +163,22 @@ async function problemOf(response) {
 
 async function loadRun() {
   const response = await ask("/run.json");
-  if (response.status === 401) return askToken();
+  if (response.status === 401) {
+    askToken();
+    return;
+  }
   if (!response.ok) throw new Error(await problemOf(response));
+  const isFirst = facts === null;
   facts = await response.json();
+  if (element("ask").open) element("ask").close();
   element("name").textContent = facts.name;
   document.title = facts.name;
   const millions = new Intl.NumberFormat(language, { notation: "compact" });
   element("summary").textContent =
     `${strings.step} ${facts.step} · ${strings.parameters} ${millions.format(facts.parameters)}`;
   showFacts();
-  resetControls();
+  if (isFirst) resetControls();
   await loadPicture();
-  return undefined;
 }
 
 function showFacts() {
@@ -245,6 +253,7 @@ function chosenSampling() {
     const { value } = element(name);
     if (value !== "") chosen[name] = Number(value);
   }
+  if ("seed" in chosen) chosen.seed += retries; // else it would write the same again
   return chosen;
 }
 
@@ -384,6 +393,7 @@ function describe(message, { startedAt, usage, finish }) {
 }
 
 function showState() {
+  if (writing === null && document.activeElement === element("stop")) prompt.focus();
   const last = messages.at(-1);
   const answered = writing === null && last?.role === "assistant";
   element("stop").hidden = writing === null;
@@ -394,10 +404,16 @@ function showState() {
 }
 
 function send() {
-  if (writing !== null || facts === null) return;
+  if (writing !== null) return;
+  if (facts === null) {
+    begin(); // the server may be there by now
+    return;
+  }
   const content = prompt.value;
   if (content.trim() === "") return;
   prompt.value = "";
+  prompt.focus();
+  retries = 0;
   addMessage("user", content);
   log.scrollTop = log.scrollHeight;
   write(addMessage("assistant", ""));
@@ -414,6 +430,7 @@ function retry() {
   if (writing !== null || last?.role !== "assistant") return;
   messages.pop();
   last.view.box.remove();
+  retries += 1;
   write(addMessage("assistant", ""));
   prompt.focus();
 }
@@ -453,12 +470,12 @@ function listen() {
   });
   prompt.addEventListener("keydown", (event) => {
     // while an input method is composing, Enter takes its suggestion
-    if (event.key !== "Enter" || event.shiftKey || event.isComposing) return;
+    if (event.key !== "Enter" || event.shiftKey || isComposing(event)) return;
     event.preventDefault();
     send();
   });
   document.addEventListener("keydown", (event) => {
-    if (event.key === "Escape" && !event.isComposing && !document.querySelector("dialog[open]")) {
+    if (event.key === "Escape" && !isComposing(event) && !document.querySelector("dialog[open]")) {
       stop();
     }
   });
@@ -477,9 +494,9 @@ function listen() {
   element("ask").addEventListener("cancel", (event) => event.preventDefault());
   element("ask-form").addEventListener("submit", async (event) => {
     event.preventDefault();
-    token = element("token").value;
-    await begin();
-    if (facts !== null) element("ask").close();
+    token = element("token").value.trim();
+    if (/^[!-~]+$/.test(token)) await begin();
+    else askToken();
   });
 }
 
@@ -487,7 +504,8 @@ async function begin() {
   try {
     await loadRun();
   } catch (error) {
-    element("summary").textContent = error instanceof TypeError ? strings.gone : error.message;
+    const place = element(element("ask").open ? "ask-problem" : "summary");
+    place.textContent = error instanceof TypeError ? strings.gone : error.message;
   }
 }
 

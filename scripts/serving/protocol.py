@@ -14,6 +14,7 @@ from text.tokenizer import Tokenizer
 
 MOST_ROWS = 16  # texts that a request may ask for: prompts times n
 MOST_STOPS = 16
+MOST_PROBLEMS = 8  # that a refusal tells: a hostile request has any number of them
 LONGEST_STOP = 1000
 LENGTHS = ("max_tokens", "max_completion_tokens")
 # these would change the text, so they must say that they don't
@@ -40,6 +41,9 @@ WITHOUT_EFFECT = (
     "service_tier",
     "safety_identifier",
     "prompt_cache_key",
+    "prompt_cache_retention",
+    "reasoning_effort",
+    "verbosity",
     "parallel_tool_calls",
 )
 ROLES = ("system", "developer", "user", "assistant")
@@ -100,7 +104,8 @@ def read_order(body: bytes, served: Served, *, is_chat: bool) -> Order:
         logprobs = fields.take("logprobs", False, _is_bool, "true or false")
     else:
         only_zero = "0: of the drawn token alone, of no others"
-        logprobs = fields.take("logprobs", None, _whole_number(0, 0), only_zero) is not None
+        asked = fields.take("logprobs", None, lambda v: v is False or v == 0, only_zero)
+        logprobs = asked is not None and asked is not False
     sampling = _sampling(fields, served)
     for name, allowed in NEUTRAL.items():
         listed = " or ".join(shown(value) for value in allowed)
@@ -153,12 +158,14 @@ class _Fields:
 
     def wrong(self, name: str, message: str) -> None:
         """Note that a parameter can't be used."""
-        self.problems.append((name, message))
+        if len(self.problems) < MOST_PROBLEMS:
+            self.problems.append((name, message))
 
     def check_names(self) -> None:
-        """Note the parameters that nobody has taken."""
-        for name in self.given.keys() - self._known:
-            self.wrong(name, unknown_name(shown(name), name, self._known))
+        """Note the parameters that nobody has taken; null ones say nothing."""
+        unknown = [n for n in self.given if n not in self._known and self.given[n] is not None]
+        for name in unknown[:MOST_PROBLEMS]:
+            self.wrong(name, unknown_name(shown(name), name[:100], self._known))
 
     def refuse_if_wrong(self) -> None:
         """Raise Refused where anything was noted."""
@@ -231,7 +238,11 @@ def _chat_prompt(fields: _Fields) -> str:
     messages = fields.take(
         "messages", [], lambda value: isinstance(value, list) and len(value) > 0, allowed
     )
-    contents = [_content(fields, f"messages[{i}]", m) for i, m in enumerate(messages)]
+    contents = []
+    for i, message in enumerate(messages):
+        contents.append(_content(fields, f"messages[{i}]", message))
+        if len(fields.problems) == MOST_PROBLEMS:
+            break
     return "\n\n".join(content for content in contents if content)
 
 
@@ -242,6 +253,8 @@ def _content(fields: _Fields, place: str, message: Any) -> str:
         fields.wrong("messages", f'{place} must be an object whose "role" is one of {roles}')
         return ""
     content = message.get("content")
+    if content is None and message["role"] == "assistant":
+        return ""
     if _is_text(content):
         return content
     parts = content if isinstance(content, list) else [None]
@@ -256,7 +269,7 @@ def _content(fields: _Fields, place: str, message: Any) -> str:
 
 def _stop_strings(fields: _Fields) -> list[str]:
     def is_stop(value: Any) -> bool:
-        return _is_text(value) and 0 < len(value) <= LONGEST_STOP
+        return _is_text(value) and len(value) <= LONGEST_STOP
 
     stop = fields.take(
         "stop",
@@ -264,9 +277,9 @@ def _stop_strings(fields: _Fields) -> list[str]:
         lambda v: (
             is_stop(v) or (isinstance(v, list) and len(v) <= MOST_STOPS and all(map(is_stop, v)))
         ),
-        f"text of 1 to {LONGEST_STOP} characters, or a list of at most {MOST_STOPS} such",
+        f"text of at most {LONGEST_STOP} characters, or a list of at most {MOST_STOPS} such",
     )
-    return [stop] if isinstance(stop, str) else stop
+    return [text for text in ([stop] if isinstance(stop, str) else stop) if text]
 
 
 def _sampling(fields: _Fields, served: Served) -> dict[str, Any]:
@@ -284,6 +297,8 @@ def _sampling(fields: _Fields, served: Served) -> dict[str, Any]:
         fields.take(field.name, None, lambda value: True, "")
         if field.name in fields.given:
             value = fields.given[field.name]
+            if field.name == "top_k" and not _is_bool(value) and value in (0, -1):
+                value = None  # so say other servers
             if value is not None or "None" in str(field.type):
                 given[field.name] = value
     for problem in find_problems(SamplingConfig, given):

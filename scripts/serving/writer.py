@@ -21,7 +21,7 @@ class Job:
     """An order in the queue, and what comes out of it."""
 
     def __init__(self, order: Order) -> None:
-        self.order = order
+        self.order: Order | None = order
         self.n_prompt_tokens = 0
         self.cancelled = False  # looked at between two tokens
         self.future: Future | None = None
@@ -64,7 +64,8 @@ class Writer:
     def cancel(self, job: Job) -> None:
         """End a job between two tokens, or before its first."""
         job.cancelled = True
-        if job.future.cancel():  # it was still waiting
+        if job.future.cancel():  # it was still waiting, and its order is carried out by nobody
+            job.order = None
             self._end(job)
 
     def stop(self) -> None:
