@@ -213,8 +213,8 @@ def load_run(
     """Load the model of a run for use, while it is being trained too; changes nothing.
 
     folder is a path, or a name in OUTPUT_DIR; None is the run that was finished last. which is
-    "best", the weights of the lowest validation loss, or "last". weights "auto" is bf16 where the
-    device is fast with it, else fp32; "int8" is faster on CPUs, and a little less exact. compiled
+    "best", the weights of the lowest validation loss, or "last". weights "auto" is bf16, fp32
+    on GPUs without it; "int8" is faster on CPUs, and a little less exact. compiled
     is for CUDA: for each number of texts the first token waits half a minute, the others come
     faster. Raises
     CheckpointError where there is no such run or it can't be read, SettingsError, ResourceError.

@@ -5,6 +5,7 @@ nn.Linear layers are replaced, so embeddings and norms are as they were.
 """
 
 import contextlib
+import functools
 import threading
 
 import torch
@@ -23,9 +24,10 @@ MOST_INT8_ROWS, INT8_WIDTH = 16, 64
 
 
 def choose_weights(requested: str, device: torch.device) -> str:
-    """Turn "auto" into "bf16" where the device is fast with it, else "fp32".
+    """Turn "auto" into "bf16" where tokens come faster with it, else "fp32".
 
-    Raises SettingsError for int8 anywhere but on a CPU: GPUs are slower with it at this size.
+    They do on every CPU: a product of one row needs no bf16 units there. Raises SettingsError for
+    int8 anywhere but on a CPU: GPUs are slower with it at this size.
     """
     if requested not in WEIGHTS:
         listed = ", ".join(f'"{kind}"' for kind in WEIGHTS)
@@ -33,8 +35,15 @@ def choose_weights(requested: str, device: torch.device) -> str:
     if requested == "int8" and device.type != "cpu":
         raise SettingsError(f'weights "int8" are for CPUs, and this is {device.type}; use "bf16"')
     if requested == "auto":
-        return "bf16" if choose_precision("auto", device).name == "bf16" else "fp32"
+        is_fast = device.type == "cpu" or choose_precision("auto", device).name == "bf16"
+        return "bf16" if is_fast else "fp32"
     return requested
+
+
+@functools.cache
+def is_slow_in_bf16(device: torch.device) -> bool:
+    """Whether products of many rows are slow in bf16: on a CPU without units for it."""
+    return device.type == "cpu" and choose_precision("auto", device).name != "bf16"
 
 
 def convert_weights(model: nn.Module, kind: str) -> None:
@@ -60,6 +69,9 @@ class Bf16Linear(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Any float format in, bf16 out."""
+        if x.device.type == "cpu" and x.numel() > x.shape[-1] and is_slow_in_bf16(x.device):
+            bias = None if self.bias is None else self.bias.float()
+            return F.linear(x.float(), self.weight.float(), bias).bfloat16()
         return F.linear(x.bfloat16(), self.weight, self.bias)
 
     def rows(self, indices: torch.Tensor) -> torch.Tensor:
@@ -86,6 +98,9 @@ class Int8Linear(nn.Module):
         flat = x.bfloat16().flatten(0, -2)
         if len(flat) <= MOST_INT8_ROWS and flat.shape[1] % INT8_WIDTH == 0:
             product = torch._weight_int8pack_mm(flat, self.weight, self.scale)
+        elif is_slow_in_bf16(x.device):
+            product = F.linear(x.float().flatten(0, -2), self.weight.float()).bfloat16()
+            product = product * self.scale
         else:
             product = F.linear(flat, self.weight.bfloat16()) * self.scale
         if self.bias is not None:

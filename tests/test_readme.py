@@ -175,6 +175,9 @@ def test_the_speeds_of_generation_are_those_that_the_benchmark_wrote(readme):
         shown += f"| {one['share_of_limit']:.0%} | {eight['tokens_per_s']:.0f} |"
         assert shown in text
     assert f"{statistics.median(figures['bytes_per_s']) / 1e9:.0f} GB/s" in text
+    for seen in figures["from_fp32"].values():
+        assert f"{seen['mean_difference_by_std']:.1%}" in text
+        assert f"{seen['same_greedy_token']:.1%}" in text
 
 
 @pytest.mark.parametrize("recipes", ["docs/recipes.md", "docs/recipes.zh-CN.md"])

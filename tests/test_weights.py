@@ -329,14 +329,37 @@ def test_the_likeliest_of_nearly_equal_tokens_is_found(kind, order):
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda", "mps"])
-def test_auto_is_bf16_where_the_hardware_has_it(monkeypatch, device):
+def test_auto_is_bf16_on_cpus_and_where_the_hardware_has_it(monkeypatch, device):
     for name, expected in (("bf16", "bf16"), ("fp32", "fp32"), ("fp16", "fp32")):
         monkeypatch.setattr(
             weights,
             "choose_precision",
             lambda requested, d, n=name: Precision(n, requested, d.type),
         )
+        expected = "bf16" if device == "cpu" else expected
         assert choose_weights("auto", torch.device(device)) == expected
+
+
+@pytest.mark.parametrize("rows", [1, 2, 17])
+@pytest.mark.parametrize("kind", ["bf16", "int8"])
+@torch.no_grad()
+def test_without_bf16_units_products_of_many_rows_are_fp32_ones(monkeypatch, kind, rows):
+    torch.manual_seed(0)
+    layer = LAYERS[kind](nn.Linear(64, 32))
+    x = torch.randn(rows, 64)
+    assert not weights.is_slow_in_bf16(torch.device("cuda"))
+    monkeypatch.setattr(weights, "is_slow_in_bf16", lambda device: False)
+    usual = layer(x)
+    products = []
+    linear = F.linear
+    monkeypatch.setattr(F, "linear", lambda x, *rest: products.append(x.dtype) or linear(x, *rest))
+    monkeypatch.setattr(weights, "is_slow_in_bf16", lambda device: True)
+    found = layer(x)
+    assert found.dtype == usual.dtype == torch.bfloat16
+    torch.testing.assert_close(found.float(), usual.float(), rtol=0.02, atol=0.02)
+    one_row_kernel = {"bf16": [torch.bfloat16], "int8": []}[kind]
+    few = rows == 1 or (kind == "int8" and rows <= 16)
+    assert products == (one_row_kernel if few else [torch.float32])
 
 
 @pytest.mark.parametrize("requested", ["fp32", "bf16", "int8"])
