@@ -111,6 +111,12 @@ def listen(host: str, port: int) -> socket.socket:
         raise ResourceError(f"can't listen on {shown(host)}: {reason}.") from None
 
 
+def known_as(host: str, listener: socket.socket) -> str:
+    """What clients call the address: the host as it was asked for, or that it is every one."""
+    bound = listener.getsockname()[0]
+    return bound if bound in ("0.0.0.0", "::") else host  # "0", say, stands for every address
+
+
 async def _serve(arguments: argparse.Namespace, run: LoadedRun, listener: socket.socket) -> None:
     from scripts.serving.app import Application, Server
     from scripts.serving.guard import bracketed
@@ -133,7 +139,7 @@ async def _serve(arguments: argparse.Namespace, run: LoadedRun, listener: socket
         seed=None if arguments.seed is None else seed_of(arguments),
         answer_limit=arguments.answer_limit,
     )
-    host, port = listener.getsockname()[:2]  # "0", say, stands for every address
+    host, port = known_as(arguments.host, listener), listener.getsockname()[1]
     writer = Writer(run, arguments.queue_limit)
     app = Application(run, served, writer).guarded(host=host, port=port, token=arguments.token)
     greeting = (

@@ -538,6 +538,32 @@ def test_the_names_of_a_server_are_its_addresses_with_the_port():
 
 
 @pytest.mark.parametrize(
+    ("asked", "expected"),
+    [("127.0.0.1", "127.0.0.1"), ("localhost", "localhost"), ("0", "0.0.0.0"), ("", "0.0.0.0")],
+)
+def test_a_host_is_known_by_the_name_that_was_asked_for(asked, expected):
+    with serve.listen(asked, 0) as listener:
+        host = serve.known_as(asked, listener)
+        assert host == expected
+        gate = Guard(None, host=host, port=8000, token="12345678")
+        named = {"localhost": "localhost:8000"}.get(asked, "127.0.0.1:8000")
+        scope = {"path": "/", "headers": [(b"host", named.encode())]}
+        gate.check(scope)
+        foreign = {"path": "/", "headers": [(b"host", b"example.org:8000")]}
+        with pytest.raises(Refused):
+            gate.check(foreign)
+
+
+@pytest.mark.parametrize("address", ["192.168.1.5", "[fd00::5]"])
+@pytest.mark.parametrize("shown", ["", ":80"])
+def test_on_port_80_an_address_may_come_without_it(address, shown):
+    gate = Guard(None, host="0.0.0.0", port=80, token="12345678")
+    gate.check({"path": "/", "headers": [(b"host", f"{address}{shown}".encode())]})
+    with pytest.raises(Refused):
+        gate.check({"path": "/", "headers": [(b"host", b"example.org")]})
+
+
+@pytest.mark.parametrize(
     ("host", "is_right"),
     [
         ("192.168.1.5:8000", True),
