@@ -66,6 +66,7 @@ sampling_params = {
 DEVICE = None  # None: the best there is;  or "cpu", "cuda", "mps"
 PRECISION = "auto"  # "auto": bf16 where the hardware has it;  or "bf16", "fp32", "fp16" (old GPUs)
 COMPILE = "auto"  # "auto": where the run is long enough to repay the wait;  or True, False
+PARALLEL = "auto"  # under torchrun: "ddp" (auto), or "fsdp" for models too large for one GPU
 SEED = 123  # the same seed gives the same run
 NIGHT_MODE = False  # True: leave half of the cores, or of the GPU's memory, to others
 LOG_EVERY = 0  # print the batch loss every so many steps;  0: never

@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 from engine.console import say
 from engine.errors import DataError
 from engine.metrics import TokenSize
+from engine.parallel import ALONE, Parallel
 from engine.stopping import defer_to_owner
 from text.tokenizer import GPT2Tokenizer, Tokenizer
 
@@ -117,11 +118,12 @@ class WindowDataset(Dataset):
 class WindowBatches(Sampler):
     """Which windows each batch holds: a pure function of (seed, epoch, step).
 
-    A step takes step_size windows (batch_size where None) and hands them out in parts of at most
-    micro_batch (batch_size where None); an epoch's last step may have fewer. Iterating gives epoch
-    0, then 1, ...; start_at() chooses what comes next. With seed None the windows stay in order,
-    and a tail comes alone. With n_steps each step draws at random from all windows, whatever the
-    others hold.
+    A step takes step_size windows (batch_size where None), of which each rank of parallel has an
+    equal share, and hands them out in parts of at most micro_batch (batch_size where None); an
+    epoch's last step may have fewer, and shares that differ by one. Iterating gives epoch 0, then
+    1, ...; start_at() chooses what comes next. With seed None the windows stay in order, and a
+    tail comes alone. With n_steps each step draws at random from all windows, whatever the others
+    hold.
     """
 
     def __init__(
@@ -132,7 +134,9 @@ class WindowBatches(Sampler):
         n_steps: int | None = None,
         step_size: int | None = None,
         micro_batch: int | None = None,
+        parallel: Parallel = ALONE,
     ) -> None:
+        self._rank, self._world = parallel.rank, parallel.world
         self.dataset = dataset
         self.batch_size = batch_size
         self.micro_batch = micro_batch or batch_size
@@ -144,14 +148,32 @@ class WindowBatches(Sampler):
 
     @property
     def per_step(self) -> int:
-        """The parts of a step; the last one of an epoch may have fewer."""
-        return -(-self.step_size // self.micro_batch)
+        """The parts of a rank's share of a step; the last one of an epoch may have fewer."""
+        return -(-self.step_size // self._world // self.micro_batch)
+
+    def count_windows(self, step: int) -> int:
+        """The windows of an epoch's step, counted from 0, of all ranks together."""
+        if self._is_random:
+            return self.step_size
+        return min(self.step_size, self.dataset.n_whole - step * self.step_size)
+
+    def count_own(self, step: int) -> int:
+        """The windows of this rank's share of a step."""
+        return len(self._share(range(self.count_windows(step))))
+
+    def count_largest(self, step: int) -> int:
+        """The windows of the largest share of a step."""
+        return -(-self.count_windows(step) // self._world)
+
+    def _share(self, windows: Sequence[int]) -> Sequence[int]:
+        n = len(windows)
+        return windows[n * self._rank // self._world : n * (self._rank + 1) // self._world]
 
     def __len__(self) -> int:
-        if self._is_random:
-            return self.n_steps * self.per_step
-        steps, rest = divmod(self.dataset.n_whole, self.step_size)
-        return steps * self.per_step + -(-rest // self.micro_batch) + self.dataset.has_tail
+        if self.n_steps == 0:
+            return int(self.dataset.has_tail)
+        in_last = -(-self.count_own(self.n_steps - 1) // self.micro_batch)
+        return (self.n_steps - 1) * self.per_step + in_last + self.dataset.has_tail
 
     def __iter__(self) -> Iterator[list[int]]:
         epoch, first = self._next_epoch, self._next_step
@@ -164,6 +186,7 @@ class WindowBatches(Sampler):
                 windows = chooser.integers(self.dataset.n_whole, size=self.step_size)
             else:
                 windows = order[step * self.step_size : (step + 1) * self.step_size]
+            windows = self._share(windows)
             for start in range(0, len(windows), size):
                 yield windows[start : start + size].tolist()
         if self.dataset.has_tail:
@@ -176,7 +199,11 @@ class WindowBatches(Sampler):
     def _order(self, epoch: int) -> np.ndarray:
         if self.seed is None:
             return np.arange(self.dataset.n_whole)
-        return np.random.default_rng((self.seed, epoch)).permutation(self.dataset.n_whole)
+        # 4 bytes a window, as a rule: every rank holds an epoch's order
+        n_whole = self.dataset.n_whole
+        order = np.arange(n_whole, dtype=np.uint32 if n_whole < 2**32 else np.int64)
+        np.random.default_rng((self.seed, epoch)).shuffle(order)
+        return order
 
 
 @dataclass(frozen=True)
@@ -277,13 +304,15 @@ def make_loaders(
     sampling: str = "windows",
     accumulation: int = 1,
     micro_batch: int | None = None,
+    parallel: Parallel = ALONE,
 ) -> tuple[DataLoader, DataLoader]:
     """Training windows in a new order each epoch; validation windows in order, without overlap.
 
     Batches are (ids, targets), each (B, T) int64. Every validation token but the first is a
     target exactly once, so the last batch of validation may be a single shorter window. With
     sampling "random" the training windows may start anywhere; an epoch has as many steps. A step
-    takes plan.batch_size * accumulation windows, in parts of micro_batch (None: plan.batch_size).
+    takes plan.batch_size * accumulation windows, in parts of micro_batch (None: plan.batch_size);
+    of several ranks each gets its share of them, and all of the validation windows.
     On CUDA the tokens stay on the device where they take less than a tenth of its free memory,
     and are pinned otherwise.
     """
@@ -315,7 +344,7 @@ def make_loaders(
             generator=torch.Generator().manual_seed(seed),  # else each epoch draws on torch's own
         )
         for batches in (
-            WindowBatches(train, plan.batch_size, seed, n_steps, step_size, micro_batch),
+            WindowBatches(train, plan.batch_size, seed, n_steps, step_size, micro_batch, parallel),
             WindowBatches(val, plan.batch_size, None, micro_batch=micro_batch),
         )
     )
@@ -426,11 +455,13 @@ def to_array(ids: Sequence[int], vocab_size: int) -> np.ndarray:
     return np.array(ids, dtype=np.uint16 if vocab_size <= 2**16 else np.uint32)
 
 
-def evaluation_loader(loader: DataLoader, max_batches: int | None = None) -> DataLoader:
+def evaluation_loader(
+    loader: DataLoader, max_batches: int | None = None, parallel: Parallel = ALONE
+) -> DataLoader:
     """A loader over the same windows in order: all of them, or max_batches evenly spaced batches.
 
     It gives the same batches each time, in parts where the loader does, and leaves every random
-    generator alone.
+    generator alone. Several ranks get a part of them each.
     """
     dataset = loader.dataset
     batch_size = loader.batch_size or loader.batch_sampler.batch_size
@@ -447,7 +478,7 @@ def evaluation_loader(loader: DataLoader, max_batches: int | None = None) -> Dat
     parts = [batch[i : i + size] for batch in batches for i in range(0, len(batch), size)]
     return DataLoader(
         dataset,
-        batch_sampler=parts,
+        batch_sampler=parallel.share_of(parts),
         collate_fn=loader.collate_fn,
         pin_memory=loader.pin_memory,
         generator=torch.Generator(),

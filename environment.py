@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import hashlib
 import importlib
 import json
 import os
@@ -48,9 +49,11 @@ from engine.optim import (
     default_warmup_steps,
     make_schedule,
 )
+from engine.parallel import ALONE, Parallel, is_restarted, join
 from engine.precision import Precision, choose_precision
 from engine.processor import default_threads, prepare_processor, threads_are_set
 from engine.settings import shown
+from engine.sharding import build_in_parts, whole
 from engine.storage import make_folder, write_atomically
 from engine.tracking import check_trackers
 from engine.weights import choose_weights, convert_weights
@@ -71,6 +74,7 @@ from training_utils import TrainingConfig
 from trial import Compiled, Trial, decide_compiling, precision_that_agrees, steps_in
 
 CACHE = Path(__file__).resolve().parent / "cache"
+HOW_MANY = "torchrun --nproc-per-node 2 main.py uses two"
 # the mark by which backup programs know a cache (bford.info/cachedir)
 CACHE_TAG = b"Signature: 8a477f597d28d172789f06886806bc55\n"
 
@@ -88,6 +92,7 @@ class RuntimeEnv:
     tokenizer: Tokenizer
     model_config: GPTConfig
     precision: Precision
+    parallel: Parallel
     compiled: Compiled
     schedule: Schedule
     total_steps: int
@@ -109,16 +114,27 @@ def prepare_environment(settings: str | Path | None = None) -> RuntimeEnv:
     has fresh weights until train() loads the checkpoint. Raises SettingsError with every wrong
     setting, DataError for the text, ResourceError for the device, CheckpointError where a run
     that is named can't go on, RunFinished where it has nothing left to do.
+
+    Under torchrun every process calls it, and gets its share of the batches.
     """
     prepare_processor()
+    parallel = join()
+    with parallel.watched():
+        return _prepare(settings, parallel)
+
+
+def _prepare(settings: str | Path | None, parallel: Parallel) -> RuntimeEnv:
     plan = resolve_settings(*read_given_settings(settings))
     check_trackers(plan.run.TRACKING)
-    run = _choose_run(plan)
-    device = pick_device(plan.run.DEVICE)
+    parallel.require_same(settings=_digest(plan))
+    if not parallel.is_alone and plan.run.PARALLEL != "auto":
+        parallel.kind = plan.run.PARALLEL
+    run = parallel.broadcast(parallel.on_main(lambda: _choose_run(plan)))
+    device = pick_device(plan.run.DEVICE, parallel)
     precision = _decide_precision(plan, run.saved, device)
-    _show_machine(device, precision, plan)
+    _show_machine(device, precision, plan, parallel)
 
-    text = _read_text(plan, run)
+    text = _read_text(plan, run, parallel)
     precision = _decide_precision(plan, run.saved, device)  # by then another run may begin
     tokenizer = text.tokenizer
     asked = _with_decisions(plan.training, run.saved)
@@ -130,10 +146,18 @@ def prepare_environment(settings: str | Path | None = None) -> RuntimeEnv:
         train_ratio=asked.train_ratio,
         n_train=text.n_train,
     )
-    threads, micro_batch = _share_the_machine(plan, run.saved, device, windows, notices)
+    micro_batch = _share_of_a_batch(asked, windows, parallel)
+    threads, micro_batch = _share_the_machine(
+        plan, run.saved, device, micro_batch, parallel, notices
+    )
 
-    model = _fresh_model(plan, asked, windows.max_length, tokenizer.vocab_size, device)
-    micro_batch = _fit_into_memory(model, asked, windows, precision, device, micro_batch, notices)
+    config = GPTConfig(
+        **plan.model | {"context_length": windows.max_length, "vocab_size": tokenizer.vocab_size}
+    )
+    model = _fresh_model(plan, asked, config, device, precision, parallel)
+    micro_batch = _fit_into_memory(
+        model, asked, windows, precision, device, micro_batch, parallel, notices
+    )
 
     train_loader, val_loader = make_loaders(
         TokenSlice(text.path, text.dtype, 0, text.n_tokens),
@@ -144,13 +168,14 @@ def prepare_environment(settings: str | Path | None = None) -> RuntimeEnv:
         sampling=asked.sampling,
         accumulation=asked.gradient_accumulation_steps,
         micro_batch=micro_batch,
+        parallel=parallel,
     )
     precision = _check_arithmetic(model, train_loader, precision, notices)
     rate = asked.learning_rate or default_learning_rate(model.config.emb_dim, asked.optimizer)
     asked = dataclasses.replace(asked, learning_rate=rate)
     optimizer = build_optimizer(asked.optimizer, model, rate, asked.weight_decay)
     steps_per_epoch = train_loader.batch_sampler.n_steps
-    trial = Trial(model, optimizer, train_loader, precision, device, threads)
+    trial = Trial(model, optimizer, train_loader, precision, device, threads, parallel)
     compiled, asked = _try_out(plan, run.saved, asked, trial, steps_per_epoch, notices)
     total_steps = _count_steps(plan, asked, steps_per_epoch)
     training = _complete_training(asked, windows, total_steps, notices)
@@ -169,6 +194,7 @@ def prepare_environment(settings: str | Path | None = None) -> RuntimeEnv:
         tokenizer=tokenizer,
         model_config=model.config,
         precision=precision,
+        parallel=parallel,
         compiled=compiled,
         schedule=make_schedule(
             training.schedule, training.learning_rate, training.warmup_steps, total_steps
@@ -383,16 +409,27 @@ def _resembles(name: str, known: Iterable[str]) -> bool:
 # -------------------------------------------------------------------------------- building
 
 
-def pick_device(requested: str | None) -> torch.device:
+def pick_device(requested: str | None, parallel: Parallel = ALONE) -> torch.device:
     """The device that DEVICE names, or the best of this machine: MPS, then CUDA, then CPU.
 
-    Raises ResourceError where the named one is not there, SettingsError where it is none.
+    Of several ranks each takes a GPU of its own. Raises ResourceError where the named one is not
+    there, SettingsError where it is none.
     """
     if requested is not None and not re.fullmatch(r"cpu|mps|cuda(:\d{1,4})?", requested):
         raise SettingsError(
             f'the device is {shown(requested)}; it must be "cpu", "cuda", "mps" or None'
         )
     has_mps, has_cuda = torch.backends.mps.is_available(), torch.cuda.is_available()
+    if not parallel.is_alone:
+        has_mps = False  # its GPU is one, and no ranks can meet there
+        if requested is not None and requested not in ("cpu", "cuda"):
+            raise SettingsError(
+                f'DEVICE = "{requested}" is one device, and torchrun has started '
+                f'{parallel.world} processes.\nSet DEVICE to "cuda", "cpu" or None.'
+            )
+        if has_cuda and requested != "cpu":
+            requested = f"cuda:{parallel.local_rank}"
+            torch.cuda.set_device(min(parallel.local_rank, torch.cuda.device_count() - 1))
     if requested is None:
         return torch.device("mps" if has_mps else "cuda" if has_cuda else "cpu")
     kind, _, index = requested.partition(":")
@@ -426,13 +463,21 @@ def build_model(config: GPTConfig, device: torch.device) -> GPTModel:
 
 
 def _fresh_model(
-    plan: RunPlan, asked: TrainingConfig, max_length: int, vocab_size: int, device: torch.device
+    plan: RunPlan,
+    asked: TrainingConfig,
+    config: GPTConfig,
+    device: torch.device,
+    precision: Precision,
+    parallel: Parallel,
 ) -> GPTModel:
     """The run's model with the weights of its seed; ResourceError where it can't be trained."""
-    config = GPTConfig(**plan.model | {"context_length": max_length, "vocab_size": vocab_size})
     torch.manual_seed(plan.run.SEED)
-    _require_memory_for(config, device)
-    model = build_model(config, device)
+    if parallel.kind == "fsdp":
+        model = build_in_parts(lambda: GPTModel(config), parallel, precision, device)
+    else:
+        _require_memory_for(config, device)
+        model = build_model(config, device)
+    parallel.seed_apart(plan.run.SEED)
     model.activation_checkpointing = asked.activation_checkpointing
     _show_model(plan.model_name, model)
     return model
@@ -462,23 +507,28 @@ def _fit_into_memory(
     precision: Precision,
     device: torch.device,
     micro_batch: int,
+    parallel: Parallel,
     notices: list[str],
 ) -> int:
     """How many windows at a time there is memory for, at most micro_batch; shows the estimate.
 
     Raises ResourceError where there is none for a single one.
     """
-    estimate = estimate_memory(
-        model,
-        n_tokens=windows.max_length,
-        n_windows=micro_batch,
-        precision=precision,
-        device=device,
-        optimizer=asked.optimizer,
-        keeps_best=device.type != "cuda",
-    )
+    with whole(model, parallel):
+        estimate = estimate_memory(
+            model,
+            n_tokens=windows.max_length,
+            n_windows=micro_batch,
+            precision=precision,
+            device=device,
+            optimizer=asked.optimizer,
+            keeps_best=device.type != "cuda" and parallel.is_main,
+            parts=parallel.world if parallel.kind == "fsdp" else 1,
+        )
     room = available_memory(device)
     if room is not None:
+        if device.type != "cuda":
+            room //= parallel.local_world  # the others are about to take as much
         room += estimate.weights  # they are there already
     fitting = estimate.largest_fit(micro_batch, room)
     parts, there = estimate.described(max(1, fitting)), "" if room is None else as_bytes(room)
@@ -488,6 +538,7 @@ def _fit_into_memory(
             f"{as_bytes(estimate.total(1))} of memory, and {device} has {there} free:\n"
             f"{parts}.\n{ADVICE}"
         )
+    fitting = parallel.lowest(fitting)
     needed = estimate.total(fitting)
     of_room = f" of {there} free" if there else ""
     say(f"Memory: about {as_bytes(needed)}{of_room}" + f" ({parts})" * (needed > 1e9))
@@ -606,16 +657,18 @@ def _share_the_machine(
     plan: RunPlan,
     saved: dict[str, Any] | None,
     device: torch.device,
-    windows: WindowPlan,
+    most: int,
+    parallel: Parallel,
     notices: list[str],
 ) -> tuple[int, int]:
-    """How many threads to use and how many windows at a time; a run that goes on keeps its own.
+    """How many threads to use and how many windows at a time, at most so many; a run that goes on
+    keeps its own.
 
     NIGHT_MODE leaves half of the cores, or half of the GPU's memory, to others: a step then goes
     through its windows in smaller parts, with the same sum up to rounding.
     """
-    night, micro_batch = plan.run.NIGHT_MODE, windows.batch_size
-    threads = usual_threads = default_threads()
+    night, micro_batch = plan.run.NIGHT_MODE, most
+    threads = usual_threads = default_threads(parallel.local_world)
     if night and device.type == "cpu":
         threads = max(1, threads // 2)
     if night and device.type in ("cuda", "mps"):
@@ -623,17 +676,18 @@ def _share_the_machine(
             torch.cuda.set_per_process_memory_fraction(0.5, device)
         else:
             torch.mps.set_per_process_memory_fraction(0.5)
-        micro_batch = halved(windows.batch_size)
+        micro_batch = halved(most)
         notices.append(
-            f"night mode: half of the memory, {micro_batch} windows at a time instead of "
-            f"{windows.batch_size}"
+            f"night mode: half of the memory, {micro_batch} windows at a time instead of {most}"
         )
     if saved is not None and saved["settings"]["NIGHT_MODE"] == night:
-        if not threads_are_set():  # a number set from outside is somebody's wish
+        same_ranks = saved.get("ranks", 1) == parallel.world
+        # a number set from outside is somebody's wish
+        if same_ranks and not threads_are_set(parallel.local_world):
             threads = min(saved["threads"], os.cpu_count() or 1)
         before = saved.get("micro_batch")  # earlier versions kept none
-        if isinstance(before, int) and before > 0:
-            micro_batch = min(before, windows.batch_size)
+        if same_ranks and isinstance(before, int) and before > 0:
+            micro_batch = min(before, most)
     if night and device.type == "cpu":
         notices.append(f"night mode: {threads} of {usual_threads} threads")
     return threads, micro_batch
@@ -717,7 +771,8 @@ def _choose_run(plan: RunPlan) -> RunFolder:
         plan.asked(),
         output_dir=output_dir,
         run_name=plan.run.RUN_NAME,
-        resume=plan.run.RESUME,
+        # what this job began before it failed is not begun anew
+        resume="auto" if plan.run.RESUME is False and is_restarted() else plan.run.RESUME,
         new_name=f"{time.strftime('%Y-%m-%d_%H-%M-%S')}-{plan.mode}",
         data=_data_as_json(plan),
     )
@@ -728,17 +783,19 @@ def _data_as_json(plan: RunPlan) -> Any:
     return json.loads(json.dumps(plan.run.DATA, default=os.fspath))
 
 
-def _read_text(plan: RunPlan, run: RunFolder) -> TokenizedText:
+def _read_text(plan: RunPlan, run: RunFolder, parallel: Parallel) -> TokenizedText:
     """The text as tokens; a run that goes on gets the one it was begun with, or none."""
     spec = parse_data(plan.run.DATA)
     same_data = run.saved is not None and run.saved["settings"]["DATA"] == _data_as_json(plan)
     try:
-        text = tokenize(
-            spec,
-            plan.run.TOKENIZER,
-            plan.training.train_ratio,
-            usable_cache(),
-            stand_in=run.saved["stood_in"] if same_data else None,
+        text = parallel.main_first(
+            lambda: tokenize(
+                spec,
+                plan.run.TOKENIZER,
+                plan.training.train_ratio,
+                usable_cache(),
+                stand_in=run.saved["stood_in"] if same_data else None,
+            )
         )
     except DataError as error:
         if not same_data:
@@ -748,8 +805,35 @@ def _read_text(plan: RunPlan, run: RunFolder) -> TokenizedText:
             "begins a new one."
         ) from error
     _show_text(text, spec)
+    parallel.require_same(text=text.sha256, tokenizer=text.tokenizer.fingerprint)
     run.check_text(text.tokenizer.fingerprint, text.sha256)
     return text
+
+
+def _digest(plan: RunPlan) -> str:
+    """What the settings of two processes of one run are compared by."""
+    settings = [plan.asked(), plan.run.DATA, plan.run.DEVICE, plan.run.PARALLEL, plan.run.COMPILE]
+    text = json.dumps(settings, default=os.fspath, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _share_of_a_batch(asked: TrainingConfig, windows: WindowPlan, parallel: Parallel) -> int:
+    """How many windows a rank goes through at a time, at most batch_size of its share of a step.
+
+    Raises SettingsError where ranks can't have equal shares.
+    """
+    accumulation, world = asked.gradient_accumulation_steps, parallel.world
+    step_size = windows.batch_size * accumulation
+    if step_size % world:
+        below, above = step_size // world * world, -(-step_size // world) * world
+        nearest = f"{below} or {above}" if below else f"{above}"
+        raise SettingsError(
+            f"a step of {step_size} windows (batch_size {windows.batch_size} x "
+            f"gradient_accumulation_steps {accumulation}) can't be divided among {world} "
+            f"processes.\nThe nearest sizes that can: {nearest}. Set custom_params so, or start "
+            "as many processes as divide it."
+        )
+    return min(windows.batch_size, step_size // world)
 
 
 def _describe_run(
@@ -767,7 +851,9 @@ def _describe_run(
         "model": dataclasses.asdict(env.model_config),
         "training": env.train_config.to_dict(),
         "sampling": dataclasses.asdict(plan.sampling),
-        "device": str(env.device),
+        "device": env.device.type if env.parallel.world > 1 else str(env.device),
+        "ranks": env.parallel.world,
+        "parallel": env.parallel.kind,
         "precision": {"name": env.precision.name, "reason": env.precision.reason},
         "threads": env.threads,
         "compiled": env.compiled.on,
@@ -799,8 +885,17 @@ def _describe_run(
 # --------------------------------------------------------------------------------- showing
 
 
-def _show_machine(device: torch.device, precision: Precision, plan: RunPlan) -> None:
+def _show_machine(
+    device: torch.device, precision: Precision, plan: RunPlan, parallel: Parallel = ALONE
+) -> None:
     say(f"Device: {device.type.upper()}")
+    if not parallel.is_alone:
+        name = {"ddp": "DDP, the model whole on each", "fsdp": "FSDP2, the model in parts"}
+        say(f"Parallel: {parallel.world} processes ({name[parallel.kind]})")
+    elif plan.run.PARALLEL != "auto":
+        say(f"Note: PARALLEL is for torchrun's processes, and this one is alone ({HOW_MANY})")
+    elif device.type == "cuda" and torch.cuda.device_count() > 1:
+        say(f"Note: one of {torch.cuda.device_count()} GPUs is used ({HOW_MANY})")
     if device.type == "cuda":
         say(f"GPU: {torch.cuda.get_device_name(device)}")
     if device.type == "mps":

@@ -227,8 +227,11 @@ class Journal:
     def draw(self) -> bool:
         """Draw the losses anew, into the run's folder and the working directory.
 
-        False where matplotlib is missing or neither place takes the picture, which is said once.
+        False where matplotlib is missing or neither place takes the picture, which is said once;
+        and where there is no folder.
         """
+        if self.folder is None:
+            return False
         history = self.history
         png = render_losses(
             steps=history.steps,

@@ -16,6 +16,7 @@ os.environ.setdefault("GOMP_SPINCOUNT", "2000")
 
 import torch
 
+from data import evaluation_loader
 from engine.console import complain, say, use_utf8
 from engine.errors import (
     BusyError,
@@ -28,6 +29,8 @@ from engine.errors import (
 )
 from engine.memory import is_out_of_memory
 from engine.metrics import bits_per_byte, bits_per_character, perplexity
+from engine.parallel import ALONE, Parallel, join
+from engine.sharding import whole
 from engine.stopping import StopSignals
 from engine.storage import write_json
 from environment import RuntimeEnv, prepare_environment
@@ -40,13 +43,15 @@ LINE = "=" * 70
 def main(arguments: list[str]) -> int:
     """Run the whole pipeline; returns the exit code (engine/errors.py has them)."""
     use_utf8()
-    env = None
+    env, parallel = None, ALONE
     try:
-        settings = _settings_file(arguments)
-        say(f"{LINE}\nGPT Model Training Pipeline\n{LINE}")
-        env = prepare_environment(settings)
-        with _one_word_on_lost_workers():
-            run_pipeline(env)
+        parallel = join()
+        with parallel.watched():
+            settings = _settings_file(arguments)
+            say(f"{LINE}\nGPT Model Training Pipeline\n{LINE}")
+            env = prepare_environment(settings)
+            with _one_word_on_lost_workers():
+                run_pipeline(env)
     except RunFinished as finished:
         say(f"✓ {finished}")
     except Stopped as stopped:
@@ -56,14 +61,16 @@ def main(arguments: list[str]) -> int:
     except (PipelineError, MemoryError, RuntimeError, ConnectionError, EOFError) as error:
         if os.environ.get("GPT_DEBUG") == "1":
             raise
-        return _report_failure(error, env)
+        return _report_failure(error, env, parallel)
     except KeyboardInterrupt:
         complain("Stopped." + _what_is_kept(env))
         return 130
+    finally:
+        parallel.leave()
     return 0
 
 
-def _report_failure(error: Exception, env: RuntimeEnv | None) -> int:
+def _report_failure(error: Exception, env: RuntimeEnv | None, parallel: Parallel) -> int:
     """Say what went wrong; returns the exit code. What nobody expected keeps its traceback."""
     if is_out_of_memory(error):
         reason = next(iter(str(error).splitlines()), type(error).__name__)
@@ -80,7 +87,8 @@ def _report_failure(error: Exception, env: RuntimeEnv | None) -> int:
     if not isinstance(error, PipelineError):
         raise error
     kept = "" if isinstance(error, BusyError | CheckpointError) else _what_is_kept(env)
-    complain(f"{type(error).__name__}: {error}{kept}")
+    if parallel.speaks_for_all(str(error)):
+        complain(f"{parallel.prefix}{type(error).__name__}: {error}{kept}")
     return error.exit_code
 
 
@@ -114,9 +122,10 @@ def run_pipeline(env: RuntimeEnv) -> None:
     """Train, sample, plot, sum up; everything that is left behind is in env.run.path."""
     _headline("TRAINING START")
     # the samples and the summary, too, are this program's alone, and on as many threads
-    with env.run.opened(), using_threads(env.threads):
+    with env.parallel.held_by_main(env.run.opened), using_threads(env.threads):
         journal = train(env)
-        with StopSignals() as stop:
+        env.parallel.place = "after training"
+        with StopSignals(env.parallel.highest) as stop:
             show_samples(env, journal)
             if journal.draw():
                 say(f"✓ Saved training loss plot to {PICTURE}")
@@ -143,7 +152,7 @@ def show_samples(env: RuntimeEnv, journal: Journal) -> None:
             "repetition_window": sampling.repetition_window,
             "generator": generator,
         }
-        with env.precision.autocast():
+        with whole(env.model, env.parallel), env.precision.autocast():
             texts = continue_prompts(env.model, env.tokenizer, prompts, **options | choice)
         journal.note_sample(label, texts)
 
@@ -158,7 +167,8 @@ def sum_up(env: RuntimeEnv, journal: Journal, stop: StopSignals) -> None:
 
     summary.json comes last of all: it is what makes a run a finished one.
     """
-    final_val = mean_loss(env.model, env.val_loader, env.device, env.precision, stop)
+    text = evaluation_loader(env.val_loader, parallel=env.parallel)
+    final_val = mean_loss(env.model, text, env.device, env.precision, stop, env.parallel)
     history, best = journal.history, journal.history.best
     step = journal.weights_of_step or history.steps[-1]
     final_train = history.train_losses[history.steps.index(step)]
@@ -194,8 +204,9 @@ def sum_up(env: RuntimeEnv, journal: Journal, stop: StopSignals) -> None:
         "parameters": env.model.count_parameters(),
         "device": str(env.device),
         "precision": env.precision.name,
+        "ranks": env.parallel.world,
     }
-    write_json(env.run.path / "summary.json", summary)
+    env.parallel.on_main(lambda: write_json(env.run.path / "summary.json", summary))
 
 
 def _headline(text: str) -> None:

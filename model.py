@@ -18,6 +18,7 @@ from torch import nn
 from torch.nn.attention import SDPBackend
 from torch.utils.checkpoint import checkpoint
 
+from engine.loss import next_token_loss
 from engine.precision import Precision
 from engine.settings import check, setting
 
@@ -449,9 +450,22 @@ class GPTModel(nn.Module):
                 else:
                     nn.init.normal_(projection.weight, std=residual_std)
 
-    def forward(self, ids: torch.Tensor) -> torch.Tensor:
-        """(B, T) token ids -> (B, T, V) logits of each position's next token."""
-        return self.head(self.hidden(ids))
+    def forward(
+        self,
+        ids: torch.Tensor,
+        targets: torch.Tensor | None = None,
+        n_targets: float | None = None,
+    ) -> torch.Tensor:
+        """(B, T) token ids -> (B, T, V) logits of each position's next token.
+
+        With targets, (B, T) or for the first rows of the batch only, their mean loss in nats
+        instead, a 0-d fp32 tensor, and never all logits at once; n_targets is what the sum is
+        divided by, where these are a part of a larger batch.
+        """
+        hidden = self.hidden(ids)
+        if targets is None:
+            return self.head(hidden)
+        return next_token_loss(hidden[: len(targets)], self.head.weight, targets, n_targets)
 
     def hidden(self, ids: torch.Tensor, newest: Newest | None = None) -> torch.Tensor:
         """(B, T) token ids -> (B, T, C), what the head turns into logits.

@@ -62,6 +62,7 @@ CHANGEABLE = (
 SETTINGS_CHANGEABLE = (
     "DEVICE",
     "COMPILE",
+    "PARALLEL",
     "LOG_EVERY",
     "TRACKING",
     "NIGHT_MODE",
@@ -105,7 +106,7 @@ class RunFolder:
             self.notes += [
                 f"{name} was {shown(changed[name][0])} and is {shown(changed[name][1])}: from here "
                 "on the numbers are not bit for bit those of an undisturbed run"
-                for name in ("device", "threads", "micro_batch", "compiled", "torch")
+                for name in ("device", "ranks", "threads", "micro_batch", "compiled", "torch")
                 if name in changed
             ]
         self.settings = identity | settings
@@ -389,7 +390,7 @@ def _changes(saved: dict[str, Any], settings: dict[str, Any]) -> dict[str, list]
         name: (saved.get(name), settings.get(name))
         for name in ("device", "threads", "torch", "total_steps")
     }
-    for name in ("micro_batch", "compiled"):
+    for name in ("micro_batch", "compiled", "ranks"):
         if name in saved:  # earlier versions kept none
             pairs[name] = saved[name], settings.get(name)
     return {name: [was, now] for name, (was, now) in pairs.items() if was != now}

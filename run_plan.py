@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from engine.errors import SettingsError
+from engine.parallel import KINDS
 from engine.precision import PRECISIONS
 from engine.settings import (
     MODEL_SETTINGS,
@@ -49,6 +50,7 @@ class RunSettings:
     DEVICE: str | None = setting(None)
     PRECISION: str = setting("auto", choices=PRECISIONS)
     COMPILE: str | bool = setting("auto")
+    PARALLEL: str = setting("auto", choices=KINDS)
     SEED: int = setting(123, minimum=0, maximum=2**32 - 1)
     LOG_EVERY: int = setting(0, minimum=0)
     OUTPUT_DIR: str = setting("runs")

@@ -7,7 +7,7 @@ import math
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import nn
@@ -25,11 +25,12 @@ from engine.checkpoint import (
 )
 from engine.console import say, track
 from engine.errors import CheckpointError, DataError, NumericsError, ResourceError, Stopped
-from engine.loss import next_token_loss
 from engine.memory import ADVICE, OutOfStepMemory, halved, is_out_of_memory
 from engine.optim import Schedule, extend_schedule, learning_rate_at, set_learning_rate
+from engine.parallel import ALONE, Parallel
 from engine.precision import Precision, choose_precision
 from engine.settings import find_problems, raise_if_any, shown
+from engine.sharding import full, replica, summing_up, whole
 from engine.stopping import StopSignals
 from engine.tracking import open_trackers
 from generation import evaluating, generate, text_to_token_ids
@@ -47,6 +48,13 @@ SAMPLE_CHARACTERS = 1000  # of a long prompt the end is enough to see what it le
 # takes less time than two steps, for 16 prompts too
 SAMPLE_EVERY, SAMPLES_A_RUN = 100, 10
 Batch = tuple[torch.Tensor, torch.Tensor]  # ids and targets, (B, T) each
+
+
+class Step(NamedTuple):
+    """What an optimizer step goes through."""
+
+    batches: list[Batch]  # this rank's micro-batches; every rank has as many
+    n_targets: int  # those of all ranks together
 
 
 @dataclass(frozen=True)
@@ -84,7 +92,10 @@ def training_loop(
         if journal.has_evaluated() or not (epoch_ends or step % plan.eval_freq == 0):
             return
         journal.pause()
-        views = [evaluation_loader(loader, plan.eval_iter) for loader in trainer.loaders]
+        views = [
+            evaluation_loader(loader, plan.eval_iter, trainer.parallel)
+            for loader in trainer.loaders
+        ]
         losses = [trainer.mean_loss(view) for view in views]
         epoch = epochs + (within > 0) if epoch_ends and step > 0 else None
         journal.evaluation(epoch, *losses)
@@ -106,16 +117,16 @@ def training_loop(
         epoch, first = divmod(journal.steps, steps_per_epoch)
         last = min(steps_per_epoch, plan.total_steps - epoch * steps_per_epoch)
         steps = steps_of_epoch(train_loader, epoch, first, last)
-        for batches in track(steps, last, f"Epoch {epoch + 1}", first):
+        for taken in track(steps, last, f"Epoch {epoch + 1}", first):
             trainer.stop.check()
             if is_over():
                 break
             if plan.schedule is not None:
                 rate = learning_rate_at(journal.steps, plan.schedule)
                 set_learning_rate(trainer.optimizer, rate)
-            loss, grad_norm = trainer.step(batches, plan.max_grad_norm)
-            n_tokens = sum(ids.numel() for ids, _ in batches)
-            journal.step(loss, grad_norm, n_tokens, trainer.optimizer.param_groups[0]["lr"])
+            loss, grad_norm = trainer.step(taken, plan.max_grad_norm)
+            rate = trainer.optimizer.param_groups[0]["lr"]
+            journal.step(loss, grad_norm, taken.n_targets, rate)
             trainer.save_where_due(is_last=journal.steps == plan.total_steps)
             if journal.steps < epoch * steps_per_epoch + last:
                 evaluate_where_due(journal.steps)
@@ -136,9 +147,11 @@ class Trainer:
     store: CheckpointStore | None = None  # None: nothing is saved
     clock: SaveClock | None = None
     run: "RunFolder | None" = None  # None: nothing is noted for a later start
+    parallel: Parallel = ALONE
 
     def __post_init__(self) -> None:
-        self.stop = StopSignals()
+        self.stop = StopSignals(self.parallel.highest)
+        self.replica = replica(self.model, self.parallel)  # the model as a step calls it
         self.scaler = self.precision.scaler()
         self.best: BestWeights | None = None
         self._plan: LoopPlan | None = None  # what a checkpoint says of the learning rates
@@ -146,36 +159,38 @@ class Trainer:
         self.loaders: tuple[DataLoader, ...] = ()
         self._micro_batch: int | None = None  # windows at a time, since memory ran out
 
-    def step(self, batches: list[Batch], max_grad_norm: float) -> tuple[torch.Tensor, torch.Tensor]:
-        """One optimizer step on micro-batches; returns loss and gradient norm.
+    def step(self, step: Step, max_grad_norm: float) -> tuple[torch.Tensor, torch.Tensor]:
+        """One optimizer step; returns its loss and gradient norm, those of all ranks.
 
         Where memory runs out, the step is made again with half as many windows at a time, and so
         are all that follow: the sum stays the same. Raises OutOfStepMemory where a single window
-        is too much.
+        is too much, or other ranks are in the middle of the step.
         """
+        self.parallel.place = f"step {self.journal.steps + 1}"
+        batches = step.batches
         while True:
             parts = batches if self._micro_batch is None else in_parts(batches, self._micro_batch)
             n_windows = max(len(ids) for ids, _ in parts)
             try:
-                return self._try_step(parts, max_grad_norm)
+                return self._try_step(step._replace(batches=parts), max_grad_norm)
             except OutOfStepMemory:
-                if n_windows == 1:
+                if n_windows == 1 or not self.parallel.is_alone:
                     raise
             # out here the error is gone, and with it what it held of the step
             self._use_smaller(halved(n_windows), n_windows)
 
-    def _try_step(
-        self, parts: list[Batch], max_grad_norm: float
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        on_device = [(to_device(x, self.device), to_device(y, self.device)) for x, y in parts]
+    def _try_step(self, step: Step, max_grad_norm: float) -> tuple[torch.Tensor, torch.Tensor]:
+        parts = [(to_device(x, self.device), to_device(y, self.device)) for x, y in step.batches]
         return take_step(
-            self.model,
-            on_device,
+            self.replica,
+            parts,
             self.optimizer,
             self.precision,
             max_grad_norm,
             scaler=self.scaler,
             stop=self.stop,
+            parallel=self.parallel,
+            n_targets=step.n_targets,
         )
 
     def _use_smaller(self, n_windows: int, before: int) -> None:
@@ -195,13 +210,13 @@ class Trainer:
             self.run.note_micro_batch(n_windows)
 
     def mean_loss(self, loader: DataLoader) -> float:
-        """The mean loss over a loader, unless a signal asks to stop."""
-        return mean_loss(self.model, loader, self.device, self.precision, self.stop)
+        """The mean loss over a loader, and the other ranks', unless a signal asks to stop."""
+        return mean_loss(self.model, loader, self.device, self.precision, self.stop, self.parallel)
 
     def sample(self, label: str, prompts: list[str]) -> None:
         """Let the model continue the prompts, greedily, and show what it writes."""
         began_at = time.monotonic()
-        with self.precision.autocast():
+        with whole(self.model, self.parallel), self.precision.autocast():
             texts = continue_prompts(
                 self.model,
                 self.tokenizer,
@@ -219,11 +234,13 @@ class Trainer:
         if self.best is not None:
             held = history.val_losses[history.steps.index(self.best.step)]
         if self.store is not None and history.steps[-1] > 0 and history.val_losses[-1] < held:
-            self.best = BestWeights(history.steps[-1], copy_weights(self.model))
+            self.best = BestWeights(history.steps[-1], copy_weights(self.model, self.parallel))
 
     def save_where_due(self, *, is_last: bool) -> None:
         """Save a checkpoint after the last step, and whenever the clock says so."""
-        if self.store is not None and (is_last or self.clock.is_due(self.journal.steps)):
+        if self.store is None:
+            return
+        if self.parallel.highest(is_last or self.clock.is_due(self.journal.steps)):
             self.save()
 
     def save(self) -> None:
@@ -235,6 +252,7 @@ class Trainer:
         state = {
             "journal": self.journal.state(),
             "random": random_state(self.device),
+            "other_ranks": self.parallel.gather(random_state(self.device))[1:],
             "scaler": self.scaler.state_dict(),
             "schedule": asdict(self._plan.schedule),
             "total_steps": self._plan.total_steps,
@@ -257,7 +275,7 @@ class Trainer:
         state, self.best = found
         try:
             self.journal.restore(state["journal"])
-            set_random_state(state["random"], self.device)
+            self._restore_random(state)
             self.scaler.load_state_dict(state["scaler"])
             schedule, step = Schedule(**state["schedule"]), self.journal.steps
             # the last checkpoint comes before the last evaluation, which the run then still owes
@@ -273,10 +291,18 @@ class Trainer:
         self._saved_step = self.journal.steps
         return self._plan
 
+    def _restore_random(self, state: dict[str, Any]) -> None:
+        """Each rank's generators; where there were fewer ranks, new ones go on from a new seed."""
+        states = [state["random"], *state.get("other_ranks", [])]  # earlier versions had one rank
+        if self.parallel.rank < len(states):
+            set_random_state(states[self.parallel.rank], self.device)
+        else:
+            self.parallel.seed_apart(self.journal.steps)
+
     def use_best(self) -> None:
         """Put the best weights into the model."""
         if self.best is not None and self.best.step != self.journal.steps:
-            load_weights(self.model, self.best.weights, "the best weights")
+            load_weights(self.model, self.best.weights, "the best weights", self.parallel)
             self.journal.weights_of_step = self.best.step
 
 
@@ -305,17 +331,21 @@ def take_step(
     *,
     scaler: torch.amp.GradScaler | None = None,
     stop: StopSignals | None = None,
+    parallel: Parallel = ALONE,
+    n_targets: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """One optimizer step on the micro-batches of a batch; its loss and gradient norm, 0-d tensors.
 
-    The loss is the mean over all targets, whatever the sizes of the micro-batches. Where it or
+    The loss is the mean over all n_targets targets, None being those of the batches, whatever the
+    sizes of the micro-batches. Where ranks share the step, model is what replica() gives, and
+    n_targets counts those of all ranks. Where the loss or
     the gradient is not finite, weights and moments stay as they were: with a fused optimizer the
     device decides that, and nobody waits for it. Raises Stopped, with everything as it was before
     the step, where a signal has come and the rest of the step would take long; and OutOfStepMemory,
     just so, where a micro-batch does not fit.
     """
     scaler = scaler or precision.scaler()
-    n_targets = sum(targets.numel() for _, targets in batches)
+    n_targets = n_targets or sum(targets.numel() for _, targets in batches)
     device = batches[0][0].device
     random_before = random_state(device)
     started_at = time.perf_counter()
@@ -325,10 +355,14 @@ def take_step(
             for number, (ids, targets) in enumerate(batches):
                 if number > 0 and stop is not None:
                     stop.check_within_step(started_at, number / len(batches))
-                loss = batch_loss(model, ids, targets, precision, n_targets)
-                with torch.autocast(device.type, enabled=False):
-                    scaler.scale(loss).backward()
+                is_last = number == len(batches) - 1
+                with summing_up(model, parallel, now=is_last):
+                    # the ranks' gradients are summed up and divided by their number
+                    loss = batch_loss(model, ids, targets, precision, n_targets / parallel.world)
+                    with torch.autocast(device.type, enabled=False):
+                        scaler.scale(loss).backward()
                 total += loss.detach()
+        total = parallel.sum(total) / parallel.world
     except (Stopped, MemoryError, RuntimeError) as error:
         optimizer.zero_grad()
         set_random_state(random_before, device)
@@ -341,9 +375,9 @@ def take_step(
     scaler.unscale_(optimizer)  # first: clipping must see true gradients
     parameters = [p for p in model.parameters() if p.grad is not None]
     if max_grad_norm > 0:
-        norm = nn.utils.clip_grad_norm_(parameters, max_grad_norm)
+        norm = full(nn.utils.clip_grad_norm_(parameters, max_grad_norm))
     else:
-        norm = nn.utils.get_total_norm([p.grad for p in parameters])
+        norm = full(nn.utils.get_total_norm([p.grad for p in parameters]))
     if scaler.is_enabled():  # it has looked for infinities itself
         scaler.step(optimizer)
         scaler.update()
@@ -363,11 +397,11 @@ def batch_loss(
     ids: torch.Tensor,
     targets: torch.Tensor,
     precision: Precision,
-    n_targets: int | None = None,
+    n_targets: float | None = None,
 ) -> torch.Tensor:
     """The mean loss of a batch, (B, T) each, as a 0-d fp32 tensor; n_targets as in the loss."""
     with precision.autocast():
-        return next_token_loss(model.hidden(ids), model.head.weight, targets, n_targets)
+        return model(ids, targets, n_targets)
 
 
 def count_steps(loader: DataLoader) -> int:
@@ -376,15 +410,26 @@ def count_steps(loader: DataLoader) -> int:
     return max(1, batches.n_steps if isinstance(batches, WindowBatches) else len(loader))
 
 
-def steps_of_epoch(loader: DataLoader, epoch: int, first: int, last: int) -> Iterator[list[Batch]]:
-    """The micro-batches of each step from first up to last of an epoch, all counted from 0."""
-    batches, per_step = loader.batch_sampler, 1
-    if isinstance(batches, WindowBatches):
-        batches.start_at(epoch, first)
-        per_step = batches.per_step
+def steps_of_epoch(loader: DataLoader, epoch: int, first: int, last: int) -> Iterator[Step]:
+    """Each step from first up to last of an epoch, all counted from 0.
+
+    A rank whose share of an epoch's last step has fewer micro-batches than another's gets some
+    without targets, for the ranks go through them together.
+    """
+    batches = loader.batch_sampler
+    if not isinstance(batches, WindowBatches):
+        for ids, targets in itertools.islice(iter(loader), last - first):
+            yield Step([(ids, targets)], targets.numel())
+        return
+    batches.start_at(epoch, first)
+    size, length = batches.micro_batch, batches.dataset.max_length  # a change counts from the next
+    nothing = torch.zeros(1, length, dtype=torch.long)
     micro_batches = iter(loader)
-    for _ in range(first, last):
-        yield list(itertools.islice(micro_batches, per_step))
+    for step in range(first, last):
+        own, most = (-(-n // size) for n in (batches.count_own(step), batches.count_largest(step)))
+        parts = list(itertools.islice(micro_batches, own))
+        parts += [(nothing, nothing[:0])] * (most - own)
+        yield Step(parts, batches.count_windows(step) * length)
 
 
 def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
@@ -399,23 +444,28 @@ def mean_loss(
     device: torch.device,
     precision: Precision,
     stop: StopSignals | None = None,
+    parallel: Parallel = ALONE,
 ) -> float:
     """The mean loss in nats over every target of the loader, each weighing the same.
 
-    Raises Stopped where a signal has come meanwhile, DataError for an empty loader.
+    The loaders of several ranks are its parts, of any lengths. Raises Stopped where a signal has
+    come meanwhile, DataError for an empty loader.
     """
     total, count = torch.zeros((), device=device), 0
-    with evaluating(model):
+    with evaluating(model), whole(model, parallel):
         for ids, targets in loader:
-            if stop is not None:
-                stop.check()
+            if stop is not None and stop.has_come:
+                break  # and not out of here: the other ranks wait below
             ids, targets = to_device(ids, device), to_device(targets, device)
             loss = batch_loss(model, ids, targets, precision)
             total += loss * targets.numel()
             count += targets.numel()
+    if stop is not None:
+        stop.check()
+    count = parallel.sum(torch.tensor(count)).item()
     if count == 0:
         raise DataError("there is nothing to evaluate on: the loader has no batches")
-    return total.item() / count
+    return parallel.sum(total).item() / count
 
 
 def train(env: "RuntimeEnv") -> Journal:
@@ -426,22 +476,22 @@ def train(env: "RuntimeEnv") -> Journal:
     CheckpointError where its checkpoints can't be used, ResourceError where the disk won't take
     them, NumericsError where the numbers go bad.
     """
-    with env.run.opened(), using_threads(env.threads):
+    held = env.parallel.held_by_main(env.run.opened)
+    with env.parallel.watched(), held, using_threads(env.threads):
         return _train(env)
 
 
 def _train(env: "RuntimeEnv") -> Journal:
-    run, config = env.run, env.train_config
+    run, config, parallel = env.run, env.train_config, env.parallel
     for note in run.notes:
         say(f"Note: {note}")
-    store = CheckpointStore(run.path, run.run_id, config.keep_checkpoints)
-    if store.newest() is None:
-        store.require_room(env.model)
+    store = CheckpointStore(run.path, run.run_id, config.keep_checkpoints, parallel)
+    store.require_room(env.model)
     journal = Journal(
         vocab_size=env.tokenizer.vocab_size,
         total_steps=env.total_steps,
         log_every=env.log_every,
-        folder=run.path,
+        folder=parallel.only_main(run.path),
         token_size=env.token_size,
     )
     clock = SaveClock(config.save_every, config.save_minutes)
@@ -455,6 +505,7 @@ def _train(env: "RuntimeEnv") -> Journal:
         store,
         clock,
         run,
+        parallel,
     )
     plan = LoopPlan(
         total_steps=env.total_steps,
@@ -469,7 +520,11 @@ def _train(env: "RuntimeEnv") -> Journal:
     if run.saved is not None or journal.steps > 0:
         say(f"Resuming {run.path}: {journal.steps:,} of {plan.total_steps:,} steps are done")
     journal.trackers = open_trackers(
-        env.tracking, run.path, run.run_id, run.settings, journal.steps
+        parallel.only_main(env.tracking) or [],
+        run.path,
+        run.run_id,
+        run.settings,
+        journal.steps,
     )
     try:
         with trainer.stop:

@@ -20,6 +20,7 @@ from engine.console import say
 from engine.errors import ResourceError
 from engine.memory import OutOfStepMemory, halved
 from engine.optim import EVALUATIONS, LONGEST_EVAL_FREQ, set_learning_rate
+from engine.parallel import ALONE, Parallel
 from engine.precision import Precision
 from generation import evaluating
 from model import GPTModel
@@ -52,38 +53,50 @@ class Trial:
     precision: Precision
     device: torch.device
     threads: int
+    parallel: Parallel = ALONE
 
     def step_seconds(self) -> float:
-        """The median time of an optimizer step, after one that doesn't count.
+        """The median time of an optimizer step here, after one that doesn't count.
 
         Weights, moments and random numbers are afterwards what they were. Where memory runs out,
         fewer windows go through at a time from here on; OutOfStepMemory is raised for a single
         one.
         """
+        batches = self.loader.batch_sampler
         while True:
-            batches = self.loader.batch_sampler
             try:
                 return self._step_seconds()
             except OutOfStepMemory:
-                if batches.micro_batch == 1:
+                if batches.micro_batch == 1 or self.parallel.kind == "fsdp":
                     raise
             batches.micro_batch = halved(min(batches.micro_batch, batches.batch_size))
             say(f"Note: memory ran out: {batches.micro_batch} windows at a time, as a trial shows")
+
+    def agreed(self, seconds: float) -> float:
+        """The mean of what the ranks have measured; all take the fewest windows at a time."""
+        batches = self.loader.batch_sampler
+        batches.micro_batch = self.parallel.lowest(batches.micro_batch)
+        return self.parallel.mean(seconds)
 
     def _step_seconds(self) -> float:
         random_before = random_state(self.device)
         rates = [group["lr"] for group in self.optimizer.param_groups]
         set_learning_rate(self.optimizer, 0.0)  # such a step changes no weight
+        step = next(steps_of_epoch(self.loader, 0, 0, 1))
         batches = [
             (to_device(ids, self.device), to_device(targets, self.device))
-            for ids, targets in next(steps_of_epoch(self.loader, 0, 0, 1))
+            for ids, targets in step.batches
         ]
+        # what lies whole on each rank is tried without the others
+        others = self.parallel if self.parallel.kind == "fsdp" else ALONE
         seconds = []
         try:
             with using_threads(self.threads):
                 for _ in range(1 + TIMED_STEPS):
                     started_at = time.perf_counter()
-                    take_step(self.model, batches, self.optimizer, self.precision, 1.0)
+                    take_step(
+                        self.model, batches, self.optimizer, self.precision, 1.0, parallel=others
+                    )
                     if self.device.type != "cpu":
                         torch.accelerator.synchronize()
                     seconds.append(time.perf_counter() - started_at)
@@ -103,14 +116,18 @@ class Trial:
         say("Compiling the model's blocks: up to a minute, once ...")
         compile_model(self.model, self.device)
         started_at = time.perf_counter()
+        failed = None
         try:
             seconds = self.step_seconds()
         except OutOfStepMemory:
             raise
         except Exception as error:  # compilers fail in ways of their own: the model runs without
-            undo_compiling(self.model)
             reason = next(iter(str(error).splitlines()), "")[:200]
-            return f"{type(error).__name__}: {reason}"
+            failed = f"{type(error).__name__}: {reason}"
+        if self.parallel.highest(failed is not None):
+            undo_compiling(self.model)
+            return failed or "compiling failed on another rank"
+        seconds = self.agreed(seconds)
         say(f"✓ Compiled in {time.perf_counter() - started_at:.0f} s")
         if as_written is not None and seconds >= as_written:
             undo_compiling(self.model)
@@ -159,12 +176,15 @@ def decide_compiling(
         return Compiled(False, "as set")
     if obstacle := what_prevents_compiling(trial.device):
         return Compiled(False, obstacle)
+    if trial.parallel.kind == "fsdp":
+        return Compiled(False, "weights that lie in parts are gathered between the operations")
     reason, seconds = "as set", None
     if requested == "auto":
         tokens = len(trial.loader.dataset[0][0]) * trial.loader.batch_sampler.step_size
+        tokens //= trial.parallel.world
         if budget_s is None and total_steps * tokens * trial.model.flop_per_token() < WORTH_A_TRIAL:
             return Compiled(False, "a run this short would not repay it")
-        seconds = trial.step_seconds()
+        seconds = trial.agreed(trial.step_seconds())
         steps = total_steps if budget_s is None else round(budget_s / seconds)
         reason = f"{steps:,} steps of {seconds:.2g} s"
         if not is_repaid(seconds, steps, trial.device):
@@ -176,7 +196,7 @@ def decide_compiling(
 
 def steps_in(budget_s: float, trial: Trial, training: TrainingConfig) -> int:
     """How many optimizer steps, with their evaluations, take so many seconds; at least 1."""
-    seconds = trial.step_seconds()
+    seconds = trial.agreed(trial.step_seconds())
     batches = trial.loader.batch_sampler
     batch_seconds = seconds * batches.batch_size / batches.step_size  # a step may have several
     evaluation = 2 * training.eval_iter * batch_seconds * EVALUATION_COST

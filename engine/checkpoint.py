@@ -25,7 +25,9 @@ from torch import nn
 
 from engine.console import say, tell
 from engine.errors import CheckpointError, NumericsError, SettingsError
+from engine.parallel import ALONE, Parallel
 from engine.settings import shown
+from engine.sharding import gathered, placed
 from engine.storage import (
     NewFolder,
     make_folder,
@@ -60,13 +62,23 @@ class BestWeights:
 
 
 class CheckpointStore:
-    """The checkpoints of one run folder. The caller holds the folder's lock."""
+    """The checkpoints of one run folder. The caller holds the folder's lock.
 
-    def __init__(self, run_folder: Path, run_id: str, keep: int) -> None:
+    Where several ranks train, all of them make the same calls together; the main one alone reads
+    and writes, and what it finds or fails at is every rank's.
+    """
+
+    def __init__(
+        self, run_folder: Path, run_id: str, keep: int, parallel: Parallel = ALONE
+    ) -> None:
         self.checkpoints = run_folder / "checkpoints"
         self.best = run_folder / "best"
         self._run_id = run_id
         self._keep = keep
+        self._parallel = parallel
+        parallel.on_main(self._make_folders)
+
+    def _make_folders(self) -> None:
         for folder in (self.checkpoints, self.best):
             make_folder(folder)
             remove_orphans(folder)
@@ -84,20 +96,30 @@ class CheckpointStore:
         Raises NumericsError for weights that are not finite, ResourceError where the disk won't
         take it; what was there stays as it was.
         """
-        weights = weights_of(model)
+        weights = gathered(weights_of(model), self._parallel)
+        moments = gathered(optimizer_tensors(model, optimizer), self._parallel)
+        self._parallel.on_main(lambda: self._commit(step, weights, moments, state, best))
+
+    def _commit(
+        self,
+        step: int,
+        weights: dict[str, torch.Tensor],
+        moments: dict[str, torch.Tensor],
+        state: dict[str, Any],
+        best: BestWeights | None,
+    ) -> None:
         bad = [name for name, value in weights.items() if not torch.isfinite(value).all()]
         if bad:
             raise NumericsError(
                 f"after step {step} the weights {bad[0]} are not finite: they are not saved."
             )
-        moments = optimizer_tensors(model, optimizer)
         new_best = best.weights if self._is_new(best) else {}
         require_space(
             self.checkpoints,
             sum(value.nbytes for group in (weights, moments, new_best) for value in group.values()),
             f"the checkpoint of step {step}",
         )
-        self.save_best(best)
+        self._write_best(best)
         state = state | {"best_step": None if best is None else best.step}
         with NewFolder(self.checkpoints / _name(step), self._facts(step)) as folder:
             folder.write(WEIGHTS, safetensors_chunks(weights))
@@ -107,6 +129,9 @@ class CheckpointStore:
 
     def save_best(self, best: BestWeights | None) -> None:
         """Commit the best weights where they are not on the disk yet."""
+        self._parallel.on_main(lambda: self._write_best(best))
+
+    def _write_best(self, best: BestWeights | None) -> None:
         if self._is_new(best):
             with NewFolder(self.best / _name(best.step), self._facts(best.step)) as folder:
                 folder.write(WEIGHTS, safetensors_chunks(best.weights))
@@ -122,13 +147,23 @@ class CheckpointStore:
         A damaged one is named and set aside, and the one before is tried. None where none was
         ever made. Raises CheckpointError where every one is bad, or one is from a newer version.
         """
+        found = self._parallel.on_main(lambda: self._read_newest(model))
+        shared = self._parallel.broadcast(None if found is None else found.without_tensors())
+        if shared is None:
+            return None
+        found = found or shared
+        load_weights(model, found.weights, found.path, self._parallel)
+        load_optimizer(model, optimizer, found.moments, found.path, self._parallel)
+        return found.state, found.best
+
+    def _read_newest(self, model: nn.Module) -> "_Found | None":
         bad = [f"{path} was set aside before" for path in sorted(self.checkpoints.glob(".bad-*"))]
         for path in sorted(self.checkpoints.glob("[!.]*")):
             if path not in self._newest_first():
                 say(f"Note: {path} is no checkpoint; it is left alone")
         for path in self._newest_first():
             try:
-                state = self._load(path, model, optimizer)
+                found = self._read(path, model)
             except _Unusable as error:
                 aside = set_aside(path)
                 say(f"Note: {error}; it is set aside as {aside.name}")
@@ -137,10 +172,9 @@ class CheckpointStore:
             for step, later in _steps_in(self.best):
                 if step > int(path.name[5:]):  # it is done again, and not always to the last bit
                     remove_folder(later)
-            best = None
-            if state["best_step"] is not None:
-                best = self._load_best(state["best_step"], model)
-            return state, best
+            if found.state["best_step"] is not None:
+                found.best = self._read_best(found.state["best_step"], model)
+            return found
         if bad:
             listed = "\n  ".join(bad)
             raise CheckpointError(
@@ -150,11 +184,17 @@ class CheckpointStore:
         return None
 
     def require_room(self, model: nn.Module) -> None:
-        """Raise ResourceError where the disk can't take what a run of this model will keep."""
+        """Raise ResourceError where the disk can't take what a run that begins will keep."""
         size = sum(value.nbytes for value in weights_of(model).values())
         # weights, two moments of each, and best weights that each checkpoint may have of its own
         n_bytes = 4 * size * (self._keep + 1)
-        require_space(self.checkpoints, n_bytes, f"keeping {self._keep} checkpoints and a new one")
+        what = f"keeping {self._keep} checkpoints and a new one"
+
+        def require() -> None:
+            if self.newest() is None:
+                require_space(self.checkpoints, n_bytes, what)
+
+        self._parallel.on_main(require)
 
     def newest(self) -> Path | None:
         """The newest checkpoint's folder, unverified."""
@@ -166,19 +206,16 @@ class CheckpointStore:
     def _newest_first(self) -> list[Path]:
         return _newest_first(self.checkpoints)
 
-    def _load(
-        self, path: Path, model: nn.Module, optimizer: torch.optim.Optimizer
-    ) -> dict[str, Any]:
+    def _read(self, path: Path, model: nn.Module) -> "_Found":
         _verify(path, self._run_id, WEIGHTS, OPTIMIZER, STATE)
         with _unusable_where_unreadable(path):
             state = _read_state(path)
             weights = read_safetensors(path / WEIGHTS)
             moments = read_safetensors(path / OPTIMIZER)
-        load_weights(model, weights, path)
-        load_optimizer(model, optimizer, moments, path)
-        return state
+        _check_names(weights, weights_of(model), path)
+        return _Found(path, state, weights, moments)
 
-    def _load_best(self, step: int, model: nn.Module) -> BestWeights | None:
+    def _read_best(self, step: int, model: nn.Module) -> BestWeights | None:
         path = self.best / _name(step)
         try:
             weights = _read_best(path, self._run_id)
@@ -199,6 +236,21 @@ class CheckpointStore:
         for _, path in _steps_in(self.best):
             if path.name not in needed:
                 remove_folder(path)
+
+
+@dataclass
+class _Found:
+    """What a checkpoint holds; on other ranks than the main one without its tensors."""
+
+    path: Path
+    state: dict[str, Any]
+    weights: dict[str, torch.Tensor]
+    moments: dict[str, torch.Tensor]
+    best: BestWeights | None = None
+
+    def without_tensors(self) -> "_Found":
+        best = None if self.best is None else BestWeights(self.best.step, {})
+        return _Found(self.path, self.state, {}, {}, best)
 
 
 class _Unusable(Exception):
@@ -343,21 +395,30 @@ def weights_of(model: nn.Module) -> dict[str, torch.Tensor]:
     return {name: value.detach() for name, value in model.named_parameters()}
 
 
-def copy_weights(model: nn.Module) -> dict[str, torch.Tensor]:
-    """A copy of the parameters in CPU memory."""
-    return {name: value.to("cpu", copy=True) for name, value in weights_of(model).items()}
+def copy_weights(model: nn.Module, parallel: Parallel = ALONE) -> dict[str, torch.Tensor]:
+    """A copy of the parameters in CPU memory; of several ranks the main one gets it, together."""
+    own = weights_of(model)
+    return {
+        name: value.to("cpu", copy=value is own[name])
+        for name, value in gathered(own, parallel).items()
+    }
 
 
-def load_weights(model: nn.Module, weights: dict[str, torch.Tensor], place: object) -> None:
-    """Set every parameter.
+def load_weights(
+    model: nn.Module,
+    weights: dict[str, torch.Tensor],
+    place: object,
+    parallel: Parallel = ALONE,
+) -> None:
+    """Set every parameter, on several ranks by the main one's weights, together.
 
     Raises CheckpointError, naming place, where names or shapes don't match, or one is not fp32.
     """
     current = weights_of(model)
-    _check_names(weights, current, place)
+    parallel.on_main(lambda: _check_names(weights, current, place))
     with torch.no_grad():
         for name, value in current.items():
-            value.copy_(weights[name])
+            value.copy_(placed(weights.get(name), value, parallel))
 
 
 def assign_weights(model: nn.Module, weights: dict[str, torch.Tensor], place: object) -> None:
@@ -403,27 +464,42 @@ def load_optimizer(
     optimizer: torch.optim.Optimizer,
     tensors: dict[str, torch.Tensor],
     place: object,
+    parallel: Parallel = ALONE,
 ) -> None:
     """Set the optimizer's state; its settings stay as they are, for they come from the run's own.
 
-    Raises CheckpointError, naming place, for state that has no place in the model, or that only
-    some of its parameters have.
+    On several ranks it is the main one's tensors that count, together. Raises CheckpointError,
+    naming place, for state that has no place in the model, or that only some of its parameters
+    have.
     """
     parameters = dict(model.named_parameters())
     order = [p for group in optimizer.param_groups for p in group["params"]]
     index = {parameter: i for i, parameter in enumerate(order)}
+
+    def require_fit() -> None:
+        kinds: dict[int, set[str]] = {i: set() for i in range(len(order))}
+        for key, value in tensors.items():
+            kind, _, name = key.partition(".")
+            parameter = parameters.get(name)
+            # a moment of another size would be read past its end
+            if parameter not in index or value.shape != (() if kind == "step" else parameter.shape):
+                raise CheckpointError(
+                    f"{place} does not fit the model: {key[:80]} has no place in it."
+                )
+            kinds[index[parameter]].add(kind)
+        # Muon and AdamW have no kind in common: where two parameters share one, they share all
+        of_any = {frozenset(found) for found in kinds.values()}
+        if tensors and (frozenset() in of_any or any(a & b for a, b in combinations(of_any, 2))):
+            raise CheckpointError(f"{place} does not fit the model: it lacks state of a parameter.")
+
+    parallel.on_main(require_fit)
     state: dict[int, dict[str, torch.Tensor]] = {}
-    for key, value in tensors.items():
+    scalar = torch.zeros(())
+    for key in parallel.broadcast(list(tensors)):
         kind, _, name = key.partition(".")
-        parameter = parameters.get(name)
-        # a moment of another size would be read past its end
-        if parameter not in index or value.shape != (() if kind == "step" else parameter.shape):
-            raise CheckpointError(f"{place} does not fit the model: {key[:80]} has no place in it.")
-        state.setdefault(index[parameter], {})[kind] = value
-    # Muon and AdamW have no kind in common: where two parameters share one, they share all
-    kinds = {frozenset(state.get(i, ())) for i in range(len(order))}
-    if state and (frozenset() in kinds or any(a & b for a, b in combinations(kinds, 2))):
-        raise CheckpointError(f"{place} does not fit the model: it lacks state of a parameter.")
+        parameter = parameters[name]
+        like = scalar if kind == "step" else parameter.detach()
+        state.setdefault(index[parameter], {})[kind] = placed(tensors.get(key), like, parallel)
     groups = optimizer.state_dict()["param_groups"]
     optimizer.load_state_dict({"state": state, "param_groups": groups})
 

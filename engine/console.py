@@ -9,6 +9,7 @@ from typing import TextIO
 # all but newline and tab, which a terminal may take for orders, and what turns the direction of
 # writing
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
+_is_silent = False
 
 
 def printable(text: str) -> str:
@@ -23,6 +24,12 @@ def use_utf8() -> None:
             stream.reconfigure(encoding="utf-8", errors="replace")
 
 
+def silence(is_silent: bool) -> None:
+    """Let this process print nothing from now on, or print again: of several ranks one speaks."""
+    global _is_silent
+    _is_silent = is_silent
+
+
 def say(line: str = "") -> None:
     """Print a line to standard output, above a progress bar where one is drawn.
 
@@ -30,7 +37,7 @@ def say(line: str = "") -> None:
     "?": a library's caller may have any encoding.
     """
     line = _for_console(line, sys.stdout)
-    if _has_terminal():
+    if _has_terminal() and not _is_silent:
         _tqdm().write(line, file=sys.stdout)
     else:
         _print(line, "stdout")
@@ -52,6 +59,9 @@ def track(steps: Iterable, total: int, label: str, done: int = 0) -> Iterator:
     done is how many of the total were done before. On a terminal the bar moves; elsewhere (a log
     file) it is drawn once, when the loop is left. Without tqdm the line is "label: done/total".
     """
+    if _is_silent:
+        yield from steps
+        return
     if _has_terminal():
         with _tqdm()(total=total, initial=done, desc=label, dynamic_ncols=True) as bar:
             for item in steps:
@@ -85,7 +95,7 @@ class ByteProgress:
 
     def __init__(self, label: str, total: int) -> None:
         self._bar = None
-        if _has_terminal():
+        if _has_terminal() and not _is_silent:
             self._bar = _tqdm()(
                 total=total,
                 desc=label,
@@ -119,7 +129,7 @@ def _has_terminal() -> bool:
 def _print(line: str, name: str) -> None:
     """Print to sys.stdout or sys.stderr; one that nobody reads any more must not end a run."""
     stream = getattr(sys, name)
-    if stream is None:  # print() would take standard output then
+    if stream is None or _is_silent:  # print() would take standard output for None
         return
     try:
         print(line, file=stream, flush=True)

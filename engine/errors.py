@@ -37,6 +37,10 @@ class ResourceError(PipelineError, RuntimeError):
     exit_code = 6
 
 
+class LostRankError(ResourceError):
+    """A process of several that train together has ended, or does not answer."""
+
+
 class BusyError(PipelineError):
     """A run folder that another program is training in."""
 

@@ -33,13 +33,14 @@ def next_token_loss(
     hidden: torch.Tensor,
     head_weight: torch.Tensor,
     targets: torch.Tensor,
-    n_targets: int | None = None,
+    n_targets: float | None = None,
 ) -> torch.Tensor:
     """Mean cross-entropy of the next token, in nats, as a 0-d fp32 tensor.
 
     hidden is (B, T, D), head_weight (V, D) and targets (B, T). The products run in autocast's
     precision where it is on, softmax and mean in fp32. n_targets is what the sum is divided by,
-    where these are a part of a larger batch; None is the number of targets.
+    where these are a part of a larger batch; None is the number of targets. B may be 0 where
+    n_targets is given.
     """
     rows, flat_targets = hidden.flatten(0, -2), targets.flatten()
     n_targets = n_targets or flat_targets.numel()
@@ -87,7 +88,7 @@ def _loss_and_gradients(
         V, N = len(head), len(rows)
         # of equal size, no small one at the end
         n_chunks = -(-N // chunk_rows(rows, V))
-        largest = -(-N // n_chunks)
+        largest = -(-N // max(1, n_chunks))
         # new memory for each chunk would cost more than the arithmetic on it; columns of zeros
         # up to a multiple of 64 speed up the product for the head's gradient
         width = V if dtype == torch.float32 else -(-V // 64) * 64
@@ -100,7 +101,7 @@ def _loss_and_gradients(
         d_weight = part = None
         # near 1 / n_targets, so that fp16 holds the sum; a power of two, so that no digit is lost
         share = 0.5 ** round(math.log2(n_targets))
-        for first in range(0, N, largest):
+        for first in range(0, N, max(1, largest)):
             x, y = rows[first : first + largest], targets[first : first + largest, None]
             d_logits = padded[: len(x)]
             logits = d_logits[:, :V]
@@ -128,5 +129,7 @@ def _loss_and_gradients(
                     d_weight += part[:V]
         if gradients:
             d_hidden = d_hidden.to(hidden.dtype).mul_(1 / n_targets)
+            if d_weight is None:  # there are no targets here
+                d_weight = torch.zeros(head.shape, device=head.device)
             d_weight = d_weight.mul_(1 / (n_targets * share)).to(weight.dtype)
     return total / n_targets, d_hidden, d_weight

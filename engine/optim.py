@@ -248,6 +248,9 @@ class Muon(torch.optim.Optimizer):
                 continue
             if not self.state[p]:
                 self.state[p]["momentum_buffer"] = torch.zeros_like(p)
+            if hasattr(p, "full_tensor"):
+                self._move_parts(p, rows, group["lr"], group["weight_decay"], found_inf)
+                continue
             merged = (p, p.grad, self.state[p]["momentum_buffer"])
             for matrix in zip(*(tensor.split(rows) for tensor in merged), strict=True):
                 of_shape.setdefault(matrix[0].shape, []).append(matrix)
@@ -282,6 +285,43 @@ class Muon(torch.optim.Optimizer):
         size = MUON_RMS * math.sqrt(max(updates.shape[1:]))
         torch._foreach_mul_(weights, decay)
         torch._foreach_add_(weights, updates.unbind(), alpha=-learning_rate * size)
+
+    def _move_parts(
+        self,
+        p: nn.Parameter,
+        rows: tuple[int, ...],
+        learning_rate: float,
+        weight_decay: float,
+        found_inf: torch.Tensor | None,
+    ) -> None:
+        """Move a weight of which each rank has a part: every rank makes the whole orthogonal."""
+        from torch.distributed.tensor import distribute_tensor
+
+        momentum, grad, decay = (
+            self.state[p]["momentum_buffer"],
+            p.grad,
+            1 - learning_rate * weight_decay,
+        )
+        if found_inf is not None:
+            bad = found_inf.bool()
+            decay = torch.where(bad, 1.0, decay)
+            grad = torch.where(bad, momentum, grad)
+        momentum.lerp_(grad, 1 - MOMENTUM)
+        ahead = torch.lerp(grad, momentum, MOMENTUM).to(self._dtype).full_tensor()
+        update = torch.cat(
+            [
+                orthogonalize(matrix[None])[0].float() * (MUON_RMS * math.sqrt(max(matrix.shape)))
+                for matrix in ahead.split(rows)
+            ]
+        )
+        if found_inf is not None:
+            update *= ~bad
+        p.mul_(decay)
+        # every rank has all of it, and takes its own part
+        p.sub_(
+            distribute_tensor(update, p.device_mesh, p.placements, src_data_rank=None)
+            * learning_rate
+        )
 
 
 def orthogonalize(matrices: torch.Tensor) -> torch.Tensor:

@@ -30,22 +30,28 @@ def prepare_processor() -> None:
             malloc_option(TRIM_THRESHOLD, 2**31 - 1)
 
 
-def default_threads() -> int:
+def default_threads(processes: int = 1) -> int:
     """Threads for arithmetic: torch's own choice, at most one a physical core of this process.
 
     A second thread on a core shares its units for products and only waits for them; a container's
-    share of a large machine is less than the cores that it shows. A number set from outside
-    stands.
+    share of a large machine is less than the cores that it shows. So many processes, which
+    torchrun started, share them. A number set from outside stands.
     """
-    if threads_are_set():
+    if threads_are_set(processes):
         return torch.get_num_threads()
-    limits = [torch.get_num_threads(), physical_cores(TOPOLOGY), quota_cores(CGROUP)]
-    return min(limit for limit in limits if limit)
+    # torchrun has told torch to take one
+    own = torch.get_num_threads() if processes == 1 else os.cpu_count()
+    limits = [own, physical_cores(TOPOLOGY), quota_cores(CGROUP)]
+    return max(1, min(limit for limit in limits if limit) // processes)
 
 
-def threads_are_set() -> bool:
-    """Whether somebody has set the number from outside, whose wish it then is."""
-    return any(os.environ.get(name) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"))
+def threads_are_set(processes: int = 1) -> bool:
+    """Whether somebody has set the number from outside, whose wish it then is.
+
+    A 1 is torchrun's own, where it has started several processes.
+    """
+    numbers = [os.environ.get(name) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")]
+    return any(number and (processes == 1 or number != "1") for number in numbers)
 
 
 def physical_cores(topology: Path) -> int | None:

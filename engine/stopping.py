@@ -6,6 +6,7 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Callable
 from types import FrameType
 
 from engine.console import complain
@@ -24,7 +25,9 @@ class StopSignals:
     stay ignored; outside of the main thread nothing is caught, and check() never raises.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, agree: Callable[[int], int] = int) -> None:
+        """agree gives the highest of what several ranks pass it, each in its own process."""
+        self._agree = agree
         self._number: int | None = None
         self._noted_at = 0.0
         self._handlers: dict[int, object] = {}
@@ -44,19 +47,27 @@ class StopSignals:
         self._handlers = {}
 
     def check(self) -> None:
-        """Raise Stopped where a signal has come; to be called where the state is whole."""
-        if self._number is not None:
-            raise Stopped(self._number)
+        """Raise Stopped where a signal has come; to be called where the state is whole.
+
+        Where ranks agree they all call it, and one of them that got a signal stops all.
+        """
+        if number := self._agree(self._number or 0):
+            raise Stopped(number)
+
+    @property
+    def has_come(self) -> bool:
+        """Whether a signal has come to this process."""
+        return self._number is not None
 
     def check_within_step(self, started_at: float, done: float) -> None:
         """Raise Stopped where a signal has come and the rest of the step would take too long.
 
         started_at is the step's start by time.perf_counter(), done the share of it that is done.
         """
-        if self._number is not None:
-            elapsed_s = time.perf_counter() - started_at
-            if elapsed_s / done * (1 - done) > _LONG_S:
-                raise Stopped(self._number)
+        elapsed_s = time.perf_counter() - started_at
+        is_long = elapsed_s / done * (1 - done) > _LONG_S
+        if number := self._agree(self._number if self._number and is_long else 0):
+            raise Stopped(number)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         now = time.monotonic()

@@ -206,7 +206,11 @@ def test_a_model_that_memory_cannot_hold_is_an_error_that_says_what_to_change(mo
 def test_on_a_gpu_its_name_is_shown(monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Test GPU 9000")
     plan = SimpleNamespace(
-        mode="quick", model_name="small", origins={"mode": "why", "model": "why"}, notices=[]
+        run=SimpleNamespace(PARALLEL="auto"),
+        mode="quick",
+        model_name="small",
+        origins={"mode": "why", "model": "why"},
+        notices=[],
     )
     precision = SimpleNamespace(name="bf16", reason="this GPU has bf16 units")
     environment._show_machine(torch.device("cuda"), precision, plan)
@@ -299,7 +303,7 @@ def threads(monkeypatch):
     for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(os, "cpu_count", lambda: 8)
-    monkeypatch.setattr(environment, "default_threads", torch.get_num_threads)
+    monkeypatch.setattr(environment, "default_threads", lambda _: torch.get_num_threads())
     return torch.set_num_threads  # the fixture one_thread sets it back
 
 

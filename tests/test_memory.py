@@ -435,9 +435,10 @@ def test_parts_are_cut_as_a_loader_with_that_micro_batch_cuts_them():
             smaller, larger = (loader_of_13_windows(n) for n in (size, before))
             for epoch in (0, 1):
                 expected = list(steps_of_epoch(smaller, epoch, 0, 3))
-                for batches, parts in zip(
+                for (batches, n_targets), (parts, expected_targets) in zip(
                     steps_of_epoch(larger, epoch, 0, 3), expected, strict=True
                 ):
+                    assert n_targets == expected_targets
                     found = in_parts(batches, size)
                     assert [len(ids) for ids, _ in found] == [len(ids) for ids, _ in parts]
                     for pair, other in zip(found, parts, strict=True):

@@ -63,7 +63,9 @@ def test_the_commands_run_as_written(tmp_path):  # those of the other README are
     assert "python main.py" in commands(text)
     for command in commands(text):
         program, *arguments = shlex.split(command)
-        assert program == "python", command
+        assert program in ("python", "torchrun"), command
+        if program == "torchrun":
+            arguments = ["-m", "torch.distributed.run", *arguments]
         done = subprocess.run(
             [sys.executable, *arguments],
             cwd=copy,

@@ -390,7 +390,10 @@ def loader_of_13_windows(micro_batch: int | None, sampling: str = "windows") -> 
 )
 def test_a_step_takes_the_same_windows_in_whatever_micro_batches(micro_batch, sampling, sizes):
     def steps(loader, epoch, first=0):
-        return list(steps_of_epoch(loader, epoch, first, 3))
+        found = list(steps_of_epoch(loader, epoch, first, 3))
+        for batches, n_targets in found:
+            assert n_targets == sum(targets.numel() for _, targets in batches)
+        return [batches for batches, _ in found]
 
     loader, whole = (loader_of_13_windows(size, sampling) for size in (micro_batch, 6))
     assert count_steps(loader) == count_steps(whole) == 3
@@ -420,7 +423,7 @@ def test_a_step_in_micro_batches_equals_the_one_big_batch(micro_batch):
             lambda *_: gradients.append([p.grad.clone() for p in model.parameters()])
         )
         loader = loader_of_13_windows(size)
-        for batches in [*steps_of_epoch(loader, 0, 0, 3), *steps_of_epoch(loader, 1, 0, 3)]:
+        for batches, _ in [*steps_of_epoch(loader, 0, 0, 3), *steps_of_epoch(loader, 1, 0, 3)]:
             losses.append(take_step(model, batches, optimizer, FP32, 0.0)[0].item())
         return gradients, losses, list(model.parameters())
 
@@ -685,7 +688,7 @@ def send_at(model: GPTModel, number: int, *, training: bool, wanted=lambda: True
 
 
 def trainer_within_a_run() -> tuple[Trainer, list]:
-    """A trainer with dropout after one step, and the six micro-batches of the next."""
+    """A trainer with dropout after one step, and the next, of six micro-batches."""
     trainer = new_trainer(10, model=tiny_model(drop_rate=0.2))
     first, second = steps_of_epoch(loader_of_13_windows(1), 0, 0, 2)
     torch.manual_seed(5)
@@ -694,13 +697,13 @@ def trainer_within_a_run() -> tuple[Trainer, list]:
 
 
 def test_a_long_step_is_left_as_if_it_had_never_begun(monkeypatch):
-    trainer, batches = trainer_within_a_run()
+    trainer, step = trainer_within_a_run()
     before, random_before = everything(trainer.model, trainer.optimizer), torch.get_rng_state()
     passes = send_at(trainer.model, 2, training=True)
     with monkeypatch.context() as patch, trainer.stop:
         patch.setattr(engine.stopping, "_LONG_S", 0.0)  # every step is long
         with pytest.raises(Stopped) as caught:
-            trainer.step(batches, 1.0)
+            trainer.step(step, 1.0)
     assert caught.value.exit_code == 143
     assert len(passes) == 2
     assert_the_same(everything(trainer.model, trainer.optimizer), before)
@@ -708,9 +711,9 @@ def test_a_long_step_is_left_as_if_it_had_never_begun(monkeypatch):
     assert all(parameter.grad is None for parameter in trainer.model.parameters())
 
     trainer.stop = engine.stopping.StopSignals()
-    loss, _ = trainer.step(batches, 1.0)
-    twin, batches = trainer_within_a_run()
-    expected, _ = twin.step(batches, 1.0)
+    loss, _ = trainer.step(step, 1.0)
+    twin, step = trainer_within_a_run()
+    expected, _ = twin.step(step, 1.0)
     assert loss == expected
     assert_the_same(
         everything(trainer.model, trainer.optimizer), everything(twin.model, twin.optimizer)
@@ -718,15 +721,15 @@ def test_a_long_step_is_left_as_if_it_had_never_begun(monkeypatch):
 
 
 def test_a_short_step_is_finished_first():
-    trainer, batches = trainer_within_a_run()
+    trainer, step = trainer_within_a_run()
     passes = send_at(trainer.model, 2, training=True)
     with trainer.stop:
-        trainer.step(batches, 1.0)
+        trainer.step(step, 1.0)
         with pytest.raises(Stopped):
             trainer.stop.check()
-    assert len(passes) == len(batches) == 6
-    twin, batches = trainer_within_a_run()
-    twin.step(batches, 1.0)
+    assert len(passes) == len(step.batches) == 6
+    twin, step = trainer_within_a_run()
+    twin.step(step, 1.0)
     assert_the_same(
         everything(trainer.model, trainer.optimizer), everything(twin.model, twin.optimizer)
     )

@@ -56,7 +56,7 @@ def seconds_of_steps(monkeypatch):
     def use(seconds: list[float]) -> list:
         durations, now, seen = iter(seconds), 0.0, []
 
-        def step(model, batches, *arguments):
+        def step(model, batches, *arguments, **options):
             nonlocal now
             now += next(durations)
             seen.append(batches)
@@ -102,10 +102,10 @@ def test_training_after_a_trial_is_that_without_one(optimizer):
 def test_a_trial_that_memory_cannot_hold_changes_nothing_either(monkeypatch):
     calls = itertools.count()
 
-    def step(*arguments):
+    def step(*arguments, **options):
         if next(calls) == 2:
             raise OutOfStepMemory("not enough")
-        return take_step(*arguments)
+        return take_step(*arguments, **options)
 
     monkeypatch.setattr(trial, "take_step", step)
     tried = new_trial(drop_rate=0.3)
@@ -119,11 +119,11 @@ def test_a_trial_that_memory_cannot_hold_changes_nothing_either(monkeypatch):
 def test_a_trial_goes_through_fewer_windows_until_they_fit(monkeypatch, capsys):
     sizes = []
 
-    def step(model, batches, *arguments):
+    def step(model, batches, *arguments, **options):
         sizes.append(max(len(ids) for ids, _ in batches))
         if sizes[-1] > 1:
             raise OutOfStepMemory("not enough")
-        return take_step(model, batches, *arguments)
+        return take_step(model, batches, *arguments, **options)
 
     monkeypatch.setattr(trial, "take_step", step)
     tried = new_trial()
@@ -137,7 +137,7 @@ def test_the_time_of_a_step_is_the_median_without_the_first(seconds_of_steps):
     seen = seconds_of_steps([60.0, 1.0, 9.0, 2.0])
     tried = new_trial()
     assert tried.step_seconds() == 2.0
-    [[first, *_], *_] = steps_of_epoch(tried.loader, 0, 0, 1)
+    [[[first, *_], _]] = steps_of_epoch(tried.loader, 0, 0, 1)
     assert len(seen) == 4
     assert all(torch.equal(batches[0][0], first[0]) for batches in seen)
 
@@ -310,7 +310,7 @@ def test_what_fails_to_compile_runs_as_it_is_written(compiler, monkeypatch):
     tried = new_trial()
     before = state(tried)
 
-    def fail(*arguments):
+    def fail(*arguments, **options):
         raise KeyError("no such kernel\nand a page more")
 
     with monkeypatch.context() as patch:
@@ -323,7 +323,7 @@ def test_what_fails_to_compile_runs_as_it_is_written(compiler, monkeypatch):
 
 
 def test_a_long_reason_is_cut_to_its_first_line(compiler, monkeypatch):
-    def fail(*arguments):
+    def fail(*arguments, **options):
         raise RuntimeError(f"{'x' * 999}\nand a page more")
 
     monkeypatch.setattr(trial, "take_step", fail)
@@ -331,7 +331,7 @@ def test_a_long_reason_is_cut_to_its_first_line(compiler, monkeypatch):
 
 
 def test_memory_that_runs_out_is_no_fault_of_the_compiler(compiler, monkeypatch):
-    def fail(*arguments):
+    def fail(*arguments, **options):
         raise OutOfStepMemory("not enough")
 
     monkeypatch.setattr(trial, "take_step", fail)
@@ -341,7 +341,7 @@ def test_memory_that_runs_out_is_no_fault_of_the_compiler(compiler, monkeypatch)
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit])
 def test_ctrl_c_while_compiling_ends_the_program(compiler, monkeypatch, error):
-    def fail(*arguments):
+    def fail(*arguments, **options):
         raise error
 
     monkeypatch.setattr(trial, "take_step", fail)
