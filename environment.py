@@ -135,6 +135,8 @@ def _prepare(settings: str | Path | None, parallel: Parallel) -> RuntimeEnv:
     _show_machine(device, precision, plan, parallel)
 
     text = _read_text(plan, run, parallel)
+    parallel.on_main(lambda: run.check_text(text.tokenizer.fingerprint, text.sha256))
+    run = parallel.broadcast(run)
     precision = _decide_precision(plan, run.saved, device)  # by then another run may begin
     tokenizer = text.tokenizer
     asked = _with_decisions(plan.training, run.saved)
@@ -429,7 +431,13 @@ def pick_device(requested: str | None, parallel: Parallel = ALONE) -> torch.devi
             )
         if has_cuda and requested != "cpu":
             requested = f"cuda:{parallel.local_rank}"
-            torch.cuda.set_device(min(parallel.local_rank, torch.cuda.device_count() - 1))
+            if parallel.local_world > torch.cuda.device_count():
+                raise ResourceError(
+                    f"torchrun has started {parallel.local_world} processes here, and there are "
+                    f"{torch.cuda.device_count()} GPUs.\nStart at most one for each, by "
+                    '--nproc-per-node; or set DEVICE = "cpu".'
+                )
+            torch.cuda.set_device(parallel.local_rank)
     if requested is None:
         return torch.device("mps" if has_mps else "cuda" if has_cuda else "cpu")
     kind, _, index = requested.partition(":")
@@ -787,16 +795,16 @@ def _read_text(plan: RunPlan, run: RunFolder, parallel: Parallel) -> TokenizedTe
     """The text as tokens; a run that goes on gets the one it was begun with, or none."""
     spec = parse_data(plan.run.DATA)
     same_data = run.saved is not None and run.saved["settings"]["DATA"] == _data_as_json(plan)
+
+    def read(stand_in: bool | None) -> TokenizedText:
+        ratio = plan.training.train_ratio
+        return tokenize(spec, plan.run.TOKENIZER, ratio, usable_cache(), stand_in=stand_in)
+
     try:
-        text = parallel.main_first(
-            lambda: tokenize(
-                spec,
-                plan.run.TOKENIZER,
-                plan.training.train_ratio,
-                usable_cache(),
-                stand_in=run.saved["stood_in"] if same_data else None,
-            )
-        )
+        # the others find the tokens that the main one has made, as a rule
+        first = parallel.on_main(lambda: read(run.saved["stood_in"] if same_data else None))
+        stood_in = parallel.broadcast(None if first is None else first.stood_in)
+        text = parallel.local_first(lambda: first or read(stood_in))
     except DataError as error:
         if not same_data:
             raise
@@ -806,7 +814,6 @@ def _read_text(plan: RunPlan, run: RunFolder, parallel: Parallel) -> TokenizedTe
         ) from error
     _show_text(text, spec)
     parallel.require_same(text=text.sha256, tokenizer=text.tokenizer.fingerprint)
-    run.check_text(text.tokenizer.fingerprint, text.sha256)
     return text
 
 

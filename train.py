@@ -24,10 +24,17 @@ from engine.checkpoint import (
     set_random_state,
 )
 from engine.console import say, track
-from engine.errors import CheckpointError, DataError, NumericsError, ResourceError, Stopped
+from engine.errors import (
+    CheckpointError,
+    DataError,
+    NumericsError,
+    ResourceError,
+    SettingsError,
+    Stopped,
+)
 from engine.memory import ADVICE, OutOfStepMemory, halved, is_out_of_memory
 from engine.optim import Schedule, extend_schedule, learning_rate_at, set_learning_rate
-from engine.parallel import ALONE, Parallel
+from engine.parallel import ALONE, Parallel, joined
 from engine.precision import Precision, choose_precision
 from engine.settings import find_problems, raise_if_any, shown
 from engine.sharding import full, replica, summing_up, whole
@@ -608,7 +615,9 @@ def train_model_simple(
     first step, every eval_freq steps and at the end of each epoch. The optimizer's learning rates
     stay as they are. start_context is what samples go on from, one text or a list of them;
     precision (RuntimeEnv has one) None is bf16 where the device has it; max_grad_norm 0 never
-    clips. Raises SettingsError with every wrong value and NumericsError where the numbers go bad.
+    clips. Under torchrun the loaders must be those of prepare_environment(), which have each
+    process's share. Raises SettingsError with every wrong value and NumericsError where the
+    numbers go bad.
     """
     counts = (
         ("num_epochs", num_epochs, 0),
@@ -624,6 +633,12 @@ def train_model_simple(
         + find_problems(TrainingConfig, {"start_context": start_context}),
         "train_model_simple()",
     )
+    parallel = joined()
+    if not parallel.is_alone and not isinstance(train_loader.batch_sampler, WindowBatches):
+        raise SettingsError(
+            "train_model_simple() under torchrun needs the loaders of prepare_environment(): of "
+            "others it does not know which share is whose."
+        )
     device = torch.device(device)
     precision = precision or choose_precision("auto", device)
     plan = LoopPlan(
@@ -635,7 +650,7 @@ def train_model_simple(
         prompts=as_prompts(start_context),
     )
     journal = Journal(tokenizer.vocab_size, plan.total_steps, log_every)
-    trainer = Trainer(model, optimizer, device, precision, journal, tokenizer)
+    trainer = Trainer(model, optimizer, device, precision, journal, tokenizer, parallel=parallel)
     training_loop(trainer, train_loader, val_loader, plan)
     history = journal.history
     return history.train_losses, history.val_losses, history.tokens_seen

@@ -114,7 +114,7 @@ class Trial:
         That is a compiler's fault, or steps that take no less than as_written seconds.
         """
         say("Compiling the model's blocks: up to a minute, once ...")
-        compile_model(self.model, self.device)
+        compile_model(self.model, self.device, is_alone=self.parallel.is_alone)
         started_at = time.perf_counter()
         failed = None
         try:

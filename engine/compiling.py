@@ -47,18 +47,19 @@ def is_repaid(step_seconds: float, steps: int, device: torch.device) -> bool:
     return steps * step_seconds * saves > 2 * seconds
 
 
-def compile_model(model: nn.Module, device: torch.device) -> None:
+def compile_model(model: nn.Module, device: torch.device, *, is_alone: bool = True) -> None:
     """Have the model's training steps compiled, at the first of them.
 
     On a CPU each block is a region of its own: the code of one serves all. On a GPU the whole of
-    `hidden` is one, as graphs that are replayed where the model is small.
+    `hidden` is one, as graphs that are replayed where the model is small and no other process
+    has to be told of gradients on the way.
     """
     if device.type == "cpu":
         for block in model.blocks:
             block.compile(dynamic=False)
         return
     small = sum(p.numel() for p in model.parameters()) < SMALL_MODEL
-    mode = "reduce-overhead" if small else "default"
+    mode = "reduce-overhead" if small and is_alone else "default"
     model.hidden = torch.compile(model.hidden, dynamic=False, mode=mode)
 
 

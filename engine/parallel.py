@@ -164,17 +164,10 @@ class Parallel:
         """
         return self._led(0, job)
 
-    def main_first(self, job: Callable[[], T]) -> T:
-        """Run a job everywhere: on the main rank, then on each other machine's first, then on all.
-
-        The main one's error is every rank's. Together.
-        """
-        result = self.on_main(job)
-        if self.rank - self.local_rank != 0:  # another machine, which may have its own disk
-            result = self._led(self.rank - self.local_rank, job)
-        elif not self.is_alone:
-            self._turns += 1
-        return job() if self.local_rank != 0 else result
+    def local_first(self, job: Callable[[], T]) -> T:
+        """Run a job on each machine's first rank, then on its others; the result here. Together."""
+        result = self._led(self.rank - self.local_rank, job)
+        return result if self.local_rank == 0 else job()
 
     def _led(self, leader: int, job: Callable[[], T]) -> T | None:
         if self.is_alone:
@@ -360,9 +353,9 @@ def join() -> Parallel:
         )
     rank, world = _whole_number("RANK", 0), _whole_number("WORLD_SIZE", 1)
     local_rank, local_world = _whole_number("LOCAL_RANK", 0), _whole_number("LOCAL_WORLD_SIZE", 1)
-    timeout_s = _whole_number("GPT_RANK_TIMEOUT_S", TIMEOUT_S)
+    timeout_s = max(1, _whole_number("GPT_RANK_TIMEOUT_S", TIMEOUT_S))
     silence(rank > 0)
-    _end_with_parent()
+    _end_with_torchrun()
     store = _meet(rank, world, timeout_s)
     _joined = Parallel(rank, world, local_rank, local_world, timeout_s=timeout_s, store=store)
     atexit.register(_joined.leave)
@@ -420,9 +413,14 @@ def _ignore_sigterm() -> None:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
-def _end_with_parent() -> None:
+def joined() -> Parallel:
+    """This process's place among the ranks that it has joined; ALONE where it has joined none."""
+    return _joined or ALONE
+
+
+def _end_with_torchrun() -> None:
     """Let this process get SIGTERM where torchrun itself is killed: it saves, and is no orphan."""
-    if sys.platform == "linux":
+    if sys.platform == "linux" and "TORCHELASTIC_RUN_ID" in os.environ:
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 

@@ -231,7 +231,7 @@ def compiler(monkeypatch):
     """A compiler that does nothing; notes what was asked of it."""
     calls = []
     monkeypatch.setattr(trial, "what_prevents_compiling", lambda device: None)
-    monkeypatch.setattr(trial, "compile_model", lambda *_: calls.append("compile"))
+    monkeypatch.setattr(trial, "compile_model", lambda *_, **__: calls.append("compile"))
     monkeypatch.setattr(trial, "undo_compiling", lambda *_: calls.append("undo"))
     return calls
 
