@@ -522,34 +522,40 @@ def _fit_into_memory(
 
     Raises ResourceError where there is none for a single one.
     """
-    with whole(model, parallel):
-        estimate = estimate_memory(
-            model,
-            n_tokens=windows.max_length,
-            n_windows=micro_batch,
-            precision=precision,
-            device=device,
-            optimizer=asked.optimizer,
-            keeps_best=device.type != "cuda" and parallel.is_main,
-            parts=parallel.world if parallel.kind == "fsdp" else 1,
-        )
-    room = available_memory(device)
-    if room is not None:
-        if device.type != "cuda":
-            room //= parallel.local_world  # the others are about to take as much
-        room += estimate.weights  # they are there already
-    fitting = estimate.largest_fit(micro_batch, room)
-    parts, there = estimate.described(max(1, fitting)), "" if room is None else as_bytes(room)
+    parts = parallel.world if parallel.kind == "fsdp" else 1
+    share = windows.batch_size * asked.gradient_accumulation_steps // parallel.world
+    for accumulates in (micro_batch < share, True):
+        with whole(model, parallel):
+            estimate = estimate_memory(
+                model,
+                n_tokens=windows.max_length,
+                n_windows=micro_batch,
+                precision=precision,
+                device=device,
+                optimizer=asked.optimizer,
+                keeps_best=device.type != "cuda" and parallel.is_main,
+                parts=parts,
+                accumulates=accumulates,
+            )
+        room = available_memory(device)
+        if room is not None:
+            if device.type != "cuda":
+                room //= parallel.local_world  # the others are about to take as much
+            room += sum(p.nbytes for p in model.parameters()) // parts  # they are there already
+        fitting = estimate.largest_fit(micro_batch, room)
+        if parallel.lowest(fitting) == micro_batch:  # else a step has more of them
+            break
+    told, there = estimate.described(max(1, fitting)), "" if room is None else as_bytes(room)
     if fitting == 0:
         raise ResourceError(
             f"a step with a single window of {windows.max_length:,} tokens at a time takes about "
             f"{as_bytes(estimate.total(1))} of memory, and {device} has {there} free:\n"
-            f"{parts}.\n{ADVICE}"
+            f"{told}.\n{ADVICE}"
         )
     fitting = parallel.lowest(fitting)
     needed = estimate.total(fitting)
     of_room = f" of {there} free" if there else ""
-    say(f"Memory: about {as_bytes(needed)}{of_room}" + f" ({parts})" * (needed > 1e9))
+    say(f"Memory: about {as_bytes(needed)}{of_room}" + f" ({told})" * (needed > 1e9))
     if fitting < micro_batch:
         notices.append(
             f"memory: {fitting} windows at a time instead of {micro_batch}, which would take "

@@ -125,10 +125,11 @@ def run_pipeline(env: RuntimeEnv) -> None:
     with env.parallel.held_by_main(env.run.opened), using_threads(env.threads):
         journal = train(env)
         env.parallel.place = "after training"
-        with StopSignals(env.parallel.highest) as stop:
+        with StopSignals(env.parallel) as stop:
             show_samples(env, journal)
             if journal.draw():
                 say(f"✓ Saved training loss plot to {PICTURE}")
+            stop.agree()
             stop.check()
             _headline("TRAINING COMPLETE")
             sum_up(env, journal, stop)

@@ -157,7 +157,7 @@ class Trainer:
     parallel: Parallel = ALONE
 
     def __post_init__(self) -> None:
-        self.stop = StopSignals(self.parallel.highest)
+        self.stop = StopSignals(self.parallel)
         self.replica = replica(self.model, self.parallel)  # the model as a step calls it
         self.scaler = self.precision.scaler()
         self.best: BestWeights | None = None
@@ -165,6 +165,7 @@ class Trainer:
         self._saved_step = 0
         self.loaders: tuple[DataLoader, ...] = ()
         self._micro_batch: int | None = None  # windows at a time, since memory ran out
+        self._step_began_at = 0.0
 
     def step(self, step: Step, max_grad_norm: float) -> tuple[torch.Tensor, torch.Tensor]:
         """One optimizer step; returns its loss and gradient norm, those of all ranks.
@@ -174,6 +175,7 @@ class Trainer:
         is too much, or other ranks are in the middle of the step.
         """
         self.parallel.place = f"step {self.journal.steps + 1}"
+        self._step_began_at = time.monotonic()
         batches = step.batches
         while True:
             parts = batches if self._micro_batch is None else in_parts(batches, self._micro_batch)
@@ -244,10 +246,14 @@ class Trainer:
             self.best = BestWeights(history.steps[-1], copy_weights(self.model, self.parallel))
 
     def save_where_due(self, *, is_last: bool) -> None:
-        """Save a checkpoint after the last step, and whenever the clock says so."""
-        if self.store is None:
-            return
-        if self.parallel.highest(is_last or self.clock.is_due(self.journal.steps)):
+        """Save a checkpoint after the last step, and whenever the clock says so.
+
+        Here, once a step, the ranks agree on that and on whether to stop.
+        """
+        is_due = self.store is not None and (is_last or self.clock.is_due(self.journal.steps))
+        step_s = time.monotonic() - self._step_began_at
+        [is_due] = self.stop.agree(is_due, step_s=step_s)
+        if is_due:
             self.save()
 
     def save(self) -> None:
@@ -468,6 +474,7 @@ def mean_loss(
             total += loss * targets.numel()
             count += targets.numel()
     if stop is not None:
+        stop.agree()
         stop.check()
     count = parallel.sum(torch.tensor(count)).item()
     if count == 0:
@@ -558,6 +565,7 @@ def _train_and_save(
         try:
             training_loop(trainer, train_loader, val_loader, plan)
             trainer.save()  # patience may have ended the run between two checkpoints
+            trainer.stop.agree()
             trainer.stop.check()
         except Stopped as stopped:
             trainer.save()

@@ -124,7 +124,7 @@ class Trial:
         except Exception as error:  # compilers fail in ways of their own: the model runs without
             reason = next(iter(str(error).splitlines()), "")[:200]
             failed = f"{type(error).__name__}: {reason}"
-        if self.parallel.highest(failed is not None):
+        if any(self.parallel.highest(failed is not None)):
             undo_compiling(self.model)
             return failed or "compiling failed on another rank"
         seconds = self.agreed(seconds)

@@ -99,16 +99,22 @@ def estimate_memory(
     optimizer: str = "adamw",
     keeps_best: bool = False,
     parts: int = 1,
+    accumulates: bool = True,
 ) -> MemoryEstimate:
     """What training a GPTModel on windows of n_tokens takes; n_windows is the most at a time.
 
     Activations are measured, by a forward pass over few tokens, which leaves the random
     generators as they were; everything else is counted. keeps_best: the best weights are copied
     to memory that is the device's too. parts: the ranks that the model lies over in parts, each of
-    which takes this much; the weights are then those that a rank has gathered in whole.
+    which takes this much, with what it has gathered of the others' weights; where it accumulates
+    gradients over several micro-batches, it keeps them whole.
     """
     n_parameters = sum(p.numel() for p in model.parameters())
-    weights = 4 * n_parameters
+    weights = gradients = 4 * n_parameters
+    if parts > 1:
+        block = max(sum(p.numel() for p in block.parameters()) for block in model.blocks)
+        weights = weights // parts + _gathered_bytes(model, block, precision)
+        gradients = gradients if accumulates else gradients // parts + 4 * block
     hidden = sum(weight.numel() for weight, _ in model.hidden_matrices())
     others = n_parameters - hidden
     of_hidden, of_others = OPTIMIZER_BYTES[optimizer]
@@ -119,24 +125,23 @@ def estimate_memory(
         window = window // n_layers + n_layers * n_tokens * model.config.emb_dim * 4
         fixed //= n_layers
     return MemoryEstimate(
-        weights=weights if parts == 1 else weights // parts + _gathered_bytes(model, precision),
-        gradients=weights,  # in whole until the ranks sum them up
+        weights=weights,
+        gradients=gradients,
         optimizer=(hidden * of_hidden + others * of_others) // parts,
-        best_weights=weights if keeps_best else 0,
+        best_weights=4 * n_parameters if keeps_best else 0,
         activations=fixed,
         window=window,
         head=_head_bytes(model.head.weight, n_windows * n_tokens, precision, device),
     )
 
 
-def _gathered_bytes(model: nn.Module, precision: Precision) -> int:
+def _gathered_bytes(model: nn.Module, block: int, precision: Precision) -> int:
     """What a rank has gathered at a time of a model that lies in parts: see engine/sharding.py.
 
-    Those are two blocks, for one is fetched ahead, and all that is in no block.
+    Those are two blocks of so many parameters, for one is fetched ahead, and all in no block.
     """
-    of_blocks = [sum(p.numel() for p in block.parameters()) for block in model.blocks]
-    others = sum(p.numel() for p in model.parameters()) - sum(of_blocks)
-    return 2 * max(of_blocks) * (4 if precision.name == "fp32" else 2) + 4 * others
+    others = sum(p.numel() for p in model.parameters()) - block * len(model.blocks)
+    return 2 * block * (4 if precision.name == "fp32" else 2) + 4 * others
 
 
 def measure_activations(

@@ -91,27 +91,23 @@ class Parallel:
 
     # ------------------------------------------------------------------------- agreeing
 
-    def highest(self, number: float) -> float:
-        """The highest of the ranks' numbers; together."""
-        return self._reduced(number, "MAX")
+    def highest(self, *numbers: float) -> list[float]:
+        """The highest of the ranks' numbers, each for itself; together."""
+        if self.is_alone:
+            return list(numbers)
+        from torch import distributed
 
-    def lowest(self, number: float) -> float:
+        values = torch.tensor(numbers, dtype=torch.float64)  # on the CPU: nobody waits for a GPU
+        distributed.all_reduce(values, distributed.ReduceOp.MAX)
+        return values.tolist()
+
+    def lowest(self, number: int) -> int:
         """The lowest of the ranks' numbers; together."""
-        return self._reduced(number, "MIN")
+        return -int(self.highest(-number)[0])
 
     def mean(self, number: float) -> float:
         """The mean of the ranks' numbers; together."""
-        return self._reduced(number, "SUM") / self.world
-
-    def _reduced(self, number: float, operation: str) -> float:
-        if self.is_alone:
-            return number
-        from torch import distributed
-
-        # on the CPU: nobody waits for a GPU
-        value = torch.tensor(number, dtype=torch.float64)
-        distributed.all_reduce(value, getattr(distributed.ReduceOp, operation))
-        return type(number)(value.item())
+        return self.sum(torch.tensor(number, dtype=torch.float64)).item() / self.world
 
     def sum(self, tensor: torch.Tensor) -> torch.Tensor:
         """Replace a tensor by the sum of the ranks' tensors, on its device; together."""

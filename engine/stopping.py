@@ -6,11 +6,11 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable
 from types import FrameType
 
 from engine.console import complain
 from engine.errors import Stopped
+from engine.parallel import ALONE, Parallel
 
 _NAMES = ("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK")  # Windows lacks the third, others the last
 _ECHO_S = 0.5  # a terminal and a launcher may both pass on one Ctrl-C
@@ -25,10 +25,11 @@ class StopSignals:
     stay ignored; outside of the main thread nothing is caught, and check() never raises.
     """
 
-    def __init__(self, agree: Callable[[int], int] = int) -> None:
-        """agree gives the highest of what several ranks pass it, each in its own process."""
-        self._agree = agree
+    def __init__(self, parallel: Parallel = ALONE) -> None:
+        self._parallel = parallel
         self._number: int | None = None
+        self._granted = 0  # the signal that the ranks have agreed to stop for
+        self._asks_within_steps = parallel.is_alone
         self._noted_at = 0.0
         self._handlers: dict[int, object] = {}
 
@@ -49,25 +50,41 @@ class StopSignals:
     def check(self) -> None:
         """Raise Stopped where a signal has come; to be called where the state is whole.
 
-        Where ranks agree they all call it, and one of them that got a signal stops all.
+        Of several ranks all stop or none: here for a signal that agree() has found.
         """
-        if number := self._agree(self._number or 0):
+        if number := self._wish if self._parallel.is_alone else self._granted:
             raise Stopped(number)
+
+    def agree(self, *others: float, step_s: float = 0.0) -> list[float]:
+        """Let a signal to one rank stop all of them, at their next check(); together.
+
+        What else they have to agree on goes with it: of each number the highest comes back. Where
+        a step takes as long as step_s, they ask each other within the next, too.
+        """
+        self._granted, slowest_s, *highest = self._parallel.highest(self._wish, step_s, *others)
+        self._granted = int(self._granted)
+        self._asks_within_steps = self._parallel.is_alone or slowest_s > _LONG_S
+        return highest
 
     @property
     def has_come(self) -> bool:
         """Whether a signal has come to this process."""
         return self._number is not None
 
+    @property
+    def _wish(self) -> int:
+        return self._number or 0
+
     def check_within_step(self, started_at: float, done: float) -> None:
         """Raise Stopped where a signal has come and the rest of the step would take too long.
 
         started_at is the step's start by time.perf_counter(), done the share of it that is done.
         """
-        elapsed_s = time.perf_counter() - started_at
-        is_long = elapsed_s / done * (1 - done) > _LONG_S
-        if number := self._agree(self._number if self._number and is_long else 0):
-            raise Stopped(number)
+        if self._asks_within_steps:
+            elapsed_s = time.perf_counter() - started_at
+            is_long = elapsed_s / done * (1 - done) > _LONG_S
+            if number := self._parallel.highest(self._wish * is_long)[0]:
+                raise Stopped(int(number))
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         now = time.monotonic()

@@ -345,7 +345,7 @@ def test_night_mode_on_a_gpu_takes_half_of_the_memory_and_of_the_batch(settings_
 def compiler(monkeypatch):
     """A compiler that does nothing."""
     monkeypatch.setattr(trial, "what_prevents_compiling", lambda device: None)
-    monkeypatch.setattr(trial, "compile_model", lambda *_: None)
+    monkeypatch.setattr(trial, "compile_model", lambda *_, **__: None)
 
 
 @pytest.fixture
