@@ -127,8 +127,8 @@ def _prepare(settings: str | Path | None, parallel: Parallel) -> RuntimeEnv:
     plan = resolve_settings(*read_given_settings(settings))
     check_trackers(plan.run.TRACKING)
     parallel.require_same(settings=_digest(plan))
-    if not parallel.is_alone and plan.run.PARALLEL != "auto":
-        parallel.kind = plan.run.PARALLEL
+    if not parallel.is_alone:
+        parallel.kind = "ddp" if plan.run.PARALLEL == "auto" else plan.run.PARALLEL
     run = parallel.broadcast(parallel.on_main(lambda: _choose_run(plan)))
     device = pick_device(plan.run.DEVICE, parallel)
     precision = _decide_precision(plan, run.saved, device)

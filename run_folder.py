@@ -68,6 +68,8 @@ SETTINGS_CHANGEABLE = (
     "NIGHT_MODE",
     "sampling_params",
 )
+# what is worked out at each start, and changes the last digits of the numbers
+NUMERIC = ("device", "ranks", "parallel", "threads", "micro_batch", "compiled", "torch")
 
 
 @dataclass
@@ -106,7 +108,7 @@ class RunFolder:
             self.notes += [
                 f"{name} was {shown(changed[name][0])} and is {shown(changed[name][1])}: from here "
                 "on the numbers are not bit for bit those of an undisturbed run"
-                for name in ("device", "ranks", "threads", "micro_batch", "compiled", "torch")
+                for name in NUMERIC
                 if name in changed
             ]
         self.settings = identity | settings
@@ -390,7 +392,7 @@ def _changes(saved: dict[str, Any], settings: dict[str, Any]) -> dict[str, list]
         name: (saved.get(name), settings.get(name))
         for name in ("device", "threads", "torch", "total_steps")
     }
-    for name in ("micro_batch", "compiled", "ranks"):
+    for name in ("micro_batch", "compiled", "ranks", "parallel"):
         if name in saved:  # earlier versions kept none
             pairs[name] = saved[name], settings.get(name)
     return {name: [was, now] for name, (was, now) in pairs.items() if was != now}

@@ -1,0 +1,931 @@
+"""Several ranks come to what one process comes to: losses, weights, batches and run folders."""
+
+import contextlib
+import io
+import itertools
+import json
+import math
+import os
+import random
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import environment
+import journal
+import main
+import train
+from data import WindowBatches, WindowDataset, evaluation_loader, make_loaders, plan_windows
+from engine import parallel as parallel_module
+from engine import processor
+from engine.errors import ResourceError, RunFinished, SettingsError, Stopped
+from engine.parallel import ALONE, Parallel, join
+from engine.precision import Precision
+from environment import load_run, pick_device, prepare_environment
+from generation import generate
+from model import GPTConfig, GPTModel
+from tests.conftest import REPOSITORY
+from tests.ranks import metrics, run_ranks, write_settings
+from train import batch_loss, mean_loss, steps_of_epoch
+
+needs_signals = pytest.mark.skipif(os.name == "nt", reason="POSIX signals")
+LENGTH, STEPS = 16, 20  # tokens of a window, optimizer steps of a run
+TINY = {"emb_dim": 32, "n_heads": 2, "n_layers": 2, "tie_embeddings": True}
+WEIGHTS, MOMENTS = "model.safetensors", "optimizer.safetensors"
+
+# ----------------------------------------------------------------------------- real processes
+
+# several runs in one start, for starting takes longer than training
+SEVERAL = """
+import json, sys
+from pathlib import Path
+from tests.test_parallel import train_all
+train_all(Path.cwd(), json.loads(sys.argv[1]))
+"""
+
+
+def train_all(folder: Path, starts: list[list]) -> None:
+    """Train the settings files of [name] or [name, rank, step, signal, attempt], each in turn.
+
+    The rank gets the signal where that step begins, the attempt being how often torchrun has
+    started all anew.
+    """
+    attempt = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setattr(environment, "CACHE", folder / "cache")
+        patch.setattr(environment, "default_threads", lambda _=1: 1)
+        patch.setattr(journal, "render_losses", lambda **_: None)  # takes longer than training
+        for name, *disturbance in starts:
+            with patch.context() as own:
+                if disturbance and disturbance[3] == attempt:
+                    disturb(own, *disturbance[:3])
+                with contextlib.suppress(RunFinished, Stopped):
+                    main.run_pipeline(prepare_environment(name))
+
+
+def disturb(patch: pytest.MonkeyPatch, rank: int, at: int, name: str) -> None:
+    """Let a rank get a signal where a step begins, the steps counted from 1."""
+    step = train.Trainer.step
+
+    def disturbed(trainer, *arguments):
+        if trainer.parallel.rank == rank and trainer.journal.steps + 1 == at:
+            os.kill(os.getpid(), getattr(signal, name))
+        return step(trainer, *arguments)
+
+    patch.setattr(train.Trainer, "step", disturbed)
+
+
+def write_text(path: Path, n_characters: int) -> None:
+    choose = random.Random(n_characters)
+    words = ("river", "bell", "stone", "under", "carries", "quiet", "of", "the", "a", "north")
+    text = " ".join(choose.choice(words) for _ in range(n_characters // 2))
+    path.write_text(text[:n_characters], encoding="utf-8")
+
+
+def settings_of(folder: Path, name: str, *, left_over: int = 1, **given) -> str:
+    """Write settings whose epochs end with a step of so many windows; names in lower case go into
+    custom_params. RUN_NAME is the name, unless it is given."""
+    text = f"train-{left_over}.txt"
+    # the last token of the end is a target only
+    write_text(folder / text, (5 * 8 + left_over) * LENGTH + 1)
+    write_text(folder / "val.txt", 8 * LENGTH + 7)
+    params = {
+        "max_steps": STEPS,
+        "batch_size": 4,
+        "gradient_accumulation_steps": 2,
+        "max_length": LENGTH,
+        "learning_rate": 3e-3,
+        "max_grad_norm": 0.7,
+        "eval_freq": 5,
+        "eval_iter": 100,
+        "save_every": 6,
+        "start_context": "the river",
+        "model_overrides": TINY,
+    } | {key: value for key, value in given.items() if key.islower()}
+    capitals = {key: value for key, value in given.items() if key.isupper()}
+    return write_settings(
+        folder,
+        f"{name}.py",
+        **{
+            "DATA": {"path": text, "val": "val.txt"},
+            "TOKENIZER": "char",
+            "CUSTOM_MODE": True,
+            "DEVICE": "cpu",
+            "PRECISION": "fp32",
+            "COMPILE": False,
+            "RUN_NAME": name,
+            "custom_params": params,
+            "sampling_params": {"max_new_tokens": 4},
+        }
+        | capitals,
+    )
+
+
+def alone(folder: Path, *starts: list) -> str:
+    """Train in this process; what it says."""
+    said = io.StringIO()
+    with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+        train_all(folder, list(starts))
+    return said.getvalue()
+
+
+def together(folder: Path, n: int, *starts: list, restarts: int = 0):
+    options = (f"--max-restarts={restarts}", "--monitor-interval=0.1")
+    return run_ranks(
+        folder, n, json.dumps(starts), program=SEVERAL, options=options, within_s=240.0
+    )
+
+
+def furthest(run: Path, other: Path, *keys: str) -> float:
+    """The largest difference between the numbers of two runs, which are the same rows of both."""
+    rows, others = metrics(run), metrics(other)
+    assert [row["step"] for row in rows] == [row["step"] for row in others]
+    n_steps = json.loads((run / "settings.json").read_bytes())["total_steps"]
+    assert rows[-1]["step"] == n_steps
+    found = []
+    for row, compared in zip(rows, others, strict=True):
+        assert row.keys() == compared.keys()
+        found += [abs(row[key] - compared[key]) for key in keys if key in row]
+    assert len(found) >= n_steps
+    return max(found)
+
+
+LOSSES = ("train/loss", "eval/train_loss", "val/loss")
+NORM = "train/grad_norm"
+
+
+def shares_of_last_step(run: Path) -> list[int]:
+    """How many micro-batches two ranks have in an epoch's last step, by the files of a run."""
+    settings, data = (json.loads((run / f"{n}.json").read_bytes()) for n in ("settings", "data"))
+    training, n = settings["training"], data["split"]["train_windows"]
+    left = n % (training["batch_size"] * training["gradient_accumulation_steps"])
+    assert settings["steps_per_epoch"] == 6  # 20 steps have three such ends
+    return [math.ceil(share / settings["micro_batch"]) for share in (left // 2, left - left // 2)]
+
+
+def final(run: Path, name: str) -> bytes:
+    settings = json.loads((run / "settings.json").read_bytes())
+    return (run / "checkpoints" / f"step-{settings['total_steps']:08d}" / name).read_bytes()
+
+
+@pytest.mark.slow
+@needs_signals
+def test_two_ranks_learn_what_one_process_learns(tmp_path):
+    llama = {"MODEL": "llama-mini", "left_over": 3, "batch_size": 1}
+    llama["gradient_accumulation_steps"] = 8
+    ten = {"max_steps": 10}
+    cases = {  # name: its settings
+        "gpt2": {"MODEL": "small"},
+        "llama": llama,
+        "bf16": {"PRECISION": "bf16", **ten},
+        "muon": {"optimizer": "muon", **ten},
+    }
+    for name, given in cases.items():
+        alone(tmp_path, [settings_of(tmp_path, name, **given)])
+        for kind in ("ddp", "fsdp"):
+            settings_of(tmp_path, f"{name}-{kind}", PARALLEL=kind, **given)
+    again = {"activation_checkpointing": True, "PARALLEL": "fsdp"}
+    settings_of(tmp_path, "again", **(cases["gpt2"] | again))
+    kinds = [f"{name}-{kind}.py" for name in cases for kind in ("ddp", "fsdp")]
+    auto = settings_of(tmp_path, "auto", max_steps=2)  # what the run before had is not kept
+    together(tmp_path, 2, *([name] for name in [*kinds, "again.py", auto]))
+
+    runs = tmp_path / "runs"
+    # one rank has nothing to do in an epoch's last step, or less than the other
+    assert shares_of_last_step(runs / "gpt2-ddp") == [0, 1]
+    assert shares_of_last_step(runs / "llama-ddp") == [1, 2]
+    norms = [row[NORM] for row in metrics(runs / "gpt2") if NORM in row]
+    assert sum(norm > 0.7 for norm in norms) > 5, "clipping had too little to do"
+    for kind in ("ddp", "fsdp"):
+        for name in ("gpt2", "llama"):
+            assert "head.weight" not in final(runs / name, WEIGHTS).decode("latin-1")  # tied
+            # absolute: the losses are between 2 and 6
+            assert furthest(runs / name, runs / f"{name}-{kind}", *LOSSES) < 1e-5, (name, kind)
+            assert furthest(runs / name, runs / f"{name}-{kind}", NORM) < 1e-5, (name, kind)
+            summaries = [
+                json.loads((runs / run / "summary.json").read_bytes())
+                for run in (name, f"{name}-{kind}")
+            ]
+            one, two = (summary["final_val_loss"] for summary in summaries)
+            assert two == pytest.approx(one, abs=1e-5)
+            assert [summary["ranks"] for summary in summaries] == [1, 2]
+        assert furthest(runs / "bf16", runs / f"bf16-{kind}", *LOSSES) < 2e-3
+        assert furthest(runs / "muon", runs / f"muon-{kind}", *LOSSES) < 1e-3
+    # the same operations on the same numbers
+    assert furthest(runs / "gpt2-fsdp", runs / "again", *LOSSES, NORM) == 0
+    assert final(runs / "gpt2-fsdp", WEIGHTS) == final(runs / "again", WEIGHTS)
+
+    laid = [json.loads((runs / n / "settings.json").read_bytes()) for n in ("again", "auto")]
+    assert [settings["parallel"] for settings in laid] == ["fsdp", "ddp"]
+    for name in ("gpt2-ddp", "gpt2-fsdp"):
+        assert files(runs / name) == files(runs / "gpt2")
+        loaded, expected = (load_run(path, weights="fp32") for path in (runs / name, runs / "gpt2"))
+        assert loaded.step == expected.step
+        texts = [
+            run.tokenizer.decode(
+                generate(
+                    run.model, [run.tokenizer.encode("the ri")], max_new_tokens=9, temperature=0.0
+                )[0]
+            )
+            for run in (loaded, expected)
+        ]
+        assert texts[0] == texts[1]
+        assert texts[0].startswith("the ri")
+        assert len(texts[0]) > len("the ri")
+
+
+def files(run: Path) -> list[str]:
+    return sorted(path.relative_to(run).as_posix() for path in run.rglob("*"))
+
+
+DROPPING = {"model_overrides": TINY | {"drop_rate": 0.1}}
+
+
+def assert_same_to_the_last_bit(run: Path, undisturbed: Path) -> None:
+    for name in (WEIGHTS, MOMENTS):
+        assert final(run, name) == final(undisturbed, name), (run.name, name)
+    states = [json.loads(final(path, "state.json")) for path in (run, undisturbed)]
+    for key in ("random", "other_ranks", "scaler", "schedule"):
+        assert states[0][key] == states[1][key], key
+    rows = [[row.get("train/loss") for row in metrics(path)] for path in (run, undisturbed)]
+    assert rows[0] == rows[1]
+
+
+@pytest.mark.slow
+@needs_signals
+def test_runs_of_two_ranks_that_were_stopped_or_killed_end_with_the_same_bits(tmp_path):
+    for kind in ("ddp", "fsdp"):
+        for name in ("whole", "stopped", "killed"):
+            settings_of(tmp_path, f"{name}-{kind}", PARALLEL=kind, **DROPPING)
+    stops = [["stopped-ddp.py", 1, 8, "SIGTERM", 0], ["stopped-fsdp.py", 0, 9, "SIGTERM", 0]]
+    # one that is killed ends all, and torchrun starts all again: what is done is passed over
+    job = together(
+        tmp_path,
+        2,
+        ["whole-ddp.py"],
+        ["whole-fsdp.py"],
+        *stops,
+        ["killed-fsdp.py", 1, 15, "SIGKILL", 0],
+        ["killed-ddp.py", 0, 11, "SIGKILL", 1],
+        restarts=2,
+    )
+    gone_on = {"stopped-ddp": 8, "stopped-fsdp": 9, "killed-fsdp": 12, "killed-ddp": 6}
+    assert steps_gone_on_from(job.out) == gone_on
+    runs = tmp_path / "runs"
+    for kind in ("ddp", "fsdp"):
+        for name in ("stopped", "killed"):
+            assert_same_to_the_last_bit(runs / f"{name}-{kind}", runs / f"whole-{kind}")
+    assert final(runs / "whole-ddp", WEIGHTS) != final(runs / "killed-ddp", MOMENTS)
+
+
+def steps_gone_on_from(out: str) -> dict[str, int]:
+    """Which runs went on, and from which step."""
+    lines = [line.split() for line in out.splitlines() if line.startswith("Resuming runs/")]
+    return {words[1].removeprefix("runs/").rstrip(":"): int(words[2]) for words in lines}
+
+
+@pytest.mark.slow
+@needs_signals
+def test_a_run_of_three_ranks_that_was_killed_ends_with_the_same_bits(tmp_path):
+    """Sums of three numbers depend on their order, so the messages must be cut as before."""
+    given = {"PARALLEL": "ddp", "batch_size": 3, **DROPPING}
+    for name in ("whole", "killed"):
+        settings_of(tmp_path, name, **given)
+    job = together(tmp_path, 3, ["whole.py"], ["killed.py", 2, 14, "SIGKILL", 0], restarts=1)
+    assert steps_gone_on_from(job.out) == {"killed": 12}
+    assert_same_to_the_last_bit(tmp_path / "runs" / "killed", tmp_path / "runs" / "whole")
+
+
+@pytest.mark.slow
+@needs_signals
+def test_a_run_goes_on_with_other_ranks_or_laid_out_otherwise_and_says_so(tmp_path):
+    for name in ("whole", "shrinking", "growing"):
+        settings_of(tmp_path, name)
+    for kind in ("ddp", "fsdp"):
+        settings_of(tmp_path, f"turning-{kind}", RUN_NAME="turning", PARALLEL=kind)
+        settings_of(tmp_path, f"growing-{kind}", RUN_NAME="growing", PARALLEL=kind)
+        settings_of(tmp_path, f"shrinking-{kind}", RUN_NAME=f"shrinking-{kind}", PARALLEL=kind)
+    alone(tmp_path, ["whole.py"], ["growing.py", 0, 8, "SIGTERM", 0])
+    job = together(
+        tmp_path,
+        2,
+        ["growing-fsdp.py"],
+        ["shrinking-ddp.py", 1, 7, "SIGTERM", 0],
+        ["shrinking-fsdp.py", 0, 9, "SIGTERM", 0],
+        ["turning-ddp.py", 1, 8, "SIGTERM", 0],
+        ["turning-fsdp.py", 0, 14, "SIGTERM", 0],
+        ["turning-ddp.py"],
+    )
+    said = alone(tmp_path, ["shrinking-ddp.py"], ["shrinking-fsdp.py"])
+
+    assert steps_gone_on_from(job.out) == {"growing": 8, "turning": 14}
+    assert steps_gone_on_from(said) == {"shrinking-ddp": 7, "shrinking-fsdp": 9}
+    rest = "from here on the numbers are not bit for bit those of an undisturbed run"
+    assert said.count(f"Note: ranks was 2 and is 1: {rest}") == 2
+    assert job.out.count(f"Note: ranks was 1 and is 2: {rest}") == 1
+    assert f"Note: parallel was 'ddp' and is 'fsdp': {rest}" in job.out
+    assert f"Note: parallel was 'fsdp' and is 'ddp': {rest}" in job.out
+    runs = tmp_path / "runs"
+    for name in ("growing", "shrinking-ddp", "shrinking-fsdp", "turning"):
+        assert furthest(runs / name, runs / "whole", *LOSSES, "train/tokens") < 1e-5, name
+    settings = json.loads((runs / "growing" / "settings.json").read_bytes())
+    assert [change["ranks"] for change in settings["changes"]] == [[1, 2]]
+
+
+# what somebody would write who uses the program as a library
+LIBRARY = """
+import hashlib, json, sys
+from pathlib import Path
+sys.modules["matplotlib"] = None
+import torch
+import environment, train
+from engine.checkpoint import random_state
+environment.CACHE = Path("cache").resolve()
+step, begun = train.Trainer.step, []
+
+def watched_step(trainer, *arguments):
+    begun.append(random_state(trainer.device)["cpu"])
+    return step(trainer, *arguments)
+
+train.Trainer.step = watched_step
+found = {}
+for name in sys.argv[1:]:
+    env = environment.prepare_environment(name)
+    ids, targets = env.train_loader.dataset.__getitems__(list(range(4)))
+    losses = {}
+    with torch.no_grad():
+        for mode in (False, True):
+            env.model.train(mode)
+            losses[mode] = env.model(ids, targets).item()
+    begun.clear()
+    journal = train.train(env)
+    weights = hashlib.sha256()
+    for value in env.model.parameters():
+        weights.update(value.detach().numpy().tobytes())
+    found[name] = env.parallel.gather({
+        "without dropout": losses[False], "with dropout": losses[True], "begun": begun[0],
+        "ended": random_state(env.device)["cpu"], "weights": weights.hexdigest(),
+        "steps": journal.steps, "rank": env.parallel.rank,
+        "windows": sum(len(ids) for ids, _ in env.train_loader),
+    })
+if env.parallel.is_main:
+    Path("found.json").write_text(json.dumps(found))
+print("rank", env.parallel.rank, "is done")
+"""
+
+
+@pytest.mark.slow
+@needs_signals
+def test_a_script_of_ones_own_trains_on_two_ranks_with_masks_of_their_own_and_equal_weights(
+    tmp_path,
+):
+    settings_of(tmp_path, "new", **DROPPING)
+    alone(tmp_path, [settings_of(tmp_path, "grown", **DROPPING), 0, 8, "SIGTERM", 0])
+    job = run_ranks(tmp_path, 2, "new.py", "grown.py", program=LIBRARY)
+    assert sorted(line for line in job.out.splitlines() if "is done" in line) == [
+        "rank 0 is done",
+        "rank 1 is done",
+    ]
+    assert "destroy_process_group" not in job.err
+    assert "Traceback" not in job.err
+    for ranks in json.loads((tmp_path / "found.json").read_bytes()).values():
+        first, second = ranks
+        assert [rank["rank"] for rank in ranks] == [0, 1]
+        assert [rank["steps"] for rank in ranks] == [STEPS, STEPS]
+        assert sum(rank["windows"] for rank in ranks) == 41
+        assert first["without dropout"] == second["without dropout"]
+        assert first["with dropout"] != second["with dropout"]
+        for key in ("begun", "ended"):
+            assert first[key] != second[key], "ranks draw the same masks"
+        assert first["weights"] == second["weights"]
+
+
+# --------------------------------------------------------------------------- without processes
+
+
+def ranks_of(world: int) -> list[Parallel]:
+    return [Parallel(rank, world) for rank in range(world)]
+
+
+def dataset(n_windows: int, *, tail: int = 0) -> WindowDataset:
+    """Windows of 4 tokens each, whose first token is 4 times their number."""
+    tokens = np.arange(4 * n_windows + 1 + tail)
+    return WindowDataset(tokens, 4, 4, keep_tail=tail > 0)
+
+
+def cut(batches: WindowBatches, epoch: int, first: int = 0) -> list[list[list[int]]]:
+    """The micro-batches of each step from `first` on, for a rank."""
+    batches.start_at(epoch, first)
+    parts, steps = iter(batches), []
+    for step in range(first, batches.n_steps):
+        count = math.ceil(batches.count_own(step) / batches.micro_batch)
+        steps.append(list(itertools.islice(parts, count)))
+    assert list(parts) == []
+    return steps
+
+
+@pytest.mark.parametrize("world", range(1, 9))
+@pytest.mark.parametrize("sampling", ["windows", "random"])
+def test_the_ranks_shares_of_a_step_are_together_what_one_process_takes(world, sampling):
+    for n_windows, share, micro_batch in itertools.product(
+        (1, 5, 47, 96, 97, 103), (1, 3, 4), (1, 2, 4, 7)
+    ):
+        step_size = world * share
+        n_steps = math.ceil(n_windows / step_size) if sampling == "random" else None
+        given = (dataset(n_windows), 4, 17, n_steps, step_size, micro_batch)
+        one = WindowBatches(*given)
+        ranks = [WindowBatches(*given, parallel=parallel) for parallel in ranks_of(world)]
+        assert {batches.n_steps for batches in ranks} == {one.n_steps}
+        for epoch, first in ((0, 0), (3, 0), (3, one.n_steps // 2), (3, one.n_steps - 1)):
+            expected = cut(one, epoch, first)
+            shares = [cut(batches, epoch, first) for batches in ranks]
+            for number, whole in enumerate(expected):
+                step = first + number
+                windows = list(itertools.chain(*whole))
+                own = [list(itertools.chain(*steps[number])) for steps in shares]
+                # in order, so that all of them together are disjoint and lack nothing
+                assert list(itertools.chain(*own)) == windows
+                sizes = [len(part) for part in own]
+                assert max(sizes) - min(sizes) <= 1
+                assert sizes == [batches.count_own(step) for batches in ranks]
+                assert {batches.count_largest(step) for batches in ranks} == {max(sizes)}
+                assert {batches.count_windows(step) for batches in ranks} == {len(windows)}
+                micro = [len(part) for steps in shares for part in steps[number]]
+                assert max(micro) <= micro_batch
+                if step < one.n_steps - 1:
+                    assert sizes == [share] * world
+                    assert {len(steps[number]) for steps in shares} == {ranks[0].per_step}
+            if sampling == "windows" and first == 0:
+                seen = sorted(itertools.chain(*itertools.chain(*expected)))
+                assert seen == list(range(n_windows))
+        for batches in ranks:
+            batches.start_at(1)
+            assert len(batches) == len(list(batches))
+
+
+def loaders(n_train: int, n_val: int, parallel: Parallel, **options):
+    windows, _ = plan_windows(
+        n_train + n_val,
+        max_length=4,
+        stride=None,
+        batch_size=options.pop("batch_size", 4),
+        train_ratio=0.9,
+        n_train=n_train,
+    )
+    tokens = (np.arange(n_train + n_val) * 7919 % 251).astype(np.uint16)
+    return make_loaders(
+        tokens,
+        windows,
+        seed=5,
+        num_workers=0,
+        device=torch.device("cpu"),
+        parallel=parallel,
+        **options,
+    )
+
+
+def as_lists(loader) -> list[tuple[list, list]]:
+    return [(ids.tolist(), targets.tolist()) for ids, targets in loader]
+
+
+@pytest.mark.parametrize("world", range(1, 9))
+@pytest.mark.parametrize("n_val", [2, 4 * 8 + 3, 4 * 9 + 1, 4 * 13 + 2])
+def test_the_ranks_evaluate_all_batches_and_none_twice(world, n_val):
+    for number, micro_batch, most in itertools.product((0, 1), (None, 2, 3), (None, 1, 2, 100)):
+        options = {"micro_batch": micro_batch}
+        loader = loaders(4 * 21 + 1, n_val, ALONE, **options)[number]
+        expected = as_lists(evaluation_loader(loader, most))
+        found = []
+        for parallel in ranks_of(world):
+            own = loaders(4 * 21 + 1, n_val, parallel, **options)[number]
+            share = as_lists(evaluation_loader(own, most, parallel))
+            assert len(share) <= math.ceil(len(expected) / world)
+            found += share
+        assert sorted(found) == sorted(expected)
+        n_targets = sum(len(row) for _, targets in found for row in targets)
+        if most in (None, 100):
+            assert n_targets == (n_val - 1 if number == 1 else 4 * 21)
+
+
+class Listening(Parallel):
+    """A rank whose sums are noted, and then are what a test gives it."""
+
+    def __init__(self, *place: int, sums=()) -> None:
+        super().__init__(*place)
+        self.own, self._sums = [], list(sums)
+
+    def sum(self, tensor):
+        self.own.append(tensor.clone())
+        return torch.tensor(self._sums.pop(0)) if self._sums else tensor
+
+
+@pytest.mark.parametrize("n_val", [4 * 8 + 3, 4 * 16 + 2])
+def test_the_validation_loss_is_the_mean_over_all_ranks_targets(n_val):
+    torch.manual_seed(1)
+    config = GPTConfig(vocab_size=251, context_length=4, emb_dim=8, n_heads=2, n_layers=1)
+    model, fp32 = GPTModel(config), Precision("fp32", "", "cpu")
+    cpu = torch.device("cpu")
+    loader = loaders(41, n_val, ALONE)[1]
+    expected = mean_loss(model, evaluation_loader(loader), cpu, fp32)
+    ranks = [Listening(rank, 2) for rank in range(2)]
+    for rank in ranks:  # the first time only what each has is wanted
+        mean_loss(model, evaluation_loader(loader, None, rank), cpu, fp32, None, rank)
+    assert ranks[0].own[0] != ranks[1].own[0]  # the shares are of different sizes
+    sums = [sum(rank.own[i].item() for rank in ranks) for i in range(2)]
+    assert sums[0] == n_val - 1
+    for number in range(2):
+        rank = Listening(number, 2, sums=sums)
+        share = evaluation_loader(loader, None, rank)
+        assert mean_loss(model, share, cpu, fp32, None, rank) == pytest.approx(expected, abs=1e-6)
+
+
+@pytest.mark.parametrize("world", [2, 3, 8])
+def test_a_rank_with_less_in_an_epochs_last_step_gets_batches_without_targets(world):
+    for n_windows, micro_batch in itertools.product((world, world + 1, 3 * world + 1, 41), (1, 2)):
+        options = {"accumulation": 2 * world, "batch_size": 1, "micro_batch": micro_batch}
+        steps = [
+            list(steps_of_epoch(loader, 2, first=0, last=loader.batch_sampler.n_steps))
+            for loader, _ in (loaders(4 * n_windows + 1, 9, p, **options) for p in ranks_of(world))
+        ]
+        n_padded = 0
+        for of_ranks in zip(*steps, strict=True):
+            # backward passes are made together: every rank has as many
+            assert len({len(step.batches) for step in of_ranks}) == 1
+            n_targets = sum(t.numel() for step in of_ranks for _, t in step.batches)
+            assert {step.n_targets for step in of_ranks} == {n_targets}
+            for ids, targets in itertools.chain(*(step.batches for step in of_ranks)):
+                assert ids.shape[1] == targets.shape[1] == 4
+                assert len(targets) in (0, len(ids))
+                n_padded += len(targets) == 0
+        assert sum(step.n_targets for step in steps[0]) == 4 * n_windows
+        uneven = n_windows % (2 * world) % world != 0 and micro_batch == 1
+        assert (n_padded > 0) == (uneven or 0 < n_windows % (2 * world) < world)
+
+
+@pytest.mark.parametrize("architecture", ["gpt2", "llama"])
+@pytest.mark.parametrize("name", ["fp32", "bf16"])
+def test_a_batch_without_targets_has_no_loss_and_no_gradient(architecture, name):
+    torch.manual_seed(2)
+    config = GPTConfig(
+        vocab_size=50,
+        context_length=8,
+        emb_dim=16,
+        n_heads=2,
+        n_layers=2,
+        architecture=architecture,
+        qk_norm=architecture == "llama",
+        tie_embeddings=True,
+    )
+    model = GPTModel(config)
+    ids = torch.zeros(1, 8, dtype=torch.long)
+    loss = batch_loss(model, ids, ids[:0], Precision(name, "", "cpu"), 12.0)
+    loss.backward()
+    assert loss.item() == 0.0
+    assert loss.dtype == torch.float32
+    for key, parameter in model.named_parameters():
+        assert parameter.grad is not None, f"{key} would never be summed up"
+        assert torch.count_nonzero(parameter.grad) == 0, key
+
+
+class Syncs(torch.nn.Module):
+    """A model as DDP and FSDP2 wrap it, which notes what each backward pass is asked for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        config = GPTConfig(vocab_size=9, context_length=4, emb_dim=4, n_heads=2, n_layers=1)
+        self.inner, self.asked, self._now = GPTModel(config), [], True
+
+    def forward(self, *arguments):
+        self.asked.append(self._now)
+        return self.inner(*arguments)
+
+    def set_requires_gradient_sync(self, now: bool) -> None:
+        self._now = now
+
+    @contextlib.contextmanager
+    def no_sync(self):
+        self._now = False
+        yield
+        self._now = True
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+def test_gradients_travel_only_at_the_last_micro_batch_of_each_step(kind):
+    model, parallel = Syncs(), Listening(0, 2)
+    parallel.kind = kind
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    ids = torch.zeros(2, 4, dtype=torch.long)
+    for n_batches in (3, 1, 2):
+        model.asked.clear()
+        batches = [(ids, ids)] * n_batches
+        fp32 = Precision("fp32", "", "cpu")
+        train.take_step(model, batches, optimizer, fp32, 1.0, parallel=parallel)
+        assert model.asked == [False] * (n_batches - 1) + [True]
+
+
+class Echo(Parallel):
+    """A rank whose others say and do what it does."""
+
+    def highest(self, *numbers):
+        return [float(number) for number in numbers]
+
+    def sum(self, tensor):
+        return tensor.mul_(self.world)
+
+    def broadcast(self, value):
+        return value
+
+    def gather(self, value):
+        return [value] * self.world
+
+    def on_main(self, job):
+        return job()
+
+    local_first = on_main
+
+    def require_same(self, **values):
+        pass
+
+    def watched(self):
+        return contextlib.nullcontext()
+
+
+@pytest.mark.parametrize(
+    ("world", "batch", "accumulation", "nearest"),
+    [(3, 4, 2, "6 or 9"), (8, 3, 1, "8"), (5, 4, 4, "15 or 20"), (6, 1, 8, "6 or 12")],
+)
+def test_a_batch_that_cant_be_divided_names_the_nearest_that_can(
+    workdir, monkeypatch, world, batch, accumulation, nearest
+):
+    settings_of(workdir, "odd", batch_size=batch, gradient_accumulation_steps=accumulation)
+    monkeypatch.setattr(environment, "join", lambda: Echo(0, world))
+    with pytest.raises(SettingsError) as caught:
+        prepare_environment("odd.py")
+    size = batch * accumulation
+    assert f"a step of {size} windows" in str(caught.value)
+    assert f"can't be divided among {world} processes" in str(caught.value)
+    assert f"The nearest sizes that can: {nearest}." in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("world", "batch", "accumulation", "micro_batch", "per_step"),
+    [(2, 4, 2, 4, 1), (2, 4, 1, 2, 1), (4, 4, 4, 4, 1), (4, 8, 3, 6, 1), (2, 1, 8, 1, 4)],
+)
+def test_the_global_batch_is_what_the_settings_say_whatever_the_ranks(
+    workdir, monkeypatch, world, batch, accumulation, micro_batch, per_step
+):
+    settings_of(workdir, "even", batch_size=batch, gradient_accumulation_steps=accumulation)
+    windows = []
+    for rank in range(world):
+        monkeypatch.setattr(environment, "join", lambda rank=rank: Echo(rank, world))
+        env = prepare_environment("even.py")
+        batches = env.train_loader.batch_sampler
+        assert (batches.step_size, batches.micro_batch) == (batch * accumulation, micro_batch)
+        assert batches.per_step == per_step
+        assert env.train_config.batch_size == batch
+        assert env.run.settings["ranks"] == world
+        windows += cut(batches, 0)[0]
+    monkeypatch.setattr(environment, "join", lambda: ALONE)
+    env = prepare_environment("even.py")
+    expected = cut(env.train_loader.batch_sampler, 0)[0]
+    assert list(itertools.chain(*windows)) == list(itertools.chain(*expected))
+
+
+def test_a_process_alone_gives_back_what_it_is_given_and_never_asks_torch(monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch.distributed", None)  # an import of it would fail
+    monkeypatch.delattr(torch, "distributed")
+    tensor, value = torch.ones(3), {"a": [1]}
+    assert (ALONE.rank, ALONE.world, ALONE.kind) == (0, 1, "none")
+    assert ALONE.is_main and ALONE.is_alone
+    assert (ALONE.highest(3, 2.5), ALONE.lowest(2), ALONE.mean(2.5)) == ([3, 2.5], 2, 2.5)
+    assert ALONE.sum(tensor) is tensor
+    assert ALONE.broadcast(value) is value
+    assert ALONE.gather(value) == [value]
+    ALONE.require_same(text="x")
+    assert ALONE.on_main(lambda: 4) == ALONE.local_first(lambda: 4) == 4
+    assert ALONE.only_main(value) is value
+    assert ALONE.share_of([1, 2, 3]) == [1, 2, 3]
+    assert ALONE.prefix == ""
+    assert ALONE.speaks_for_all("anything")
+    entered = []
+
+    @contextlib.contextmanager
+    def context():
+        entered.append("in")
+        yield
+        entered.append("out")
+
+    with ALONE.held_by_main(context), ALONE.watched():
+        assert entered == ["in"]
+    assert entered == ["in", "out"]
+    with pytest.raises(RuntimeError, match=r"^gloo: mine$"), ALONE.watched():
+        raise RuntimeError("gloo: mine")
+    state = torch.get_rng_state()
+    ALONE.seed_apart(1)
+    assert torch.equal(torch.get_rng_state(), state)
+    ALONE.leave()
+
+
+def test_ranks_draw_apart_and_the_main_one_as_if_it_were_alone():
+    drawn = []
+    for parallel in [ALONE, *ranks_of(4)]:
+        torch.manual_seed(9)
+        parallel.seed_apart(9)
+        drawn.append(torch.rand(8).tolist())
+    assert drawn[0] == drawn[1]
+    assert len({tuple(numbers) for numbers in drawn}) == 4
+    torch.manual_seed(0)
+    Parallel(3, 4).seed_apart(9)
+    assert torch.rand(8).tolist() == drawn[4]  # whatever was drawn before
+
+
+@pytest.fixture
+def no_torchrun(monkeypatch):
+    monkeypatch.setattr(parallel_module, "_joined", None)
+    for name in (*parallel_module.ENVIRONMENT, "LOCAL_WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    return monkeypatch
+
+
+def test_without_torchrun_or_with_one_process_of_it_there_is_no_group(no_torchrun):
+    assert join() is ALONE
+    for name, value in (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1")):
+        no_torchrun.setenv(name, value)
+    assert join() is ALONE
+    assert not torch.distributed.is_initialized()
+
+
+def test_half_of_torchruns_variables_is_an_error_that_names_the_others(no_torchrun):
+    no_torchrun.setenv("LOCAL_RANK", "0")
+    no_torchrun.setenv("RANK", "0")
+    with pytest.raises(SettingsError, match="not WORLD_SIZE, MASTER_ADDR, MASTER_PORT"):
+        join()
+    for name in ("WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        no_torchrun.setenv(name, "two")
+    with pytest.raises(SettingsError, match="WORLD_SIZE is 'two'"):
+        join()
+
+
+@pytest.fixture
+def gpus(monkeypatch):
+    """A machine with so many CUDA devices, or with Metal; the list is of those that were set."""
+
+    def have(n_cuda: int, has_mps: bool = False) -> list[int]:
+        chosen = []
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: n_cuda > 0)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: n_cuda)
+        monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+        monkeypatch.setattr(torch.backends.mps, "is_available", lambda: has_mps)
+        return chosen
+
+    return have
+
+
+@pytest.mark.parametrize("requested", [None, "cuda"])
+def test_each_rank_of_a_machine_takes_its_own_gpu(gpus, requested):
+    chosen = gpus(4)
+    # the second machine of two
+    ranks = [Parallel(4 + i, 8, local_rank=i, local_world=4) for i in range(4)]
+    devices = [pick_device(requested, rank) for rank in ranks]
+    assert devices == [torch.device("cuda", i) for i in range(4)]
+    assert chosen == [0, 1, 2, 3]
+
+
+def test_ranks_on_the_cpu_leave_gpus_alone(gpus):
+    chosen = gpus(2)
+    assert pick_device("cpu", Parallel(1, 2, 1, 2)) == torch.device("cpu")
+    assert chosen == []
+
+
+def test_ranks_on_a_mac_train_on_the_cpu(gpus):
+    gpus(0, has_mps=True)
+    assert pick_device(None, Parallel(1, 2, 1, 2)) == torch.device("cpu")
+    assert pick_device(None) == torch.device("mps")
+
+
+@pytest.mark.parametrize("requested", ["mps", "cuda:1"])
+def test_one_device_for_several_ranks_is_an_error_that_says_what_is_allowed(gpus, requested):
+    gpus(2, has_mps=True)
+    with pytest.raises(SettingsError, match=r'has started 2 processes.\nSet DEVICE to "cuda"'):
+        pick_device(requested, Parallel(0, 2, 0, 2))
+
+
+def test_more_ranks_than_gpus_is_an_error_of_the_machine(gpus):
+    gpus(2)
+    with pytest.raises(ResourceError, match="started 3 processes here, and there are 2 GPUs"):
+        pick_device(None, Parallel(2, 3, 2, 3))
+    gpus(0)
+    with pytest.raises(ResourceError, match="no such device"):
+        pick_device("cuda", Parallel(0, 2, 0, 2))
+
+
+@pytest.mark.parametrize(
+    ("variable", "processes", "threads"),
+    [
+        (None, 1, 5),  # torch's own choice
+        (None, 2, 6),
+        (None, 5, 2),
+        (None, 99, 1),
+        ("1", 1, 5),  # set from outside: torch's number was made from it
+        ("1", 2, 6),  # by torchrun, and nobody's wish
+        ("3", 2, 5),
+    ],
+)
+def test_processes_share_the_cores_unless_a_number_is_set(
+    monkeypatch, variable, processes, threads
+):
+    for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
+        monkeypatch.delenv(name, raising=False)
+    if variable:
+        monkeypatch.setenv("OMP_NUM_THREADS", variable)
+    monkeypatch.setattr(os, "cpu_count", lambda: 24)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 5)
+    monkeypatch.setattr(processor, "physical_cores", lambda _: 12)
+    monkeypatch.setattr(processor, "quota_cores", lambda _: 16)
+    assert processor.default_threads(processes) == threads
+
+
+# ------------------------------------------------------------------------- what it costs
+
+SHARDING = """
+import json, time
+from pathlib import Path
+from data import WindowBatches, WindowDataset
+from engine.parallel import Parallel
+
+def memory(name: str) -> int:
+    # not by getrusage: its peak is the parent's too
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(name))
+
+rank, n_windows = {rank}, 10_000_000
+small = WindowDataset(range(8 * 4096 + 1), 8, 8)
+list(WindowBatches(small, 8, 3, None, 4096, 64, Parallel(0, 8)))  # numpy loads what it needs
+windows = WindowDataset(range(8 * n_windows + 1), 8, 8)
+before, began_at = memory("VmRSS"), time.process_time()
+batches = WindowBatches(windows, 8, 3, None, 4096, 64, Parallel(rank, 8))
+parts = iter(batches)
+first = next(parts)
+shuffled_s = time.process_time() - began_at
+count = len(first) + sum(len(part) for part in parts)
+seconds = time.process_time() - began_at
+print(json.dumps([windows.n_whole, count, shuffled_s, seconds, memory("VmHWM") - before]))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_an_epoch_of_ten_million_windows_is_sharded_in_a_second_and_100_mb_a_rank():
+    n = 10_000_000
+    for rank in (0, 7):
+        done = subprocess.run(
+            [sys.executable, "-c", SHARDING.replace("{rank}", str(rank))],
+            cwd=REPOSITORY,
+            capture_output=True,
+            check=True,
+            timeout=120,
+        )
+        n_windows, own, shuffled_s, seconds, n_bytes = found = json.loads(done.stdout)
+        assert (n_windows, own) == (n, n // 8)
+        assert n_bytes < 100e6, found
+        assert shuffled_s < seconds < 1.0, found  # of a processor, which others may have, too
+
+
+MAIN = """
+import sys, traceback
+from pathlib import Path
+sys.modules["matplotlib"] = None
+loaded = {}
+
+class Noted:
+    def find_spec(self, name, path=None, target=None):
+        files = [frame.filename for frame in traceback.extract_stack()[:-1]]
+        loaded[name] = [file for file in files if "importlib" not in file][-1]
+
+sys.meta_path.insert(0, Noted())
+import environment, main
+environment.CACHE = Path("cache").resolve()
+code = main.main(["one.py"])
+import torch.distributed
+assert not torch.distributed.is_initialized()
+# torch's optimizers load torch.distributed.fsdp on their own account
+for name in ("torch.distributed.fsdp", "torch.distributed.tensor", "torch.nn.parallel"):
+    assert "{repository}" not in loaded.get(name, ""), (name, loaded[name])
+assert "{repository}" in loaded["engine.sharding"]  # such paths do come up
+print("no group was made")
+sys.exit(code)
+"""
+
+
+@pytest.mark.slow
+def test_a_run_without_torchrun_makes_no_group_and_loads_nothing_for_one(tmp_path):
+    settings_of(tmp_path, "one", max_steps=2)
+    job = run_ranks(tmp_path, 1, program=MAIN.replace("{repository}", REPOSITORY.as_posix()))
+    assert "no group was made" in job.out
+    assert "Parallel:" not in job.out
