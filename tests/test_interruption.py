@@ -14,13 +14,14 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 from engine.storage import verify_folder
 from tests.conftest import REPOSITORY
+from tests.forking import CAN_FORK, fork
 
 pytestmark = [
     pytest.mark.slow,
@@ -57,23 +58,30 @@ sys.exit(main.main(["settings.py"]))
 
 
 class Program:
-    """A run in a process group of its own, its output in files."""
+    """A run in a process group of its own, its output in files.
 
-    def __init__(self, folder: Path, number: int, command: list[str], **options) -> None:
+    With a prefix or with streams of a test's own it is a fresh interpreter, and else a fork.
+    """
+
+    def __init__(
+        self, folder: Path, number: int, code: str, prefix: tuple[str, ...] = (), **options
+    ) -> None:
         self.folder = folder
         self._out, self._err = (folder / f"{name}-{number}" for name in ("out", "err"))
         environment = os.environ | {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
         environment |= options.pop("env", {})
         with open(self._out, "wb") as out, open(self._err, "wb") as err:
-            streams = {"stdout": out, "stderr": err} | options
-            self.process = subprocess.Popen(
-                command,
-                cwd=folder,
-                env=environment,
-                stdin=subprocess.DEVNULL,
-                start_new_session=True,
-                **streams,
-            )
+            if CAN_FORK and not prefix and not options:
+                self.process = fork(code, folder, environment, self._out, self._err)
+            else:
+                self.process = subprocess.Popen(
+                    [*prefix, sys.executable, "-c", code],
+                    cwd=folder,
+                    env=environment,
+                    stdin=subprocess.DEVNULL,
+                    start_new_session=True,
+                    **{"stdout": out, "stderr": err} | options,
+                )
         self.pid = self.process.pid
 
     @property
@@ -119,11 +127,11 @@ def wait_until(happened: Callable[[], object], within_s: float = 60.0) -> None:
         time.sleep(0.01)
 
 
-@pytest.fixture
-def launch(tmp_path):
-    """Start a run named "one" in tmp_path; what is no setting goes into custom_params."""
+@contextlib.contextmanager
+def launching(folder: Path) -> Iterator[Callable[..., Program]]:
+    """Start runs named "one" in a folder; what is no setting goes into custom_params."""
     programs: list[Program] = []
-    (tmp_path / "text.txt").write_text("the river carries the bell " * 40, encoding="utf-8")
+    (folder / "text.txt").write_text("the river carries the bell " * 40, encoding="utf-8")
 
     def start(
         more: str = "", step_s: float = 0.0, prefix: tuple[str, ...] = (), streams=None, **settings
@@ -137,10 +145,9 @@ def launch(tmp_path):
             "custom_params": params,
         } | {name: value for name, value in settings.items() if name.isupper()}
         lines = "".join(f"{name} = {value!r}\n" for name, value in values.items())
-        (tmp_path / "settings.py").write_text(lines, encoding="utf-8")
+        (folder / "settings.py").write_text(lines, encoding="utf-8")
         code = PROGRAM.replace("STEP_S", str(step_s)).replace("{more}", more)
-        command = [*prefix, sys.executable, "-c", code]
-        programs.append(Program(tmp_path, len(programs), command, **(streams or {})))
+        programs.append(Program(folder, len(programs), code, prefix, **(streams or {})))
         return programs[-1]
 
     yield start
@@ -148,6 +155,12 @@ def launch(tmp_path):
         with contextlib.suppress(ProcessLookupError):
             os.killpg(program.pid, signal.SIGKILL)
         program.process.wait()
+
+
+@pytest.fixture
+def launch(tmp_path):
+    with launching(tmp_path) as start:
+        yield start
 
 
 @pytest.fixture
@@ -351,18 +364,29 @@ def test_output_that_nobody_reads_any_more_ends_nothing(launch, run, streams):
 
 # -------------------------------------------------------------------------------- two programs
 
+WAITING = """
+def step_when_told(*arguments, **options):
+    while not Path("go-on").exists():
+        time.sleep(0.01)
+    return take_step(*arguments, **options)
+
+train.take_step = step_when_told
+"""
+
 
 @pytest.mark.parametrize("settings", [{}, {"RUN_NAME": None}], ids=["named", "auto"])
 def test_a_second_program_in_the_same_folder_exits_7_and_names_the_first(
     launch, tmp_path, settings
 ):
-    first = launch(step_s=0.1, **settings)
+    first = launch(WAITING, **settings)
     first.until_it_trains()
     second = launch(**settings)
     second.ends_with(7)
     (folder,) = (tmp_path / "runs").iterdir()
     assert f"{folder} is in use by process {first.pid} on {socket.gethostname()}" in second.err
     assert "Before training" not in second.out and "Resuming" not in second.out
+    assert first.process.poll() is None
+    (tmp_path / "go-on").touch()
     first.ends_with(0)
     assert (folder / "summary.json").exists()
     assert len(list((folder / "checkpoints").iterdir())) == 1
@@ -405,24 +429,32 @@ def killed(*arguments, **options):
 """
 
 
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory) -> Path:
+    """The folder of a run that nothing befell."""
+    folder = tmp_path_factory.mktemp("whole")
+    with launching(folder) as start:
+        start().ends_with(0)
+    return folder / "runs" / "one"
+
+
 @pytest.mark.parametrize("place", KILLED_IN)
 def test_killed_between_the_last_save_and_the_summary_it_finishes_with_nothing_twice(
-    launch, run, tmp_path, place
+    launch, run, whole, place
 ):
     target, is_time = KILLED_IN[place]
     more = KILL.replace("{target}", target).replace("{is_time}", is_time)
-    launch(RUN_NAME="whole").ends_with(0)
     killed = launch(more)
     assert killed.process.wait(60) == -signal.SIGKILL
     assert not (run / "summary.json").exists()
     assert checkpoints(run)[-1].name == f"step-{STEPS:08d}"
     assert_finishes(launch(), STEPS)
     for name in ("samples.md", "metrics.jsonl"):
-        ours, whole = (
-            re.sub(r'"train/tok_per_sec": [\d.]+', "", path.read_text(encoding="utf-8"))
-            for path in (run / name, tmp_path / "runs" / "whole" / name)
+        ours, expected = (
+            re.sub(r'"train/tok_per_sec": [\d.]+', "", (folder / name).read_text(encoding="utf-8"))
+            for folder in (run, whole)
         )
-        assert ours == whole
+        assert ours == expected
 
 
 # ------------------------------------------------------------------------------------ the disk
