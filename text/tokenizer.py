@@ -544,14 +544,12 @@ def _ranks_of(vocabulary: dict[str, int]) -> dict[bytes, int]:
 
 
 def _byte_level_json(ranks: dict[bytes, int]) -> dict:
-    symbol = byte_symbols()
+    symbols = dict(enumerate(byte_symbols()))
+    shown = {token: token.decode("latin-1").translate(symbols) for token in ranks}
     vocabulary = {
-        "".join(symbol[byte] for byte in token): rank
-        for token, rank in sorted(ranks.items(), key=lambda item: item[1])
+        shown[token]: rank for token, rank in sorted(ranks.items(), key=lambda item: item[1])
     }
-    merges = [
-        ["".join(symbol[byte] for byte in part) for part in pair] for pair in merge_pairs(ranks)
-    ]
+    merges = [[shown[left], shown[right]] for left, right in merge_pairs(ranks)]
     byte_level = {
         "type": "ByteLevel",
         "add_prefix_space": False,
@@ -621,14 +619,16 @@ def merge_pairs(ranks: dict[bytes, int]) -> list[tuple[bytes, bytes]]:
         if len(token) == 1:
             continue
         parts = [token[i : i + 1] for i in range(len(token))]
+        merged = [ranks.get(left + right, rank) for left, right in itertools.pairwise(parts)]
         while len(parts) > 2:
-            candidates = [
-                (ranks.get(left + right, rank), i)
-                for i, (left, right) in enumerate(itertools.pairwise(parts))
-            ]
-            best, i = min(candidates)
+            best = min(merged)
             assert best < rank, f"token {token!r} can't be built from lower ranks"
+            i = merged.index(best)
             parts[i : i + 2] = [parts[i] + parts[i + 1]]
+            del merged[i]
+            for j in (i - 1, i):  # the neighbours alone are other pairs now
+                if 0 <= j < len(merged):
+                    merged[j] = ranks.get(parts[j] + parts[j + 1], rank)
         pairs.append((parts[0], parts[1]))
     return pairs
 
