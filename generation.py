@@ -81,10 +81,11 @@ def generate(
     rows = [list(prompt) for prompt in prompts for _ in range(num_samples)]
     if max_new_tokens != 0:
         options |= {"num_samples": num_samples, "end_of_text_id": end_of_text_id}
-        for tokens in stream(model, prompts, max_new_tokens=max_new_tokens, **options):
-            for row, token in zip(rows, tokens, strict=True):
-                if token is not None:
-                    row.append(token.id)
+        with evaluating(model):  # once: each step would else turn a model in training to and fro
+            for tokens in stream(model, prompts, max_new_tokens=max_new_tokens, **options):
+                for row, token in zip(rows, tokens, strict=True):
+                    if token is not None:
+                        row.append(token.id)
     if not isinstance(ids, torch.Tensor):
         return rows
     longest = max(map(len, rows))
