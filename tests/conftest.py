@@ -71,6 +71,12 @@ def workdir(tmp_path, monkeypatch) -> Path:
     return tmp_path
 
 
+@pytest.fixture
+def no_pictures(monkeypatch):
+    """As without matplotlib: drawing takes longer than all the rest of a run."""
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+
+
 @pytest.fixture(autouse=True)
 def one_thread():
     """Threads only wait for each other over tensors this small, above all on a busy machine."""

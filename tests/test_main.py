@@ -154,6 +154,7 @@ def test_the_verdict_is_nine_batches(shared_data, tmp_path):
     assert re.search(r"^Epoch 1: 100%\|.*\| 9/9$", done.stderr, re.MULTILINE)
 
 
+@pytest.mark.usefixtures("no_pictures")
 @pytest.mark.slow
 @pytest.mark.parametrize("text", ["the-verdict.txt", "sample-en"])
 @pytest.mark.parametrize("seed", [1, 2, 123])
@@ -166,6 +167,7 @@ def test_quick_mode_learns_three_nats_in_its_epoch(shared_data, workdir, text, s
     assert summary["uniform_loss"] - summary["final_val_loss"] >= 3.0
 
 
+@pytest.mark.usefixtures("no_pictures")
 @pytest.mark.slow
 def test_a_run_on_chinese_text_writes_readable_samples_of_each_prompt(workdir, capsys):
     params = TINY | {"start_context": ["春江", "往事"]}
@@ -210,6 +212,7 @@ def last_samples(workdir: Path, capsys, **sampling) -> dict[str, str]:
     return found
 
 
+@pytest.mark.usefixtures("no_pictures")
 @pytest.mark.slow
 def test_without_a_limit_the_samples_say_that_they_draw_from_all_tokens(workdir, capsys):
     found = last_samples(workdir, capsys, top_k=None, top_p=None)
@@ -220,6 +223,7 @@ def test_without_a_limit_the_samples_say_that_they_draw_from_all_tokens(workdir,
     assert found["Greedy"] == limited["Greedy"] != found["Top-k (all)"]
 
 
+@pytest.mark.usefixtures("no_pictures")
 @pytest.mark.slow
 def test_each_of_the_last_samples_heeds_min_p_and_the_repetition_penalty(workdir, capsys):
     free = last_samples(workdir, capsys, temperature=1.0)
@@ -235,6 +239,7 @@ def test_each_of_the_last_samples_heeds_min_p_and_the_repetition_penalty(workdir
     assert all(text != varied["Greedy"] for text in short.values())
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_a_sample_ends_where_the_model_ends_its_text(workdir, capsys, monkeypatch):
     drawn = last_samples(workdir, capsys)["Greedy"]
 
@@ -313,6 +318,7 @@ def test_bad_input_ends_with_its_exit_code_and_help(workdir, capsys, settings, c
     assert [file.name for file in (workdir / "runs" / "taken").iterdir()] == ["thesis.txt"]
 
 
+@pytest.mark.usefixtures("no_pictures")
 @pytest.mark.parametrize("n_words", [4, *(pytest.param(n, marks=SLOW) for n in (6, 12, 40))])
 def test_a_text_shorter_than_a_window_is_trained_on_and_said(workdir, capsys, n_words):
     write_settings(workdir, "river " * n_words, custom_params=TINY | {"batch_size": 64})
@@ -458,6 +464,7 @@ def test_ctrl_c_in_training_ends_with_130_and_no_traceback(tmp_path):
     assert (only_run(tmp_path) / "training_losses.png").exists()
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_bf16_or_fp32_is_chosen_by_the_hardware_and_printed(workdir, capsys, monkeypatch):
     import torch
 
@@ -470,6 +477,7 @@ def test_bf16_or_fp32_is_chosen_by_the_hardware_and_printed(workdir, capsys, mon
         assert f"Precision: {expected}" in capsys.readouterr().out
 
 
+@pytest.mark.usefixtures("no_pictures")
 @pytest.mark.parametrize(
     "error",
     [
@@ -571,6 +579,7 @@ def test_a_named_folder_that_is_taken_is_told_before_the_text_is_read(workdir, c
     assert "Text loaded" not in capsys.readouterr().out
 
 
+@pytest.mark.usefixtures("no_pictures")
 @pytest.mark.parametrize(
     "tokenizer", ["char", *(pytest.param(name, marks=SLOW) for name in ("auto", "bpe:600"))]
 )
@@ -592,6 +601,7 @@ def test_chinese_poems_train_and_are_continued_in_chinese(shared_data, workdir, 
     assert data["duplicate_documents"] == 6
 
 
+@pytest.mark.usefixtures("no_pictures")
 @pytest.mark.slow
 def test_a_validation_text_of_its_own_is_used(shared_data, workdir):
     folder = shared_data / "wikitext-2"
@@ -606,6 +616,7 @@ def test_a_validation_text_of_its_own_is_used(shared_data, workdir):
     assert sizes[1] <= split["validation_tokens"] < sizes[1] * 1.01
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_random_crops_train(workdir):
     write_settings(workdir, "", custom_params=TINY | {"sampling": "random"})
     assert main.main(["settings.py"]) == 0
@@ -624,6 +635,7 @@ def test_a_disk_without_room_is_told_before_training_each_time(workdir, capsys, 
         assert "Before training" not in printed.out
 
 
+@pytest.mark.usefixtures("no_pictures")
 @pytest.mark.slow
 def test_a_run_that_patience_ended_goes_on_with_more_patience(workdir, capsys):
     impatient = TINY | {"max_steps": 40, "eval_freq": 1, "learning_rate": 5.0, "patience": 1}

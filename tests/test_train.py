@@ -8,7 +8,6 @@ import os
 import re
 import shutil
 import signal
-import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -136,12 +135,6 @@ def run(
         optimizer=trainer.optimizer,
         history=trainer.journal.history,
     )
-
-
-@pytest.fixture
-def no_pictures(monkeypatch):
-    """As without matplotlib: drawing takes longer than all the rest of a run."""
-    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
 
 
 def rows_of(folder) -> list[dict]:
