@@ -1,6 +1,7 @@
 """The house keeps its shape: floors, no circles, no name that hides a library."""
 
 import ast
+import functools
 import importlib.metadata
 import sys
 from pathlib import Path
@@ -32,6 +33,7 @@ FLOORS = {
 PROGRAMS = ("main", "scripts", "benchmarks")
 
 
+@functools.cache
 def sources() -> dict[str, ast.Module]:
     """Every module of the project but its tests, by dotted name."""
     files = [

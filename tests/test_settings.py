@@ -2,6 +2,7 @@
 
 import ast
 import dataclasses
+import functools
 import json
 import math
 import random
@@ -1030,14 +1031,15 @@ def test_a_value_that_was_worked_out_may_be_given_now_in_words():
 # ------------------------------------------------------------------------- no dead settings
 
 
-def attributes_read() -> set[str]:
+@functools.cache
+def attributes_read() -> frozenset[str]:
     """The attributes that the project's modules read."""
-    return {
+    return frozenset(
         node.attr
         for tree in sources().values()
         for node in ast.walk(tree)
         if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load)
-    }
+    )
 
 
 @pytest.mark.parametrize("cls", [TrainingConfig, RunSettings, SamplingConfig, GPTConfig])
