@@ -2,7 +2,6 @@
 
 import dataclasses
 import difflib
-import hashlib
 import importlib
 import json
 import os
@@ -49,7 +48,7 @@ from engine.optim import (
     default_warmup_steps,
     make_schedule,
 )
-from engine.parallel import ALONE, Parallel, is_restarted, join
+from engine.parallel import ALONE, Parallel, join
 from engine.precision import Precision, choose_precision
 from engine.processor import default_threads, prepare_processor, threads_are_set
 from engine.settings import shown
@@ -126,10 +125,10 @@ def prepare_environment(settings: str | Path | None = None) -> RuntimeEnv:
 def _prepare(settings: str | Path | None, parallel: Parallel) -> RuntimeEnv:
     plan = resolve_settings(*read_given_settings(settings))
     check_trackers(plan.run.TRACKING)
-    parallel.require_same(settings=_digest(plan))
+    parallel.require_same(**_as_words(plan))
     if not parallel.is_alone:
         parallel.kind = "ddp" if plan.run.PARALLEL == "auto" else plan.run.PARALLEL
-    run = parallel.broadcast(parallel.on_main(lambda: _choose_run(plan)))
+    run = parallel.broadcast(parallel.on_main(lambda: _choose_run(plan, parallel)))
     device = pick_device(plan.run.DEVICE, parallel)
     precision = _decide_precision(plan, run.saved, device)
     _show_machine(device, precision, plan, parallel)
@@ -772,7 +771,7 @@ def _complete_training(
     )
 
 
-def _choose_run(plan: RunPlan) -> RunFolder:
+def _choose_run(plan: RunPlan, parallel: Parallel) -> RunFolder:
     """Where the run will be kept; it is better to know that it can't be before a long wait."""
     output_dir = Path(plan.run.OUTPUT_DIR).expanduser()
     existing = next(parent for parent in (output_dir / "x").absolute().parents if parent.exists())
@@ -785,8 +784,8 @@ def _choose_run(plan: RunPlan) -> RunFolder:
         plan.asked(),
         output_dir=output_dir,
         run_name=plan.run.RUN_NAME,
-        # what this job began before it failed is not begun anew
-        resume="auto" if plan.run.RESUME is False and is_restarted() else plan.run.RESUME,
+        # what torchrun has begun before a failure is not begun anew
+        resume=(plan.run.RESUME is False and parallel.noted("run")) or plan.run.RESUME,
         new_name=f"{time.strftime('%Y-%m-%d_%H-%M-%S')}-{plan.mode}",
         data=_data_as_json(plan),
     )
@@ -823,11 +822,15 @@ def _read_text(plan: RunPlan, run: RunFolder, parallel: Parallel) -> TokenizedTe
     return text
 
 
-def _digest(plan: RunPlan) -> str:
-    """What the settings of two processes of one run are compared by."""
-    settings = [plan.asked(), plan.run.DATA, plan.run.DEVICE, plan.run.PARALLEL, plan.run.COMPILE]
-    text = json.dumps(settings, default=os.fspath, sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()
+def _as_words(plan: RunPlan) -> dict[str, str]:
+    """The settings that have to be the same in all processes of a run, each as JSON."""
+    settings = plan.asked() | {
+        name: getattr(plan.run, name) for name in ("DATA", "DEVICE", "PARALLEL", "COMPILE")
+    }
+    return {
+        name: json.dumps(value, default=os.fspath, sort_keys=True)
+        for name, value in settings.items()
+    }
 
 
 def _share_of_a_batch(asked: TrainingConfig, windows: WindowPlan, parallel: Parallel) -> int:

@@ -492,6 +492,7 @@ def train(env: "RuntimeEnv") -> Journal:
     """
     held = env.parallel.held_by_main(env.run.opened)
     with env.parallel.watched(), held, using_threads(env.threads):
+        env.parallel.note("run", str(env.run.path))
         return _train(env)
 
 

@@ -24,7 +24,7 @@ from typing import Any, TypeVar
 import torch
 
 from engine import errors
-from engine.console import silence
+from engine.console import complain, silence
 from engine.errors import LostRankError, PipelineError, ResourceError, SettingsError
 
 KINDS = ("auto", "ddp", "fsdp")
@@ -35,6 +35,7 @@ LEAVING_S = 10.0  # a process that should end, and has not by then, is ended
 ENVIRONMENT = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")  # torchrun's
 # in what a RuntimeError says when a message to or from another rank did not get through
 SIGNS = ("gloo", "NCCL", "Connection closed", "Connection reset", "Broken pipe", "Timed out")
+GONE = ("", "Z", "X")  # states of a process that has ended
 PR_SET_PDEATHSIG = 1  # of prctl() in Linux's sys/prctl.h
 T = TypeVar("T")
 
@@ -55,13 +56,15 @@ class Parallel:
         local_world: int = 1,
         timeout_s: float = TIMEOUT_S,
         store: Any = None,
+        job: Any = None,
     ) -> None:
         self.rank, self.world = rank, world
         self.local_rank, self.local_world = local_rank, local_world
         self.kind = "none" if world == 1 else "ddp"  # or "fsdp"
         self.place = ""  # what this rank is at, for messages: "step 12"
         self._timeout_s = timeout_s
-        self._store = store
+        self._store = store  # of these processes; job is also for those that take their place
+        self._job = job
         self._turns = 0
         self._has_left = False
 
@@ -140,14 +143,14 @@ class Parallel:
     def require_same(self, **values: str) -> None:
         """Raise SettingsError on every rank where one has another value than the main one.
 
-        values are digests, named by what they are of; together.
+        values are named by what they are of; together.
         """
         known = self.gather((socket.gethostname(), values))
         for rank, (host, found) in enumerate(known):
             odd = [name for name in values if found[name] != known[0][1][name]]
             if odd:
                 raise SettingsError(
-                    f"rank {rank} (on {host}) has not the same {' and '.join(odd)} as rank 0 (on "
+                    f"rank {rank} (on {host}) has not the same {', '.join(odd)} as rank 0 (on "
                     f"{known[0][0]}).\nStart every machine with the same settings and texts."
                 )
 
@@ -185,7 +188,8 @@ class Parallel:
             raise
         finally:
             if said is not None:
-                self._store.set(done, json.dumps(said))
+                with contextlib.suppress(RuntimeError):  # what the job did stands all the same
+                    self._store.set(done, json.dumps(said))
 
     @contextlib.contextmanager
     def _beating(self, beat: str) -> Iterator[None]:
@@ -193,8 +197,9 @@ class Parallel:
         is_over = threading.Event()
 
         def show() -> None:
-            while not is_over.wait(BEAT_S):
-                self._store.add(beat, 1)
+            with contextlib.suppress(RuntimeError):  # there is nobody left to be shown it
+                while not is_over.wait(BEAT_S):
+                    self._store.add(beat, 1)
 
         thread = threading.Thread(target=show, daemon=True)
         thread.start()
@@ -207,16 +212,19 @@ class Parallel:
     def _wait_for(self, leader: int, done: str, beat: str) -> None:
         """Wait for a rank's turn to be over; for as long as it shows that it lives."""
         pause, last, last_at = 0.005, -1, time.monotonic()
-        while not self._store.check([done]):
-            time.sleep(pause)
-            pause = min(2 * pause, BEAT_S)
+        while True:
+            has_failed = self._store.check([f"failed/{leader}"])  # first: it may be done and fail
+            if self._store.check([done]):
+                break
             count, now = self._store.add(beat, 0), time.monotonic()
             if count != last:
                 last, last_at = count, now
-            elif now - last_at > self._timeout_s:
+            silent_s = now - last_at
+            is_gone = silent_s > 4 * BEAT_S and _state_of(self._process_of(leader)) in GONE
+            if has_failed or is_gone or silent_s > self._timeout_s:
                 raise RuntimeError(f"Timed out: rank {leader} gives no sign of life")
-            elif self._store.check([f"failed/{leader}"]):
-                raise RuntimeError("Connection closed: the rank that others wait for has failed")
+            time.sleep(pause)
+            pause = min(2 * pause, BEAT_S)
         said = json.loads(self._store.get(done))
         if said:
             raise getattr(errors, said["kind"])(said["message"])
@@ -243,7 +251,7 @@ class Parallel:
         except Exception as error:
             if self.is_alone or isinstance(error, LostRankError):
                 raise
-            if isinstance(error, RuntimeError) and any(sign in str(error) for sign in SIGNS):
+            if _is_about_messages(error):
                 _ignore_sigterm()
                 raise LostRankError(self._call_the_roll()) from error
             first = next(iter(str(error).splitlines()), "")
@@ -270,6 +278,7 @@ class Parallel:
         """
         if self.is_alone:
             return True
+        _ignore_sigterm()
         key = hashlib.sha256(message.encode("utf-8", "replace")).hexdigest()
         try:
             if not self.is_main:
@@ -293,13 +302,13 @@ class Parallel:
             until = time.monotonic() + ROLL_CALL_S
             while missing and time.monotonic() < until:
                 time.sleep(0.05)
+                told = [rank for rank in missing if self._store.check([f"failed/{rank}"])]
+                if told:
+                    reason = self._store.get(f"failed/{told[0]}").decode("utf-8", "replace")
+                    return f"rank {told[0]} has failed{at}: {reason}\n{RESTART}"
                 missing = [rank for rank in missing if not self._store.check([f"here/{rank}"])]
-            told = [r for r in missing if self._store.check([f"failed/{r}"])]
-            if told:
-                reason = self._store.get(f"failed/{told[0]}").decode("utf-8", "replace")
-                return f"rank {told[0]} has failed{at}: {reason}\n{RESTART}"
             for rank in missing:
-                _end_if_it_hangs(json.loads(self._store.get(f"process/{rank}")))
+                _end_if_it_hangs(self._process_of(rank))
         except RuntimeError:
             return f"the process at which the ranks meet is gone{at}.\n{RESTART}"
         if not missing:
@@ -307,6 +316,20 @@ class Parallel:
         listed = ", ".join(str(rank) for rank in missing)
         name, verb = ("rank", "does") if len(missing) == 1 else ("ranks", "do")
         return f"{name} {listed} {verb} not answer{at}: ended from outside, or hanging.\n{RESTART}"
+
+    def _process_of(self, rank: int) -> dict[str, Any]:
+        return json.loads(self._store.get(f"process/{rank}"))
+
+    def note(self, name: str, value: str) -> None:
+        """Keep a word for the processes that torchrun starts in place of these after a failure."""
+        if self.is_main and not self.is_alone:
+            self._job.set(name, value)
+
+    def noted(self, name: str) -> str | None:
+        """What note() has kept of this job, by an earlier process too."""
+        if self.is_alone or not self._job.check([name]):
+            return None
+        return self._job.get(name).decode()
 
     def leave(self) -> None:
         """Leave the group; once is enough, and more do no harm."""
@@ -340,27 +363,25 @@ def join() -> Parallel:
     if _joined is not None:
         return _joined
     found = {name: os.environ.get(name) for name in ENVIRONMENT}
-    if found["LOCAL_RANK"] is None or found["WORLD_SIZE"] == "1":
+    is_one_of_several = found["LOCAL_RANK"] or (found["RANK"] and found["WORLD_SIZE"])
+    if not is_one_of_several or found["WORLD_SIZE"] == "1":
         return ALONE
     if missing := [name for name, value in found.items() if not value]:
+        there = ", ".join(name for name, value in found.items() if value)
         raise SettingsError(
-            f"LOCAL_RANK is set in the environment, but not {', '.join(missing)}.\n"
-            "Start several processes by torchrun, which sets them all; for one, unset LOCAL_RANK."
+            f"{there} is set in the environment, but not {', '.join(missing)}.\n"
+            "Start several processes by torchrun, which sets them all; for one, unset them."
         )
     rank, world = _whole_number("RANK", 0), _whole_number("WORLD_SIZE", 1)
     local_rank, local_world = _whole_number("LOCAL_RANK", 0), _whole_number("LOCAL_WORLD_SIZE", 1)
     timeout_s = max(1, _whole_number("GPT_RANK_TIMEOUT_S", TIMEOUT_S))
-    silence(rank > 0)
+    silence(local_rank > 0)
     _end_with_torchrun()
-    store = _meet(rank, world, timeout_s)
-    _joined = Parallel(rank, world, local_rank, local_world, timeout_s=timeout_s, store=store)
+    store, job = _meet(rank, world, timeout_s)
+    silence(rank > 0)
+    _joined = Parallel(rank, world, local_rank, local_world, timeout_s, store, job)
     atexit.register(_joined.leave)
     return _joined
-
-
-def is_restarted() -> bool:
-    """Whether torchrun has started this job anew after a failure."""
-    return os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
 
 
 def _whole_number(name: str, default: int) -> int:
@@ -370,18 +391,32 @@ def _whole_number(name: str, default: int) -> int:
     return int(text)
 
 
-def _meet(rank: int, world: int, timeout_s: float) -> Any:
-    """Join the process group; returns the store that the ranks share."""
+def _meet(rank: int, world: int, timeout_s: float) -> tuple[Any, Any]:
+    """Join the process group; returns the store that the ranks share, and that of their job."""
     from torch import distributed
 
     address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+    failed = f"rank {rank} can't meet the other {world - 1} at {address}:"
+    advice = (
+        "That is where torchrun's --rdzv-endpoint, or MASTER_ADDR and MASTER_PORT, point: the "
+        "first machine, on a free port that the others can reach."
+    )
     timeout = timedelta(seconds=timeout_s)
+
+    def give_up() -> None:
+        complain(f"ResourceError: {failed} no answer\n{advice}")
+        os._exit(ResourceError.exit_code)
+
+    # of a program that takes a connection there and says nothing, torch doesn't tire
+    guard = threading.Timer(timeout_s + LEAVING_S, give_up)
+    guard.daemon = True
+    guard.start()
     try:
-        store, _, _ = next(distributed.rendezvous("env://", rank, world, timeout=timeout))
-        store.set_timeout(timeout)
+        server, _, _ = next(distributed.rendezvous("env://", rank, world, timeout=timeout))
+        server.set_timeout(timeout)
         # what an earlier start of the same job left there is not this one's
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-        store = distributed.PrefixStore(f"gpt-trainer/{attempt}", store)
+        store = distributed.PrefixStore(f"gpt-trainer/{attempt}", server)
         me = {"host": socket.gethostname(), "pid": os.getpid()}
         store.set(f"process/{rank}", json.dumps(me))
         distributed.init_process_group(
@@ -395,12 +430,19 @@ def _meet(rank: int, world: int, timeout_s: float) -> Any:
         distributed.all_reduce(torch.zeros(1))
     except (RuntimeError, ValueError, OSError) as error:
         reason = next(iter(str(error).splitlines()), type(error).__name__)
-        raise ResourceError(
-            f"rank {rank} can't meet the other {world - 1} at {address}: {reason[:200]}\n"
-            "That is where torchrun's --rdzv-endpoint, or MASTER_ADDR and MASTER_PORT, point: the "
-            "first machine, on a free port that the others can reach."
-        ) from error
-    return store
+        raise ResourceError(f"{failed} {reason[:200]}\n{advice}") from error
+    finally:
+        guard.cancel()
+    return store, distributed.PrefixStore("gpt-trainer/job", server)
+
+
+def _is_about_messages(error: Exception) -> bool:
+    """Whether an error says that a message to or from another rank did not get through."""
+    from torch import distributed
+
+    return isinstance(error, distributed.DistError) or (
+        isinstance(error, RuntimeError) and any(sign in str(error) for sign in SIGNS)
+    )
 
 
 def _ignore_sigterm() -> None:
@@ -420,11 +462,22 @@ def _end_with_torchrun() -> None:
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
-def _end_if_it_hangs(process: dict[str, Any]) -> None:
-    """Kill a rank of this machine that does not answer, if that is what its number stands for."""
+def _state_of(process: dict[str, Any]) -> str:
+    """The state of a rank's process as Linux tells it: a letter of proc(5), "" where it is gone,
+    "?" where it is on another machine or nothing tells."""
     if process["host"] != socket.gethostname() or sys.platform != "linux":
-        return
-    with contextlib.suppress(OSError, IndexError):  # it is gone already
+        return "?"
+    try:
         stat = Path(f"/proc/{process['pid']}/stat").read_text("ascii", errors="replace")
-        if int(stat.rpartition(")")[2].split()[1]) == os.getppid():  # torchrun's child, as we are
+    except OSError:
+        return ""
+    state, parent = stat.rpartition(")")[2].split()[:2]
+    # one of torchrun's, as this one is; else the number has been given to another
+    return state if int(parent) == os.getppid() else ""
+
+
+def _end_if_it_hangs(process: dict[str, Any]) -> None:
+    """Kill a rank of this machine that does not answer."""
+    if _state_of(process) not in ("?", *GONE):
+        with contextlib.suppress(ProcessLookupError):  # by now it has ended
             os.kill(process["pid"], signal.SIGKILL)

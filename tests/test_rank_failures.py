@@ -1,0 +1,437 @@
+"""Jobs of two ranks that lose a rank, torchrun or their disk: how they end, what they say and keep.
+
+Each is torchrun with real processes and real signals. That what undisturbed ranks come to is
+exact is test_parallel's matter.
+"""
+
+import re
+import shutil
+import signal
+import socket
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from engine.storage import FolderLock, verify_folder
+from tests.ranks import Job, metrics, run_ranks, start_ranks, write_settings
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        sys.platform != "linux", reason="ends with torchrun, and /proc, are Linux's"
+    ),
+]
+
+OVER_S = 15.0  # from a rank's failure to the end of the job
+STEPS = 12
+ENDLESS = 10**6
+# What a test breaks comes in at {more}: step_of(hook) calls hook(step) where a step begins.
+PROGRAM = """
+import os, signal, sys, time
+from pathlib import Path
+sys.modules["matplotlib"] = None
+import main
+import engine.checkpoint, environment, train
+environment.CACHE = Path("cache").resolve()
+rank, take_step, now = int(os.environ["RANK"]), train.Trainer.step, [0]
+
+def fail(kind):
+    Path("failed-at").write_text(repr(time.monotonic()))
+    if kind == "raises":
+        raise ValueError("deliberate")
+    elif kind == "exits":
+        os._exit(0)
+    os.kill(os.getpid(), getattr(signal, kind))
+
+def step_of(hook):
+    def step(trainer, *arguments):
+        trainer.parallel.place = f"step {trainer.journal.steps + 1}"
+        now[0] = trainer.journal.steps + 1
+        hook(now[0])
+        return take_step(trainer, *arguments)
+    train.Trainer.step = step
+
+{more}
+sys.exit(main.main(sys.argv[1:]))
+"""
+# a rank fails at a step, but not where torchrun has started all of them anew
+FAILS = """
+def hook(step):
+    if (rank, step) == ({rank}, {step}) and os.environ.get("TORCHELASTIC_RESTART_COUNT") == "0":
+        fail({kind!r})
+step_of(hook)
+"""
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory) -> Path:
+    """The folder of a run that nothing happened to."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    settings_in(folder)
+    run_ranks(folder, 2, "settings.py", program=program())
+    return folder / "runs" / "one"
+
+
+def settings_in(folder: Path, **given) -> None:
+    """Write settings.py and its text; names in lower case go into custom_params."""
+    (folder / "text.txt").write_text("the river carries the bell " * 40, encoding="utf-8")
+    params = {
+        "max_steps": STEPS,
+        "batch_size": 4,
+        "max_length": 16,
+        "eval_freq": 4,
+        "eval_iter": 1,
+        "save_every": 2,
+        "start_context": "the",
+        "model_overrides": {"emb_dim": 8, "n_heads": 2, "n_layers": 1, "drop_rate": 0.1},
+    } | {name: value for name, value in given.items() if name.islower()}
+    values = {
+        "DATA": "text.txt",
+        "TOKENIZER": "char",
+        "CUSTOM_MODE": True,
+        "DEVICE": "cpu",
+        "PRECISION": "fp32",
+        "COMPILE": False,
+        "RUN_NAME": "one",
+        "custom_params": params,
+    } | {name: value for name, value in given.items() if name.isupper()}
+    write_settings(folder, **values)
+
+
+def program(more: str = "") -> str:
+    return PROGRAM.replace("{more}", more)
+
+
+def run(folder: Path, more: str = "", *, code: int, timeout_s: int = 5, **options) -> Job:
+    """Run two ranks to their end, which leaves no process and, after a failure, comes soon."""
+    (folder / "failed-at").unlink(missing_ok=True)
+    env = {"GPT_RANK_TIMEOUT_S": str(timeout_s)}
+    job = start_ranks(folder, 2, "settings.py", program=program(more), env=env, **options)
+    try:
+        ended_with = job.wait(180)
+        ended_at, left = time.monotonic(), job.living()
+    finally:
+        job.end()
+    assert ended_with == code, job.out + job.err
+    assert not left, f"{len(left)} processes are left:\n{job.err}"
+    if code and (folder / "failed-at").exists():
+        took = ended_at - float((folder / "failed-at").read_text())
+        assert took < OVER_S, f"it took {took:.0f} s:\n{job.err}"
+    return job
+
+
+def said(job: Job) -> list[str]:
+    """The messages of failure that are the program's own, a line of its code apart each."""
+    return re.findall(r"^rank \d+[^:\n]*: \w+Error: .*$", job.err, re.MULTILINE)
+
+
+def exit_codes(job: Job) -> list[int]:
+    """What torchrun says its ranks have ended with, all that failed."""
+    return [int(code) for code in re.findall(r"exitcode +: (-?\d+)", job.err)]
+
+
+def saved(run: Path) -> list[str]:
+    """A run's checkpoints, all of them whole, and nothing beside them."""
+    found = sorted(path for place in ("checkpoints", "best") for path in (run / place).iterdir())
+    for path in found:
+        verify_folder(path, ["model.safetensors"])
+    return [path.name for path in found if path.parent.name == "checkpoints"]
+
+
+def require_same(run: Path, other: Path) -> None:
+    """Two runs came to the same weights, moments and losses, to the last bit."""
+    newest = f"checkpoints/step-{STEPS:08d}"
+    for file in ("model.safetensors", "optimizer.safetensors"):
+        assert (run / newest / file).read_bytes() == (other / newest / file).read_bytes(), file
+    losses = [
+        [(row["step"], row.get("train/loss"), row.get("val/loss")) for row in metrics(path)]
+        for path in (run, other)
+    ]
+    assert losses[0] == losses[1]
+
+
+def fails(rank: int, step: int, kind: str) -> str:
+    return FAILS.format(rank=rank, step=step, kind=kind)
+
+
+def test_whatever_a_rank_dies_of_the_job_ends_soon_says_so_and_goes_on_from_the_last_checkpoint(
+    tmp_path, undisturbed
+):
+    settings_in(tmp_path)
+    one = tmp_path / "runs" / "one"
+
+    job = run(tmp_path, fails(1, 4, "raises"), code=1)
+    assert "ValueError: deliberate" in job.err
+    assert "(on rank 1, step 4)" in job.err
+    assert any(line.startswith("rank 0, step 4: LostRankError: rank 1 ") for line in said(job))
+    assert saved(one) == ["step-00000002"]
+
+    job = run(tmp_path, fails(1, 6, "exits"), code=1)  # with 0, which torchrun takes for success
+    assert [line.split(":")[2:4] for line in said(job)] == [
+        [" rank 1 does not answer at step 6", " ended from outside, or hanging."]
+    ]
+    assert saved(one) == ["step-00000002", "step-00000004"]
+
+    job = run(tmp_path, fails(1, 8, "SIGSTOP"), code=1)
+    assert [line[:58] for line in said(job)] == [
+        "rank 0, step 8: LostRankError: rank 1 does not answer at step 8"[:58]
+    ]
+    assert -signal.SIGKILL in exit_codes(job)  # torchrun would have waited for half a minute
+
+    job = run(tmp_path, code=0)
+    assert f"Resuming runs/one: 6 of {STEPS} steps are done" in job.out
+    assert saved(one) == ["step-00000010", "step-00000012"]
+    require_same(one, undisturbed)
+
+
+def test_torchrun_restarts_a_job_that_goes_on_also_where_resume_is_false(tmp_path, undisturbed):
+    settings_in(tmp_path, RUN_NAME=None, RESUME=False)
+    job = run(tmp_path, fails(1, 6, "SIGKILL"), code=0, options=("--max-restarts=2",))
+    assert "rank 0, step 6: LostRankError: rank 1 does not answer at step 6" in job.err
+    assert f": 4 of {STEPS} steps are done" in job.out
+    (only,) = (tmp_path / "runs").iterdir()
+    require_same(only, undisturbed)
+
+
+def test_a_restart_with_resume_false_leaves_runs_alone_that_were_begun_before(
+    tmp_path, undisturbed
+):
+    settings_in(tmp_path, RUN_NAME=None, RESUME=False)
+    before = tmp_path / "runs" / "before"
+    shutil.copytree(undisturbed, before)
+    (before / "summary.json").unlink()  # unfinished, then
+    left = (before / "settings.json").read_bytes()
+    # a rank is lost before the job has a folder of its own
+    early = """
+def read_text(*arguments):
+    if rank == 1 and os.environ.get("TORCHELASTIC_RESTART_COUNT") == "0":
+        fail("SIGKILL")
+    return really_read_text(*arguments)
+really_read_text, environment._read_text = environment._read_text, read_text
+"""
+    run(tmp_path, early, code=0, options=("--max-restarts=1",))
+    assert (before / "settings.json").read_bytes() == left
+    assert len(list((tmp_path / "runs").iterdir())) == 2
+
+
+def test_signals_to_torchrun_and_its_death_save_and_the_same_command_goes_on(tmp_path, undisturbed):
+    settings_in(tmp_path, save_every=ENDLESS)
+    one = tmp_path / "runs" / "one"
+    slow = "step_of(lambda step: (time.sleep(0.3), Path(f'at-{step}').touch()))"
+    for at, number in ((3, signal.SIGTERM), (7, signal.SIGKILL)):
+        job = start_ranks(tmp_path, 2, "settings.py", program=program(slow))
+        try:
+            job.until(lambda step=at: (tmp_path / f"at-{step}").exists())
+            job.send_signal(number)
+            sent_at = time.monotonic()
+            job.wait(60)
+            while job.living() and time.monotonic() < sent_at + 60:
+                time.sleep(0.01)
+            took = time.monotonic() - sent_at
+        finally:
+            job.end()
+        assert took < 10, f"it took {took:.0f} s:\n{job.err}"
+        (last,) = saved(one)[-1:]
+        assert int(last[5:]) in (at - 1, at, at + 1), job.err
+        assert f"saved in runs/one/checkpoints/{last}.\nThe same command goes on" in job.err
+        assert "[rank" not in job.err, job.err  # what torch and Python call a rank's crash
+    run(tmp_path, code=0)
+    require_same(one, undisturbed)
+
+
+def test_a_rank_that_is_lost_during_a_save_leaves_nothing_half(tmp_path):
+    settings_in(tmp_path, PARALLEL="fsdp")
+    one = tmp_path / "runs" / "one"
+    gathering = """
+def gathered(tensors, parallel):
+    if rank == 1 and now[0] == 4 and any(name.startswith("exp_avg") for name in tensors):
+        fail("SIGKILL")
+    return really_gathered(tensors, parallel)
+really_gathered, engine.checkpoint.gathered = engine.checkpoint.gathered, gathered
+step_of(lambda step: None)
+"""
+    job = run(tmp_path, gathering, code=1)
+    assert "rank 0, step 4: LostRankError: rank 1 does not answer at step 4" in job.err
+    assert saved(one) == ["step-00000002"]
+
+    writing = """
+class NewFolder(engine.checkpoint.NewFolder):
+    def write(self, name, chunks):
+        super().write(name, chunks)
+        if now[0] == 6 and name == "optimizer.safetensors":
+            fail("SIGKILL")
+engine.checkpoint.NewFolder = NewFolder
+step_of(lambda step: None)
+"""
+    job = run(tmp_path, writing, code=1, timeout_s=60)  # it is dead: nobody has to wait so long
+    assert "rank 1, step 6: LostRankError: rank 0 does not answer at step 6" in job.err
+    assert len(list((one / "checkpoints").glob(".tmp-*"))) == 1
+
+    # what is left of them is one process, and it goes on with the last whole one
+    job = run_ranks(tmp_path, 1, "settings.py", env={"GPT_RANK_TIMEOUT_S": "5"})
+    assert f"Resuming runs/one: 4 of {STEPS} steps are done" in job.out
+    assert saved(one) == ["step-00000010", "step-00000012"]
+
+
+def test_a_main_rank_whose_disk_is_full_ends_the_job_with_6_and_one_message(tmp_path):
+    settings_in(tmp_path)
+    full = """
+import resource
+def save(trainer):
+    if rank == 0 and now[0] == 4:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (4000, resource.RLIM_INFINITY))
+        Path("failed-at").write_text(repr(time.monotonic()))
+    return really_save(trainer)
+really_save, train.Trainer.save = train.Trainer.save, save
+step_of(lambda step: None)
+"""
+    job = run(tmp_path, full, code=1)
+    (message,) = said(job)
+    assert message.startswith("rank 0, step 4: ResourceError: can't write runs/one/")
+    assert message.endswith("model.safetensors: File too large.")
+    assert exit_codes(job)[-1] == 6  # torchrun's root cause; it may have ended the other one
+    assert set(exit_codes(job)) <= {6, -signal.SIGTERM}
+    assert saved(tmp_path / "runs" / "one") == ["step-00000002"]
+
+
+# a text that is asked for by all, but is not there; the others wait for it meanwhile
+LATE = """
+read_text = environment.tokenize
+def tokenize(*arguments, **options):
+    time.sleep(1.5)
+    return read_text(*arguments, **options)
+environment.tokenize = tokenize
+"""
+
+
+def test_what_is_wrong_for_all_ranks_is_said_once(tmp_path):
+    settings_in(tmp_path, DATA="absent.txt")
+    job = run(tmp_path, LATE, code=1)
+    assert len(said(job)) == 1, job.err
+    assert said(job)[0].startswith("rank 0: DataError: there is no file absent.txt")
+    assert "LostRankError" not in job.err
+    assert exit_codes(job)[-1] == 3  # torchrun's root cause
+
+    settings_in(tmp_path, batch_size=3, eval_frequency=2)
+    job = run(tmp_path, code=1)
+    assert len(said(job)) == 1, job.err
+    assert 'custom_params["eval_frequency"] is unknown' in job.err
+    assert exit_codes(job)[-1] == 2
+
+    settings_in(tmp_path)
+    run_folder = tmp_path / "runs" / "one"
+    run_folder.mkdir(parents=True)
+    with FolderLock(run_folder):
+        job = run(tmp_path, code=1)
+    assert len(said(job)) == 1, job.err
+    assert exit_codes(job)[-1] == 7
+
+
+def test_ranks_with_other_settings_or_texts_are_named_and_nothing_is_trained(tmp_path):
+    own_folder = "os.chdir(f'rank-{rank}'); environment.CACHE = Path('cache').resolve()"
+    folders = [tmp_path / f"rank-{rank}" for rank in range(2)]
+    for rank, folder in enumerate(folders):
+        folder.mkdir()
+        settings_in(folder, SEED=rank)
+    job = run(tmp_path, own_folder, code=1)
+    assert len(said(job)) == 1, job.err
+    assert re.search(r"SettingsError: rank 1 \(on .*\) has not the same seed as rank 0", job.err)
+
+    settings_in(folders[1], SEED=0)
+    (folders[1] / "text.txt").write_text("another river, and another bell " * 40, encoding="utf-8")
+    job = run(tmp_path, own_folder, code=1)
+    assert len(said(job)) == 1, job.err
+    assert re.search(r"SettingsError: rank 1 \(on .*\) has not the same text", job.err)
+    assert not [path for folder in folders for path in folder.glob("runs/*")]
+
+
+def test_ranks_that_never_meet_end_in_time_and_each_says_why(tmp_path):
+    settings_in(tmp_path)
+    with socket.create_server(("127.0.0.1", 0)) as taken, socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))  # and nobody listens
+        ports = {"taken": taken.getsockname()[1], "unused": unused.getsockname()[1]}
+        alone = {"LOCAL_RANK": "0", "RANK": "", "WORLD_SIZE": "", "MASTER_ADDR": ""}
+        cases = [
+            (2, r"SettingsError: LOCAL_RANK is set .* but not .*RANK.*MASTER_ADDR", alone),
+            (6, r"rank 0 can't meet the other 1 at .*already in use", by_hand(0, ports["taken"])),
+            (6, r"rank 1 can't meet the other 1 at .*time", by_hand(1, ports["unused"])),
+            (6, r"rank 1 can't meet the other 1 at .*", by_hand(1, ports["taken"])),
+        ]
+        jobs = []
+        try:
+            for _, _, env in cases:
+                env = {"GPT_RANK_TIMEOUT_S": "3"} | env
+                jobs.append(start_ranks(tmp_path, 1, "settings.py", env=env))
+            deadline = time.monotonic() + 40
+            while time.monotonic() < deadline and None in [job.poll() for job in jobs]:
+                time.sleep(0.05)
+            codes = [job.poll() for job in jobs]
+        finally:
+            for job in jobs:
+                job.end()
+    for (code, message, _), ended_with, job in zip(cases, codes, jobs, strict=True):
+        assert ended_with == code, job.err or "it hung"
+        assert re.search(message, job.err), job.err or "it said nothing"
+
+
+def by_hand(rank: int, port: int) -> dict[str, str]:
+    """The environment of one of two ranks, each alone on its machine, without torchrun."""
+    numbers = {"RANK": rank, "LOCAL_RANK": 0, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 1}
+    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    return {name: str(number) for name, number in numbers.items()} | place
+
+
+def test_a_gradient_that_is_nan_on_one_rank_is_skipped_on_all(tmp_path):
+    """Weights, compared after each step: finite, equal on both ranks, and the same before and
+    after the step of the NaN."""
+    settings_in(tmp_path)
+    nan = """
+import hashlib, json, torch
+seen = []
+
+def step(trainer, *arguments):
+    number = trainer.journal.steps + 1
+    weight = next(trainer.model.parameters())
+    hook = weight.register_hook(lambda grad: grad * float("nan") if rank == 1 and number == 4
+        else grad)
+    result = take_step(trainer, *arguments)
+    hook.remove()
+    weights = torch.cat([p.detach().flatten() for p in trainer.model.parameters()])
+    assert weights.isfinite().all()
+    seen.append(hashlib.sha256(weights.numpy().tobytes()).hexdigest())
+    Path(f"seen-{rank}").write_text(json.dumps(seen))
+    return result
+train.Trainer.step = step
+"""
+    job = run(tmp_path, nan, code=0)
+    first, second = ((tmp_path / f"seen-{rank}").read_text() for rank in range(2))
+    assert first == second
+    digests = first.strip("[]").split(", ")
+    assert len(digests) == STEPS
+    assert [i for i in range(1, STEPS) if digests[i] == digests[i - 1]] == [3]  # the fourth
+    assert "Steps skipped: 1 " in job.out
+
+
+def test_a_main_rank_that_takes_long_is_waited_for_until_it_hangs(tmp_path):
+    settings_in(tmp_path)
+    slow = """
+class NewFolder(engine.checkpoint.NewFolder):
+    def write(self, name, chunks):
+        if now[0] == 4 and name == "model.safetensors" and "checkpoints" in str(self.path):
+            time.sleep(9)
+        if now[0] == 6:
+            fail("SIGSTOP")
+        super().write(name, chunks)
+engine.checkpoint.NewFolder = NewFolder
+step_of(lambda step: None)
+"""
+    job = run(tmp_path, slow, code=1, timeout_s=4)
+    assert [line.partition(", ended")[0] for line in said(job)] == [
+        "rank 1, step 6: LostRankError: rank 0 does not answer at step 6: ended from outside, or "
+        "hanging."
+    ]
+    kept = (tmp_path / "runs" / "one" / "checkpoints").glob("step-*")
+    assert sorted(path.name for path in kept) == ["step-00000002", "step-00000004"]
