@@ -133,10 +133,12 @@ def _prepare(settings: str | Path | None, parallel: Parallel) -> RuntimeEnv:
     precision = _decide_precision(plan, run.saved, device)
     _show_machine(device, precision, plan, parallel)
 
+    parallel.require_same(device=device.type)
     text = _read_text(plan, run, parallel)
     parallel.on_main(lambda: run.check_text(text.tokenizer.fingerprint, text.sha256))
     run = parallel.broadcast(run)
     precision = _decide_precision(plan, run.saved, device)  # by then another run may begin
+    parallel.require_same(precision=precision.name)
     tokenizer = text.tokenizer
     asked = _with_decisions(plan.training, run.saved)
     windows, notices = plan_windows(
@@ -164,7 +166,7 @@ def _prepare(settings: str | Path | None, parallel: Parallel) -> RuntimeEnv:
         TokenSlice(text.path, text.dtype, 0, text.n_tokens),
         windows,
         seed=plan.run.SEED,
-        num_workers=_cap_workers(asked.num_workers, notices),
+        num_workers=_cap_workers(asked.num_workers, parallel.local_world, notices),
         device=device,
         sampling=asked.sampling,
         accumulation=asked.gradient_accumulation_steps,
@@ -211,6 +213,7 @@ def _prepare(settings: str | Path | None, parallel: Parallel) -> RuntimeEnv:
         log_every=plan.run.LOG_EVERY,
     )
     _describe_run(env, plan, windows, steps_per_epoch, notices)
+    env.run = parallel.broadcast(env.run)
     return env
 
 
@@ -480,6 +483,7 @@ def _fresh_model(
     """The run's model with the weights of its seed; ResourceError where it can't be trained."""
     torch.manual_seed(plan.run.SEED)
     if parallel.kind == "fsdp":
+        _require_memory_for(config, device, parallel.world, precision)
         model = build_in_parts(lambda: GPTModel(config), parallel, precision, device)
     else:
         _require_memory_for(config, device)
@@ -490,15 +494,23 @@ def _fresh_model(
     return model
 
 
-def _require_memory_for(config: GPTConfig, device: torch.device) -> None:
+def _require_memory_for(
+    config: GPTConfig,
+    device: torch.device,
+    parts: int = 1,
+    precision: Precision | None = None,
+) -> None:
     """Raise ResourceError where not even the model's matrices can be trained on a device.
 
-    A system that promises more memory than it has would end the process instead of refusing.
+    A system that promises more memory than it has would end the process instead of refusing. Of a
+    model in parts an evaluation gathers all weights, in the precision of their products.
     """
     n_matrices = 1 if config.tie_embeddings else 2
     least = n_matrices * config.vocab_size * config.emb_dim
     least += config.n_layers * 2 * config.emb_dim * (config.emb_dim + config.ff_dim)
-    needed = least * 4 * 3  # weights, gradients and one moment of each
+    needed = least * 4 * 3 // parts  # weights, gradients and one moment of each
+    if parts > 1:
+        needed += least * (4 if precision.name == "fp32" else 2)
     room = available_memory(device)
     if room is not None and needed > room:
         raise ResourceError(
@@ -604,8 +616,8 @@ def usable_cache() -> Path:
     return CACHE
 
 
-def _cap_workers(asked: int, notices: list[str]) -> int:
-    cores = os.cpu_count() or 1
+def _cap_workers(asked: int, processes: int, notices: list[str]) -> int:
+    cores = max(1, (os.cpu_count() or 1) // processes)
     if asked > cores:
         notices.append(f"num_workers is lowered from {asked} to {cores}: so many cores are there")
     return min(asked, cores)
@@ -701,6 +713,8 @@ def _share_the_machine(
         before = saved.get("micro_batch")  # earlier versions kept none
         if same_ranks and isinstance(before, int) and before > 0:
             micro_batch = min(before, most)
+    if noted := parallel.noted("micro_batch"):  # what a failure of this job has shown
+        micro_batch = min(micro_batch, int(noted))
     if night and device.type == "cpu":
         notices.append(f"night mode: {threads} of {usual_threads} threads")
     return threads, micro_batch
@@ -825,7 +839,8 @@ def _read_text(plan: RunPlan, run: RunFolder, parallel: Parallel) -> TokenizedTe
 def _as_words(plan: RunPlan) -> dict[str, str]:
     """The settings that have to be the same in all processes of a run, each as JSON."""
     settings = plan.asked() | {
-        name: getattr(plan.run, name) for name in ("DATA", "DEVICE", "PARALLEL", "COMPILE")
+        name: getattr(plan.run, name)
+        for name in ("DATA", "DEVICE", "PARALLEL", "COMPILE", "NIGHT_MODE")
     }
     return {
         name: json.dumps(value, default=os.fspath, sort_keys=True)

@@ -465,7 +465,9 @@ class GPTModel(nn.Module):
         hidden = self.hidden(ids)
         if targets is None:
             return self.head(hidden)
-        return next_token_loss(hidden[: len(targets)], self.head.weight, targets, n_targets)
+        if len(targets) < len(ids):
+            hidden = hidden[: len(targets)]
+        return next_token_loss(hidden, self.head.weight, targets, n_targets)
 
     def hidden(self, ids: torch.Tensor, newest: Newest | None = None) -> torch.Tensor:
         """(B, T) token ids -> (B, T, C), what the head turns into logits.

@@ -392,9 +392,11 @@ def _changes(saved: dict[str, Any], settings: dict[str, Any]) -> dict[str, list]
         name: (saved.get(name), settings.get(name))
         for name in ("device", "threads", "torch", "total_steps")
     }
-    for name in ("micro_batch", "compiled", "ranks", "parallel"):
+    for name in ("micro_batch", "compiled"):
         if name in saved:  # earlier versions kept none
             pairs[name] = saved[name], settings.get(name)
+    for name, alone in (("ranks", 1), ("parallel", "none")):  # which all were in those
+        pairs[name] = saved.get(name, alone), settings.get(name, alone)
     return {name: [was, now] for name, (was, now) in pairs.items() if was != now}
 
 

@@ -37,7 +37,7 @@ from engine.optim import Schedule, extend_schedule, learning_rate_at, set_learni
 from engine.parallel import ALONE, Parallel, joined
 from engine.precision import Precision, choose_precision
 from engine.settings import find_problems, raise_if_any, shown
-from engine.sharding import full, replica, summing_up, whole
+from engine.sharding import drop_gradients, full, replica, summing_up, whole
 from engine.stopping import StopSignals
 from engine.tracking import open_trackers
 from generation import evaluating, generate, text_to_token_ids
@@ -182,8 +182,12 @@ class Trainer:
             n_windows = max(len(ids) for ids, _ in parts)
             try:
                 return self._try_step(step._replace(batches=parts), max_grad_norm)
-            except OutOfStepMemory:
-                if n_windows == 1 or not self.parallel.is_alone:
+            except OutOfStepMemory as error:
+                error.n_windows = n_windows
+                if not self.parallel.is_alone:  # a restart takes fewer
+                    self.parallel.note("micro_batch", str(halved(n_windows)))
+                    raise
+                if n_windows == 1:
                     raise
             # out here the error is gone, and with it what it held of the step
             self._use_smaller(halved(n_windows), n_windows)
@@ -377,6 +381,8 @@ def take_step(
                 total += loss.detach()
         total = parallel.sum(total) / parallel.world
     except (Stopped, MemoryError, RuntimeError) as error:
+        if isinstance(error, Stopped):  # by all ranks; of others the process ends
+            drop_gradients(model, parallel, precision)
         optimizer.zero_grad()
         set_random_state(random_before, device)
         if is_out_of_memory(error):
@@ -492,6 +498,7 @@ def train(env: "RuntimeEnv") -> Journal:
     """
     held = env.parallel.held_by_main(env.run.opened)
     with env.parallel.watched(), held, using_threads(env.threads):
+        env.run.path = env.parallel.broadcast(env.run.path)  # only now it is known
         env.parallel.note("run", str(env.run.path))
         return _train(env)
 
@@ -583,9 +590,11 @@ def _train_and_save(
     except OutOfStepMemory as error:
         newest = store.newest()
         kept = "No checkpoint was made yet." if newest is None else f"The last checkpoint: {newest}"
+        windows = "a single window" if error.n_windows == 1 else f"{error.n_windows} windows"
+        advice = ADVICE if error.n_windows == 1 else "Set a smaller batch_size, and accumulate."
         raise ResourceError(
-            f"a step ran out of memory with a single window at a time: {str(error)[:100]}\n"
-            f"{ADVICE}\n{kept}"
+            f"a step ran out of memory with {windows} at a time: {str(error)[:100]}\n"
+            f"{advice}\n{kept}"
         ) from error
 
 
@@ -660,6 +669,7 @@ def train_model_simple(
     )
     journal = Journal(tokenizer.vocab_size, plan.total_steps, log_every)
     trainer = Trainer(model, optimizer, device, precision, journal, tokenizer, parallel=parallel)
-    training_loop(trainer, train_loader, val_loader, plan)
+    with parallel.watched():
+        training_loop(trainer, train_loader, val_loader, plan)
     history = journal.history
     return history.train_losses, history.val_losses, history.tokens_seen

@@ -95,7 +95,13 @@ class Trial:
                 for _ in range(1 + TIMED_STEPS):
                     started_at = time.perf_counter()
                     take_step(
-                        self.model, batches, self.optimizer, self.precision, 1.0, parallel=others
+                        self.model,
+                        batches,
+                        self.optimizer,
+                        self.precision,
+                        1.0,
+                        parallel=others,
+                        n_targets=step.n_targets,
                     )
                     if self.device.type != "cpu":
                         torch.accelerator.synchronize()
@@ -116,7 +122,7 @@ class Trial:
         say("Compiling the model's blocks: up to a minute, once ...")
         compile_model(self.model, self.device, is_alone=self.parallel.is_alone)
         started_at = time.perf_counter()
-        failed = None
+        failed, seconds = None, 0.0
         try:
             seconds = self.step_seconds()
         except OutOfStepMemory:
@@ -124,10 +130,10 @@ class Trial:
         except Exception as error:  # compilers fail in ways of their own: the model runs without
             reason = next(iter(str(error).splitlines()), "")[:200]
             failed = f"{type(error).__name__}: {reason}"
+        seconds = self.agreed(seconds)
         if any(self.parallel.highest(failed is not None)):
             undo_compiling(self.model)
-            return failed or "compiling failed on another rank"
-        seconds = self.agreed(seconds)
+            return failed or "compiling failed in another process"
         say(f"✓ Compiled in {time.perf_counter() - started_at:.0f} s")
         if as_written is not None and seconds >= as_written:
             undo_compiling(self.model)
@@ -174,7 +180,8 @@ def decide_compiling(
     """
     if requested is False:
         return Compiled(False, "as set")
-    if obstacle := what_prevents_compiling(trial.device):
+    obstacles = trial.parallel.gather(what_prevents_compiling(trial.device))
+    if obstacle := next(filter(None, obstacles), None):
         return Compiled(False, obstacle)
     if trial.parallel.kind == "fsdp":
         return Compiled(False, "weights that lie in parts are gathered between the operations")

@@ -51,15 +51,15 @@ def compile_model(model: nn.Module, device: torch.device, *, is_alone: bool = Tr
     """Have the model's training steps compiled, at the first of them.
 
     On a CPU each block is a region of its own: the code of one serves all. On a GPU the whole of
-    `hidden` is one, as graphs that are replayed where the model is small and no other process
-    has to be told of gradients on the way.
+    `hidden` is one, as graphs that are replayed where the model is small; but where other
+    processes train too, gradients are to travel block by block while the rest is computed.
     """
-    if device.type == "cpu":
+    if device.type == "cpu" or not is_alone:
         for block in model.blocks:
             block.compile(dynamic=False)
         return
     small = sum(p.numel() for p in model.parameters()) < SMALL_MODEL
-    mode = "reduce-overhead" if small and is_alone else "default"
+    mode = "reduce-overhead" if small else "default"
     model.hidden = torch.compile(model.hidden, dynamic=False, mode=mode)
 
 

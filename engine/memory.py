@@ -26,6 +26,8 @@ SIGNS = ("allocate", "out of memory", "bad_alloc", "ALLOC_FAILED")  # in what a 
 class OutOfStepMemory(MemoryError):
     """A micro-batch did not fit; weights, moments and random generators are as before the step."""
 
+    n_windows = 1  # those that did not fit
+
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an exception says that memory ran out, on whatever device.
@@ -53,15 +55,18 @@ class MemoryEstimate:
     activations: int  # those that any number of windows share, such as weights in half precision
     window: int
     head: int  # at most: the logits are only there for some rows at a time
+    gathered: int = 0  # weights of other ranks that are here for a moment of a step
+    whole: int = 0  # all weights, which an evaluation of a model in parts gathers
 
     def activations_of(self, n_windows: int) -> int:
         """The activations of n_windows at a time."""
         return self.activations + n_windows * self.window
 
     def total(self, n_windows: int) -> int:
-        """All parts together, for n_windows at a time."""
-        fixed = self.weights + self.gradients + self.optimizer + self.best_weights + self.head
-        return fixed + self.activations_of(n_windows)
+        """All parts together, for n_windows at a time; or an evaluation, where that takes more."""
+        kept = self.weights + self.optimizer + self.best_weights
+        step = self.gathered + self.gradients + self.head + self.activations_of(n_windows)
+        return kept + max(step, self.whole)
 
     def largest_fit(self, n_windows: int, room: int | None) -> int:
         """n_windows, halved until they fit into room bytes; 0 where not even one does.
@@ -78,6 +83,7 @@ class MemoryEstimate:
         """The parts for n_windows at a time, in words."""
         parts = {
             "weights": self.weights,
+            "weights of others": max(self.gathered, self.whole),
             "gradients": self.gradients,
             "optimizer": self.optimizer,
             "best weights": self.best_weights,
@@ -106,14 +112,19 @@ def estimate_memory(
     Activations are measured, by a forward pass over few tokens, which leaves the random
     generators as they were; everything else is counted. keeps_best: the best weights are copied
     to memory that is the device's too. parts: the ranks that the model lies over in parts, each of
-    which takes this much, with what it has gathered of the others' weights; where it accumulates
-    gradients over several micro-batches, it keeps them whole.
+    which takes this much; where it accumulates gradients over several micro-batches, it keeps
+    them whole.
     """
     n_parameters = sum(p.numel() for p in model.parameters())
     weights = gradients = 4 * n_parameters
-    if parts > 1:
+    gathered = whole = 0
+    if parts > 1:  # as engine/sharding.py lays it out
+        width = 4 if precision.name == "fp32" else 2
         block = max(sum(p.numel() for p in block.parameters()) for block in model.blocks)
-        weights = weights // parts + _gathered_bytes(model, block, precision)
+        in_blocks = block * len(model.blocks)
+        weights //= parts
+        gathered = 2 * width * block + 4 * (n_parameters - in_blocks)  # one is fetched ahead
+        whole = width * in_blocks + 4 * (n_parameters - in_blocks)
         gradients = gradients if accumulates else gradients // parts + 4 * block
     hidden = sum(weight.numel() for weight, _ in model.hidden_matrices())
     others = n_parameters - hidden
@@ -132,16 +143,9 @@ def estimate_memory(
         activations=fixed,
         window=window,
         head=_head_bytes(model.head.weight, n_windows * n_tokens, precision, device),
+        gathered=gathered,
+        whole=whole,
     )
-
-
-def _gathered_bytes(model: nn.Module, block: int, precision: Precision) -> int:
-    """What a rank has gathered at a time of a model that lies in parts: see engine/sharding.py.
-
-    Those are two blocks of so many parameters, for one is fetched ahead, and all in no block.
-    """
-    others = sum(p.numel() for p in model.parameters()) - block * len(model.blocks)
-    return 2 * block * (4 if precision.name == "fp32" else 2) + 4 * others
 
 
 def measure_activations(

@@ -57,6 +57,7 @@ class Parallel:
         timeout_s: float = TIMEOUT_S,
         store: Any = None,
         job: Any = None,
+        group: Any = None,
     ) -> None:
         self.rank, self.world = rank, world
         self.local_rank, self.local_world = local_rank, local_world
@@ -65,6 +66,7 @@ class Parallel:
         self._timeout_s = timeout_s
         self._store = store  # of these processes; job is also for those that take their place
         self._job = job
+        self._group = group  # what numbers and objects travel by; None: all by the same
         self._turns = 0
         self._has_left = False
 
@@ -101,7 +103,7 @@ class Parallel:
         from torch import distributed
 
         values = torch.tensor(numbers, dtype=torch.float64)  # on the CPU: nobody waits for a GPU
-        distributed.all_reduce(values, distributed.ReduceOp.MAX)
+        distributed.all_reduce(values, distributed.ReduceOp.MAX, group=self._group)
         return values.tolist()
 
     def lowest(self, number: int) -> int:
@@ -127,7 +129,7 @@ class Parallel:
         from torch import distributed
 
         values = [value]
-        distributed.broadcast_object_list(values, src=0)
+        distributed.broadcast_object_list(values, src=0, group=self._group)
         return values[0]
 
     def gather(self, value: T) -> list[T]:
@@ -137,7 +139,7 @@ class Parallel:
         from torch import distributed
 
         values = [None] * self.world
-        distributed.all_gather_object(values, value)
+        distributed.all_gather_object(values, value, group=self._group)
         return values
 
     def require_same(self, **values: str) -> None:
@@ -181,7 +183,9 @@ class Parallel:
             with self._beating(beat):
                 return job()
         except PipelineError as error:
-            said = {"kind": type(error).__name__, "message": str(error)}
+            # a room may have a kind of its own of one of these
+            kind = next(c for c in type(error).__mro__ if c.__module__ == errors.__name__)
+            said = {"kind": kind.__name__, "message": str(error)}
             raise
         except BaseException:
             said = None  # nobody is told to go on, and the failure itself is told by watched()
@@ -322,12 +326,12 @@ class Parallel:
 
     def note(self, name: str, value: str) -> None:
         """Keep a word for the processes that torchrun starts in place of these after a failure."""
-        if self.is_main and not self.is_alone:
+        if self._job is not None:
             self._job.set(name, value)
 
     def noted(self, name: str) -> str | None:
         """What note() has kept of this job, by an earlier process too."""
-        if self.is_alone or not self._job.check([name]):
+        if self._job is None or not self._job.check([name]):
             return None
         return self._job.get(name).decode()
 
@@ -341,7 +345,8 @@ class Parallel:
         # a GPU's library may wait for ever for a rank that is gone
         guard = threading.Timer(LEAVING_S, os._exit, (ResourceError.exit_code,))
         guard.daemon = True
-        guard.start()
+        with contextlib.suppress(RuntimeError):  # an interpreter that ends may start none
+            guard.start()
         if distributed.is_initialized():
             distributed.destroy_process_group()
         guard.cancel()
@@ -377,9 +382,9 @@ def join() -> Parallel:
     timeout_s = max(1, _whole_number("GPT_RANK_TIMEOUT_S", TIMEOUT_S))
     silence(local_rank > 0)
     _end_with_torchrun()
-    store, job = _meet(rank, world, timeout_s)
+    store, job, group = _meet(rank, world, timeout_s)
     silence(rank > 0)
-    _joined = Parallel(rank, world, local_rank, local_world, timeout_s, store, job)
+    _joined = Parallel(rank, world, local_rank, local_world, timeout_s, store, job, group)
     atexit.register(_joined.leave)
     return _joined
 
@@ -391,8 +396,9 @@ def _whole_number(name: str, default: int) -> int:
     return int(text)
 
 
-def _meet(rank: int, world: int, timeout_s: float) -> tuple[Any, Any]:
-    """Join the process group; returns the store that the ranks share, and that of their job."""
+def _meet(rank: int, world: int, timeout_s: float) -> tuple[Any, Any, Any]:
+    """Join the process group; returns the ranks' store, that of their job, and the group for what
+    is not on GPUs."""
     from torch import distributed
 
     address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
@@ -401,7 +407,7 @@ def _meet(rank: int, world: int, timeout_s: float) -> tuple[Any, Any]:
         "That is where torchrun's --rdzv-endpoint, or MASTER_ADDR and MASTER_PORT, point: the "
         "first machine, on a free port that the others can reach."
     )
-    timeout = timedelta(seconds=timeout_s)
+    timeout, group = timedelta(seconds=timeout_s), None
 
     def give_up() -> None:
         complain(f"ResourceError: {failed} no answer\n{advice}")
@@ -419,21 +425,22 @@ def _meet(rank: int, world: int, timeout_s: float) -> tuple[Any, Any]:
         store = distributed.PrefixStore(f"gpt-trainer/{attempt}", server)
         me = {"host": socket.gethostname(), "pid": os.getpid()}
         store.set(f"process/{rank}", json.dumps(me))
-        distributed.init_process_group(
-            "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo",
-            store=store,
-            rank=rank,
-            world_size=world,
-            timeout=timeout,
-        )
+        named = {"store": store, "rank": rank, "world_size": world}
+        if torch.cuda.is_available():
+            # NCCL ends a process whose message takes too long: the others are to tell why before
+            longer = timeout + timedelta(seconds=3 * LEAVING_S)
+            distributed.init_process_group("cpu:gloo,cuda:nccl", timeout=longer, **named)
+            group = distributed.new_group(backend="gloo", timeout=timeout)
+        else:
+            distributed.init_process_group("gloo", timeout=timeout, **named)
         # the first message makes the connections: better now than in the middle of training
-        distributed.all_reduce(torch.zeros(1))
+        distributed.all_reduce(torch.zeros(1), group=group)
     except (RuntimeError, ValueError, OSError) as error:
         reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise ResourceError(f"{failed} {reason[:200]}\n{advice}") from error
     finally:
         guard.cancel()
-    return store, distributed.PrefixStore("gpt-trainer/job", server)
+    return store, distributed.PrefixStore("gpt-trainer/job", server), group
 
 
 def _is_about_messages(error: Exception) -> bool:

@@ -28,7 +28,8 @@ def build_in_parts(
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
-    weights = dict(build().named_parameters()) if parallel.is_main else {}
+    built = parallel.on_main(build)
+    weights = {} if built is None else dict(built.named_parameters())
     with torch.device("meta"):
         model = build()
     mesh = init_device_mesh(device.type, (parallel.world,))
@@ -49,6 +50,7 @@ def build_in_parts(
             value.copy_(placed(weights.get(name), value, parallel))
         with precision.autocast():  # the first call decides which module is the outermost
             model(torch.zeros(1, 1, dtype=torch.long, device=device))
+    model.reshard()  # torch leaves the outermost gathered
     return model
 
 
@@ -86,6 +88,19 @@ def summing_up(model: nn.Module, parallel: Parallel, *, now: bool) -> Iterator[N
         model.set_requires_gradient_sync(now)
     with model.no_sync() if parallel.kind == "ddp" and not now else contextlib.nullcontext():
         yield
+
+
+def drop_gradients(model: nn.Module, parallel: Parallel, precision: Precision) -> None:
+    """Forget the gradients of the backward passes since the last step; together.
+
+    FSDP2 keeps those that were not summed up yet where zero_grad() doesn't reach: they are summed
+    up now.
+    """
+    if parallel.kind == "fsdp":
+        ids = torch.zeros(1, 1, dtype=torch.long, device=next(model.parameters()).device)
+        with summing_up(model, parallel, now=True), precision.autocast():
+            model(ids, ids[:0], 1).backward()
+    model.zero_grad()
 
 
 @contextlib.contextmanager

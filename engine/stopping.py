@@ -55,15 +55,16 @@ class StopSignals:
         if number := self._wish if self._parallel.is_alone else self._granted:
             raise Stopped(number)
 
-    def agree(self, *others: float, step_s: float = 0.0) -> list[float]:
+    def agree(self, *others: float, step_s: float | None = None) -> list[float]:
         """Let a signal to one rank stop all of them, at their next check(); together.
 
         What else they have to agree on goes with it: of each number the highest comes back. Where
         a step takes as long as step_s, they ask each other within the next, too.
         """
-        self._granted, slowest_s, *highest = self._parallel.highest(self._wish, step_s, *others)
-        self._granted = int(self._granted)
-        self._asks_within_steps = self._parallel.is_alone or slowest_s > _LONG_S
+        number, slowest_s, *highest = self._parallel.highest(self._wish, step_s or 0.0, *others)
+        self._granted = int(number)
+        if step_s is not None:
+            self._asks_within_steps = self._parallel.is_alone or slowest_s > _LONG_S
         return highest
 
     @property
