@@ -31,6 +31,7 @@ LONG = {
     "python -m benchmarks.data",
     "python -m benchmarks.saving",
     "python -m benchmarks.survival",
+    "python -m benchmarks.scale",
     "python -m scripts.serve",  # until it is stopped
 }
 
@@ -196,6 +197,19 @@ def test_the_recipes_are_settings_and_their_figures_those_of_the_benchmark(recip
             assert f"{side['median_loss']:.3f}" in text
     linked = re.findall(r"\]\((\.\./[^)]+)\)", text)
     assert linked and all((REPOSITORY / "docs" / path).exists() for path in linked)
+
+
+@pytest.mark.parametrize("readme", READMES)
+def test_what_two_processes_cost_is_what_the_benchmark_wrote(readme):
+    results = REPOSITORY / "benchmarks" / "results"
+    figures = json.loads((results / "scale-cpu.json").read_text(encoding="utf-8"))
+    text = read(readme)
+    assert [row["kind"] for row in figures["rows"]] == ["ddp", "fsdp"]
+    for row in figures["rows"]:
+        assert row["ranks"] == 2
+        assert f" {row['efficiency']:.2f} " in text
+    shape = [*figures["batch"], figures["max_length"]]
+    assert f" {' x '.join(map(str, shape))} " in text
 
 
 @pytest.mark.parametrize("readme", READMES)
