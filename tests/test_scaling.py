@@ -305,7 +305,8 @@ def test_fsdp_sends_the_messages_that_the_formula_counts(two_ranks):
     from engine.parallel import Parallel
     from engine.sharding import build_in_parts, summing_up
 
-    parallel, config = Parallel(rank=0, world=2), SMALL["gpt2"]
+    store = torch.distributed.HashStore()
+    parallel, config = Parallel(rank=0, world=2, store=store), SMALL["gpt2"]
     parallel.kind = "fsdp"
     model = build_in_parts(lambda: GPTModel(config), parallel, BF16, CPU)
     gathers, reduces = NotedMessages(), NotedMessages()
