@@ -37,7 +37,7 @@ from engine.optim import Schedule, extend_schedule, learning_rate_at, set_learni
 from engine.parallel import ALONE, Parallel, joined
 from engine.precision import Precision, choose_precision
 from engine.settings import find_problems, raise_if_any, shown
-from engine.sharding import drop_gradients, full, replica, summing_up, whole
+from engine.sharding import flush_gradients, full, replica, summing_up, whole
 from engine.stopping import StopSignals
 from engine.tracking import open_trackers
 from generation import evaluating, generate, text_to_token_ids
@@ -382,7 +382,7 @@ def take_step(
         total = parallel.sum(total) / parallel.world
     except (Stopped, MemoryError, RuntimeError) as error:
         if isinstance(error, Stopped):  # by all ranks; of others the process ends
-            drop_gradients(model, parallel, precision)
+            flush_gradients(model, parallel, precision)
         optimizer.zero_grad()
         set_random_state(random_before, device)
         if is_out_of_memory(error):

@@ -297,31 +297,23 @@ class Muon(torch.optim.Optimizer):
         """Move a weight of which each rank has a part: every rank makes the whole orthogonal."""
         from torch.distributed.tensor import distribute_tensor
 
-        momentum, grad, decay = (
-            self.state[p]["momentum_buffer"],
-            p.grad,
-            1 - learning_rate * weight_decay,
-        )
+        momentum, grad = self.state[p]["momentum_buffer"], p.grad
+        decay = 1 - learning_rate * weight_decay
         if found_inf is not None:
             bad = found_inf.bool()
             decay = torch.where(bad, 1.0, decay)
             grad = torch.where(bad, momentum, grad)
         momentum.lerp_(grad, 1 - MOMENTUM)
         ahead = torch.lerp(grad, momentum, MOMENTUM).to(self._dtype).full_tensor()
-        update = torch.cat(
-            [
-                orthogonalize(matrix[None])[0].float() * (MUON_RMS * math.sqrt(max(matrix.shape)))
-                for matrix in ahead.split(rows)
-            ]
-        )
+        sizes = [MUON_RMS * math.sqrt(max(matrix.shape)) for matrix in ahead.split(rows)]
+        parts = [orthogonalize(matrix[None])[0].float() for matrix in ahead.split(rows)]
+        update = torch.cat([part * size for part, size in zip(parts, sizes, strict=True)])
         if found_inf is not None:
             update *= ~bad
-        p.mul_(decay)
         # every rank has all of it, and takes its own part
-        p.sub_(
-            distribute_tensor(update, p.device_mesh, p.placements, src_data_rank=None)
-            * learning_rate
-        )
+        own = distribute_tensor(update, p.device_mesh, p.placements, src_data_rank=None)
+        p.mul_(decay)
+        p.sub_(own * learning_rate)
 
 
 def orthogonalize(matrices: torch.Tensor) -> torch.Tensor:

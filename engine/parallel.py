@@ -414,7 +414,7 @@ def _meet(rank: int, world: int, timeout_s: float) -> tuple[Any, Any, Any]:
         os._exit(ResourceError.exit_code)
 
     # of a program that takes a connection there and says nothing, torch doesn't tire
-    guard = threading.Timer(timeout_s + LEAVING_S, give_up)
+    guard = threading.Timer(timeout_s + min(LEAVING_S, timeout_s), give_up)
     guard.daemon = True
     guard.start()
     try:
@@ -423,7 +423,7 @@ def _meet(rank: int, world: int, timeout_s: float) -> tuple[Any, Any, Any]:
         # what an earlier start of the same job left there is not this one's
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
         store = distributed.PrefixStore(f"gpt-trainer/{attempt}", server)
-        me = {"host": socket.gethostname(), "pid": os.getpid()}
+        me = {"pids": _pid_namespace(), "pid": os.getpid()}
         store.set(f"process/{rank}", json.dumps(me))
         named = {"store": store, "rank": rank, "world_size": world}
         if torch.cuda.is_available():
@@ -469,10 +469,19 @@ def _end_with_torchrun() -> None:
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
+def _pid_namespace() -> str:
+    """What two processes have in common that know each other's numbers; "" where nothing tells."""
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text("ascii").strip()
+        return f"{boot} {os.readlink('/proc/self/ns/pid')}"
+    except OSError:
+        return ""
+
+
 def _state_of(process: dict[str, Any]) -> str:
     """The state of a rank's process as Linux tells it: a letter of proc(5), "" where it is gone,
     "?" where it is on another machine or nothing tells."""
-    if process["host"] != socket.gethostname() or sys.platform != "linux":
+    if process["pids"] != _pid_namespace() or not process["pids"]:
         return "?"
     try:
         stat = Path(f"/proc/{process['pid']}/stat").read_text("ascii", errors="replace")

@@ -90,17 +90,15 @@ def summing_up(model: nn.Module, parallel: Parallel, *, now: bool) -> Iterator[N
         yield
 
 
-def drop_gradients(model: nn.Module, parallel: Parallel, precision: Precision) -> None:
-    """Forget the gradients of the backward passes since the last step; together.
+def flush_gradients(model: nn.Module, parallel: Parallel, precision: Precision) -> None:
+    """Bring the gradients of a step that is given up to where zero_grad() finds them; together.
 
-    FSDP2 keeps those that were not summed up yet where zero_grad() doesn't reach: they are summed
-    up now.
+    FSDP2 keeps those that were not summed up yet in a place of its own.
     """
     if parallel.kind == "fsdp":
         ids = torch.zeros(1, 1, dtype=torch.long, device=next(model.parameters()).device)
         with summing_up(model, parallel, now=True), precision.autocast():
             model(ids, ids[:0], 1).backward()
-    model.zero_grad()
 
 
 @contextlib.contextmanager

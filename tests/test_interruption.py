@@ -241,9 +241,10 @@ storage.NewFolder.write = slow_write
 def test_a_second_ctrl_c_while_it_saves_stops_at_once_with_the_checkpoint_before(
     launch, run, tmp_path
 ):
-    program = launch(SLOW_SAVES, step_s=0.05, save_every=5)
+    program = launch(SLOW_SAVES, step_s=0.3, save_every=5)
     program.until(lambda: (run / "checkpoints" / "step-00000005").exists())
     (tmp_path / "slow").touch()
+    time.sleep(0.15)  # the next step has begun: after the saved one there is nothing to save
     program.send(signal.SIGINT)
     program.until(lambda: list((run / "checkpoints").glob(".tmp-*/model.safetensors")))
     time.sleep(0.7)  # what comes sooner is an echo of the first one
