@@ -18,6 +18,7 @@ PROGRAM = """
 import sys
 from pathlib import Path
 sys.modules["matplotlib"] = None
+import main  # before torch, for which it sets some variables
 import environment, main
 environment.CACHE = Path("cache").resolve()
 sys.exit(main.main(sys.argv[1:]))

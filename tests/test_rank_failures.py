@@ -32,6 +32,7 @@ PROGRAM = """
 import os, signal, sys, time
 from pathlib import Path
 sys.modules["matplotlib"] = None
+import main  # before torch, for which it sets some variables
 import main
 import engine.checkpoint, environment, train
 environment.CACHE = Path("cache").resolve()
