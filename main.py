@@ -13,8 +13,8 @@ from pathlib import Path
 # Threads that wait for each other in a busy loop for long make a step take twice the time beside
 # any other program. OpenMP reads this when torch is imported.
 os.environ.setdefault("GOMP_SPINCOUNT", "2000")
-# Of a lost process of several torch's own log would tell pages of addresses.
-os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR" if "LOCAL_RANK" in os.environ else "WARNING")
+# Of a process that is lost, of several, torch's own log would tell pages of addresses.
+os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 
 import torch
 

@@ -19,7 +19,7 @@ import sys
 from pathlib import Path
 sys.modules["matplotlib"] = None
 import main  # before torch, for which it sets some variables
-import environment, main
+import environment
 environment.CACHE = Path("cache").resolve()
 sys.exit(main.main(sys.argv[1:]))
 """

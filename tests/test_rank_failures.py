@@ -33,7 +33,6 @@ import os, signal, sys, time
 from pathlib import Path
 sys.modules["matplotlib"] = None
 import main  # before torch, for which it sets some variables
-import main
 import engine.checkpoint, environment, train
 environment.CACHE = Path("cache").resolve()
 rank, take_step, now = int(os.environ["RANK"]), train.Trainer.step, [0]
