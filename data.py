@@ -10,6 +10,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
 from engine.console import say
+from engine.devices import free_memory
 from engine.errors import DataError
 from engine.metrics import TokenSize
 from engine.parallel import ALONE, Parallel
@@ -328,8 +329,7 @@ def make_loaders(
     n_steps = -(-plan.n_windows // step_size) if sampling == "random" else None
     pin_memory = device.type == "cuda"
     if device.type == "cuda" and num_workers == 0:
-        free, _ = torch.cuda.mem_get_info(device)
-        if 4 * plan.n_tokens < free / 10:
+        if 4 * plan.n_tokens < free_memory(device) / 10:
             train.move_to(device)
             val.move_to(device)
             pin_memory = False

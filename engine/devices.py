@@ -45,6 +45,12 @@ def cuda_capability(device: torch.device) -> tuple[int, int] | None:
     return torch.cuda.get_device_capability(device)
 
 
+def xpu_has_bf16(device: torch.device) -> bool:
+    """Whether an Intel GPU computes in bf16 rather than emulate it."""
+    properties = torch.xpu.get_device_properties(device)
+    return getattr(properties, "has_bfloat16_conversions", True)  # torch 2.7 does not tell
+
+
 def synchronize(device: torch.device) -> None:
     """Wait until the device has done what it was given."""
     if device.type == "mps":

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
-from engine.devices import cuda_capability
+from engine.devices import cuda_capability, xpu_has_bf16
 from engine.errors import SettingsError
 
 PRECISIONS = ("auto", "bf16", "fp16", "fp32")
@@ -93,8 +93,7 @@ def _fastest_format(device: torch.device) -> tuple[str, str]:
         if torch.backends.mps.is_macos_or_newer(14, 0):
             return "bf16", "this Mac has bf16"
         return "fp32", "bf16 needs macOS 14"
-    properties = torch.xpu.get_device_properties(device)
-    if getattr(properties, "has_bfloat16_conversions", True):  # torch 2.7 does not tell
+    if xpu_has_bf16(device):
         return "bf16", "this GPU has bf16 units"
     return "fp32", "this GPU has no bf16 units"
 
