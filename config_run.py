@@ -63,7 +63,7 @@ sampling_params = {
 }
 
 # ---------------------------------------------------------------- the machine
-DEVICE = None  # None: the best there is;  or "cpu", "cuda", "mps"
+DEVICE = None  # None: the best there is;  or "cpu", "cuda", "mps", "xpu"
 PRECISION = "auto"  # "auto": bf16 where the hardware has it;  or "bf16", "fp32", "fp16" (old GPUs)
 COMPILE = "auto"  # "auto": where the run is long enough to repay the wait;  or True, False
 PARALLEL = "auto"  # under torchrun: "ddp" (auto), or "fsdp" for models too large for one GPU

@@ -5,7 +5,6 @@ import difflib
 import importlib
 import json
 import os
-import re
 import runpy
 import tempfile
 import time
@@ -30,6 +29,7 @@ from data import (
 from engine.checkpoint import assign_weights, read_weights
 from engine.compiling import compile_decoding
 from engine.console import say
+from engine.devices import device_name, limit_memory
 from engine.errors import CheckpointError, DataError, ResourceError, SettingsError
 from engine.memory import (
     ADVICE,
@@ -49,7 +49,7 @@ from engine.optim import (
     make_schedule,
 )
 from engine.parallel import ALONE, Parallel, join
-from engine.precision import Precision, choose_precision
+from engine.precision import Precision, choose_precision, keep_precision
 from engine.processor import default_threads, prepare_processor, threads_are_set
 from engine.settings import shown
 from engine.sharding import build_in_parts, whole
@@ -58,6 +58,7 @@ from engine.tracking import check_trackers
 from engine.weights import choose_weights, convert_weights
 from generation import SamplingConfig
 from model import GPTConfig, GPTModel, attention_kernel
+from planning.machine import check_devices, pick_device, why_no_gpu
 from run_folder import (
     SETTINGS,
     RunFolder,
@@ -413,52 +414,6 @@ def _resembles(name: str, known: Iterable[str]) -> bool:
 # -------------------------------------------------------------------------------- building
 
 
-def pick_device(requested: str | None, parallel: Parallel = ALONE) -> torch.device:
-    """The device that DEVICE names, or the best of this machine: MPS, then CUDA, then CPU.
-
-    Of several ranks each takes a GPU of its own. Raises ResourceError where the named one is not
-    there, SettingsError where it is none.
-    """
-    if requested is not None and not re.fullmatch(r"cpu|mps|cuda(:\d{1,4})?", requested):
-        raise SettingsError(
-            f'the device is {shown(requested)}; it must be "cpu", "cuda", "mps" or None'
-        )
-    has_mps, has_cuda = torch.backends.mps.is_available(), torch.cuda.is_available()
-    if not parallel.is_alone:
-        has_mps = False  # its GPU is one, and no ranks can meet there
-        if requested is not None and requested not in ("cpu", "cuda"):
-            raise SettingsError(
-                f'DEVICE = "{requested}" is one device, and torchrun has started '
-                f'{parallel.world} processes.\nSet DEVICE to "cuda", "cpu" or None.'
-            )
-        if has_cuda and requested != "cpu":
-            requested = f"cuda:{parallel.local_rank}"
-            if parallel.local_world > torch.cuda.device_count():
-                raise ResourceError(
-                    f"torchrun has started {parallel.local_world} processes here, and there are "
-                    f"{torch.cuda.device_count()} GPUs.\nStart at most one for each, by "
-                    '--nproc-per-node; or set DEVICE = "cpu".'
-                )
-            torch.cuda.set_device(parallel.local_rank)
-    if requested is None:
-        return torch.device("mps" if has_mps else "cuda" if has_cuda else "cpu")
-    kind, _, index = requested.partition(":")
-    there = {
-        "cpu": True,
-        "mps": has_mps,
-        # not by torch.device's index: above 127 it is another one
-        "cuda": has_cuda and int(index or 0) < torch.cuda.device_count(),
-    }[kind]
-    if not there:
-        available = ["cpu"] + ["mps"] * has_mps
-        available += [f"cuda:{i}" for i in range(torch.cuda.device_count())] if has_cuda else []
-        raise ResourceError(
-            f'DEVICE = "{requested}", but this machine has no such device.\n'
-            f"Available here: {', '.join(available)}; DEVICE = None takes the best."
-        )
-    return torch.device(requested)
-
-
 def build_model(config: GPTConfig, device: torch.device) -> GPTModel:
     """A model with fresh weights on a device; ResourceError where it does not fit."""
     try:
@@ -580,24 +535,22 @@ def _check_arithmetic(
 ) -> Precision:
     """The precision to train in, after a look at what the GPU does with the model.
 
-    Apple's GPUs have been wrong before, so their logits are held against the CPU's. On CUDA the
+    Apple's GPUs have been wrong before, so what they compute is held against the CPU. On CUDA the
     attention kernel is named, because a wrong library on the path makes it a slow one.
     """
     device = next(model.parameters()).device
     if device.type == "mps":
-        ids, _ = loader.dataset.__getitems__([0])
-        agreed = precision_that_agrees(model, ids.to(device), precision)
+        ids, targets = (part.to(device) for part in loader.dataset.__getitems__([0]))
+        agreed = precision_that_agrees(model, ids, targets, precision)
         if agreed != precision:
             notices.append(f"precision is {agreed.name}: {agreed.reason}")
         return agreed
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")  # TF32 for products that stay in fp32
-        kernel, is_fast = attention_kernel(model.config, precision, device)
+        kernel = attention_kernel(model.config, precision, device)
         say(f"Attention: {kernel}")
-        if not is_fast and precision.name != "fp32":
-            notices.append(
-                f"the attention kernel is {kernel}, not cuDNN's or flash: training is slow"
-            )
+        if kernel == "math" and precision.name != "fp32":
+            notices.append("torch has no fused attention kernel for this GPU: training is slow")
     return precision
 
 
@@ -623,46 +576,13 @@ def _cap_workers(asked: int, processes: int, notices: list[str]) -> int:
     return min(asked, cores)
 
 
-def check_devices(
-    model: torch.nn.Module,
-    optimizer: torch.optim.Optimizer,
-    batch: Iterable[torch.Tensor],
-    device: torch.device,
-) -> None:
-    """Raise ResourceError unless parameters, buffers, optimizer state and a batch are on device."""
-    tensors = [(f"parameter {name}", tensor) for name, tensor in model.named_parameters()]
-    tensors += [(f"buffer {name}", tensor) for name, tensor in model.named_buffers()]
-    tensors += [
-        (f"optimizer state {name}", value)
-        for state in optimizer.state.values()
-        for name, value in state.items()
-        # AdamW keeps its 0-d step counters on the CPU where it is not fused
-        if isinstance(value, torch.Tensor) and value.dim() > 0
-    ]
-    tensors += [(f"batch part {i}", tensor) for i, tensor in enumerate(batch)]
-    strays = [f"{name} is on {t.device}" for name, t in tensors if not _is_on(t, device)]
-    if strays:
-        more = f" and {len(strays) - 3} more" if len(strays) > 3 else ""
-        raise ResourceError(
-            f"not everything is on {device}: {'; '.join(strays[:3])}{more}.\n"
-            "Move the model to the device before its optimizer is built."
-        )
-
-
-def _is_on(tensor: torch.Tensor, device: torch.device) -> bool:
-    # "cuda" without an index means the current one
-    same_index = device.index is None or tensor.device.index == device.index
-    return tensor.device.type == device.type and same_index
-
-
 def _decide_precision(
     plan: RunPlan, saved: dict[str, Any] | None, device: torch.device
 ) -> Precision:
     """PRECISION, or what "auto" came to when the run began that goes on."""
     if saved is None or plan.run.PRECISION != "auto":
         return choose_precision(plan.run.PRECISION, device)
-    decided = choose_precision(saved["precision"]["name"], device)
-    return dataclasses.replace(decided, reason="as when this run began")
+    return keep_precision(saved["precision"]["name"], device)
 
 
 def _with_decisions(asked: TrainingConfig, saved: dict[str, Any] | None) -> TrainingConfig:
@@ -696,15 +616,10 @@ def _share_the_machine(
     threads = usual_threads = default_threads(parallel.local_world)
     if night and device.type == "cpu":
         threads = max(1, threads // 2)
-    if night and device.type in ("cuda", "mps"):
-        if device.type == "cuda":
-            torch.cuda.set_per_process_memory_fraction(0.5, device)
-        else:
-            torch.mps.set_per_process_memory_fraction(0.5)
+    if night and device.type != "cpu":
         micro_batch = halved(most)
-        notices.append(
-            f"night mode: half of the memory, {micro_batch} windows at a time instead of {most}"
-        )
+        memory = "half of the memory, " if limit_memory(device, 0.5) else ""
+        notices.append(f"night mode: {memory}{micro_batch} windows at a time instead of {most}")
     if saved is not None and saved["settings"]["NIGHT_MODE"] == night:
         same_ranks = saved.get("ranks", 1) == parallel.world
         # a number set from outside is somebody's wish
@@ -927,10 +842,10 @@ def _show_machine(
         say(f"Note: PARALLEL is for torchrun's processes, and this one is alone ({HOW_MANY})")
     elif device.type == "cuda" and torch.cuda.device_count() > 1:
         say(f"Note: one of {torch.cuda.device_count()} GPUs is used ({HOW_MANY})")
-    if device.type == "cuda":
-        say(f"GPU: {torch.cuda.get_device_name(device)}")
-    if device.type == "mps":
-        say("GPU: Apple Silicon")
+    if device.type != "cpu":
+        say(f"GPU: {device_name(device)}")
+    elif plan.run.DEVICE is None and parallel.is_main and (reason := why_no_gpu()):
+        say(f"Note: {reason}")
     say(f"Precision: {precision.name} ({precision.reason})")
     say(f"Mode: {plan.mode} ({plan.origins['mode']})")
     say(f"Model: {plan.model_name} ({plan.origins['model']})")

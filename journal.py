@@ -27,6 +27,8 @@ from visualize import render_losses
 PICTURE = "training_losses.png"
 FETCH_EVERY = 50  # steps whose losses stay on the device before they are read together
 MOST_SKIPPED = 10  # steps in a row; then it is no accident
+# steps in a row by which fp16 may halve its loss scale, from 2 ** 16 to 1, to find the one it needs
+MOST_HALVINGS = 16
 MOST_MOMENTS, LAST_MOMENTS = 50, 10  # whose samples are kept, and how many of the last of all
 
 # what would move a terminal's cursor or turn the direction of writing
@@ -79,6 +81,7 @@ class Journal:
     log_every: int = 0
     folder: Path | None = None
     token_size: TokenSize | None = None
+    scales_loss: bool = False  # as fp16 needs it: an overflow then only lowers the scale
     trackers: Trackers = field(default_factory=lambda: Trackers([]))
     history: History = field(default_factory=History)
 
@@ -87,6 +90,7 @@ class Journal:
         self.weights_of_step: int | None = None  # where the model has not the last step's
         self._tokens = 0
         self._in_a_row = 0  # skipped steps
+        self._halvings = 0  # of the loss scale, in a row
         self._pending: list[tuple[torch.Tensor, torch.Tensor, int, float]] = []
         self._said: set[str] = set()
         self._earlier_s = 0.0  # of a run that goes on
@@ -150,8 +154,12 @@ class Journal:
 
     def _count_skipped(self, row: dict[str, Any]) -> None:
         if math.isfinite(row["train/loss"] + row["train/grad_norm"]):
-            self._in_a_row = 0
+            self._in_a_row = self._halvings = 0
             return
+        if self.scales_loss and math.isfinite(row["train/loss"]):
+            self._halvings += 1
+            if self._halvings <= MOST_HALVINGS:
+                return
         self.history.skipped += 1
         self._in_a_row += 1
         said = (
@@ -292,6 +300,7 @@ class Journal:
             "tokens": self._tokens,
             "tokens_per_s": self._speed(),
             "skipped_in_a_row": self._in_a_row,
+            "halvings_in_a_row": self._halvings,
             "metrics_bytes": 0 if self._metrics is None else self._metrics.sync(),
         }
 
@@ -308,6 +317,7 @@ class Journal:
         self._tokens = self._marked_tokens = state["tokens"]
         self._tokens_per_s = state["tokens_per_s"]
         self._in_a_row = state["skipped_in_a_row"]
+        self._halvings = state["halvings_in_a_row"]
         self._earlier_s = self.history.elapsed_s
 
     def _log(self, rows: list[dict[str, Any]]) -> None:

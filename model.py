@@ -19,7 +19,7 @@ from torch.nn.attention import SDPBackend
 from torch.utils.checkpoint import checkpoint
 
 from engine.loss import next_token_loss
-from engine.precision import Precision
+from engine.precision import DTYPES, Precision
 from engine.settings import check, setting
 
 ACTIVATIONS = {"gelu": lambda: nn.GELU(approximate="tanh"), "relu": nn.ReLU}
@@ -308,16 +308,14 @@ def attend(
     return (scores.softmax(-1) @ v.flatten(0, 1)).view(q.shape)  # softmax is fp32 within
 
 
-def attention_kernel(
-    config: GPTConfig, precision: Precision, device: torch.device
-) -> tuple[str, bool]:
-    """The kernel that torch chooses for this model's attention, and whether it is a fast one."""
-    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision.name]
+def attention_kernel(config: GPTConfig, precision: Precision, device: torch.device) -> str:
+    """The kernel that torch chooses for this model's attention: "flash attention", "math", ..."""
+    dtype = DTYPES[precision.name]
     shape = (1, config.n_heads, config.context_length, config.emb_dim // config.n_heads)
     q = torch.empty(shape, dtype=dtype, device=device, requires_grad=True)
     dropout = config.attention_drop_rate
     name = SDPBackend(torch._fused_sdp_choice(q, q, q, dropout_p=dropout, is_causal=True)).name
-    return name.lower().replace("_", " "), name in ("CUDNN_ATTENTION", "FLASH_ATTENTION")
+    return name.lower().replace("_", " ")
 
 
 class GatedMLP(nn.Module):

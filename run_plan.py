@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from engine.devices import find_device_fault
 from engine.errors import SettingsError
 from engine.parallel import KINDS
 from engine.precision import PRECISIONS
@@ -99,8 +100,8 @@ class RunSettings:
             if isinstance(values[name], str) and not _can_be_a_path(values[name])
         ]
         device, run_name = values["DEVICE"], values["RUN_NAME"]
-        if device is not None and not re.fullmatch(r"cpu|mps|cuda(:\d{1,3})?", device):
-            problems.append(f'DEVICE is {shown(device)}; it must be "cpu", "cuda", "mps" or None')
+        if fault := find_device_fault(device):
+            problems.append(f"DEVICE is {shown(device)}; it {fault}, or None")
         if run_name is not None and not re.fullmatch(
             r'[^./\\<>:"|?*\x00-\x1f][^/\\<>:"|?*\x00-\x1f]{0,79}', run_name
         ):

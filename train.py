@@ -23,7 +23,9 @@ from engine.checkpoint import (
     random_state,
     set_random_state,
 )
+from engine.compiling import compile_model, is_compiled, undo_compiling
 from engine.console import say, track
+from engine.devices import release_memory, with_index
 from engine.errors import (
     CheckpointError,
     DataError,
@@ -209,8 +211,10 @@ class Trainer:
     def _use_smaller(self, n_windows: int, before: int) -> None:
         """Go through fewer windows at a time from here on; evaluations do, too."""
         gc.collect()
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()  # what is cached may be in pieces too small
+        release_memory(self.device)
+        if is_compiled(self.model):  # for steps of several micro-batches from here on
+            undo_compiling(self.model)
+            compile_model(self.model, self.device, micro_batches=2)
         say(
             f"Note: step {self.journal.steps + 1} ran out of memory: {n_windows} windows at a time "
             f"instead of {before} from here on, the batch stays the same"
@@ -293,7 +297,8 @@ class Trainer:
         try:
             self.journal.restore(state["journal"])
             self._restore_random(state)
-            self.scaler.load_state_dict(state["scaler"])
+            if state["scaler"]:  # none of a run that had another precision until now
+                self.scaler.load_state_dict(state["scaler"])
             schedule, step = Schedule(**state["schedule"]), self.journal.steps
             # the last checkpoint comes before the last evaluation, which the run then still owes
             former_end = step if step == state["total_steps"] else None
@@ -515,6 +520,7 @@ def _train(env: "RuntimeEnv") -> Journal:
         log_every=env.log_every,
         folder=parallel.only_main(run.path),
         token_size=env.token_size,
+        scales_loss=env.precision.scales_loss,
     )
     clock = SaveClock(config.save_every, config.save_minutes)
     trainer = Trainer(
@@ -657,7 +663,7 @@ def train_model_simple(
             "train_model_simple() under torchrun needs the loaders of prepare_environment(): of "
             "others it does not know which share is whose."
         )
-    device = torch.device(device)
+    device = with_index(device)
     precision = precision or choose_precision("auto", device)
     plan = LoopPlan(
         total_steps=num_epochs * count_steps(train_loader),
@@ -667,7 +673,9 @@ def train_model_simple(
         schedule=None,
         prompts=as_prompts(start_context),
     )
-    journal = Journal(tokenizer.vocab_size, plan.total_steps, log_every)
+    journal = Journal(
+        tokenizer.vocab_size, plan.total_steps, log_every, scales_loss=precision.scales_loss
+    )
     trainer = Trainer(model, optimizer, device, precision, journal, tokenizer, parallel=parallel)
     with parallel.watched():
         training_loop(trainer, train_loader, val_loader, plan)

@@ -17,13 +17,15 @@ from engine.compiling import (
     what_prevents_compiling,
 )
 from engine.console import say
+from engine.devices import synchronize
 from engine.errors import ResourceError
+from engine.loss import next_token_loss
 from engine.memory import OutOfStepMemory, halved
 from engine.optim import EVALUATIONS, LONGEST_EVAL_FREQ, set_learning_rate
 from engine.parallel import ALONE, Parallel
 from engine.precision import Precision
 from generation import evaluating
-from model import GPTModel
+from model import GPTModel, KVCache
 from train import steps_of_epoch, take_step, to_device, using_threads
 from training_utils import TrainingConfig
 
@@ -55,19 +57,19 @@ class Trial:
     threads: int
     parallel: Parallel = ALONE
 
-    def step_seconds(self) -> float:
+    def step_seconds(self, *, may_halve: bool = True) -> float:
         """The median time of an optimizer step here, after one that doesn't count.
 
         Weights, moments and random numbers are afterwards what they were. Where memory runs out,
-        fewer windows go through at a time from here on; OutOfStepMemory is raised for a single
-        one.
+        and may_halve, the micro-batch is half as large from here on; else, and for a single
+        window, OutOfStepMemory is raised.
         """
         batches = self.loader.batch_sampler
         while True:
             try:
                 return self._step_seconds()
             except OutOfStepMemory:
-                if batches.micro_batch == 1 or self.parallel.kind == "fsdp":
+                if not may_halve or batches.micro_batch == 1 or self.parallel.kind == "fsdp":
                     raise
             batches.micro_batch = halved(min(batches.micro_batch, batches.batch_size))
             say(f"Note: memory ran out: {batches.micro_batch} windows at a time, as a trial shows")
@@ -103,8 +105,7 @@ class Trial:
                         parallel=others,
                         n_targets=step.n_targets,
                     )
-                    if self.device.type != "cpu":
-                        torch.accelerator.synchronize()
+                    synchronize(self.device)
                     seconds.append(time.perf_counter() - started_at)
         finally:
             self.loader.batch_sampler.start_at(0)
@@ -117,16 +118,22 @@ class Trial:
     def compile(self, as_written: float | None) -> str | None:
         """Compile the model's steps now, with a line that says so; returns what speaks against it.
 
-        That is a compiler's fault, or steps that take no less than as_written seconds.
+        That is a compiler's fault, a lack of memory, or steps that take no less than as_written
+        seconds: the model then runs as it is written, with the micro-batch that it had.
         """
         say("Compiling the model's blocks: up to a minute, once ...")
-        compile_model(self.model, self.device, is_alone=self.parallel.is_alone)
+        compile_model(
+            self.model,
+            self.device,
+            micro_batches=self.loader.batch_sampler.per_step,
+            is_alone=self.parallel.is_alone,
+        )
         started_at = time.perf_counter()
         failed, seconds = None, 0.0
         try:
-            seconds = self.step_seconds()
+            seconds = self.step_seconds(may_halve=False)
         except OutOfStepMemory:
-            raise
+            failed = "compiled steps ran out of memory"
         except Exception as error:  # compilers fail in ways of their own: the model runs without
             reason = next(iter(str(error).splitlines()), "")[:200]
             failed = f"{type(error).__name__}: {reason}"
@@ -141,32 +148,65 @@ class Trial:
         return None
 
 
-def disagreement(model: GPTModel, ids: torch.Tensor, precision: Precision) -> float:
-    """How far a model's logits are from those of the CPU in fp32: relative, by norm.
+def disagreements(
+    model: GPTModel, ids: torch.Tensor, targets: torch.Tensor, precision: Precision
+) -> dict[str, float]:
+    """How far a device's results are from those of the CPU in fp32: relative, by norm.
 
-    ids is (B, T), on the model's device.
+    ids and targets are (B, T), on the model's device. Compared are the logits, the loss, its
+    gradients for the hidden states and for the parameters, and the logits of the last position by
+    way of a KVCache.
     """
-    with evaluating(model), torch.no_grad():
+    found = _results(model, ids, targets, precision)
+    on_cpu = copy.deepcopy(model).cpu()
+    expected = _results(on_cpu, ids.cpu(), targets.cpu(), Precision("fp32", "", "cpu"))
+    errors = {}
+    for name, tensors in expected.items():
+        pairs = zip(found[name], tensors, strict=True)
+        difference = sum((one.float().cpu() - other).norm() ** 2 for one, other in pairs) ** 0.5
+        size = sum(tensor.norm() ** 2 for tensor in tensors) ** 0.5
+        errors[name] = (difference / size).item()
+    return errors
+
+
+def _results(
+    model: GPTModel, ids: torch.Tensor, targets: torch.Tensor, precision: Precision
+) -> dict[str, list[torch.Tensor]]:
+    """What disagreements() compares, as one device computes it."""
+    with evaluating(model), torch.enable_grad():
         with precision.autocast():
-            found = model(ids).float().cpu()
-        expected = copy.deepcopy(model).cpu()(ids.cpu())
-    return ((found - expected).norm() / expected.norm()).item()
+            hidden = model.hidden(ids)
+            loss = next_token_loss(hidden, model.head.weight, targets)
+        gradients = torch.autograd.grad(loss, [hidden, *model.parameters()])
+        with torch.no_grad(), precision.autocast():
+            cache = KVCache([ids.shape[1]] * len(ids), ids.shape[1], ids.device)
+            for part in ids.split([ids.shape[1] - 1, 1], dim=1):
+                newest = model.hidden(part, cache.advance(part.shape[1]))
+            results = {
+                "logits": [model.head(hidden)],
+                "loss": [loss.detach()],
+                "gradient of the hidden states": [gradients[0]],
+                "gradients of the parameters": list(gradients[1:]),
+                "logits with a cache": [model.head(newest[:, -1])],
+            }
+    return results
 
 
-def precision_that_agrees(model: GPTModel, ids: torch.Tensor, precision: Precision) -> Precision:
+def precision_that_agrees(
+    model: GPTModel, ids: torch.Tensor, targets: torch.Tensor, precision: Precision
+) -> Precision:
     """The precision as it is, or fp32 where only that agrees with the CPU.
 
     Raises ResourceError where neither does: training would go on with wrong numbers. A NaN
     agrees with nothing.
     """
-    errors = {}
     for tried in (precision, Precision("fp32", "bf16 gives wrong numbers here", ids.device.type)):
-        errors[tried.name] = disagreement(model, ids, tried)
-        if errors[tried.name] <= AGREEMENT[tried.name]:
+        errors = disagreements(model, ids, targets, tried)
+        if all(error <= AGREEMENT[tried.name] for error in errors.values()):
             return tried
-    listed = ", ".join(f"{error:.2g} in {name}" for name, error in errors.items())
+    listed = ", ".join(f"{name} {error:.2g}" for name, error in errors.items())
     raise ResourceError(
-        f"{ids.device} computes wrong numbers: its logits are off the CPU's by {listed}.\n"
+        f"{ids.device} computes wrong numbers, in fp32 too; relative to the CPU's: {listed}.\n"
         'Update torch or the system, or set DEVICE = "cpu".'
     )
 

@@ -24,6 +24,7 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from engine.console import say, tell
+from engine.devices import generator_state, set_generator_state
 from engine.errors import CheckpointError, NumericsError, SettingsError
 from engine.parallel import ALONE, Parallel
 from engine.settings import shown
@@ -551,10 +552,8 @@ def read_safetensors(path: Path) -> dict[str, torch.Tensor]:
 def random_state(device: torch.device) -> dict[str, str]:
     """The state of the generators that a step on this device draws from, as JSON."""
     states = {"cpu": torch.get_rng_state()}
-    if device.type == "cuda":
-        states["cuda"] = torch.cuda.get_rng_state(device)
-    if device.type == "mps":
-        states["mps"] = torch.mps.get_rng_state()
+    if device.type != "cpu":
+        states[device.type] = generator_state(device)
     return {
         name: base64.b64encode(state.numpy().tobytes()).decode() for name, state in states.items()
     }
@@ -566,7 +565,5 @@ def set_random_state(states: dict[str, str], device: torch.device) -> None:
         state = torch.frombuffer(bytearray(base64.b64decode(text)), dtype=torch.uint8)
         if name == "cpu":
             torch.set_rng_state(state)
-        elif name == device.type == "cuda":
-            torch.cuda.set_rng_state(state, device)
-        elif name == device.type == "mps":
-            torch.mps.set_rng_state(state)
+        elif name == device.type:
+            set_generator_state(state, device)

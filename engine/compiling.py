@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from engine.devices import cuda_capability
 from engine.errors import SettingsError
 
 # what was seen of 6- and 12-layer models: the share of a step's time that is saved, and the wait
@@ -29,7 +30,10 @@ def what_prevents_compiling(device: torch.device) -> str | None:
     """Why torch.compile can't work on this machine, or None."""
     if device.type == "mps":
         return "it is not dependable on Apple's GPUs"
-    if device.type == "cuda":
+    if device.type != "cpu":
+        capability = cuda_capability(device)
+        if capability is not None and capability < (7, 0):
+            return "Triton does not serve GPUs this old (compute capability below 7.0)"
         return None if importlib.util.find_spec("triton") else "Triton is not installed"
     if sys.platform == "win32":
         return None if shutil.which("cl") else "there is no C++ compiler (cl) here"
@@ -47,19 +51,23 @@ def is_repaid(step_seconds: float, steps: int, device: torch.device) -> bool:
     return steps * step_seconds * saves > 2 * seconds
 
 
-def compile_model(model: nn.Module, device: torch.device, *, is_alone: bool = True) -> None:
-    """Have the model's training steps compiled, at the first of them.
+def compile_model(
+    model: nn.Module, device: torch.device, *, micro_batches: int, is_alone: bool = True
+) -> None:
+    """Compile the model's training steps, of so many micro-batches each, at the first of them.
 
     On a CPU each block is a region of its own: the code of one serves all. On a GPU the whole of
-    `hidden` is one, as graphs that are replayed where the model is small; but where other
-    processes train too, gradients are to travel block by block while the rest is computed.
+    `hidden` is one region; but with other processes, gradients are reduced block by block while
+    the rest is computed. A small model with one micro-batch a step runs as CUDA graphs: of
+    several, each would overwrite the gradients of the one before (pytorch#169545).
     """
     if device.type == "cpu" or not is_alone:
         for block in model.blocks:
             block.compile(dynamic=False)
         return
-    small = sum(p.numel() for p in model.parameters()) < SMALL_MODEL
-    mode = "reduce-overhead" if small else "default"
+    is_small = sum(p.numel() for p in model.parameters()) < SMALL_MODEL
+    has_graphs = device.type == "cuda" and is_small and micro_batches == 1
+    mode = "reduce-overhead" if has_graphs else "default"
     model.hidden = torch.compile(model.hidden, dynamic=False, mode=mode)
 
 

@@ -90,8 +90,10 @@ def _loss_and_gradients(
         n_chunks = -(-N // chunk_rows(rows, V))
         largest = -(-N // max(1, n_chunks))
         # new memory for each chunk would cost more than the arithmetic on it; columns of zeros
-        # up to a multiple of 64 speed up the product for the head's gradient
-        width = V if dtype == torch.float32 else -(-V // 64) * 64
+        # up to a multiple of 64 speed up the product for the head's gradient. Before macOS 15
+        # Metal leaves an `out` with gaps between its rows unwritten (pytorch#104832)
+        is_dense = dtype == torch.float32 or device_type == "mps"
+        width = V if is_dense else -(-V // 64) * 64
         padded = rows.new_empty(largest, width)
         padded[:, V:] = 0
         at_once = largest if dtype == torch.float32 else min(largest, softmax_rows(rows, V))
@@ -99,8 +101,9 @@ def _loss_and_gradients(
         total = torch.zeros((), device=hidden.device)
         d_hidden = torch.empty_like(rows) if gradients else None
         d_weight = part = None
-        # near 1 / n_targets, so that fp16 holds the sum; a power of two, so that no digit is lost
-        share = 0.5 ** round(math.log2(n_targets))
+        # near 1 / rows, so that fp16 holds a chunk's sum and its small parts too; a power of two,
+        # so that no digit is lost
+        share = 0.5 ** round(math.log2(max(1, largest)))
         for first in range(0, N, max(1, largest)):
             x, y = rows[first : first + largest], targets[first : first + largest, None]
             d_logits = padded[: len(x)]
@@ -121,7 +124,10 @@ def _loss_and_gradients(
                     if p.dtype != block.dtype:
                         block.copy_(p)
             if gradients:
-                torch.mm(logits, head, out=d_hidden[first : first + largest])
+                if device_type == "mps":  # and one that begins within its memory
+                    d_hidden[first : first + largest] = torch.mm(logits, head)
+                else:
+                    torch.mm(logits, head, out=d_hidden[first : first + largest])
                 part = torch.mm(d_logits.T, x * share, out=part)
                 if d_weight is None:
                     d_weight = part[:V].to(torch.float32, copy=True)

@@ -1,6 +1,7 @@
 """Memory: what a step takes, what is there, and how the lack of it shows."""
 
 import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -8,19 +9,26 @@ import torch
 from torch import nn
 
 from engine.checkpoint import random_state, set_random_state
+from engine.devices import free_memory
 from engine.errors import PipelineError
 from engine.loss import chunk_rows, softmax_rows
 from engine.precision import Precision
 
 # Activations are measured on windows this short and carried over to the real ones. A GPU's
 # attention kernels keep something for each 128 positions, used or not.
-PROBED_TOKENS = {"cpu": 16, "cuda": 512, "mps": 128}
+PROBED_TOKENS = {"cpu": 16, "cuda": 512, "mps": 128, "xpu": 512}
 OPTIMIZER_BYTES = {"adamw": (8, 8), "muon": (4, 8)}  # a parameter of hidden matrices, of others
 ADVICE = (  # where even one window at a time is too much
     "Set activation_checkpointing to True, a smaller max_length, n_layers or emb_dim, or another "
     "MODEL."
 )
-SIGNS = ("allocate", "out of memory", "bad_alloc", "ALLOC_FAILED")  # in what a RuntimeError says
+# What a RuntimeError says where memory ran out: the allocators of CUDA, XPU, Metal and NCCL, the
+# one of CPUs on Linux and macOS, on Windows, C++'s own, Metal's for one tensor, and libraries'
+# whose own allocation failed. A word alone, such as "allocate", is in messages of other kinds.
+_OUT_OF_MEMORY = re.compile(
+    "out of memory|DefaultCPUAllocator: (can't allocate|not enough) memory|std::bad_alloc"
+    "|Invalid buffer size: |(CUBLAS|CUDNN|CUSOLVER|CUSPARSE|HIPBLAS)_STATUS_ALLOC_FAILED"
+)
 
 
 class OutOfStepMemory(MemoryError):
@@ -37,7 +45,7 @@ def is_out_of_memory(error: BaseException) -> bool:
     if isinstance(error, PipelineError):
         return False
     return isinstance(error, MemoryError | torch.OutOfMemoryError) or (
-        isinstance(error, RuntimeError) and any(sign in str(error) for sign in SIGNS)
+        isinstance(error, RuntimeError) and _OUT_OF_MEMORY.search(str(error)) is not None
     )
 
 
@@ -238,14 +246,8 @@ def available_memory(device: torch.device) -> int | None:
     Memory that torch's own cache holds counts as free. On the CPU it is what the system has left,
     or a limit of the process or its container where that is tighter.
     """
-    if device.type == "cuda":
-        free, total = torch.cuda.mem_get_info(device)
-        reserved = torch.cuda.memory_reserved(device)
-        allowed = int(total * torch.cuda.get_per_process_memory_fraction(device)) - reserved
-        return max(0, min(free, allowed) + reserved - torch.cuda.memory_allocated(device))
-    if device.type == "mps":
-        taken = torch.mps.current_allocated_memory()
-        return max(0, torch.mps.recommended_max_memory() - taken)
+    if device.type != "cpu":
+        return free_memory(device)
     rooms = [_system_room(), _address_room(), *_container_rooms(Path("/proc"), Path("/sys"))]
     return min((room for room in rooms if room is not None), default=None)
 

@@ -8,7 +8,8 @@ import torch
 from torch import nn
 from torch.optim.adamw import adamw
 
-from engine.precision import choose_precision
+from engine.devices import KINDS
+from engine.precision import DTYPES, choose_precision
 
 OPTIMIZERS = ("adamw", "muon")
 BETAS, EPS = (0.9, 0.95), 1e-8  # AdamW's
@@ -136,14 +137,14 @@ def build_muon(model: nn.Module, learning_rate: float, weight_decay: float) -> "
     hidden = {weight for weight, _ in matrices}
     trained = [p for p in model.parameters() if p.requires_grad]
     rest = [p for p in trained if p not in hidden]
-    has_bf16 = choose_precision("auto", next(model.parameters()).device).name == "bf16"
+    precision = choose_precision("auto", next(model.parameters()).device)
     return Muon(
         matrices,
         _adamw_groups(model, rest, weight_decay),
         learning_rate,
         weight_decay,
         fused=_has_fused_adamw(trained),
-        dtype=torch.bfloat16 if has_bf16 else torch.float32,
+        dtype=DTYPES[precision.name],
     )
 
 
@@ -160,7 +161,7 @@ def _adamw_groups(
 
 
 def _has_fused_adamw(parameters: list[nn.Parameter]) -> bool:
-    return all(p.device.type in ("cpu", "cuda", "mps") for p in parameters)
+    return all(p.device.type in KINDS for p in parameters)
 
 
 class Muon(torch.optim.Optimizer):
@@ -278,7 +279,7 @@ class Muon(torch.optim.Optimizer):
             grads = [torch.where(bad, m, g) for m, g in zip(momenta, grads, strict=True)]
         torch._foreach_lerp_(momenta, grads, 1 - MOMENTUM)
         ahead = torch._foreach_lerp(grads, momenta, MOMENTUM)  # Nesterov's
-        updates = orthogonalize(torch.stack([m.to(self._dtype) for m in ahead]))
+        updates = orthogonalize(torch.stack(ahead), self._dtype)
         if found_inf is not None:
             updates *= ~bad
         # the rms of an orthogonal matrix is 1 / sqrt(its longer side)
@@ -304,9 +305,14 @@ class Muon(torch.optim.Optimizer):
             decay = torch.where(bad, 1.0, decay)
             grad = torch.where(bad, momentum, grad)
         momentum.lerp_(grad, 1 - MOMENTUM)
-        ahead = torch.lerp(grad, momentum, MOMENTUM).to(self._dtype).full_tensor()
+        ahead = torch.lerp(grad, momentum, MOMENTUM)
+        if self._dtype == torch.bfloat16:  # half to gather; fp16 does not have its range
+            ahead = ahead.to(self._dtype)
+        ahead = ahead.full_tensor()
         sizes = [MUON_RMS * math.sqrt(max(matrix.shape)) for matrix in ahead.split(rows)]
-        parts = [orthogonalize(matrix[None])[0].float() for matrix in ahead.split(rows)]
+        parts = [
+            orthogonalize(matrix[None], self._dtype)[0].float() for matrix in ahead.split(rows)
+        ]
         update = torch.cat([part * size for part, size in zip(parts, sizes, strict=True)])
         if found_inf is not None:
             update *= ~bad
@@ -316,15 +322,17 @@ class Muon(torch.optim.Optimizer):
         p.sub_(own * learning_rate)
 
 
-def orthogonalize(matrices: torch.Tensor) -> torch.Tensor:
-    """(n, rows, columns) -> each matrix with its singular values brought near 1.
+def orthogonalize(matrices: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """(n, rows, columns) -> each matrix with its singular values brought near 1, as dtype.
 
-    A Newton-Schulz iteration in the tensor's own format. Its coefficients (Jordan et al. 2024)
+    A Newton-Schulz iteration in dtype, after each matrix was divided by its norm in fp32: what
+    fp16 would lose of a small gradient, it holds then. Its coefficients (Jordan et al. 2024)
     hurry: values of 0.002 and more of the matrix's norm end between 0.68 and 1.21, not at 1. A
     matrix of zeros stays one.
     """
-    norms = torch.linalg.vector_norm(matrices, dim=(1, 2), keepdim=True)  # >= the largest value
-    x = matrices / norms.clamp(min=1e-7)
+    # the norm is at least the largest singular value
+    norms = torch.linalg.vector_norm(matrices, dim=(1, 2), keepdim=True, dtype=torch.float32)
+    x = (matrices / norms.clamp(min=1e-7)).to(dtype)
     is_tall = x.shape[1] > x.shape[2]
     a, b, c = NEWTON_SCHULZ
     for _ in range(NEWTON_SCHULZ_STEPS):

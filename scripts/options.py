@@ -13,6 +13,7 @@ from typing import Any, NoReturn
 import torch
 
 from engine.console import complain, printable, use_utf8
+from engine.devices import find_device_fault
 from engine.errors import PipelineError, ResourceError, SettingsError
 from engine.memory import is_out_of_memory
 from engine.processor import default_threads
@@ -88,7 +89,7 @@ def add_run_options(parser: argparse.ArgumentParser) -> None:
         default="auto",
         help="what is read for a token; int8 is faster on CPUs, and a little less exact (auto)",
     )
-    group.add_argument("--device", help='"cpu", "cuda", "cuda:1", "mps" (the best there is)')
+    group.add_argument("--device", help='"cpu", "cuda", "cuda:1", "mps", "xpu" (the best there is)')
     group.add_argument(
         "--compile",
         action="store_true",
@@ -196,8 +197,8 @@ def load(arguments: argparse.Namespace) -> LoadedRun:
     if hasattr(arguments, "seed"):
         _given_sampling(arguments)
     device = arguments.device
-    if device is not None and not re.fullmatch(r"cpu|mps|cuda(:\d{1,4})?", device):
-        raise SettingsError(f'--device is {shown(device)}; it must be "cpu", "cuda" or "mps"')
+    if fault := find_device_fault(device):
+        raise SettingsError(f"--device is {shown(device)}; it {fault}")
     run = load_run(
         arguments.run,
         which=arguments.which,

@@ -24,6 +24,7 @@ FLOORS = {
     "run_folder": 3,
     "train": 3,
     "trial": 4,
+    "planning": 4,
     "environment": 5,
     "config_run": 5,  # read by environment alone
     "main": 6,

@@ -69,9 +69,18 @@ def there(monkeypatch, tmp_path):
         ("cpu", "darwin", ["clang++", "Python.h"], None),
     ],
 )
-def test_what_keeps_a_machine_from_compiling_is_named(there, device, platform, names, expected):
+def test_what_keeps_a_machine_from_compiling_is_named(
+    there, monkeypatch, device, platform, names, expected
+):
     there(*names, platform=platform)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 0))
     assert what_prevents_compiling(torch.device(device)) == expected
+
+
+def test_triton_does_not_serve_gpus_before_volta(there, monkeypatch):
+    there("triton")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (6, 1))
+    assert "below 7.0" in what_prevents_compiling(CUDA)
 
 
 def test_the_compiler_that_cxx_names_counts(there, monkeypatch):
@@ -130,7 +139,7 @@ def asked_of_torch(monkeypatch):
 def test_on_a_cpu_each_block_is_compiled_and_the_weights_keep_their_names(asked_of_torch):
     model = tiny_model(n_layers=3)
     names = list(model.state_dict())
-    compile_model(model, CPU)
+    compile_model(model, CPU, micro_batches=1)
     assert asked_of_torch == [{"dynamic": False}] * 3
     assert all(block._compiled_call_impl is not None for block in model.blocks)
     assert list(model.state_dict()) == names
@@ -138,14 +147,17 @@ def test_on_a_cpu_each_block_is_compiled_and_the_weights_keep_their_names(asked_
     assert all(block._compiled_call_impl is None for block in model.blocks)
 
 
-@pytest.mark.parametrize(("largest_small", "mode"), [(10**9, "reduce-overhead"), (1, "default")])
-def test_on_a_gpu_the_whole_is_compiled_and_a_small_model_replayed(
-    asked_of_torch, monkeypatch, largest_small, mode
+@pytest.mark.parametrize(
+    ("largest_small", "micro_batches", "mode"),
+    [(10**9, 1, "reduce-overhead"), (10**9, 2, "default"), (1, 1, "default")],
+)
+def test_on_a_gpu_the_whole_is_compiled_and_a_small_model_with_one_micro_batch_runs_as_graphs(
+    asked_of_torch, monkeypatch, largest_small, micro_batches, mode
 ):
     monkeypatch.setattr(compiling, "SMALL_MODEL", largest_small)
     model = tiny_model()
     names, written = list(model.state_dict()), model.hidden
-    compile_model(model, CUDA)
+    compile_model(model, CUDA, micro_batches=micro_batches)
     assert asked_of_torch == [{"dynamic": False, "mode": mode}]
     assert "hidden" in vars(model)
     assert list(model.state_dict()) == names
@@ -158,7 +170,7 @@ def test_training_alone_runs_compiled(compiled_calls, device):
     model, (_, val_loader) = tiny_model().train(), tiny_loaders()
     ids = torch.zeros(1, 4, dtype=torch.long)
     expected = model(ids)
-    compile_model(model, device)  # "cuda" says only which part of the model
+    compile_model(model, device, micro_batches=1)  # "cuda" says only which part of the model
     mean_loss(model, val_loader, CPU, FP32)
     generate(model, ids, max_new_tokens=3)
     with not_compiled():
@@ -173,7 +185,7 @@ def test_training_alone_runs_compiled(compiled_calls, device):
 
 def test_compiled_blocks_share_their_code(compiled_calls):
     model = tiny_model(n_layers=4).train()
-    compile_model(model, CPU)
+    compile_model(model, CPU, micro_batches=1)
     model(torch.zeros(2, 4, dtype=torch.long)).sum().backward()
     assert len(compiled_calls) == 1
 
@@ -188,7 +200,7 @@ def test_where_nothing_is_compiled_torchs_compiler_is_not_imported(monkeypatch):
 
 def test_after_an_error_compiled_models_run_compiled_again(compiled_calls):
     model = tiny_model().train()
-    compile_model(model, CPU)
+    compile_model(model, CPU, micro_batches=1)
     with pytest.raises(KeyError), not_compiled():
         raise KeyError
     model(torch.zeros(1, 4, dtype=torch.long))
@@ -337,7 +349,7 @@ def test_a_model_with_compiled_steps_counts_as_uncompiled(compiled_calls):
     model.decode = torch.compile(model.decode)  # else generation would run it as it is written
     assert not is_compiled(model)
     for device in (CPU, CUDA):
-        compile_model(model, device)
+        compile_model(model, device, micro_batches=1)
         assert is_compiled(model)
         undo_compiling(model)
         assert not is_compiled(model)

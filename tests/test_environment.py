@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import environment
+import planning.machine
 import trial
 from engine import tracking
 from engine.errors import ResourceError, SettingsError
@@ -49,18 +50,17 @@ def after_a_step(model):
 
 
 @pytest.mark.parametrize(
-    ("has_mps", "has_cuda", "expected"),
-    [(True, True, "mps"), (False, True, "cuda"), (True, False, "mps"), (False, False, "cpu")],
+    ("there", "expected"),
+    [(("mps", "cuda"), "mps"), (("cuda", "xpu"), "cuda"), (("xpu",), "xpu"), ((), "cpu")],
 )
-def test_the_best_device_is_taken_in_the_order_mps_cuda_cpu(
-    monkeypatch, has_mps, has_cuda, expected
-):
-    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: has_mps)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: has_cuda)
+def test_the_best_device_is_taken_in_the_order_mps_cuda_xpu_cpu(monkeypatch, there, expected):
+    counts = {"cpu": 1} | {kind: int(kind in there) for kind in ("mps", "cuda", "xpu")}
+    monkeypatch.setattr(planning.machine, "_count_devices", lambda: counts)
+    monkeypatch.setattr(planning.machine, "_ready", lambda device: device)
     assert pick_device(None).type == expected
 
 
-@pytest.mark.parametrize("name", ["cuda", "cuda:1", "mps"])
+@pytest.mark.parametrize("name", ["cuda", "cuda:1", "mps", "xpu"])
 def test_a_device_that_is_not_there_is_never_replaced(monkeypatch, name):
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)

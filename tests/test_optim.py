@@ -29,7 +29,7 @@ from engine.optim import (
     orthogonalize,
     set_learning_rate,
 )
-from engine.precision import choose_precision
+from engine.precision import choose_precision, keep_precision
 from model import GPTConfig, GPTModel
 from tests.conftest import HostReads
 
@@ -367,7 +367,9 @@ def test_matrices_move_the_same_however_many_are_taken_at_once(monkeypatch, most
     counts = []
     real = engine.optim.orthogonalize
     monkeypatch.setattr(
-        engine.optim, "orthogonalize", lambda stack: counts.append(len(stack)) or real(stack)
+        engine.optim,
+        "orthogonalize",
+        lambda stack, *rest: counts.append(len(stack)) or real(stack, *rest),
     )
     monkeypatch.setattr(engine.optim, "MOST_AT_ONCE", most)
     step_with_random_gradients(muon_of(parts))
@@ -377,13 +379,14 @@ def test_matrices_move_the_same_however_many_are_taken_at_once(monkeypatch, most
         torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("shape", [(3, 16, 16), (2, 8, 40), (2, 40, 8)], ids=str)
 def test_orthogonalized_matrices_keep_their_directions_and_get_values_near_one(shape, dtype):
     torch.manual_seed(0)
-    scales = torch.tensor([1e-4, 1.0, 1e4])[: shape[0], None, None]  # which do not matter
+    # which do not matter, and which fp16 does not hold
+    scales = torch.tensor([1e-6, 1.0, 1e6])[: shape[0], None, None]
     matrices = torch.randn(shape) * scales
-    found = orthogonalize(matrices.to(dtype))
+    found = orthogonalize(matrices, dtype)
     assert (found.dtype, found.shape) == (dtype, shape)
     left, values, right = torch.linalg.svd(matrices, full_matrices=False)
     share = values / matrices.norm(dim=(1, 2))[:, None]
@@ -399,7 +402,7 @@ def test_orthogonalized_matrices_keep_their_directions_and_get_values_near_one(s
 def test_the_iteration_works_on_squares_of_the_shorter_side(monkeypatch, shape):
     squares, real = set(), torch.bmm
     monkeypatch.setattr(torch, "bmm", lambda a, b: squares.add(real(a, b).shape) or real(a, b))
-    orthogonalize(torch.randn(shape))
+    orthogonalize(torch.randn(shape), torch.float32)
     assert squares == {(2, 5, 5)}
 
 
@@ -407,8 +410,8 @@ def test_each_matrix_of_a_stack_is_orthogonalized_as_by_itself():
     torch.manual_seed(0)
     stack = torch.randn(5, 6, 9)
     stack[3] = 0.0
-    found = orthogonalize(stack)
-    alone = torch.cat([orthogonalize(matrix[None]) for matrix in stack])
+    found = orthogonalize(stack, torch.float32)
+    alone = torch.cat([orthogonalize(matrix[None], torch.float32) for matrix in stack])
     torch.testing.assert_close(found, alone)
     assert not found[3].any()
 
@@ -630,7 +633,7 @@ def test_muon_iterates_in_bf16_where_the_processor_has_it(cpu_has, monkeypatch, 
     used = set()
     real = engine.optim.orthogonalize
     monkeypatch.setattr(
-        engine.optim, "orthogonalize", lambda stack: used.add(stack.dtype) or real(stack)
+        engine.optim, "orthogonalize", lambda stack, dtype: used.add(dtype) or real(stack, dtype)
     )
     model = tiny_model()
     optimizer = build_muon(model, 1e-2, 0.1)
@@ -670,11 +673,34 @@ def test_instruction_sets_are_looked_up_by_names_that_torch_knows():
 
 
 @pytest.mark.parametrize(
-    ("capability", "name"), [((7, 5), "fp32"), ((8, 0), "bf16"), ((9, 0), "bf16")]
+    ("capability", "name"),
+    [((6, 1), "fp32"), ((7, 0), "fp16"), ((7, 5), "fp16"), ((8, 0), "bf16"), ((12, 0), "bf16")],
 )
-def test_auto_takes_bf16_on_gpus_from_ampere_on(monkeypatch, capability, name):
+def test_auto_takes_the_fastest_format_that_a_gpu_has(monkeypatch, capability, name):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    assert choose_precision("auto", torch.device("cuda")).name == name
+    assert choose_precision("auto", torch.device("cuda", 0)).name == name
+
+
+@pytest.mark.parametrize(
+    ("capability", "begun_in", "name", "reason"),
+    [
+        ((8, 0), "bf16", "bf16", "as when this run began"),
+        ((8, 0), "fp32", "fp32", "as when this run began"),
+        ((7, 5), "bf16", "fp16", "but none for bf16; this run began in bf16"),
+        ((8, 0), "fp16", "bf16", "this run began in fp16"),
+        ((6, 1), "bf16", "fp32", "this run began in bf16"),
+        (None, "bf16", "bf16", "as when this run began, but slow here"),
+        (None, "fp16", "fp32", "this run began in fp16"),
+    ],
+)
+def test_a_run_that_goes_on_keeps_its_precision_unless_a_gpu_would_emulate_it(
+    cpu_has, monkeypatch, capability, begun_in, name, reason
+):
+    cpu_has()
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    device = torch.device("cpu") if capability is None else torch.device("cuda", 0)
+    kept = keep_precision(begun_in, device)
+    assert kept.name == name and reason in kept.reason
 
 
 @pytest.mark.parametrize(("is_newer", "name"), [(True, "bf16"), (False, "fp32")])

@@ -781,6 +781,7 @@ def gpus(monkeypatch):
         monkeypatch.setattr(torch.cuda, "is_available", lambda: n_cuda > 0)
         monkeypatch.setattr(torch.cuda, "device_count", lambda: n_cuda)
         monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
         monkeypatch.setattr(torch.backends.mps, "is_available", lambda: has_mps)
         return chosen
 
@@ -794,7 +795,7 @@ def test_each_rank_of_a_machine_takes_its_own_gpu(gpus, requested):
     ranks = [Parallel(4 + i, 8, local_rank=i, local_world=4) for i in range(4)]
     devices = [pick_device(requested, rank) for rank in ranks]
     assert devices == [torch.device("cuda", i) for i in range(4)]
-    assert chosen == [0, 1, 2, 3]
+    assert chosen == devices
 
 
 def test_ranks_on_the_cpu_leave_gpus_alone(gpus):

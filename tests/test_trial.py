@@ -8,6 +8,8 @@ import time
 import pytest
 import torch
 
+import engine.loss
+import model
 import trial
 from engine.errors import ResourceError
 from engine.memory import OutOfStepMemory
@@ -281,7 +283,7 @@ def test_auto_compiles_where_the_steps_repay_it(
     compiler, monkeypatch, capsys, total, budget, step_s, compiled
 ):
     measured = iter([step_s, 0.9 * step_s])
-    monkeypatch.setattr(Trial, "step_seconds", lambda self: next(measured))
+    monkeypatch.setattr(Trial, "step_seconds", lambda self, **_: next(measured))
     total = None if total is None else large_steps(total)
     found = decide_compiling("auto", new_trial(), total, budget)
     assert found.on == compiled
@@ -294,7 +296,7 @@ def test_auto_compiles_where_the_steps_repay_it(
 
 def test_auto_keeps_what_is_faster(compiler, monkeypatch):
     measured = iter([1.0, 1.0])
-    monkeypatch.setattr(Trial, "step_seconds", lambda self: next(measured))
+    monkeypatch.setattr(Trial, "step_seconds", lambda self, **_: next(measured))
     found = decide_compiling("auto", new_trial(), None, 1000.0)
     assert found == Compiled(False, "compiled steps are no faster here: 1 s, 1 s without")
     assert compiler == ["compile", "undo"]
@@ -330,13 +332,21 @@ def test_a_long_reason_is_cut_to_its_first_line(compiler, monkeypatch):
     assert new_trial().compile(None) == f"RuntimeError: {'x' * 200}"
 
 
-def test_memory_that_runs_out_is_no_fault_of_the_compiler(compiler, monkeypatch):
+def test_where_memory_runs_out_compiled_the_model_runs_as_written_with_its_micro_batch(
+    compiler, monkeypatch
+):
     def fail(*arguments, **options):
         raise OutOfStepMemory("not enough")
 
-    monkeypatch.setattr(trial, "take_step", fail)
-    with pytest.raises(OutOfStepMemory):
-        new_trial().compile(None)
+    tried = new_trial()
+    before, micro_batch = state(tried), tried.loader.batch_sampler.micro_batch
+    with monkeypatch.context() as patch:
+        patch.setattr(trial, "take_step", fail)
+        found = decide_compiling(True, tried, 10**9, None)
+    assert found == Compiled(False, "compiled steps ran out of memory")
+    assert compiler == ["compile", "undo"]
+    assert tried.loader.batch_sampler.micro_batch == micro_batch
+    assert_same(state(tried), before)
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit])
@@ -352,16 +362,17 @@ def test_ctrl_c_while_compiling_ends_the_program(compiler, monkeypatch, error):
 # ------------------------------------------------------------------ a device's arithmetic
 
 
-def agreeing(precision: str, spoil=None) -> Precision:
+def agreeing(precision: str, *spoilt: str, spoil=None) -> Precision:
+    """What is found of a model whose modules give what `spoil` makes of it, under autocast."""
     model = tiny_model()
-    if spoil is not None:
-        model.blocks[0].mlp.register_forward_hook(
+    for module in [model.get_submodule(name) for name in spoilt]:
+        module.register_forward_hook(
             lambda module, inputs, output: (
                 spoil(output) if torch.is_autocast_enabled("cpu") else None
             )
         )
-    ids = torch.randint(model.config.vocab_size, (1, model.config.context_length))
-    return trial.precision_that_agrees(model, ids, Precision(precision, "as set", "cpu"))
+    ids, targets = torch.randint(model.config.vocab_size, (2, 1, model.config.context_length))
+    return trial.precision_that_agrees(model, ids, targets, Precision(precision, "as set", "cpu"))
 
 
 @pytest.mark.parametrize("name", ["fp32", "bf16"])
@@ -371,11 +382,34 @@ def test_right_arithmetic_agrees_with_the_cpu(name):
 
 @pytest.mark.parametrize("spoil", [lambda x: 30 * x + 3, lambda x: x * float("nan")])
 def test_where_bf16_is_wrong_fp32_is_used(spoil):
-    agreed = agreeing("bf16", spoil)
+    agreed = agreeing("bf16", "blocks.0.mlp", spoil=spoil)
     assert (agreed.name, agreed.reason) == ("fp32", "bf16 gives wrong numbers here")
 
 
+def test_wrong_gradients_or_a_wrong_cached_step_are_found_where_logits_are_right(monkeypatch):
+    """As Metal's product that leaves its output unwritten does, or a cache that is not filled."""
+    real_loss, real_extend = engine.loss._loss_and_gradients, model.Newest.extend
+
+    def without_head_gradient(*arguments, **options):
+        loss, d_hidden, d_weight = real_loss(*arguments, **options)
+        return loss, d_hidden, d_weight * (not torch.is_autocast_enabled("cpu"))
+
+    def stale(self, layer, k, v):
+        keys, values = real_extend(self, layer, k, v)
+        is_wrong = k.shape[2] == 1 and torch.is_autocast_enabled("cpu")
+        return keys, values + 9.0 * is_wrong
+
+    for target, name, wrong in (
+        (engine.loss, "_loss_and_gradients", without_head_gradient),
+        (model.Newest, "extend", stale),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setattr(target, name, wrong)
+            assert agreeing("bf16").name == "fp32"
+    assert agreeing("bf16").name == "bf16"
+
+
 def test_a_device_that_is_wrong_in_every_precision_is_refused(monkeypatch):
-    monkeypatch.setattr(trial, "disagreement", lambda *arguments: float("nan"))
-    with pytest.raises(ResourceError, match='set DEVICE = "cpu"'):
+    monkeypatch.setattr(trial, "disagreements", lambda *arguments: {"loss": float("nan")})
+    with pytest.raises(ResourceError, match=r'(?s)loss nan.*set DEVICE = "cpu"'):
         agreeing("bf16")

@@ -1,0 +1,249 @@
+"""The device of a run, and which build of torch can use the GPU that is there."""
+
+import os
+import shutil
+import subprocess
+import warnings
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+
+from engine.devices import KINDS, cuda_capability, device_name, find_device_fault, with_index
+from engine.errors import ResourceError, SettingsError
+from engine.parallel import ALONE, Parallel
+from engine.settings import shown
+
+TORCH = "2.13.0"  # as requirements.txt pins it
+WHEELS = "https://download.pytorch.org/whl"
+# builds of that version: the driver that each needs, and the compute capabilities it serves
+CU130, CU130_DRIVER, CU130_CAPABILITY = "cu130", 580, (7, 5)
+CU126, CU126_DRIVER, CU126_CAPABILITY, CU126_BELOW = "cu126", 525, (5, 0), (10, 0)
+
+
+def pick_device(requested: str | None, parallel: Parallel = ALONE) -> torch.device:
+    """The device that DEVICE names, or the best of this machine: MPS, then CUDA, XPU, CPU.
+
+    It has its index, and is the current device of torch.cuda or torch.xpu from here on. Of
+    several ranks each takes a GPU of its own. Raises ResourceError where the named one is not
+    there or the installed torch has no kernels for it, SettingsError where it is none.
+    """
+    if fault := find_device_fault(requested):
+        raise SettingsError(f"the device is {shown(requested)}; it {fault}, or None")
+    counts = _count_devices()
+    if not parallel.is_alone:
+        return _device_of_rank(requested, parallel, counts["cuda"])
+    if requested is None:
+        requested = next(kind for kind in ("mps", "cuda", "xpu", "cpu") if counts[kind])
+    kind, _, index = requested.partition(":")
+    # not by torch.device's index: above 127 it is another one
+    if int(index or 0) >= counts[kind]:
+        raise ResourceError(_about_missing_device(requested, counts))
+    return _ready(torch.device(requested))
+
+
+def _count_devices() -> dict[str, int]:
+    """How many devices of each kind torch can use."""
+    with warnings.catch_warnings():  # of a driver that is too old; why_no_gpu() tells of it
+        warnings.filterwarnings("ignore", "CUDA initialization")
+        n_cuda = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    return {
+        "cpu": 1,
+        "cuda": n_cuda,
+        "mps": int(torch.backends.mps.is_available()),
+        "xpu": torch.xpu.device_count() if torch.xpu.is_available() else 0,
+    }
+
+
+def _device_of_rank(requested: str | None, parallel: Parallel, n_cuda: int) -> torch.device:
+    """The device of one of several ranks: a CUDA GPU of its own, or its share of the CPU."""
+    if requested not in (None, "cpu", "cuda"):
+        raise SettingsError(
+            f'DEVICE = "{requested}" is one device, and torchrun has started '
+            f'{parallel.world} processes.\nSet DEVICE to "cuda", "cpu" or None.'
+        )
+    if n_cuda == 0 and requested == "cuda":
+        raise ResourceError(_about_missing_device(requested, {"cpu": 1}))
+    if n_cuda == 0 or requested == "cpu":
+        return torch.device("cpu")
+    if parallel.local_world > n_cuda:
+        raise ResourceError(
+            f"torchrun has started {parallel.local_world} processes here, and there are "
+            f"{n_cuda} GPUs.\nStart at most one for each, by "
+            '--nproc-per-node; or set DEVICE = "cpu".'
+        )
+    return _ready(torch.device("cuda", parallel.local_rank))
+
+
+def _ready(device: torch.device) -> torch.device:
+    """The device with its index, as the current one: torch pins memory and records graphs there.
+
+    Raises ResourceError where the installed torch has no kernels for it.
+    """
+    device = with_index(device)
+    capability = cuda_capability(device)
+    if capability is not None and not has_kernels(capability, torch.cuda.get_arch_list()):
+        gpu = Gpu(device_name(device), capability, None)
+        raise ResourceError(
+            f"{gpu.name} has compute capability {_dotted(capability)}, and the installed torch "
+            f"({torch.__version__}) has no kernels for it.\n{_way_out(gpu)}\n"
+            'Or set DEVICE = "cpu".'
+        )
+    if device.index is not None:
+        getattr(torch, device.type).set_device(device)
+    return device
+
+
+def has_kernels(capability: tuple[int, int], arch_list: list[str]) -> bool:
+    """Whether a build of torch for these architectures can run on a GPU of this capability.
+
+    Machine code ("sm_86") runs on GPUs of its major version and no lower minor one, PTX
+    ("compute_120") on every later GPU. A list that is empty says nothing.
+    """
+    for arch in arch_list:
+        kind, _, digits = arch.partition("_")
+        digits = digits.rstrip("af")  # sm_90a, sm_100f
+        if not digits.isdecimal():
+            continue
+        built_for = int(digits[:-1]), int(digits[-1])
+        is_machine_code = kind == "sm" and built_for[0] == capability[0]
+        if built_for <= capability and (is_machine_code or kind == "compute"):
+            return True
+    return not arch_list
+
+
+def _about_missing_device(requested: str, counts: dict[str, int]) -> str:
+    names = [
+        f"{kind}:{i}" if kind in ("cuda", "xpu") else kind
+        for kind in KINDS
+        for i in range(counts.get(kind, 0))
+    ]
+    hint = why_no_gpu() if requested.startswith("cuda") and not counts.get("cuda") else None
+    return (
+        f'DEVICE = "{requested}", but this machine has no such device.\n'
+        f"Available here: {', '.join(names)}; DEVICE = None takes the best."
+        + (f"\n{hint}" if hint else "")
+    )
+
+
+def check_devices(
+    model: torch.nn.Module,
+    optimizer: torch.optim.Optimizer,
+    batch: Iterable[torch.Tensor],
+    device: torch.device,
+) -> None:
+    """Raise ResourceError unless parameters, buffers, optimizer state and a batch are on device."""
+    tensors = [(f"parameter {name}", tensor) for name, tensor in model.named_parameters()]
+    tensors += [(f"buffer {name}", tensor) for name, tensor in model.named_buffers()]
+    tensors += [
+        (f"optimizer state {name}", value)
+        for state in optimizer.state.values()
+        for name, value in state.items()
+        # AdamW keeps its 0-d step counters on the CPU where it is not fused
+        if isinstance(value, torch.Tensor) and value.dim() > 0
+    ]
+    tensors += [(f"batch part {i}", tensor) for i, tensor in enumerate(batch)]
+    strays = [f"{name} is on {t.device}" for name, t in tensors if not _is_on(t, device)]
+    if strays:
+        more = f" and {len(strays) - 3} more" if len(strays) > 3 else ""
+        raise ResourceError(
+            f"not everything is on {device}: {'; '.join(strays[:3])}{more}.\n"
+            "Move the model to the device before its optimizer is built."
+        )
+
+
+def _is_on(tensor: torch.Tensor, device: torch.device) -> bool:
+    # "cuda" without an index means the current one
+    same_index = device.index is None or tensor.device.index == device.index
+    return tensor.device.type == device.type and same_index
+
+
+# ------------------------------------------------------------------------------ which torch
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """An NVIDIA GPU as nvidia-smi tells of it."""
+
+    name: str
+    capability: tuple[int, int] | None  # None: not told by drivers before 510
+    driver: str | None  # "535.104.05"; None: not asked
+
+
+def why_no_gpu() -> str | None:
+    """Why torch can't use the NVIDIA GPU of this machine, and the command that helps.
+
+    None where there is none, or it was hidden by CUDA_VISIBLE_DEVICES.
+    """
+    if os.environ.get("CUDA_VISIBLE_DEVICES", "0").strip() in ("", "-1"):
+        return None
+    gpu = _ask_nvidia_smi()
+    if gpu is None:
+        return None
+    if torch.version.cuda is None:
+        return f"{gpu.name} is here, but the installed torch has no CUDA. {_way_out(gpu)}"
+    needed = CU130_DRIVER if int(torch.version.cuda.split(".")[0]) >= 13 else CU126_DRIVER
+    if _major(gpu.driver) < needed:
+        return (
+            f"{gpu.name} has the driver {gpu.driver}, and the installed torch "
+            f"(CUDA {torch.version.cuda}) needs {needed} or newer. {_way_out(gpu)}"
+        )
+    try:
+        torch.cuda.init()
+    except (RuntimeError, AssertionError) as error:
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        return f"{gpu.name} is here, but CUDA does not start: {reason[:200]}"
+    return None
+
+
+def pip_line(build: str) -> str:
+    """The command that installs this build of torch; requirements.txt's pin stays satisfied."""
+    return f'pip install "torch=={TORCH}+{build}" --index-url {WHEELS}/{build}'
+
+
+def _way_out(gpu: Gpu) -> str:
+    """What makes a GPU usable: a build of torch that serves it, or a newer driver."""
+    # what is not known is taken for a recent one
+    capability = gpu.capability or CU130_CAPABILITY
+    driver = _major(gpu.driver) if gpu.driver else CU130_DRIVER
+    if capability < CU126_CAPABILITY:
+        return "No recent torch serves a GPU this old."
+    if capability >= CU130_CAPABILITY and driver >= CU130_DRIVER:
+        return f"This torch serves it: {pip_line(CU130)}"
+    if capability < CU126_BELOW and driver >= CU126_DRIVER:
+        return f"This torch serves it: {pip_line(CU126)}"
+    needed = CU126_DRIVER if capability < CU126_BELOW else CU130_DRIVER
+    build = CU126 if capability < CU126_BELOW else CU130
+    return f"Update the driver to {needed} or newer, then: {pip_line(build)}"
+
+
+def _ask_nvidia_smi() -> Gpu | None:
+    """The first NVIDIA GPU, or None where no driver tells of one."""
+    program = shutil.which("nvidia-smi")
+    if program is None:
+        return None
+    for fields in ("name,driver_version,compute_cap", "name,driver_version"):
+        try:
+            done = subprocess.run(
+                [program, f"--query-gpu={fields}", "--format=csv,noheader"],
+                capture_output=True,
+                text=True,
+                timeout=10,
+            )
+        except (OSError, subprocess.TimeoutExpired):
+            return None
+        values = [value.strip() for value in done.stdout.partition("\n")[0].split(",")]
+        if done.returncode == 0 and len(values) == fields.count(",") + 1:
+            capability = values[2].split(".") if len(values) == 3 else []
+            is_told = len(capability) == 2 and all(part.isdecimal() for part in capability)
+            return Gpu(values[0], tuple(map(int, capability)) if is_told else None, values[1])
+    return None
+
+
+def _major(driver: str) -> int:
+    digits = driver.partition(".")[0]
+    return int(digits) if digits.isdecimal() else CU130_DRIVER
+
+
+def _dotted(capability: tuple[int, int]) -> str:
+    return ".".join(map(str, capability))
