@@ -8,7 +8,6 @@ import pickle
 import shutil
 import subprocess
 import sys
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -31,15 +30,19 @@ def on_pretended(*machines: Machine) -> Callable[[Callable], Callable]:
     def decorate(test: Callable) -> Callable:
         @pytest.mark.slow
         @functools.wraps(test)
-        def in_child(tmp_path):
-            library = build_guard()
+        def in_child(tmp_path, pytestconfig):
+            cache = Path(pytestconfig.cache.mkdir("pretended"))
+            library = build_guard(cache)
             place = f"tests.{Path(test.__code__.co_filename).stem}:{test.__qualname__}"
             paths = [str(REPOSITORY), os.environ.get("PYTHONPATH", "")]
+            environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
+            if sys.dont_write_bytecode:  # compiling torch's Python takes longer than the tests
+                environment |= {"PYTHONDONTWRITEBYTECODE": "", "PYTHONPYCACHEPREFIX": str(cache)}
             done = subprocess.run(
                 [sys.executable, "-m", "tests.pretend.child", place, str(library)],
                 input=pickle.dumps(machines),
                 cwd=tmp_path,
-                env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths))},
+                env=environment,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,
                 timeout=TEST_SECONDS,
@@ -53,23 +56,32 @@ def on_pretended(*machines: Machine) -> Callable[[Callable], Callable]:
     return decorate
 
 
-@functools.cache
-def build_guard() -> Path:
-    """guard.cpp's library, compiled once for this source and this torch; skips without g++."""
-    if sys.platform != "linux":
-        pytest.skip("the pretended GPU's library is built on Linux")
-    compiler = shutil.which(os.environ.get("CXX", "g++"))
-    if compiler is None:
-        pytest.skip("no C++ compiler (g++) for the pretended GPU")
+def build_guard(folder: Path) -> Path:
+    """guard.cpp's library, compiled once for this source and this torch, in a folder.
+
+    Skips the test where it can't be: without a compiler, or beside kernels of a real GPU.
+    """
     import torch
     from torch.utils import cpp_extension
 
+    if sys.platform != "linux":
+        pytest.skip("the pretended GPU's library is built on Linux")
+    if torch.version.cuda or torch.version.hip or torch._C._has_xpu:
+        pytest.skip(
+            "a GPU is pretended in a CPU build of torch, and this one has kernels of its own"
+        )
+    compiler = shutil.which(os.environ.get("CXX", "g++"))
+    if compiler is None:
+        pytest.skip("no C++ compiler (g++) for the pretended GPU")
+    import fcntl
+
     key = hashlib.sha256(SOURCE.read_bytes() + torch.__version__.encode()).hexdigest()[:16]
-    folder = Path(tempfile.gettempdir()) / f"gpt-trainer-pretended-{os.getuid()}"
-    folder.mkdir(mode=0o700, exist_ok=True)
     library = folder / f"guard-{key}.so"
-    if not library.exists():
-        partial = folder / f"{os.getpid()}.so"
+    with (folder / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # pytest's other worker may be at it
+        if library.exists():
+            return library
+        partial = folder / "partial.so"
         [libraries] = cpp_extension.library_paths()
         command = [compiler, "-shared", "-fPIC", "-std=c++20", "-O0", str(SOURCE), "-o"]
         command += [str(partial), f"-L{libraries}", f"-Wl,-rpath,{libraries}"]

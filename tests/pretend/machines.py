@@ -293,6 +293,10 @@ KEPT = {
 CACHED = ("is_available", "is_macos_or_newer", "is_macos13_or_newer", "get_name", "get_core_count")
 
 
+NO_ACCELERATOR = {"_has_cuda": False, "_has_xpu": False, "_has_mps": False}
+NO_ACCELERATOR |= {"_mps_is_available": lambda: False}
+
+
 @contextlib.contextmanager
 def pretended(machine: Machine, folder: Path | None = None) -> Iterator[Calls]:
     """Let torch find this machine's accelerators; no tensor can be made on one.
@@ -301,9 +305,11 @@ def pretended(machine: Machine, folder: Path | None = None) -> Iterator[Calls]:
     needed for a machine that has one. On leaving, torch is as it was.
     """
     calls = Calls(machine)
+    c = importlib.import_module("torch._C")
     with contextlib.ExitStack() as undo:
-        for name, call in calls.names.items():
-            _replace(undo, importlib.import_module("torch._C"), name, call)
+        _remove(undo, c, "_cuda_getDeviceCount")  # of a build that has it
+        for name, call in (NO_ACCELERATOR | calls.names).items():
+            _replace(undo, c, name, call)
         _set_what_was_read_at_import(undo, machine, calls)
         forget(undo)
         _set_path(undo, machine, folder)
@@ -314,7 +320,9 @@ def _set_what_was_read_at_import(
     undo: contextlib.ExitStack, machine: Machine, calls: Calls
 ) -> None:
     """C calls and facts of the build that modules of torch have copied when they were imported."""
-    _replace(undo, importlib.import_module("torch.version"), "cuda", machine.cuda)
+    version = importlib.import_module("torch.version")
+    _replace(undo, version, "cuda", machine.cuda)
+    _replace(undo, version, "hip", None)
     if machine.kind in ("cuda", "xpu"):
         module = importlib.import_module(f"torch.{machine.kind}")
         _replace(undo, module, "_exchange_device", calls.exchange_device)
@@ -339,7 +347,7 @@ def forget(undo: contextlib.ExitStack) -> None:
             if name == "_queued_calls":
                 value = list(getattr(module, name))
             _replace(undo, module, name, value)
-        undo.callback(module.__dict__.pop, "_get_device_properties", None)
+        _remove(undo, module, "_get_device_properties")
 
 
 def _set_path(undo: contextlib.ExitStack, machine: Machine, folder: Path | None) -> None:
@@ -371,9 +379,17 @@ _ABSENT = object()
 
 
 def _replace(undo: contextlib.ExitStack, place: Any, name: str, value: Any) -> None:
-    before = place.__dict__.get(name, _ABSENT)
+    undo.callback(_put, place, name, vars(place).get(name, _ABSENT))
     setattr(place, name, value)
-    if before is _ABSENT:
-        undo.callback(delattr, place, name)
-    else:
-        undo.callback(setattr, place, name, before)
+
+
+def _remove(undo: contextlib.ExitStack, place: Any, name: str) -> None:
+    undo.callback(_put, place, name, vars(place).get(name, _ABSENT))
+    _put(place, name, _ABSENT)
+
+
+def _put(place: Any, name: str, value: Any) -> None:
+    if value is not _ABSENT:
+        setattr(place, name, value)
+    elif name in vars(place):
+        delattr(place, name)
