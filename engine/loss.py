@@ -10,6 +10,7 @@ import math
 import torch
 
 GPU_CHUNK_ROWS = 8192
+FP16_LIFT = 2.0**6  # probabilities are multiplied by it: of the small ones fp16 has few digits
 
 
 def chunk_rows(hidden: torch.Tensor, vocab_size: int) -> int:
@@ -104,6 +105,7 @@ def _loss_and_gradients(
         # near 1 / rows, so that fp16 holds a chunk's sum and its small parts too; a power of two,
         # so that no digit is lost
         share = 0.5 ** round(math.log2(max(1, largest)))
+        lift = FP16_LIFT if dtype == torch.float16 else 1.0
         for first in range(0, N, max(1, largest)):
             x, y = rows[first : first + largest], targets[first : first + largest, None]
             d_logits = padded[: len(x)]
@@ -122,7 +124,7 @@ def _loss_and_gradients(
                 if gradients:
                     p.scatter_(1, target, (of_target - log_sum).expm1())  # p - 1 at the target
                     if p.dtype != block.dtype:
-                        block.copy_(p)
+                        block.copy_(p if lift == 1 else p.mul_(lift))
             if gradients:
                 if device_type == "mps":  # and one that begins within its memory
                     d_hidden[first : first + largest] = torch.mm(logits, head)
@@ -134,8 +136,8 @@ def _loss_and_gradients(
                 else:
                     d_weight += part[:V]
         if gradients:
-            d_hidden = d_hidden.to(hidden.dtype).mul_(1 / n_targets)
+            d_hidden = d_hidden.to(hidden.dtype).mul_(1 / (n_targets * lift))
             if d_weight is None:  # there are no targets here
                 d_weight = torch.zeros(head.shape, device=head.device)
-            d_weight = d_weight.mul_(1 / (n_targets * share)).to(weight.dtype)
+            d_weight = d_weight.mul_(1 / (n_targets * share * lift)).to(weight.dtype)
     return total / n_targets, d_hidden, d_weight

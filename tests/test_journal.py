@@ -17,6 +17,7 @@ from engine.tracking import Trackers
 from journal import (
     FETCH_EVERY,
     LAST_MOMENTS,
+    MOST_HALVINGS,
     MOST_MOMENTS,
     MOST_SKIPPED,
     PICTURE,
@@ -158,6 +159,24 @@ def test_too_many_skipped_in_a_row_stop_the_run_and_a_good_one_resets_the_row(lo
     assert caught.value.exit_code == 5
     assert str(caught.value).startswith(f"step {journal.steps}: the loss is 1 and the gradient's")
     assert "The learning rate was 0.01; begin a run with a third of it" in str(caught.value)
+
+
+def test_overflows_that_only_lower_the_loss_scale_are_neither_counted_nor_told(capsys):
+    """fp16 begins with a scale of 2 ** 16 and halves it until the gradients fit."""
+    journal = new_journal(scales_loss=True)
+    for n_overflows in (MOST_HALVINGS, 1, 0):
+        for _ in range(n_overflows):
+            step(journal, GOOD, INF)
+        step(journal)
+    journal.fetch()
+    assert (journal.history.skipped, "skipped" in capsys.readouterr().out) == (0, False)
+    step(journal, NAN, NAN)  # a loss that is not a number is no overflow
+    journal.fetch()
+    assert journal.history.skipped == 1
+    with pytest.raises(NumericsError):
+        for _ in range(MOST_HALVINGS + MOST_SKIPPED):
+            step(journal, GOOD, INF)
+        journal.fetch()
 
 
 def test_the_row_of_skipped_steps_outlasts_an_interruption(tmp_path):

@@ -242,6 +242,36 @@ def test_full_logits_never_exist(gradients):
     assert 500 * 4000 <= ours.elements <= 1100 * 4000
 
 
+@pytest.mark.parametrize("n_targets", [2048, 524_288])
+@pytest.mark.parametrize("spread", [0.05, 1.5])  # of the logits: flat and peaked distributions
+def test_fp16_holds_the_gradient_of_every_class_of_token_however_many_targets_a_step_has(
+    n_targets, spread
+):
+    V = 4096
+    hidden, weight, targets = random_case(512, 16, V, spread)
+    targets %= V // 4  # the others are never a target
+    found = {}
+    for dtype in (torch.float32, torch.float16):
+        parts = [tensor.clone().requires_grad_() for tensor in (hidden, weight)]
+        with torch.autocast("cpu", dtype=dtype, enabled=dtype == torch.float16):
+            loss = next_token_loss(*parts, targets, n_targets)
+        (loss * 2.0**16).backward()  # as GradScaler does at first
+        found[dtype] = [part.grad for part in parts]
+    is_target = torch.zeros(V, dtype=torch.bool).index_fill_(0, targets.flatten(), True)
+    probability = (hidden @ weight.T).softmax(-1).flatten(0, -2).mean(0)
+    classes = {"targets": is_target}
+    for decade in range(-7, 0):
+        is_in = (probability >= 10.0**decade) & (probability < 10.0 ** (decade + 1))
+        classes[f"others of 1e{decade}"] = is_in & ~is_target
+    (d_hidden, d_weight), (d_hidden_16, d_weight_16) = found.values()
+    assert (d_hidden_16 - d_hidden).norm() < 0.01 * d_hidden.norm()
+    checked = [name for name, of_class in classes.items() if of_class.sum() > 20]
+    assert len(checked) >= 2
+    for name in checked:
+        exact = d_weight[classes[name]]
+        assert (d_weight_16[classes[name]] - exact).norm() < 0.01 * exact.norm(), name
+
+
 # ------------------------------------------------------------------ in a training step
 
 

@@ -860,6 +860,14 @@ def test_the_loss_scale_of_fp16_is_found_again(tmp_path, no_pictures):
     assert again.scaler.state_dict() == expected
 
 
+def test_a_run_begun_in_another_precision_goes_on_in_fp16_with_a_new_scaler(tmp_path, no_pictures):
+    trainer, plan = saving_trainer(tmp_path, 4, save_every=9)
+    training_loop(trainer, *tiny_loaders(), plan)
+    again, _ = saving_trainer(tmp_path, 4, save_every=9, precision=Precision("fp16", "", "cpu"))
+    assert again.journal.steps == 4
+    assert again.scaler.get_scale() == 2.0**16
+
+
 # ------------------------------------------------------------------ patience
 
 
