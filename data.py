@@ -86,17 +86,18 @@ class WindowDataset(Dataset):
 
         The tail has a length of its own, so it comes alone.
         """
-        starts = np.asarray(indices, dtype=np.int64)[:, None] * self.stride
+        starts = np.asarray(indices, dtype=np.int64)[:, None] * self.stride  # (B, 1)
         length = self.max_length + 1
         if self.has_tail and self.n_whole in indices:
             assert len(indices) == 1, "the tail is a batch of its own"
             length = len(self.tokens) - self.tail_start
-        places = starts + np.arange(length)  # (B, T + 1)
         if self._resident is not None:
-            places = torch.from_numpy(places).to(self._resident.device, non_blocking=True)
-            window = self._resident[places].long()
+            device = self._resident.device
+            # only the starts travel: for a copy of more than 64 KB the host waits for the GPU
+            starts = torch.from_numpy(starts).to(device, non_blocking=True)
+            window = self._resident[starts + torch.arange(length, device=device)].long()
         else:
-            window = torch.from_numpy(self.array()[places].astype(np.int64))
+            window = torch.from_numpy(self.array()[starts + np.arange(length)].astype(np.int64))
         return window[:, :-1], window[:, 1:]
 
     def array(self) -> np.ndarray:
