@@ -29,7 +29,7 @@ from data import (
 from engine.checkpoint import assign_weights, read_weights
 from engine.compiling import compile_decoding
 from engine.console import say
-from engine.devices import device_name, limit_memory
+from engine.devices import device_count, device_name, limit_memory
 from engine.errors import CheckpointError, DataError, ResourceError, SettingsError
 from engine.memory import (
     ADVICE,
@@ -840,8 +840,8 @@ def _show_machine(
         say(f"Parallel: {parallel.world} processes ({name[parallel.kind]})")
     elif plan.run.PARALLEL != "auto":
         say(f"Note: PARALLEL is for torchrun's processes, and this one is alone ({HOW_MANY})")
-    elif device.type == "cuda" and torch.cuda.device_count() > 1:
-        say(f"Note: one of {torch.cuda.device_count()} GPUs is used ({HOW_MANY})")
+    elif device.type == "cuda" and (count := device_count("cuda")) > 1:
+        say(f"Note: one of {count} GPUs is used ({HOW_MANY})")
     if device.type != "cpu":
         say(f"GPU: {device_name(device)}")
     elif plan.run.DEVICE is None and parallel.is_main and (reason := why_no_gpu()):
