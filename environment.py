@@ -79,8 +79,6 @@ CACHE = Path(__file__).resolve().parent / "cache"
 HOW_MANY = "torchrun --nproc-per-node 2 main.py uses two"
 # the mark by which backup programs know a cache (bford.info/cachedir)
 CACHE_TAG = b"Signature: 8a477f597d28d172789f06886806bc55\n"
-
-
 _earlier_models = weakref.WeakSet()  # of this process, as far as anything still holds them
 
 
