@@ -6,6 +6,7 @@ import io
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
@@ -75,6 +76,14 @@ def workdir(tmp_path, monkeypatch) -> Path:
 def no_pictures(monkeypatch):
     """As without matplotlib: drawing takes longer than all the rest of a run."""
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+
+
+@pytest.fixture
+def kernel(monkeypatch):
+    """As in a notebook's kernel without widgets."""
+    ipython = ModuleType("IPython")
+    ipython.get_ipython = lambda: SimpleNamespace(kernel=object())
+    monkeypatch.setitem(sys.modules, "IPython", ipython)
 
 
 @pytest.fixture(autouse=True)

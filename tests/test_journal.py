@@ -11,6 +11,7 @@ import pytest
 import torch
 from matplotlib import image
 
+from engine import console
 from engine.errors import NumericsError
 from engine.metrics import TokenSize
 from engine.tracking import Trackers
@@ -696,3 +697,35 @@ def test_the_time_left_is_by_the_pace_of_this_process(clock, capsys):
     clock.now += 1
     step(again)
     assert capsys.readouterr().out.endswith("1m 29.0s left\n")
+
+
+def test_a_notebook_gets_the_ends_of_a_run_and_whole_moments_between(
+    kernel, monkeypatch, capsys, no_pictures
+):
+    now = 100.0
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    monkeypatch.setattr(console, "_next_report_at", 0.0)
+    journal = new_journal(total_steps=40, log_every=1)
+
+    def note_moment(name: str, epoch: int | None) -> None:
+        evaluate(journal, epoch=epoch)
+        journal.note_sample(name, ["a b"])
+
+    note_moment("Before training", None)
+    for epoch in range(1, 41):
+        now += 0.5
+        step(journal)
+        note_moment(f"After epoch {epoch}", epoch)
+    journal.note_sample("Greedy", ["c"], is_last=True)
+    journal.close()
+    lines = [line.rpartition("\r")[2] for line in capsys.readouterr().out.splitlines()]
+    lines = [line for line in lines if line.strip() and "Steps" not in line]
+    assert lines[0].startswith("Before training: Train loss")
+    assert lines[1] == "Before training: a b"
+    assert lines[-4].startswith("step 40: train loss")
+    assert lines[-3].startswith("Ep 40 (End Epoch)")
+    assert lines[-2:] == ["After epoch 40: a b", "Greedy: c"]
+    assert len(lines) <= 20 / 2 + 6  # 20 s, and what is kept
+    for number, line in enumerate(lines):  # with an epoch's losses comes what the model wrote
+        if line.startswith("Ep "):
+            assert lines[number + 1].startswith(f"After epoch {line.split()[1]}: ")
