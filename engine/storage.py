@@ -12,6 +12,7 @@ import json
 import math
 import numbers
 import os
+import re
 import shutil
 import socket
 import stat
@@ -34,6 +35,8 @@ PATIENCE_S = 5.0  # how long Windows may refuse to rename or remove what another
 TIDY_S = 0.5  # the same for what nobody misses: a later start removes it
 # Windows' numbers for it: access denied, sharing violation, lock violation, folder not empty (yet)
 HELD_OPEN = (5, 32, 33, 145)
+# what Windows takes for a device, whatever follows a dot
+_DEVICES = re.compile(r"(con|prn|aux|nul|conin\$|conout\$|(com|lpt)[1-9¹²³]) *(\..*)?", re.I | re.S)
 T = TypeVar("T")
 
 
@@ -127,7 +130,8 @@ def make_folder(path: str | os.PathLike) -> None:
             with contextlib.suppress(OSError):  # whoever made it may have been killed before this
                 _fsync_folder(path.parent)
             return
-        make_folder(path.parent)
+        if path.parent != path:  # a drive that is not there has none
+            make_folder(path.parent)
         with contextlib.suppress(FileExistsError):  # another process was quicker, or a file
             os.mkdir(path)
         if not path.is_dir():
@@ -495,6 +499,16 @@ def _move(move: Callable[[Any, Any], None], source: Any, target: Any) -> None:
             reason = os.strerror(errno.EISDIR)
             raise IsADirectoryError(errno.EISDIR, reason, str(target)) from error
         raise
+
+
+def is_portable_name(name: str) -> bool:
+    """Whether a file or folder of this name can be made on every system.
+
+    Windows takes some names for devices ("con", "nul.txt"), has signs of its own use, and drops
+    dots and blanks at a name's end.
+    """
+    has_signs = re.search(r'[/\\<>:"|?*\x00-\x1f]', name) is not None
+    return not has_signs and name[-1:] not in ("", ".", " ") and not _DEVICES.fullmatch(name)
 
 
 # ----------------------------------------------------------------------------------- JSON

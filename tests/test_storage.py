@@ -23,6 +23,7 @@ from engine.storage import (
     NewFolder,
     append_json_lines,
     fsync_file,
+    is_portable_name,
     make_folder,
     make_new_folder,
     remove_file,
@@ -910,6 +911,34 @@ def test_orphan_that_is_open_is_left_soon_and_the_others_go(tmp_path, refused):
     remove_orphans(tmp_path)
     assert os.listdir(tmp_path) == [".tmp-2-b"]
     assert 100.5 <= clock.now < 100.6
+
+
+def test_drive_that_is_not_there_is_a_resource_error(tmp_path, monkeypatch):
+    def missing(path):
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
+
+    monkeypatch.setattr(os, "mkdir", missing)
+    monkeypatch.setattr(storage.Path, "is_dir", lambda path: False)  # nor is the root above it
+    with pytest.raises(ResourceError, match="No such file"):
+        make_folder(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "name", ["a", "run 1", "春.txt", "console", "com", "com10", "a.con", "nul-1", ".x", "v1.2"]
+)
+def test_name_that_every_system_takes(name):
+    assert is_portable_name(name)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("con", "CON", "Nul.txt", "com1", "lpt¹.x", "aux ", "aux .x", "conin$", "prn."),
+        *("", ".", "..", "a.", "a ", "a:b", "a/b", "a\\b", "a?", "a*", 'a"', "<a", "a|b", "a\tb"),
+    ],
+)
+def test_name_that_windows_does_not_take_as_it_is(name):
+    assert not is_portable_name(name)
 
 
 # ------------------------------------------------------------------------------------ the lock
