@@ -483,7 +483,7 @@ def _patiently(call: Callable[..., T], *arguments: Any, patience_s: float = PATI
             if not _is_held_open(error) or left_s <= 0:
                 raise
         time.sleep(min(pause_s, left_s))
-        pause_s = min(2 * pause_s, 0.2)
+        pause_s = min(2 * pause_s, 0.1)
 
 
 def _is_held_open(error: OSError) -> bool:
