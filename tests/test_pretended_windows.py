@@ -20,12 +20,12 @@ from engine.checkpoint import (
     safetensors_chunks,
     weights_of,
 )
-from engine.errors import BusyError, CheckpointError, ResourceError, Stopped
+from engine.errors import BusyError, CheckpointError, DataError, ResourceError, Stopped
 from engine.storage import FolderLock, NewFolder, rename_file
 from tests.conftest import REPOSITORY
 from tests.pretend.windows import CAN_PRETEND, SIGBREAK, windows
 from tests.test_interruption import launching
-from text.sources import DataSpec
+from text.sources import DataSpec, ReadingReport, find_parts
 from text.token_cache import tokenize
 
 pytestmark = pytest.mark.skipif(not CAN_PRETEND, reason="needs Linux to pretend")
@@ -139,6 +139,15 @@ def test_a_damaged_cache_that_another_run_reads_is_told_and_made_anew_when_it_ha
     ]
     del other_run
     assert tokenize(spec, "char", 0.9, cache).sha256 == made.sha256
+
+
+def test_a_pattern_is_no_name_there_and_finds_its_files(tmp_path, calm):
+    for name in ("b.txt", "a.txt", "a.md"):
+        (tmp_path / name).write_text(name, encoding="utf-8")
+    parts = find_parts([str(tmp_path / "*.txt")], tmp_path / "cache", ReadingReport())
+    assert [part.name for part in parts] == ["a.txt", "b.txt"]
+    with pytest.raises(DataError, match=r"there is no file 'C:\\new'"):
+        find_parts(["C:\new"], tmp_path / "cache", ReadingReport())
 
 
 HOLD = """

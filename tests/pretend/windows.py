@@ -10,6 +10,7 @@ import contextlib
 import errno
 import os
 import random
+import re
 import signal
 import sys
 import time
@@ -26,8 +27,10 @@ CAN_PRETEND = sys.platform == "linux"
 REASONS = {
     5: "Access is denied",
     32: "The process cannot access the file because it is being used by another process",
+    123: "The filename, directory name, or volume label syntax is incorrect",
     183: "Cannot create a file when that file already exists",
 }
+NO_SIGNS = re.compile(r'[<>"|?*\x00-\x1f]')  # in any name
 NO_MODULES = ("fcntl", "resource", "termios", "pwd", "grp", "readline")
 NO_NAMES = {
     "os": "fork killpg setsid getpgid getuid geteuid getgid nice uname sysconf statvfs getloadavg "
@@ -37,6 +40,7 @@ NO_NAMES = {
     "sys": "abiflags",
 }
 SIGBREAK = 21
+FILE_CALLS = ("rename", "replace", "unlink", "rmdir", "stat", "lstat")
 
 
 class Windows:
@@ -47,7 +51,7 @@ class Windows:
         self._fresh_s, self._share = fresh_s, refused_share
         self._random = random.Random(seed)
         self._drawn: set[tuple[str, str]] = set()
-        self._real = {name: getattr(os, name) for name in ("rename", "replace", "unlink", "rmdir")}
+        self._real = {name: getattr(os, name) for name in FILE_CALLS}
 
     def rename(self, source: Any, target: Any) -> None:
         """os.rename: to a name that nothing has."""
@@ -72,6 +76,14 @@ class Windows:
         if _open_below(_full(path, dir_fd)):
             raise self._refusal("rmdir", 32, path)
         self._real["rmdir"](path, dir_fd=dir_fd)
+
+    def stat(self, path: Any, **options: Any) -> os.stat_result:
+        """os.stat: of a name that may be one."""
+        return self._real["stat"](_checked(path), **options)
+
+    def lstat(self, path: Any, **options: Any) -> os.stat_result:
+        """os.lstat, likewise."""
+        return self._real["lstat"](_checked(path), **options)
 
     def _move(self, call: str, source: Any, target: Any) -> None:
         is_drawn = False
@@ -106,7 +118,7 @@ def windows(
         patch.setitem(sys.modules, "msvcrt", _msvcrt())
         for name in NO_MODULES:
             patch.setitem(sys.modules, name, None)
-        for name in ("rename", "replace", "unlink", "rmdir"):
+        for name in FILE_CALLS:
             patch.setattr(os, name, getattr(files, name))
         patch.setattr(os, "remove", files.unlink)
         for module in list(filter(_is_ours, sys.modules.values())):
@@ -161,6 +173,12 @@ def _msvcrt() -> ModuleType:
 def _as_windows(error: OSError, number: int, path: Any, other: Any = None) -> OSError:
     error.winerror, error.filename, error.filename2 = number, path, other
     return error
+
+
+def _checked(path: Any) -> Any:
+    if not isinstance(path, int) and NO_SIGNS.search(os.fsdecode(path)):
+        raise _as_windows(OSError(errno.EINVAL, REASONS[123]), 123, path)
+    return path
 
 
 def _full(path: Any, dir_fd: int | None) -> str:
