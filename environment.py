@@ -470,7 +470,10 @@ def _about_settings_file(place: str, error: BaseException) -> str:
     if isinstance(error, SyntaxError):
         where = f"{error.filename or place} line {error.lineno}"
         line = f"\n    {error.text.strip()}" if error.text else ""
-        return f"{where} is not Python: {error.msg}{line}"
+        advice = ""
+        if "unicodeescape" in error.msg:  # "C:\Users": the first letters of a sign's number
+            advice = '\nWrite a path as "C:/Users" or r"C:\\Users".'
+        return f"{where} is not Python: {error.msg}{line}{advice}"
     if isinstance(error, ModuleNotFoundError) and error.name == "config_run":
         return "config_run.py is missing; restore it from the repository"
     frames = traceback.extract_tb(error.__traceback__)

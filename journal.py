@@ -20,7 +20,7 @@ from engine.metrics import (
     perplexity,
     seconds_left,
 )
-from engine.storage import write_atomically
+from engine.storage import PATIENCE_S, write_atomically
 from engine.tracking import MetricsFile, Trackers
 from visualize import render_losses
 
@@ -95,6 +95,7 @@ class Journal:
         self._halvings = 0  # of the loss scale, in a row
         self._pending: list[tuple[torch.Tensor, torch.Tensor, int, float]] = []
         self._said: set[str] = set()
+        self._refused: set[Path] = set()  # files that the disk did not take when last tried
         self._earlier_s = 0.0  # of a run that goes on
         self._first_step = 0  # of this process
         self._started_at = self._marked_at = time.perf_counter()
@@ -353,11 +354,15 @@ class Journal:
 
     def _try_to_write(self, path: Path, content: bytes) -> bool:
         """Write something that no run may end for; False where the disk refuses."""
+        # a viewer may hold its picture open for hours: that is waited for once
+        patience_s = 0.0 if path in self._refused else PATIENCE_S
         try:
-            write_atomically(path, content)
+            write_atomically(path, content, patience_s=patience_s)
         except ResourceError as error:
+            self._refused.add(path)
             self._say_once(f"{str(error).splitlines()[0]} Training goes on")
             return False
+        self._refused.discard(path)
         return True
 
     def _say_once(self, note: str) -> None:

@@ -1,8 +1,10 @@
 """What a journal counts, prints and keeps, and how it comes back from a checkpoint."""
 
+import errno
 import itertools
 import json
 import math
+import os
 import shutil
 import sys
 import time
@@ -14,6 +16,7 @@ from matplotlib import image
 from engine import console
 from engine.errors import NumericsError
 from engine.metrics import TokenSize
+from engine.storage import PATIENCE_S
 from engine.tracking import Trackers
 from journal import (
     FETCH_EVERY,
@@ -480,6 +483,39 @@ def test_a_file_that_the_disk_refuses_is_said_once_and_the_others_are_written(
     for other in {"metrics.jsonl", "samples.md", PICTURE} - {name}:
         assert (folder / other).stat().st_size > 50
     assert (tmp_path / PICTURE).is_file()
+
+
+def test_a_picture_that_a_viewer_holds_open_is_waited_for_once(tmp_path, capsys, monkeypatch):
+    slept, viewers = [], [tmp_path / PICTURE]
+    replace = os.replace
+
+    def refuse_what_is_viewed(source, target):
+        if target in [path.relative_to(tmp_path) for path in viewers]:
+            error = PermissionError(errno.EACCES, "Access is denied")
+            error.winerror = 5  # as Windows says it
+            raise error
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", refuse_what_is_viewed)
+    monkeypatch.setattr(time, "monotonic", lambda: sum(slept))
+    monkeypatch.setattr(time, "sleep", slept.append)
+    folder = tmp_path / "run"
+    folder.mkdir()
+    journal = new_journal(folder)
+    monkeypatch.setattr("journal.render_losses", lambda **_: b"a picture")
+    for _ in range(3):
+        step(journal)
+        evaluate(journal)
+    assert (folder / PICTURE).read_bytes() == b"a picture"
+    assert sum(slept) == pytest.approx(PATIENCE_S)
+    (note,) = notes_in(capsys.readouterr().out)
+    assert note == (
+        f"Note: can't write {PICTURE}: Access is denied (another program may have it open). "
+        "Training goes on"
+    )
+    viewers.clear()
+    assert journal.draw() and (tmp_path / PICTURE).read_bytes() == b"a picture"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["run", PICTURE]
 
 
 def test_a_folder_that_is_gone_is_said_once_a_file(tmp_path, capsys):
