@@ -100,10 +100,9 @@ def _fastest_format(device: torch.device) -> tuple[str, str]:
 
 def _cpu_capabilities() -> dict[str, object]:
     """What torch says of the processor's instruction sets."""
-    if hasattr(torch.cpu, "get_capabilities"):
-        return torch.cpu.get_capabilities()
+    get_capabilities = getattr(torch.cpu, "get_capabilities", None)
+    if get_capabilities is not None:
+        return get_capabilities()
     # before torch 2.12 the same facts have private names
-    return {
-        "avx512_bf16": torch.cpu._is_avx512_bf16_supported(),
-        "amx_bf16": torch.cpu._is_amx_tile_supported(),
-    }
+    names = {"avx512_bf16": "_is_avx512_bf16_supported", "amx_bf16": "_is_amx_tile_supported"}
+    return {unit: getattr(torch.cpu, name, bool)() for unit, name in names.items()}
