@@ -4,6 +4,7 @@ Nothing else in the project calls torch.cuda, torch.mps or torch.xpu for memory,
 properties, so that what one of them lacks is known in one place.
 """
 
+import functools
 import re
 
 import torch
@@ -70,6 +71,14 @@ def synchronize(device: torch.device) -> None:
 
 
 # ----------------------------------------------------------------------------------- memory
+
+
+@functools.cache
+def total_memory(device: torch.device) -> int:
+    """The bytes of memory that a GPU has, or Metal recommends to use."""
+    if device.type == "mps":
+        return torch.mps.recommended_max_memory()
+    return _module(device).get_device_properties(device).total_memory
 
 
 def free_memory(device: torch.device) -> int:

@@ -9,7 +9,10 @@ import math
 
 import torch
 
+from engine.devices import total_memory
+
 GPU_CHUNK_ROWS = 8192
+GPU_CHUNK_SHARE = 16  # a chunk's logits in fp32 take at most this part of a GPU's memory
 FP16_LIFT = 2.0**6  # probabilities are multiplied by it: of the small ones fp16 has few digits
 
 
@@ -19,7 +22,10 @@ def chunk_rows(hidden: torch.Tensor, vocab_size: int) -> int:
     Few rows make slow products, and each chunk adds a gradient of the head's size (V, D) to that
     of the others. On a CPU these numbers were the fastest for D of 64 to 768, V of 65 to 50,257.
     """
-    return GPU_CHUNK_ROWS if hidden.device.type != "cpu" else max(1024, 2**22 // vocab_size)
+    if hidden.device.type == "cpu":
+        return max(1024, 2**22 // vocab_size)
+    fitting = total_memory(hidden.device) // GPU_CHUNK_SHARE // (4 * vocab_size)
+    return max(256, min(GPU_CHUNK_ROWS, fitting))
 
 
 def softmax_rows(hidden: torch.Tensor, vocab_size: int) -> int:

@@ -1,7 +1,9 @@
 """Memory: what a step takes, what is there, and how the lack of it shows."""
 
+import ctypes
 import os
 import re
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -253,6 +255,8 @@ def available_memory(device: torch.device) -> int | None:
 
 
 def _system_room() -> int | None:
+    if sys.platform == "win32":
+        return _windows_room()
     try:
         for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
             if line.startswith("MemAvailable:"):
@@ -262,8 +266,28 @@ def _system_room() -> int | None:
     try:
         # macOS tells only how much is built in, so only what can never fit is found out
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (AttributeError, ValueError, OSError):  # Windows
+    except (AttributeError, ValueError, OSError):
         return None
+
+
+class _MemoryStatus(ctypes.Structure):
+    """MEMORYSTATUSEX of Windows' sysinfoapi.h."""
+
+    _fields_ = (
+        ("size", ctypes.c_uint32),
+        ("load_percent", ctypes.c_uint32),
+        ("total", ctypes.c_uint64),
+        ("available", ctypes.c_uint64),
+        *((name, ctypes.c_uint64) for name in ("page_total", "page_available")),
+        *((name, ctypes.c_uint64) for name in ("virtual_total", "virtual_available", "extended")),
+    )
+
+
+def _windows_room() -> int | None:
+    status = _MemoryStatus(size=ctypes.sizeof(_MemoryStatus))
+    if not ctypes.windll.kernel32.GlobalMemoryStatusEx(ctypes.byref(status)):
+        return None
+    return status.available
 
 
 def _address_room() -> int | None:

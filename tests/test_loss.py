@@ -272,6 +272,16 @@ def test_fp16_holds_the_gradient_of_every_class_of_token_however_many_targets_a_
         assert (d_weight_16[classes[name]] - exact).norm() < 0.01 * exact.norm(), name
 
 
+@pytest.mark.parametrize(
+    ("memory", "vocab_size", "rows"),
+    [(140e9, 50257, 8192), (4e9, 50257, 1243), (4e9, 151_936, 411), (1e9, 151_936, 256)],
+)
+def test_a_chunk_fits_into_a_small_gpu(monkeypatch, memory, vocab_size, rows):
+    monkeypatch.setattr(engine.loss, "total_memory", lambda device: int(memory))
+    hidden = torch.empty(2, 4, device="meta")
+    assert engine.loss.chunk_rows(hidden, vocab_size) == rows
+
+
 # ------------------------------------------------------------------ in a training step
 
 

@@ -1,11 +1,13 @@
 """What memory a run takes, how it fits itself to less, and what it does where that runs out."""
 
+import ctypes
 import json
 import os
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -304,6 +306,21 @@ def test_a_limit_of_the_process_counts():
 )
 def test_errors_that_say_that_memory_ran_out_are_known(error, expected):
     assert is_out_of_memory(error) is expected
+
+
+def test_windows_is_asked_for_what_is_free(monkeypatch):
+    def fill(place) -> int:
+        status = place._obj
+        assert status.size == ctypes.sizeof(status) == 64
+        status.total, status.available = 16 << 30, 5 << 30
+        return 1
+
+    kernel32 = SimpleNamespace(GlobalMemoryStatusEx=fill)
+    monkeypatch.setattr(ctypes, "windll", SimpleNamespace(kernel32=kernel32), raising=False)
+    monkeypatch.setattr(sys, "platform", "win32")
+    assert memory._system_room() == 5 << 30
+    kernel32.GlobalMemoryStatusEx = lambda place: 0
+    assert memory._system_room() is None
 
 
 # --------------------------------------------------------------------- before training begins
