@@ -10,6 +10,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
 from engine.console import say
+from engine.devices import free_memory
 from engine.errors import DataError
 from engine.metrics import TokenSize
 from engine.parallel import ALONE, Parallel
@@ -328,12 +329,10 @@ def make_loaders(
     step_size = plan.batch_size * accumulation
     n_steps = -(-plan.n_windows // step_size) if sampling == "random" else None
     pin_memory = device.type == "cuda"
-    if device.type == "cuda" and num_workers == 0:
-        free, _ = torch.cuda.mem_get_info(device)
-        if 4 * plan.n_tokens < free / 10:
-            train.move_to(device)
-            val.move_to(device)
-            pin_memory = False
+    if pin_memory and num_workers == 0 and 4 * plan.n_tokens < free_memory(device) / 10:
+        train.move_to(device)
+        val.move_to(device)
+        pin_memory = False
     return tuple(
         DataLoader(
             batches.dataset,

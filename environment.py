@@ -2,13 +2,16 @@
 
 import dataclasses
 import difflib
+import gc
 import importlib
 import json
 import os
 import runpy
+import sys
 import tempfile
 import time
 import traceback
+import weakref
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,8 +31,8 @@ from data import (
 )
 from engine.checkpoint import assign_weights, read_weights
 from engine.compiling import compile_decoding
-from engine.console import say
-from engine.devices import device_name, limit_memory
+from engine.console import in_kernel, say
+from engine.devices import device_count, device_name, limit_memory
 from engine.errors import CheckpointError, DataError, ResourceError, SettingsError
 from engine.memory import (
     ADVICE,
@@ -77,6 +80,7 @@ CACHE = Path(__file__).resolve().parent / "cache"
 HOW_MANY = "torchrun --nproc-per-node 2 main.py uses two"
 # the mark by which backup programs know a cache (bford.info/cachedir)
 CACHE_TAG = b"Signature: 8a477f597d28d172789f06886806bc55\n"
+_earlier_models = weakref.WeakSet()  # of this process, as far as anything still holds them
 
 
 @dataclass
@@ -117,10 +121,13 @@ def prepare_environment(settings: str | Path | None = None) -> RuntimeEnv:
 
     Under torchrun every process calls it, and gets its share of the batches.
     """
+    _let_go_of_earlier_runs()
     prepare_processor()
     parallel = join()
     with parallel.watched():
-        return _prepare(settings, parallel)
+        env = _prepare(settings, parallel)
+    _earlier_models.add(env.model)
+    return env
 
 
 def _prepare(settings: str | Path | None, parallel: Parallel) -> RuntimeEnv:
@@ -216,6 +223,27 @@ def _prepare(settings: str | Path | None, parallel: Parallel) -> RuntimeEnv:
     _describe_run(env, plan, windows, steps_per_epoch, notices)
     env.run = parallel.broadcast(env.run)
     return env
+
+
+def _let_go_of_earlier_runs() -> None:
+    """Free what earlier runs have left in a notebook's kernel: the next one needs the room."""
+    if not in_kernel():
+        return
+    error = getattr(sys, "last_value", None) if _earlier_models else None
+    while error is not None:  # a cell that failed keeps all that its functions had in use
+        traceback.clear_frames(error.__traceback__)
+        for frame, _ in traceback.walk_tb(error.__traceback__):
+            len(frame.f_locals)  # up to Python 3.12 a copy, which reading it renews
+        error = error.__cause__ or error.__context__
+    if "torch._inductor.compile_fx" in sys.modules:
+        torch.compiler.reset()  # compiled steps hold the memory that they ran in
+    gc.collect()
+    if _earlier_models:
+        n_bytes = sum(p.nbytes for model in _earlier_models for p in model.parameters())
+        say(
+            f"Note: an earlier model is still in memory ({as_bytes(n_bytes)}, and more for its "
+            "optimizer):  del env  (or what its name is) before you prepare another frees it"
+        )
 
 
 @dataclass(frozen=True)
@@ -368,24 +396,73 @@ def read_given_settings(path: str | Path | None) -> tuple[dict[str, Any], str]:
             "Name a Python file of config_run.py's shape, or none for config_run.py itself."
         )
     try:
-        if path is None:
-            names = vars(importlib.import_module("config_run"))
-        else:
-            names = runpy.run_path(str(path))
+        given = _config_run() if path is None else _settings_among(runpy.run_path(str(path)))
     except (Exception, SystemExit) as error:  # whatever a line of the user's own may raise
         raise SettingsError(_about_settings_file(place, error)) from error
+    if not given:
+        known = [f.name for f in dataclasses.fields(RunSettings)]
+        raise SettingsError(f"{place} sets nothing; it may set: {', '.join(known)}")
+    return given, place
+
+
+def _config_run() -> dict[str, Any]:
+    """The settings of config_run: its file as it is now, but what a program has set on it stays.
+
+    Python imports a module once, and a notebook's kernel lives while its user edits the file.
+    """
+    was_imported = "config_run" in sys.modules
+    module = importlib.import_module("config_run")
+    file = Path(getattr(module, "__file__", None) or "config_run.py")
+    if not file.is_file():
+        say("Note: config_run.py is gone: its settings count as they were read before")
+        return _settings_among(vars(module))
+    source, earlier = file.read_bytes(), getattr(module, "_as_read", None)
+    if earlier is None and not was_imported:
+        earlier = module._as_read = source, _shown_settings(vars(module))
+    if earlier is None or earlier[0] != source:
+        now = _settings_among(runpy.run_path(str(file)))
+        # of an import that nobody has seen, what differs from the file counts as a program's
+        before = _shown_settings(now) if earlier is None else earlier[1]
+        _take_over(module, before, now, tell=earlier is not None or in_kernel())
+        module._as_read = source, _shown_settings(now)
+    return _settings_among(vars(module))
+
+
+def _take_over(
+    module: ModuleType, before: dict[str, str], now: dict[str, Any], *, tell: bool
+) -> None:
+    """Give a module a file's settings, but not where its value isn't what the file had before."""
+    held, in_file = _shown_settings(vars(module)), _shown_settings(now)
+    names = sorted(before.keys() | now.keys() | held.keys())
+    by_hand = [name for name in names if held.get(name) != before.get(name)]
+    for name in set(names).difference(by_hand):
+        if name in now:
+            setattr(module, name, now[name])
+        else:
+            delattr(module, name)
+    differing = [name for name in by_hand if held.get(name) != in_file.get(name)]
+    if differing and tell:
+        say(f"Note: as this program has set them, not as config_run.py: {', '.join(differing)}")
+
+
+def _shown_settings(names: dict[str, Any]) -> dict[str, str]:
+    """Settings as text: what is changed inside of a value shows, too."""
+    return {name: repr(value) for name, value in _settings_among(names).items()}
+
+
+def _settings_among(names: dict[str, Any]) -> dict[str, Any]:
+    """What of a file's names are settings, or are meant to be.
+
+    It may have helpers of its own: lower-case names, functions, modules.
+    """
     known = [f.name for f in dataclasses.fields(RunSettings)]
-    given = {
+    return {
         name: value
         for name, value in names.items()
-        # a settings file may have helpers of its own: lower-case names, functions, modules
         if name in known
         or (name.isupper() and not name.startswith("_") and not isinstance(value, ModuleType))
         or _resembles(name, known)
     }
-    if not given:
-        raise SettingsError(f"{place} sets nothing; it may set: {', '.join(known)}")
-    return given, place
 
 
 def _about_settings_file(place: str, error: BaseException) -> str:
@@ -393,7 +470,10 @@ def _about_settings_file(place: str, error: BaseException) -> str:
     if isinstance(error, SyntaxError):
         where = f"{error.filename or place} line {error.lineno}"
         line = f"\n    {error.text.strip()}" if error.text else ""
-        return f"{where} is not Python: {error.msg}{line}"
+        advice = ""
+        if "unicodeescape" in error.msg:  # "C:\Users": the first letters of a sign's number
+            advice = '\nWrite a path as "C:/Users" or r"C:\\Users".'
+        return f"{where} is not Python: {error.msg}{line}{advice}"
     if isinstance(error, ModuleNotFoundError) and error.name == "config_run":
         return "config_run.py is missing; restore it from the repository"
     frames = traceback.extract_tb(error.__traceback__)
@@ -840,8 +920,8 @@ def _show_machine(
         say(f"Parallel: {parallel.world} processes ({name[parallel.kind]})")
     elif plan.run.PARALLEL != "auto":
         say(f"Note: PARALLEL is for torchrun's processes, and this one is alone ({HOW_MANY})")
-    elif device.type == "cuda" and torch.cuda.device_count() > 1:
-        say(f"Note: one of {torch.cuda.device_count()} GPUs is used ({HOW_MANY})")
+    elif device.type == "cuda" and (count := device_count("cuda")) > 1:
+        say(f"Note: one of {count} GPUs is used ({HOW_MANY})")
     if device.type != "cpu":
         say(f"GPU: {device_name(device)}")
     elif plan.run.DEVICE is None and parallel.is_main and (reason := why_no_gpu()):

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from engine.console import say
+from engine.console import RunBar, report, say, show_picture
 from engine.errors import NumericsError, ResourceError
 from engine.metrics import (
     TokenSize,
@@ -20,7 +20,7 @@ from engine.metrics import (
     perplexity,
     seconds_left,
 )
-from engine.storage import write_atomically
+from engine.storage import PATIENCE_S, write_atomically
 from engine.tracking import MetricsFile, Trackers
 from visualize import render_losses
 
@@ -88,11 +88,14 @@ class Journal:
     def __post_init__(self) -> None:
         self._metrics = None if self.folder is None else MetricsFile(self.folder / "metrics.jsonl")
         self.weights_of_step: int | None = None  # where the model has not the last step's
+        self._bar = RunBar(self.total_steps)
+        self._is_told = True  # whether the last evaluation was printed
         self._tokens = 0
         self._in_a_row = 0  # skipped steps
         self._halvings = 0  # of the loss scale, in a row
         self._pending: list[tuple[torch.Tensor, torch.Tensor, int, float]] = []
         self._said: set[str] = set()
+        self._refused: set[Path] = set()  # files that the disk did not take when last tried
         self._earlier_s = 0.0  # of a run that goes on
         self._first_step = 0  # of this process
         self._started_at = self._marked_at = time.perf_counter()
@@ -117,9 +120,11 @@ class Journal:
         """Note a step's loss and gradient norm, 0-d tensors on any device."""
         self._tokens += n_tokens
         self._pending.append((loss, grad_norm, self._tokens, learning_rate))
+        self._bar.show(self.steps)
         if self.log_every and self.steps % self.log_every == 0:
             self.fetch()
-            say(f"step {self.steps}: batch loss {self.history.batch_losses[-1]:.4f}{self._pace()}")
+            loss_now = self.history.batch_losses[-1]
+            report(f"step {self.steps}: batch loss {loss_now:.4f}{self._pace()}")
         elif len(self._pending) == FETCH_EVERY:
             self.fetch()
 
@@ -217,20 +222,26 @@ class Journal:
         if self.token_size is not None:
             row["val/bits_per_character"] = bits_per_character(val_loss, self.token_size)
             row["val/bits_per_byte"] = bits_per_byte(val_loss, self.token_size)
-        if step == 0:
-            say(f"Before training: Train loss {train_loss:.3f}, Val loss {val_loss:.3f}")
-        else:
+        if step > 0:
             row["train/tok_per_sec"] = self._tokens_per_s
-            say(
-                f"step {step}: train loss {train_loss:.4f}, val loss {val_loss:.4f}, speed: "
-                f"{self._tokens_per_s:.2f} tokens/sec, time: {as_duration(self.elapsed_s)}"
-            )
-        if epoch is not None:
-            say(f"Ep {epoch} (End Epoch): Train loss {train_loss:.3f}, Val loss {val_loss:.3f}")
+        lines = self._lines_on_evaluation(epoch, train_loss, val_loss)
+        self._is_told = report(*lines, keep=step in (0, self.total_steps))
         self._log([row])
         if self.folder is not None and step > 0:
             self.draw()
         self._marked_at, self._marked_tokens = time.perf_counter(), self._tokens
+
+    def _lines_on_evaluation(
+        self, epoch: int | None, train_loss: float, val_loss: float
+    ) -> list[str]:
+        losses = f"Train loss {train_loss:.3f}, Val loss {val_loss:.3f}"
+        if self.steps == 0:
+            return [f"Before training: {losses}"]
+        line = (
+            f"step {self.steps}: train loss {train_loss:.4f}, val loss {val_loss:.4f}, speed: "
+            f"{self._tokens_per_s:.2f} tokens/sec, time: {as_duration(self.elapsed_s)}"
+        )
+        return [line] if epoch is None else [line, f"Ep {epoch} (End Epoch): {losses}"]
 
     def draw(self) -> bool:
         """Draw the losses anew, into the run's folder and the working directory.
@@ -256,6 +267,16 @@ class Journal:
         written = [self._try_to_write(path, png) for path in (self.folder / PICTURE, Path(PICTURE))]
         return any(written)
 
+    def show_picture(self) -> None:
+        """Show the picture as it was drawn last in a notebook's cell."""
+        if self.folder is not None:
+            show_picture(self.folder / PICTURE)
+
+    def close(self) -> None:
+        """Close the trackers and leave the bar as it is: training is over here."""
+        self._bar.close()
+        self.trackers.close()
+
     def leave_out(self, seconds: float) -> None:
         """Leave a time out of the tokens a second: something else was done in it."""
         self._marked_at += seconds
@@ -271,12 +292,17 @@ class Journal:
         """The optimizer steps since the model wrote last."""
         return self.steps - (self.history.samples[-1].step or 0 if self.history.samples else 0)
 
-    def note_sample(self, label: str, texts: list[str]) -> None:
-        """Print what the model wrote, a line for each prompt, and keep it for samples.md."""
+    def note_sample(self, label: str, texts: list[str], *, is_last: bool = False) -> None:
+        """Print what the model wrote, a line for each prompt, and keep it for samples.md.
+
+        A notebook, which leaves out lines that come too fast, has those that are last.
+        """
+        lines = []
         for number, text in enumerate(texts, start=1):
             shown = "".join(c if c.isprintable() else " " for c in text)  # no control codes
             name = label if len(texts) == 1 else f"{label}, prompt {number}"
-            say(f"{name}: {' '.join(shown.split())}")
+            lines.append(f"{name}: {' '.join(shown.split())}")
+        report(*lines, keep=is_last or self._is_told)
         step = self.steps if self.weights_of_step is None else self.weights_of_step
         self.history.samples.append(Moment(label, step, texts))
         _thin_out(self.history.samples)
@@ -328,11 +354,15 @@ class Journal:
 
     def _try_to_write(self, path: Path, content: bytes) -> bool:
         """Write something that no run may end for; False where the disk refuses."""
+        # a viewer may hold its picture open for hours: that is waited for once
+        patience_s = 0.0 if path in self._refused else PATIENCE_S
         try:
-            write_atomically(path, content)
+            write_atomically(path, content, patience_s=patience_s)
         except ResourceError as error:
+            self._refused.add(path)
             self._say_once(f"{str(error).splitlines()[0]} Training goes on")
             return False
+        self._refused.discard(path)
         return True
 
     def _say_once(self, note: str) -> None:

@@ -157,7 +157,7 @@ def show_samples(env: RuntimeEnv, journal: Journal) -> None:
         }
         with whole(env.model, env.parallel), env.precision.autocast():
             texts = continue_prompts(env.model, env.tokenizer, prompts, **options | choice)
-        journal.note_sample(label, texts)
+        journal.note_sample(label, texts, is_last=True)
 
 
 def _limit(value: float | None) -> str:

@@ -309,12 +309,18 @@ def attend(
 
 
 def attention_kernel(config: GPTConfig, precision: Precision, device: torch.device) -> str:
-    """The kernel that torch chooses for this model's attention: "flash attention", "math", ..."""
+    """The kernel that torch chooses for this model's attention: "flash attention", "math", ...
+
+    A torch that can't be asked has an "unknown" one.
+    """
+    choice = getattr(torch, "_fused_sdp_choice", None)  # torch has no public name for it
+    if choice is None:
+        return "unknown"
     dtype = DTYPES[precision.name]
     shape = (1, config.n_heads, config.context_length, config.emb_dim // config.n_heads)
     q = torch.empty(shape, dtype=dtype, device=device, requires_grad=True)
     dropout = config.attention_drop_rate
-    name = SDPBackend(torch._fused_sdp_choice(q, q, q, dropout_p=dropout, is_causal=True)).name
+    name = SDPBackend(choice(q, q, q, dropout_p=dropout, is_causal=True)).name
     return name.lower().replace("_", " ")
 
 

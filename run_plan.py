@@ -24,6 +24,7 @@ from engine.settings import (
     translate_names,
     unknown_name,
 )
+from engine.storage import is_portable_name
 from engine.tracking import TRACKERS
 from generation import SamplingConfig
 from model import GPTConfig
@@ -108,6 +109,11 @@ class RunSettings:
             problems.append(
                 f"RUN_NAME is {shown(run_name)}; it must be a folder's plain name: up to 80 "
                 'characters, none of / \\ < > : " | ? * and no dot in front'
+            )
+        elif run_name is not None and not is_portable_name(run_name):
+            problems.append(
+                f"RUN_NAME is {shown(run_name)}; Windows can't have such a folder: it must not end "
+                'with a dot or a blank, nor be the name of a device, such as "con" or "nul.1"'
             )
         elif run_name is not None and not _can_be_a_path(f"./{run_name}"):
             problems.append(f"RUN_NAME ({shown(run_name)}) can't be a folder's name here")

@@ -558,7 +558,7 @@ def _train(env: "RuntimeEnv") -> Journal:
         with trainer.stop:
             _train_and_save(trainer, env.train_loader, env.val_loader, plan)
     finally:
-        journal.trackers.close()
+        journal.close()
     if journal.steps < plan.total_steps:
         say(
             f"Stopped early: {config.patience} evaluations in a row have not been better than "
@@ -567,6 +567,7 @@ def _train(env: "RuntimeEnv") -> Journal:
     store.save_best(trainer.best)
     if config.patience is not None:
         trainer.use_best()
+    journal.show_picture()
     return journal
 
 
@@ -677,7 +678,7 @@ def train_model_simple(
         tokenizer.vocab_size, plan.total_steps, log_every, scales_loss=precision.scales_loss
     )
     trainer = Trainer(model, optimizer, device, precision, journal, tokenizer, parallel=parallel)
-    with parallel.watched():
+    with parallel.watched(), contextlib.closing(journal):
         training_loop(trainer, train_loader, val_loader, plan)
     history = journal.history
     return history.train_losses, history.val_losses, history.tokens_seen

@@ -975,10 +975,11 @@ def _plant_orphans(run: Path) -> None:
 def import_what_runs_need() -> None:
     """Import once what every run would; nothing here may start a thread before the forks."""
     import torch
-    import torch._dynamo  # for a second, where the first optimizer is built
 
     import environment  # noqa: F401
 
+    with contextlib.suppress(ImportError):
+        import torch._dynamo  # for a second, where the first optimizer is built
     with contextlib.suppress(ImportError):
         import matplotlib.backends.backend_agg
         import matplotlib.figure  # noqa: F401

@@ -63,7 +63,7 @@ def compile_model(
     """
     if device.type == "cpu" or not is_alone:
         for block in model.blocks:
-            block.compile(dynamic=False)
+            block.forward = torch.compile(block.forward, dynamic=False)
         return
     is_small = sum(p.numel() for p in model.parameters()) < SMALL_MODEL
     has_graphs = device.type == "cuda" and is_small and micro_batches == 1
@@ -86,14 +86,14 @@ def compile_decoding(model: nn.Module, device: torch.device) -> None:
 def is_compiled(model: nn.Module) -> bool:
     """Whether compile_model() has been at a model."""
     blocks = getattr(model, "blocks", ())
-    return "hidden" in model.__dict__ or any(block._compiled_call_impl for block in blocks)
+    return "hidden" in model.__dict__ or any("forward" in block.__dict__ for block in blocks)
 
 
 def undo_compiling(model: nn.Module) -> None:
     """Run the model as it is written again."""
     model.__dict__.pop("hidden", None)
     for block in model.blocks:
-        block._compiled_call_impl = None
+        block.__dict__.pop("forward", None)
 
 
 class RecordedStep:

@@ -38,11 +38,27 @@ def device_name(device: torch.device) -> str | None:
     return None if device.type == "cpu" else _module(device).get_device_name(device)
 
 
+def device_count(kind: str) -> int:
+    """How many devices of a kind torch can use."""
+    if kind == "cpu":
+        return 1
+    if kind == "mps":
+        return int(torch.backends.mps.is_available())
+    module = getattr(torch, kind)
+    return module.device_count() if module.is_available() else 0
+
+
 def cuda_capability(device: torch.device) -> tuple[int, int] | None:
     """NVIDIA's compute capability, (8, 6) for example; None for all other devices, AMD's too."""
     if device.type != "cuda" or torch.version.hip is not None:
         return None
     return torch.cuda.get_device_capability(device)
+
+
+def xpu_has_bf16(device: torch.device) -> bool:
+    """Whether an Intel GPU computes in bf16 rather than emulate it."""
+    properties = torch.xpu.get_device_properties(device)
+    return getattr(properties, "has_bfloat16_conversions", True)  # torch 2.7 does not tell
 
 
 def synchronize(device: torch.device) -> None:

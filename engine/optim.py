@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from itertools import repeat
 
 import torch
 from torch import nn
@@ -206,7 +207,7 @@ class Muon(torch.optim.Optimizer):
         for group in self.param_groups:
             parameters = [p for p in group["params"] if p.grad is not None]
             if scale is not None and parameters:
-                torch._foreach_div_([p.grad for p in parameters], scale)
+                for_each("div_", [p.grad for p in parameters], scale)
             if "rows" in group:
                 self._move_matrices(group, found_inf)
             else:
@@ -277,15 +278,15 @@ class Muon(torch.optim.Optimizer):
             decay = torch.where(bad, 1.0, decay)
             # a momentum that takes its gradient's place stays what it is
             grads = [torch.where(bad, m, g) for m, g in zip(momenta, grads, strict=True)]
-        torch._foreach_lerp_(momenta, grads, 1 - MOMENTUM)
-        ahead = torch._foreach_lerp(grads, momenta, MOMENTUM)  # Nesterov's
+        for_each("lerp_", momenta, grads, 1 - MOMENTUM)
+        ahead = for_each("lerp", grads, momenta, MOMENTUM)  # Nesterov's
         updates = orthogonalize(torch.stack(ahead), self._dtype)
         if found_inf is not None:
             updates *= ~bad
         # the rms of an orthogonal matrix is 1 / sqrt(its longer side)
         size = MUON_RMS * math.sqrt(max(updates.shape[1:]))
-        torch._foreach_mul_(weights, decay)
-        torch._foreach_add_(weights, updates.unbind(), alpha=-learning_rate * size)
+        for_each("mul_", weights, decay)
+        for_each("add_", weights, updates.unbind(), alpha=-learning_rate * size)
 
     def _move_parts(
         self,
@@ -320,6 +321,21 @@ class Muon(torch.optim.Optimizer):
         own = distribute_tensor(update, p.device_mesh, p.placements, src_data_rank=None)
         p.mul_(decay)
         p.sub_(own * learning_rate)
+
+
+def for_each(
+    name: str, tensors: Sequence[torch.Tensor], *others: object, **options: float
+) -> Sequence[torch.Tensor] | None:
+    """Call a method of every tensor; each list in `others` has one argument for every tensor.
+
+    That is one call, and few kernels on a GPU, where torch has it under its private name.
+    """
+    at_once = getattr(torch, f"_foreach_{name}", None)
+    if at_once is not None:
+        return at_once(tensors, *others, **options)
+    columns = (other if isinstance(other, list | tuple) else repeat(other) for other in others)
+    rows = zip(tensors, *columns, strict=False)
+    return [getattr(tensor, name)(*values, **options) for tensor, *values in rows]
 
 
 def orthogonalize(matrices: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

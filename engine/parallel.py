@@ -426,7 +426,7 @@ def _meet(rank: int, world: int, timeout_s: float) -> tuple[Any, Any, Any]:
         me = {"pids": _pid_namespace(), "pid": os.getpid()}
         store.set(f"process/{rank}", json.dumps(me))
         named = {"store": store, "rank": rank, "world_size": world}
-        if torch.cuda.is_available():
+        if torch.cuda.is_available() and distributed.is_nccl_available():  # Windows has no NCCL
             # NCCL ends a process whose message takes too long: the others are to tell why before
             longer = timeout + timedelta(seconds=3 * LEAVING_S)
             distributed.init_process_group("cpu:gloo,cuda:nccl", timeout=longer, **named)

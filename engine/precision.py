@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
-from engine.devices import cuda_capability
+from engine.devices import cuda_capability, xpu_has_bf16
 from engine.errors import SettingsError
 
 PRECISIONS = ("auto", "bf16", "fp16", "fp32")
@@ -93,18 +93,16 @@ def _fastest_format(device: torch.device) -> tuple[str, str]:
         if torch.backends.mps.is_macos_or_newer(14, 0):
             return "bf16", "this Mac has bf16"
         return "fp32", "bf16 needs macOS 14"
-    properties = torch.xpu.get_device_properties(device)
-    if getattr(properties, "has_bfloat16_conversions", True):  # torch 2.7 does not tell
+    if xpu_has_bf16(device):
         return "bf16", "this GPU has bf16 units"
     return "fp32", "this GPU has no bf16 units"
 
 
 def _cpu_capabilities() -> dict[str, object]:
     """What torch says of the processor's instruction sets."""
-    if hasattr(torch.cpu, "get_capabilities"):
-        return torch.cpu.get_capabilities()
+    get_capabilities = getattr(torch.cpu, "get_capabilities", None)
+    if get_capabilities is not None:
+        return get_capabilities()
     # before torch 2.12 the same facts have private names
-    return {
-        "avx512_bf16": torch.cpu._is_avx512_bf16_supported(),
-        "amx_bf16": torch.cpu._is_amx_tile_supported(),
-    }
+    names = {"avx512_bf16": "_is_avx512_bf16_supported", "amx_bf16": "_is_amx_tile_supported"}
+    return {unit: getattr(torch.cpu, name, bool)() for unit, name in names.items()}

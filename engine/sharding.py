@@ -41,11 +41,13 @@ def build_in_parts(
         linear = [module for module in block.modules() if isinstance(module, nn.Linear)]
         fully_shard(linear, mesh=mesh, mp_policy=policy)
     fully_shard(model, mesh=mesh)
-    # buffers are no parameters: they are there already
-    model._apply(lambda t: torch.empty_like(t, device=device) if t.is_meta else t.to(device))
+    buffers = dict(model.named_buffers())  # which are on the CPU, with their values
+    model.to_empty(device=device)
     # torch warns of what would be wrong if the outputs of Linear layers were changed in place
     warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")
     with torch.no_grad():
+        for name, value in model.named_buffers():
+            value.copy_(buffers[name])
         for name, value in model.named_parameters():
             value.copy_(placed(weights.get(name), value, parallel))
         with precision.autocast():  # the first call decides which module is the outermost

@@ -12,15 +12,16 @@ import json
 import math
 import numbers
 import os
+import re
 import shutil
 import socket
 import stat
 import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from engine.errors import BusyError, CheckpointError, ResourceError
 
@@ -30,20 +31,31 @@ _BLOCK = 4 << 20  # bytes that are hashed at a time
 _HASHING_THREADS = 4
 _LONE_SURROGATES = "backslashreplace"  # in a file's name, say; the result is JSON's own escape
 
+PATIENCE_S = 5.0  # how long Windows may refuse to rename or remove what another program holds open
+TIDY_S = 0.5  # the same for what nobody misses: a later start removes it
+# Windows' numbers for it: access denied, sharing violation, lock violation, folder not empty (yet)
+HELD_OPEN = (5, 32, 33, 145)
+# what Windows takes for a device, whatever follows a dot
+_DEVICES = re.compile(r"(con|prn|aux|nul|conin\$|conout\$|(com|lpt)[1-9¹²³]) *(\..*)?", re.I | re.S)
+T = TypeVar("T")
+
 
 class NewFile:
     """A file that appears under its name whole and durable, or not at all.
 
     Use it as `with NewFile(path) as file: file.write(...)`. The bytes go to a temporary file
     beside the target, are fsynced, and then renamed over it; an error in the block, or discard(),
-    leaves what was there. Raises ResourceError where the disk is full, read-only or gone: the old
-    file is then intact, or, where only the folder's own fsync failed, the new one may not outlast
-    a power cut.
+    leaves what was there. Raises ResourceError where the disk is full, read-only or gone, or
+    where another program holds the old file open for longer than patience_s: the old file is then
+    intact, or, where only the folder's own fsync failed, the new one may not outlast a power cut.
     """
 
-    def __init__(self, path: str | os.PathLike, *, durable: bool = True) -> None:
+    def __init__(
+        self, path: str | os.PathLike, *, durable: bool = True, patience_s: float = PATIENCE_S
+    ) -> None:
         self.path = Path(path)
         self._durable = durable
+        self._patience_s = patience_s
         # threads, too, may write the same file at once
         owner = f"{os.getpid()}-{threading.get_ident()}"
         self._beside = self.path.with_name(f".tmp-{owner}-{self.path.name}")
@@ -74,7 +86,7 @@ class NewFile:
                 if self._durable:
                     os.fsync(self._file.fileno())
                 self._file.close()
-                os.replace(self._beside, self.path)
+                _patiently(_move, os.replace, self._beside, self.path, patience_s=self._patience_s)
                 if self._durable:
                     _fsync_folder(self.path.parent)
         except OSError as error:
@@ -82,13 +94,14 @@ class NewFile:
         finally:
             with contextlib.suppress(OSError):  # on a full disk even closing fails
                 self._file.close()
-            with contextlib.suppress(OSError):  # renamed, or in a folder that has gone
-                os.unlink(self._beside)
+            discard(self._beside)  # nothing where it was renamed
 
 
-def write_atomically(path: str | os.PathLike, content: bytes) -> None:
+def write_atomically(
+    path: str | os.PathLike, content: bytes, *, patience_s: float = PATIENCE_S
+) -> None:
     """Replace the file at path by content, as NewFile does."""
-    with NewFile(path) as file:
+    with NewFile(path, patience_s=patience_s) as file:
         file.write(content)
 
 
@@ -117,7 +130,8 @@ def make_folder(path: str | os.PathLike) -> None:
             with contextlib.suppress(OSError):  # whoever made it may have been killed before this
                 _fsync_folder(path.parent)
             return
-        make_folder(path.parent)
+        if path.parent != path:  # a drive that is not there has none
+            make_folder(path.parent)
         with contextlib.suppress(FileExistsError):  # another process was quicker, or a file
             os.mkdir(path)
         if not path.is_dir():
@@ -158,7 +172,7 @@ def rename_folder(source: str | os.PathLike, target: str | os.PathLike) -> bool:
     The files in it must be durable already. Raises ResourceError where the disk won't have it.
     """
     try:
-        os.rename(source, target)
+        _patiently(_move, os.rename, source, target)
     except OSError as error:
         if Path(target).is_dir():
             return False
@@ -168,6 +182,17 @@ def rename_folder(source: str | os.PathLike, target: str | os.PathLike) -> bool:
     except OSError as error:
         raise _cannot_write(target, error) from error
     return True
+
+
+def rename_file(source: str | os.PathLike, target: str | os.PathLike) -> None:
+    """Give a file another name, that of a file too, at once but not durably.
+
+    Raises ResourceError where the disk won't have it.
+    """
+    try:
+        _patiently(_move, os.replace, source, target)
+    except OSError as error:
+        raise _cannot_write(target, error) from error
 
 
 # ------------------------------------------------------------------------- sealed folders
@@ -218,13 +243,12 @@ class NewFolder:
             if kind is None:
                 self.write(MANIFEST, [_seal(self._facts | {"files": self._files})])
                 _fsync_folder(self._beside)
-                os.rename(self._beside, self.path)
+                _patiently(_move, os.rename, self._beside, self.path)
                 _fsync_folder(self.path.parent)
         except OSError as error:
             raise _cannot_write(self.path, error) from error
         finally:
-            with contextlib.suppress(OSError):  # of a close, which ignore_errors lets through
-                shutil.rmtree(self._beside, ignore_errors=True)  # renamed, or what failed
+            discard(self._beside)  # nothing where it was renamed
 
 
 def verify_folder(
@@ -308,41 +332,50 @@ def set_aside(path: str | os.PathLike) -> Path:
         count += 1
         aside = path.with_name(f".bad-{path.name}-{count}")
     try:
-        os.rename(path, aside)
+        _patiently(_move, os.rename, path, aside)
         _fsync_folder(path.parent)
     except OSError as error:
         raise _cannot_write(path, error) from error
     return aside
 
 
-def remove_folder(path: str | os.PathLike) -> None:
+def remove_folder(path: str | os.PathLike) -> bool:
     """Remove a folder: first its name, so that no half of it is ever seen under that.
 
-    Where the disk refuses, the rest waits for remove_orphans().
+    False where the disk refuses that, or another program holds a file in it open: it is then
+    whole. Where it refuses the rest, that waits for remove_orphans().
     """
     doomed = Path(path).with_name(f".del-{os.getpid()}-{Path(path).name}")
-    with contextlib.suppress(OSError):
-        os.rename(path, doomed)
-        shutil.rmtree(doomed)
+    try:
+        _patiently(_move, os.rename, path, doomed)
+    except FileNotFoundError:  # another was quicker
+        return True
+    except OSError:
+        return False
+    discard(doomed)
+    return True
 
 
 def remove_file(path: str | os.PathLike) -> None:
     """Remove a file where it is there; ResourceError where the disk refuses."""
     try:
-        Path(path).unlink(missing_ok=True)
+        _patiently(Path(path).unlink, True)
     except OSError as error:
         raise _cannot_write(path, error) from error
+
+
+def discard(path: str | os.PathLike) -> None:
+    """Remove a file or folder that nobody misses; what the disk refuses of it stays."""
+    is_folder = os.path.isdir(path) and not os.path.islink(path)
+    with contextlib.suppress(OSError):  # it is gone; or the next start tries again
+        _patiently(shutil.rmtree if is_folder else os.unlink, path, patience_s=TIDY_S)
 
 
 def remove_orphans(folder: str | os.PathLike) -> None:
     """Remove what killed programs left half written or half removed; the caller has the lock."""
     for pattern in (".tmp-*", ".del-*"):
         for orphan in sorted(Path(folder).glob(pattern)):
-            with contextlib.suppress(OSError):  # the next start tries again
-                if orphan.is_dir() and not orphan.is_symlink():
-                    shutil.rmtree(orphan)
-                else:
-                    orphan.unlink()
+            discard(orphan)
 
 
 def require_space(folder: str | os.PathLike, n_bytes: int, what: str) -> None:
@@ -431,6 +464,53 @@ def _lock(handle: int) -> None:
         fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
+# --------------------------------------------------------------------- Windows' own ways
+
+
+def _patiently(call: Callable[..., T], *arguments: Any, patience_s: float = PATIENCE_S) -> T:
+    """Make a call again for as long as Windows refuses it because a program holds a file open.
+
+    There a file that is open can be neither renamed nor replaced nor removed, nor a folder that
+    it is in. Virus scanners and indexers hold each fresh file for milliseconds, a viewer its file
+    for hours. What is refused for longer than patience_s is raised, and any other error at once.
+    """
+    until, pause_s = time.monotonic() + patience_s, 0.01
+    while True:
+        try:
+            return call(*arguments)
+        except OSError as error:
+            left_s = until - time.monotonic()
+            if not _is_held_open(error) or left_s <= 0:
+                raise
+        time.sleep(min(pause_s, left_s))
+        pause_s = min(2 * pause_s, 0.1)
+
+
+def _is_held_open(error: OSError) -> bool:
+    return getattr(error, "winerror", None) in HELD_OPEN  # no other system sets it
+
+
+def _move(move: Callable[[Any, Any], None], source: Any, target: Any) -> None:
+    """os.rename or os.replace; Windows calls a folder in the way of a file "access denied"."""
+    try:
+        move(source, target)
+    except OSError as error:
+        if _is_held_open(error) and os.path.isdir(target):  # no waiting helps
+            reason = os.strerror(errno.EISDIR)
+            raise IsADirectoryError(errno.EISDIR, reason, str(target)) from error
+        raise
+
+
+def is_portable_name(name: str) -> bool:
+    """Whether a file or folder of this name can be made on every system.
+
+    Windows takes some names for devices ("con", "nul.txt"), has signs of its own use, and drops
+    dots and blanks at a name's end.
+    """
+    has_signs = re.search(r'[/\\<>:"|?*\x00-\x1f]', name) is not None
+    return not has_signs and name[-1:] not in ("", ".", " ") and not _DEVICES.fullmatch(name)
+
+
 # ----------------------------------------------------------------------------------- JSON
 
 
@@ -465,4 +545,11 @@ def _cannot_write(path: str | os.PathLike, error: OSError) -> ResourceError:
     advice = "Choose another folder, or make this one such that it can be written."
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         advice = "Free some space there, or choose another folder."
-    return ResourceError(f"can't write {path}: {error.strerror or error}.\n{advice}")
+    reason = str(error.strerror or error).removesuffix(".")
+    if _is_held_open(error):
+        reason += " (another program may have it open)"
+        advice = (
+            "Close what may have it open, such as a viewer; let virus scanners and cloud drives "
+            "leave\nthe folder out, or choose another one. Then start again."
+        )
+    return ResourceError(f"can't write {path}: {reason}.\n{advice}")

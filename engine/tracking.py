@@ -12,7 +12,7 @@ from typing import Any, Protocol
 
 from engine.console import say
 from engine.errors import ResourceError, SettingsError
-from engine.storage import append_json_lines, fsync_file, write_atomically
+from engine.storage import PATIENCE_S, append_json_lines, fsync_file, write_atomically
 
 TRACKERS = {  # name in TRACKING: (module, what to install)
     "tensorboard": ("tensorboard", "tensorboard"),
@@ -68,7 +68,8 @@ class MetricsFile:
             kept = content[: self._keep]
             kept = kept[: kept.rfind(b"\n") + 1]
             if kept != content:
-                write_atomically(self.path, kept)
+                # each append tries it again: what was refused once is not waited for any more
+                write_atomically(self.path, kept, patience_s=0.0 if self._said else PATIENCE_S)
         self._keep = None
         return kept.splitlines()
 

@@ -96,8 +96,9 @@ class Int8Linear(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Any float format in, bf16 out."""
         flat = x.bfloat16().flatten(0, -2)
-        if len(flat) <= MOST_INT8_ROWS and flat.shape[1] % INT8_WIDTH == 0:
-            product = torch._weight_int8pack_mm(flat, self.weight, self.scale)
+        kernel = getattr(torch, "_weight_int8pack_mm", None)  # torch has no public name for it
+        if kernel and len(flat) <= MOST_INT8_ROWS and flat.shape[1] % INT8_WIDTH == 0:
+            product = kernel(flat, self.weight, self.scale)
         elif is_slow_in_bf16(x.device):
             product = F.linear(x.float().flatten(0, -2), self.weight.float()).bfloat16()
             product = product * self.scale

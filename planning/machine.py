@@ -9,7 +9,15 @@ from dataclasses import dataclass
 
 import torch
 
-from engine.devices import KINDS, cuda_capability, device_name, find_device_fault, with_index
+from engine.devices import (
+    INDEXED,
+    KINDS,
+    cuda_capability,
+    device_count,
+    device_name,
+    find_device_fault,
+    with_index,
+)
 from engine.errors import ResourceError, SettingsError
 from engine.parallel import ALONE, Parallel
 from engine.settings import shown
@@ -46,13 +54,7 @@ def _count_devices() -> dict[str, int]:
     """How many devices of each kind torch can use."""
     with warnings.catch_warnings():  # of a driver that is too old; why_no_gpu() tells of it
         warnings.filterwarnings("ignore", "CUDA initialization")
-        n_cuda = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    return {
-        "cpu": 1,
-        "cuda": n_cuda,
-        "mps": int(torch.backends.mps.is_available()),
-        "xpu": torch.xpu.device_count() if torch.xpu.is_available() else 0,
-    }
+        return {kind: device_count(kind) for kind in KINDS}
 
 
 def _device_of_rank(requested: str | None, parallel: Parallel, n_cuda: int) -> torch.device:
@@ -114,7 +116,7 @@ def has_kernels(capability: tuple[int, int], arch_list: list[str]) -> bool:
 
 def _about_missing_device(requested: str, counts: dict[str, int]) -> str:
     names = [
-        f"{kind}:{i}" if kind in ("cuda", "xpu") else kind
+        f"{kind}:{i}" if kind in INDEXED else kind
         for kind in KINDS
         for i in range(counts.get(kind, 0))
     ]

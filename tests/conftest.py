@@ -1,11 +1,18 @@
-"""What the tests share: the real texts beside the project, and a place to run in."""
+"""What the tests share: the real texts beside the project, a place to run in, and the processor.
+
+GPT_PRETEND_CPU is the bf16 unit that torch is to report: avx512_bf16, amx_bf16, or none. Every
+choice by the processor then goes that way, in this process and its forks; the arithmetic stays
+right on any processor, but is slow in bf16 without such a unit.
+"""
 
 import contextlib
 import gc
 import io
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
@@ -13,6 +20,21 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 SHARED_DATA = REPOSITORY.parent / "shared" / "data"
+BF16_UNITS = ("avx512_bf16", "amx_bf16")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Report the bf16 units that GPT_PRETEND_CPU names, where it is set."""
+    pretended = os.environ.get("GPT_PRETEND_CPU")
+    if not pretended:
+        return
+    if pretended not in (*BF16_UNITS, "none"):
+        raise pytest.UsageError(
+            f"GPT_PRETEND_CPU is {pretended!r}; it must be {', '.join(BF16_UNITS)} or none"
+        )
+    units = {unit: unit == pretended for unit in BF16_UNITS}
+    real = getattr(torch.cpu, "get_capabilities", dict)
+    torch.cpu.get_capabilities = lambda: real() | units
 
 
 @pytest.hookimpl(wrapper=True)
@@ -75,6 +97,14 @@ def workdir(tmp_path, monkeypatch) -> Path:
 def no_pictures(monkeypatch):
     """As without matplotlib: drawing takes longer than all the rest of a run."""
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+
+
+@pytest.fixture
+def kernel(monkeypatch):
+    """As in a notebook's kernel without widgets."""
+    ipython = ModuleType("IPython")
+    ipython.get_ipython = lambda: SimpleNamespace(kernel=object())
+    monkeypatch.setitem(sys.modules, "IPython", ipython)
 
 
 @pytest.fixture(autouse=True)

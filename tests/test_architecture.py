@@ -133,6 +133,25 @@ def test_an_import_for_type_checkers_is_no_import():
     assert upward_imports({"train": ast.parse(code)}) == []
 
 
+# who may: the devices' own home, choosing one, CUDA graphs, and the choice of a process group
+SPEAKS_OF_GPUS = ("engine.devices", "planning.machine", "engine.compiling", "engine.parallel")
+
+
+def test_calls_that_differ_between_gpus_have_one_home():
+    """torch.cuda's functions want a device with an index, others have no such function at all."""
+    strays = [
+        f"{name} line {node.lineno}: torch.{node.attr}"
+        for name, tree in sources().items()
+        if name not in SPEAKS_OF_GPUS and not name.startswith("benchmarks")
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Attribute)
+        and node.attr in ("cuda", "mps", "xpu", "accelerator")
+        and isinstance(node.value, ast.Name)
+        and node.value.id == "torch"
+    ]
+    assert strays == []
+
+
 def test_no_modules_import_each_other_in_a_circle():
     assert circle(sources()) is None
 

@@ -1,11 +1,26 @@
 """Lines and bars on consoles of every kind: narrow encodings, log files, terminals, no tqdm."""
 
 import io
+import re
 import sys
+import time
+from types import ModuleType
 
 import pytest
 
-from engine.console import complain, say, tell, track, use_utf8
+from engine import console
+from engine.console import (
+    ByteProgress,
+    RunBar,
+    complain,
+    in_kernel,
+    report,
+    say,
+    show_picture,
+    tell,
+    track,
+    use_utf8,
+)
 
 
 class Console(io.TextIOWrapper):
@@ -186,3 +201,105 @@ def test_a_bar_left_early_shows_the_true_count(leave_by, with_tqdm, consoles):
     assert err.shown().endswith("4/9\n")
     assert ("44%" in err.shown()) == with_tqdm
     assert err.shown().count("\n") == 1
+
+
+# ---------------------------------------------------------------------------- in a notebook
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """A clock that is set by hand, and a notebook that has printed nothing yet."""
+
+    class Clock:
+        now = 100.0
+
+    monkeypatch.setattr(time, "monotonic", lambda: Clock.now)
+    monkeypatch.setattr(console, "_next_report_at", 0.0)
+    return Clock
+
+
+def test_a_program_and_a_terminals_ipython_are_no_kernel(monkeypatch, kernel):
+    assert in_kernel()
+    monkeypatch.setattr(sys.modules["IPython"], "get_ipython", lambda: object())
+    assert not in_kernel()
+    monkeypatch.delitem(sys.modules, "IPython")
+    assert not in_kernel()
+
+
+def test_a_notebook_gets_a_line_on_progress_every_two_seconds_on_average(kernel, clock, capsys):
+    lines = 0
+    for tenth in range(1000):
+        clock.now = 100 + tenth / 10
+        lines += 3 * report("a", "b", "c") + report("d")
+    assert capsys.readouterr().out.count("\n") == lines
+    assert 45 <= lines <= 53
+
+
+def test_lines_that_are_to_be_kept_make_others_wait_longer(kernel, clock, capsys):
+    assert report("a") and report("b", "c", keep=True)
+    clock.now += 5.9
+    assert not report("d")
+    clock.now += 0.2
+    assert report("e")
+    assert capsys.readouterr().out == "a\nb\nc\ne\n"
+
+
+def test_outside_of_notebooks_every_line_is_printed(clock, capsys):
+    assert all(report(str(number)) for number in range(50))
+    assert capsys.readouterr().out.count("\n") == 50
+
+
+def test_in_a_notebook_one_bar_with_the_time_left_stands_for_all_epochs(kernel, clock, consoles):
+    out, err = consoles("utf-8")
+    bar = RunBar(8)
+    done = 3  # of a run that goes on
+    for epoch in range(2):
+        for _ in track(range(2), 2, f"Epoch {epoch + 1}"):
+            done += 1
+            bar.show(done)
+        say(f"line {epoch}")
+    bar.close()
+    drawn = out.shown()
+    assert err.shown() == ""
+    assert "Epoch" not in drawn
+    assert re.search(r"Steps:  50%\|.*4/8 \[\d\d:\d\d<", drawn)
+    assert re.search(r"7/8 \[\d\d:\d\d<\d\d:\d\d[^\n]*\n$", drawn)
+    # nothing of a bar stays in front of a line
+    shown = [line.rpartition("\r")[2] for line in drawn.split("\n")]
+    assert shown[:2] == ["line 0", "line 1"]
+    assert len(drawn.split("\r")) < 16
+
+
+def test_outside_of_notebooks_no_such_bar_is_drawn(consoles):
+    for terminal in (True, False):
+        out, err = consoles("utf-8", terminal=terminal)
+        bar = RunBar(2)
+        bar.show(1)
+        bar.close()
+        assert out.shown() == err.shown() == ""
+
+
+def test_without_tqdm_a_notebook_has_lines_and_no_bar(kernel, consoles, monkeypatch, clock):
+    monkeypatch.setitem(sys.modules, "tqdm", None)
+    out, err = consoles("utf-8")
+    bar = RunBar(2)
+    bar.show(1)
+    say("line")
+    bar.close()
+    with ByteProgress("Reading", 10) as progress:
+        progress.show(5)
+    assert (out.shown(), err.shown()) == ("line\n", "")
+
+
+def test_a_picture_is_shown_in_a_notebook_alone(kernel, monkeypatch, tmp_path):
+    shown = []
+    display = ModuleType("IPython.display")
+    display.Image, display.display = (lambda data: data), shown.append
+    monkeypatch.setitem(sys.modules, "IPython.display", display)
+    picture = tmp_path / "picture.png"
+    show_picture(picture)  # none was drawn
+    picture.write_bytes(b"PNG")
+    show_picture(picture)
+    monkeypatch.delitem(sys.modules, "IPython")
+    show_picture(picture)
+    assert shown == [b"PNG"]

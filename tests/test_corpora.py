@@ -22,6 +22,7 @@ import pytest
 from conftest import REPOSITORY
 
 from engine.errors import DataError, ResourceError
+from engine.storage import is_portable_name
 from text import corpora
 from text.corpora import CORPORA, Corpus, corpus_path, fetch_address
 
@@ -373,13 +374,18 @@ def test_addresses_that_end_alike_are_kept_apart(tmp_path, server):
     assert (first.read_bytes(), second.read_bytes()) == (b"one", b"two")
 
 
-@pytest.mark.parametrize("last", ["", "source.json", "..", "a%20b.txt", "春.txt"])
+@pytest.mark.parametrize(
+    "last",
+    ["", "a.json", "..", "a%20b.txt", "春.txt", "nul.txt", "a:b.txt", "a.", "x" * 300 + ".txt"],
+)
 def test_address_of_any_last_part_is_kept_as_it_came(tmp_path, server, last):
     server.answers = [OK]
     url = server.url.replace("text.txt", f"texts/{last}")
     path = fetch_address(url, tmp_path)
     assert path.read_bytes() == GOOD
     assert tmp_path.resolve() in path.resolve().parents
+    assert is_portable_name(path.name)
+    assert path.suffix == (".txt" if last.endswith(".txt") else Path(last).suffix)
     assert fetch_address(url, tmp_path) == path
 
 

@@ -138,6 +138,7 @@ def test_the_same_seed_gives_the_same_model_and_batches(settings_file):
         ("costom_params = {}", 'costom_params is unknown; did you mean "custom_params"?'),
         ("QUICK_MODE = true", "settings.py line 2 fails: NameError: name 'true' is not defined"),
         ("LOG_EVERY = (1", "settings.py line 2 is not Python"),
+        (r"DATA = 'C:\Users'", '\nWrite a path as "C:/Users" or r"C:\\Users".'),
         (
             "import nowhere_to_be_found",
             "settings.py line 2 fails: ModuleNotFoundError: No module named",

@@ -1,8 +1,10 @@
 """What a journal counts, prints and keeps, and how it comes back from a checkpoint."""
 
+import errno
 import itertools
 import json
 import math
+import os
 import shutil
 import sys
 import time
@@ -11,8 +13,10 @@ import pytest
 import torch
 from matplotlib import image
 
+from engine import console
 from engine.errors import NumericsError
 from engine.metrics import TokenSize
+from engine.storage import PATIENCE_S
 from engine.tracking import Trackers
 from journal import (
     FETCH_EVERY,
@@ -481,6 +485,39 @@ def test_a_file_that_the_disk_refuses_is_said_once_and_the_others_are_written(
     assert (tmp_path / PICTURE).is_file()
 
 
+def test_a_picture_that_a_viewer_holds_open_is_waited_for_once(tmp_path, capsys, monkeypatch):
+    slept, viewers = [], [tmp_path / PICTURE]
+    replace = os.replace
+
+    def refuse_what_is_viewed(source, target):
+        if target in [path.relative_to(tmp_path) for path in viewers]:
+            error = PermissionError(errno.EACCES, "Access is denied")
+            error.winerror = 5  # as Windows says it
+            raise error
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", refuse_what_is_viewed)
+    monkeypatch.setattr(time, "monotonic", lambda: sum(slept))
+    monkeypatch.setattr(time, "sleep", slept.append)
+    folder = tmp_path / "run"
+    folder.mkdir()
+    journal = new_journal(folder)
+    monkeypatch.setattr("journal.render_losses", lambda **_: b"a picture")
+    for _ in range(3):
+        step(journal)
+        evaluate(journal)
+    assert (folder / PICTURE).read_bytes() == b"a picture"
+    assert sum(slept) == pytest.approx(PATIENCE_S)
+    (note,) = notes_in(capsys.readouterr().out)
+    assert note == (
+        f"Note: can't write {PICTURE}: Access is denied (another program may have it open). "
+        "Training goes on"
+    )
+    viewers.clear()
+    assert journal.draw() and (tmp_path / PICTURE).read_bytes() == b"a picture"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["run", PICTURE]
+
+
 def test_a_folder_that_is_gone_is_said_once_a_file(tmp_path, capsys):
     folder = tmp_path / "run"
     folder.mkdir()
@@ -696,3 +733,35 @@ def test_the_time_left_is_by_the_pace_of_this_process(clock, capsys):
     clock.now += 1
     step(again)
     assert capsys.readouterr().out.endswith("1m 29.0s left\n")
+
+
+def test_a_notebook_gets_the_ends_of_a_run_and_whole_moments_between(
+    kernel, monkeypatch, capsys, no_pictures
+):
+    now = 100.0
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    monkeypatch.setattr(console, "_next_report_at", 0.0)
+    journal = new_journal(total_steps=40, log_every=1)
+
+    def note_moment(name: str, epoch: int | None) -> None:
+        evaluate(journal, epoch=epoch)
+        journal.note_sample(name, ["a b"])
+
+    note_moment("Before training", None)
+    for epoch in range(1, 41):
+        now += 0.5
+        step(journal)
+        note_moment(f"After epoch {epoch}", epoch)
+    journal.note_sample("Greedy", ["c"], is_last=True)
+    journal.close()
+    lines = [line.rpartition("\r")[2] for line in capsys.readouterr().out.splitlines()]
+    lines = [line for line in lines if line.strip() and "Steps" not in line]
+    assert lines[0].startswith("Before training: Train loss")
+    assert lines[1] == "Before training: a b"
+    assert lines[-4].startswith("step 40: train loss")
+    assert lines[-3].startswith("Ep 40 (End Epoch)")
+    assert lines[-2:] == ["After epoch 40: a b", "Greedy: c"]
+    assert len(lines) <= 20 / 2 + 6  # 20 s, and what is kept
+    for number, line in enumerate(lines):  # with an epoch's losses comes what the model wrote
+        if line.startswith("Ep "):
+            assert lines[number + 1].startswith(f"After epoch {line.split()[1]}: ")

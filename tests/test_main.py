@@ -1,5 +1,6 @@
 """The main job, as its user runs it: what it prints, what it leaves, how it fails."""
 
+import gc
 import itertools
 import json
 import os
@@ -8,7 +9,9 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
+import weakref
 from pathlib import Path
 
 import pytest
@@ -16,6 +19,7 @@ import safetensors.torch
 
 import main
 import train
+from engine.errors import ResourceError
 from tests.conftest import REPOSITORY
 
 # a proxy on a closed port is the quickest way to be without a network
@@ -659,3 +663,53 @@ def test_a_run_that_patience_ended_goes_on_with_more_patience(workdir, capsys):
     assert main.main(["settings.py"]) == 0
     after = json.loads((workdir / "runs" / "one" / "summary.json").read_text(encoding="utf-8"))
     assert after["steps"] == 40
+
+
+# -------------------------------------------------------------------- in a process that lives on
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_what_a_run_had_in_memory_is_free_once_main_returns(workdir, monkeypatch):
+    models, real = [], train.take_step
+
+    def ending_by(error):
+        def take_step(model, *arguments, **options):
+            models.append(weakref.ref(model))
+            if error is signal.SIGINT:
+                signal.raise_signal(error)
+            elif error is not None:
+                raise error("no")  # an error that lives on would hold what its frames had
+            return real(model, *arguments, **options)
+
+        return take_step
+
+    write_settings(workdir, "", TOKENIZER="char", custom_params=TINY | {"max_steps": 3})
+    before = signal.getsignal(signal.SIGINT)
+    for error, code in ((ResourceError, 6), (signal.SIGINT, 130), (None, 0)):
+        monkeypatch.setattr(train, "take_step", ending_by(error))
+        assert main.main(["settings.py"]) == code
+        gc.collect()
+        assert models and not any(model() for model in models)
+        assert signal.getsignal(signal.SIGINT) is before
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_an_interrupt_in_another_thread_than_the_main_one_ends_with_130_too(
+    workdir, monkeypatch, capsys
+):
+    codes, steps, real = [], itertools.count(1), train.take_step
+
+    def take_step(*arguments, **options):
+        if next(steps) == 3:
+            raise KeyboardInterrupt
+        return real(*arguments, **options)
+
+    params = TINY | {"max_steps": 5, "save_every": 1}
+    write_settings(workdir, "", TOKENIZER="char", custom_params=params)
+    monkeypatch.setattr(train, "take_step", take_step)
+    for _ in range(2):
+        thread = threading.Thread(target=lambda: codes.append(main.main(["settings.py"])))
+        thread.start()
+        thread.join()
+    assert codes == [130, 0]
+    assert "2 of 5 steps are done" in capsys.readouterr().out

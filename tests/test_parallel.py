@@ -8,6 +8,7 @@ import math
 import os
 import random
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torch import distributed
 
 import environment
 import journal
@@ -802,6 +804,23 @@ def test_ranks_on_the_cpu_leave_gpus_alone(gpus):
     chosen = gpus(2)
     assert pick_device("cpu", Parallel(1, 2, 1, 2)) == torch.device("cpu")
     assert chosen == []
+
+
+def test_ranks_meet_over_gloo_where_torch_has_no_nccl(gpus, monkeypatch):
+    gpus(1)  # as on Windows: a GPU, and no NCCL for any
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setenv("MASTER_PORT", str(port))
+    monkeypatch.setattr(distributed, "is_nccl_available", lambda: False)
+    store, _, group = parallel_module._meet(0, 1, timeout_s=20)
+    try:
+        parallel = Parallel(0, 2, store=store, group=group)
+        assert parallel.sum(torch.ones(2)).tolist() == [1, 1]
+        assert parallel.highest(3) == [3]
+        assert distributed.get_backend() == "gloo"
+    finally:
+        distributed.destroy_process_group()
 
 
 def test_ranks_on_a_mac_train_on_the_cpu(gpus):

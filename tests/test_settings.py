@@ -440,6 +440,12 @@ def test_run_name_that_is_no_plain_folder_name_is_refused(name):
     assert problem.startswith("RUN_NAME is ")
 
 
+@pytest.mark.parametrize("name", ["con", "Nul.1", "run.", "run "])
+def test_run_name_that_windows_cannot_have_is_refused_everywhere(name):
+    [problem] = problems_in(RunSettings, RUN_NAME=name)
+    assert problem.startswith(f"RUN_NAME is {shown(name)}; Windows can't have such a folder: ")
+
+
 @pytest.mark.parametrize("name", ["run 1", "春天", "v1.2", "a..b", "x" * 80])
 def test_plain_run_name_is_accepted(name):
     plan_of(RUN_NAME=name)

@@ -388,6 +388,16 @@ def test_missing_file_is_refused_with_where_it_was_looked_for(workdir):
     assert all(name in message for name in CORPORA)
 
 
+@pytest.mark.parametrize("name", ["C:\new", "C:\\\texts", "x\ty/z.txt"])
+def test_missing_file_whose_name_holds_signs_of_python_is_refused_with_how_to_write_it(name):
+    said = refusal(name)
+    assert repr(name) in said and r'write "C:/texts" or r"C:\texts"' in said
+
+
+def test_missing_windows_path_is_no_corpus_name(workdir):
+    assert "DATA takes a path" in refusal(r"C:\texts")
+
+
 @pytest.mark.parametrize("name", ["the-verdct", "The-Verdict", "the-verdict2"])
 def test_mistyped_name_is_refused_with_the_nearest(workdir, name):
     assert 'did you mean "the-verdict"?' in refusal(name)

@@ -23,10 +23,13 @@ from engine.storage import (
     NewFolder,
     append_json_lines,
     fsync_file,
+    is_portable_name,
     make_folder,
     make_new_folder,
+    remove_file,
     remove_folder,
     remove_orphans,
+    rename_file,
     rename_folder,
     require_space,
     set_aside,
@@ -737,6 +740,205 @@ def test_storage_does_without_torch():
         [sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True
     )
     assert done.stdout == "[]\n", done.stderr
+
+
+# ---------------------------------------------------------------------- Windows' own ways
+
+
+class Clock:
+    """The time module as far as storage waits by it; a sleep takes no time."""
+
+    now = 100.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+    def sleep(self, seconds: float) -> None:
+        self.now += seconds
+
+
+@pytest.fixture
+def refused(monkeypatch):
+    """Let Windows refuse a call of os's for some seconds of a clock that is set by sleeping."""
+    clock = Clock()
+    began_at = clock.now
+    monkeypatch.setattr(storage, "time", clock)
+
+    def install(call: str, for_s: float, winerror: int = 32) -> Clock:
+        real = getattr(os, call)
+
+        def refuse(*arguments, **keywords):
+            if clock.now - began_at < for_s:
+                error = PermissionError(errno.EACCES, "Access is denied", os.fspath(arguments[0]))
+                error.winerror = winerror
+                raise error
+            return real(*arguments, **keywords)
+
+        monkeypatch.setattr(os, call, refuse)
+        return clock
+
+    return install
+
+
+def seal(path) -> None:
+    with NewFolder(path, {}) as folder:
+        folder.write("model", [b"new"])
+
+
+# what is done, the call of os's that commits it, and what is left of "old" and "new" afterwards
+COMMITS = {
+    "replace a file": (lambda p: write_atomically(p / "old", b"new"), "replace", {"old": b"new"}),
+    "rename a file": (lambda p: rename_file(p / "old", p / "new"), "replace", {"new": b"old"}),
+    "remove a file": (lambda p: remove_file(p / "old"), "unlink", {}),
+    "set a file aside": (lambda p: set_aside(p / "old"), "rename", {".bad-old": b"old"}),
+    "seal a folder": (lambda p: seal(p / "new"), "rename", {"old": b"old", "new": None}),
+    "rename a folder": (
+        lambda p: rename_folder(p, p.with_name("elsewhere")),
+        "rename",
+        {"old": b"old"},
+    ),
+}
+
+
+def content_of(folder) -> dict[str, bytes | None]:
+    return {p.name: p.read_bytes() if p.is_file() else None for p in folder.iterdir()}
+
+
+@pytest.mark.parametrize("winerror", storage.HELD_OPEN)
+@pytest.mark.parametrize("commit", COMMITS)
+def test_what_another_program_holds_open_is_waited_for(tmp_path, refused, commit, winerror):
+    folder = tmp_path / "here"
+    folder.mkdir()
+    (folder / "old").write_bytes(b"old")
+    act, call, after = COMMITS[commit]
+    clock = refused(call, for_s=4.9, winerror=winerror)
+    act(folder)
+    assert 104.9 <= clock.now <= 105
+    assert content_of(next(tmp_path.iterdir())) == after
+
+
+@pytest.mark.parametrize("commit", COMMITS)
+def test_what_stays_open_is_a_resource_error_after_5_s_that_says_so(tmp_path, refused, commit):
+    folder = tmp_path / "here"
+    folder.mkdir()
+    (folder / "old").write_bytes(b"old")
+    act, call, _ = COMMITS[commit]
+    clock = refused(call, for_s=math.inf)
+    with pytest.raises(ResourceError) as caught:
+        act(folder)
+    assert 105 <= clock.now <= 105 + storage.TIDY_S
+    message = str(caught.value)
+    assert message.startswith(f"can't write {tmp_path}")
+    assert "Access is denied (another program may have it open)." in message
+    assert "Close what may have it open" in message
+    assert len(message.splitlines()) <= 4
+    if call != "unlink":  # which would have removed the temporary file, too
+        assert content_of(folder) == {"old": b"old"}
+
+
+def test_refusals_that_no_waiting_ends_are_raised_at_once(tmp_path, refused, fail_at):
+    (tmp_path / "in the way" / "inside").mkdir(parents=True)
+    (tmp_path / "other").mkdir()
+    clock = refused("replace", for_s=math.inf, winerror=5)  # so Windows tells of a folder, too
+    with pytest.raises(ResourceError, match="Is a directory"):
+        write_atomically(tmp_path / "in the way", b"x")
+    refused("rename", for_s=math.inf, winerror=5)
+    assert rename_folder(tmp_path / "other", tmp_path / "in the way") is False
+    fail_at("replace")
+    with pytest.raises(ResourceError, match="No space left"):
+        write_atomically(tmp_path / "file", b"x")
+    assert clock.now == 100
+
+
+@pytest.mark.skipif(os.name == "nt", reason="a refusal there is always waited for")
+def test_on_other_systems_nothing_is_waited_for(tmp_path, monkeypatch, refused):
+    clock = refused("rename", for_s=0)
+
+    def refuse(*_):
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(os, "replace", refuse)
+    with pytest.raises(ResourceError, match=r"Permission denied\.\nChoose another folder"):
+        write_atomically(tmp_path / "file", b"x")
+    assert clock.now == 100
+
+
+def test_how_long_a_file_is_waited_for_can_be_said(tmp_path, refused):
+    clock = refused("replace", for_s=3)
+    for patience_s, waited_s in ((0, 0), (1, 1), (2, 3)):
+        if waited_s < 3:
+            with pytest.raises(ResourceError):
+                write_atomically(tmp_path / "file", b"x", patience_s=patience_s)
+        else:
+            write_atomically(tmp_path / "file", b"x", patience_s=patience_s)
+        assert clock.now == pytest.approx(100 + waited_s)
+    assert os.listdir(tmp_path) == ["file"]
+
+
+def test_ctrl_c_ends_the_wait_and_leaves_the_old_content(tmp_path, refused):
+    (tmp_path / "file").write_bytes(b"old")
+    clock = refused("replace", for_s=math.inf)
+
+    def interrupt(seconds):
+        raise KeyboardInterrupt
+
+    clock.sleep = interrupt
+    with pytest.raises(KeyboardInterrupt):
+        write_atomically(tmp_path / "file", b"new")
+    assert content_of(tmp_path) == {"file": b"old"}
+
+
+def test_folder_that_stays_open_stays_whole_and_is_not_removed(sealed, refused):
+    clock = refused("rename", for_s=math.inf)
+    assert remove_folder(sealed) is False
+    assert 105 <= clock.now < 105.1
+    assert verify_folder(sealed) == FACTS
+
+
+def test_folder_is_removed_though_its_files_are_open_for_a_moment(sealed, refused):
+    refused("rename", for_s=4)
+    refused("unlink", for_s=4.3)
+    refused("rmdir", for_s=4.4, winerror=145)  # a file in it is still going
+    assert remove_folder(sealed) is True
+    assert os.listdir(sealed.parent) == []
+
+
+def test_orphan_that_is_open_is_left_soon_and_the_others_go(tmp_path, refused):
+    for name in (".tmp-1-a", ".tmp-2-b", ".del-3-c"):
+        (tmp_path / name).mkdir()
+    (tmp_path / ".tmp-2-b" / "open").write_bytes(b"x")
+    clock = refused("unlink", for_s=math.inf)
+    remove_orphans(tmp_path)
+    assert os.listdir(tmp_path) == [".tmp-2-b"]
+    assert 100.5 <= clock.now < 100.6
+
+
+def test_drive_that_is_not_there_is_a_resource_error(tmp_path, monkeypatch):
+    def missing(path):
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
+
+    monkeypatch.setattr(os, "mkdir", missing)
+    monkeypatch.setattr(storage.Path, "is_dir", lambda path: False)  # nor is the root above it
+    with pytest.raises(ResourceError, match="No such file"):
+        make_folder(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "name", ["a", "run 1", "春.txt", "console", "com", "com10", "a.con", "nul-1", ".x", "v1.2"]
+)
+def test_name_that_every_system_takes(name):
+    assert is_portable_name(name)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("con", "CON", "Nul.txt", "com1", "lpt¹.x", "aux ", "aux .x", "conin$", "prn."),
+        *("", ".", "..", "a.", "a ", "a:b", "a/b", "a\\b", "a?", "a*", 'a"', "<a", "a|b", "a\tb"),
+    ],
+)
+def test_name_that_windows_does_not_take_as_it_is(name):
+    assert not is_portable_name(name)
 
 
 # ------------------------------------------------------------------------------------ the lock

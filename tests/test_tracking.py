@@ -10,11 +10,13 @@ import struct
 import subprocess
 import sys
 import threading
+import time
 
 import pytest
 
 from engine import tracking
 from engine.errors import SettingsError
+from engine.storage import PATIENCE_S
 from engine.tracking import MetricsFile, Trackers, check_trackers, open_trackers
 from tests.conftest import REPOSITORY
 
@@ -96,6 +98,30 @@ def test_what_the_disk_refuses_is_said_once_and_ends_nothing(metrics, capsys):
     [line] = capsys.readouterr().out.splitlines()
     assert line.startswith(f"Note: can't write {metrics.path}: ")
     assert line.endswith(". Training goes on; the log has a gap")
+
+
+def test_a_log_that_another_program_holds_open_is_waited_for_once(metrics, capsys, monkeypatch):
+    slept, replace, is_open = [], os.replace, True
+
+    def refuse(*arguments):
+        if is_open:
+            error = PermissionError(errno.EACCES, "Access is denied")
+            error.winerror = 5  # as Windows says it
+            raise error
+        replace(*arguments)
+
+    metrics.append(ROWS[:3])
+    monkeypatch.setattr(os, "replace", refuse)
+    monkeypatch.setattr(time, "monotonic", lambda: sum(slept))
+    monkeypatch.setattr(time, "sleep", slept.append)
+    assert metrics.cut(metrics.sync() - 1) == []
+    metrics.append(ROWS[2:3])
+    metrics.append(ROWS[2:3])
+    assert sum(slept) == pytest.approx(PATIENCE_S)
+    assert len(capsys.readouterr().out.splitlines()) == 1
+    is_open = False
+    metrics.append(ROWS[3:])  # the cut that is owed comes first
+    assert rows_in(metrics) == ROWS[:2] + ROWS[3:]
 
 
 def test_a_log_whose_fsync_fails_keeps_its_size(metrics, capsys, monkeypatch):

@@ -4,6 +4,7 @@ import hashlib
 import ipaddress
 import queue
 import random
+import re
 import shutil
 import threading
 import time
@@ -12,7 +13,13 @@ from pathlib import Path
 from urllib.parse import urljoin, urlsplit
 
 from engine.errors import DataError, PipelineError
-from engine.storage import NewFile, make_folder, write_atomically, write_json
+from engine.storage import (
+    NewFile,
+    is_portable_name,
+    make_folder,
+    write_atomically,
+    write_json,
+)
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 CONNECT_TIMEOUT_S = 3.0  # for one connection attempt
@@ -21,6 +28,7 @@ DOWNLOAD_DEADLINE_S = 60.0  # for the whole file, and a second more for each SLO
 SLOWEST_BYTES = 50_000
 TRIES = 3  # of a server that answers "busy"; an unreachable one is tried once
 MAX_REDIRECTS = 5
+LONGEST_NAME = 60  # characters of a file's; a system may allow 255 bytes, and 260 for a path
 DISK_SHARE = 0.9  # of what is free: a file without end must not fill the disk
 
 
@@ -104,8 +112,7 @@ def fetch_address(url: str, cache: Path) -> Path:
     folder = cache / "downloads" / hashlib.sha256(url.encode("utf-8")).hexdigest()[:16]
     sidecar = folder.with_suffix(".json")  # beside it: the file itself may have any name
     try:
-        last = Path(urlsplit(url).path).name
-        path = folder / (last if last not in ("", "..") else "index")
+        path = folder / _file_name(urlsplit(url).path)
         if path.is_file() and sidecar.is_file():
             return path
         sha256 = download(url, path)
@@ -116,6 +123,13 @@ def fetch_address(url: str, cache: Path) -> Path:
         ) from error
     write_json(sidecar, {"url": url, "sha256": sha256, "bytes": path.stat().st_size})
     return path
+
+
+def _file_name(address: str) -> str:
+    """The last part of an address's path, as a file may be called on every system."""
+    last = re.sub(r'[\\<>:"|?*\x00-\x1f]', "_", address.rpartition("/")[2]).rstrip(". ")
+    last = last[-LONGEST_NAME:]  # its end tells what it is
+    return last if is_portable_name(last) else f"index{last}"
 
 
 def _dummy(path: Path) -> Path:

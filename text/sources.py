@@ -23,6 +23,7 @@ from text.corpora import CORPORA, corpus_path, fetch_address
 READ_BYTES = 1 << 20
 ZSTD_BITE = 256
 TEXT_SUFFIXES = (".txt", ".md")
+INVALID_NAME = 123  # Windows' number for a path with signs that no name may hold, such as *
 BOMB_BYTES, BOMB_RATIO = (
     256 << 20,
     300,
@@ -171,6 +172,8 @@ def _kind(path: Path) -> str:
     except (FileNotFoundError, NotADirectoryError):
         return "missing"
     except (OSError, ValueError) as error:  # ValueError: a NUL in the path
+        if getattr(error, "winerror", None) == INVALID_NAME:
+            return "missing"
         reason = getattr(error, "strerror", None) or error
         raise DataError(f"can't read {path}: {reason}.\nDATA names it in the settings.") from None
     return "folder" if stat.S_ISDIR(mode) else "file" if stat.S_ISREG(mode) else "other"
@@ -253,7 +256,12 @@ def _why_nothing(report: ReadingReport) -> str:
 
 def _about_missing(path: Path, name: str) -> str:
     message = f"there is no file {path} (looked for in {Path.cwd()})."
-    if "/" not in name and "." not in name:
+    if not name.isprintable():  # as "C:\new\texts" is, with a line end and a tab
+        return (
+            f"there is no file {name!r}.\n"
+            r'In Python "\" and a letter may be a sign of its own: write "C:/texts" or r"C:\texts".'
+        )
+    if not any(sign in name for sign in "/\\."):
         return f"{message}\n{unknown_name('The corpus name ' + repr(name), name, CORPORA)}"
     return f"{message}\nDATA takes a path, a pattern, an address or one of: {', '.join(CORPORA)}."
 

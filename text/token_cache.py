@@ -12,7 +12,6 @@ import hashlib
 import json
 import os
 import re
-import shutil
 import time
 from array import array
 from collections.abc import Iterable, Iterator
@@ -24,10 +23,14 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from engine.console import ByteProgress, say
-from engine.errors import DataError
+from engine.errors import DataError, ResourceError
 from engine.storage import (
     NewFile,
+    discard,
     make_folder,
+    remove_file,
+    remove_folder,
+    rename_file,
     rename_folder,
     write_atomically,
     write_json,
@@ -188,7 +191,11 @@ def _open_entry(folder: Path, reading: ReadingReport) -> TokenizedText | None:
         intact = False
     if not intact:
         say(f"Note: the token cache {folder} is damaged; it is made anew")
-        shutil.rmtree(folder)
+        if not remove_folder(folder):
+            raise ResourceError(
+                f"the damaged token cache {folder} can't be removed.\n"
+                "End the programs that have a file in it open, or remove it yourself."
+            )
         return None
     return TokenizedText(
         path=folder / "tokens.bin",
@@ -257,19 +264,15 @@ def _build_entry(
         write_json(temporary / "entry.json", {"sha256": _hash_of(entry), "entry": entry})
         rename_folder(temporary, folder)  # where another process was first, its entry stays
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        discard(temporary)
 
 
 def _remove_orphans(tokens_folder: Path) -> None:
     """Remove what a build left that was killed; a younger one may still be running."""
-    for orphan in tokens_folder.glob(".tmp-*"):
+    for orphan in [*tokens_folder.glob(".tmp-*"), *tokens_folder.glob(".del-*")]:
         with contextlib.suppress(FileNotFoundError):  # its own process was quicker
-            if time.time() - orphan.stat().st_mtime <= ORPHAN_AGE_S:
-                continue
-            if orphan.is_dir():
-                shutil.rmtree(orphan, ignore_errors=True)
-            else:
-                orphan.unlink()
+            if time.time() - orphan.stat().st_mtime > ORPHAN_AGE_S:
+                discard(orphan)
 
 
 def _texts(parts: list[Part], spec: DataSpec) -> Iterator[str]:
@@ -491,7 +494,7 @@ def _arrange(
     train = sides[0]
     is_val = None if has_val else choose_validation(train.digests, train_ratio)
     if is_val is None:
-        os.rename(folder / "all.bin", folder / "tokens.bin")
+        rename_file(folder / "all.bin", folder / "tokens.bin")
         return train.stop if has_val else None
     dtype = np.dtype(_dtype_for(tokenizer))
     end_of_text = np.array([tokenizer.end_of_text_id], dtype=dtype).tobytes()
@@ -514,7 +517,7 @@ def _arrange(
                 _copy(source, file, start * dtype.itemsize, stop * dtype.itemsize)
                 size += stop - start
             sizes.append(size)
-    (folder / "all.bin").unlink()
+    remove_file(folder / "all.bin")
     return sizes[0]
 
 
