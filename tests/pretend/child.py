@@ -36,6 +36,7 @@ def on_pretended(*machines: Machine) -> Callable[[Callable], Callable]:
             place = f"tests.{Path(test.__code__.co_filename).stem}:{test.__qualname__}"
             paths = [str(REPOSITORY), os.environ.get("PYTHONPATH", "")]
             environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
+            environment["OMP_NUM_THREADS"] = "1"  # threads only wait for each other over so little
             if sys.dont_write_bytecode:  # compiling torch's Python takes longer than the tests
                 environment |= {"PYTHONDONTWRITEBYTECODE": "", "PYTHONPYCACHEPREFIX": str(cache)}
             done = subprocess.run(
