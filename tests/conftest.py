@@ -24,7 +24,8 @@ BF16_UNITS = ("avx512_bf16", "amx_bf16")
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Report the bf16 units that GPT_PRETEND_CPU names, where it is set."""
+    """Begin on one thread, with the bf16 units that GPT_PRETEND_CPU names where it is set."""
+    torch.set_num_threads(1)  # as in one_thread(), for what a whole file's tests share
     pretended = os.environ.get("GPT_PRETEND_CPU")
     if not pretended:
         return
