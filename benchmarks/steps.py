@@ -50,7 +50,7 @@ def prepare_step(
     model = fresh_model(config, device)
     optimizer = build_adamw(model, learning_rate, weight_decay)
     if compiled:
-        compile_model(model, device)
+        compile_model(model, device, micro_batches=1)
 
     def step(ids: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         batch = (ids.to(device), targets.to(device))

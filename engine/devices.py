@@ -6,6 +6,7 @@ properties, so that what one of them lacks is known in one place.
 
 import functools
 import re
+import sys
 
 import torch
 
@@ -75,7 +76,9 @@ def synchronize(device: torch.device) -> None:
 
 @functools.cache
 def total_memory(device: torch.device) -> int:
-    """The bytes of memory that a GPU has, or Metal recommends to use."""
+    """The bytes of memory that a GPU has, or Metal recommends to use; "meta" holds anything."""
+    if device.type == "meta":
+        return sys.maxsize
     if device.type == "mps":
         return torch.mps.recommended_max_memory()
     return _module(device).get_device_properties(device).total_memory

@@ -563,7 +563,7 @@ def compiled_graphs(monkeypatch):
 def test_a_compiled_model_generates_uncompiled_and_trains_compiled(part, compiled_graphs):
     model, prompts = tiny_model(8).train(), texts(2, 7)
     expected = generate(model, prompts, max_new_tokens=12, temperature=0.0)
-    compile_model(model, torch.device(part))
+    compile_model(model, torch.device(part), micro_batches=1)
     assert generate(model, prompts, max_new_tokens=12, temperature=0.0) == expected
     unfinished = stream(model, prompts, max_new_tokens=12)
     next(unfinished)
@@ -578,7 +578,7 @@ def test_a_compiled_model_generates_uncompiled_and_trains_compiled(part, compile
 
 def test_a_compiled_model_is_uncompiled_for_each_of_two_texts_drawn_in_turn(compiled_graphs):
     model = tiny_model(8).train()
-    compile_model(model, torch.device("cpu"))
+    compile_model(model, torch.device("cpu"), micro_batches=1)
     first, second = (stream(model, [[1, 2]], max_new_tokens=6) for _ in range(2))
     next(first), next(second)
     first.close()

@@ -294,7 +294,11 @@ def test_without_matplotlib_and_tqdm_it_trains_and_says_what_is_missing(tmp_path
         ({"DATA": "three.txt"}, 3, "at least 4 are needed"),
         ({"DATA": ""}, 2, "DATA is empty"),
         ({"DEVICE": "cuda:99"}, 6, "this machine has no such device"),
-        ({"DEVICE": "gpu"}, 2, 'DEVICE is \'gpu\'; it must be "cpu", "cuda", "mps" or None'),
+        (
+            {"DEVICE": "gpu"},
+            2,
+            'DEVICE is \'gpu\'; it must be "cpu", "cuda", "cuda:1", "mps" or "xpu", or None',
+        ),
         ({"custom_params": {"lerning_rate": 1e-3}}, 2, 'did you mean "learning_rate"?'),
         ({"custom_params": {"stride": 0}}, 2, "it must be a whole number at least 1 and at most"),
         ({"custom_params": {"start_context": ""}}, 2, 'custom_params["start_context"] is empty'),
