@@ -7,7 +7,9 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from safetensors import SafetensorError
 
+from engine.checkpoint import read_safetensors
 from engine.optim import for_each
 from engine.precision import Precision, choose_precision
 from engine.weights import WEIGHTS, Int8Linear
@@ -19,7 +21,7 @@ from tests.conftest import REPOSITORY, train_in
 CPU = torch.device("cpu")
 # what torch 2.13 has and 2.7 has not, of the modules that are used or may come to be
 NEWER = {
-    "torch": "AcceleratorError thread_safe_generator",
+    "torch": "AcceleratorError float4_e2m1fn_x2 thread_safe_generator",
     "torch.accelerator": "Graph get_device_capability empty_cache empty_host_cache "
     "get_memory_info max_memory_allocated max_memory_reserved memory_allocated memory_reserved "
     "memory_stats reset_accumulated_memory_stats reset_peak_memory_stats",
@@ -184,6 +186,14 @@ def test_without_one_call_for_all_each_tensor_gets_its_own(monkeypatch, name, ar
     monkeypatch.delattr(torch, f"_foreach_{name}")
     assert all(map(torch.equal, result(), at_once))
     assert not torch.equal(at_once[0], torch.tensor([1.0, 2.0]))
+
+
+def test_numbers_of_a_format_that_an_older_torch_has_not_are_no_weights(oldest_torch, tmp_path):
+    header = b'{"x": {"dtype": "F4", "shape": [2, 4], "data_offsets": [0, 4]}}'
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(len(header).to_bytes(8, "little") + header + bytes(4))
+    with pytest.raises(SafetensorError, match="this torch has not: float4_e2m1fn_x2"):
+        read_safetensors(file)
 
 
 def test_what_an_older_torch_does_not_tell_is_taken_for_usual(oldest_torch):
