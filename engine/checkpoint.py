@@ -540,7 +540,7 @@ def read_safetensors(path: Path) -> dict[str, torch.Tensor]:
             # cloned: what the library gives may be the file itself, mapped into memory
             return {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
     except AttributeError as error:  # the library asks torch for the format by its name
-        raise SafetensorError(f"a number format that this torch has not: {error.name}") from error
+        raise SafetensorError(f"not fp32, and this torch has no {error.name}") from error
     except RuntimeError:
         if path.exists():
             raise
