@@ -110,11 +110,15 @@ def only_run(folder: Path) -> Path:
 
 @pytest.mark.slow
 def test_without_a_network_the_sample_stands_in_and_everything_is_printed_and_left(tmp_path):
-    started_at = time.monotonic()
+    times = [time.monotonic()]
     done = run_main(tmp_path)
-    elapsed_s = time.monotonic() - started_at
+    times.append(time.monotonic())
     assert done.returncode == 0, done.stderr
-    assert elapsed_s < 15
+    # seconds, of which a slow or busy machine takes more for its imports too
+    imports = "import torch, torch._dynamo, matplotlib.figure, tiktoken"
+    subprocess.run([sys.executable, "-c", imports], check=True)
+    times.append(time.monotonic())
+    assert times[1] - times[0] < 5 * (times[2] - times[1])
     assert "corpus/sample-en.txt stands in for it" in done.stdout
     patterns = [p.format(text=r"sample-en\.txt") for p in PRINTED_IN_ORDER]
     assert_in_order(done.stdout, patterns)

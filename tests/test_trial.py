@@ -209,7 +209,7 @@ def test_a_run_with_a_time_budget_takes_about_so_long_and_goes_on_with_its_steps
     saved = json.loads((tmp_path / "runs/one/settings.json").read_text(encoding="utf-8"))
     steps = saved["total_steps"]
     assert f"Note: {steps:,} steps are expected to take 0.1 minutes" in stopped.stdout
-    assert steps == saved["training"]["max_steps"] > 100
+    assert steps == saved["training"]["max_steps"] > 20
 
     started_at = time.monotonic()
     goes_on = run_main(tmp_path, file)
