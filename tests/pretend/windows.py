@@ -7,6 +7,7 @@ numbers that Windows gives them.
 """
 
 import contextlib
+import ctypes
 import errno
 import os
 import random
@@ -16,7 +17,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -116,6 +117,7 @@ def windows(
     }
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(sys.modules, "msvcrt", _msvcrt())
+        patch.setattr(ctypes, "windll", SimpleNamespace(kernel32=_Kernel32), raising=False)
         for name in NO_MODULES:
             patch.setitem(sys.modules, name, None)
         for name in FILE_CALLS:
@@ -152,6 +154,19 @@ def _signal(number: int, handler: Any) -> Any:
     if number not in (signal.SIGABRT, signal.SIGFPE, signal.SIGINT, signal.SIGTERM, SIGBREAK):
         raise ValueError("invalid signal value")
     return signal.signal(number, handler)
+
+
+class _Kernel32:
+    """What of Windows' kernel32.dll is called."""
+
+    @staticmethod
+    def GlobalMemoryStatusEx(place: Any) -> int:
+        """Fill in a MEMORYSTATUSEX: 16 GiB, of which 8 are free."""
+        status = place._obj
+        if status.size != 64:
+            return 0
+        status.total, status.available = 16 << 30, 8 << 30
+        return 1
 
 
 def _msvcrt() -> ModuleType:
