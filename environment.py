@@ -225,12 +225,13 @@ def _let_go_of_earlier_runs() -> None:
     """Free what earlier runs have left in a notebook's kernel: the next one needs the room."""
     if not in_kernel():
         return
-    error = getattr(sys, "last_value", None) if _earlier_models else None
-    while error is not None:  # a cell that failed keeps all that its functions had in use
-        traceback.clear_frames(error.__traceback__)
-        for frame, _ in traceback.walk_tb(error.__traceback__):
-            len(frame.f_locals)  # up to Python 3.12 a copy, which reading it renews
-        error = error.__cause__ or error.__context__
+    errors = [getattr(sys, "last_value", None)] if _earlier_models else []
+    for error in errors:  # a cell that failed keeps all that its functions had in use
+        if error is not None and error.__traceback__ is not None:
+            traceback.clear_frames(error.__traceback__)
+            for frame, _ in traceback.walk_tb(error.__traceback__):
+                len(frame.f_locals)  # up to Python 3.12 a copy, which reading it renews
+            errors += [e for e in (error.__cause__, error.__context__) if e not in errors]
     if "torch._inductor.compile_fx" in sys.modules:
         torch.compiler.reset()  # compiled steps hold the memory that they ran in
     gc.collect()
