@@ -3,18 +3,17 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
+from distributed.parallel import ALONE, Parallel
+from distributed.signals import defer_to_owner
 from engine.console import say
 from engine.devices import free_memory
 from engine.errors import DataError
 from engine.metrics import TokenSize
-from engine.parallel import ALONE, Parallel
-from engine.stopping import defer_to_owner
 from text.tokenizer import GPT2Tokenizer, Tokenizer
 
 MIN_TOKENS = 4  # two to train on, a token and the one to guess, and two to validate on
@@ -348,38 +347,6 @@ def make_loaders(
             WindowBatches(val, plan.batch_size, None, micro_batch=micro_batch),
         )
     )
-
-
-def describe_text(report: dict[str, Any], plan: WindowPlan, n_parameters: int) -> list[str]:
-    """The report on the text in a few lines: what was read, its tokens, whether it will do."""
-    count = len(report["files"])
-    lines = [
-        f"{report['documents']:,} document{'s' * (report['documents'] != 1)} in {count:,} "
-        f"file{'s' * (count != 1)}: {report['bytes']:,} bytes, {report['characters']:,} characters"
-    ]
-    aside = {
-        "passed over": len(report["passed_over"]),
-        "without text": report["empty_documents"],
-        "duplicates": report["duplicate_documents"],
-        "in both training and validation text": report["documents_on_both_sides"],
-    }
-    if any(aside.values()):
-        told = ", ".join(f"{number:,} {what}" for what, number in aside.items() if number)
-        lines.append(f"{told} (data.json in the run folder has more)")
-    per_parameter = plan.n_train / n_parameters
-    word = (
-        "the model can learn it by heart: watch the validation loss"
-        if per_parameter < 1
-        else "enough to learn more than the text itself"
-        if per_parameter >= 20  # the share at which compute is best spent (Hoffmann et al. 2022)
-        else "a few epochs are safe"
-    )
-    lines.append(
-        f"{plan.n_tokens:,} tokens, {report['tokens_per_character']:.2f} a character, "
-        f"{report['vocabulary_used'] / report['vocabulary']:.0%} of the vocabulary in use"
-    )
-    lines.append(f"{per_parameter:.3g} training tokens a parameter: {word}")
-    return lines
 
 
 def create_dataloader_v1(

@@ -19,6 +19,9 @@ os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 import torch
 
 from data import evaluation_loader
+from distributed.parallel import ALONE, Parallel, join
+from distributed.sharding import whole
+from distributed.signals import StopSignals
 from engine.console import complain, say, use_utf8
 from engine.errors import (
     BusyError,
@@ -31,13 +34,11 @@ from engine.errors import (
 )
 from engine.memory import is_out_of_memory
 from engine.metrics import bits_per_byte, bits_per_character, perplexity
-from engine.parallel import ALONE, Parallel, join
-from engine.sharding import whole
-from engine.stopping import StopSignals
-from engine.storage import write_json
 from environment import RuntimeEnv, prepare_environment
-from journal import PICTURE, Journal
-from train import continue_prompts, mean_loss, train, using_threads
+from storage.files import write_json
+from train import continue_prompts, train
+from training.journal import PICTURE, Journal
+from training.learner import mean_loss, using_threads
 
 LINE = "=" * 70
 

@@ -29,7 +29,7 @@ from engine.weights import OneRowProducts, convert_weights
 from environment import pick_device
 from generation import stream
 from model import GPTConfig, GPTModel, KVCache
-from run_plan import MODELS_FILE, read_models
+from planning.plan import MODELS_FILE, read_models
 
 N_PROMPT, N_NEW = 64, 128
 BATCHES = (1, 8)

@@ -24,7 +24,8 @@ from benchmarks.report import RESULTS, machine, write_results
 from engine.console import say, use_utf8
 from engine.metrics import bits_per_character
 from environment import pick_device, prepare_environment
-from train import mean_loss, train
+from train import train
+from training.learner import mean_loss
 
 TEXTS = Path(__file__).resolve().parents[2] / "shared" / "data"
 SEEDS = (1, 2, 3)

@@ -31,10 +31,10 @@ from benchmarks.peer_job import Job
 from benchmarks.report import machine, write_results
 from benchmarks.steps import fresh_model, multiply_rate, own_products_rate
 from engine.console import say
-from engine.storage import write_atomically, write_json
 from environment import pick_device, usable_cache
 from model import GPTConfig, GPTModel
-from run_plan import MODELS_FILE, read_models
+from planning.plan import MODELS_FILE, read_models
+from storage.files import write_atomically, write_json
 from text.tokenizer import GPT2Tokenizer
 
 REPOSITORY = Path(__file__).resolve().parent.parent

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from engine.storage import make_folder, write_json
+from storage.files import make_folder, write_json
 
 RESULTS = Path(__file__).resolve().parent / "results"
 

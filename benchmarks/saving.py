@@ -18,15 +18,15 @@ from pathlib import Path
 import torch
 
 from benchmarks.report import machine, write_results
-from engine.checkpoint import BestWeights, CheckpointStore, copy_weights
 from engine.console import say, use_utf8
 from engine.optim import build_adamw
 from engine.precision import choose_precision
-from engine.storage import verify_folder
 from environment import pick_device
 from model import GPTConfig, GPTModel
-from run_plan import MODELS_FILE, read_models
-from train import take_step
+from planning.plan import MODELS_FILE, read_models
+from storage.checkpoint import BestWeights, CheckpointStore, copy_weights
+from storage.files import verify_folder
+from training.learner import take_step
 from training_utils import TrainingConfig
 
 REPOSITORY = Path(__file__).resolve().parent.parent

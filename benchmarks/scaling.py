@@ -38,7 +38,7 @@ from engine.memory import (
 from engine.precision import Precision, choose_precision
 from environment import pick_device
 from model import GPTConfig, GPTModel
-from run_plan import MODELS_FILE, read_models
+from planning.plan import MODELS_FILE, read_models
 
 PARALLEL = ("ddp", "fsdp")
 RANKS = (1, 2, 4, 8, 16, 64, 256, 1024)

@@ -13,7 +13,7 @@ from engine.optim import build_adamw
 from engine.precision import Precision
 from engine.processor import prepare_processor
 from model import GPTConfig, GPTModel
-from train import take_step
+from training.learner import take_step
 
 MULTIPLY_SHAPES = ((1024, 768, 3072), (1024, 3072, 768), (2048, 2048, 2048))  # rows, inner, columns
 # dense bf16 products with fp32 sums, FLOP/s by NVIDIA's data sheets; the first name that fits

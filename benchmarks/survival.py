@@ -2,7 +2,7 @@
 
     python -m benchmarks.survival --kills 10000 --runs 20 --seed 0
 
-storm     processes that save through engine/storage.py, killed at random moments (--kills)
+storm     processes that save through storage/files.py, killed at random moments (--kills)
 calls     every single call to the system failed once, and from there on (SQLite's method)
 power     the recorded writes cut off at every place, with what was not fsynced lost
 locks     the lock on a run folder under kills, forks and a crowd
@@ -37,10 +37,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from engine import storage
 from engine.console import say, use_utf8
 from engine.errors import BusyError, CheckpointError, ResourceError
-from engine.storage import (
+from storage import files as storage
+from storage.files import (
     FolderLock,
     NewFolder,
     make_folder,
@@ -66,7 +66,7 @@ def save(
     acknowledge: Callable[[int], None] = lambda step: None,
     sizes: dict[str, int] = SIZES,
 ) -> None:
-    """Commit a folder and remove the ones before the last KEEP, as engine/checkpoint.py does."""
+    """Commit a folder and remove the ones before the last KEEP, as storage/checkpoint.py does."""
     with NewFolder(folder / f"step-{step:08d}", {"step": step}) as new:
         for name, size in sizes.items():
             content = random.Random(f"{step} {name}").randbytes(size)
@@ -232,7 +232,7 @@ def _save_until_killed(folder: Path, delay_s: float, saves_first: bool) -> tuple
 
 
 class Disk:
-    """The os module as engine/storage.py sees it while this is in use: calls fail or are logged.
+    """The os module as storage/files.py sees it while this is in use: calls fail or are logged.
 
     fails says by a call's number, from 1, whether it is to fail. The log has tuples: what, path
     below root, and for a write where and what, for a rename the new path. Nothing is really
@@ -258,7 +258,7 @@ class Disk:
 
     @contextlib.contextmanager
     def in_use(self) -> Iterator["Disk"]:
-        """Put this in the place of what engine.storage and shutil's removal call."""
+        """Put this in the place of what storage.files and shutil's removal call."""
         storage.os, storage.open, shutil.os = self, self.open_file, self
         try:
             yield self
@@ -333,7 +333,7 @@ class Disk:
         return os.lstat(path, dir_fd=dir_fd)
 
     def open_file(self, path: Any, mode: str = "r", buffering: int = -1, **text: Any) -> Any:
-        """What open() is for engine/storage.py."""
+        """What open() is for storage/files.py."""
         raw_mode = mode.replace("b", "")
         if raw_mode == "r":
             return open(path, mode, buffering, **text)
@@ -999,7 +999,7 @@ def _be_a_run(work: Path, cache: Path, board: PhaseBoard) -> None:
     import environment
     import generation
     import train
-    from engine.checkpoint import CheckpointStore
+    from storage.checkpoint import CheckpointStore
 
     with contextlib.suppress(OSError):
         os.setpgid(0, 0)

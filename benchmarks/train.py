@@ -33,7 +33,7 @@ from engine.console import say, use_utf8
 from engine.precision import Precision, choose_precision
 from environment import pick_device
 from model import GPTConfig
-from run_plan import MODELS_FILE, read_models
+from planning.plan import MODELS_FILE, read_models
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 

@@ -10,11 +10,11 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from engine.checkpoint import random_state, set_random_state
 from engine.devices import free_memory
 from engine.errors import PipelineError
 from engine.loss import chunk_rows, softmax_rows
 from engine.precision import Precision
+from engine.randomness import random_state, set_random_state
 
 # Activations are measured on windows this short and carried over to the real ones. A GPU's
 # attention kernels keep something for each 128 positions, used or not.
@@ -128,7 +128,7 @@ def estimate_memory(
     n_parameters = sum(p.numel() for p in model.parameters())
     weights = gradients = 4 * n_parameters
     gathered = whole = 0
-    if parts > 1:  # as engine/sharding.py lays it out
+    if parts > 1:  # as distributed/sharding.py lays it out
         width = 4 if precision.name == "fp32" else 2
         block = max(sum(p.numel() for p in block.parameters()) for block in model.blocks)
         in_blocks = block * len(model.blocks)

@@ -6,9 +6,15 @@ import subprocess
 import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+from torch.utils.data import DataLoader
 
+from data import WindowPlan
+from distributed.parallel import ALONE, Parallel
+from distributed.sharding import build_in_parts, whole
+from engine.console import say
 from engine.devices import (
     INDEXED,
     KINDS,
@@ -16,11 +22,25 @@ from engine.devices import (
     device_count,
     device_name,
     find_device_fault,
+    limit_memory,
     with_index,
 )
 from engine.errors import ResourceError, SettingsError
-from engine.parallel import ALONE, Parallel
+from engine.memory import (
+    ADVICE,
+    as_bytes,
+    available_memory,
+    estimate_memory,
+    halved,
+    is_out_of_memory,
+)
+from engine.precision import Precision, choose_precision, keep_precision
+from engine.processor import default_threads, threads_are_set
 from engine.settings import shown
+from model import GPTConfig, GPTModel, attention_kernel
+from planning.plan import RunPlan
+from planning.trial import precision_that_agrees
+from training_utils import TrainingConfig
 
 TORCH = "2.13.0"  # as requirements.txt pins it
 WHEELS = "https://download.pytorch.org/whl"
@@ -249,3 +269,214 @@ def _major(driver: str) -> int:
 
 def _dotted(capability: tuple[int, int]) -> str:
     return ".".join(map(str, capability))
+
+
+def build_model(config: GPTConfig, device: torch.device) -> GPTModel:
+    """A model with fresh weights on a device; ResourceError where it does not fit."""
+    try:
+        return GPTModel(config).to(device)
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise ResourceError(
+            f"the model does not fit into the memory of {device}.\n"
+            "Set smaller n_layers or emb_dim in model_overrides, or another MODEL."
+        ) from error
+
+
+def fresh_model(
+    plan: RunPlan,
+    asked: TrainingConfig,
+    config: GPTConfig,
+    device: torch.device,
+    precision: Precision,
+    parallel: Parallel,
+) -> GPTModel:
+    """The run's model with the weights of its seed; ResourceError where it can't be trained."""
+    torch.manual_seed(plan.run.SEED)
+    if parallel.kind == "fsdp":
+        _require_memory_for(config, device, parallel.world, precision)
+        model = build_in_parts(lambda: GPTModel(config), parallel, precision, device)
+    else:
+        _require_memory_for(config, device)
+        model = build_model(config, device)
+    parallel.seed_apart(plan.run.SEED)
+    model.activation_checkpointing = asked.activation_checkpointing
+    return model
+
+
+def _require_memory_for(
+    config: GPTConfig,
+    device: torch.device,
+    parts: int = 1,
+    precision: Precision | None = None,
+) -> None:
+    """Raise ResourceError where not even the model's matrices can be trained on a device.
+
+    A system that promises more memory than it has would end the process instead of refusing. Of a
+    model in parts an evaluation gathers all weights, in the precision of their products.
+    """
+    n_matrices = 1 if config.tie_embeddings else 2
+    least = n_matrices * config.vocab_size * config.emb_dim
+    least += config.n_layers * 2 * config.emb_dim * (config.emb_dim + config.ff_dim)
+    needed = least * 4 * 3 // parts  # weights, gradients and one moment of each
+    if parts > 1:
+        needed += least * (4 if precision.name == "fp32" else 2)
+    room = available_memory(device)
+    if room is not None and needed > room:
+        raise ResourceError(
+            f"training this model takes more than {as_bytes(needed)} of memory, and {device} has "
+            f"{as_bytes(room)} free.\nSet a smaller n_layers or emb_dim, or another MODEL."
+        )
+
+
+def fit_into_memory(
+    model: GPTModel,
+    asked: TrainingConfig,
+    windows: WindowPlan,
+    precision: Precision,
+    device: torch.device,
+    micro_batch: int,
+    parallel: Parallel,
+    notices: list[str],
+) -> int:
+    """How many windows at a time there is memory for, at most micro_batch; shows the estimate.
+
+    Raises ResourceError where there is none for a single one.
+    """
+    parts = parallel.world if parallel.kind == "fsdp" else 1
+    share = windows.batch_size * asked.gradient_accumulation_steps // parallel.world
+    for accumulates in (micro_batch < share, True):
+        with whole(model, parallel):
+            estimate = estimate_memory(
+                model,
+                n_tokens=windows.max_length,
+                n_windows=micro_batch,
+                precision=precision,
+                device=device,
+                optimizer=asked.optimizer,
+                keeps_best=device.type != "cuda" and parallel.is_main,
+                parts=parts,
+                accumulates=accumulates,
+            )
+        room = available_memory(device)
+        if room is not None:
+            if device.type != "cuda":
+                room //= parallel.local_world  # the others are about to take as much
+            room += sum(p.nbytes for p in model.parameters()) // parts  # they are there already
+        fitting = estimate.largest_fit(micro_batch, room)
+        if parallel.lowest(fitting) == micro_batch:  # else a step has more of them
+            break
+    told, there = estimate.described(max(1, fitting)), "" if room is None else as_bytes(room)
+    if fitting == 0:
+        raise ResourceError(
+            f"a step with a single window of {windows.max_length:,} tokens at a time takes about "
+            f"{as_bytes(estimate.total(1))} of memory, and {device} has {there} free:\n"
+            f"{told}.\n{ADVICE}"
+        )
+    fitting = parallel.lowest(fitting)
+    needed = estimate.total(fitting)
+    of_room = f" of {there} free" if there else ""
+    say(f"Memory: about {as_bytes(needed)}{of_room}" + f" ({told})" * (needed > 1e9))
+    if fitting < micro_batch:
+        notices.append(
+            f"memory: {fitting} windows at a time instead of {micro_batch}, which would take "
+            f"{as_bytes(estimate.total(micro_batch))}; the batch stays the same"
+        )
+    return fitting
+
+
+def check_arithmetic(
+    model: GPTModel, loader: DataLoader, precision: Precision, notices: list[str]
+) -> Precision:
+    """The precision to train in, after a look at what the GPU does with the model.
+
+    Apple's GPUs have been wrong before, so what they compute is held against the CPU. On CUDA the
+    attention kernel is named, because a wrong library on the path makes it a slow one.
+    """
+    device = next(model.parameters()).device
+    if device.type == "mps":
+        ids, targets = (part.to(device) for part in loader.dataset.__getitems__([0]))
+        agreed = precision_that_agrees(model, ids, targets, precision)
+        if agreed != precision:
+            notices.append(f"precision is {agreed.name}: {agreed.reason}")
+        return agreed
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high")  # TF32 for products that stay in fp32
+        kernel = attention_kernel(model.config, precision, device)
+        say(f"Attention: {kernel}")
+        if kernel == "math" and precision.name != "fp32":
+            notices.append("torch has no fused attention kernel for this GPU: training is slow")
+    return precision
+
+
+def cap_workers(asked: int, processes: int, notices: list[str]) -> int:
+    cores = max(1, (os.cpu_count() or 1) // processes)
+    if asked > cores:
+        notices.append(f"num_workers is lowered from {asked} to {cores}: so many cores are there")
+    return min(asked, cores)
+
+
+def decide_precision(
+    plan: RunPlan, saved: dict[str, Any] | None, device: torch.device
+) -> Precision:
+    """PRECISION, or what "auto" came to when the run began that goes on."""
+    if saved is None or plan.run.PRECISION != "auto":
+        return choose_precision(plan.run.PRECISION, device)
+    return keep_precision(saved["precision"]["name"], device)
+
+
+def share_the_machine(
+    plan: RunPlan,
+    saved: dict[str, Any] | None,
+    device: torch.device,
+    most: int,
+    parallel: Parallel,
+    notices: list[str],
+) -> tuple[int, int]:
+    """How many threads to use and how many windows at a time, at most so many; a run that goes on
+    keeps its own.
+
+    NIGHT_MODE leaves half of the cores, or half of the GPU's memory, to others: a step then goes
+    through its windows in smaller parts, with the same sum up to rounding.
+    """
+    night, micro_batch = plan.run.NIGHT_MODE, most
+    threads = usual_threads = default_threads(parallel.local_world)
+    if night and device.type == "cpu":
+        threads = max(1, threads // 2)
+    if night and device.type != "cpu":
+        micro_batch = halved(most)
+        memory = "half of the memory, " if limit_memory(device, 0.5) else ""
+        notices.append(f"night mode: {memory}{micro_batch} windows at a time instead of {most}")
+    if saved is not None and saved["settings"]["NIGHT_MODE"] == night:
+        same_ranks = saved.get("ranks", 1) == parallel.world
+        # a number set from outside is somebody's wish
+        if same_ranks and not threads_are_set(parallel.local_world):
+            threads = min(saved["threads"], os.cpu_count() or 1)
+        before = saved.get("micro_batch")  # earlier versions kept none
+        if same_ranks and isinstance(before, int) and before > 0:
+            micro_batch = min(before, most)
+    if noted := parallel.noted("micro_batch"):  # what a failure of this job has shown
+        micro_batch = min(micro_batch, int(noted))
+    if night and device.type == "cpu":
+        notices.append(f"night mode: {threads} of {usual_threads} threads")
+    return threads, micro_batch
+
+
+def share_of_a_batch(asked: TrainingConfig, windows: WindowPlan, parallel: Parallel) -> int:
+    """How many windows a rank goes through at a time, at most batch_size of its share of a step.
+
+    Raises SettingsError where ranks can't have equal shares.
+    """
+    accumulation, world = asked.gradient_accumulation_steps, parallel.world
+    step_size = windows.batch_size * accumulation
+    if step_size % world:
+        below, above = step_size // world * world, -(-step_size // world) * world
+        nearest = f"{below} or {above}" if below else f"{above}"
+        raise SettingsError(
+            f"a step of {step_size} windows (batch_size {windows.batch_size} x "
+            f"gradient_accumulation_steps {accumulation}) can't be divided among {world} "
+            f"processes.\nThe nearest sizes that can: {nearest}. Set custom_params so, or start "
+            "as many processes as divide it."
+        )
+    return min(windows.batch_size, step_size // world)

@@ -13,7 +13,7 @@ from typing import Any
 
 from engine.console import in_kernel, say
 from engine.errors import SettingsError
-from run_plan import RunSettings
+from planning.plan import RunSettings
 
 
 def read_given_settings(path: str | Path | None) -> tuple[dict[str, Any], str]:

@@ -20,8 +20,7 @@ import torch
 from engine.console import printable, tell
 from engine.errors import PipelineError, SettingsError
 from engine.settings import unknown_name
-from engine.storage import write_atomically
-from environment import LoadedRun
+from exchange.saved_run import LoadedRun
 from generation import stream_text
 from scripts.options import (
     add_run_options,
@@ -37,6 +36,7 @@ from scripts.options import (
     whole,
     write,
 )
+from storage.files import write_atomically
 
 GAP = "\n\n"  # between turns
 HELP = """\

@@ -15,8 +15,7 @@ import torch
 from engine.console import tell
 from engine.errors import DataError, SettingsError
 from engine.settings import raise_if_any
-from engine.storage import to_json
-from environment import LoadedRun
+from exchange.saved_run import LoadedRun
 from generation import stream_text
 from scripts.options import (
     add_run_options,
@@ -31,6 +30,7 @@ from scripts.options import (
     whole,
     write,
 )
+from storage.files import to_json
 
 ROWS_AT_ONCE = 8  # texts of several prompts in one batch: each takes memory
 MOST_SAMPLES = 100

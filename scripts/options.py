@@ -19,7 +19,7 @@ from engine.memory import is_out_of_memory
 from engine.processor import default_threads
 from engine.settings import find_problems, raise_if_any, shown, unknown_name
 from engine.weights import WEIGHTS
-from environment import LoadedRun, load_run
+from exchange.saved_run import LoadedRun, load_run
 from generation import SamplingConfig
 
 HIGHEST_SEED = 2**32 - 1

@@ -15,7 +15,7 @@ from importlib.util import find_spec
 
 from engine.errors import ResourceError, SettingsError
 from engine.settings import raise_if_any, shown
-from environment import LoadedRun
+from exchange.saved_run import LoadedRun
 from scripts.options import (
     add_run_options,
     add_sampling_options,

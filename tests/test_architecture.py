@@ -13,23 +13,23 @@ from tests.conftest import REPOSITORY
 # a file imports only from floors below its own; files of one package may import each other
 FLOORS = {
     "engine": 0,
-    "text": 1,
-    "model": 1,
-    "visualize": 1,
-    "training_utils": 1,
-    "data": 2,
-    "generation": 2,
-    "journal": 2,
-    "run_plan": 3,
-    "run_folder": 3,
-    "train": 3,
-    "trial": 4,
-    "planning": 4,
-    "environment": 5,
-    "config_run": 5,  # read by planning.settings_file alone, when it is called
-    "main": 6,
-    "scripts": 6,
-    "benchmarks": 6,
+    "distributed": 1,
+    "storage": 2,
+    "text": 3,
+    "model": 3,
+    "visualize": 3,
+    "training_utils": 3,
+    "data": 4,
+    "generation": 4,
+    "training": 5,
+    "planning": 6,
+    "config_run": 7,  # read by planning.settings_file alone, when it is called
+    "exchange": 7,
+    "environment": 8,
+    "train": 9,
+    "main": 10,
+    "scripts": 10,
+    "benchmarks": 10,
 }
 PROGRAMS = ("main", "scripts", "benchmarks")
 
@@ -119,7 +119,7 @@ def test_no_room_imports_from_its_own_floor_or_above():
     [
         ("model", "import train"),
         ("engine.loss", "def f():\n    from text.tokenizer import Tokenizer"),
-        ("train", "from environment import RuntimeEnv"),
+        ("training.learner", "from environment import RuntimeEnv"),
         ("main", "import config_run"),
         ("train", "import importlib\nimportlib.import_module('config_run')"),
     ],
@@ -130,11 +130,11 @@ def test_an_upward_import_is_found(name, code):
 
 def test_an_import_for_type_checkers_is_no_import():
     code = "if TYPE_CHECKING:\n    from environment import RuntimeEnv"
-    assert upward_imports({"train": ast.parse(code)}) == []
+    assert upward_imports({"training": ast.parse(code)}) == []
 
 
 # who may: the devices' own home, choosing one, CUDA graphs, and the choice of a process group
-SPEAKS_OF_GPUS = ("engine.devices", "planning.machine", "engine.compiling", "engine.parallel")
+SPEAKS_OF_GPUS = ("engine.devices", "planning.machine", "engine.compiling", "distributed.parallel")
 
 
 def test_calls_that_differ_between_gpus_have_one_home():

@@ -19,8 +19,12 @@ import safetensors.torch
 import torch
 from torch import nn
 
-from engine import checkpoint, storage
-from engine.checkpoint import (
+from engine.errors import CheckpointError, NumericsError, ResourceError, SettingsError
+from engine.optim import build_adamw, build_muon
+from model import GPTConfig, GPTModel
+from storage import checkpoint
+from storage import files as storage
+from storage.checkpoint import (
     BestWeights,
     CheckpointStore,
     SaveClock,
@@ -34,9 +38,6 @@ from engine.checkpoint import (
     safetensors_chunks,
     weights_of,
 )
-from engine.errors import CheckpointError, NumericsError, ResourceError, SettingsError
-from engine.optim import build_adamw, build_muon
-from model import GPTConfig, GPTModel
 from tests.conftest import REPOSITORY
 
 FILES = ["model.safetensors", "optimizer.safetensors", "state.json", "manifest.json"]
@@ -744,7 +745,7 @@ SAVER = """
 import os, sys, torch
 from pathlib import Path
 from torch import nn
-from engine.checkpoint import BestWeights, CheckpointStore, copy_weights
+from storage.checkpoint import BestWeights, CheckpointStore, copy_weights
 
 torch.set_num_threads(1)
 os.fsync = lambda handle: None  # as fast as it can

@@ -24,7 +24,7 @@ from generation import generate
 from model import GPTConfig, GPTModel, KVCache
 from tests.test_main import run_main, write_settings
 from tests.test_train import CPU, FP32, tiny_loaders, tiny_model
-from train import mean_loss
+from training.learner import mean_loss
 
 CUDA = torch.device("cuda")
 

@@ -22,7 +22,7 @@ import pytest
 from conftest import REPOSITORY
 
 from engine.errors import DataError, ResourceError
-from engine.storage import is_portable_name
+from storage.files import is_portable_name
 from text import corpora
 from text.corpora import CORPORA, Corpus, corpus_path, fetch_address
 

@@ -15,7 +15,6 @@ from data import (
     WindowDataset,
     as_batch,
     create_dataloader_v1,
-    describe_text,
     evaluation_loader,
     make_loaders,
     measure_tokens,
@@ -24,6 +23,7 @@ from data import (
 )
 from engine.errors import DataError
 from engine.metrics import TokenSize
+from planning.preflight import describe_text
 from tests.conftest import REPOSITORY
 from text.tokenizer import CharTokenizer, GPT2Tokenizer, load_tokenizer
 

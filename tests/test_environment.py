@@ -9,14 +9,14 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-import environment
 import planning.machine
-import trial
-from engine import tracking
 from engine.errors import ResourceError, SettingsError
 from engine.optim import build_adamw
 from environment import check_devices, pick_device, prepare_environment
 from model import GPTConfig, GPTModel
+from planning import trial
+from planning.preflight import show_machine
+from storage import tracking
 
 TEXT = "The ferry crosses the river at dawn, and the bell rings twice for bread. " * 12
 SETTINGS = """
@@ -199,9 +199,9 @@ def test_a_model_that_memory_cannot_hold_is_an_error_that_says_what_to_change(mo
     def refuse(config):
         raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
 
-    monkeypatch.setattr(environment, "GPTModel", refuse)
+    monkeypatch.setattr(planning.machine, "GPTModel", refuse)
     with pytest.raises(ResourceError, match=r"(?s)does not fit.*n_layers or emb_dim"):
-        environment.build_model(None, torch.device("cpu"))
+        planning.machine.build_model(None, torch.device("cpu"))
 
 
 def test_on_a_gpu_its_name_is_shown(monkeypatch, capsys):
@@ -214,7 +214,7 @@ def test_on_a_gpu_its_name_is_shown(monkeypatch, capsys):
         notices=[],
     )
     precision = SimpleNamespace(name="bf16", reason="this GPU has bf16 units")
-    environment._show_machine(torch.device("cuda"), precision, plan)
+    show_machine(torch.device("cuda"), precision, plan)
     assert capsys.readouterr().out.splitlines()[:2] == ["Device: CUDA", "GPU: Test GPU 9000"]
 
 
@@ -304,7 +304,7 @@ def threads(monkeypatch):
     for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(os, "cpu_count", lambda: 8)
-    monkeypatch.setattr(environment, "default_threads", lambda _: torch.get_num_threads())
+    monkeypatch.setattr(planning.machine, "default_threads", lambda _: torch.get_num_threads())
     return torch.set_num_threads  # the fixture one_thread sets it back
 
 

@@ -8,7 +8,7 @@ from engine.precision import choose_precision
 from model import GPTConfig, GPTModel
 from tests.conftest import REPOSITORY
 from text.tokenizer import GPT2Tokenizer, train_bpe
-from train import batch_loss, take_step
+from training.learner import batch_loss, take_step
 
 CPU = torch.device("cpu")
 

@@ -17,15 +17,16 @@ from pathlib import Path
 import pytest
 import torch
 
-import run_folder
-from engine import storage
 from engine.errors import CheckpointError, DataError, PipelineError, ResourceError
-from environment import load_run
+from exchange.saved_run import load_run
+from storage import files as storage
 from tests.conftest import REPOSITORY
 from tests.test_checkpoint import HOSTILE, file_of
 from tests.test_load_run import Trained, edit_settings, listing, read, train_run
 from tests.test_run_folder import Canary
-from text.tokenizer import END_OF_TEXT, BPETokenizer, load_tokenizer
+from text.tokenizer import BPETokenizer, load_tokenizer
+from text.tokenizer_file import END_OF_TEXT
+from training import run_folder
 
 ALLOWED_S = 4.0  # for a refusal that takes a second, on a machine that is busy
 ALLOWED_S_PER_MB = 0.3  # for files that are made of nothing but JSON's brackets
@@ -263,7 +264,7 @@ def test_positions_that_no_memory_holds_are_refused(run, monkeypatch):
     reseal(run / BEST)
     edit_settings(run, model=model | {"positions": "sinusoidal"})
     assert load_run("one").step == 4
-    monkeypatch.setattr("environment.available_memory", lambda device: 10_000_000)
+    monkeypatch.setattr("exchange.saved_run.available_memory", lambda device: 10_000_000)
     edit_settings(run, model=model | {"positions": "sinusoidal", "context_length": 1_000_000})
     assert "memory" in refused("best", (ResourceError,))
 

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import pytest
 
-from engine.storage import verify_folder
+from storage.files import verify_folder
 from tests.conftest import REPOSITORY
 from tests.forking import CAN_FORK, fork
 
@@ -226,7 +226,7 @@ def test_under_nohup_a_closed_terminal_ends_nothing(launch, run):
 
 
 SLOW_SAVES = """
-from engine import storage
+from storage import files as storage
 write = storage.NewFolder.write
 
 def slow_write(folder, name, chunks):
@@ -418,7 +418,8 @@ KILLED_IN = {  # what is called then, and by which call of it that is known
     "the summary": ("main.write_json", "lambda *_: True"),
 }
 KILL = """
-import journal, signal
+import signal
+from training import journal
 real = {target}
 
 def killed(*arguments, **options):
@@ -483,7 +484,8 @@ def on_a_small_disk(megabytes: int, then: str = "true") -> tuple[str, ...]:
 
 
 FILL = """
-from engine import checkpoint, storage
+from storage import checkpoint
+from storage import files as storage
 require_space = checkpoint.require_space
 
 def fill():
@@ -618,7 +620,8 @@ journal.MetricsFile.append = to_a_full_disk
 
 @needs_mounts
 def test_a_log_on_a_full_disk_is_said_and_ends_nothing(launch, run):
-    program = launch("import journal" + FULL_LOG, prefix=on_a_small_disk(1), LOG_EVERY=1)
+    own = "from training import journal" + FULL_LOG
+    program = launch(own, prefix=on_a_small_disk(1), LOG_EVERY=1)
     program.ends_with(0)
     told = [line for line in program.out.splitlines() if "Training goes on" in line]
     assert len(told) == 1, program.out

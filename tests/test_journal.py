@@ -16,9 +16,9 @@ from matplotlib import image
 from engine import console
 from engine.errors import NumericsError
 from engine.metrics import TokenSize
-from engine.storage import PATIENCE_S
-from engine.tracking import Trackers
-from journal import (
+from storage.files import PATIENCE_S
+from storage.tracking import Trackers
+from training.journal import (
     FETCH_EVERY,
     LAST_MOMENTS,
     MOST_HALVINGS,

@@ -17,17 +17,18 @@ import safetensors.torch
 import torch
 
 import environment
-import journal
+import exchange.saved_run
 import main
-import run_folder
 import text.tokenizer
-from engine.checkpoint import weights_of
 from engine.errors import CheckpointError, ResourceError, SettingsError
 from engine.weights import Bf16Linear, Int8Linear, choose_weights
-from environment import load_run, prepare_environment
+from environment import prepare_environment
+from exchange.saved_run import load_run
 from generation import SamplingConfig
+from storage.checkpoint import weights_of
 from tests.conftest import REPOSITORY
 from tests.test_run_folder import Canary
+from training import journal, run_folder
 
 TEXT = "the river carries the bell and the bell carries the river. 钟声 " * 12
 PARAMS = {
@@ -207,7 +208,7 @@ def test_products_read_the_weights_that_were_asked_for(trained, kind):
 def test_auto_is_bf16_where_the_device_is_fast_with_it(trained, monkeypatch):
     assert load_run("one").weights == choose_weights("auto", torch.device("cpu"))
     for kind in ("bf16", "fp32"):
-        monkeypatch.setattr(environment, "choose_weights", lambda requested, device, k=kind: k)
+        monkeypatch.setattr(exchange.saved_run, "choose_weights", lambda *_, k=kind: k)
         assert load_run("one").weights == kind
 
 

@@ -12,7 +12,7 @@ import engine.loss
 from engine.loss import next_token_loss
 from engine.precision import Precision
 from model import GPTConfig, GPTModel
-from train import take_step
+from training.learner import take_step
 
 
 def example() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

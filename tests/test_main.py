@@ -19,6 +19,7 @@ import safetensors.torch
 
 import main
 import train
+import training.learner
 from engine.errors import ResourceError
 from tests.conftest import REPOSITORY
 
@@ -391,13 +392,13 @@ def test_a_traceback_is_shown_where_it_is_asked_for(workdir, monkeypatch):
 
 def spoil_losses(monkeypatch, is_spoilt) -> None:
     """Make the training loss NaN in the steps, counted from 1, for which is_spoilt says so."""
-    real, count = train.batch_loss, itertools.count(1)
+    real, count = training.learner.batch_loss, itertools.count(1)
 
     def batch_loss(model, *arguments):
         loss = real(model, *arguments)
         return loss * float("nan") if model.training and is_spoilt(next(count)) else loss
 
-    monkeypatch.setattr(train, "batch_loss", batch_loss)
+    monkeypatch.setattr(training.learner, "batch_loss", batch_loss)
 
 
 def test_a_diverging_run_ends_with_5_and_names_the_last_good_checkpoint(

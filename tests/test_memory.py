@@ -13,6 +13,7 @@ import pytest
 import torch
 
 import environment
+import planning.machine
 from data import in_parts
 from engine import memory
 from engine.errors import ResourceError
@@ -30,7 +31,8 @@ from model import GPTConfig, GPTModel
 from tests.conftest import REPOSITORY
 from tests.test_resume import Bench, compare, sha256, uninterrupted
 from tests.test_train import loader_of_13_windows, new_plan, new_trainer, tiny_loaders, tiny_model
-from train import steps_of_epoch, training_loop
+from train import training_loop
+from training.learner import steps_of_epoch
 
 CPU = torch.device("cpu")
 FP32, BF16 = (Precision(name, "as set", "cpu") for name in ("fp32", "bf16"))
@@ -332,10 +334,10 @@ def limit_memory(patch, n_windows: float) -> None:
     def measured(model: GPTModel, **options) -> MemoryEstimate:
         size = estimate_memory(model, **options)
         room = size.total(0) + int((n_windows + 0.5) * size.window) - size.weights
-        patch.setattr(environment, "available_memory", lambda device: room)
+        patch.setattr(planning.machine, "available_memory", lambda device: room)
         return size
 
-    patch.setattr(environment, "estimate_memory", measured)
+    patch.setattr(planning.machine, "estimate_memory", measured)
 
 
 def prepared(bench: Bench) -> environment.RuntimeEnv:
@@ -370,13 +372,13 @@ def test_where_not_even_one_window_fits_the_run_says_so_before_it_begins(bench):
 
 def test_a_model_far_too_large_is_refused_before_it_is_built(bench):
     bench.describe("run", model_overrides={"emb_dim": 65536, "n_heads": 512, "n_layers": 1024})
-    bench.patch.setattr(environment, "build_model", None)  # it would take 52 TB
+    bench.patch.setattr(planning.machine, "build_model", None)  # it would take 52 TB
     with pytest.raises(ResourceError, match=r"takes more than [\d,.]+ GB of memory.*\n.*n_layers"):
         prepared(bench)
 
 
 def test_a_machine_that_tells_nothing_trains_as_was_asked(bench, capsys):
-    bench.patch.setattr(environment, "available_memory", lambda device: None)
+    bench.patch.setattr(planning.machine, "available_memory", lambda device: None)
     bench.describe("run")
     assert prepared(bench).train_loader.batch_sampler.micro_batch == 4
     assert "free" not in capsys.readouterr().out

@@ -19,21 +19,23 @@ import torch
 from torch import distributed
 
 import environment
-import journal
 import main
+import planning.machine
 import train
 from data import WindowBatches, WindowDataset, evaluation_loader, make_loaders, plan_windows
-from engine import parallel as parallel_module
+from distributed import parallel as parallel_module
+from distributed.parallel import ALONE, Parallel, join
 from engine import processor
 from engine.errors import ResourceError, RunFinished, SettingsError, Stopped
-from engine.parallel import ALONE, Parallel, join
 from engine.precision import Precision
-from environment import load_run, pick_device, prepare_environment
+from environment import pick_device, prepare_environment
+from exchange.saved_run import load_run
 from generation import generate
 from model import GPTConfig, GPTModel
 from tests.conftest import REPOSITORY
 from tests.ranks import metrics, run_ranks, write_settings
-from train import batch_loss, mean_loss, steps_of_epoch
+from training import journal
+from training.learner import batch_loss, mean_loss, steps_of_epoch
 
 needs_signals = pytest.mark.skipif(os.name == "nt", reason="POSIX signals")
 LENGTH, STEPS = 16, 20  # tokens of a window, optimizer steps of a run
@@ -61,7 +63,7 @@ def train_all(folder: Path, starts: list[list]) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         patch.setattr(environment, "CACHE", folder / "cache")
-        patch.setattr(environment, "default_threads", lambda _=1: 1)
+        patch.setattr(planning.machine, "default_threads", lambda _=1: 1)
         patch.setattr(journal, "render_losses", lambda **_: None)  # takes longer than training
         for name, *disturbance in starts:
             with patch.context() as own:
@@ -347,7 +349,7 @@ from pathlib import Path
 sys.modules["matplotlib"] = None
 import torch
 import environment, train
-from engine.checkpoint import random_state
+from storage.checkpoint import random_state
 environment.CACHE = Path("cache").resolve()
 step, begun = train.Trainer.step, []
 
@@ -877,7 +879,7 @@ SHARDING = """
 import json, time
 from pathlib import Path
 from data import WindowBatches, WindowDataset
-from engine.parallel import Parallel
+from distributed.parallel import Parallel
 
 def memory(name: str) -> int:
     # not by getrusage: its peak is the parent's too
@@ -937,7 +939,7 @@ assert not torch.distributed.is_initialized()
 # torch's optimizers load torch.distributed.fsdp on their own account
 for name in ("torch.distributed.fsdp", "torch.distributed.tensor", "torch.nn.parallel"):
     assert "{repository}" not in loaded.get(name, ""), (name, loaded[name])
-assert "{repository}" in loaded["engine.sharding"]  # such paths do come up
+assert "{repository}" in loaded["distributed.sharding"]  # such paths do come up
 print("no group was made")
 sys.exit(code)
 """

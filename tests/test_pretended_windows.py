@@ -11,8 +11,10 @@ import numpy as np
 import pytest
 from torch import nn
 
-from engine import stopping, storage
-from engine.checkpoint import (
+from distributed import signals as stopping
+from engine.errors import BusyError, CheckpointError, DataError, ResourceError, Stopped
+from storage import files as storage
+from storage.checkpoint import (
     OPTIMIZER,
     STATE,
     WEIGHTS,
@@ -20,12 +22,12 @@ from engine.checkpoint import (
     safetensors_chunks,
     weights_of,
 )
-from engine.errors import BusyError, CheckpointError, DataError, ResourceError, Stopped
-from engine.storage import FolderLock, NewFolder, rename_file
+from storage.files import FolderLock, NewFolder, rename_file
 from tests.conftest import REPOSITORY
 from tests.pretend.windows import CAN_PRETEND, SIGBREAK, windows
 from tests.test_interruption import launching
-from text.sources import DataSpec, ReadingReport, find_parts
+from text.documents import DataSpec, ReadingReport
+from text.sources import find_parts
 from text.token_cache import tokenize
 
 pytestmark = pytest.mark.skipif(not CAN_PRETEND, reason="needs Linux to pretend")
@@ -152,7 +154,7 @@ def test_a_pattern_is_no_name_there_and_finds_its_files(tmp_path, calm):
 
 HOLD = """
 import sys
-from engine.storage import FolderLock
+from storage.files import FolderLock
 with FolderLock(sys.argv[1]):
     print("held", flush=True)
     sys.stdin.read()

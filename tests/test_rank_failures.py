@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from engine.storage import FolderLock, verify_folder
+from storage.files import FolderLock, verify_folder
 from tests.ranks import Job, metrics, run_ranks, start_ranks, write_settings
 
 pytestmark = [
@@ -33,7 +33,7 @@ import os, signal, sys, time
 from pathlib import Path
 sys.modules["matplotlib"] = None
 import main  # before torch, for which it sets some variables
-import engine.checkpoint, environment, train
+import storage.checkpoint, environment, train
 environment.CACHE = Path("cache").resolve()
 rank, take_step, now = int(os.environ["RANK"]), train.Trainer.step, [0]
 
@@ -249,7 +249,7 @@ def gathered(tensors, parallel):
     if rank == 1 and now[0] == 4 and any(name.startswith("exp_avg") for name in tensors):
         fail("SIGKILL")
     return really_gathered(tensors, parallel)
-really_gathered, engine.checkpoint.gathered = engine.checkpoint.gathered, gathered
+really_gathered, storage.checkpoint.gathered = storage.checkpoint.gathered, gathered
 step_of(lambda step: None)
 """
     job = run(tmp_path, gathering, code=1)
@@ -257,12 +257,12 @@ step_of(lambda step: None)
     assert saved(one) == ["step-00000002"]
 
     writing = """
-class NewFolder(engine.checkpoint.NewFolder):
+class NewFolder(storage.checkpoint.NewFolder):
     def write(self, name, chunks):
         super().write(name, chunks)
         if now[0] == 6 and name == "optimizer.safetensors":
             fail("SIGKILL")
-engine.checkpoint.NewFolder = NewFolder
+storage.checkpoint.NewFolder = NewFolder
 step_of(lambda step: None)
 """
     job = run(tmp_path, writing, code=1, timeout_s=60)  # it is dead: nobody has to wait so long
@@ -418,14 +418,14 @@ train.Trainer.step = step
 def test_a_main_rank_that_takes_long_is_waited_for_until_it_hangs(tmp_path):
     settings_in(tmp_path)
     slow = """
-class NewFolder(engine.checkpoint.NewFolder):
+class NewFolder(storage.checkpoint.NewFolder):
     def write(self, name, chunks):
         if now[0] == 4 and name == "model.safetensors" and "checkpoints" in str(self.path):
             time.sleep(9)
         if now[0] == 6:
             fail("SIGSTOP")
         super().write(name, chunks)
-engine.checkpoint.NewFolder = NewFolder
+storage.checkpoint.NewFolder = NewFolder
 step_of(lambda step: None)
 """
     job = run(tmp_path, slow, code=1, timeout_s=4)

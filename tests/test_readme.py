@@ -15,7 +15,7 @@ import pytest
 from engine.settings import MODEL_SETTINGS
 from environment import read_given_settings
 from generation import SamplingConfig
-from run_plan import RunSettings, resolve_settings
+from planning.plan import RunSettings, resolve_settings
 from tests.conftest import REPOSITORY
 from tests.test_main import OFFLINE
 from training_utils import TrainingConfig

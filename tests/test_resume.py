@@ -17,12 +17,13 @@ import pytest
 import torch
 
 import environment
-import journal
 import train
-from engine import stopping, storage
-from engine.checkpoint import load_weights, read_safetensors
+from distributed import signals as stopping
 from engine.errors import CheckpointError, Stopped
+from storage import files as storage
+from storage.checkpoint import load_weights, read_safetensors
 from tests.conftest import REPOSITORY
+from training import journal
 
 # 61 windows: 15 whole batches of 4 and one window left over
 TEXT_LENGTH = 1090

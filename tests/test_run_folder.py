@@ -22,15 +22,15 @@ import pytest
 import torch
 
 import environment
-import journal
 import main
 import train
 from engine.compiling import what_prevents_compiling
 from engine.errors import Stopped
-from run_folder import CHANGEABLE, FIXED, SETTINGS_CHANGEABLE, RunFolder
-from run_plan import RunSettings
+from planning.plan import RunSettings
 from tests.conftest import REPOSITORY
 from text.corpora import CORPORA
+from training import journal
+from training.run_folder import CHANGEABLE, FIXED, SETTINGS_CHANGEABLE, RunFolder
 
 TEXT = "the river carries the bell and the bell carries the river " * 12
 STEPS, STOPPED_AT = 8, 3

@@ -302,8 +302,8 @@ class NotedMessages:
 def test_fsdp_sends_the_messages_that_the_formula_counts(two_ranks):
     from torch.distributed.fsdp import FSDPModule
 
-    from engine.parallel import Parallel
-    from engine.sharding import build_in_parts, summing_up
+    from distributed.parallel import Parallel
+    from distributed.sharding import build_in_parts, summing_up
 
     store = torch.distributed.HashStore()
     parallel, config = Parallel(rank=0, world=2, store=store), SMALL["gpt2"]

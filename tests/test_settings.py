@@ -19,10 +19,10 @@ from engine.errors import SettingsError
 from engine.settings import ALIASES, ELSEWHERE, MODEL_SETTINGS, read_json_object, shown
 from generation import SamplingConfig
 from model import GPTConfig
-from run_folder import CHANGEABLE, FIXED, SETTINGS_CHANGEABLE, differences
-from run_plan import MODELS_FILE, RunSettings, resolve_settings
+from planning.plan import MODELS_FILE, RunSettings, resolve_settings
 from tests.conftest import REPOSITORY
 from tests.test_architecture import sources
+from training.run_folder import CHANGEABLE, FIXED, SETTINGS_CHANGEABLE, differences
 from training_utils import CustomTrainingConfig, TrainingConfig
 
 # a right value of each setting that is not the default

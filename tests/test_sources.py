@@ -18,9 +18,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from engine.errors import DataError, PipelineError, SettingsError
-from text import sources
+from text import documents as reader
 from text.corpora import CORPORA
-from text.sources import DataSpec, ReadingReport, find_parts, parse_data, read_documents
+from text.documents import DataSpec, ReadingReport, read_documents
+from text.sources import find_parts, parse_data
 
 POEMS = ["Once upon a time.\n", "从前，𠮷野家。", 'He said "no",\nand left.\t']
 
@@ -185,7 +186,7 @@ def test_text_that_hardly_compresses_is_read_to_its_end(workdir, compressed):
 @pytest.mark.parametrize("read_bytes", [1, 7, 1 << 20])
 @pytest.mark.parametrize("compressed", [".gz", ".zst"])
 def test_compressed_files_joined_end_to_end_are_one(workdir, monkeypatch, compressed, read_bytes):
-    monkeypatch.setattr(sources, "READ_BYTES", read_bytes)
+    monkeypatch.setattr(reader, "READ_BYTES", read_bytes)
     pack = COMPRESSORS[compressed]
     Path(f"x.txt{compressed}").write_bytes(pack("从前".encode()) + pack(b"") + pack(b" end"))
     assert documents(f"x.txt{compressed}") == ["从前 end"]
@@ -231,7 +232,7 @@ def test_text_without_a_word_is_an_empty_document(workdir, content):
 
 
 def test_white_space_around_a_text_is_kept(workdir, monkeypatch):
-    monkeypatch.setattr(sources, "READ_BYTES", 4)
+    monkeypatch.setattr(reader, "READ_BYTES", 4)
     Path("x.txt").write_bytes(b"\n" * 50 + b"one" + b" " * 50)
     assert documents("x.txt") == ["\n" * 50 + "one" + " " * 50]
 
@@ -258,7 +259,7 @@ def test_report_has_names_sizes_and_hashes(workdir):
         for name, content in contents.items()
     ]
     assert report.bytes_read == sum(map(len, contents.values()))
-    assert sources.file_sha256(Path("texts/a.jsonl")) == report.files[0]["sha256"]
+    assert reader.file_sha256(Path("texts/a.jsonl")) == report.files[0]["sha256"]
 
 
 # -------------------------------------------------------------------------- folders and patterns
@@ -470,7 +471,7 @@ def test_socket_is_refused(workdir):
 def test_what_is_saved_in_place_of_a_text_is_told(
     workdir, monkeypatch, name, content, told, read_bytes
 ):
-    monkeypatch.setattr(sources, "READ_BYTES", read_bytes)
+    monkeypatch.setattr(reader, "READ_BYTES", read_bytes)
     Path(name).write_bytes(content)
     assert refusal(name).startswith(f"{name} is {told}")
 
@@ -501,7 +502,7 @@ def test_web_page_is_a_text_where_its_name_says_so(workdir):
 def test_text_is_read_exactly_but_for_one_byte_order_mark(
     workdir, monkeypatch, content, text, read_bytes
 ):
-    monkeypatch.setattr(sources, "READ_BYTES", read_bytes)
+    monkeypatch.setattr(reader, "READ_BYTES", read_bytes)
     Path("x.txt").write_bytes(content)
     assert documents("x.txt") == [text]
 
@@ -511,7 +512,7 @@ def test_text_is_read_exactly_but_for_one_byte_order_mark(
     [("gb18030", "春江潮水𠮷\n"), ("big5", "春江潮水"), ("latin-1", "né à"), ("utf-16-be", "春")],
 )
 def test_other_encodings_are_read_where_they_are_named(workdir, monkeypatch, encoding, text):
-    monkeypatch.setattr(sources, "READ_BYTES", 3)
+    monkeypatch.setattr(reader, "READ_BYTES", 3)
     Path("x.txt").write_bytes(text.encode(encoding))
     report = ReadingReport()
     assert documents({"path": "x.txt", "encoding": encoding}, report) == [text]
@@ -541,7 +542,7 @@ def test_other_encodings_are_read_where_they_are_named(workdir, monkeypatch, enc
 def test_bytes_that_do_not_fit_are_refused_with_offset_and_line(
     workdir, monkeypatch, content, encoding, place, read_bytes
 ):
-    monkeypatch.setattr(sources, "READ_BYTES", read_bytes)
+    monkeypatch.setattr(reader, "READ_BYTES", read_bytes)
     Path("x.txt").write_bytes(content)
     message = refusal({"path": "x.txt", "encoding": encoding} if encoding else "x.txt")
     assert message.upper().startswith(f"x.txt is not {place}.".upper())
@@ -550,7 +551,7 @@ def test_bytes_that_do_not_fit_are_refused_with_offset_and_line(
 
 @pytest.mark.parametrize("read_bytes", [1, 4, 1 << 20])
 def test_crlf_is_kept_and_noted_once(workdir, monkeypatch, read_bytes):
-    monkeypatch.setattr(sources, "READ_BYTES", read_bytes)
+    monkeypatch.setattr(reader, "READ_BYTES", read_bytes)
     Path("x.txt").write_bytes(b"one\r\ntwo\r\n")
     report = ReadingReport()
     assert documents("x.txt", report) == ["one\r\ntwo\r\n"]
@@ -589,7 +590,7 @@ def test_documents_do_not_depend_on_how_much_is_read_at_a_time(workdir, suffix, 
     Path(f"x{suffix}").write_bytes(content)
     for read_bytes in (1, 7, 64, 1 << 20):
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(sources, "READ_BYTES", read_bytes)
+            patch.setattr(reader, "READ_BYTES", read_bytes)
             report = ReadingReport()
             assert documents(f"x{suffix}", report) == [t for t in expected if t.strip()]
             assert report.empty_documents == sum(not t.strip() for t in expected)
@@ -653,7 +654,7 @@ def test_half_characters_become_replacement_characters_and_are_noted(workdir):
     ids=range(13),
 )
 def test_json_that_is_no_array_of_texts_is_refused(workdir, monkeypatch, content, told, read_bytes):
-    monkeypatch.setattr(sources, "READ_BYTES", read_bytes)
+    monkeypatch.setattr(reader, "READ_BYTES", read_bytes)
     Path("x.json").write_bytes(content)
     message = refusal("x.json")
     assert message.startswith("x.json ")
@@ -667,7 +668,7 @@ def test_empty_json_array_has_no_documents(workdir, content):
 
 
 def test_json_elements_may_be_longer_than_what_is_read_at_a_time(workdir, monkeypatch):
-    monkeypatch.setattr(sources, "READ_BYTES", 64)
+    monkeypatch.setattr(reader, "READ_BYTES", 64)
     texts = ["春" * 5000, "a", "b\n" * 3000]
     Path("x.json").write_text(json.dumps([{"id": [1, {}], "text": t} for t in texts]))
     assert documents("x.json") == texts
@@ -678,7 +679,7 @@ def test_broken_json_element_is_found_without_reading_on(workdir):
     report = ReadingReport()
     with pytest.raises(DataError, match="element 2"):
         documents("x.json", report)
-    assert report.bytes_read <= 2 * sources.READ_BYTES
+    assert report.bytes_read <= 2 * reader.READ_BYTES
 
 
 def test_json_array_of_many_elements_takes_time_in_proportion(workdir):
@@ -761,7 +762,7 @@ def test_archive_that_is_none_is_refused(workdir, compressed, content):
 
 @pytest.mark.parametrize("compressed", [".gz", ".zst"])
 def test_decompression_bomb_is_stopped_early(workdir, monkeypatch, compressed):
-    monkeypatch.setattr(sources, "BOMB_BYTES", 16 << 20)
+    monkeypatch.setattr(reader, "BOMB_BYTES", 16 << 20)
     content = bytes((64 if compressed == ".gz" else 256) << 20)
     Path(f"x.txt{compressed}").write_bytes(COMPRESSORS[compressed](content))
     del content
@@ -843,14 +844,14 @@ def hub_folder(workdir, monkeypatch) -> Path:
 
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", workdir / "hf")
     monkeypatch.setattr(datasets.config, "HF_DATASETS_OFFLINE", True)
-    sources._load_splits.cache_clear()
+    reader._load_splits.cache_clear()
     folder = workdir / "poems"
     folder.mkdir()
     rows = [{"text": text, "id": i} for i, text in enumerate([*POEMS, ""])]
     (folder / "train.jsonl").write_bytes(json_lines(rows))
     (folder / "validation.jsonl").write_bytes(json_lines([{"text": "held out", "id": 0}]))
     yield folder
-    sources._load_splits.cache_clear()
+    reader._load_splits.cache_clear()
 
 
 def test_data_set_is_read_with_its_validation_split(hub_folder):
@@ -860,8 +861,8 @@ def test_data_set_is_read_with_its_validation_split(hub_folder):
     (entry,) = report.files
     assert entry["name"] == f"hf:{hub_folder} (train)"
     train = find_parts(spec.train, Path("cache"), ReadingReport())
-    assert entry["sha256"] == sources.dataset_fingerprint(train[0])
-    (val,) = sources.validation_parts(train)
+    assert entry["sha256"] == reader.dataset_fingerprint(train[0])
+    (val,) = reader.validation_parts(train)
     texts = [piece for piece, _ in read_documents([val], spec, ReadingReport())]
     assert texts == ["held out"]
     assert 'train row 1: no "body" field (has: text, id)' in refusal(
@@ -872,7 +873,7 @@ def test_data_set_is_read_with_its_validation_split(hub_folder):
 def test_data_set_beside_a_file_has_no_validation_of_its_own(hub_folder):
     Path("x.txt").write_text("one")
     parts = find_parts([f"hf:{hub_folder}", "x.txt"], Path("cache"), ReadingReport())
-    assert sources.validation_parts(parts) == []
+    assert reader.validation_parts(parts) == []
 
 
 def test_data_set_that_is_not_there_is_refused_with_what_to_do(hub_folder):

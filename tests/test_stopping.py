@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from data import make_loaders, plan_windows
+from distributed.signals import StopSignals
 from engine.errors import Stopped
-from engine.stopping import StopSignals
 from tests.conftest import REPOSITORY
 
 HANDLED = [
@@ -158,7 +158,7 @@ def test_a_loaders_worker_works_on_through_a_stop_signal(number):
 DESERTED = """
 import socket, sys, time
 from multiprocessing import resource_sharer
-from engine.stopping import defer_to_owner
+from distributed.signals import defer_to_owner
 
 if sys.argv[1] == "worker":
     defer_to_owner(0)

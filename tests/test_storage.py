@@ -14,9 +14,9 @@ import threading
 import numpy as np
 import pytest
 
-from engine import storage
 from engine.errors import BusyError, CheckpointError, ResourceError
-from engine.storage import (
+from storage import files as storage
+from storage.files import (
     MANIFEST,
     FolderLock,
     NewFile,
@@ -281,7 +281,7 @@ def test_file_that_the_system_stops_growing_leaves_the_old_content_and_no_rest(t
     program = f"""
 import resource, signal
 from engine.errors import ResourceError
-from engine.storage import write_atomically
+from storage.files import write_atomically
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
 try:
@@ -735,7 +735,7 @@ def test_file_that_is_fsynced_must_be_there(tmp_path, monkeypatch):
 
 
 def test_storage_does_without_torch():
-    code = "import sys, engine.storage; print(sorted({'torch', 'numpy'} & set(sys.modules)))"
+    code = "import sys, storage.files; print(sorted({'torch', 'numpy'} & set(sys.modules)))"
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True
     )

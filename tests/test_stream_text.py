@@ -22,14 +22,8 @@ from generation import (
     token_ids_to_text,
 )
 from model import GPTConfig, GPTModel
-from text.tokenizer import (
-    END_OF_TEXT,
-    CharTokenizer,
-    GPT2Tokenizer,
-    byte_symbols,
-    load_tokenizer,
-    train_bpe,
-)
+from text.tokenizer import CharTokenizer, GPT2Tokenizer, load_tokenizer, train_bpe
+from text.tokenizer_file import END_OF_TEXT, byte_symbols
 
 LEARNT = "the bell of the river, abc abcab bcabc; 春江潮水连海平，海上明月共潮生。" * 20
 KINDS = ("gpt2", "bpe", "char", "foreign")

@@ -29,8 +29,8 @@ from benchmarks.survival import (
     record_session,
     write_tree,
 )
-from engine import storage
-from engine.storage import NewFolder
+from storage import files as storage
+from storage.files import NewFolder
 from tests.conftest import REPOSITORY
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")

@@ -26,7 +26,7 @@ from tokenizers import models, pre_tokenizers
 from engine.errors import DataError, ResourceError
 from text import token_cache
 from text.corpora import CORPORA
-from text.sources import DataSpec, ReadingReport
+from text.documents import DataSpec, ReadingReport
 from text.token_cache import TokenizedText, choose_validation, cut_into_chunks, find_cut, tokenize
 from text.tokenizer import CharTokenizer, GPT2Tokenizer, train_bpe
 

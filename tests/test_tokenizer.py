@@ -18,9 +18,9 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from engine.errors import DataError, SettingsError
 from text import tokenizer as tokenizer_module
+from text import tokenizer_file
 from text.tokenizer import (
     END_NAMES,
-    END_OF_TEXT,
     GPT2_FILE,
     GPT2_FINGERPRINT,
     GPT2_SHA256,
@@ -28,15 +28,14 @@ from text.tokenizer import (
     BPETokenizer,
     CharTokenizer,
     GPT2Tokenizer,
-    byte_symbols,
     choose_tokenizer,
     find_tokenizer_fault,
     load_tokenizer,
     make_tokenizer,
-    merge_pairs,
     restore_tokenizer,
     train_bpe,
 )
+from text.tokenizer_file import END_OF_TEXT, byte_symbols, merge_pairs
 
 # what tiktoken fetches for "gpt2": the name in its cache (sha1 of the address) and the sha256
 VOCAB_BPE = (
@@ -783,9 +782,10 @@ def test_a_file_above_the_limits_is_refused_for_its_size(by_kind, tmp_path, monk
     path = tmp_path / "tokenizer.json"
     path.write_text(by_kind["bpe"].to_json(), encoding="utf-8")
     count = path.stat().st_size if limit == "MAX_TOKENIZER_FILE" else 700 - 257
-    monkeypatch.setattr(tokenizer_module, limit, count)
+    room = tokenizer_module if limit == "MAX_TOKENIZER_FILE" else tokenizer_file
+    monkeypatch.setattr(room, limit, count)
     assert load_tokenizer(path).kind == "bpe"
-    monkeypatch.setattr(tokenizer_module, limit, count - 1)
+    monkeypatch.setattr(room, limit, count - 1)
     with pytest.raises(DataError) as caught:
         load_tokenizer(path)
     assert str(path) in str(caught.value)

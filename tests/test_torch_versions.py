@@ -9,13 +9,13 @@ import pytest
 import torch
 from safetensors import SafetensorError
 
-from engine.checkpoint import read_safetensors
 from engine.optim import for_each
 from engine.precision import Precision, choose_precision
 from engine.weights import WEIGHTS, Int8Linear
-from environment import load_run
+from exchange.saved_run import load_run
 from generation import generate
 from model import GPTConfig, attention_kernel
+from storage.checkpoint import read_safetensors
 from tests.conftest import REPOSITORY, train_in
 
 CPU = torch.device("cpu")

@@ -14,10 +14,10 @@ import time
 
 import pytest
 
-from engine import tracking
 from engine.errors import SettingsError
-from engine.storage import PATIENCE_S
-from engine.tracking import MetricsFile, Trackers, check_trackers, open_trackers
+from storage import tracking
+from storage.files import PATIENCE_S
+from storage.tracking import MetricsFile, Trackers, check_trackers, open_trackers
 from tests.conftest import REPOSITORY
 
 ROWS = [{"step": i, "train/loss": i / 3, "note": "春"} for i in range(1, 7)]
@@ -138,7 +138,7 @@ FULL_DISK = f"""
 import json, resource, signal, sys
 sys.path.insert(0, {str(REPOSITORY)!r})
 from pathlib import Path
-from engine.tracking import MetricsFile
+from storage.tracking import MetricsFile
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 rows = json.loads(sys.argv[2])
 metrics = MetricsFile(Path(sys.argv[1]))
@@ -337,7 +337,7 @@ TRACK_WITH_WANDB = f"""
 import sys
 sys.path.insert(0, {str(REPOSITORY)!r})
 from pathlib import Path
-from engine.tracking import open_trackers
+from storage.tracking import open_trackers
 folder = Path(sys.argv[1])
 settings = {{"mode": "custom", "training": {{"batch_size": 4}}, "changes": []}}
 trackers = open_trackers(["wandb"], folder, "0123456789abcdef", settings, int(sys.argv[2]))

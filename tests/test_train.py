@@ -18,29 +18,19 @@ import torch
 import torch.nn.functional as F
 from torch.utils.data import DataLoader
 
-import engine.stopping
+import distributed.signals
 import train
 from data import WindowDataset, evaluation_loader, make_loaders, plan_windows
-from engine.checkpoint import CheckpointStore, SaveClock
 from engine.console import say
 from engine.errors import NumericsError, SettingsError, Stopped
 from engine.optim import Schedule, build_adamw, build_optimizer, learning_rate_at
 from engine.precision import Precision
-from journal import MOST_SKIPPED, PICTURE, Journal
 from model import GPTConfig, GPTModel
+from storage.checkpoint import CheckpointStore, SaveClock
 from tests.conftest import REPOSITORY, HostReads
-from train import (
-    LoopPlan,
-    Trainer,
-    batch_loss,
-    continue_prompts,
-    count_steps,
-    mean_loss,
-    steps_of_epoch,
-    take_step,
-    train_model_simple,
-    training_loop,
-)
+from train import LoopPlan, Trainer, continue_prompts, train_model_simple, training_loop
+from training.journal import MOST_SKIPPED, PICTURE, Journal
+from training.learner import batch_loss, count_steps, mean_loss, steps_of_epoch, take_step
 
 CPU = torch.device("cpu")
 FP32 = Precision("fp32", "as set", "cpu")
@@ -694,7 +684,7 @@ def test_a_long_step_is_left_as_if_it_had_never_begun(monkeypatch):
     before, random_before = everything(trainer.model, trainer.optimizer), torch.get_rng_state()
     passes = send_at(trainer.model, 2, training=True)
     with monkeypatch.context() as patch, trainer.stop:
-        patch.setattr(engine.stopping, "_LONG_S", 0.0)  # every step is long
+        patch.setattr(distributed.signals, "_LONG_S", 0.0)  # every step is long
         with pytest.raises(Stopped) as caught:
             trainer.step(step, 1.0)
     assert caught.value.exit_code == 143
@@ -703,7 +693,7 @@ def test_a_long_step_is_left_as_if_it_had_never_begun(monkeypatch):
     assert torch.equal(torch.get_rng_state(), random_before)
     assert all(parameter.grad is None for parameter in trainer.model.parameters())
 
-    trainer.stop = engine.stopping.StopSignals()
+    trainer.stop = distributed.signals.StopSignals()
     loss, _ = trainer.step(step, 1.0)
     twin, step = trainer_within_a_run()
     expected, _ = twin.step(step, 1.0)

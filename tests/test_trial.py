@@ -10,16 +10,16 @@ import torch
 
 import engine.loss
 import model
-import trial
 from engine.errors import ResourceError
 from engine.memory import OutOfStepMemory
 from engine.optim import build_optimizer
 from engine.precision import Precision
+from planning import trial
+from planning.trial import WORTH_A_TRIAL, Compiled, Trial, decide_compiling, steps_in
 from tests.test_main import run_main, write_settings
 from tests.test_train import BATCH, CONTEXT, CPU, FP32, tiny_loaders, tiny_model
-from train import steps_of_epoch, take_step
+from training.learner import steps_of_epoch, take_step
 from training_utils import TrainingConfig
-from trial import WORTH_A_TRIAL, Compiled, Trial, decide_compiling, steps_in
 
 BF16 = Precision("bf16", "as set", "cpu")
 

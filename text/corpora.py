@@ -13,7 +13,7 @@ from pathlib import Path
 from urllib.parse import urljoin, urlsplit
 
 from engine.errors import DataError, PipelineError
-from engine.storage import (
+from storage.files import (
     NewFile,
     is_portable_name,
     make_folder,

@@ -24,7 +24,7 @@ import numpy as np
 
 from engine.console import ByteProgress, say
 from engine.errors import DataError, ResourceError
-from engine.storage import (
+from storage.files import (
     NewFile,
     discard,
     make_folder,
@@ -35,16 +35,16 @@ from engine.storage import (
     write_atomically,
     write_json,
 )
-from text.sources import (
+from text.documents import (
     DataSpec,
     Part,
     ReadingReport,
     dataset_fingerprint,
     file_sha256,
-    find_parts,
     read_documents,
     validation_parts,
 )
+from text.sources import find_parts
 from text.tokenizer import Tokenizer, make_tokenizer, restore_tokenizer
 
 FORMAT = 1  # of an entry; with another number every entry is made anew

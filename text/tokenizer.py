@@ -1,6 +1,5 @@
 """Text to token ids and back: GPT-2's BPE, characters, a BPE of one's own, files from elsewhere."""
 
-import binascii
 import codecs
 import errno
 import hashlib
@@ -8,7 +7,6 @@ import itertools
 import json
 import re
 import stat
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, Protocol
@@ -18,12 +16,20 @@ import tiktoken
 from tiktoken_ext.openai_public import r50k_pat_str
 
 from engine.errors import DataError, SettingsError
+from text.tokenizer_file import (
+    END_OF_TEXT,
+    _byte_level_json,
+    _check_tokenizer_tree,
+    _ranks_of,
+    _read_ranks,
+    _tokenizer_json,
+    byte_symbols,
+)
 
 ASSETS = Path(__file__).resolve().parent.parent / "assets"
 GPT2_FILE = ASSETS / "gpt2.tiktoken"
 GPT2_SHA256 = "306cd27f03c1a714eca7108e03d66b7dc042abe8c258b44c199a7ed9838dd930"
 GPT2_FINGERPRINT = "bpe-120d137cc5382960"
-END_OF_TEXT = "<|endoftext|>"
 # what files from elsewhere call the token that ends a document
 END_NAMES = (
     END_OF_TEXT,
@@ -38,7 +44,6 @@ END_NAMES = (
 MAX_TRAINED_VOCABULARY = 100_000
 TRAINING_CHARACTERS = 64_000_000  # a trained BPE looks at so many; more change it no further
 MAX_TOKENIZER_FILE = 128 << 20
-MAX_MERGES = 2_000_000
 MOST_MERGE_STEPS = 50_000_000  # for finding what tokens were merged from; GPT-2's take 3 million
 
 # \s of the GPT-2 pattern; Python's own \s has four control characters more
@@ -494,167 +499,4 @@ def _load_foreign(content: bytes, path: Path | None) -> ForeignTokenizer:
     )
 
 
-def _check_tokenizer_tree(tree: Any, path: Path) -> None:
-    """Raise DataError for a tokenizer.json whose ids can't be those of one vocabulary."""
-    fault = None
-    model = tree.get("model") if isinstance(tree, dict) else None
-    if not isinstance(model, dict) or not isinstance(model.get("vocab"), dict | list):
-        fault = 'it has no "model" with a "vocab"'
-    elif not isinstance(added := tree.get("added_tokens") or [], list) or not all(
-        isinstance(entry, dict) and isinstance(entry.get("id"), int) for entry in added
-    ):
-        fault = 'its "added_tokens" are no list of tokens with ids'
-    elif not isinstance(merges := model.get("merges") or [], list):
-        fault = 'its "merges" are no list'
-    elif len(merges) > MAX_MERGES:
-        fault = f"it has more than {MAX_MERGES:,} merges"
-    elif isinstance(model["vocab"], dict):
-        ids = list(model["vocab"].values())
-        if not all(isinstance(i, int) and not isinstance(i, bool) and i >= 0 for i in ids):
-            fault = "an id in its vocabulary is no whole number"
-        elif len(set(ids)) < len(ids):
-            twice = next(i for i, count in Counter(ids).items() if count > 1)
-            tokens = [token for token, i in model["vocab"].items() if i == twice]
-            fault = f"id {twice} stands for several tokens ({', '.join(map(repr, tokens[:3]))})"
-        else:
-            known = set(ids) | {entry["id"] for entry in added}
-            if ids and max(ids) >= len(known):
-                fault = f"id {max(ids)} is outside of its vocabulary of {len(known)} tokens"
-    if fault:
-        raise DataError(
-            f"the tokenizer {path} can't be used: {fault}.\n"
-            "TOKENIZER takes an intact tokenizer.json, as Hugging Face libraries write it."
-        )
-
-
 # --------------------------------------------------------------------------------- byte level
-
-
-def _ranks_of(vocabulary: dict[str, int]) -> dict[bytes, int]:
-    """Ranks by bytes of a byte-level vocabulary, in order; the ids must be 0, 1, 2, ..."""
-    byte_of = {symbol: byte for byte, symbol in enumerate(byte_symbols())}
-    ranks = {
-        bytes(byte_of[symbol] for symbol in token): rank
-        for token, rank in sorted(vocabulary.items(), key=lambda item: item[1])
-    }
-    is_complete = all(bytes([byte]) in ranks for byte in range(256))
-    if list(ranks.values()) != list(range(len(ranks))) or not is_complete:
-        raise ValueError("not the ids of a byte-level BPE")
-    return ranks
-
-
-def _byte_level_json(ranks: dict[bytes, int]) -> dict:
-    symbols = dict(enumerate(byte_symbols()))
-    shown = {token: token.decode("latin-1").translate(symbols) for token in ranks}
-    vocabulary = {
-        shown[token]: rank for token, rank in sorted(ranks.items(), key=lambda item: item[1])
-    }
-    merges = [[shown[left], shown[right]] for left, right in merge_pairs(ranks)]
-    byte_level = {
-        "type": "ByteLevel",
-        "add_prefix_space": False,
-        "trim_offsets": True,
-        "use_regex": True,
-    }
-    return _tokenizer_json(
-        vocabulary,
-        merges,
-        byte_fallback=False,
-        pre_tokenizer=byte_level,
-        decoder=byte_level,
-    )
-
-
-def _tokenizer_json(
-    vocabulary: dict[str, int],
-    merges: list[list[str]],
-    *,
-    byte_fallback: bool,
-    pre_tokenizer: dict | None,
-    decoder: dict,
-) -> dict:
-    """A tokenizer.json's content, in the format of Hugging Face tokenizers; the end comes last."""
-    end_of_text_id = len(vocabulary)
-    special = {
-        "id": end_of_text_id,
-        "content": END_OF_TEXT,
-        "single_word": False,
-        "lstrip": False,
-        "rstrip": False,
-        "normalized": False,
-        "special": True,
-    }
-    return {
-        "version": "1.0",
-        "truncation": None,
-        "padding": None,
-        "added_tokens": [special],
-        "normalizer": None,
-        "pre_tokenizer": pre_tokenizer,
-        "post_processor": None,
-        "decoder": decoder,
-        "model": {
-            "type": "BPE",
-            "dropout": None,
-            "unk_token": None,
-            "continuing_subword_prefix": "",
-            "end_of_word_suffix": "",
-            "fuse_unk": False,
-            "byte_fallback": byte_fallback,
-            "ignore_merges": False,
-            "vocab": vocabulary | {END_OF_TEXT: end_of_text_id},
-            "merges": merges,
-        },
-    }
-
-
-def merge_pairs(ranks: dict[bytes, int]) -> list[tuple[bytes, bytes]]:
-    """The two parts that each token of more than a byte was merged from, by rank.
-
-    The last merge that byte-pair encoding makes inside a token, using tokens of lower rank only,
-    is the one that created it.
-    """
-    pairs = []
-    for token, rank in sorted(ranks.items(), key=lambda item: item[1]):
-        if len(token) == 1:
-            continue
-        parts = [token[i : i + 1] for i in range(len(token))]
-        merged = [ranks.get(left + right, rank) for left, right in itertools.pairwise(parts)]
-        while len(parts) > 2:
-            best = min(merged)
-            assert best < rank, f"token {token!r} can't be built from lower ranks"
-            i = merged.index(best)
-            parts[i : i + 2] = [parts[i] + parts[i + 1]]
-            del merged[i]
-            for j in (i - 1, i):  # the neighbours alone are other pairs now
-                if 0 <= j < len(merged):
-                    merged[j] = ranks.get(parts[j] + parts[j + 1], rank)
-        pairs.append((parts[0], parts[1]))
-    return pairs
-
-
-def byte_symbols() -> list[str]:
-    """The printable character by which byte-level BPE files write each byte (GPT-2's table)."""
-    shown = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1)]
-    shown += range(ord("®"), ord("ÿ") + 1)
-    hidden = [byte for byte in range(256) if byte not in shown]
-    return [chr(byte) if byte in shown else chr(256 + hidden.index(byte)) for byte in range(256)]
-
-
-def _read_ranks(path: Path, sha256: str) -> dict[bytes, int]:
-    """Parse a .tiktoken file (a base64 token and its rank a line) whose hash is known."""
-    restore = "Restore it from the repository (git checkout -- assets)."
-    try:
-        content = path.read_bytes()
-    except OSError as error:
-        raise DataError(
-            f"can't read the tokenizer file {path}: {error.strerror or error}.\n{restore}"
-        ) from error
-    found = hashlib.sha256(content).hexdigest()
-    if found != sha256:
-        raise DataError(
-            f"the tokenizer file {path} has been altered.\n"
-            f"Its sha256 is {found},\nit must be {sha256}. {restore}"
-        )
-    pairs = (line.split() for line in content.splitlines())
-    return {binascii.a2b_base64(token): int(rank) for token, rank in pairs}

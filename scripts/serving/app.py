@@ -15,7 +15,7 @@ from starlette.routing import Route
 
 from engine.console import say
 from engine.errors import PipelineError
-from environment import LoadedRun
+from exchange.saved_run import LoadedRun
 from generation import Piece
 from scripts.serving.guard import Guard, Refused, TimedProtocol, report, send_refusal, to_json
 from scripts.serving.protocol import Answer, Served, check_model_name, read_order

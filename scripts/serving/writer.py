@@ -9,7 +9,7 @@ import torch
 from starlette.requests import ClientDisconnect
 
 from engine.processor import prepare_processor
-from environment import LoadedRun
+from exchange.saved_run import LoadedRun
 from generation import Piece, stream_text
 from scripts.serving.guard import Refused
 from scripts.serving.protocol import Order

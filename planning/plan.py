@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from distributed.parallel import KINDS
 from engine.devices import find_device_fault
 from engine.errors import SettingsError
-from engine.parallel import KINDS
 from engine.precision import PRECISIONS
 from engine.settings import (
     MODEL_SETTINGS,
@@ -24,15 +24,15 @@ from engine.settings import (
     translate_names,
     unknown_name,
 )
-from engine.storage import is_portable_name
-from engine.tracking import TRACKERS
 from generation import SamplingConfig
 from model import GPTConfig
+from storage.files import is_portable_name
+from storage.tracking import TRACKERS
 from text.sources import parse_data
 from text.tokenizer import find_tokenizer_fault
 from training_utils import QUICK_MODE_STEPS, TrainingConfig, read_custom_params
 
-MODELS_FILE = Path(__file__).resolve().parent / "config.json"
+MODELS_FILE = Path(__file__).resolve().parent.parent / "config.json"
 SMALL_MODEL, DEFAULT_MODEL = "small", "gpt2-124m"  # what "auto" chooses from
 
 

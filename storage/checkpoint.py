@@ -6,7 +6,6 @@ best/step-NNNNNNNN; a checkpoint names the one that was the best then. Nothing i
 code, and nothing is loaded before its sha256 was compared.
 """
 
-import base64
 import contextlib
 import errno
 import json
@@ -23,13 +22,12 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
+from distributed.parallel import ALONE, Parallel
+from distributed.sharding import gathered, placed
 from engine.console import say, tell
-from engine.devices import generator_state, set_generator_state
 from engine.errors import CheckpointError, NumericsError, SettingsError
-from engine.parallel import ALONE, Parallel
 from engine.settings import shown
-from engine.sharding import gathered, placed
-from engine.storage import (
+from storage.files import (
     NewFolder,
     make_folder,
     remove_folder,
@@ -549,23 +547,3 @@ def read_safetensors(path: Path) -> dict[str, torch.Tensor]:
 
 
 # ---------------------------------------------------------------------- random generators
-
-
-def random_state(device: torch.device) -> dict[str, str]:
-    """The state of the generators that a step on this device draws from, as JSON."""
-    states = {"cpu": torch.get_rng_state()}
-    if device.type != "cpu":
-        states[device.type] = generator_state(device)
-    return {
-        name: base64.b64encode(state.numpy().tobytes()).decode() for name, state in states.items()
-    }
-
-
-def set_random_state(states: dict[str, str], device: torch.device) -> None:
-    """Set the generators as random_state() found them; one of another kind of device is left."""
-    for name, text in states.items():
-        state = torch.frombuffer(bytearray(base64.b64decode(text)), dtype=torch.uint8)
-        if name == "cpu":
-            torch.set_rng_state(state)
-        elif name == device.type:
-            set_generator_state(state, device)

@@ -2,7 +2,7 @@
 
 torchrun starts the processes and tells each its rank; torch.distributed carries what they tell
 each other. A process that was started alone is rank 0 of 1: the same calls then cost nothing, and
-no process group is made. How a model lies over the ranks is engine/sharding.py's.
+no process group is made. How a model lies over the ranks is distributed/sharding.py's.
 """
 
 import atexit

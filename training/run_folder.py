@@ -16,7 +16,7 @@ from typing import Any
 
 from engine.errors import BusyError, CheckpointError, ResourceError, RunFinished
 from engine.settings import shown
-from engine.storage import (
+from storage.files import (
     FolderLock,
     make_folder,
     make_new_folder,

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 
 from engine.console import say
 from engine.errors import ResourceError, SettingsError
-from engine.storage import PATIENCE_S, append_json_lines, fsync_file, write_atomically
+from storage.files import PATIENCE_S, append_json_lines, fsync_file, write_atomically
 
 TRACKERS = {  # name in TRACKING: (module, what to install)
     "tensorboard": ("tensorboard", "tensorboard"),

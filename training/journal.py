@@ -20,8 +20,8 @@ from engine.metrics import (
     perplexity,
     seconds_left,
 )
-from engine.storage import PATIENCE_S, write_atomically
-from engine.tracking import MetricsFile, Trackers
+from storage.files import PATIENCE_S, write_atomically
+from storage.tracking import MetricsFile, Trackers
 from visualize import render_losses
 
 PICTURE = "training_losses.png"

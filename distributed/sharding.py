@@ -11,8 +11,8 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import nn
 
+from distributed.parallel import Parallel
 from engine.compiling import not_compiled
-from engine.parallel import Parallel
 from engine.precision import Precision
 
 

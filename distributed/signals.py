@@ -8,9 +8,9 @@ import threading
 import time
 from types import FrameType
 
+from distributed.parallel import ALONE, Parallel
 from engine.console import complain
 from engine.errors import Stopped
-from engine.parallel import ALONE, Parallel
 
 _NAMES = ("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK")  # Windows lacks the third, others the last
 _ECHO_S = 0.5  # a terminal and a launcher may both pass on one Ctrl-C

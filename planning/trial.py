@@ -2,14 +2,16 @@
 a device computes what the CPU does."""
 
 import copy
+import dataclasses
 import statistics
 import time
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch.utils.data import DataLoader
 
-from engine.checkpoint import random_state, set_random_state
+from distributed.parallel import ALONE, Parallel
 from engine.compiling import (
     compile_model,
     is_repaid,
@@ -22,11 +24,12 @@ from engine.errors import ResourceError
 from engine.loss import next_token_loss
 from engine.memory import OutOfStepMemory, halved
 from engine.optim import EVALUATIONS, LONGEST_EVAL_FREQ, set_learning_rate
-from engine.parallel import ALONE, Parallel
 from engine.precision import Precision
+from engine.randomness import random_state, set_random_state
 from generation import evaluating
 from model import GPTModel, KVCache
-from train import steps_of_epoch, take_step, to_device, using_threads
+from planning.plan import RunPlan
+from training.learner import steps_of_epoch, take_step, to_device, using_threads
 from training_utils import TrainingConfig
 
 TIMED_STEPS = 3
@@ -253,3 +256,42 @@ def steps_in(budget_s: float, trial: Trial, training: TrainingConfig) -> int:
     if training.eval_freq is None and steps < LONGEST_EVAL_FREQ * n_evaluations:
         steps = (budget_s - n_evaluations * evaluation) / seconds
     return max(1, int(steps))
+
+
+def count_steps(plan: RunPlan, training: TrainingConfig, steps_per_epoch: int) -> int:
+    total_steps = training.max_steps or training.num_epochs * steps_per_epoch
+    return min(total_steps, plan.most_steps or total_steps)
+
+
+def try_out(
+    plan: RunPlan,
+    saved: dict[str, Any] | None,
+    asked: TrainingConfig,
+    trial: Trial,
+    steps_per_epoch: int,
+    notices: list[str],
+) -> tuple[Compiled, TrainingConfig]:
+    """What only a tried step tells: whether to compile, and the steps of a time budget.
+
+    A run that goes on keeps both.
+    """
+    requested, why = plan.run.COMPILE, None
+    if requested == "auto" and saved is not None and isinstance(saved.get("compiled"), bool):
+        requested, why = saved["compiled"], "as when this run began"
+    has_budget = asked.time_budget_minutes is not None and asked.max_steps is None
+    if asked.time_budget_minutes is not None and plan.training.max_steps is not None:
+        notices.append("time_budget_minutes is not used: max_steps, where set, alone ends the run")
+    budget_s = 60 * asked.time_budget_minutes if has_budget else None
+    total_steps = None if has_budget else count_steps(plan, asked, steps_per_epoch)
+    compiled = decide_compiling(requested, trial, total_steps, budget_s)
+    if why is not None and compiled.on == requested:
+        compiled = Compiled(compiled.on, why)
+    elif requested is True and not compiled.on:
+        notices.append(f"the model is not compiled: {compiled.reason}")
+    say(f"Compile: {'on' if compiled.on else 'off'} ({compiled.reason})")
+    if has_budget:
+        max_steps = steps_in(budget_s, trial, asked)
+        minutes = asked.time_budget_minutes
+        notices.append(f"{max_steps:,} steps are expected to take {minutes:g} minutes")
+        asked = dataclasses.replace(asked, max_steps=max_steps)
+    return compiled, asked

@@ -1,0 +1,134 @@
+"""What is printed before a run begins: machine, text, model and training."""
+
+from typing import Any
+
+import torch
+
+from data import WindowPlan
+from distributed.parallel import ALONE, Parallel
+from engine.console import say
+from engine.devices import device_count, device_name
+from engine.precision import Precision
+from model import GPTModel
+from planning.machine import why_no_gpu
+from planning.plan import RunPlan
+from text.documents import DataSpec
+from text.token_cache import TokenizedText
+from training_utils import TrainingConfig
+
+HOW_MANY = "torchrun --nproc-per-node 2 main.py uses two"
+
+
+def show_machine(
+    device: torch.device, precision: Precision, plan: RunPlan, parallel: Parallel = ALONE
+) -> None:
+    say(f"Device: {device.type.upper()}")
+    if not parallel.is_alone:
+        name = {"ddp": "DDP, the model whole on each", "fsdp": "FSDP2, the model in parts"}
+        say(f"Parallel: {parallel.world} processes ({name[parallel.kind]})")
+    elif plan.run.PARALLEL != "auto":
+        say(f"Note: PARALLEL is for torchrun's processes, and this one is alone ({HOW_MANY})")
+    elif device.type == "cuda" and (count := device_count("cuda")) > 1:
+        say(f"Note: one of {count} GPUs is used ({HOW_MANY})")
+    if device.type != "cpu":
+        say(f"GPU: {device_name(device)}")
+    elif plan.run.DEVICE is None and parallel.is_main and (reason := why_no_gpu()):
+        say(f"Note: {reason}")
+    say(f"Precision: {precision.name} ({precision.reason})")
+    say(f"Mode: {plan.mode} ({plan.origins['mode']})")
+    say(f"Model: {plan.model_name} ({plan.origins['model']})")
+    for notice in plan.notices:
+        say(f"Note: {notice}")
+
+
+def show_text(text: TokenizedText, spec: DataSpec) -> None:
+    for notice in text.notices:
+        say(f"Note: {notice}")
+    files = text.report["files"]
+    name = files[0]["name"] if len(files) == 1 else ", ".join(spec.train + spec.val)
+    say(f"✓ Text loaded from {name}")
+    for note in text.report["notes"]:
+        say(f"  {note}")
+    say(f"✓ Tokenizer initialized ({text.report['tokenizer']})")
+
+
+def show_model(name: str, model: GPTModel) -> None:
+    config = model.config
+    purpose = " (for testing)" if name == "small" else ""
+    say(f"✓ Using {name} model configuration{purpose}")
+    say("Model Configuration")
+    say(f"  Vocab size: {config.vocab_size:,}")
+    say(f"  Context length: {config.context_length:,}")
+    say(f"  Embedding dim: {config.emb_dim:,}")
+    say(f"  Num heads: {config.n_heads}")
+    say(f"  Num layers: {config.n_layers}")
+    say(f"  Total params: {model.count_parameters():,}")
+
+
+def show_training(
+    mode: str,
+    training: TrainingConfig,
+    total_steps: int,
+    notices: list[str],
+) -> None:
+    for notice in notices:
+        say(f"Note: {notice}")
+    purpose = ", for testing" if mode == "quick" else ""
+    epochs = f"{training.num_epochs} epoch{'s' * (training.num_epochs != 1)}"
+    if training.max_steps is not None:
+        epochs = f"{training.max_steps} steps"
+    say(f"✓ Using {mode} training config ({epochs}{purpose})")
+    say(
+        f"  {total_steps:,} steps of {_batch_shown(training)} x {training.max_length} "
+        f"tokens, learning rate {training.learning_rate:.3g} ({training.schedule}, "
+        f"{training.warmup_steps} warm-up steps)"
+    )
+    say("✓ Data loaders ready")
+
+
+def show_windows(text: TokenizedText, windows: WindowPlan, model: GPTModel) -> None:
+    for line in describe_text(text.report, windows, model.count_parameters()):
+        say(f"  {line}")
+    say(
+        f"  {windows.n_train:,} tokens to train on in {windows.n_windows:,} windows "
+        f"({windows.n_unused} left over), {windows.n_val:,} to validate on"
+    )
+
+
+def _batch_shown(training: TrainingConfig) -> str:
+    accumulation = training.gradient_accumulation_steps
+    return (
+        f"{training.batch_size}" if accumulation == 1 else f"{accumulation} x {training.batch_size}"
+    )
+
+
+def describe_text(report: dict[str, Any], plan: WindowPlan, n_parameters: int) -> list[str]:
+    """The report on the text in a few lines: what was read, its tokens, whether it will do."""
+    count = len(report["files"])
+    lines = [
+        f"{report['documents']:,} document{'s' * (report['documents'] != 1)} in {count:,} "
+        f"file{'s' * (count != 1)}: {report['bytes']:,} bytes, {report['characters']:,} characters"
+    ]
+    aside = {
+        "passed over": len(report["passed_over"]),
+        "without text": report["empty_documents"],
+        "duplicates": report["duplicate_documents"],
+        "in both training and validation text": report["documents_on_both_sides"],
+    }
+    if any(aside.values()):
+        told = ", ".join(f"{number:,} {what}" for what, number in aside.items() if number)
+        lines.append(f"{told} (data.json in the run folder has more)")
+    per_parameter = plan.n_train / n_parameters
+    word = (
+        "the model can learn it by heart: watch the validation loss"
+        if per_parameter < 1
+        else "enough to learn more than the text itself"
+        if per_parameter >= 20  # the share at which compute is best spent (Hoffmann et al. 2022)
+        else "a few epochs are safe"
+    )
+    lines.append(
+        f"{plan.n_tokens:,} tokens, {report['tokens_per_character']:.2f} a character, "
+        f"{report['vocabulary_used'] / report['vocabulary']:.0%} of the vocabulary in use"
+    )
+    lines.append(f"{per_parameter:.3g} training tokens a parameter: {word}")
+    return lines
