@@ -387,7 +387,7 @@ def _train(env: "RuntimeEnv") -> Journal:
         patience=config.patience,
     )
     plan = trainer.restore(plan)
-    if run.saved is not None or journal.steps > 0:
+    if run.goes_on or journal.steps > 0:
         say(f"Resuming {run.path}: {journal.steps:,} of {plan.total_steps:,} steps are done")
     journal.trackers = open_trackers(
         parallel.only_main(env.tracking) or [],

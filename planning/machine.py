@@ -6,7 +6,6 @@ import subprocess
 import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch.utils.data import DataLoader
@@ -38,6 +37,7 @@ from engine.precision import Precision, choose_precision, keep_precision
 from engine.processor import default_threads, threads_are_set
 from engine.settings import shown
 from model import GPTConfig, GPTModel, attention_kernel
+from planning.decisions import RunRecord
 from planning.plan import RunPlan
 from planning.trial import precision_that_agrees
 from training_utils import TrainingConfig
@@ -417,18 +417,16 @@ def cap_workers(asked: int, processes: int, notices: list[str]) -> int:
     return min(asked, cores)
 
 
-def decide_precision(
-    plan: RunPlan, saved: dict[str, Any] | None, device: torch.device
-) -> Precision:
+def decide_precision(requested: str, device: torch.device, before: RunRecord | None) -> Precision:
     """PRECISION, or what "auto" came to when the run began that goes on."""
-    if saved is None or plan.run.PRECISION != "auto":
-        return choose_precision(plan.run.PRECISION, device)
-    return keep_precision(saved["precision"]["name"], device)
+    if before is None or requested != "auto":
+        return choose_precision(requested, device)
+    return keep_precision(before.precision.name, device)
 
 
 def share_the_machine(
     plan: RunPlan,
-    saved: dict[str, Any] | None,
+    before: RunRecord | None,
     device: torch.device,
     most: int,
     parallel: Parallel,
@@ -448,14 +446,12 @@ def share_the_machine(
         micro_batch = halved(most)
         memory = "half of the memory, " if limit_memory(device, 0.5) else ""
         notices.append(f"night mode: {memory}{micro_batch} windows at a time instead of {most}")
-    if saved is not None and saved["settings"]["NIGHT_MODE"] == night:
-        same_ranks = saved.get("ranks", 1) == parallel.world
+    same_ranks = before is not None and before.ranks == parallel.world
+    if same_ranks and before.settings["NIGHT_MODE"] == night:
+        micro_batch = min(before.micro_batch, most)
         # a number set from outside is somebody's wish
-        if same_ranks and not threads_are_set(parallel.local_world):
-            threads = min(saved["threads"], os.cpu_count() or 1)
-        before = saved.get("micro_batch")  # earlier versions kept none
-        if same_ranks and isinstance(before, int) and before > 0:
-            micro_batch = min(before, most)
+        if not threads_are_set(parallel.local_world):
+            threads = min(before.threads, os.cpu_count() or 1)
     if noted := parallel.noted("micro_batch"):  # what a failure of this job has shown
         micro_batch = min(micro_batch, int(noted))
     if night and device.type == "cpu":

@@ -6,7 +6,6 @@ import dataclasses
 import statistics
 import time
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch.utils.data import DataLoader
@@ -28,6 +27,7 @@ from engine.precision import Precision
 from engine.randomness import random_state, set_random_state
 from generation import evaluating
 from model import GPTModel, KVCache
+from planning.decisions import RunRecord
 from planning.plan import RunPlan
 from training.learner import steps_of_epoch, take_step, to_device, using_threads
 from training_utils import TrainingConfig
@@ -265,7 +265,7 @@ def count_steps(plan: RunPlan, training: TrainingConfig, steps_per_epoch: int) -
 
 def try_out(
     plan: RunPlan,
-    saved: dict[str, Any] | None,
+    before: RunRecord | None,
     asked: TrainingConfig,
     trial: Trial,
     steps_per_epoch: int,
@@ -276,8 +276,8 @@ def try_out(
     A run that goes on keeps both.
     """
     requested, why = plan.run.COMPILE, None
-    if requested == "auto" and saved is not None and isinstance(saved.get("compiled"), bool):
-        requested, why = saved["compiled"], "as when this run began"
+    if requested == "auto" and before is not None:
+        requested, why = before.compiled, "as when this run began"
     has_budget = asked.time_budget_minutes is not None and asked.max_steps is None
     if asked.time_budget_minutes is not None and plan.training.max_steps is not None:
         notices.append("time_budget_minutes is not used: max_steps, where set, alone ends the run")

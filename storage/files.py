@@ -26,6 +26,7 @@ from typing import Any, TypeVar
 from engine.errors import BusyError, CheckpointError, ResourceError
 
 MANIFEST = "manifest.json"
+SETTINGS, DATA, SUMMARY = "settings.json", "data.json", "summary.json"  # of a run's folder
 _LONGEST_MANIFEST = 1 << 20  # bytes; what is longer was not written here
 _BLOCK = 4 << 20  # bytes that are hashed at a time
 _HASHING_THREADS = 4

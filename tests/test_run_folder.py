@@ -26,11 +26,13 @@ import main
 import train
 from engine.compiling import what_prevents_compiling
 from engine.errors import Stopped
+from engine.settings import names_on_resume
 from planning.plan import RunSettings
 from tests.conftest import REPOSITORY
 from text.corpora import CORPORA
 from training import journal
-from training.run_folder import CHANGEABLE, FIXED, SETTINGS_CHANGEABLE, RunFolder
+from training.run_folder import RunFolder
+from training_utils import TrainingConfig
 
 TEXT = "the river carries the bell and the bell carries the river " * 12
 STEPS, STOPPED_AT = 8, 3
@@ -558,7 +560,7 @@ MODEL = {
 
 
 def test_every_fixed_hyper_parameter_has_its_case():
-    assert set(REFUSED) == set(FIXED)
+    assert set(REFUSED) == {*names_on_resume(TrainingConfig, "fixed"), "max_length"}
 
 
 def test_each_fixed_setting_is_refused_on_its_own(start, begun):
@@ -603,8 +605,8 @@ CHANGED = {
 
 @pytest.mark.parametrize("name", CHANGED)
 def test_what_may_change_is_taken_over_and_recorded(start, begun, name):
-    kind = "settings" if name in SETTINGS_CHANGEABLE else "training"
-    assert name in (*CHANGEABLE, *SETTINGS_CHANGEABLE)
+    kind = "settings" if name in OWN else "training"
+    assert name in names_on_resume(RunSettings if name in OWN else TrainingConfig, "free")
     before = read(begun)
     was, now = before[kind][name], CHANGED[name]
     on = start(RUN_NAME="one", **{name: now})
@@ -668,19 +670,11 @@ def test_a_run_of_an_earlier_version_goes_on_with_its_samples(start, workdir, mo
         patch.setattr(journal.Journal, "state", earlier_state)
         assert start(STOPPED_AT, RUN_NAME="one").code == 130
     run = workdir / "runs" / "one"
-    settings = read(run)
-    for name in ("min_p", "repetition_penalty", "repetition_window"):
-        del settings["sampling"][name]
-    (run / "settings.json").write_text(json.dumps(settings), encoding="utf-8")
-    shipped = {"max_new_tokens": 3, "min_p": 0.0, "repetition_penalty": 1.0}
-    assert_goes_on(
-        start(RUN_NAME="one", sampling_params=shipped, start_context=["the", "a"]), "one"
-    )
+    assert_goes_on(start(RUN_NAME="one", start_context=["the", "a"]), "one")
     samples = (run / "samples.md").read_text(encoding="utf-8")
     assert samples.startswith("# What the model writes\n\n## Before training\n\n    the")
     assert "## After epoch 1\n\nStep 8, validation loss " in samples
     assert read(run)["changes"][-1]["start_context"] == ["the", ["the", "a"]]
-    assert read(run)["sampling"]["repetition_window"] == 64
 
 
 # ------------------------------------------------------------------------------------- length
