@@ -19,9 +19,7 @@ from data import TokenSlice, WindowPlan, make_loaders, measure_tokens, plan_wind
 from distributed.parallel import Parallel, join
 from engine.console import in_kernel, say
 from engine.errors import DataError, ResourceError
-from engine.memory import (
-    as_bytes,
-)
+from engine.memory import as_bytes
 from engine.metrics import TokenSize
 from engine.optim import (
     Schedule,
@@ -38,15 +36,16 @@ from generation import SamplingConfig
 from model import GPTConfig, GPTModel
 from planning.decisions import KeptPrecision, RunRecord, keep_identity
 from planning.machine import (
-    cap_workers,
     check_arithmetic,
     check_devices,
+    decide_micro_batch,
     decide_precision,
+    decide_threads,
+    decide_workers,
     fit_into_memory,
     fresh_model,
     pick_device,
     share_of_a_batch,
-    share_the_machine,
 )
 from planning.plan import RunPlan, resolve_settings
 from planning.preflight import (
@@ -153,32 +152,33 @@ def _prepare(settings: str | Path | None, parallel: Parallel) -> RuntimeEnv:
         train_ratio=asked.train_ratio,
         n_train=text.n_train,
     )
-    micro_batch = share_of_a_batch(asked, windows, parallel)
-    threads, micro_batch = share_the_machine(
-        plan, run.before, device, micro_batch, parallel, notices
-    )
+    most = share_of_a_batch(asked, windows, parallel)
+    night = plan.run.NIGHT_MODE
+    micro_batch, about_memory = decide_micro_batch(night, device, most, parallel, run.before)
+    threads, about_threads = decide_threads(night, device, parallel, run.before)
 
     config = GPTConfig(
         **plan.model | {"context_length": windows.max_length, "vocab_size": tokenizer.vocab_size}
     )
     model = fresh_model(plan, asked, config, device, precision, parallel)
     show_model(plan.model_name, model)
-    micro_batch = fit_into_memory(
-        model, asked, windows, precision, device, micro_batch, parallel, notices
+    micro_batch, about_fit = fit_into_memory(
+        model, asked, windows, precision, device, micro_batch, parallel
     )
-
+    workers, about_workers = decide_workers(asked.num_workers, parallel.local_world)
     train_loader, val_loader = make_loaders(
         TokenSlice(text.path, text.dtype, 0, text.n_tokens),
         windows,
         seed=plan.run.SEED,
-        num_workers=cap_workers(asked.num_workers, parallel.local_world, notices),
+        num_workers=workers,
         device=device,
         sampling=asked.sampling,
         accumulation=asked.gradient_accumulation_steps,
         micro_batch=micro_batch,
         parallel=parallel,
     )
-    precision = check_arithmetic(model, train_loader, precision, notices)
+    precision, about_arithmetic = check_arithmetic(model, train_loader, precision)
+    notices += about_memory + about_threads + about_fit + about_workers + about_arithmetic
     rate = asked.learning_rate or default_learning_rate(model.config.emb_dim, asked.optimizer)
     asked = dataclasses.replace(asked, learning_rate=rate)
     optimizer = build_optimizer(asked.optimizer, model, rate, asked.weight_decay)
@@ -186,7 +186,8 @@ def _prepare(settings: str | Path | None, parallel: Parallel) -> RuntimeEnv:
     trial = Trial(model, optimizer, train_loader, precision, device, threads, parallel)
     compiled, asked = try_out(plan, run.before, asked, trial, steps_per_epoch, notices)
     total_steps = count_steps(plan, asked, steps_per_epoch)
-    training = _complete_training(asked, windows, total_steps, notices)
+    training, about_warmup = _complete_training(asked, windows, total_steps)
+    notices += about_warmup
     show_training(plan.mode, training, total_steps, notices)
     show_windows(text, windows, model)
     batch = [part.to(device) for part in train_loader.dataset.__getitems__([0])]
@@ -296,13 +297,10 @@ def _with_decisions(asked: TrainingConfig, before: RunRecord | None) -> Training
 
 
 def _complete_training(
-    asked: TrainingConfig,
-    windows: WindowPlan,
-    total_steps: int,
-    notices: list[str],
-) -> TrainingConfig:
-    """Fill in every value that was left to be worked out; adds to the notices."""
-    warmup_steps = asked.warmup_steps
+    asked: TrainingConfig, windows: WindowPlan, total_steps: int
+) -> tuple[TrainingConfig, list[str]]:
+    """Fill in every value that was left to be worked out; returns notices, too."""
+    warmup_steps, notices = asked.warmup_steps, []
     if warmup_steps is None:
         warmup_steps = default_warmup_steps(total_steps)
     elif warmup_steps >= total_steps:
@@ -311,7 +309,7 @@ def _complete_training(
             f"warmup_steps is lowered from {asked.warmup_steps} to {warmup_steps}: the run has "
             f"{total_steps} steps"
         )
-    return dataclasses.replace(
+    complete = dataclasses.replace(
         asked,
         eval_freq=asked.eval_freq or default_eval_freq(total_steps),
         batch_size=windows.batch_size,
@@ -319,6 +317,7 @@ def _complete_training(
         stride=windows.stride,
         warmup_steps=warmup_steps,
     )
+    return complete, notices
 
 
 def _find_candidates(plan: RunPlan, parallel: Parallel) -> Candidates:
