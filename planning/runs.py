@@ -21,7 +21,7 @@ from planning.decisions import (
     total_steps,
 )
 from planning.plan import Asked
-from storage.files import DATA, SETTINGS, SUMMARY
+from storage.files import DATA, SETTINGS, SUMMARY, FolderLock
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,8 @@ def find_candidates(
     """What a run with these settings may go on with, by RESUME and RUN_NAME.
 
     data is what settings.json has of DATA. Raises CheckpointError with what differs where a named
-    run can't go on, RunFinished where it has nothing left to do.
+    run can't go on, RunFinished where it has nothing left to do, BusyError where another program
+    trains it.
     """
     now, run_id = time.strftime("%Y-%m-%d %H:%M:%S"), secrets.token_hex(8)
     new = output_dir / f"{now.replace(' ', '_').replace(':', '-')}-{mode}"
@@ -167,6 +168,7 @@ def _continue_named(path: Path, asked: Asked) -> Candidate:
         )
     if differing:
         raise _differs(path, differing)
+    FolderLock(path).require_free()
     return _candidate(path, record)
 
 

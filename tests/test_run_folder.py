@@ -28,6 +28,7 @@ from engine.compiling import what_prevents_compiling
 from engine.errors import Stopped
 from engine.settings import names_on_resume
 from planning.plan import RunSettings
+from storage.files import FolderLock
 from tests.conftest import REPOSITORY
 from text.corpora import CORPORA
 from training import journal
@@ -411,6 +412,19 @@ def test_a_script_that_was_stopped_trains_the_same_environment_to_its_end(
     journal = train.train(env)
     assert journal.steps == len(done) == env.total_steps
     assert runs(workdir) == [env.run.path.name]
+
+
+def test_a_named_run_that_another_program_trains_is_refused_before_the_text_is_read(start, begun):
+    before = everything_in(begun)
+    (Path.cwd() / "text.txt").write_text("too short", encoding="utf-8")
+    with FolderLock(begun):
+        for settings in ({"RUN_NAME": "one"}, {"RESUME": "runs/one"}):
+            busy = start(**settings)
+            assert busy.code == 7 and "is in use by process" in busy.err
+            assert "Text loaded" not in busy.out
+    (begun / ".lock-owner.json").unlink()
+    del before[str(begun / ".lock-owner.json")]
+    assert everything_in(begun) == before
 
 
 def test_resume_false_never_writes_over_a_folder(start, begun):
