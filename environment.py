@@ -17,7 +17,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from data import TokenSlice, WindowPlan, make_loaders, measure_tokens, plan_windows
-from distributed.parallel import Parallel, join
+from distributed.parallel import ALONE, Parallel, join
 from engine.console import in_kernel, say
 from engine.errors import DataError, ResourceError
 from engine.memory import (
@@ -68,6 +68,7 @@ from storage.tracking import check_trackers
 from text.sources import parse_data
 from text.token_cache import TokenizedText, tokenize
 from text.tokenizer import Tokenizer
+from training.learner import Learner
 from training.run_folder import (
     RunFolder,
     choose_run,
@@ -94,6 +95,7 @@ class RuntimeEnv:
     model_config: GPTConfig
     precision: Precision
     parallel: Parallel
+    learner: Learner
     compiled: Compiled
     schedule: Schedule
     total_steps: int
@@ -184,7 +186,10 @@ def _prepare(settings: str | Path | None, parallel: Parallel) -> RuntimeEnv:
     asked = dataclasses.replace(asked, learning_rate=rate)
     optimizer = build_optimizer(asked.optimizer, model, rate, asked.weight_decay)
     steps_per_epoch = train_loader.batch_sampler.n_steps
-    trial = Trial(model, optimizer, train_loader, precision, device, threads, parallel)
+    # a rank that has the whole model tries its steps without the others
+    others = parallel if parallel.kind == "fsdp" else ALONE
+    tried = Learner(model, optimizer, precision, others, micro_batch=micro_batch)
+    trial = Trial(tried, train_loader, threads, parallel)
     compiled, asked = try_out(plan, run.saved, asked, trial, steps_per_epoch, notices)
     total_steps = count_steps(plan, asked, steps_per_epoch)
     training = _complete_training(asked, windows, total_steps, notices)
@@ -204,6 +209,7 @@ def _prepare(settings: str | Path | None, parallel: Parallel) -> RuntimeEnv:
         model_config=model.config,
         precision=precision,
         parallel=parallel,
+        learner=Learner(model, optimizer, precision, parallel, micro_batch=tried.micro_batch),
         compiled=compiled,
         schedule=make_schedule(
             training.schedule, training.learning_rate, training.warmup_steps, total_steps
@@ -386,7 +392,7 @@ def _describe_run(
         "threads": env.threads,
         "compiled": env.compiled.on,
         "why_compiled": env.compiled.reason,
-        "micro_batch": env.train_loader.batch_sampler.micro_batch,
+        "micro_batch": env.learner.micro_batch,
         "tokenizer": env.tokenizer.fingerprint,
         "stood_in": env.text.stood_in,
         "steps_per_epoch": steps_per_epoch,

@@ -1,9 +1,9 @@
 """The training loop: steps, evaluations and samples, checkpoints and how to go on from them."""
 
 import contextlib
-import gc
 import math
 import time
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -11,13 +11,12 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
-from data import WindowBatches, evaluation_loader, in_parts
-from distributed.parallel import ALONE, Parallel, joined
-from distributed.sharding import replica, whole
+from data import WindowBatches
+from distributed.parallel import joined
+from distributed.sharding import whole
 from distributed.signals import StopSignals
-from engine.compiling import compile_model, is_compiled, undo_compiling
 from engine.console import say, track
-from engine.devices import release_memory, with_index
+from engine.devices import with_index
 from engine.errors import (
     CheckpointError,
     NumericsError,
@@ -25,7 +24,7 @@ from engine.errors import (
     SettingsError,
     Stopped,
 )
-from engine.memory import ADVICE, OutOfStepMemory, halved
+from engine.memory import ADVICE, OutOfStepMemory
 from engine.optim import Schedule, extend_schedule, learning_rate_at, set_learning_rate
 from engine.precision import Precision, choose_precision
 from engine.randomness import random_state, set_random_state
@@ -41,12 +40,10 @@ if TYPE_CHECKING:
     from environment import RuntimeEnv
     from training.run_folder import RunFolder
 from training.learner import (
+    Learner,
     Step,
     count_steps,
-    mean_loss,
     steps_of_epoch,
-    take_step,
-    to_device,
     using_threads,
 )
 
@@ -82,7 +79,6 @@ def training_loop(
     evaluations, so that a run that goes on owes at most one. Raises Stopped where a signal asks
     for it, at a step's end.
     """
-    trainer.loaders = (train_loader, val_loader)
     steps_per_epoch = count_steps(train_loader)
     journal = trainer.journal
 
@@ -92,11 +88,7 @@ def training_loop(
         if journal.has_evaluated() or not (epoch_ends or step % plan.eval_freq == 0):
             return
         journal.pause()
-        views = [
-            evaluation_loader(loader, plan.eval_iter, trainer.parallel)
-            for loader in trainer.loaders
-        ]
-        losses = [trainer.mean_loss(view) for view in views]
+        losses = [trainer.evaluate(loader, plan.eval_iter) for loader in (train_loader, val_loader)]
         epoch = epochs + (within > 0) if epoch_ends and step > 0 else None
         journal.evaluation(epoch, *losses)
         trainer.keep_best()
@@ -110,8 +102,9 @@ def training_loop(
         out_of_patience = plan.patience is not None and journal.history.since_best >= plan.patience
         return journal.steps >= plan.total_steps or out_of_patience
 
-    trainer.model.train()
-    trainer.optimizer.zero_grad()  # a caller may have left gradients behind
+    learner = trainer.learner
+    learner.model.train()
+    learner.optimizer.zero_grad()  # a caller may have left gradients behind
     evaluate_where_due(journal.steps)
     while not is_over():
         epoch, first = divmod(journal.steps, steps_per_epoch)
@@ -123,9 +116,9 @@ def training_loop(
                 break
             if plan.schedule is not None:
                 rate = learning_rate_at(journal.steps, plan.schedule)
-                set_learning_rate(trainer.optimizer, rate)
+                set_learning_rate(learner.optimizer, rate)
             loss, grad_norm = trainer.step(taken, plan.max_grad_norm)
-            rate = trainer.optimizer.param_groups[0]["lr"]
+            rate = learner.optimizer.param_groups[0]["lr"]
             journal.step(loss, grad_norm, taken.n_targets, rate)
             trainer.save_where_due(is_last=journal.steps == plan.total_steps)
             if journal.steps < epoch * steps_per_epoch + last:
@@ -138,95 +131,54 @@ def training_loop(
 class Trainer:
     """What training changes, and how a step, an evaluation and a checkpoint of it are made."""
 
-    model: nn.Module
-    optimizer: torch.optim.Optimizer
-    device: torch.device
-    precision: Precision
+    learner: Learner
     journal: Journal
     tokenizer: Tokenizer
     store: CheckpointStore | None = None  # None: nothing is saved
     clock: SaveClock | None = None
     run: "RunFolder | None" = None  # None: nothing is noted for a later start
-    parallel: Parallel = ALONE
 
     def __post_init__(self) -> None:
+        self.parallel = self.learner.parallel
         self.stop = StopSignals(self.parallel)
-        self.replica = replica(self.model, self.parallel)  # the model as a step calls it
-        self.scaler = self.precision.scaler()
         self.best: BestWeights | None = None
         self._plan: LoopPlan | None = None  # what a checkpoint says of the learning rates
         self._saved_step = 0
-        self.loaders: tuple[DataLoader, ...] = ()
-        self._micro_batch: int | None = None  # windows at a time, since memory ran out
         self._step_began_at = 0.0
 
     def step(self, step: Step, max_grad_norm: float) -> tuple[torch.Tensor, torch.Tensor]:
-        """One optimizer step; returns its loss and gradient norm, those of all ranks.
-
-        Where memory runs out, the step is made again with half as many windows at a time, and so
-        are all that follow: the sum stays the same. Raises OutOfStepMemory where a single window
-        is too much, or other ranks are in the middle of the step.
-        """
-        self.parallel.place = f"step {self.journal.steps + 1}"
+        """One optimizer step; returns its loss and gradient norm, those of all ranks."""
+        label = self.parallel.place = f"step {self.journal.steps + 1}"
         self._step_began_at = time.monotonic()
-        batches = step.batches
-        while True:
-            parts = batches if self._micro_batch is None else in_parts(batches, self._micro_batch)
-            n_windows = max(len(ids) for ids, _ in parts)
-            try:
-                return self._try_step(step._replace(batches=parts), max_grad_norm)
-            except OutOfStepMemory as error:
-                error.n_windows = n_windows
-                if not self.parallel.is_alone:  # a restart takes fewer
-                    self.parallel.note("micro_batch", str(halved(n_windows)))
-                    raise
-                if n_windows == 1:
-                    raise
-            # out here the error is gone, and with it what it held of the step
-            self._use_smaller(halved(n_windows), n_windows)
+        with self._keeping_micro_batch():
+            return self.learner.step(step, max_grad_norm, self.stop, label)
 
-    def _try_step(self, step: Step, max_grad_norm: float) -> tuple[torch.Tensor, torch.Tensor]:
-        parts = [(to_device(x, self.device), to_device(y, self.device)) for x, y in step.batches]
-        return take_step(
-            self.replica,
-            parts,
-            self.optimizer,
-            self.precision,
-            max_grad_norm,
-            scaler=self.scaler,
-            stop=self.stop,
-            parallel=self.parallel,
-            n_targets=step.n_targets,
-        )
+    def evaluate(self, loader: DataLoader, max_batches: int | None = None) -> float:
+        """The mean loss over max_batches of a loader, unless a signal asks to stop."""
+        with self._keeping_micro_batch():
+            return self.learner.evaluate(loader, max_batches, self.stop)
 
-    def _use_smaller(self, n_windows: int, before: int) -> None:
-        """Go through fewer windows at a time from here on; evaluations do, too."""
-        gc.collect()
-        release_memory(self.device)
-        if is_compiled(self.model):  # for steps of several micro-batches from here on
-            undo_compiling(self.model)
-            compile_model(self.model, self.device, micro_batches=2)
-        say(
-            f"Note: step {self.journal.steps + 1} ran out of memory: {n_windows} windows at a time "
-            f"instead of {before} from here on, the batch stays the same"
-        )
-        self._micro_batch = n_windows
-        for loader in self.loaders:
-            if isinstance(loader.batch_sampler, WindowBatches):
-                loader.batch_sampler.micro_batch = n_windows
-        if self.run is not None:
-            self.run.note_micro_batch(n_windows)
+    @contextlib.contextmanager
+    def _keeping_micro_batch(self) -> Iterator[None]:
+        """Keep a micro-batch that the learner makes smaller in here for a later start.
 
-    def mean_loss(self, loader: DataLoader) -> float:
-        """The mean loss over a loader, and the other ranks', unless a signal asks to stop."""
-        return mean_loss(self.model, loader, self.device, self.precision, self.stop, self.parallel)
+        At once and not with the next checkpoint: the steps since the last one would run out of
+        memory again.
+        """
+        before = self.learner.micro_batch
+        try:
+            yield
+        finally:
+            if self.run is not None and self.learner.micro_batch != before:
+                self.run.note_micro_batch(self.learner.micro_batch)
 
     def sample(self, label: str, prompts: list[str]) -> None:
         """Let the model continue the prompts, greedily, and show what it writes."""
         began_at = time.monotonic()
-        with whole(self.model, self.parallel), self.precision.autocast():
+        model = self.learner.model
+        with whole(model, self.parallel), self.learner.precision.autocast():
             texts = continue_prompts(
-                self.model,
+                model,
                 self.tokenizer,
                 prompts,
                 max_new_tokens=SAMPLE_TOKENS,
@@ -242,7 +194,9 @@ class Trainer:
         if self.best is not None:
             held = history.val_losses[history.steps.index(self.best.step)]
         if self.store is not None and history.steps[-1] > 0 and history.val_losses[-1] < held:
-            self.best = BestWeights(history.steps[-1], copy_weights(self.model, self.parallel))
+            self.best = BestWeights(
+                history.steps[-1], copy_weights(self.learner.model, self.parallel)
+            )
 
     def save_where_due(self, *, is_last: bool) -> None:
         """Save a checkpoint after the last step, and whenever the clock says so.
@@ -261,15 +215,17 @@ class Trainer:
         if self.store is None or step in (0, self._saved_step):
             return
         began_at = time.monotonic()
+        learner = self.learner
+        own, *others = self.parallel.gather(random_state(learner.device))
         state = {
             "journal": self.journal.state(),
-            "random": random_state(self.device),
-            "other_ranks": self.parallel.gather(random_state(self.device))[1:],
-            "scaler": self.scaler.state_dict(),
+            "random": own,
+            "other_ranks": others,
+            "scaler": learner.scaler.state_dict(),
             "schedule": asdict(self._plan.schedule),
             "total_steps": self._plan.total_steps,
         }
-        self.store.save(step, self.model, self.optimizer, state, self.best)
+        self.store.save(step, learner.model, learner.optimizer, state, self.best)
         self._saved_step = step
         self.clock.note(began_at)
         self.journal.leave_out(time.monotonic() - began_at)
@@ -279,7 +235,7 @@ class Trainer:
 
         Raises CheckpointError where none can be used.
         """
-        found = self.store.restore(self.model, self.optimizer)
+        found = self.store.restore(self.learner.model, self.learner.optimizer)
         self._plan = plan
         if found is None:
             self.journal.restore(None)
@@ -289,7 +245,7 @@ class Trainer:
             self.journal.restore(state["journal"])
             self._restore_random(state)
             if state["scaler"]:  # none of a run that had another precision until now
-                self.scaler.load_state_dict(state["scaler"])
+                self.learner.scaler.load_state_dict(state["scaler"])
             schedule, step = Schedule(**state["schedule"]), self.journal.steps
             # the last checkpoint comes before the last evaluation, which the run then still owes
             former_end = step if step == state["total_steps"] else None
@@ -308,14 +264,14 @@ class Trainer:
         """Each rank's generators; where there were fewer ranks, new ones go on from a new seed."""
         states = [state["random"], *state.get("other_ranks", [])]  # earlier versions had one rank
         if self.parallel.rank < len(states):
-            set_random_state(states[self.parallel.rank], self.device)
+            set_random_state(states[self.parallel.rank], self.learner.device)
         else:
             self.parallel.seed_apart(self.journal.steps)
 
     def use_best(self) -> None:
         """Put the best weights into the model."""
         if self.best is not None and self.best.step != self.journal.steps:
-            load_weights(self.model, self.best.weights, "the best weights", self.parallel)
+            load_weights(self.learner.model, self.best.weights, "the best weights", self.parallel)
             self.journal.weights_of_step = self.best.step
 
 
@@ -365,18 +321,7 @@ def _train(env: "RuntimeEnv") -> Journal:
         scales_loss=env.precision.scales_loss,
     )
     clock = SaveClock(config.save_every, config.save_minutes)
-    trainer = Trainer(
-        env.model,
-        env.optimizer,
-        env.device,
-        env.precision,
-        journal,
-        env.tokenizer,
-        store,
-        clock,
-        run,
-        parallel,
-    )
+    trainer = Trainer(env.learner, journal, env.tokenizer, store, clock, run)
     plan = LoopPlan(
         total_steps=env.total_steps,
         eval_freq=config.eval_freq,
@@ -442,7 +387,7 @@ def _train_and_save(
         windows = "a single window" if error.n_windows == 1 else f"{error.n_windows} windows"
         advice = ADVICE if error.n_windows == 1 else "Set a smaller batch_size, and accumulate."
         raise ResourceError(
-            f"a step ran out of memory with {windows} at a time: {str(error)[:100]}\n"
+            f"{error.where} ran out of memory with {windows} at a time: {str(error)[:100]}\n"
             f"{advice}\n{kept}"
         ) from error
 
@@ -506,7 +451,15 @@ def train_model_simple(
     journal = Journal(
         tokenizer.vocab_size, plan.total_steps, log_every, scales_loss=precision.scales_loss
     )
-    trainer = Trainer(model, optimizer, device, precision, journal, tokenizer, parallel=parallel)
+    learner = Learner(
+        model,
+        optimizer,
+        precision,
+        parallel,
+        device=device,
+        micro_batch=getattr(train_loader.batch_sampler, "micro_batch", None),
+    )
+    trainer = Trainer(learner, journal, tokenizer)
     with parallel.watched(), contextlib.closing(journal):
         training_loop(trainer, train_loader, val_loader, plan)
     history = journal.history

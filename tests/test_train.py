@@ -30,7 +30,7 @@ from storage.checkpoint import CheckpointStore, SaveClock
 from tests.conftest import REPOSITORY, HostReads
 from train import LoopPlan, Trainer, continue_prompts, train_model_simple, training_loop
 from training.journal import MOST_SKIPPED, PICTURE, Journal
-from training.learner import batch_loss, count_steps, mean_loss, steps_of_epoch, take_step
+from training.learner import Learner, batch_loss, count_steps, mean_loss, steps_of_epoch, take_step
 
 CPU = torch.device("cpu")
 FP32 = Precision("fp32", "as set", "cpu")
@@ -90,7 +90,7 @@ def new_trainer(
     model = model or tiny_model()
     optimizer = optimizer or build_adamw(model, learning_rate=1e-2, weight_decay=0.1)
     journal = Journal(8, total_steps, log_every, folder)
-    return kind(model, optimizer, CPU, FP32, journal, Letters())
+    return kind(Learner(model, optimizer, FP32), journal, Letters())
 
 
 def new_plan(total_steps: int, **changes) -> LoopPlan:
@@ -121,8 +121,8 @@ def run(
     training_loop(trainer, *tiny_loaders(n_batches), new_plan(total_steps, **plan))
     return SimpleNamespace(
         trainer=trainer,
-        model=trainer.model,
-        optimizer=trainer.optimizer,
+        model=trainer.learner.model,
+        optimizer=trainer.learner.optimizer,
         history=trainer.journal.history,
     )
 
@@ -374,9 +374,9 @@ def loader_of_13_windows(micro_batch: int | None, sampling: str = "windows") -> 
 def test_a_step_takes_the_same_windows_in_whatever_micro_batches(micro_batch, sampling, sizes):
     def steps(loader, epoch, first=0):
         found = list(steps_of_epoch(loader, epoch, first, 3))
-        for batches, n_targets in found:
+        for batches, n_targets, _ in found:
             assert n_targets == sum(targets.numel() for _, targets in batches)
-        return [batches for batches, _ in found]
+        return [step.batches for step in found]
 
     loader, whole = (loader_of_13_windows(size, sampling) for size in (micro_batch, 6))
     assert count_steps(loader) == count_steps(whole) == 3
@@ -406,8 +406,8 @@ def test_a_step_in_micro_batches_equals_the_one_big_batch(micro_batch):
             lambda *_: gradients.append([p.grad.clone() for p in model.parameters()])
         )
         loader = loader_of_13_windows(size)
-        for batches, _ in [*steps_of_epoch(loader, 0, 0, 3), *steps_of_epoch(loader, 1, 0, 3)]:
-            losses.append(take_step(model, batches, optimizer, FP32, 0.0)[0].item())
+        for step in [*steps_of_epoch(loader, 0, 0, 3), *steps_of_epoch(loader, 1, 0, 3)]:
+            losses.append(take_step(model, step.batches, optimizer, FP32, 0.0)[0].item())
         return gradients, losses, list(model.parameters())
 
     gradients, losses, weights = gradients_losses_weights(micro_batch)
@@ -479,6 +479,10 @@ def everything(model: GPTModel, optimizer: torch.optim.Optimizer) -> dict[str, t
         for kind, value in state.items():
             found[f"{kind} {names[parameter]}"] = torch.as_tensor(value).clone()
     return found
+
+
+def state_of(trainer: Trainer) -> dict[str, torch.Tensor]:
+    return everything(trainer.learner.model, trainer.learner.optimizer)
 
 
 def assert_the_same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
@@ -594,7 +598,7 @@ def test_a_run_goes_on_past_a_bad_step_that_is_counted_said_and_null(
     spoil, tmp_path, no_pictures, capsys
 ):
     trainer = new_trainer(8, folder=tmp_path)
-    spoil(trainer.model, lambda: trainer.journal.steps == 2)
+    spoil(trainer.learner.model, lambda: trainer.journal.steps == 2)
     training_loop(trainer, *tiny_loaders(), new_plan(8, eval_freq=2))
     history = trainer.journal.history
     assert history.skipped == 1
@@ -604,7 +608,7 @@ def test_a_run_goes_on_past_a_bad_step_that_is_counted_said_and_null(
     norms = {row["step"]: row["train/grad_norm"] for row in rows_of(tmp_path) if "train/lr" in row}
     assert [step for step, norm in norms.items() if norm is None] == [3]
     assert len(norms) == len(history.batch_losses) == 8
-    assert all(parameter.isfinite().all() for parameter in trainer.model.parameters())
+    assert all(parameter.isfinite().all() for parameter in trainer.learner.model.parameters())
     assert history.val_losses[-1] < history.val_losses[0]
 
 
@@ -613,14 +617,14 @@ def test_a_run_whose_steps_are_all_bad_ends_and_names_the_step(
     log_every, ends_at, tmp_path, no_pictures
 ):
     trainer = new_trainer(100, folder=tmp_path, log_every=log_every)
-    spoil_gradient(trainer.model, lambda: trainer.journal.steps >= 3)
+    spoil_gradient(trainer.learner.model, lambda: trainer.journal.steps >= 3)
     with pytest.raises(NumericsError, match=f"as {MOST_SKIPPED - 1} times in a row") as caught:
         training_loop(trainer, *tiny_loaders(), new_plan(100))
     assert caught.value.exit_code == 5
     assert str(caught.value).startswith("step 13: ")
     assert "learning rate was 0.01" in str(caught.value)
     assert trainer.journal.steps == ends_at  # where the numbers were looked at next
-    assert all(parameter.isfinite().all() for parameter in trainer.model.parameters())
+    assert all(parameter.isfinite().all() for parameter in trainer.learner.model.parameters())
 
 
 def test_weights_that_go_bad_stop_the_run_at_the_next_evaluation(tmp_path, monkeypatch):
@@ -632,9 +636,9 @@ def test_weights_that_go_bad_stop_the_run_at_the_next_evaluation(tmp_path, monke
         steps.append(None)
         if len(steps) == 3:
             with torch.no_grad():
-                trainer.model.final_norm.bias.fill_(math.nan)
+                trainer.learner.model.final_norm.bias.fill_(math.nan)
 
-    trainer.optimizer.register_step_post_hook(poison)
+    trainer.learner.optimizer.register_step_post_hook(poison)
     with pytest.raises(NumericsError, match="after step 5 the training loss is nan"):
         training_loop(trainer, *tiny_loaders(), new_plan(10))
     losses = {row["step"]: row["train/loss"] for row in rows_of(tmp_path) if "train/loss" in row}
@@ -681,17 +685,20 @@ def trainer_within_a_run() -> tuple[Trainer, list]:
 
 def test_a_long_step_is_left_as_if_it_had_never_begun(monkeypatch):
     trainer, step = trainer_within_a_run()
-    before, random_before = everything(trainer.model, trainer.optimizer), torch.get_rng_state()
-    passes = send_at(trainer.model, 2, training=True)
+    before, random_before = (
+        state_of(trainer),
+        torch.get_rng_state(),
+    )
+    passes = send_at(trainer.learner.model, 2, training=True)
     with monkeypatch.context() as patch, trainer.stop:
         patch.setattr(distributed.signals, "_LONG_S", 0.0)  # every step is long
         with pytest.raises(Stopped) as caught:
             trainer.step(step, 1.0)
     assert caught.value.exit_code == 143
     assert len(passes) == 2
-    assert_the_same(everything(trainer.model, trainer.optimizer), before)
+    assert_the_same(state_of(trainer), before)
     assert torch.equal(torch.get_rng_state(), random_before)
-    assert all(parameter.grad is None for parameter in trainer.model.parameters())
+    assert all(parameter.grad is None for parameter in trainer.learner.model.parameters())
 
     trainer.stop = distributed.signals.StopSignals()
     loss, _ = trainer.step(step, 1.0)
@@ -699,13 +706,14 @@ def test_a_long_step_is_left_as_if_it_had_never_begun(monkeypatch):
     expected, _ = twin.step(step, 1.0)
     assert loss == expected
     assert_the_same(
-        everything(trainer.model, trainer.optimizer), everything(twin.model, twin.optimizer)
+        state_of(trainer),
+        state_of(twin),
     )
 
 
 def test_a_short_step_is_finished_first():
     trainer, step = trainer_within_a_run()
-    passes = send_at(trainer.model, 2, training=True)
+    passes = send_at(trainer.learner.model, 2, training=True)
     with trainer.stop:
         trainer.step(step, 1.0)
         with pytest.raises(Stopped):
@@ -714,21 +722,22 @@ def test_a_short_step_is_finished_first():
     twin, step = trainer_within_a_run()
     twin.step(step, 1.0)
     assert_the_same(
-        everything(trainer.model, trainer.optimizer), everything(twin.model, twin.optimizer)
+        state_of(trainer),
+        state_of(twin),
     )
 
 
 def test_an_evaluation_stops_between_two_batches():
     trainer = new_trainer(10)
-    trainer.model.train()
-    loader = evaluation_loader(tiny_loaders()[0])
+    trainer.learner.model.train()
+    loader = tiny_loaders()[0]
     assert len(loader) == 5
-    passes = send_at(trainer.model, 2, training=False)
+    passes = send_at(trainer.learner.model, 2, training=False)
     with trainer.stop, pytest.raises(Stopped):
-        trainer.mean_loss(loader)
+        trainer.evaluate(loader)
     assert len(passes) == 2
-    assert trainer.model.training
-    mean_loss(trainer.model, loader, CPU, FP32)  # nobody who could stop was passed
+    assert trainer.learner.model.training
+    mean_loss(trainer.learner.model, loader, CPU, FP32)  # nobody who could stop was passed
     assert len(passes) == 7
 
 
@@ -750,11 +759,9 @@ def saving_trainer(
 ):
     """A trainer that goes on from what the folder has, and its plan."""
     model = tiny_model(drop_rate=0.1)
+    optimizer = build_adamw(model, learning_rate=1e-2, weight_decay=0.1)
     trainer = kind(
-        model,
-        build_adamw(model, learning_rate=1e-2, weight_decay=0.1),
-        CPU,
-        precision,
+        Learner(model, optimizer, precision),
         Journal(8, total_steps, folder=folder),
         Letters(),
         NotingStore(folder, "some run", keep=2),
@@ -806,7 +813,7 @@ def test_a_stopped_run_goes_on_with_what_it_owes_and_does_nothing_twice(
 
     stopped, plan = begin("stopped")
     send_at(
-        stopped.model,
+        stopped.learner.model,
         2 if where == "evaluation" else 1,
         training=where == "step",
         wanted=lambda: stopped.journal.steps == at_step - (where == "step"),
@@ -815,15 +822,15 @@ def test_a_stopped_run_goes_on_with_what_it_owes_and_does_nothing_twice(
         training_loop(stopped, *tiny_loaders(), plan)
     stopped.save()
     assert stopped.journal.steps == at_step
-    assert stopped.model.training
+    assert stopped.learner.model.training
     capsys.readouterr()
 
     resumed, plan = begin("stopped")
     assert resumed.journal.steps == at_step
     training_loop(resumed, *tiny_loaders(), plan)
     assert_the_same(
-        everything(resumed.model, resumed.optimizer),
-        everything(undisturbed.model, undisturbed.optimizer),
+        state_of(resumed),
+        state_of(undisturbed),
     )
     found, expected = resumed.journal.history, undisturbed.journal.history
     found.elapsed_s = expected.elapsed_s
@@ -842,12 +849,12 @@ def test_a_stopped_run_goes_on_with_what_it_owes_and_does_nothing_twice(
 def test_the_loss_scale_of_fp16_is_found_again(tmp_path, no_pictures):
     fp16 = Precision("fp16", "as set", "cpu")
     trainer, plan = saving_trainer(tmp_path, 4, save_every=9, precision=fp16)
-    spoil_gradient(trainer.model, lambda: trainer.journal.steps == 1)
+    spoil_gradient(trainer.learner.model, lambda: trainer.journal.steps == 1)
     training_loop(trainer, *tiny_loaders(), plan)
-    expected = trainer.scaler.state_dict()
+    expected = trainer.learner.scaler.state_dict()
     assert (expected["scale"], expected["_growth_tracker"]) == (2.0**15, 2)
     again, _ = saving_trainer(tmp_path, 4, save_every=9, precision=fp16)
-    assert again.scaler.state_dict() == expected
+    assert again.learner.scaler.state_dict() == expected
 
 
 def test_a_run_begun_in_another_precision_goes_on_in_fp16_with_a_new_scaler(tmp_path, no_pictures):
@@ -855,7 +862,7 @@ def test_a_run_begun_in_another_precision_goes_on_in_fp16_with_a_new_scaler(tmp_
     training_loop(trainer, *tiny_loaders(), plan)
     again, _ = saving_trainer(tmp_path, 4, save_every=9, precision=Precision("fp16", "", "cpu"))
     assert again.journal.steps == 4
-    assert again.scaler.get_scale() == 2.0**16
+    assert again.learner.scaler.get_scale() == 2.0**16
 
 
 # ------------------------------------------------------------------ patience
@@ -866,7 +873,7 @@ def scripted(val_losses: list[float]) -> type[Trainer]:
     both = (loss for val_loss in val_losses for loss in (1.0, val_loss))
 
     class Scripted(Trainer):
-        def mean_loss(self, loader: DataLoader) -> float:
+        def evaluate(self, *_) -> float:
             return next(both)
 
     return Scripted
@@ -916,7 +923,10 @@ def test_the_best_weights_are_kept_over_worse_evaluations_and_interruptions(
     trainer, plan = begin(20, tmp_path / "run", VAL_LOSSES)
     if stop_after is not None:
         send_at(
-            trainer.model, 1, training=True, wanted=lambda: trainer.journal.steps == stop_after - 1
+            trainer.learner.model,
+            1,
+            training=True,
+            wanted=lambda: trainer.journal.steps == stop_after - 1,
         )
         with pytest.raises(Stopped), trainer.stop:
             training_loop(trainer, *tiny_loaders(50), plan)
@@ -925,10 +935,10 @@ def test_the_best_weights_are_kept_over_worse_evaluations_and_interruptions(
     training_loop(trainer, *tiny_loaders(50), plan)
     assert trainer.journal.steps == 10
     assert trainer.best.step == 4
-    assert not torch.equal(trainer.model.head.weight, twin.model.head.weight)
+    assert not torch.equal(trainer.learner.model.head.weight, twin.learner.model.head.weight)
     trainer.use_best()
-    for name, value in twin.model.named_parameters():
-        assert torch.equal(trainer.model.get_parameter(name), value), name
+    for name, value in twin.learner.model.named_parameters():
+        assert torch.equal(trainer.learner.model.get_parameter(name), value), name
     assert trainer.journal.weights_of_step == 4
 
 
@@ -1142,7 +1152,9 @@ def test_a_folder_that_goes_away_does_not_end_the_run(tmp_path, monkeypatch, cap
     folder = tmp_path / "run"
     folder.mkdir()
     trainer = new_trainer(10, folder=folder)
-    trainer.optimizer.register_step_post_hook(lambda *_: shutil.rmtree(folder, ignore_errors=True))
+    trainer.learner.optimizer.register_step_post_hook(
+        lambda *_: shutil.rmtree(folder, ignore_errors=True)
+    )
     training_loop(trainer, *tiny_loaders(), new_plan(10))
     assert trainer.journal.history.batch_losses == run(10).history.batch_losses
     printed = capsys.readouterr().out
