@@ -33,7 +33,7 @@ from generation import generate, text_to_token_ids
 from storage.checkpoint import BestWeights, CheckpointStore, SaveClock, copy_weights, load_weights
 from storage.tracking import open_trackers
 from text.tokenizer import Tokenizer
-from training.journal import Journal
+from training.journal import History, Journal
 from training_utils import TrainingConfig, as_prompts
 
 if TYPE_CHECKING:
@@ -52,6 +52,11 @@ SAMPLE_CHARACTERS = 1000  # of a long prompt the end is enough to see what it le
 # in long epochs the model also writes at evaluations, so many steps apart or more: on a CPU it
 # takes less time than two steps, for 16 prompts too
 SAMPLE_EVERY, SAMPLES_A_RUN = 100, 10
+
+
+MOST_SKIPPED = 10  # steps in a row; then it is no accident
+# steps in a row by which fp16 may halve its loss scale, from 2 ** 16 to 1, to find the one it needs
+MOST_HALVINGS = 16
 
 
 @dataclass(frozen=True)
@@ -82,12 +87,13 @@ def training_loop(
     steps_per_epoch = count_steps(train_loader)
     journal = trainer.journal
 
-    def evaluate_where_due(step: int) -> None:
+    def evaluate_where_due() -> None:
+        step = trainer.steps
         epochs, within = divmod(step, steps_per_epoch)
         epoch_ends = within == 0 or step in (plan.total_steps, plan.former_end)
         if journal.has_evaluated() or not (epoch_ends or step % plan.eval_freq == 0):
             return
-        journal.pause()
+        trainer.look_at(journal.pause())
         losses = [trainer.evaluate(loader, plan.eval_iter) for loader in (train_loader, val_loader)]
         epoch = epochs + (within > 0) if epoch_ends and step > 0 else None
         journal.evaluation(epoch, *losses)
@@ -100,14 +106,14 @@ def training_loop(
 
     def is_over() -> bool:
         out_of_patience = plan.patience is not None and journal.history.since_best >= plan.patience
-        return journal.steps >= plan.total_steps or out_of_patience
+        return trainer.steps >= plan.total_steps or out_of_patience
 
     learner = trainer.learner
     learner.model.train()
     learner.optimizer.zero_grad()  # a caller may have left gradients behind
-    evaluate_where_due(journal.steps)
+    evaluate_where_due()
     while not is_over():
-        epoch, first = divmod(journal.steps, steps_per_epoch)
+        epoch, first = divmod(trainer.steps, steps_per_epoch)
         last = min(steps_per_epoch, plan.total_steps - epoch * steps_per_epoch)
         steps = steps_of_epoch(train_loader, epoch, first, last)
         for taken in track(steps, last, f"Epoch {epoch + 1}", first):
@@ -115,16 +121,51 @@ def training_loop(
             if is_over():
                 break
             if plan.schedule is not None:
-                rate = learning_rate_at(journal.steps, plan.schedule)
+                rate = learning_rate_at(trainer.steps, plan.schedule)
                 set_learning_rate(learner.optimizer, rate)
             loss, grad_norm = trainer.step(taken, plan.max_grad_norm)
+            trainer.steps += 1
             rate = learner.optimizer.param_groups[0]["lr"]
-            journal.step(loss, grad_norm, taken.n_targets, rate)
-            trainer.save_where_due(is_last=journal.steps == plan.total_steps)
-            if journal.steps < epoch * steps_per_epoch + last:
-                evaluate_where_due(journal.steps)
+            rows = journal.step(trainer.steps, loss, grad_norm, taken.n_targets, rate)
+            trainer.look_at(rows)
+            trainer.save_where_due(is_last=trainer.steps == plan.total_steps)
+            if trainer.steps < epoch * steps_per_epoch + last:
+                evaluate_where_due()
         trainer.stop.check()
-        evaluate_where_due(journal.steps)  # below the epoch's bar
+        evaluate_where_due()  # below the epoch's bar
+
+
+@dataclass
+class SkippedSteps:
+    """How many steps in a row were skipped, because their loss or gradient was not finite."""
+
+    scales_loss: bool  # as fp16 needs it: an overflow then only lowers the scale
+    in_a_row: int = 0
+    halvings: int = 0  # of the loss scale, in a row
+
+    def look_at(self, row: dict[str, Any], history: History) -> None:
+        """Count a step by its row in metrics.jsonl, and say where it was skipped.
+
+        Raises NumericsError after MOST_SKIPPED skipped steps in a row.
+        """
+        loss, norm = row["train/loss"], row["train/grad_norm"]
+        if math.isfinite(loss + norm):
+            self.in_a_row = self.halvings = 0
+            return
+        if self.scales_loss and math.isfinite(loss):
+            self.halvings += 1
+            if self.halvings <= MOST_HALVINGS:
+                return
+        history.skipped += 1
+        self.in_a_row += 1
+        said = f"step {row['step']}: the loss is {loss:.4g} and the gradient's norm {norm:.4g}"
+        if self.in_a_row == MOST_SKIPPED:
+            raise NumericsError(
+                f"{said}, as {MOST_SKIPPED - 1} times in a row before: training diverged.\n"
+                f"The learning rate was {row['train/lr']:.3g}; begin a run with a third of it, or "
+                "with a smaller max_grad_norm."
+            )
+        say(f"Note: {said}: the step is skipped ({history.skipped} so far)")
 
 
 @dataclass
@@ -141,6 +182,8 @@ class Trainer:
     def __post_init__(self) -> None:
         self.parallel = self.learner.parallel
         self.stop = StopSignals(self.parallel)
+        self.steps = 0  # done so far
+        self.skipped = SkippedSteps(self.learner.precision.scales_loss)
         self.best: BestWeights | None = None
         self._plan: LoopPlan | None = None  # what a checkpoint says of the learning rates
         self._saved_step = 0
@@ -148,7 +191,7 @@ class Trainer:
 
     def step(self, step: Step, max_grad_norm: float) -> tuple[torch.Tensor, torch.Tensor]:
         """One optimizer step; returns its loss and gradient norm, those of all ranks."""
-        label = self.parallel.place = f"step {self.journal.steps + 1}"
+        label = self.parallel.place = f"step {self.steps + 1}"
         self._step_began_at = time.monotonic()
         with self._keeping_micro_batch():
             return self.learner.step(step, max_grad_norm, self.stop, label)
@@ -171,6 +214,11 @@ class Trainer:
         finally:
             if self.run is not None and self.learner.micro_batch != before:
                 self.run.note_micro_batch(self.learner.micro_batch)
+
+    def look_at(self, rows: list[dict[str, Any]]) -> None:
+        """Look whether steps were skipped; NumericsError where too many were."""
+        for row in rows:
+            self.skipped.look_at(row, self.journal.history)
 
     def sample(self, label: str, prompts: list[str]) -> None:
         """Let the model continue the prompts, greedily, and show what it writes."""
@@ -203,7 +251,7 @@ class Trainer:
 
         Here, once a step, the ranks agree on that and on whether to stop.
         """
-        is_due = self.store is not None and (is_last or self.clock.is_due(self.journal.steps))
+        is_due = self.store is not None and (is_last or self.clock.is_due(self.steps))
         step_s = time.monotonic() - self._step_began_at
         [is_due] = self.stop.agree(is_due, step_s=step_s)
         if is_due:
@@ -211,13 +259,16 @@ class Trainer:
 
     def save(self) -> None:
         """Save a checkpoint of the steps so far, unless there is one or nothing to save."""
-        step = self.journal.steps
-        if self.store is None or step in (0, self._saved_step):
+        if self.store is None or self.steps in (0, self._saved_step):
             return
         began_at = time.monotonic()
+        self.look_at(self.journal.fetch())
         learner = self.learner
         own, *others = self.parallel.gather(random_state(learner.device))
         state = {
+            "steps": self.steps,
+            "skipped_in_a_row": self.skipped.in_a_row,
+            "halvings_in_a_row": self.skipped.halvings,
             "journal": self.journal.state(),
             "random": own,
             "other_ranks": others,
@@ -225,8 +276,8 @@ class Trainer:
             "schedule": asdict(self._plan.schedule),
             "total_steps": self._plan.total_steps,
         }
-        self.store.save(step, learner.model, learner.optimizer, state, self.best)
-        self._saved_step = step
+        self.store.save(self.steps, learner.model, learner.optimizer, state, self.best)
+        self._saved_step = self.steps
         self.clock.note(began_at)
         self.journal.leave_out(time.monotonic() - began_at)
 
@@ -242,11 +293,14 @@ class Trainer:
             return plan
         state, self.best = found
         try:
+            self.steps = step = state["steps"]
+            self.skipped.in_a_row = state["skipped_in_a_row"]
+            self.skipped.halvings = state["halvings_in_a_row"]
             self.journal.restore(state["journal"])
             self._restore_random(state)
             if state["scaler"]:  # none of a run that had another precision until now
                 self.learner.scaler.load_state_dict(state["scaler"])
-            schedule, step = Schedule(**state["schedule"]), self.journal.steps
+            schedule = Schedule(**state["schedule"])
             # the last checkpoint comes before the last evaluation, which the run then still owes
             former_end = step if step == state["total_steps"] else None
             if plan.total_steps > state["total_steps"]:
@@ -257,7 +311,7 @@ class Trainer:
                 f"{self.store.newest()} can't be gone on from: {error!r}"
             ) from error
         self._plan = replace(plan, schedule=schedule, former_end=former_end)
-        self._saved_step = self.journal.steps
+        self._saved_step = self.steps
         return self._plan
 
     def _restore_random(self, state: dict[str, Any]) -> None:
@@ -266,11 +320,11 @@ class Trainer:
         if self.parallel.rank < len(states):
             set_random_state(states[self.parallel.rank], self.learner.device)
         else:
-            self.parallel.seed_apart(self.journal.steps)
+            self.parallel.seed_apart(self.steps)
 
     def use_best(self) -> None:
         """Put the best weights into the model."""
-        if self.best is not None and self.best.step != self.journal.steps:
+        if self.best is not None and self.best.step != self.steps:
             load_weights(self.learner.model, self.best.weights, "the best weights", self.parallel)
             self.journal.weights_of_step = self.best.step
 
@@ -318,7 +372,6 @@ def _train(env: "RuntimeEnv") -> Journal:
         log_every=env.log_every,
         folder=parallel.only_main(run.path),
         token_size=env.token_size,
-        scales_loss=env.precision.scales_loss,
     )
     clock = SaveClock(config.save_every, config.save_minutes)
     trainer = Trainer(env.learner, journal, env.tokenizer, store, clock, run)
@@ -332,21 +385,21 @@ def _train(env: "RuntimeEnv") -> Journal:
         patience=config.patience,
     )
     plan = trainer.restore(plan)
-    if run.saved is not None or journal.steps > 0:
-        say(f"Resuming {run.path}: {journal.steps:,} of {plan.total_steps:,} steps are done")
+    if run.saved is not None or trainer.steps > 0:
+        say(f"Resuming {run.path}: {trainer.steps:,} of {plan.total_steps:,} steps are done")
     journal.trackers = open_trackers(
         parallel.only_main(env.tracking) or [],
         run.path,
         run.run_id,
         run.settings,
-        journal.steps,
+        trainer.steps,
     )
     try:
         with trainer.stop:
             _train_and_save(trainer, env.train_loader, env.val_loader, plan)
     finally:
         journal.close()
-    if journal.steps < plan.total_steps:
+    if trainer.steps < plan.total_steps:
         say(
             f"Stopped early: {config.patience} evaluations in a row have not been better than "
             f"that of step {journal.history.steps[journal.history.best]}"
@@ -362,7 +415,7 @@ def _train_and_save(
     trainer: Trainer, train_loader: DataLoader, val_loader: DataLoader, plan: LoopPlan
 ) -> None:
     """Run the loop; whatever ends it in order, the last whole step is saved."""
-    journal, store = trainer.journal, trainer.store
+    store = trainer.store
     try:
         try:
             training_loop(trainer, train_loader, val_loader, plan)
@@ -371,10 +424,10 @@ def _train_and_save(
             trainer.stop.check()
         except Stopped as stopped:
             trainer.save()
-            kept = f"saved in {store.newest()}" if journal.steps else "nothing was trained yet"
+            kept = f"saved in {store.newest()}" if trainer.steps else "nothing was trained yet"
             raise Stopped(
                 stopped.signal_number,
-                f"Stopped after step {journal.steps:,} of {plan.total_steps:,}: {kept}.\n"
+                f"Stopped after step {trainer.steps:,} of {plan.total_steps:,}: {kept}.\n"
                 "The same command goes on from there.",
             ) from None
     except NumericsError as error:
@@ -448,9 +501,7 @@ def train_model_simple(
         schedule=None,
         prompts=as_prompts(start_context),
     )
-    journal = Journal(
-        tokenizer.vocab_size, plan.total_steps, log_every, scales_loss=precision.scales_loss
-    )
+    journal = Journal(tokenizer.vocab_size, plan.total_steps, log_every)
     learner = Learner(
         model,
         optimizer,

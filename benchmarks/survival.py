@@ -1070,7 +1070,7 @@ def outcome(run: Path) -> dict[str, Any]:
         "steps": steps,
         "evaluations": [row for row in rows if "val/loss" in row],
         "history": state["journal"]["history"],
-        "counters": {name: state["journal"][name] for name in ("steps", "tokens")},
+        "counters": [state["steps"], state["journal"]["tokens"]],
         "plan": {name: state[name] for name in ("schedule", "total_steps", "scaler", "best_step")},
         "samples.md": (run / "samples.md").read_text(encoding="utf-8"),
         "summary.json": summary,

@@ -538,7 +538,9 @@ def test_a_finished_run_that_is_made_longer_keeps_its_last_evaluation_and_best_w
     assert (bench.run / "best" / f"step-{history.steps[history.best]:08d}").is_dir()
 
 
-@pytest.mark.parametrize("missing", ["journal", "random", "scaler", "schedule", "total_steps"])
+@pytest.mark.parametrize(
+    "missing", ["steps", "journal", "random", "scaler", "schedule", "total_steps"]
+)
 def test_a_sealed_state_that_lacks_a_part_ends_the_run_and_names_the_checkpoint(bench, missing):
     bench.describe("run")
     bench.signal_at("take_step", 5)

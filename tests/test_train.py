@@ -28,8 +28,17 @@ from engine.precision import Precision
 from model import GPTConfig, GPTModel
 from storage.checkpoint import CheckpointStore, SaveClock
 from tests.conftest import REPOSITORY, HostReads
-from train import LoopPlan, Trainer, continue_prompts, train_model_simple, training_loop
-from training.journal import MOST_SKIPPED, PICTURE, Journal
+from train import (
+    MOST_HALVINGS,
+    MOST_SKIPPED,
+    LoopPlan,
+    SkippedSteps,
+    Trainer,
+    continue_prompts,
+    train_model_simple,
+    training_loop,
+)
+from training.journal import PICTURE, History, Journal
 from training.learner import Learner, batch_loss, count_steps, mean_loss, steps_of_epoch, take_step
 
 CPU = torch.device("cpu")
@@ -591,6 +600,80 @@ def test_fp16_scales_the_loss_and_not_the_gradients_and_halves_the_scale_for_a_b
     assert scaler.get_scale() == scale / 2
     assert not torch.equal(model.head.weight, before["token_embedding.weight"])
     assert all(value.isfinite().all() for value in everything(model, optimizer).values())
+
+
+GOOD, NAN, INF = 1.0, math.nan, math.inf
+
+
+class Counted:
+    """A run's steps as the rule on skipped ones sees them: a loss and a gradient's norm each."""
+
+    def __init__(self, *, scales_loss: bool = False) -> None:
+        self.skipped, self.history, self.steps = SkippedSteps(scales_loss), History(), 0
+
+    def step(self, loss: float = GOOD, norm: float = GOOD) -> None:
+        self.steps += 1
+        row = {"step": self.steps, "train/loss": loss, "train/grad_norm": norm, "train/lr": 0.01}
+        self.skipped.look_at(row, self.history)
+
+
+@pytest.mark.parametrize(
+    ("loss", "norm"), [(NAN, NAN), (INF, NAN), (-INF, GOOD), (GOOD, INF), (GOOD, NAN)]
+)
+def test_a_step_with_a_bad_number_is_counted_and_said(loss, norm, capsys):
+    run = Counted()
+    run.step()
+    run.step(loss, norm)
+    run.step()
+    assert (run.history.skipped, run.skipped.in_a_row) == (1, 0)
+    assert capsys.readouterr().out.splitlines() == [
+        f"Note: step 2: the loss is {loss:.4g} and the gradient's norm {norm:.4g}: the step is "
+        "skipped (1 so far)"
+    ]
+
+
+def test_too_many_skipped_in_a_row_stop_the_run_and_a_good_one_resets_the_row():
+    run = Counted()
+    for _ in range(3):
+        for _ in range(MOST_SKIPPED - 1):
+            run.step(NAN, NAN)
+        run.step()
+    assert run.history.skipped == 3 * (MOST_SKIPPED - 1)
+    with pytest.raises(NumericsError) as caught:
+        for _ in range(MOST_SKIPPED):
+            run.step(GOOD, INF)
+    assert run.steps == 4 * MOST_SKIPPED
+    assert caught.value.exit_code == 5
+    assert str(caught.value).startswith(f"step {run.steps}: the loss is 1 and the gradient's")
+    assert "The learning rate was 0.01; begin a run with a third of it" in str(caught.value)
+
+
+def test_overflows_that_only_lower_the_loss_scale_are_neither_counted_nor_told(capsys):
+    """fp16 begins with a scale of 2 ** 16 and halves it until the gradients fit."""
+    run = Counted(scales_loss=True)
+    for n_overflows in (MOST_HALVINGS, 1, 0):
+        for _ in range(n_overflows):
+            run.step(GOOD, INF)
+        run.step()
+    assert (run.history.skipped, capsys.readouterr().out) == (0, "")
+    run.step(NAN, NAN)  # a loss that is not a number is no overflow
+    assert run.history.skipped == 1
+    with pytest.raises(NumericsError):
+        for _ in range(MOST_HALVINGS + MOST_SKIPPED):
+            run.step(GOOD, INF)
+    assert run.steps == MOST_HALVINGS + 5 + MOST_HALVINGS + MOST_SKIPPED - 1
+
+
+def test_the_row_of_skipped_steps_outlasts_an_interruption(tmp_path, no_pictures):
+    trainer, plan = saving_trainer(tmp_path, MOST_SKIPPED - 1, save_every=100)
+    trainer.skipped.halvings = 3  # as of fp16
+    spoil_gradient(trainer.learner.model)
+    training_loop(trainer, *tiny_loaders(), plan)
+    again, plan = saving_trainer(tmp_path, MOST_SKIPPED, save_every=100)
+    assert again.skipped == trainer.skipped
+    spoil_gradient(again.learner.model)
+    with pytest.raises(NumericsError, match=f"step {MOST_SKIPPED}:"):
+        training_loop(again, *tiny_loaders(), plan)
 
 
 @pytest.mark.parametrize("spoil", [spoil_loss, spoil_gradient])
