@@ -73,19 +73,17 @@ class LoopPlan:
     former_end: int | None = None  # the last step that a run had before it was made longer
 
 
-def training_loop(
-    trainer: "Trainer", train_loader: DataLoader, val_loader: DataLoader, plan: LoopPlan
-) -> None:
-    """Train until plan.total_steps are done, in as many epochs as that takes.
+def training_loop(trainer: "Trainer", train_loader: DataLoader, val_loader: DataLoader) -> None:
+    """Train until the plan's total_steps are done, in as many epochs as that takes.
 
-    An evaluation is made before the first step, every plan.eval_freq steps and at each epoch's
+    An evaluation is made before the first step, every eval_freq steps and at each epoch's
     end, over the same batches each time; the model writes samples before the first step, at each
     epoch's end and, where epochs are long, at evaluations on the way. Checkpoints come before
     evaluations, so that a run that goes on owes at most one. Raises Stopped where a signal asks
     for it, at a step's end.
     """
     steps_per_epoch = count_steps(train_loader)
-    journal = trainer.journal
+    learner, journal, plan = trainer.learner, trainer.journal, trainer.plan
 
     def evaluate_where_due() -> None:
         step = trainer.steps
@@ -94,21 +92,20 @@ def training_loop(
         if journal.has_evaluated() or not (epoch_ends or step % plan.eval_freq == 0):
             return
         trainer.look_at(journal.pause())
-        losses = [trainer.evaluate(loader, plan.eval_iter) for loader in (train_loader, val_loader)]
+        losses = [trainer.evaluate(loader) for loader in (train_loader, val_loader)]
         epoch = epochs + (within > 0) if epoch_ends and step > 0 else None
         journal.evaluation(epoch, *losses)
         trainer.keep_best()
         if epoch_ends:
             label = "Before training" if step == 0 else f"After epoch {epoch}"
-            trainer.sample(label, plan.prompts)
+            trainer.sample(label)
         elif journal.steps_since_sample >= max(SAMPLE_EVERY, plan.total_steps // SAMPLES_A_RUN):
-            trainer.sample(f"After step {step}", plan.prompts)
+            trainer.sample(f"After step {step}")
 
     def is_over() -> bool:
         out_of_patience = plan.patience is not None and journal.history.since_best >= plan.patience
         return trainer.steps >= plan.total_steps or out_of_patience
 
-    learner = trainer.learner
     learner.model.train()
     learner.optimizer.zero_grad()  # a caller may have left gradients behind
     evaluate_where_due()
@@ -123,12 +120,11 @@ def training_loop(
             if plan.schedule is not None:
                 rate = learning_rate_at(trainer.steps, plan.schedule)
                 set_learning_rate(learner.optimizer, rate)
-            loss, grad_norm = trainer.step(taken, plan.max_grad_norm)
+            loss, grad_norm = trainer.step(taken)
             trainer.steps += 1
             rate = learner.optimizer.param_groups[0]["lr"]
-            rows = journal.step(trainer.steps, loss, grad_norm, taken.n_targets, rate)
-            trainer.look_at(rows)
-            trainer.save_where_due(is_last=trainer.steps == plan.total_steps)
+            trainer.look_at(journal.step(trainer.steps, loss, grad_norm, taken.n_targets, rate))
+            trainer.save_where_due()
             if trainer.steps < epoch * steps_per_epoch + last:
                 evaluate_where_due()
         trainer.stop.check()
@@ -169,37 +165,44 @@ class SkippedSteps:
 
 
 @dataclass
+class Saving:
+    """A run's folder and checkpoints: where they are, when one is due, what the next will hold."""
+
+    run: "RunFolder | None"  # None: a smaller micro-batch is not kept for a later start
+    store: CheckpointStore
+    clock: SaveClock
+    best: BestWeights | None = None
+    last_step: int = 0  # of the newest checkpoint
+
+
+@dataclass
 class Trainer:
-    """What training changes, and how a step, an evaluation and a checkpoint of it are made."""
+    """A training run: a learner, what it is to do, what it has done, and where that is kept."""
 
     learner: Learner
     journal: Journal
     tokenizer: Tokenizer
-    store: CheckpointStore | None = None  # None: nothing is saved
-    clock: SaveClock | None = None
-    run: "RunFolder | None" = None  # None: nothing is noted for a later start
+    plan: LoopPlan
+    saving: Saving | None = None  # None: nothing is saved
+    steps: int = 0  # done so far
 
     def __post_init__(self) -> None:
         self.parallel = self.learner.parallel
         self.stop = StopSignals(self.parallel)
-        self.steps = 0  # done so far
         self.skipped = SkippedSteps(self.learner.precision.scales_loss)
-        self.best: BestWeights | None = None
-        self._plan: LoopPlan | None = None  # what a checkpoint says of the learning rates
-        self._saved_step = 0
         self._step_began_at = 0.0
 
-    def step(self, step: Step, max_grad_norm: float) -> tuple[torch.Tensor, torch.Tensor]:
+    def step(self, step: Step) -> tuple[torch.Tensor, torch.Tensor]:
         """One optimizer step; returns its loss and gradient norm, those of all ranks."""
         label = self.parallel.place = f"step {self.steps + 1}"
         self._step_began_at = time.monotonic()
         with self._keeping_micro_batch():
-            return self.learner.step(step, max_grad_norm, self.stop, label)
+            return self.learner.step(step, self.plan.max_grad_norm, self.stop, label)
 
-    def evaluate(self, loader: DataLoader, max_batches: int | None = None) -> float:
-        """The mean loss over max_batches of a loader, unless a signal asks to stop."""
+    def evaluate(self, loader: DataLoader) -> float:
+        """The mean loss over eval_iter batches of a loader, unless a signal asks to stop."""
         with self._keeping_micro_batch():
-            return self.learner.evaluate(loader, max_batches, self.stop)
+            return self.learner.evaluate(loader, self.plan.eval_iter, self.stop)
 
     @contextlib.contextmanager
     def _keeping_micro_batch(self) -> Iterator[None]:
@@ -208,27 +211,27 @@ class Trainer:
         At once and not with the next checkpoint: the steps since the last one would run out of
         memory again.
         """
-        before = self.learner.micro_batch
+        before, run = self.learner.micro_batch, self.saving and self.saving.run
         try:
             yield
         finally:
-            if self.run is not None and self.learner.micro_batch != before:
-                self.run.note_micro_batch(self.learner.micro_batch)
+            if run is not None and self.learner.micro_batch != before:
+                run.note_micro_batch(self.learner.micro_batch)
 
     def look_at(self, rows: list[dict[str, Any]]) -> None:
         """Look whether steps were skipped; NumericsError where too many were."""
         for row in rows:
             self.skipped.look_at(row, self.journal.history)
 
-    def sample(self, label: str, prompts: list[str]) -> None:
-        """Let the model continue the prompts, greedily, and show what it writes."""
+    def sample(self, label: str) -> None:
+        """Let the model continue the plan's prompts, greedily, and show what it writes."""
         began_at = time.monotonic()
         model = self.learner.model
         with whole(model, self.parallel), self.learner.precision.autocast():
             texts = continue_prompts(
                 model,
                 self.tokenizer,
-                prompts,
+                self.plan.prompts,
                 max_new_tokens=SAMPLE_TOKENS,
                 temperature=0.0,
             )
@@ -238,20 +241,22 @@ class Trainer:
 
     def keep_best(self) -> None:
         """Copy weights that were evaluated as better than those held; the next save writes them."""
-        history, held = self.journal.history, math.inf
-        if self.best is not None:
-            held = history.val_losses[history.steps.index(self.best.step)]
-        if self.store is not None and history.steps[-1] > 0 and history.val_losses[-1] < held:
-            self.best = BestWeights(
-                history.steps[-1], copy_weights(self.learner.model, self.parallel)
-            )
+        history, held, saving = self.journal.history, math.inf, self.saving
+        if saving is None:
+            return
+        if saving.best is not None:
+            held = history.val_losses[history.steps.index(saving.best.step)]
+        if history.steps[-1] > 0 and history.val_losses[-1] < held:
+            weights = copy_weights(self.learner.model, self.parallel)
+            saving.best = BestWeights(history.steps[-1], weights)
 
-    def save_where_due(self, *, is_last: bool) -> None:
+    def save_where_due(self) -> None:
         """Save a checkpoint after the last step, and whenever the clock says so.
 
         Here, once a step, the ranks agree on that and on whether to stop.
         """
-        is_due = self.store is not None and (is_last or self.clock.is_due(self.steps))
+        is_last = self.steps == self.plan.total_steps
+        is_due = self.saving is not None and (is_last or self.saving.clock.is_due(self.steps))
         step_s = time.monotonic() - self._step_began_at
         [is_due] = self.stop.agree(is_due, step_s=step_s)
         if is_due:
@@ -259,11 +264,11 @@ class Trainer:
 
     def save(self) -> None:
         """Save a checkpoint of the steps so far, unless there is one or nothing to save."""
-        if self.store is None or self.steps in (0, self._saved_step):
+        saving, learner = self.saving, self.learner
+        if saving is None or self.steps in (0, saving.last_step):
             return
         began_at = time.monotonic()
         self.look_at(self.journal.fetch())
-        learner = self.learner
         own, *others = self.parallel.gather(random_state(learner.device))
         state = {
             "steps": self.steps,
@@ -273,50 +278,49 @@ class Trainer:
             "random": own,
             "other_ranks": others,
             "scaler": learner.scaler.state_dict(),
-            "schedule": asdict(self._plan.schedule),
-            "total_steps": self._plan.total_steps,
+            "schedule": asdict(self.plan.schedule),
+            "total_steps": self.plan.total_steps,
         }
-        self.store.save(self.steps, learner.model, learner.optimizer, state, self.best)
-        self._saved_step = self.steps
-        self.clock.note(began_at)
+        saving.store.save(self.steps, learner.model, learner.optimizer, state, saving.best)
+        saving.last_step = self.steps
+        saving.clock.note(began_at)
         self.journal.leave_out(time.monotonic() - began_at)
 
-    def restore(self, plan: LoopPlan) -> LoopPlan:
-        """Go on from the newest checkpoint, where there is one; returns the plan with its rates.
+    def restore(self) -> None:
+        """Go on from the newest checkpoint, where there is one, at the rates of its schedule.
 
         Raises CheckpointError where none can be used.
         """
-        found = self.store.restore(self.learner.model, self.learner.optimizer)
-        self._plan = plan
+        store = self.saving.store
+        found = store.restore(self.learner.model, self.learner.optimizer)
         if found is None:
             self.journal.restore(None)
-            return plan
-        state, self.best = found
+            return
+        state, self.saving.best = found
         try:
-            self.steps = step = state["steps"]
-            self.skipped.in_a_row = state["skipped_in_a_row"]
-            self.skipped.halvings = state["halvings_in_a_row"]
-            self.journal.restore(state["journal"])
-            self._restore_random(state)
-            if state["scaler"]:  # none of a run that had another precision until now
-                self.learner.scaler.load_state_dict(state["scaler"])
-            schedule = Schedule(**state["schedule"])
-            # the last checkpoint comes before the last evaluation, which the run then still owes
-            former_end = step if step == state["total_steps"] else None
-            if plan.total_steps > state["total_steps"]:
-                schedule = extend_schedule(schedule, plan.total_steps, step)
+            self._restore(state)
         except (LookupError, TypeError, ValueError, RuntimeError) as error:
             # sealed, but by another program
-            raise CheckpointError(
-                f"{self.store.newest()} can't be gone on from: {error!r}"
-            ) from error
-        self._plan = replace(plan, schedule=schedule, former_end=former_end)
-        self._saved_step = self.steps
-        return self._plan
+            raise CheckpointError(f"{store.newest()} can't be gone on from: {error!r}") from error
+
+    def _restore(self, state: dict[str, Any]) -> None:
+        self.steps = self.saving.last_step = state["steps"]
+        self.skipped.in_a_row = state["skipped_in_a_row"]
+        self.skipped.halvings = state["halvings_in_a_row"]
+        self.journal.restore(state["journal"])
+        self._restore_random(state)
+        if state["scaler"]:  # none of a run that had another precision until now
+            self.learner.scaler.load_state_dict(state["scaler"])
+        schedule = Schedule(**state["schedule"])
+        # the last checkpoint comes before the last evaluation, which the run then still owes
+        former_end = self.steps if self.steps == state["total_steps"] else None
+        if self.plan.total_steps > state["total_steps"]:
+            schedule = extend_schedule(schedule, self.plan.total_steps, self.steps)
+        self.plan = replace(self.plan, schedule=schedule, former_end=former_end)
 
     def _restore_random(self, state: dict[str, Any]) -> None:
         """Each rank's generators; where there were fewer ranks, new ones go on from a new seed."""
-        states = [state["random"], *state.get("other_ranks", [])]  # earlier versions had one rank
+        states = [state["random"], *state["other_ranks"]]
         if self.parallel.rank < len(states):
             set_random_state(states[self.parallel.rank], self.learner.device)
         else:
@@ -324,9 +328,10 @@ class Trainer:
 
     def use_best(self) -> None:
         """Put the best weights into the model."""
-        if self.best is not None and self.best.step != self.steps:
-            load_weights(self.learner.model, self.best.weights, "the best weights", self.parallel)
-            self.journal.weights_of_step = self.best.step
+        best = self.saving.best
+        if best is not None and best.step != self.steps:
+            load_weights(self.learner.model, best.weights, "the best weights", self.parallel)
+            self.journal.weights_of_step = best.step
 
 
 def continue_prompts(
@@ -374,7 +379,6 @@ def _train(env: "RuntimeEnv") -> Journal:
         token_size=env.token_size,
     )
     clock = SaveClock(config.save_every, config.save_minutes)
-    trainer = Trainer(env.learner, journal, env.tokenizer, store, clock, run)
     plan = LoopPlan(
         total_steps=env.total_steps,
         eval_freq=config.eval_freq,
@@ -384,7 +388,8 @@ def _train(env: "RuntimeEnv") -> Journal:
         prompts=config.prompts,
         patience=config.patience,
     )
-    plan = trainer.restore(plan)
+    trainer = Trainer(env.learner, journal, env.tokenizer, plan, Saving(run, store, clock))
+    trainer.restore()
     if run.saved is not None or trainer.steps > 0:
         say(f"Resuming {run.path}: {trainer.steps:,} of {plan.total_steps:,} steps are done")
     journal.trackers = open_trackers(
@@ -396,7 +401,7 @@ def _train(env: "RuntimeEnv") -> Journal:
     )
     try:
         with trainer.stop:
-            _train_and_save(trainer, env.train_loader, env.val_loader, plan)
+            _train_and_save(trainer, env.train_loader, env.val_loader)
     finally:
         journal.close()
     if trainer.steps < plan.total_steps:
@@ -404,21 +409,19 @@ def _train(env: "RuntimeEnv") -> Journal:
             f"Stopped early: {config.patience} evaluations in a row have not been better than "
             f"that of step {journal.history.steps[journal.history.best]}"
         )
-    store.save_best(trainer.best)
+    store.save_best(trainer.saving.best)
     if config.patience is not None:
         trainer.use_best()
     journal.show_picture()
     return journal
 
 
-def _train_and_save(
-    trainer: Trainer, train_loader: DataLoader, val_loader: DataLoader, plan: LoopPlan
-) -> None:
+def _train_and_save(trainer: Trainer, train_loader: DataLoader, val_loader: DataLoader) -> None:
     """Run the loop; whatever ends it in order, the last whole step is saved."""
-    store = trainer.store
+    store = trainer.saving.store
     try:
         try:
-            training_loop(trainer, train_loader, val_loader, plan)
+            training_loop(trainer, train_loader, val_loader)
             trainer.save()  # patience may have ended the run between two checkpoints
             trainer.stop.agree()
             trainer.stop.check()
@@ -427,7 +430,7 @@ def _train_and_save(
             kept = f"saved in {store.newest()}" if trainer.steps else "nothing was trained yet"
             raise Stopped(
                 stopped.signal_number,
-                f"Stopped after step {trainer.steps:,} of {plan.total_steps:,}: {kept}.\n"
+                f"Stopped after step {trainer.steps:,} of {trainer.plan.total_steps:,}: {kept}.\n"
                 "The same command goes on from there.",
             ) from None
     except NumericsError as error:
@@ -443,6 +446,20 @@ def _train_and_save(
             f"{error.where} ran out of memory with {windows} at a time: {str(error)[:100]}\n"
             f"{advice}\n{kept}"
         ) from error
+
+
+def _check_counts(counts: dict[str, int], start_context: str | list[str]) -> None:
+    """Raise SettingsError with every wrong value of train_model_simple()."""
+    least = {"num_epochs": 0, "eval_freq": 1, "eval_iter": 1}
+    raise_if_any(
+        [
+            f"{name} is {shown(count)}; it must be a whole number at least {least[name]}"
+            for name, count in counts.items()
+            if not isinstance(count, int) or count < least[name]
+        ]
+        + find_problems(TrainingConfig, {"start_context": start_context}),
+        "train_model_simple()",
+    )
 
 
 def train_model_simple(
@@ -471,20 +488,8 @@ def train_model_simple(
     process's share. Raises SettingsError with every wrong value and NumericsError where the
     numbers go bad.
     """
-    counts = (
-        ("num_epochs", num_epochs, 0),
-        ("eval_freq", eval_freq, 1),
-        ("eval_iter", eval_iter, 1),
-    )
-    raise_if_any(
-        [
-            f"{name} is {shown(count)}; it must be a whole number at least {least}"
-            for name, count, least in counts
-            if not isinstance(count, int) or count < least
-        ]
-        + find_problems(TrainingConfig, {"start_context": start_context}),
-        "train_model_simple()",
-    )
+    counts = {"num_epochs": num_epochs, "eval_freq": eval_freq, "eval_iter": eval_iter}
+    _check_counts(counts, start_context)
     parallel = joined()
     if not parallel.is_alone and not isinstance(train_loader.batch_sampler, WindowBatches):
         raise SettingsError(
@@ -510,8 +515,8 @@ def train_model_simple(
         device=device,
         micro_batch=getattr(train_loader.batch_sampler, "micro_batch", None),
     )
-    trainer = Trainer(learner, journal, tokenizer)
+    trainer = Trainer(learner, journal, tokenizer, plan)
     with parallel.watched(), contextlib.closing(journal):
-        training_loop(trainer, train_loader, val_loader, plan)
+        training_loop(trainer, train_loader, val_loader)
     history = journal.history
     return history.train_losses, history.val_losses, history.tokens_seen

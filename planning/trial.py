@@ -77,11 +77,7 @@ class Trial:
         return self.parallel.mean(seconds)
 
     def _step_seconds(self) -> float:
-        learner, optimizer, batches = (
-            self.learner,
-            self.learner.optimizer,
-            self.loader.batch_sampler,
-        )
+        learner, optimizer = self.learner, self.learner.optimizer
         random_before = random_state(learner.device)
         rates = [group["lr"] for group in optimizer.param_groups]
         set_learning_rate(optimizer, 0.0)  # such a step changes no weight
@@ -95,7 +91,7 @@ class Trial:
                     synchronize(learner.device)
                     seconds.append(time.perf_counter() - started_at)
         finally:
-            batches.start_at(0)
+            self.loader.batch_sampler.start_at(0)
             optimizer.state.clear()
             for group, rate in zip(optimizer.param_groups, rates, strict=True):
                 group["lr"] = rate

@@ -30,7 +30,7 @@ from environment import prepare_environment
 from model import GPTConfig, GPTModel
 from tests.conftest import REPOSITORY
 from tests.test_resume import Bench, compare, sha256, uninterrupted
-from tests.test_train import loader_of_13_windows, new_plan, new_trainer, tiny_loaders, tiny_model
+from tests.test_train import loader_of_13_windows, new_trainer, tiny_loaders, tiny_model
 from train import training_loop
 from training.learner import steps_of_epoch
 
@@ -479,7 +479,7 @@ def trained_in_parts(micro_batch: int, prepare=None, **shape) -> tuple:
     trainer = new_trainer(7, model=model)
     val_loader = tiny_loaders()[1]
     val_loader.batch_sampler.micro_batch = micro_batch
-    training_loop(trainer, loader_of_13_windows(micro_batch), val_loader, new_plan(7))
+    training_loop(trainer, loader_of_13_windows(micro_batch), val_loader)
     history = trainer.journal.history
     evaluations = history.train_losses[1:], history.val_losses[1:]
     return [p.detach().clone() for p in model.parameters()], history.batch_losses, evaluations
@@ -521,7 +521,7 @@ def test_the_trainer_leaves_a_step_that_cannot_be_made_as_before_it():
     before, weights = torch.get_rng_state(), sha256(*model.parameters())
     [batches] = list(steps_of_epoch(loader_of_13_windows(2), 0, 0, 1))
     with pytest.raises(OutOfStepMemory, match="Tried to allocate"):
-        trainer.step(batches, 1.0)
+        trainer.step(batches)
     assert torch.equal(torch.get_rng_state(), before)
     assert sha256(*model.parameters()) == weights and not trainer.learner.optimizer.state
     assert all(parameter.grad is None for parameter in model.parameters())
@@ -538,7 +538,7 @@ def test_an_evaluation_that_runs_out_of_memory_is_made_again_in_smaller_parts(ca
     assert capsys.readouterr().out.count(told) == 1
     sizes = []
     model.register_forward_pre_hook(lambda _, arguments: sizes.append(len(arguments[0])))
-    trainer.step(next(steps_of_epoch(train_loader, 0, 0, 1)), 1.0)
+    trainer.step(next(steps_of_epoch(train_loader, 0, 0, 1)))
     trainer.evaluate(val_loader)
     assert set(sizes) == {1}  # steps, and later evaluations
     assert "ran out of memory" not in capsys.readouterr().out
@@ -570,7 +570,7 @@ def test_memory_that_the_optimizer_lacks_is_no_reason_to_try_again(monkeypatch):
     trainer.learner.optimizer.register_step_pre_hook(refuse)
     [batches] = list(steps_of_epoch(loader_of_13_windows(2), 0, 0, 1))
     with pytest.raises(RuntimeError, match="can't allocate") as raised:
-        trainer.step(batches, 1.0)
+        trainer.step(batches)
     assert len(calls) == 1 and not isinstance(raised.value, OutOfStepMemory)
 
 
@@ -584,7 +584,7 @@ def test_an_error_that_is_not_about_memory_is_not_tried_again():
     trainer.learner.model.blocks[0].register_forward_pre_hook(fail)
     [batches] = list(steps_of_epoch(loader_of_13_windows(2), 0, 0, 1))
     with pytest.raises(RuntimeError, match="shapes"):
-        trainer.step(batches, 1.0)
+        trainer.step(batches)
     assert len(calls) == 1
 
 

@@ -32,6 +32,7 @@ from train import (
     MOST_HALVINGS,
     MOST_SKIPPED,
     LoopPlan,
+    Saving,
     SkippedSteps,
     Trainer,
     continue_prompts,
@@ -93,13 +94,21 @@ def tiny_loaders(n_batches: int = 5) -> tuple[DataLoader, DataLoader]:
 
 
 def new_trainer(
-    total_steps: int, *, model=None, optimizer=None, folder=None, log_every=0, kind=Trainer
+    total_steps: int,
+    *,
+    model=None,
+    optimizer=None,
+    folder=None,
+    log_every=0,
+    kind=Trainer,
+    **plan,
 ) -> Trainer:
     """A trainer of a tiny model that saves nothing."""
     model = model or tiny_model()
     optimizer = optimizer or build_adamw(model, learning_rate=1e-2, weight_decay=0.1)
     journal = Journal(8, total_steps, log_every, folder)
-    return kind(Learner(model, optimizer, FP32), journal, Letters())
+    learner = Learner(model, optimizer, FP32)
+    return kind(learner, journal, Letters(), new_plan(total_steps, **plan))
 
 
 def new_plan(total_steps: int, **changes) -> LoopPlan:
@@ -126,8 +135,9 @@ def run(
         folder=folder,
         log_every=log_every,
         kind=kind,
+        **plan,
     )
-    training_loop(trainer, *tiny_loaders(n_batches), new_plan(total_steps, **plan))
+    training_loop(trainer, *tiny_loaders(n_batches))
     return SimpleNamespace(
         trainer=trainer,
         model=trainer.learner.model,
@@ -453,7 +463,7 @@ def test_the_loop_counts_steps_and_tokens_of_whole_steps():
     def history(micro_batch):
         trainer = new_trainer(7, optimizer=None)
         loader = loader_of_13_windows(micro_batch)
-        training_loop(trainer, loader, tiny_loaders()[1], new_plan(7))
+        training_loop(trainer, loader, tiny_loaders()[1])
         return trainer.journal.history
 
     found, expected = history(2), history(6)
@@ -665,24 +675,24 @@ def test_overflows_that_only_lower_the_loss_scale_are_neither_counted_nor_told(c
 
 
 def test_the_row_of_skipped_steps_outlasts_an_interruption(tmp_path, no_pictures):
-    trainer, plan = saving_trainer(tmp_path, MOST_SKIPPED - 1, save_every=100)
+    trainer = saving_trainer(tmp_path, MOST_SKIPPED - 1, save_every=100)
     trainer.skipped.halvings = 3  # as of fp16
     spoil_gradient(trainer.learner.model)
-    training_loop(trainer, *tiny_loaders(), plan)
-    again, plan = saving_trainer(tmp_path, MOST_SKIPPED, save_every=100)
+    training_loop(trainer, *tiny_loaders())
+    again = saving_trainer(tmp_path, MOST_SKIPPED, save_every=100)
     assert again.skipped == trainer.skipped
     spoil_gradient(again.learner.model)
     with pytest.raises(NumericsError, match=f"step {MOST_SKIPPED}:"):
-        training_loop(again, *tiny_loaders(), plan)
+        training_loop(again, *tiny_loaders())
 
 
 @pytest.mark.parametrize("spoil", [spoil_loss, spoil_gradient])
 def test_a_run_goes_on_past_a_bad_step_that_is_counted_said_and_null(
     spoil, tmp_path, no_pictures, capsys
 ):
-    trainer = new_trainer(8, folder=tmp_path)
+    trainer = new_trainer(8, folder=tmp_path, eval_freq=2)
     spoil(trainer.learner.model, lambda: trainer.journal.steps == 2)
-    training_loop(trainer, *tiny_loaders(), new_plan(8, eval_freq=2))
+    training_loop(trainer, *tiny_loaders())
     history = trainer.journal.history
     assert history.skipped == 1
     notes = [line for line in capsys.readouterr().out.splitlines() if "skipped" in line]
@@ -702,7 +712,7 @@ def test_a_run_whose_steps_are_all_bad_ends_and_names_the_step(
     trainer = new_trainer(100, folder=tmp_path, log_every=log_every)
     spoil_gradient(trainer.learner.model, lambda: trainer.journal.steps >= 3)
     with pytest.raises(NumericsError, match=f"as {MOST_SKIPPED - 1} times in a row") as caught:
-        training_loop(trainer, *tiny_loaders(), new_plan(100))
+        training_loop(trainer, *tiny_loaders())
     assert caught.value.exit_code == 5
     assert str(caught.value).startswith("step 13: ")
     assert "learning rate was 0.01" in str(caught.value)
@@ -723,7 +733,7 @@ def test_weights_that_go_bad_stop_the_run_at_the_next_evaluation(tmp_path, monke
 
     trainer.learner.optimizer.register_step_post_hook(poison)
     with pytest.raises(NumericsError, match="after step 5 the training loss is nan"):
-        training_loop(trainer, *tiny_loaders(), new_plan(10))
+        training_loop(trainer, *tiny_loaders())
     losses = {row["step"]: row["train/loss"] for row in rows_of(tmp_path) if "train/loss" in row}
     assert losses[3] > 0
     assert losses[4] is None
@@ -762,7 +772,7 @@ def trainer_within_a_run() -> tuple[Trainer, list]:
     trainer = new_trainer(10, model=tiny_model(drop_rate=0.2))
     first, second = steps_of_epoch(loader_of_13_windows(1), 0, 0, 2)
     torch.manual_seed(5)
-    trainer.step(first, 1.0)
+    trainer.step(first)
     return trainer, second
 
 
@@ -776,7 +786,7 @@ def test_a_long_step_is_left_as_if_it_had_never_begun(monkeypatch):
     with monkeypatch.context() as patch, trainer.stop:
         patch.setattr(distributed.signals, "_LONG_S", 0.0)  # every step is long
         with pytest.raises(Stopped) as caught:
-            trainer.step(step, 1.0)
+            trainer.step(step)
     assert caught.value.exit_code == 143
     assert len(passes) == 2
     assert_the_same(state_of(trainer), before)
@@ -784,9 +794,9 @@ def test_a_long_step_is_left_as_if_it_had_never_begun(monkeypatch):
     assert all(parameter.grad is None for parameter in trainer.learner.model.parameters())
 
     trainer.stop = distributed.signals.StopSignals()
-    loss, _ = trainer.step(step, 1.0)
+    loss, _ = trainer.step(step)
     twin, step = trainer_within_a_run()
-    expected, _ = twin.step(step, 1.0)
+    expected, _ = twin.step(step)
     assert loss == expected
     assert_the_same(
         state_of(trainer),
@@ -798,12 +808,12 @@ def test_a_short_step_is_finished_first():
     trainer, step = trainer_within_a_run()
     passes = send_at(trainer.learner.model, 2, training=True)
     with trainer.stop:
-        trainer.step(step, 1.0)
+        trainer.step(step)
         with pytest.raises(Stopped):
             trainer.stop.check()
     assert len(passes) == len(step.batches) == 6
     twin, step = trainer_within_a_run()
-    twin.step(step, 1.0)
+    twin.step(step)
     assert_the_same(
         state_of(trainer),
         state_of(twin),
@@ -839,23 +849,24 @@ class NotingStore(CheckpointStore):
 
 def saving_trainer(
     folder: Path, total_steps: int, save_every: int, *, kind=Trainer, precision=FP32, **plan
-):
-    """A trainer that goes on from what the folder has, and its plan."""
+) -> Trainer:
+    """A trainer that goes on from what the folder has."""
     model = tiny_model(drop_rate=0.1)
     optimizer = build_adamw(model, learning_rate=1e-2, weight_decay=0.1)
     trainer = kind(
         Learner(model, optimizer, precision),
         Journal(8, total_steps, folder=folder),
         Letters(),
-        NotingStore(folder, "some run", keep=2),
-        SaveClock(save_every, minutes=5),
+        new_plan(total_steps, **({"schedule": RATES} | plan)),
+        Saving(None, NotingStore(folder, "some run", keep=2), SaveClock(save_every, minutes=5)),
     )
-    return trainer, trainer.restore(new_plan(total_steps, **({"schedule": RATES} | plan)))
+    trainer.restore()
+    return trainer
 
 
 def test_a_checkpoint_comes_before_the_evaluation_of_its_step(tmp_path, no_pictures, capsys):
-    trainer, plan = saving_trainer(tmp_path, 8, save_every=3, eval_freq=3)
-    training_loop(trainer, *tiny_loaders(), plan)
+    trainer = saving_trainer(tmp_path, 8, save_every=3, eval_freq=3)
+    training_loop(trainer, *tiny_loaders())
     events = [
         " ".join(line.split()[:2])
         for line in capsys.readouterr().out.splitlines()
@@ -891,10 +902,10 @@ def test_a_stopped_run_goes_on_with_what_it_owes_and_does_nothing_twice(
         torch.manual_seed(3)
         return saving_trainer(tmp_path / name, 12, save_every=7, eval_freq=4)
 
-    undisturbed, plan = begin("undisturbed")
-    training_loop(undisturbed, *tiny_loaders(), plan)
+    undisturbed = begin("undisturbed")
+    training_loop(undisturbed, *tiny_loaders())
 
-    stopped, plan = begin("stopped")
+    stopped = begin("stopped")
     send_at(
         stopped.learner.model,
         2 if where == "evaluation" else 1,
@@ -902,15 +913,15 @@ def test_a_stopped_run_goes_on_with_what_it_owes_and_does_nothing_twice(
         wanted=lambda: stopped.journal.steps == at_step - (where == "step"),
     )
     with pytest.raises(Stopped), stopped.stop:
-        training_loop(stopped, *tiny_loaders(), plan)
+        training_loop(stopped, *tiny_loaders())
     stopped.save()
     assert stopped.journal.steps == at_step
     assert stopped.learner.model.training
     capsys.readouterr()
 
-    resumed, plan = begin("stopped")
+    resumed = begin("stopped")
     assert resumed.journal.steps == at_step
-    training_loop(resumed, *tiny_loaders(), plan)
+    training_loop(resumed, *tiny_loaders())
     assert_the_same(
         state_of(resumed),
         state_of(undisturbed),
@@ -931,19 +942,19 @@ def test_a_stopped_run_goes_on_with_what_it_owes_and_does_nothing_twice(
 
 def test_the_loss_scale_of_fp16_is_found_again(tmp_path, no_pictures):
     fp16 = Precision("fp16", "as set", "cpu")
-    trainer, plan = saving_trainer(tmp_path, 4, save_every=9, precision=fp16)
+    trainer = saving_trainer(tmp_path, 4, save_every=9, precision=fp16)
     spoil_gradient(trainer.learner.model, lambda: trainer.journal.steps == 1)
-    training_loop(trainer, *tiny_loaders(), plan)
+    training_loop(trainer, *tiny_loaders())
     expected = trainer.learner.scaler.state_dict()
     assert (expected["scale"], expected["_growth_tracker"]) == (2.0**15, 2)
-    again, _ = saving_trainer(tmp_path, 4, save_every=9, precision=fp16)
+    again = saving_trainer(tmp_path, 4, save_every=9, precision=fp16)
     assert again.learner.scaler.state_dict() == expected
 
 
 def test_a_run_begun_in_another_precision_goes_on_in_fp16_with_a_new_scaler(tmp_path, no_pictures):
-    trainer, plan = saving_trainer(tmp_path, 4, save_every=9)
-    training_loop(trainer, *tiny_loaders(), plan)
-    again, _ = saving_trainer(tmp_path, 4, save_every=9, precision=Precision("fp16", "", "cpu"))
+    trainer = saving_trainer(tmp_path, 4, save_every=9)
+    training_loop(trainer, *tiny_loaders())
+    again = saving_trainer(tmp_path, 4, save_every=9, precision=Precision("fp16", "", "cpu"))
     assert again.journal.steps == 4
     assert again.learner.scaler.get_scale() == 2.0**16
 
@@ -1000,10 +1011,10 @@ def test_the_best_weights_are_kept_over_worse_evaluations_and_interruptions(
             folder, total_steps, 100, kind=scripted(losses), eval_freq=2, patience=3
         )
 
-    twin, plan = begin(4, tmp_path / "twin", VAL_LOSSES)
-    training_loop(twin, *tiny_loaders(50), plan)
+    twin = begin(4, tmp_path / "twin", VAL_LOSSES)
+    training_loop(twin, *tiny_loaders(50))
 
-    trainer, plan = begin(20, tmp_path / "run", VAL_LOSSES)
+    trainer = begin(20, tmp_path / "run", VAL_LOSSES)
     if stop_after is not None:
         send_at(
             trainer.learner.model,
@@ -1012,12 +1023,12 @@ def test_the_best_weights_are_kept_over_worse_evaluations_and_interruptions(
             wanted=lambda: trainer.journal.steps == stop_after - 1,
         )
         with pytest.raises(Stopped), trainer.stop:
-            training_loop(trainer, *tiny_loaders(50), plan)
+            training_loop(trainer, *tiny_loaders(50))
         trainer.save()
-        trainer, plan = begin(20, tmp_path / "run", VAL_LOSSES[-(-stop_after // 2) :])
-    training_loop(trainer, *tiny_loaders(50), plan)
+        trainer = begin(20, tmp_path / "run", VAL_LOSSES[-(-stop_after // 2) :])
+    training_loop(trainer, *tiny_loaders(50))
     assert trainer.journal.steps == 10
-    assert trainer.best.step == 4
+    assert trainer.saving.best.step == 4
     assert not torch.equal(trainer.learner.model.head.weight, twin.learner.model.head.weight)
     trainer.use_best()
     for name, value in twin.learner.model.named_parameters():
@@ -1150,8 +1161,8 @@ def test_a_sample_ends_at_the_end_of_text_and_the_others_go_on():
 
 
 def test_of_a_very_long_prompt_the_end_is_shown():
-    trainer = new_trainer(0)
-    trainer.sample("Before training", ["ab" * 5000, "abc"])
+    trainer = new_trainer(0, prompts=["ab" * 5000, "abc"])
+    trainer.sample("Before training")
     long, short = trainer.journal.history.samples[0].texts
     assert (len(short), len(long)) == (3 + 30, 1 + 1000)
     assert long.startswith("…") and "ab" * 400 in long
@@ -1170,7 +1181,7 @@ def test_in_long_epochs_samples_come_at_evaluations_a_hundred_steps_apart_or_mor
 
 def test_a_run_of_one_epoch_has_about_ten_samples_however_long_it_is():
     class Counting(Trainer):
-        def step(self, batches, max_grad_norm):
+        def step(self, _):
             return torch.tensor(1.0), torch.tensor(1.0)
 
     history = run(3000, n_batches=3000, eval_freq=50, eval_iter=1, kind=Counting).history
@@ -1188,7 +1199,7 @@ def test_the_time_of_a_sample_is_not_that_of_the_tokens(monkeypatch):
         return real(*arguments, **options)
 
     monkeypatch.setattr(train, "generate", slow)
-    trainer.sample("Before training", ["abc"])
+    trainer.sample("Before training")
     assert len(left_out) == 1
     assert 0.2 <= left_out[0] < 5
 
@@ -1238,7 +1249,7 @@ def test_a_folder_that_goes_away_does_not_end_the_run(tmp_path, monkeypatch, cap
     trainer.learner.optimizer.register_step_post_hook(
         lambda *_: shutil.rmtree(folder, ignore_errors=True)
     )
-    training_loop(trainer, *tiny_loaders(), new_plan(10))
+    training_loop(trainer, *tiny_loaders())
     assert trainer.journal.history.batch_losses == run(10).history.batch_losses
     printed = capsys.readouterr().out
     assert printed.count("Note: ") == 3  # the log, the samples, the picture
