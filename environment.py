@@ -16,7 +16,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from data import TokenSlice, WindowPlan, make_loaders, measure_tokens, plan_windows
-from distributed.parallel import Parallel, join
+from distributed.parallel import ALONE, Parallel, join
 from engine.console import in_kernel, say
 from engine.errors import DataError, ResourceError
 from engine.memory import as_bytes
@@ -68,6 +68,7 @@ from storage.tracking import check_trackers
 from text.sources import parse_data
 from text.token_cache import TokenizedText, tokenize
 from text.tokenizer import Tokenizer
+from training.learner import Learner
 from training.run_folder import RunFolder
 from training_utils import TrainingConfig
 
@@ -91,6 +92,7 @@ class RuntimeEnv:
     model_config: GPTConfig
     precision: Precision
     parallel: Parallel
+    learner: Learner
     compiled: Compiled
     schedule: Schedule
     total_steps: int
@@ -183,7 +185,10 @@ def _prepare(settings: str | Path | None, parallel: Parallel) -> RuntimeEnv:
     asked = dataclasses.replace(asked, learning_rate=rate)
     optimizer = build_optimizer(asked.optimizer, model, rate, asked.weight_decay)
     steps_per_epoch = train_loader.batch_sampler.n_steps
-    trial = Trial(model, optimizer, train_loader, precision, device, threads, parallel)
+    # a rank that has the whole model tries its steps without the others
+    others = parallel if parallel.kind == "fsdp" else ALONE
+    tried = Learner(model, optimizer, precision, others, micro_batch=micro_batch)
+    trial = Trial(tried, train_loader, threads, parallel)
     compiled, asked = try_out(plan, run.before, asked, trial, steps_per_epoch, notices)
     total_steps = count_steps(plan, asked, steps_per_epoch)
     training, about_warmup = _complete_training(asked, windows, total_steps)
@@ -209,7 +214,7 @@ def _prepare(settings: str | Path | None, parallel: Parallel) -> RuntimeEnv:
         parallel=parallel.kind,
         precision=KeptPrecision(precision.name, precision.reason),
         threads=threads,
-        micro_batch=train_loader.batch_sampler.micro_batch,
+        micro_batch=tried.micro_batch,
         compiled=compiled.on,
         why_compiled=compiled.reason,
         tokenizer=tokenizer.fingerprint,
@@ -231,6 +236,7 @@ def _prepare(settings: str | Path | None, parallel: Parallel) -> RuntimeEnv:
         model_config=model.config,
         precision=precision,
         parallel=parallel,
+        learner=Learner(model, optimizer, precision, parallel, micro_batch=tried.micro_batch),
         compiled=compiled,
         schedule=make_schedule(
             training.schedule, training.learning_rate, training.warmup_steps, total_steps

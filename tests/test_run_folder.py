@@ -31,7 +31,7 @@ from planning.plan import RunSettings
 from storage.files import FolderLock
 from tests.conftest import REPOSITORY
 from text.corpora import CORPORA
-from training import journal
+from training import journal, learner
 from training.run_folder import RunFolder
 from training_utils import TrainingConfig
 
@@ -89,9 +89,9 @@ def start(workdir, monkeypatch, capsys):
                 os.kill(os.getpid(), signal.SIGINT)
             return result
 
-        take_step = train.take_step
+        take_step = learner.take_step
         with monkeypatch.context() as patch:
-            patch.setattr(train, "take_step", step)
+            patch.setattr(learner, "take_step", step)
             code = main.main(["settings.py"])
         printed = capsys.readouterr()
         assert "Traceback" not in printed.err
@@ -398,7 +398,7 @@ def test_a_script_that_was_stopped_trains_the_same_environment_to_its_end(
     with open(workdir / "settings.py", "a", encoding="utf-8") as file:
         file.write(f"RUN_NAME = {name!r}\n")
     env = environment.prepare_environment("settings.py")
-    real, done = train.take_step, []
+    real, done = learner.take_step, []
 
     def step(*arguments, **options):
         done.append(1)
@@ -406,7 +406,7 @@ def test_a_script_that_was_stopped_trains_the_same_environment_to_its_end(
             os.kill(os.getpid(), signal.SIGINT)
         return real(*arguments, **options)
 
-    monkeypatch.setattr(train, "take_step", step)
+    monkeypatch.setattr(learner, "take_step", step)
     with pytest.raises(Stopped):
         train.train(env)
     journal = train.train(env)
