@@ -5,7 +5,7 @@ import math
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
@@ -29,23 +29,15 @@ from engine.optim import Schedule, extend_schedule, learning_rate_at, set_learni
 from engine.precision import Precision, choose_precision
 from engine.randomness import random_state, set_random_state
 from engine.settings import find_problems, raise_if_any, shown
+from environment import RuntimeEnv
 from generation import generate, text_to_token_ids
 from storage.checkpoint import BestWeights, CheckpointStore, SaveClock, copy_weights, load_weights
 from storage.tracking import open_trackers
 from text.tokenizer import Tokenizer
 from training.journal import History, Journal
+from training.learner import Learner, Step, count_steps, steps_of_epoch, using_threads
+from training.run_folder import RunFolder
 from training_utils import TrainingConfig, as_prompts
-
-if TYPE_CHECKING:
-    from environment import RuntimeEnv
-    from training.run_folder import RunFolder
-from training.learner import (
-    Learner,
-    Step,
-    count_steps,
-    steps_of_epoch,
-    using_threads,
-)
 
 SAMPLE_TOKENS = 30
 SAMPLE_CHARACTERS = 1000  # of a long prompt the end is enough to see what it led to
@@ -168,7 +160,7 @@ class SkippedSteps:
 class Saving:
     """A run's folder and checkpoints: where they are, when one is due, what the next will hold."""
 
-    run: "RunFolder | None"  # None: a smaller micro-batch is not kept for a later start
+    run: RunFolder | None  # None: a smaller micro-batch is not kept for a later start
     store: CheckpointStore
     clock: SaveClock
     best: BestWeights | None = None
@@ -350,7 +342,7 @@ def continue_prompts(
     return [tokenizer.decode(row[:-1] if row[-1] == end else row) for row in rows]
 
 
-def train(env: "RuntimeEnv") -> Journal:
+def train(env: RuntimeEnv) -> Journal:
     """Train what prepare_environment() built, or go on where an earlier process left off.
 
     The model ends with its last weights, or the best ones where patience was set. Raises Stopped
@@ -365,7 +357,7 @@ def train(env: "RuntimeEnv") -> Journal:
         return _train(env)
 
 
-def _train(env: "RuntimeEnv") -> Journal:
+def _train(env: RuntimeEnv) -> Journal:
     run, config, parallel = env.run, env.train_config, env.parallel
     for note in run.notes:
         say(f"Note: {note}")
