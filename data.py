@@ -179,7 +179,7 @@ class WindowBatches(Sampler):
     def __iter__(self) -> Iterator[list[int]]:
         epoch, first = self._next_epoch, self._next_step
         self._next_epoch, self._next_step = epoch + 1, 0
-        size = self.micro_batch  # a change counts from the next iteration on
+        size = self.micro_batch
         order = None if self._is_random else self._order(epoch)
         for step in range(first, self.n_steps):
             if order is None:
@@ -423,12 +423,15 @@ def to_array(ids: Sequence[int], vocab_size: int) -> np.ndarray:
 
 
 def evaluation_loader(
-    loader: DataLoader, max_batches: int | None = None, parallel: Parallel = ALONE
+    loader: DataLoader,
+    max_batches: int | None = None,
+    parallel: Parallel = ALONE,
+    micro_batch: int | None = None,
 ) -> DataLoader:
     """A loader over the same windows in order: all of them, or max_batches evenly spaced batches.
 
-    It gives the same batches each time, in parts where the loader does, and leaves every random
-    generator alone. Several ranks get a part of them each.
+    It gives the same batches each time, in parts of at most micro_batch windows (None: as the
+    loader does), and leaves every random generator alone. Several ranks get a part of them each.
     """
     dataset = loader.dataset
     batch_size = loader.batch_size or loader.batch_sampler.batch_size
@@ -441,7 +444,7 @@ def evaluation_loader(
     if max_batches is not None and max_batches < len(batches):
         chosen = np.linspace(0, len(batches) - 1, max_batches).round().astype(int)
         batches = [batches[i] for i in chosen]
-    size = getattr(loader.batch_sampler, "micro_batch", batch_size)
+    size = micro_batch or getattr(loader.batch_sampler, "micro_batch", batch_size)
     parts = [batch[i : i + size] for batch in batches for i in range(0, len(batch), size)]
     return DataLoader(
         dataset,

@@ -6,7 +6,6 @@ import json
 import os
 import sys
 import tempfile
-import time
 import traceback
 import weakref
 from dataclasses import dataclass
@@ -17,12 +16,10 @@ import torch
 from torch.utils.data import DataLoader
 
 from data import TokenSlice, WindowPlan, make_loaders, measure_tokens, plan_windows
-from distributed.parallel import Parallel, join
+from distributed.parallel import ALONE, Parallel, join
 from engine.console import in_kernel, say
 from engine.errors import DataError, ResourceError
-from engine.memory import (
-    as_bytes,
-)
+from engine.memory import as_bytes
 from engine.metrics import TokenSize
 from engine.optim import (
     Schedule,
@@ -37,16 +34,18 @@ from engine.processor import prepare_processor
 from exchange.saved_run import LoadedRun, load_run  # noqa: F401  users know them by this room
 from generation import SamplingConfig
 from model import GPTConfig, GPTModel
+from planning.decisions import KeptPrecision, RunRecord, keep_identity
 from planning.machine import (
-    cap_workers,
     check_arithmetic,
     check_devices,
+    decide_micro_batch,
     decide_precision,
+    decide_threads,
+    decide_workers,
     fit_into_memory,
     fresh_model,
     pick_device,
     share_of_a_batch,
-    share_the_machine,
 )
 from planning.plan import RunPlan, resolve_settings
 from planning.preflight import (
@@ -56,6 +55,7 @@ from planning.preflight import (
     show_training,
     show_windows,
 )
+from planning.runs import Candidates, SettledRun, find_candidates, settle_run
 from planning.settings_file import read_given_settings
 from planning.trial import (
     Compiled,
@@ -68,10 +68,8 @@ from storage.tracking import check_trackers
 from text.sources import parse_data
 from text.token_cache import TokenizedText, tokenize
 from text.tokenizer import Tokenizer
-from training.run_folder import (
-    RunFolder,
-    choose_run,
-)
+from training.learner import Learner
+from training.run_folder import RunFolder
 from training_utils import TrainingConfig
 
 CACHE = Path(__file__).resolve().parent / "cache"
@@ -94,6 +92,7 @@ class RuntimeEnv:
     model_config: GPTConfig
     precision: Precision
     parallel: Parallel
+    learner: Learner
     compiled: Compiled
     schedule: Schedule
     total_steps: int
@@ -133,19 +132,20 @@ def _prepare(settings: str | Path | None, parallel: Parallel) -> RuntimeEnv:
     parallel.require_same(**_as_words(plan))
     if not parallel.is_alone:
         parallel.kind = "ddp" if plan.run.PARALLEL == "auto" else plan.run.PARALLEL
-    run = parallel.broadcast(parallel.on_main(lambda: _choose_run(plan, parallel)))
+    candidates = parallel.broadcast(parallel.on_main(lambda: _find_candidates(plan, parallel)))
     device = pick_device(plan.run.DEVICE, parallel)
-    precision = decide_precision(plan, run.saved, device)
-    show_machine(device, precision, plan, parallel)
+    likely = decide_precision(plan.run.PRECISION, device, candidates.likeliest)
+    show_machine(device, likely, plan, parallel)
 
     parallel.require_same(device=device.type)
-    text = _read_text(plan, run, parallel)
-    parallel.on_main(lambda: run.check_text(text.tokenizer.fingerprint, text.sha256))
-    run = parallel.broadcast(run)
-    precision = decide_precision(plan, run.saved, device)  # by then another run may begin
-    parallel.require_same(precision=precision.name)
+    text = _read_text(plan, candidates, parallel)
     tokenizer = text.tokenizer
-    asked = _with_decisions(plan.training, run.saved)
+    run = settle_run(candidates, tokenizer.fingerprint, text.sha256)
+    precision = decide_precision(plan.run.PRECISION, device, run.before)
+    if precision != likely:  # another run goes on than was to be expected, or none
+        say(f"Precision: {precision.name} ({precision.reason})")
+    parallel.require_same(precision=precision.name)
+    asked = _with_decisions(plan.training, run.before)
     windows, notices = plan_windows(
         text.n_tokens,
         max_length=plan.model["context_length"],
@@ -154,46 +154,78 @@ def _prepare(settings: str | Path | None, parallel: Parallel) -> RuntimeEnv:
         train_ratio=asked.train_ratio,
         n_train=text.n_train,
     )
-    micro_batch = share_of_a_batch(asked, windows, parallel)
-    threads, micro_batch = share_the_machine(
-        plan, run.saved, device, micro_batch, parallel, notices
-    )
+    most = share_of_a_batch(asked, windows, parallel)
+    night = plan.run.NIGHT_MODE
+    micro_batch, about_memory = decide_micro_batch(night, device, most, parallel, run.before)
+    threads, about_threads = decide_threads(night, device, parallel, run.before)
 
     config = GPTConfig(
         **plan.model | {"context_length": windows.max_length, "vocab_size": tokenizer.vocab_size}
     )
     model = fresh_model(plan, asked, config, device, precision, parallel)
     show_model(plan.model_name, model)
-    micro_batch = fit_into_memory(
-        model, asked, windows, precision, device, micro_batch, parallel, notices
+    micro_batch, about_fit = fit_into_memory(
+        model, asked, windows, precision, device, micro_batch, parallel
     )
-
+    workers, about_workers = decide_workers(asked.num_workers, parallel.local_world)
     train_loader, val_loader = make_loaders(
         TokenSlice(text.path, text.dtype, 0, text.n_tokens),
         windows,
         seed=plan.run.SEED,
-        num_workers=cap_workers(asked.num_workers, parallel.local_world, notices),
+        num_workers=workers,
         device=device,
         sampling=asked.sampling,
         accumulation=asked.gradient_accumulation_steps,
         micro_batch=micro_batch,
         parallel=parallel,
     )
-    precision = check_arithmetic(model, train_loader, precision, notices)
+    precision, about_arithmetic = check_arithmetic(model, train_loader, precision)
+    notices += about_memory + about_threads + about_fit + about_workers + about_arithmetic
     rate = asked.learning_rate or default_learning_rate(model.config.emb_dim, asked.optimizer)
     asked = dataclasses.replace(asked, learning_rate=rate)
     optimizer = build_optimizer(asked.optimizer, model, rate, asked.weight_decay)
     steps_per_epoch = train_loader.batch_sampler.n_steps
-    trial = Trial(model, optimizer, train_loader, precision, device, threads, parallel)
-    compiled, asked = try_out(plan, run.saved, asked, trial, steps_per_epoch, notices)
+    # a rank that has the whole model tries its steps without the others
+    others = parallel if parallel.kind == "fsdp" else ALONE
+    tried = Learner(model, optimizer, precision, others, micro_batch=micro_batch)
+    trial = Trial(tried, train_loader, threads, parallel)
+    compiled, asked = try_out(plan, run.before, asked, trial, steps_per_epoch, notices)
     total_steps = count_steps(plan, asked, steps_per_epoch)
-    training = _complete_training(asked, windows, total_steps, notices)
+    training, about_warmup = _complete_training(asked, windows, total_steps)
+    notices += about_warmup
     show_training(plan.mode, training, total_steps, notices)
     show_windows(text, windows, model)
     batch = [part.to(device) for part in train_loader.dataset.__getitems__([0])]
     check_devices(model, optimizer, batch, device)
     say(f"✓ Device consistency verified (using {device})")
-    env = RuntimeEnv(
+    record = RunRecord(
+        run_id=candidates.run_id,
+        started=candidates.now,
+        changes=[],
+        mode=plan.mode,
+        settings=dataclasses.asdict(plan.run) | {"DATA": _data_as_json(plan)},
+        asked=plan.asked(),
+        model_name=plan.model_name,
+        model=model.config,
+        training=training,
+        sampling=plan.sampling,
+        device=device.type if parallel.world > 1 else str(device),
+        ranks=parallel.world,
+        parallel=parallel.kind,
+        precision=KeptPrecision(precision.name, precision.reason),
+        threads=threads,
+        micro_batch=tried.micro_batch,
+        compiled=compiled.on,
+        why_compiled=compiled.reason,
+        tokenizer=tokenizer.fingerprint,
+        stood_in=text.stood_in,
+        steps_per_epoch=steps_per_epoch,
+        total_steps=total_steps,
+        origins=plan.origins,
+        adapted=notices,
+        torch=torch.__version__,
+    )
+    return RuntimeEnv(
         device=device,
         model=model,
         train_loader=train_loader,
@@ -204,13 +236,14 @@ def _prepare(settings: str | Path | None, parallel: Parallel) -> RuntimeEnv:
         model_config=model.config,
         precision=precision,
         parallel=parallel,
+        learner=Learner(model, optimizer, precision, parallel, micro_batch=tried.micro_batch),
         compiled=compiled,
         schedule=make_schedule(
             training.schedule, training.learning_rate, training.warmup_steps, total_steps
         ),
         total_steps=total_steps,
         sampling=plan.sampling,
-        run=run,
+        run=_run_folder(run, record, text, windows),
         text=text,
         token_size=measure_tokens(val_loader.dataset.tokens, tokenizer),
         threads=threads,
@@ -218,9 +251,6 @@ def _prepare(settings: str | Path | None, parallel: Parallel) -> RuntimeEnv:
         seed=plan.run.SEED,
         log_every=plan.run.LOG_EVERY,
     )
-    _describe_run(env, plan, windows, steps_per_epoch, notices)
-    env.run = parallel.broadcast(env.run)
-    return env
 
 
 def _let_go_of_earlier_runs() -> None:
@@ -263,27 +293,21 @@ def usable_cache() -> Path:
     return CACHE
 
 
-def _with_decisions(asked: TrainingConfig, saved: dict[str, Any] | None) -> TrainingConfig:
+def _with_decisions(asked: TrainingConfig, before: RunRecord | None) -> TrainingConfig:
     """The hyper-parameters with what was worked out when the run began, where it goes on."""
-    if saved is None:
+    if before is None:
         return asked
-    before = saved["asked"]["training"]
-    decided = {
-        name: saved["training"][name]
-        for name, value in asked.to_dict().items()
-        if name in before and before[name] == value and name in saved["training"]
-    }
+    then = before.asked.training.to_dict()
+    became = before.training.to_dict()
+    decided = {n: became[n] for n, value in asked.to_dict().items() if then[n] == value}
     return dataclasses.replace(asked, **decided)
 
 
 def _complete_training(
-    asked: TrainingConfig,
-    windows: WindowPlan,
-    total_steps: int,
-    notices: list[str],
-) -> TrainingConfig:
-    """Fill in every value that was left to be worked out; adds to the notices."""
-    warmup_steps = asked.warmup_steps
+    asked: TrainingConfig, windows: WindowPlan, total_steps: int
+) -> tuple[TrainingConfig, list[str]]:
+    """Fill in every value that was left to be worked out; returns notices, too."""
+    warmup_steps, notices = asked.warmup_steps, []
     if warmup_steps is None:
         warmup_steps = default_warmup_steps(total_steps)
     elif warmup_steps >= total_steps:
@@ -292,7 +316,7 @@ def _complete_training(
             f"warmup_steps is lowered from {asked.warmup_steps} to {warmup_steps}: the run has "
             f"{total_steps} steps"
         )
-    return dataclasses.replace(
+    complete = dataclasses.replace(
         asked,
         eval_freq=asked.eval_freq or default_eval_freq(total_steps),
         batch_size=windows.batch_size,
@@ -300,10 +324,11 @@ def _complete_training(
         stride=windows.stride,
         warmup_steps=warmup_steps,
     )
+    return complete, notices
 
 
-def _choose_run(plan: RunPlan, parallel: Parallel) -> RunFolder:
-    """Where the run will be kept; it is better to know that it can't be before a long wait."""
+def _find_candidates(plan: RunPlan, parallel: Parallel) -> Candidates:
+    """Where the run may be kept; it is better to know that it can't be before a long wait."""
     output_dir = Path(plan.run.OUTPUT_DIR).expanduser()
     existing = next(parent for parent in (output_dir / "x").absolute().parents if parent.exists())
     if not existing.is_dir():
@@ -311,13 +336,13 @@ def _choose_run(plan: RunPlan, parallel: Parallel) -> RunFolder:
             f"can't make the folder {output_dir}: {existing} is a file.\n"
             "Set OUTPUT_DIR to another folder."
         )
-    return choose_run(
+    return find_candidates(
         plan.asked(),
         output_dir=output_dir,
         run_name=plan.run.RUN_NAME,
         # what torchrun has begun before a failure is not begun anew
         resume=(plan.run.RESUME is False and parallel.noted("run")) or plan.run.RESUME,
-        new_name=f"{time.strftime('%Y-%m-%d_%H-%M-%S')}-{plan.mode}",
+        mode=plan.mode,
         data=_data_as_json(plan),
     )
 
@@ -327,10 +352,11 @@ def _data_as_json(plan: RunPlan) -> Any:
     return json.loads(json.dumps(plan.run.DATA, default=os.fspath))
 
 
-def _read_text(plan: RunPlan, run: RunFolder, parallel: Parallel) -> TokenizedText:
+def _read_text(plan: RunPlan, candidates: Candidates, parallel: Parallel) -> TokenizedText:
     """The text as tokens; a run that goes on gets the one it was begun with, or none."""
     spec = parse_data(plan.run.DATA)
-    same_data = run.saved is not None and run.saved["settings"]["DATA"] == _data_as_json(plan)
+    before = candidates.likeliest
+    same_data = before is not None and before.settings["DATA"] == _data_as_json(plan)
 
     def read(stand_in: bool | None) -> TokenizedText:
         ratio = plan.training.train_ratio
@@ -338,15 +364,15 @@ def _read_text(plan: RunPlan, run: RunFolder, parallel: Parallel) -> TokenizedTe
 
     try:
         # the others find the tokens that the main one has made, as a rule
-        first = parallel.on_main(lambda: read(run.saved["stood_in"] if same_data else None))
+        first = parallel.on_main(lambda: read(before.stood_in if same_data else None))
         stood_in = parallel.broadcast(None if first is None else first.stood_in)
         text = parallel.local_first(lambda: first or read(stood_in))
     except DataError as error:
         if not same_data:
             raise
         raise DataError(
-            f"{error}\nThe unfinished run {run.path} goes on with this text only; RESUME = False "
-            "begins a new one."
+            f"{error}\nThe unfinished run {candidates.runs[0].path} goes on with this text only; "
+            "RESUME = False begins a new one."
         ) from error
     show_text(text, spec)
     parallel.require_same(text=text.sha256, tokenizer=text.tokenizer.fingerprint)
@@ -355,7 +381,7 @@ def _read_text(plan: RunPlan, run: RunFolder, parallel: Parallel) -> TokenizedTe
 
 def _as_words(plan: RunPlan) -> dict[str, str]:
     """The settings that have to be the same in all processes of a run, each as JSON."""
-    settings = plan.asked() | {
+    settings = dataclasses.asdict(plan.asked()) | {
         name: getattr(plan.run, name)
         for name in ("DATA", "DEVICE", "PARALLEL", "COMPILE", "NIGHT_MODE")
     }
@@ -365,50 +391,30 @@ def _as_words(plan: RunPlan) -> dict[str, str]:
     }
 
 
-def _describe_run(
-    env: RuntimeEnv,
-    plan: RunPlan,
-    windows: WindowPlan,
-    steps_per_epoch: int,
-    adapted: list[str],
-) -> None:
-    settings = {
-        "mode": plan.mode,
-        "settings": dataclasses.asdict(plan.run) | {"DATA": _data_as_json(plan)},
-        "asked": plan.asked(),
-        "model_name": plan.model_name,
-        "model": dataclasses.asdict(env.model_config),
-        "training": env.train_config.to_dict(),
-        "sampling": dataclasses.asdict(plan.sampling),
-        "device": env.device.type if env.parallel.world > 1 else str(env.device),
-        "ranks": env.parallel.world,
-        "parallel": env.parallel.kind,
-        "precision": {"name": env.precision.name, "reason": env.precision.reason},
-        "threads": env.threads,
-        "compiled": env.compiled.on,
-        "why_compiled": env.compiled.reason,
-        "micro_batch": env.train_loader.batch_sampler.micro_batch,
-        "tokenizer": env.tokenizer.fingerprint,
-        "stood_in": env.text.stood_in,
-        "steps_per_epoch": steps_per_epoch,
-        "total_steps": env.total_steps,
-        "origins": plan.origins,
-        "adapted": adapted,
-        "torch": torch.__version__,
+def _run_folder(
+    run: SettledRun, record: RunRecord, text: TokenizedText, windows: WindowPlan
+) -> RunFolder:
+    """Where the run will be kept, and what the folder is to tell of it."""
+    notes = []
+    if run.before is not None:
+        record, notes = keep_identity(record, run.before)
+    data = text.report | {
+        "tokenizer_id": text.tokenizer.fingerprint,
+        "tokens_sha256": text.sha256,
+        "split": {
+            "train_tokens": windows.n_train,
+            "validation_tokens": windows.n_val,
+            "train_windows": windows.n_windows,
+            "tokens_left_over": windows.n_unused,
+        },
+        "notices": text.notices,
     }
-    split = {
-        "train_tokens": windows.n_train,
-        "validation_tokens": windows.n_val,
-        "train_windows": windows.n_windows,
-        "tokens_left_over": windows.n_unused,
-    }
-    data = env.text.report | {
-        "tokenizer_id": env.tokenizer.fingerprint,
-        "tokens_sha256": env.text.sha256,
-        "split": split,
-        "notices": env.text.notices,
-    }
-    env.run.describe(settings, data, env.text.tokenizer_file)
-
-
-# --------------------------------------------------------------------------------- showing
+    return RunFolder(
+        path=run.path,
+        named=run.named,
+        goes_on=run.before is not None,
+        record=record,
+        data=data,
+        tokenizer_file=text.tokenizer_file,
+        notes=[*run.notes, *notes],
+    )

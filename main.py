@@ -18,7 +18,6 @@ os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 
 import torch
 
-from data import evaluation_loader
 from distributed.parallel import ALONE, Parallel, join
 from distributed.sharding import whole
 from distributed.signals import StopSignals
@@ -38,7 +37,7 @@ from environment import RuntimeEnv, prepare_environment
 from storage.files import write_json
 from train import continue_prompts, train
 from training.journal import PICTURE, Journal
-from training.learner import mean_loss, using_threads
+from training.learner import using_threads
 
 LINE = "=" * 70
 
@@ -171,8 +170,7 @@ def sum_up(env: RuntimeEnv, journal: Journal, stop: StopSignals) -> None:
 
     summary.json comes last of all: it is what makes a run a finished one.
     """
-    text = evaluation_loader(env.val_loader, parallel=env.parallel)
-    final_val = mean_loss(env.model, text, env.device, env.precision, stop, env.parallel)
+    final_val = env.learner.evaluate(env.val_loader, stop=stop)
     history, best = journal.history, journal.history.best
     step = journal.weights_of_step or history.steps[-1]
     final_train = history.train_losses[history.steps.index(step)]

@@ -1,23 +1,22 @@
 """The training loop: steps, evaluations and samples, checkpoints and how to go on from them."""
 
 import contextlib
-import gc
 import math
 import time
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
-from data import WindowBatches, evaluation_loader, in_parts
-from distributed.parallel import ALONE, Parallel, joined
-from distributed.sharding import replica, whole
+from data import WindowBatches
+from distributed.parallel import joined
+from distributed.sharding import whole
 from distributed.signals import StopSignals
-from engine.compiling import compile_model, is_compiled, undo_compiling
 from engine.console import say, track
-from engine.devices import release_memory, with_index
+from engine.devices import with_index
 from engine.errors import (
     CheckpointError,
     NumericsError,
@@ -25,36 +24,31 @@ from engine.errors import (
     SettingsError,
     Stopped,
 )
-from engine.memory import ADVICE, OutOfStepMemory, halved
+from engine.memory import ADVICE, OutOfStepMemory
 from engine.optim import Schedule, extend_schedule, learning_rate_at, set_learning_rate
 from engine.precision import Precision, choose_precision
 from engine.randomness import random_state, set_random_state
 from engine.settings import find_problems, raise_if_any, shown
+from environment import RuntimeEnv
 from generation import generate, text_to_token_ids
 from storage.checkpoint import BestWeights, CheckpointStore, SaveClock, copy_weights, load_weights
 from storage.tracking import open_trackers
 from text.tokenizer import Tokenizer
-from training.journal import Journal
+from training.journal import History, Journal
+from training.learner import Learner, Step, count_steps, steps_of_epoch, using_threads
+from training.run_folder import RunFolder
 from training_utils import TrainingConfig, as_prompts
-
-if TYPE_CHECKING:
-    from environment import RuntimeEnv
-    from training.run_folder import RunFolder
-from training.learner import (
-    Step,
-    count_steps,
-    mean_loss,
-    steps_of_epoch,
-    take_step,
-    to_device,
-    using_threads,
-)
 
 SAMPLE_TOKENS = 30
 SAMPLE_CHARACTERS = 1000  # of a long prompt the end is enough to see what it led to
 # in long epochs the model also writes at evaluations, so many steps apart or more: on a CPU it
 # takes less time than two steps, for 16 prompts too
 SAMPLE_EVERY, SAMPLES_A_RUN = 100, 10
+
+
+MOST_SKIPPED = 10  # steps in a row; then it is no accident
+# steps in a row by which fp16 may halve its loss scale, from 2 ** 16 to 1, to find the one it needs
+MOST_HALVINGS = 16
 
 
 @dataclass(frozen=True)
@@ -71,50 +65,44 @@ class LoopPlan:
     former_end: int | None = None  # the last step that a run had before it was made longer
 
 
-def training_loop(
-    trainer: "Trainer", train_loader: DataLoader, val_loader: DataLoader, plan: LoopPlan
-) -> None:
-    """Train until plan.total_steps are done, in as many epochs as that takes.
+def training_loop(trainer: "Trainer", train_loader: DataLoader, val_loader: DataLoader) -> None:
+    """Train until the plan's total_steps are done, in as many epochs as that takes.
 
-    An evaluation is made before the first step, every plan.eval_freq steps and at each epoch's
+    An evaluation is made before the first step, every eval_freq steps and at each epoch's
     end, over the same batches each time; the model writes samples before the first step, at each
     epoch's end and, where epochs are long, at evaluations on the way. Checkpoints come before
     evaluations, so that a run that goes on owes at most one. Raises Stopped where a signal asks
     for it, at a step's end.
     """
-    trainer.loaders = (train_loader, val_loader)
     steps_per_epoch = count_steps(train_loader)
-    journal = trainer.journal
+    learner, journal, plan = trainer.learner, trainer.journal, trainer.plan
 
-    def evaluate_where_due(step: int) -> None:
+    def evaluate_where_due() -> None:
+        step = trainer.steps
         epochs, within = divmod(step, steps_per_epoch)
         epoch_ends = within == 0 or step in (plan.total_steps, plan.former_end)
         if journal.has_evaluated() or not (epoch_ends or step % plan.eval_freq == 0):
             return
-        journal.pause()
-        views = [
-            evaluation_loader(loader, plan.eval_iter, trainer.parallel)
-            for loader in trainer.loaders
-        ]
-        losses = [trainer.mean_loss(view) for view in views]
+        trainer.look_at(journal.pause())
+        losses = [trainer.evaluate(loader) for loader in (train_loader, val_loader)]
         epoch = epochs + (within > 0) if epoch_ends and step > 0 else None
         journal.evaluation(epoch, *losses)
         trainer.keep_best()
         if epoch_ends:
             label = "Before training" if step == 0 else f"After epoch {epoch}"
-            trainer.sample(label, plan.prompts)
+            trainer.sample(label)
         elif journal.steps_since_sample >= max(SAMPLE_EVERY, plan.total_steps // SAMPLES_A_RUN):
-            trainer.sample(f"After step {step}", plan.prompts)
+            trainer.sample(f"After step {step}")
 
     def is_over() -> bool:
         out_of_patience = plan.patience is not None and journal.history.since_best >= plan.patience
-        return journal.steps >= plan.total_steps or out_of_patience
+        return trainer.steps >= plan.total_steps or out_of_patience
 
-    trainer.model.train()
-    trainer.optimizer.zero_grad()  # a caller may have left gradients behind
-    evaluate_where_due(journal.steps)
+    learner.model.train()
+    learner.optimizer.zero_grad()  # a caller may have left gradients behind
+    evaluate_where_due()
     while not is_over():
-        epoch, first = divmod(journal.steps, steps_per_epoch)
+        epoch, first = divmod(trainer.steps, steps_per_epoch)
         last = min(steps_per_epoch, plan.total_steps - epoch * steps_per_epoch)
         steps = steps_of_epoch(train_loader, epoch, first, last)
         for taken in track(steps, last, f"Epoch {epoch + 1}", first):
@@ -122,113 +110,120 @@ def training_loop(
             if is_over():
                 break
             if plan.schedule is not None:
-                rate = learning_rate_at(journal.steps, plan.schedule)
-                set_learning_rate(trainer.optimizer, rate)
-            loss, grad_norm = trainer.step(taken, plan.max_grad_norm)
-            rate = trainer.optimizer.param_groups[0]["lr"]
-            journal.step(loss, grad_norm, taken.n_targets, rate)
-            trainer.save_where_due(is_last=journal.steps == plan.total_steps)
-            if journal.steps < epoch * steps_per_epoch + last:
-                evaluate_where_due(journal.steps)
+                rate = learning_rate_at(trainer.steps, plan.schedule)
+                set_learning_rate(learner.optimizer, rate)
+            loss, grad_norm = trainer.step(taken)
+            trainer.steps += 1
+            rate = learner.optimizer.param_groups[0]["lr"]
+            trainer.look_at(journal.step(trainer.steps, loss, grad_norm, taken.n_targets, rate))
+            trainer.save_where_due()
+            if trainer.steps < epoch * steps_per_epoch + last:
+                evaluate_where_due()
         trainer.stop.check()
-        evaluate_where_due(journal.steps)  # below the epoch's bar
+        evaluate_where_due()  # below the epoch's bar
+
+
+@dataclass
+class SkippedSteps:
+    """How many steps in a row were skipped, because their loss or gradient was not finite."""
+
+    scales_loss: bool  # as fp16 needs it: an overflow then only lowers the scale
+    in_a_row: int = 0
+    halvings: int = 0  # of the loss scale, in a row
+
+    def look_at(self, row: dict[str, Any], history: History) -> None:
+        """Count a step by its row in metrics.jsonl, and say where it was skipped.
+
+        Raises NumericsError after MOST_SKIPPED skipped steps in a row.
+        """
+        loss, norm = row["train/loss"], row["train/grad_norm"]
+        if math.isfinite(loss + norm):
+            self.in_a_row = self.halvings = 0
+            return
+        if self.scales_loss and math.isfinite(loss):
+            self.halvings += 1
+            if self.halvings <= MOST_HALVINGS:
+                return
+        history.skipped += 1
+        self.in_a_row += 1
+        said = f"step {row['step']}: the loss is {loss:.4g} and the gradient's norm {norm:.4g}"
+        if self.in_a_row == MOST_SKIPPED:
+            raise NumericsError(
+                f"{said}, as {MOST_SKIPPED - 1} times in a row before: training diverged.\n"
+                f"The learning rate was {row['train/lr']:.3g}; begin a run with a third of it, or "
+                "with a smaller max_grad_norm."
+            )
+        say(f"Note: {said}: the step is skipped ({history.skipped} so far)")
+
+
+@dataclass
+class Saving:
+    """A run's folder and checkpoints: where they are, when one is due, what the next will hold."""
+
+    run: RunFolder | None  # None: a smaller micro-batch is not kept for a later start
+    store: CheckpointStore
+    clock: SaveClock
+    best: BestWeights | None = None
+    last_step: int = 0  # of the newest checkpoint
 
 
 @dataclass
 class Trainer:
-    """What training changes, and how a step, an evaluation and a checkpoint of it are made."""
+    """A training run: a learner, what it is to do, what it has done, and where that is kept."""
 
-    model: nn.Module
-    optimizer: torch.optim.Optimizer
-    device: torch.device
-    precision: Precision
+    learner: Learner
     journal: Journal
     tokenizer: Tokenizer
-    store: CheckpointStore | None = None  # None: nothing is saved
-    clock: SaveClock | None = None
-    run: "RunFolder | None" = None  # None: nothing is noted for a later start
-    parallel: Parallel = ALONE
+    plan: LoopPlan
+    saving: Saving | None = None  # None: nothing is saved
+    steps: int = 0  # done so far
 
     def __post_init__(self) -> None:
+        self.parallel = self.learner.parallel
         self.stop = StopSignals(self.parallel)
-        self.replica = replica(self.model, self.parallel)  # the model as a step calls it
-        self.scaler = self.precision.scaler()
-        self.best: BestWeights | None = None
-        self._plan: LoopPlan | None = None  # what a checkpoint says of the learning rates
-        self._saved_step = 0
-        self.loaders: tuple[DataLoader, ...] = ()
-        self._micro_batch: int | None = None  # windows at a time, since memory ran out
+        self.skipped = SkippedSteps(self.learner.precision.scales_loss)
         self._step_began_at = 0.0
 
-    def step(self, step: Step, max_grad_norm: float) -> tuple[torch.Tensor, torch.Tensor]:
-        """One optimizer step; returns its loss and gradient norm, those of all ranks.
-
-        Where memory runs out, the step is made again with half as many windows at a time, and so
-        are all that follow: the sum stays the same. Raises OutOfStepMemory where a single window
-        is too much, or other ranks are in the middle of the step.
-        """
-        self.parallel.place = f"step {self.journal.steps + 1}"
+    def step(self, step: Step) -> tuple[torch.Tensor, torch.Tensor]:
+        """One optimizer step; returns its loss and gradient norm, those of all ranks."""
+        label = self.parallel.place = f"step {self.steps + 1}"
         self._step_began_at = time.monotonic()
-        batches = step.batches
-        while True:
-            parts = batches if self._micro_batch is None else in_parts(batches, self._micro_batch)
-            n_windows = max(len(ids) for ids, _ in parts)
-            try:
-                return self._try_step(step._replace(batches=parts), max_grad_norm)
-            except OutOfStepMemory as error:
-                error.n_windows = n_windows
-                if not self.parallel.is_alone:  # a restart takes fewer
-                    self.parallel.note("micro_batch", str(halved(n_windows)))
-                    raise
-                if n_windows == 1:
-                    raise
-            # out here the error is gone, and with it what it held of the step
-            self._use_smaller(halved(n_windows), n_windows)
+        with self._keeping_micro_batch():
+            return self.learner.step(step, self.plan.max_grad_norm, self.stop, label)
 
-    def _try_step(self, step: Step, max_grad_norm: float) -> tuple[torch.Tensor, torch.Tensor]:
-        parts = [(to_device(x, self.device), to_device(y, self.device)) for x, y in step.batches]
-        return take_step(
-            self.replica,
-            parts,
-            self.optimizer,
-            self.precision,
-            max_grad_norm,
-            scaler=self.scaler,
-            stop=self.stop,
-            parallel=self.parallel,
-            n_targets=step.n_targets,
-        )
+    def evaluate(self, loader: DataLoader) -> float:
+        """The mean loss over eval_iter batches of a loader, unless a signal asks to stop."""
+        with self._keeping_micro_batch():
+            return self.learner.evaluate(loader, self.plan.eval_iter, self.stop)
 
-    def _use_smaller(self, n_windows: int, before: int) -> None:
-        """Go through fewer windows at a time from here on; evaluations do, too."""
-        gc.collect()
-        release_memory(self.device)
-        if is_compiled(self.model):  # for steps of several micro-batches from here on
-            undo_compiling(self.model)
-            compile_model(self.model, self.device, micro_batches=2)
-        say(
-            f"Note: step {self.journal.steps + 1} ran out of memory: {n_windows} windows at a time "
-            f"instead of {before} from here on, the batch stays the same"
-        )
-        self._micro_batch = n_windows
-        for loader in self.loaders:
-            if isinstance(loader.batch_sampler, WindowBatches):
-                loader.batch_sampler.micro_batch = n_windows
-        if self.run is not None:
-            self.run.note_micro_batch(n_windows)
+    @contextlib.contextmanager
+    def _keeping_micro_batch(self) -> Iterator[None]:
+        """Keep a micro-batch that the learner makes smaller in here for a later start.
 
-    def mean_loss(self, loader: DataLoader) -> float:
-        """The mean loss over a loader, and the other ranks', unless a signal asks to stop."""
-        return mean_loss(self.model, loader, self.device, self.precision, self.stop, self.parallel)
+        At once and not with the next checkpoint: the steps since the last one would run out of
+        memory again.
+        """
+        before, run = self.learner.micro_batch, self.saving and self.saving.run
+        try:
+            yield
+        finally:
+            if run is not None and self.learner.micro_batch != before:
+                run.note_micro_batch(self.learner.micro_batch)
 
-    def sample(self, label: str, prompts: list[str]) -> None:
-        """Let the model continue the prompts, greedily, and show what it writes."""
+    def look_at(self, rows: list[dict[str, Any]]) -> None:
+        """Look whether steps were skipped; NumericsError where too many were."""
+        for row in rows:
+            self.skipped.look_at(row, self.journal.history)
+
+    def sample(self, label: str) -> None:
+        """Let the model continue the plan's prompts, greedily, and show what it writes."""
         began_at = time.monotonic()
-        with whole(self.model, self.parallel), self.precision.autocast():
+        model = self.learner.model
+        with whole(model, self.parallel), self.learner.precision.autocast():
             texts = continue_prompts(
-                self.model,
+                model,
                 self.tokenizer,
-                prompts,
+                self.plan.prompts,
                 max_new_tokens=SAMPLE_TOKENS,
                 temperature=0.0,
             )
@@ -238,18 +233,22 @@ class Trainer:
 
     def keep_best(self) -> None:
         """Copy weights that were evaluated as better than those held; the next save writes them."""
-        history, held = self.journal.history, math.inf
-        if self.best is not None:
-            held = history.val_losses[history.steps.index(self.best.step)]
-        if self.store is not None and history.steps[-1] > 0 and history.val_losses[-1] < held:
-            self.best = BestWeights(history.steps[-1], copy_weights(self.model, self.parallel))
+        history, held, saving = self.journal.history, math.inf, self.saving
+        if saving is None:
+            return
+        if saving.best is not None:
+            held = history.val_losses[history.steps.index(saving.best.step)]
+        if history.steps[-1] > 0 and history.val_losses[-1] < held:
+            weights = copy_weights(self.learner.model, self.parallel)
+            saving.best = BestWeights(history.steps[-1], weights)
 
-    def save_where_due(self, *, is_last: bool) -> None:
+    def save_where_due(self) -> None:
         """Save a checkpoint after the last step, and whenever the clock says so.
 
         Here, once a step, the ranks agree on that and on whether to stop.
         """
-        is_due = self.store is not None and (is_last or self.clock.is_due(self.journal.steps))
+        is_last = self.steps == self.plan.total_steps
+        is_due = self.saving is not None and (is_last or self.saving.clock.is_due(self.steps))
         step_s = time.monotonic() - self._step_began_at
         [is_due] = self.stop.agree(is_due, step_s=step_s)
         if is_due:
@@ -257,66 +256,74 @@ class Trainer:
 
     def save(self) -> None:
         """Save a checkpoint of the steps so far, unless there is one or nothing to save."""
-        step = self.journal.steps
-        if self.store is None or step in (0, self._saved_step):
+        saving, learner = self.saving, self.learner
+        if saving is None or self.steps in (0, saving.last_step):
             return
         began_at = time.monotonic()
+        self.look_at(self.journal.fetch())
+        own, *others = self.parallel.gather(random_state(learner.device))
         state = {
+            "steps": self.steps,
+            "skipped_in_a_row": self.skipped.in_a_row,
+            "halvings_in_a_row": self.skipped.halvings,
             "journal": self.journal.state(),
-            "random": random_state(self.device),
-            "other_ranks": self.parallel.gather(random_state(self.device))[1:],
-            "scaler": self.scaler.state_dict(),
-            "schedule": asdict(self._plan.schedule),
-            "total_steps": self._plan.total_steps,
+            "random": own,
+            "other_ranks": others,
+            "scaler": learner.scaler.state_dict(),
+            "schedule": asdict(self.plan.schedule),
+            "total_steps": self.plan.total_steps,
         }
-        self.store.save(step, self.model, self.optimizer, state, self.best)
-        self._saved_step = step
-        self.clock.note(began_at)
+        saving.store.save(self.steps, learner.model, learner.optimizer, state, saving.best)
+        saving.last_step = self.steps
+        saving.clock.note(began_at)
         self.journal.leave_out(time.monotonic() - began_at)
 
-    def restore(self, plan: LoopPlan) -> LoopPlan:
-        """Go on from the newest checkpoint, where there is one; returns the plan with its rates.
+    def restore(self) -> None:
+        """Go on from the newest checkpoint, where there is one, at the rates of its schedule.
 
         Raises CheckpointError where none can be used.
         """
-        found = self.store.restore(self.model, self.optimizer)
-        self._plan = plan
+        store = self.saving.store
+        found = store.restore(self.learner.model, self.learner.optimizer)
         if found is None:
             self.journal.restore(None)
-            return plan
-        state, self.best = found
+            return
+        state, self.saving.best = found
         try:
-            self.journal.restore(state["journal"])
-            self._restore_random(state)
-            if state["scaler"]:  # none of a run that had another precision until now
-                self.scaler.load_state_dict(state["scaler"])
-            schedule, step = Schedule(**state["schedule"]), self.journal.steps
-            # the last checkpoint comes before the last evaluation, which the run then still owes
-            former_end = step if step == state["total_steps"] else None
-            if plan.total_steps > state["total_steps"]:
-                schedule = extend_schedule(schedule, plan.total_steps, step)
+            self._restore(state)
         except (LookupError, TypeError, ValueError, RuntimeError) as error:
             # sealed, but by another program
-            raise CheckpointError(
-                f"{self.store.newest()} can't be gone on from: {error!r}"
-            ) from error
-        self._plan = replace(plan, schedule=schedule, former_end=former_end)
-        self._saved_step = self.journal.steps
-        return self._plan
+            raise CheckpointError(f"{store.newest()} can't be gone on from: {error!r}") from error
+
+    def _restore(self, state: dict[str, Any]) -> None:
+        self.steps = self.saving.last_step = state["steps"]
+        self.skipped.in_a_row = state["skipped_in_a_row"]
+        self.skipped.halvings = state["halvings_in_a_row"]
+        self.journal.restore(state["journal"])
+        self._restore_random(state)
+        if state["scaler"]:  # none of a run that had another precision until now
+            self.learner.scaler.load_state_dict(state["scaler"])
+        schedule = Schedule(**state["schedule"])
+        # the last checkpoint comes before the last evaluation, which the run then still owes
+        former_end = self.steps if self.steps == state["total_steps"] else None
+        if self.plan.total_steps > state["total_steps"]:
+            schedule = extend_schedule(schedule, self.plan.total_steps, self.steps)
+        self.plan = replace(self.plan, schedule=schedule, former_end=former_end)
 
     def _restore_random(self, state: dict[str, Any]) -> None:
         """Each rank's generators; where there were fewer ranks, new ones go on from a new seed."""
-        states = [state["random"], *state.get("other_ranks", [])]  # earlier versions had one rank
+        states = [state["random"], *state["other_ranks"]]
         if self.parallel.rank < len(states):
-            set_random_state(states[self.parallel.rank], self.device)
+            set_random_state(states[self.parallel.rank], self.learner.device)
         else:
-            self.parallel.seed_apart(self.journal.steps)
+            self.parallel.seed_apart(self.steps)
 
     def use_best(self) -> None:
         """Put the best weights into the model."""
-        if self.best is not None and self.best.step != self.journal.steps:
-            load_weights(self.model, self.best.weights, "the best weights", self.parallel)
-            self.journal.weights_of_step = self.best.step
+        best = self.saving.best
+        if best is not None and best.step != self.steps:
+            load_weights(self.learner.model, best.weights, "the best weights", self.parallel)
+            self.journal.weights_of_step = best.step
 
 
 def continue_prompts(
@@ -335,7 +342,7 @@ def continue_prompts(
     return [tokenizer.decode(row[:-1] if row[-1] == end else row) for row in rows]
 
 
-def train(env: "RuntimeEnv") -> Journal:
+def train(env: RuntimeEnv) -> Journal:
     """Train what prepare_environment() built, or go on where an earlier process left off.
 
     The model ends with its last weights, or the best ones where patience was set. Raises Stopped
@@ -350,7 +357,7 @@ def train(env: "RuntimeEnv") -> Journal:
         return _train(env)
 
 
-def _train(env: "RuntimeEnv") -> Journal:
+def _train(env: RuntimeEnv) -> Journal:
     run, config, parallel = env.run, env.train_config, env.parallel
     for note in run.notes:
         say(f"Note: {note}")
@@ -362,21 +369,8 @@ def _train(env: "RuntimeEnv") -> Journal:
         log_every=env.log_every,
         folder=parallel.only_main(run.path),
         token_size=env.token_size,
-        scales_loss=env.precision.scales_loss,
     )
     clock = SaveClock(config.save_every, config.save_minutes)
-    trainer = Trainer(
-        env.model,
-        env.optimizer,
-        env.device,
-        env.precision,
-        journal,
-        env.tokenizer,
-        store,
-        clock,
-        run,
-        parallel,
-    )
     plan = LoopPlan(
         total_steps=env.total_steps,
         eval_freq=config.eval_freq,
@@ -386,50 +380,49 @@ def _train(env: "RuntimeEnv") -> Journal:
         prompts=config.prompts,
         patience=config.patience,
     )
-    plan = trainer.restore(plan)
-    if run.saved is not None or journal.steps > 0:
-        say(f"Resuming {run.path}: {journal.steps:,} of {plan.total_steps:,} steps are done")
+    trainer = Trainer(env.learner, journal, env.tokenizer, plan, Saving(run, store, clock))
+    trainer.restore()
+    if run.goes_on or trainer.steps > 0:
+        say(f"Resuming {run.path}: {trainer.steps:,} of {plan.total_steps:,} steps are done")
     journal.trackers = open_trackers(
         parallel.only_main(env.tracking) or [],
         run.path,
         run.run_id,
         run.settings,
-        journal.steps,
+        trainer.steps,
     )
     try:
         with trainer.stop:
-            _train_and_save(trainer, env.train_loader, env.val_loader, plan)
+            _train_and_save(trainer, env.train_loader, env.val_loader)
     finally:
         journal.close()
-    if journal.steps < plan.total_steps:
+    if trainer.steps < plan.total_steps:
         say(
             f"Stopped early: {config.patience} evaluations in a row have not been better than "
             f"that of step {journal.history.steps[journal.history.best]}"
         )
-    store.save_best(trainer.best)
+    store.save_best(trainer.saving.best)
     if config.patience is not None:
         trainer.use_best()
     journal.show_picture()
     return journal
 
 
-def _train_and_save(
-    trainer: Trainer, train_loader: DataLoader, val_loader: DataLoader, plan: LoopPlan
-) -> None:
+def _train_and_save(trainer: Trainer, train_loader: DataLoader, val_loader: DataLoader) -> None:
     """Run the loop; whatever ends it in order, the last whole step is saved."""
-    journal, store = trainer.journal, trainer.store
+    store = trainer.saving.store
     try:
         try:
-            training_loop(trainer, train_loader, val_loader, plan)
+            training_loop(trainer, train_loader, val_loader)
             trainer.save()  # patience may have ended the run between two checkpoints
             trainer.stop.agree()
             trainer.stop.check()
         except Stopped as stopped:
             trainer.save()
-            kept = f"saved in {store.newest()}" if journal.steps else "nothing was trained yet"
+            kept = f"saved in {store.newest()}" if trainer.steps else "nothing was trained yet"
             raise Stopped(
                 stopped.signal_number,
-                f"Stopped after step {journal.steps:,} of {plan.total_steps:,}: {kept}.\n"
+                f"Stopped after step {trainer.steps:,} of {trainer.plan.total_steps:,}: {kept}.\n"
                 "The same command goes on from there.",
             ) from None
     except NumericsError as error:
@@ -442,9 +435,23 @@ def _train_and_save(
         windows = "a single window" if error.n_windows == 1 else f"{error.n_windows} windows"
         advice = ADVICE if error.n_windows == 1 else "Set a smaller batch_size, and accumulate."
         raise ResourceError(
-            f"a step ran out of memory with {windows} at a time: {str(error)[:100]}\n"
+            f"{error.where} ran out of memory with {windows} at a time: {str(error)[:100]}\n"
             f"{advice}\n{kept}"
         ) from error
+
+
+def _check_counts(counts: dict[str, int], start_context: str | list[str]) -> None:
+    """Raise SettingsError with every wrong value of train_model_simple()."""
+    least = {"num_epochs": 0, "eval_freq": 1, "eval_iter": 1}
+    raise_if_any(
+        [
+            f"{name} is {shown(count)}; it must be a whole number at least {least[name]}"
+            for name, count in counts.items()
+            if not isinstance(count, int) or count < least[name]
+        ]
+        + find_problems(TrainingConfig, {"start_context": start_context}),
+        "train_model_simple()",
+    )
 
 
 def train_model_simple(
@@ -473,20 +480,8 @@ def train_model_simple(
     process's share. Raises SettingsError with every wrong value and NumericsError where the
     numbers go bad.
     """
-    counts = (
-        ("num_epochs", num_epochs, 0),
-        ("eval_freq", eval_freq, 1),
-        ("eval_iter", eval_iter, 1),
-    )
-    raise_if_any(
-        [
-            f"{name} is {shown(count)}; it must be a whole number at least {least}"
-            for name, count, least in counts
-            if not isinstance(count, int) or count < least
-        ]
-        + find_problems(TrainingConfig, {"start_context": start_context}),
-        "train_model_simple()",
-    )
+    counts = {"num_epochs": num_epochs, "eval_freq": eval_freq, "eval_iter": eval_iter}
+    _check_counts(counts, start_context)
     parallel = joined()
     if not parallel.is_alone and not isinstance(train_loader.batch_sampler, WindowBatches):
         raise SettingsError(
@@ -503,11 +498,17 @@ def train_model_simple(
         schedule=None,
         prompts=as_prompts(start_context),
     )
-    journal = Journal(
-        tokenizer.vocab_size, plan.total_steps, log_every, scales_loss=precision.scales_loss
+    journal = Journal(tokenizer.vocab_size, plan.total_steps, log_every)
+    learner = Learner(
+        model,
+        optimizer,
+        precision,
+        parallel,
+        device=device,
+        micro_batch=getattr(train_loader.batch_sampler, "micro_batch", None),
     )
-    trainer = Trainer(model, optimizer, device, precision, journal, tokenizer, parallel=parallel)
+    trainer = Trainer(learner, journal, tokenizer, plan)
     with parallel.watched(), contextlib.closing(journal):
-        training_loop(trainer, train_loader, val_loader, plan)
+        training_loop(trainer, train_loader, val_loader)
     history = journal.history
     return history.train_losses, history.val_losses, history.tokens_seen

@@ -1000,14 +1000,15 @@ def _be_a_run(work: Path, cache: Path, board: PhaseBoard) -> None:
     import generation
     import train
     from storage.checkpoint import CheckpointStore
+    from training import learner
 
     with contextlib.suppress(OSError):
         os.setpgid(0, 0)
     sys.stdout = sys.stderr = open(work / "log.txt", "a", encoding="utf-8")  # noqa: SIM115
     os.chdir(work)
     environment.CACHE = cache
-    train.take_step = board.marking("step", train.take_step)
-    train.mean_loss = board.marking("evaluation", train.mean_loss)
+    learner.take_step = board.marking("step", learner.take_step)
+    learner.mean_loss = board.marking("evaluation", learner.mean_loss)
     CheckpointStore.save = board.marking("save", CheckpointStore.save)
     train.Trainer.sample = board.marking("sampling", train.Trainer.sample)
     # main.py, which takes it from there, has not been imported yet
@@ -1069,7 +1070,7 @@ def outcome(run: Path) -> dict[str, Any]:
         "steps": steps,
         "evaluations": [row for row in rows if "val/loss" in row],
         "history": state["journal"]["history"],
-        "counters": {name: state["journal"][name] for name in ("steps", "tokens")},
+        "counters": [state["steps"], state["journal"]["tokens"]],
         "plan": {name: state[name] for name in ("schedule", "total_steps", "scaler", "best_step")},
         "samples.md": (run / "samples.md").read_text(encoding="utf-8"),
         "summary.json": summary,

@@ -96,6 +96,13 @@ def undo_compiling(model: nn.Module) -> None:
         block.__dict__.pop("forward", None)
 
 
+def compile_again(model: nn.Module, device: torch.device, *, micro_batches: int) -> None:
+    """Compile a compiled model's steps anew, in the same regions, for so many micro-batches."""
+    is_one_region = "hidden" in model.__dict__
+    undo_compiling(model)
+    compile_model(model, device, micro_batches=micro_batches, is_alone=is_one_region)
+
+
 class RecordedStep:
     """A function of tensors on a GPU, recorded once and replayed: its kernels wait for no host.
 

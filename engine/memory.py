@@ -36,7 +36,10 @@ _OUT_OF_MEMORY = re.compile(
 class OutOfStepMemory(MemoryError):
     """A micro-batch did not fit; weights, moments and random generators are as before the step."""
 
-    n_windows = 1  # those that did not fit
+    def __init__(self, error: BaseException, n_windows: int, where: str = "a step") -> None:
+        super().__init__(next(iter(str(error).splitlines()), type(error).__name__))
+        self.n_windows = n_windows  # those that did not fit
+        self.where = where
 
 
 def is_out_of_memory(error: BaseException) -> bool:

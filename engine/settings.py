@@ -6,6 +6,7 @@ A settings dataclass declares each field with `setting(...)` and calls `check(se
 
 import dataclasses
 import difflib
+import itertools
 import json
 import math
 import numbers
@@ -13,9 +14,11 @@ import types
 import typing
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from engine.errors import SettingsError
+
+T = TypeVar("T")
 
 # the model fields that a user may set; vocab_size comes from the tokenizer, context_length is
 # called max_length, and tests hold this list against GPTConfig
@@ -90,12 +93,24 @@ class Rule:
     most_items: int | None = None  # of a list, which then may not be empty
 
 
-def setting(default: Any = dataclasses.MISSING, **rule: Any) -> Any:
-    """A dataclass field with a Rule; a mutable default is copied for each object."""
-    metadata = {"rule": Rule(**rule)}
+def setting(
+    default: Any = dataclasses.MISSING, *, on_resume: str | None = None, **rule: Any
+) -> Any:
+    """A dataclass field with a Rule; a mutable default is copied for each object.
+
+    on_resume says what another value means for a run that goes on: "fixed", it is refused;
+    "free", it is taken and recorded; "numeric", it is recorded and changes the last digits.
+    None: the field is compared in another way, or is no part of the run.
+    """
+    metadata = {"rule": Rule(**rule), "on_resume": on_resume}
     if isinstance(default, dict | list):
         return dataclasses.field(default_factory=default.copy, metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
+
+
+def names_on_resume(cls: type, *kinds: str) -> tuple[str, ...]:
+    """The fields of a settings dataclass whose on_resume is one of these kinds."""
+    return tuple(f.name for f in dataclasses.fields(cls) if f.metadata.get("on_resume") in kinds)
 
 
 def check(instance: Any) -> None:
@@ -139,6 +154,30 @@ def find_problems(
     if joined and not problems and hasattr(cls, "conflicts"):
         problems += cls.conflicts(sound)
     return problems
+
+
+def from_json(cls: type[T], value: Any, place: str) -> T:
+    """Rebuild a settings object from what dataclasses.asdict() and JSON made of it.
+
+    Fields that are settings objects themselves are rebuilt as well. No field may be missing, and
+    no other may be there. Raises SettingsError with the problems; place says where the value is.
+    """
+    if not isinstance(value, dict):
+        raise_if_any([f"it is {shown(value)}; it must be {_KINDS[dict]}"], place)
+    hints = typing.get_type_hints(cls)
+    problems = [f'it lacks "{name}"' for name in hints if name not in value]
+    unknown = (name for name in value if name not in hints)  # a damaged file may have millions
+    problems += [f"{shown(name)} is unknown" for name in itertools.islice(unknown, 3)]
+    raise_if_any(problems, place)
+    nested = {name for name, hint in hints.items() if dataclasses.is_dataclass(hint)}
+    return cls(
+        **{
+            name: from_json(hint, value[name], f'{place}["{name}"]')
+            if name in nested
+            else value[name]
+            for name, hint in hints.items()
+        }
+    )
 
 
 def translate_names(

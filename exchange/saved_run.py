@@ -15,11 +15,13 @@ from engine.settings import shown
 from engine.weights import choose_weights, convert_weights
 from generation import SamplingConfig
 from model import GPTConfig, GPTModel
+from planning.decisions import RunRecord, read_record
 from planning.machine import pick_device
+from planning.runs import newest_finished_run
 from planning.settings_file import read_given_settings
 from storage.checkpoint import assign_weights, read_weights
+from storage.files import SETTINGS
 from text.tokenizer import GPT2_FINGERPRINT, Tokenizer, load_tokenizer
-from training.run_folder import SETTINGS, newest_finished_run, read_run_settings
 
 
 @dataclass(frozen=True)
@@ -56,12 +58,11 @@ def load_run(
     """
     prepare_processor()
     path = _find_run(folder)
-    settings = read_run_settings(path)
+    record = read_record(path)
     chosen = pick_device(device)
     kind = choose_weights(weights, chosen)
-    config, sampling = _described(path, settings)
-    tokenizer = _tokenizer_of(path, settings, config)
-    step, model = _trained_model(path, settings["run_id"], which, config)
+    tokenizer = _tokenizer_of(path, record)
+    step, model = _trained_model(path, record.run_id, which, record.model)
     n_parameters = model.count_parameters()
     convert_weights(model, kind)
     model.to(chosen).eval().requires_grad_(False)
@@ -75,19 +76,9 @@ def load_run(
         weights=kind,
         n_parameters=n_parameters,
         tokenizer=tokenizer,
-        sampling=sampling,
-        settings=settings,
+        sampling=record.sampling,
+        settings=record.to_json(),
     )
-
-
-def _described(path: Path, settings: dict[str, Any]) -> tuple[GPTConfig, SamplingConfig]:
-    """What a run's settings say of its model and its samples; CheckpointError where they don't."""
-    try:
-        return GPTConfig(**settings["model"]), SamplingConfig(**settings["sampling"])
-    except (LookupError, TypeError, SettingsError) as error:
-        raise CheckpointError(
-            f"{path / SETTINGS} does not describe a model: {str(error)[:500]}"
-        ) from None
 
 
 def _trained_model(path: Path, run_id: str, which: str, config: GPTConfig) -> tuple[int, GPTModel]:
@@ -141,20 +132,20 @@ def _find_run(folder: str | Path | None) -> Path:
     return output_dir / path if is_named else path
 
 
-def _tokenizer_of(path: Path, settings: dict[str, Any], config: GPTConfig) -> Tokenizer:
+def _tokenizer_of(path: Path, record: RunRecord) -> Tokenizer:
     """The tokenizer that a run was trained with; CheckpointError where it is another by now."""
-    is_gpt2 = settings.get("tokenizer") == GPT2_FINGERPRINT
+    is_gpt2 = record.tokenizer == GPT2_FINGERPRINT
     file = path / "tokenizer.json"
     try:
         # reading GPT-2's from JSON takes half a second
         tokenizer = load_tokenizer("gpt2" if is_gpt2 else file)
     except DataError as error:
         raise CheckpointError(str(error)) from None
-    if tokenizer.fingerprint != settings.get("tokenizer"):
+    if tokenizer.fingerprint != record.tokenizer:
         raise CheckpointError(f"{file} is not the tokenizer that this run was trained with.")
-    if tokenizer.vocab_size != config.vocab_size:
+    if tokenizer.vocab_size != record.model.vocab_size:
         raise CheckpointError(
-            f"{path / SETTINGS} has a vocab_size of {config.vocab_size}, and the run's tokenizer "
-            f"{tokenizer.vocab_size} tokens: they don't belong together."
+            f"{path / SETTINGS} has a vocab_size of {record.model.vocab_size}, and the run's "
+            f"tokenizer {tokenizer.vocab_size} tokens: they don't belong together."
         )
     return tokenizer

@@ -6,7 +6,6 @@ import subprocess
 import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch.utils.data import DataLoader
@@ -38,6 +37,7 @@ from engine.precision import Precision, choose_precision, keep_precision
 from engine.processor import default_threads, threads_are_set
 from engine.settings import shown
 from model import GPTConfig, GPTModel, attention_kernel
+from planning.decisions import RunRecord
 from planning.plan import RunPlan
 from planning.trial import precision_that_agrees
 from training_utils import TrainingConfig
@@ -338,11 +338,10 @@ def fit_into_memory(
     device: torch.device,
     micro_batch: int,
     parallel: Parallel,
-    notices: list[str],
-) -> int:
-    """How many windows at a time there is memory for, at most micro_batch; shows the estimate.
+) -> tuple[int, list[str]]:
+    """How many windows at a time there is memory for, at most micro_batch, and notices.
 
-    Raises ResourceError where there is none for a single one.
+    Shows the estimate. Raises ResourceError where there is none for a single one.
     """
     parts = parallel.world if parallel.kind == "fsdp" else 1
     share = windows.batch_size * asked.gradient_accumulation_steps // parallel.world
@@ -378,18 +377,18 @@ def fit_into_memory(
     needed = estimate.total(fitting)
     of_room = f" of {there} free" if there else ""
     say(f"Memory: about {as_bytes(needed)}{of_room}" + f" ({told})" * (needed > 1e9))
-    if fitting < micro_batch:
-        notices.append(
-            f"memory: {fitting} windows at a time instead of {micro_batch}, which would take "
-            f"{as_bytes(estimate.total(micro_batch))}; the batch stays the same"
-        )
-    return fitting
+    if fitting == micro_batch:
+        return fitting, []
+    return fitting, [
+        f"memory: {fitting} windows at a time instead of {micro_batch}, which would take "
+        f"{as_bytes(estimate.total(micro_batch))}; the batch stays the same"
+    ]
 
 
 def check_arithmetic(
-    model: GPTModel, loader: DataLoader, precision: Precision, notices: list[str]
-) -> Precision:
-    """The precision to train in, after a look at what the GPU does with the model.
+    model: GPTModel, loader: DataLoader, precision: Precision
+) -> tuple[Precision, list[str]]:
+    """The precision to train in, after a look at what the GPU does with the model, and notices.
 
     Apple's GPUs have been wrong before, so what they compute is held against the CPU. On CUDA the
     attention kernel is named, because a wrong library on the path makes it a slow one.
@@ -398,69 +397,80 @@ def check_arithmetic(
     if device.type == "mps":
         ids, targets = (part.to(device) for part in loader.dataset.__getitems__([0]))
         agreed = precision_that_agrees(model, ids, targets, precision)
-        if agreed != precision:
-            notices.append(f"precision is {agreed.name}: {agreed.reason}")
-        return agreed
+        is_kept = agreed == precision
+        return agreed, [] if is_kept else [f"precision is {agreed.name}: {agreed.reason}"]
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")  # TF32 for products that stay in fp32
         kernel = attention_kernel(model.config, precision, device)
         say(f"Attention: {kernel}")
         if kernel == "math" and precision.name != "fp32":
-            notices.append("torch has no fused attention kernel for this GPU: training is slow")
-    return precision
+            return precision, ["torch has no fused attention kernel for this GPU: training is slow"]
+    return precision, []
 
 
-def cap_workers(asked: int, processes: int, notices: list[str]) -> int:
+def decide_workers(asked: int, processes: int) -> tuple[int, list[str]]:
+    """How many of a loader's workers there are cores for, and notices."""
     cores = max(1, (os.cpu_count() or 1) // processes)
-    if asked > cores:
-        notices.append(f"num_workers is lowered from {asked} to {cores}: so many cores are there")
-    return min(asked, cores)
+    if asked <= cores:
+        return asked, []
+    return cores, [f"num_workers is lowered from {asked} to {cores}: so many cores are there"]
 
 
-def decide_precision(
-    plan: RunPlan, saved: dict[str, Any] | None, device: torch.device
-) -> Precision:
+def decide_precision(requested: str, device: torch.device, before: RunRecord | None) -> Precision:
     """PRECISION, or what "auto" came to when the run began that goes on."""
-    if saved is None or plan.run.PRECISION != "auto":
-        return choose_precision(plan.run.PRECISION, device)
-    return keep_precision(saved["precision"]["name"], device)
+    if before is None or requested != "auto":
+        return choose_precision(requested, device)
+    return keep_precision(before.precision.name, device)
 
 
-def share_the_machine(
-    plan: RunPlan,
-    saved: dict[str, Any] | None,
+def decide_threads(
+    night_mode: bool, device: torch.device, parallel: Parallel, before: RunRecord | None
+) -> tuple[int, list[str]]:
+    """How many threads to use, and notices; a run that goes on as it began keeps its number.
+
+    NIGHT_MODE leaves half of the cores to others where the CPU computes.
+    """
+    usual = default_threads(parallel.local_world)
+    is_halved = night_mode and device.type == "cpu"
+    threads = max(1, usual // 2) if is_halved else usual
+    # a number set from outside is somebody's wish
+    if _is_shared_as(before, night_mode, parallel) and not threads_are_set(parallel.local_world):
+        threads = min(before.threads, os.cpu_count() or 1)
+    return threads, [f"night mode: {threads} of {usual} threads"] if is_halved else []
+
+
+def decide_micro_batch(
+    night_mode: bool,
     device: torch.device,
     most: int,
     parallel: Parallel,
-    notices: list[str],
-) -> tuple[int, int]:
-    """How many threads to use and how many windows at a time, at most so many; a run that goes on
-    keeps its own.
+    before: RunRecord | None,
+) -> tuple[int, list[str]]:
+    """How many windows at a time, at most so many, and notices; a run that goes on as it began
+    keeps its number.
 
-    NIGHT_MODE leaves half of the cores, or half of the GPU's memory, to others: a step then goes
-    through its windows in smaller parts, with the same sum up to rounding.
+    NIGHT_MODE leaves half of a GPU's memory to others: a step then goes through its windows in
+    smaller parts, with the same sum up to rounding.
     """
-    night, micro_batch = plan.run.NIGHT_MODE, most
-    threads = usual_threads = default_threads(parallel.local_world)
-    if night and device.type == "cpu":
-        threads = max(1, threads // 2)
-    if night and device.type != "cpu":
+    micro_batch, notices = most, []
+    if night_mode and device.type != "cpu":
         micro_batch = halved(most)
         memory = "half of the memory, " if limit_memory(device, 0.5) else ""
         notices.append(f"night mode: {memory}{micro_batch} windows at a time instead of {most}")
-    if saved is not None and saved["settings"]["NIGHT_MODE"] == night:
-        same_ranks = saved.get("ranks", 1) == parallel.world
-        # a number set from outside is somebody's wish
-        if same_ranks and not threads_are_set(parallel.local_world):
-            threads = min(saved["threads"], os.cpu_count() or 1)
-        before = saved.get("micro_batch")  # earlier versions kept none
-        if same_ranks and isinstance(before, int) and before > 0:
-            micro_batch = min(before, most)
+    if _is_shared_as(before, night_mode, parallel):
+        micro_batch = min(before.micro_batch, most)
     if noted := parallel.noted("micro_batch"):  # what a failure of this job has shown
         micro_batch = min(micro_batch, int(noted))
-    if night and device.type == "cpu":
-        notices.append(f"night mode: {threads} of {usual_threads} threads")
-    return threads, micro_batch
+    return micro_batch, notices
+
+
+def _is_shared_as(before: RunRecord | None, night_mode: bool, parallel: Parallel) -> bool:
+    """Whether a run that goes on shares the machine in the way in which it began."""
+    return (
+        before is not None
+        and before.ranks == parallel.world
+        and before.settings["NIGHT_MODE"] == night_mode
+    )
 
 
 def share_of_a_batch(asked: TrainingConfig, windows: WindowPlan, parallel: Parallel) -> int:

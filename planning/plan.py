@@ -41,25 +41,25 @@ class RunSettings:
     """The names of config_run.py, with the values that a missing name has."""
 
     DATA: str | dict | list = setting("the-verdict")
-    TOKENIZER: str = setting("gpt2")
+    TOKENIZER: str = setting("gpt2", on_resume="fixed")
     QUICK_MODE: bool = setting(True)
     CUSTOM_MODE: bool = setting(False)
     MODEL: str = setting("auto")
     USE_SMALL: bool = setting(True)
     USE_DEFAULT: bool = setting(False)
     custom_params: dict = setting({})
-    sampling_params: dict = setting({})
-    DEVICE: str | None = setting(None)
-    PRECISION: str = setting("auto", choices=PRECISIONS)
-    COMPILE: str | bool = setting("auto")
-    PARALLEL: str = setting("auto", choices=KINDS)
-    SEED: int = setting(123, minimum=0, maximum=2**32 - 1)
-    LOG_EVERY: int = setting(0, minimum=0)
+    sampling_params: dict = setting({}, on_resume="free")
+    DEVICE: str | None = setting(None, on_resume="free")
+    PRECISION: str = setting("auto", on_resume="fixed", choices=PRECISIONS)
+    COMPILE: str | bool = setting("auto", on_resume="free")
+    PARALLEL: str = setting("auto", on_resume="free", choices=KINDS)
+    SEED: int = setting(123, on_resume="fixed", minimum=0, maximum=2**32 - 1)
+    LOG_EVERY: int = setting(0, on_resume="free", minimum=0)
     OUTPUT_DIR: str = setting("runs")
     RUN_NAME: str | None = setting(None)
     RESUME: str | bool = setting("auto")
-    TRACKING: list = setting([])
-    NIGHT_MODE: bool = setting(False)
+    TRACKING: list = setting([], on_resume="free")
+    NIGHT_MODE: bool = setting(False, on_resume="free")
 
     def __post_init__(self) -> None:
         check(self)
@@ -132,6 +132,34 @@ def _can_be_a_path(text: str) -> bool:
 
 
 @dataclass(frozen=True)
+class Length:
+    """How long a run is to be: the first of these that is reached; None is no limit."""
+
+    num_epochs: int | None
+    max_steps: int | None
+    at_most: int | None  # steps, by the mode
+
+    def __post_init__(self) -> None:
+        check(self)
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What was asked for before anything was worked out: runs that go on are compared by it."""
+
+    mode: str
+    seed: int
+    precision: str
+    tokenizer: str
+    model: dict  # GPTConfig's arguments, all but vocab_size
+    training: TrainingConfig
+    length: Length
+
+    def __post_init__(self) -> None:
+        check(self)
+
+
+@dataclass(frozen=True)
 class RunPlan:
     """All settings of a run after every rule, and why each rule came out as it did."""
 
@@ -149,23 +177,22 @@ class RunPlan:
         """The optimizer steps that the mode allows at most."""
         return QUICK_MODE_STEPS if self.mode == "quick" else None
 
-    def asked(self) -> dict[str, Any]:
-        """What was asked for, as JSON, before anything was worked out: a run that is to go on is
-        compared by it."""
-        training = self.training.to_dict()
-        return {
-            "mode": self.mode,
-            "seed": self.run.SEED,
-            "precision": self.run.PRECISION,
-            "tokenizer": self.run.TOKENIZER,
-            "model": self.model,
-            "training": training,
-            "length": {
-                "num_epochs": None if training["time_budget_minutes"] else training["num_epochs"],
-                "max_steps": training["max_steps"],
-                "at_most": self.most_steps,
-            },
-        }
+    def asked(self) -> Asked:
+        """What a run that is to go on is compared by."""
+        training = self.training
+        return Asked(
+            mode=self.mode,
+            seed=self.run.SEED,
+            precision=self.run.PRECISION,
+            tokenizer=self.run.TOKENIZER,
+            model=self.model,
+            training=training,
+            length=Length(
+                num_epochs=None if training.time_budget_minutes else training.num_epochs,
+                max_steps=training.max_steps,
+                at_most=self.most_steps,
+            ),
+        )
 
 
 def resolve_settings(given: dict[str, Any], place: str, models_file: Path = MODELS_FILE) -> RunPlan:

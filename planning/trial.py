@@ -6,7 +6,6 @@ import dataclasses
 import statistics
 import time
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch.utils.data import DataLoader
@@ -22,14 +21,15 @@ from engine.console import say
 from engine.devices import synchronize
 from engine.errors import ResourceError
 from engine.loss import next_token_loss
-from engine.memory import OutOfStepMemory, halved
+from engine.memory import OutOfStepMemory
 from engine.optim import EVALUATIONS, LONGEST_EVAL_FREQ, set_learning_rate
 from engine.precision import Precision
 from engine.randomness import random_state, set_random_state
 from generation import evaluating
 from model import GPTModel, KVCache
+from planning.decisions import RunRecord
 from planning.plan import RunPlan
-from training.learner import steps_of_epoch, take_step, to_device, using_threads
+from training.learner import Learner, steps_of_epoch, using_threads
 from training_utils import TrainingConfig
 
 TIMED_STEPS = 3
@@ -50,13 +50,13 @@ class Compiled:
 
 @dataclass
 class Trial:
-    """A run that is ready to train, tried without training it."""
+    """A run that is ready to train, tried without training it.
 
-    model: GPTModel
-    optimizer: torch.optim.Optimizer
+    Where each rank has the whole model, its learner makes steps without the other ranks.
+    """
+
+    learner: Learner
     loader: DataLoader
-    precision: Precision
-    device: torch.device
     threads: int
     parallel: Parallel = ALONE
 
@@ -64,58 +64,38 @@ class Trial:
         """The median time of an optimizer step here, after one that doesn't count.
 
         Weights, moments and random numbers are afterwards what they were. Where memory runs out,
-        and may_halve, the micro-batch is half as large from here on; else, and for a single
-        window, OutOfStepMemory is raised.
+        and may_halve, the learner's micro-batch is half as large from here on; else, and for a
+        single window, OutOfStepMemory is raised.
         """
-        batches = self.loader.batch_sampler
-        while True:
-            try:
-                return self._step_seconds()
-            except OutOfStepMemory:
-                if not may_halve or batches.micro_batch == 1 or self.parallel.kind == "fsdp":
-                    raise
-            batches.micro_batch = halved(min(batches.micro_batch, batches.batch_size))
-            say(f"Note: memory ran out: {batches.micro_batch} windows at a time, as a trial shows")
+        if not may_halve:
+            return self._step_seconds()
+        return self.learner.in_smaller_parts(self._step_seconds, "a trial")
 
     def agreed(self, seconds: float) -> float:
-        """The mean of what the ranks have measured; all take the fewest windows at a time."""
-        batches = self.loader.batch_sampler
-        batches.micro_batch = self.parallel.lowest(batches.micro_batch)
+        """The mean of what the ranks have measured; all take the smallest micro-batch."""
+        self.learner.micro_batch = self.parallel.lowest(self.learner.micro_batch)
         return self.parallel.mean(seconds)
 
     def _step_seconds(self) -> float:
-        random_before = random_state(self.device)
-        rates = [group["lr"] for group in self.optimizer.param_groups]
-        set_learning_rate(self.optimizer, 0.0)  # such a step changes no weight
+        learner, optimizer = self.learner, self.learner.optimizer
+        random_before = random_state(learner.device)
+        rates = [group["lr"] for group in optimizer.param_groups]
+        set_learning_rate(optimizer, 0.0)  # such a step changes no weight
         step = next(steps_of_epoch(self.loader, 0, 0, 1))
-        batches = [
-            (to_device(ids, self.device), to_device(targets, self.device))
-            for ids, targets in step.batches
-        ]
-        # what lies whole on each rank is tried without the others
-        others = self.parallel if self.parallel.kind == "fsdp" else ALONE
         seconds = []
         try:
             with using_threads(self.threads):
                 for _ in range(1 + TIMED_STEPS):
                     started_at = time.perf_counter()
-                    take_step(
-                        self.model,
-                        batches,
-                        self.optimizer,
-                        self.precision,
-                        1.0,
-                        parallel=others,
-                        n_targets=step.n_targets,
-                    )
-                    synchronize(self.device)
+                    learner.try_step(step, 1.0)
+                    synchronize(learner.device)
                     seconds.append(time.perf_counter() - started_at)
         finally:
             self.loader.batch_sampler.start_at(0)
-            self.optimizer.state.clear()
-            for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
+            optimizer.state.clear()
+            for group, rate in zip(optimizer.param_groups, rates, strict=True):
                 group["lr"] = rate
-            set_random_state(random_before, self.device)
+            set_random_state(random_before, learner.device)
         return statistics.median(seconds[1:])
 
     def compile(self, as_written: float | None) -> str | None:
@@ -125,10 +105,11 @@ class Trial:
         seconds: the model then runs as it is written, with the micro-batch that it had.
         """
         say("Compiling the model's blocks: up to a minute, once ...")
+        model, windows = self.learner.model, self.loader.batch_sampler.count_own(0)
         compile_model(
-            self.model,
-            self.device,
-            micro_batches=self.loader.batch_sampler.per_step,
+            model,
+            self.learner.device,
+            micro_batches=-(-windows // self.learner.micro_batch),
             is_alone=self.parallel.is_alone,
         )
         started_at = time.perf_counter()
@@ -142,11 +123,11 @@ class Trial:
             failed = f"{type(error).__name__}: {reason}"
         seconds = self.agreed(seconds)
         if any(self.parallel.highest(failed is not None)):
-            undo_compiling(self.model)
+            undo_compiling(model)
             return failed or "compiling failed in another process"
         say(f"✓ Compiled in {time.perf_counter() - started_at:.0f} s")
         if as_written is not None and seconds >= as_written:
-            undo_compiling(self.model)
+            undo_compiling(model)
             return f"compiled steps are no faster here: {seconds:.2g} s, {as_written:.2g} s without"
         return None
 
@@ -223,7 +204,8 @@ def decide_compiling(
     """
     if requested is False:
         return Compiled(False, "as set")
-    obstacles = trial.parallel.gather(what_prevents_compiling(trial.device))
+    model, device = trial.learner.model, trial.learner.device
+    obstacles = trial.parallel.gather(what_prevents_compiling(device))
     if obstacle := next(filter(None, obstacles), None):
         return Compiled(False, obstacle)
     if trial.parallel.kind == "fsdp":
@@ -232,12 +214,12 @@ def decide_compiling(
     if requested == "auto":
         tokens = len(trial.loader.dataset[0][0]) * trial.loader.batch_sampler.step_size
         tokens //= trial.parallel.world
-        if budget_s is None and total_steps * tokens * trial.model.flop_per_token() < WORTH_A_TRIAL:
+        if budget_s is None and total_steps * tokens * model.flop_per_token() < WORTH_A_TRIAL:
             return Compiled(False, "a run this short would not repay it")
         seconds = trial.agreed(trial.step_seconds())
         steps = total_steps if budget_s is None else round(budget_s / seconds)
         reason = f"{steps:,} steps of {seconds:.2g} s"
-        if not is_repaid(seconds, steps, trial.device):
+        if not is_repaid(seconds, steps, device):
             return Compiled(False, f"{reason} would not repay it")
         reason += " repay it"
     obstacle = trial.compile(seconds)
@@ -265,7 +247,7 @@ def count_steps(plan: RunPlan, training: TrainingConfig, steps_per_epoch: int) -
 
 def try_out(
     plan: RunPlan,
-    saved: dict[str, Any] | None,
+    before: RunRecord | None,
     asked: TrainingConfig,
     trial: Trial,
     steps_per_epoch: int,
@@ -276,8 +258,8 @@ def try_out(
     A run that goes on keeps both.
     """
     requested, why = plan.run.COMPILE, None
-    if requested == "auto" and saved is not None and isinstance(saved.get("compiled"), bool):
-        requested, why = saved["compiled"], "as when this run began"
+    if requested == "auto" and before is not None:
+        requested, why = before.compiled, "as when this run began"
     has_budget = asked.time_budget_minutes is not None and asked.max_steps is None
     if asked.time_budget_minutes is not None and plan.training.max_steps is not None:
         notices.append("time_budget_minutes is not used: max_steps, where set, alone ends the run")

@@ -131,7 +131,7 @@ async def _serve(arguments: argparse.Namespace, run: LoadedRun, listener: socket
         )
     served = Served(
         model=run.path.resolve().name,
-        aliases=tuple({run.path.name, run.settings.get("model_name") or run.path.name}),
+        aliases=tuple({run.path.name, run.settings["model_name"]}),
         created=int((run.path / "settings.json").stat().st_mtime),
         fingerprint=f"step-{run.step}-{run.weights}",
         tokenizer=run.tokenizer,

@@ -21,11 +21,12 @@ import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, BinaryIO, TypeVar
 
 from engine.errors import BusyError, CheckpointError, ResourceError
 
 MANIFEST = "manifest.json"
+SETTINGS, DATA, SUMMARY = "settings.json", "data.json", "summary.json"  # of a run's folder
 _LONGEST_MANIFEST = 1 << 20  # bytes; what is longer was not written here
 _BLOCK = 4 << 20  # bytes that are hashed at a time
 _HASHING_THREADS = 4
@@ -416,12 +417,10 @@ class FolderLock:
         except OSError as error:
             raise _cannot_write(self.folder, error) from error
         try:
-            _lock(self._file.fileno())
-        except OSError as error:
+            self._take(self._file)
+        except BaseException:
             self._file.close()
-            if error.errno in (errno.EACCES, errno.EAGAIN, errno.EDEADLK):
-                raise self._busy() from None
-            raise _cannot_write(self.folder / ".lock", error) from error
+            raise
         _LOCKED.add(self.folder)
         try:
             since = time.strftime("%Y-%m-%d %H:%M:%S")
@@ -435,6 +434,21 @@ class FolderLock:
     def __exit__(self, *_: object) -> None:
         _LOCKED.discard(self.folder)
         self._file.close()  # which ends the lock
+
+    def require_free(self) -> None:
+        """Raise BusyError where somebody holds the lock at this moment; writes nothing."""
+        if self.folder in _LOCKED:
+            raise self._busy()
+        with contextlib.suppress(OSError), open(self.folder / ".lock", "r+b") as file:
+            self._take(file)
+
+    def _take(self, file: BinaryIO) -> None:
+        try:
+            _lock(file.fileno())
+        except OSError as error:
+            if error.errno in (errno.EACCES, errno.EAGAIN, errno.EDEADLK):
+                raise self._busy() from None
+            raise _cannot_write(self.folder / ".lock", error) from error
 
     def _busy(self) -> BusyError:
         try:

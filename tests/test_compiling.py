@@ -11,6 +11,7 @@ import torch
 
 from engine import compiling
 from engine.compiling import (
+    compile_again,
     compile_decoding,
     compile_model,
     is_compiled,
@@ -20,10 +21,12 @@ from engine.compiling import (
     what_prevents_compiling,
 )
 from engine.errors import SettingsError
+from engine.memory import OutOfStepMemory
 from generation import generate
 from model import GPTConfig, GPTModel, KVCache
 from tests.test_main import run_main, write_settings
 from tests.test_train import CPU, FP32, tiny_loaders, tiny_model
+from training import learner
 from training.learner import mean_loss
 
 CUDA = torch.device("cuda")
@@ -163,6 +166,39 @@ def test_on_a_gpu_the_whole_is_compiled_and_a_small_model_with_one_micro_batch_r
     assert list(model.state_dict()) == names
     undo_compiling(model)
     assert "hidden" not in vars(model) and model.hidden == written
+
+
+def test_steps_compiled_again_keep_their_regions_and_leave_graphs_for_one_micro_batch(
+    asked_of_torch,
+):
+    for is_alone, region in ((True, "hidden"), (False, "forward")):
+        model = tiny_model()
+        compile_model(model, CUDA, micro_batches=1, is_alone=is_alone)
+        before = [name for module in model.modules() for name in vars(module) if name == region]
+        compile_again(model, CUDA, micro_batches=2)
+        after = [name for module in model.modules() for name in vars(module) if name == region]
+        assert before == after == [region] * (1 if is_alone else len(model.blocks))
+    modes = [options.get("mode") for options in asked_of_torch]
+    assert modes == ["reduce-overhead", "default"] + [None] * 2 * len(model.blocks)
+
+
+@pytest.mark.parametrize("is_compiled", [False, True])
+def test_steps_that_run_out_of_memory_are_compiled_again_where_they_were(monkeypatch, is_compiled):
+    again = []
+    monkeypatch.setattr(learner, "compile_again", lambda *_, **options: again.append(options))
+    monkeypatch.setattr(learner, "is_compiled", lambda model: is_compiled)
+    refusals = iter([OutOfStepMemory(MemoryError(), 4), OutOfStepMemory(MemoryError(), 2)])
+
+    def attempt() -> str:
+        for refusal in refusals:
+            raise refusal
+        return "made"
+
+    model = tiny_model()
+    ours = learner.Learner(model, torch.optim.SGD(model.parameters()), FP32)
+    assert ours.in_smaller_parts(attempt, "step 1") == "made"
+    assert ours.micro_batch == 1
+    assert again == [{"micro_batches": 2}] * 2 * is_compiled
 
 
 @pytest.mark.parametrize("device", [CPU, CUDA], ids=str)

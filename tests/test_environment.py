@@ -1,7 +1,6 @@
 """Building a run: device, settings read at call time, everything on one device."""
 
 import itertools
-import json
 import os
 import tempfile
 from types import SimpleNamespace
@@ -389,7 +388,7 @@ def test_a_run_that_goes_on_keeps_what_auto_came_to(settings_file, compiler, cap
     capsys.readouterr()
     change(settings_file, lines='COMPILE = "auto"\n')
     env = prepare_environment(settings_file)
-    assert env.run.saved is not None and env.run.notes == []
+    assert env.run.goes_on and env.run.notes == []
     assert env.compiled.on == env.run.settings["compiled"] == compiled
     said = f"Compile: {'on' if compiled else 'off'} (as when this run began)"
     assert said in capsys.readouterr().out
@@ -403,23 +402,11 @@ def test_a_run_that_goes_on_with_another_compile_says_that_the_numbers_change(
     begin_run(settings_file)
     change(settings_file, lines=f"COMPILE = {not compiled}\n")
     env = prepare_environment(settings_file)
-    assert env.run.saved is not None and env.compiled.on != compiled
+    assert env.run.goes_on and env.compiled.on != compiled
     [note] = env.run.notes
     assert note.startswith(f"compiled was {compiled} and is {not compiled}: from here on the ")
     [changed] = env.run.settings["changes"]
     assert changed["compiled"] == changed["COMPILE"] == [compiled, not compiled]
-
-
-@pytest.mark.parametrize("kept", [{}, {"compiled": 17}, {"compiled": "auto"}], ids=str)
-def test_a_run_that_kept_no_decision_to_compile_decides_anew(settings_file, compiler, kept):
-    folder = begin_run(settings_file)
-    saved = json.loads((folder / "settings.json").read_text(encoding="utf-8"))
-    del saved["compiled"], saved["why_compiled"]  # as earlier versions left them
-    (folder / "settings.json").write_text(json.dumps(saved | kept), encoding="utf-8")
-    env = prepare_environment(settings_file)
-    assert env.run.saved is not None and not env.compiled.on
-    assert env.compiled.reason == "a run this short would not repay it"
-    assert bool(env.run.notes) == bool(kept)
 
 
 def test_a_time_budget_becomes_the_steps_of_the_run_and_of_its_schedule(
@@ -452,7 +439,7 @@ def test_a_run_that_goes_on_keeps_the_steps_of_its_time_budget(settings_file, st
     step_seconds("nothing is to be tried again")
     capsys.readouterr()
     env = prepare_environment(settings_file)
-    assert env.run.saved is not None and env.run.notes == []
+    assert env.run.goes_on and env.run.notes == []
     assert env.total_steps == before.total_steps
     assert env.schedule == before.schedule
     assert env.train_config == before.train_config
@@ -501,7 +488,7 @@ def test_preparing_writes_nothing_where_an_equal_run_is_unfinished(settings_file
     (folder / ".tmp-1-orphan").write_bytes(b"x")
     before = everything_in(settings_file.parent)
     env = prepare_environment(settings_file)
-    assert env.run.path == folder and env.run.saved is not None
+    assert env.run.path == folder and env.run.goes_on
     assert everything_in(settings_file.parent) == before
 
 
@@ -510,7 +497,7 @@ def test_preparing_writes_nothing_where_another_run_is_unfinished(settings_file)
     change(settings_file, lines="SEED = 5\n")
     before = everything_in(settings_file.parent)
     env = prepare_environment(settings_file)
-    assert env.run.saved is None
+    assert not env.run.goes_on
     [note] = env.run.notes
     assert "is unfinished, but differs (seed: 123 then, 5 now): a new run begins" in note
     assert everything_in(settings_file.parent) == before
@@ -531,7 +518,7 @@ def test_a_run_that_goes_on_keeps_its_threads_unless_they_are_set_from_outside(
     monkeypatch.delenv("OMP_NUM_THREADS")
     change(settings_file, lines="NIGHT_MODE = True\n")
     env = prepare_environment(settings_file)
-    assert env.run.saved is not None
+    assert env.run.goes_on
     assert env.threads == 1
 
 
@@ -542,7 +529,7 @@ def test_a_run_goes_on_with_what_was_worked_out_when_it_began(settings_file):
     text = settings_file.read_text(encoding="utf-8").replace('"max_steps": 40', '"max_steps": 400')
     settings_file.write_text(text, encoding="utf-8")
     env = prepare_environment(settings_file)
-    assert env.run.saved is not None and env.total_steps == 400
+    assert env.run.goes_on and env.total_steps == 400
     # a run of 400 steps would warm up for 40 and evaluate every 40
     assert env.train_config.warmup_steps == before.warmup_steps == 4
     assert env.train_config.eval_freq == before.eval_freq == 4

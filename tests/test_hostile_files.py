@@ -19,6 +19,7 @@ import torch
 
 from engine.errors import CheckpointError, DataError, PipelineError, ResourceError
 from exchange.saved_run import load_run
+from planning.decisions import MOST_SETTINGS_BYTES
 from storage import files as storage
 from tests.conftest import REPOSITORY
 from tests.test_checkpoint import HOSTILE, file_of
@@ -26,7 +27,6 @@ from tests.test_load_run import Trained, edit_settings, listing, read, train_run
 from tests.test_run_folder import Canary
 from text.tokenizer import BPETokenizer, load_tokenizer
 from text.tokenizer_file import END_OF_TEXT
-from training import run_folder
 
 ALLOWED_S = 4.0  # for a refusal that takes a second, on a machine that is busy
 ALLOWED_S_PER_MB = 0.3  # for files that are made of nothing but JSON's brackets
@@ -305,9 +305,9 @@ def test_hostile_json_is_refused(run, name, kind):
 
 def test_settings_longer_than_any_run_leaves_are_not_read(run):
     with open(run / "settings.json", "ab") as file:
-        file.write(b" " * run_folder.MOST_SETTINGS_BYTES)
+        file.write(b" " * MOST_SETTINGS_BYTES)
     assert "settings.json can't be read: it is too long" in refused("best")
-    os.truncate(run / "settings.json", run_folder.MOST_SETTINGS_BYTES)
+    os.truncate(run / "settings.json", MOST_SETTINGS_BYTES)
     assert load_run("one").step == 4
 
 

@@ -44,14 +44,15 @@ import os, sys, time
 from pathlib import Path
 sys.modules["matplotlib"] = None
 import environment, main, train
+from training import learner
 environment.CACHE = Path("cache").resolve()
-take_step = train.take_step
+take_step = learner.take_step
 
 def slow_step(*arguments, **options):
     time.sleep(STEP_S)
     return take_step(*arguments, **options)
 
-train.take_step = slow_step
+learner.take_step = slow_step
 {more}
 sys.exit(main.main(["settings.py"]))
 """
@@ -332,10 +333,10 @@ def test_a_worker_that_is_killed_ends_the_run_with_6_and_a_word(launch, run, see
 
 def test_an_error_of_ours_ends_a_run_that_has_workers(launch):
     more = (
-        "step = train.take_step\n"
+        "step = learner.take_step\n"
         "def broken(*arguments, **options):\n"
         "    raise ZeroDivisionError('a bug of ours')\n"
-        "train.take_step = broken\n"
+        "learner.take_step = broken\n"
     )
     program = launch(more, num_workers=2)
     assert program.process.wait(40) == 1
@@ -371,7 +372,7 @@ def step_when_told(*arguments, **options):
         time.sleep(0.01)
     return take_step(*arguments, **options)
 
-train.take_step = step_when_told
+learner.take_step = step_when_told
 """
 
 
@@ -411,7 +412,7 @@ def test_the_lock_of_a_killed_program_is_taken_over_at_once(launch, run, workers
 # ------------------------------------------------------------------------- killed near the end
 
 KILLED_IN = {  # what is called then, and by which call of it that is known
-    "the final evaluation": ("train.Trainer.mean_loss", "lambda t, _: t.journal.steps == 60"),
+    "the final evaluation": ("train.Trainer.evaluate", "lambda t, *_: t.journal.steps == 60"),
     "the last epoch's sample": ("train.Trainer.sample", "lambda t, *_: t.journal.steps == 60"),
     "the samples": ("journal.Journal.note_sample", "lambda j, label, _: 'Top-k' in label"),
     "the picture": ("journal.Journal.draw", "lambda j: 'Top-p' in j.history.samples[-1][0]"),

@@ -21,9 +21,7 @@ from storage.tracking import Trackers
 from training.journal import (
     FETCH_EVERY,
     LAST_MOMENTS,
-    MOST_HALVINGS,
     MOST_MOMENTS,
-    MOST_SKIPPED,
     PICTURE,
     History,
     Journal,
@@ -61,7 +59,8 @@ def new_journal(folder=None, **fields) -> Journal:
 
 
 def step(journal: Journal, loss: float = GOOD, norm: float = GOOD, n_tokens: int = 16) -> None:
-    journal.step(torch.tensor(loss), torch.tensor(norm), n_tokens, 0.01)
+    number = journal.steps + 1
+    journal.step(number, torch.tensor(loss), torch.tensor(norm), n_tokens, 0.01)
 
 
 def evaluate(journal: Journal, train_loss=2.0, val_loss=2.5, epoch: int | None = None) -> None:
@@ -100,8 +99,8 @@ def test_losses_are_fetched_together(tmp_path):
 
 def test_each_steps_row_has_its_own_numbers(tmp_path):
     journal = new_journal(tmp_path)
-    journal.step(torch.tensor(3.0), torch.tensor(0.5), 16, 0.1)
-    journal.step(torch.tensor(2.0, dtype=torch.bfloat16), torch.tensor(0.25), 8, 0.2)
+    journal.step(1, torch.tensor(3.0), torch.tensor(0.5), 16, 0.1)
+    journal.step(2, torch.tensor(2.0, dtype=torch.bfloat16), torch.tensor(0.25), 8, 0.2)
     journal.fetch()
     names = ("step", "train/loss", "train/grad_norm", "train/lr", "train/tokens")
     expected = [(1, 3.0, 0.5, 0.1, 16), (2, 2.0, 0.25, 0.2, 24)]
@@ -129,70 +128,25 @@ def test_log_every_prints_loss_pace_and_time_left_of_every_nth_step(
 @pytest.mark.parametrize(
     ("loss", "norm"), [(NAN, NAN), (INF, NAN), (-INF, GOOD), (GOOD, INF), (GOOD, NAN)]
 )
-def test_a_step_with_a_bad_number_is_counted_said_and_null(loss, norm, tmp_path, capsys):
+def test_a_bad_number_is_null_in_the_log(loss, norm, tmp_path):
     journal = new_journal(tmp_path, log_every=2)
     step(journal)
     step(journal, loss, norm)
     step(journal)
     journal.fetch()
-    assert journal.history.skipped == 1
-    notes = [line for line in capsys.readouterr().out.splitlines() if "skipped" in line]
-    assert notes == [
-        f"Note: step 2: the loss is {loss:.4g} and the gradient's norm {norm:.4g}: the step is "
-        "skipped (1 so far)"
-    ]
     row = rows_of(tmp_path)[1]
     shown = (row["train/loss"], row["train/grad_norm"])
     assert shown == tuple(x if math.isfinite(x) else None for x in (loss, norm))
     assert [row["step"] for row in rows_of(tmp_path)] == [1, 2, 3]
 
 
-@pytest.mark.parametrize("log_every", [0, 1])
-def test_too_many_skipped_in_a_row_stop_the_run_and_a_good_one_resets_the_row(log_every):
-    journal = new_journal(log_every=log_every)
-    for _ in range(3):
-        for _ in range(MOST_SKIPPED - 1):
-            step(journal, NAN, NAN)
-        step(journal)
-    journal.fetch()
-    assert journal.history.skipped == 3 * (MOST_SKIPPED - 1)
-    with pytest.raises(NumericsError) as caught:
-        for _ in range(MOST_SKIPPED):
-            step(journal, GOOD, INF)
-        journal.fetch()
-    assert caught.value.exit_code == 5
-    assert str(caught.value).startswith(f"step {journal.steps}: the loss is 1 and the gradient's")
-    assert "The learning rate was 0.01; begin a run with a third of it" in str(caught.value)
-
-
-def test_overflows_that_only_lower_the_loss_scale_are_neither_counted_nor_told(capsys):
-    """fp16 begins with a scale of 2 ** 16 and halves it until the gradients fit."""
-    journal = new_journal(scales_loss=True)
-    for n_overflows in (MOST_HALVINGS, 1, 0):
-        for _ in range(n_overflows):
-            step(journal, GOOD, INF)
-        step(journal)
-    journal.fetch()
-    assert (journal.history.skipped, "skipped" in capsys.readouterr().out) == (0, False)
-    step(journal, NAN, NAN)  # a loss that is not a number is no overflow
-    journal.fetch()
-    assert journal.history.skipped == 1
-    with pytest.raises(NumericsError):
-        for _ in range(MOST_HALVINGS + MOST_SKIPPED):
-            step(journal, GOOD, INF)
-        journal.fetch()
-
-
-def test_the_row_of_skipped_steps_outlasts_an_interruption(tmp_path):
-    journal = new_journal(tmp_path)
-    for _ in range(MOST_SKIPPED - 1):
-        step(journal, NAN)
-    state = json.loads(json.dumps(journal.state()))
-    again = new_journal(tmp_path)
-    again.restore(state)
-    step(again, NAN)
-    with pytest.raises(NumericsError, match=f"step {MOST_SKIPPED}:"):
-        again.fetch()
+def test_the_numbers_of_each_step_are_returned_once_when_they_are_read():
+    journal, read = new_journal(log_every=3), []
+    for number in range(1, 6):
+        rows = journal.step(number, torch.tensor(float(number)), torch.tensor(GOOD), 16, 0.01)
+        read.append([row["step"] for row in rows])
+    read += [[row["step"] for row in rows] for rows in (journal.pause(), journal.fetch())]
+    assert read == [[], [], [1, 2, 3], [], [], [4, 5], []]
 
 
 @pytest.mark.parametrize(("train_loss", "val_loss"), [(NAN, GOOD), (GOOD, NAN), (GOOD, INF)])
@@ -502,7 +456,7 @@ def test_a_picture_that_a_viewer_holds_open_is_waited_for_once(tmp_path, capsys,
     folder = tmp_path / "run"
     folder.mkdir()
     journal = new_journal(folder)
-    monkeypatch.setattr("journal.render_losses", lambda **_: b"a picture")
+    monkeypatch.setattr("training.journal.render_losses", lambda **_: b"a picture")
     for _ in range(3):
         step(journal)
         evaluate(journal)
@@ -548,7 +502,7 @@ def test_the_star_of_the_picture_is_at_the_best_evaluation_of_a_trained_model(
     tmp_path, monkeypatch
 ):
     drawn = []
-    monkeypatch.setattr("journal.render_losses", lambda **run: drawn.append(run))
+    monkeypatch.setattr("training.journal.render_losses", lambda **run: drawn.append(run))
     journal = new_journal(tmp_path)
     journal.history = History(
         steps=[0, 4, 8], train_losses=[1.0] * 3, val_losses=[1.0, 3.0, 2.0], tokens_seen=[0, 1, 2]

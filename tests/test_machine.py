@@ -1,5 +1,6 @@
 """Which device a run gets, and what is said where the installed torch can't use the GPU."""
 
+import dataclasses
 import os
 import re
 import stat
@@ -8,9 +9,21 @@ import sys
 import pytest
 import torch
 
+from distributed.parallel import ALONE, Parallel
 from planning import machine
-from planning.machine import has_kernels, pip_line, why_no_gpu
+from planning.decisions import KeptPrecision, RunRecord
+from planning.machine import (
+    decide_micro_batch,
+    decide_precision,
+    decide_threads,
+    decide_workers,
+    has_kernels,
+    pip_line,
+    why_no_gpu,
+)
+from planning.plan import resolve_settings
 from tests.conftest import REPOSITORY
+from tests.records import record_of
 
 # what torch.cuda.get_arch_list() gives for the builds that people have
 CU126 = ["sm_50", "sm_60", "sm_70", "sm_75", "sm_80", "sm_86", "sm_90"]
@@ -142,3 +155,105 @@ def test_the_pip_lines_are_of_the_version_that_is_pinned_and_those_of_the_docume
             if "torch==" in line and "--index-url" in line:
                 build = line.rpartition("/")[2]
                 assert line == pip_line(build), line
+
+
+# ------------------------------------------------- how a run shares the machine with others
+
+RECORD = record_of(resolve_settings({"CUSTOM_MODE": True}, "config_run.py"), threads=3)
+CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
+
+
+def kept(night: bool = False, **changes) -> RunRecord:
+    """The record of a run that goes on."""
+    settings = RECORD.settings | {"NIGHT_MODE": night}
+    return dataclasses.replace(RECORD, settings=settings, **changes)
+
+
+@pytest.fixture
+def cores(monkeypatch):
+    """A machine of eight cores, four threads of which are usual, none set from outside."""
+    monkeypatch.setattr(machine, "default_threads", lambda _: 4)
+    monkeypatch.setattr(machine, "threads_are_set", lambda _: False)
+    monkeypatch.setattr(machine, "limit_memory", lambda device, share: True)
+    monkeypatch.setattr(os, "cpu_count", lambda: 8)
+    return monkeypatch
+
+
+@pytest.mark.parametrize(
+    ("night", "device", "before", "expected"),
+    [
+        (False, CPU, None, 4),
+        (True, CPU, None, 2),
+        (True, GPU, None, 4),
+        (False, CPU, kept(), 3),
+        (True, CPU, kept(), 2),  # it began by day
+        (False, CPU, kept(night=True), 4),
+        (True, CPU, kept(night=True), 3),
+        (False, CPU, kept(ranks=2), 4),
+        (False, CPU, kept(threads=99), 8),
+    ],
+)
+def test_threads_are_the_usual_ones_half_at_night_or_those_of_the_run_that_goes_on(
+    cores, night, device, before, expected
+):
+    threads, notices = decide_threads(night, device, ALONE, before)
+    assert threads == expected
+    halved = night and device == CPU
+    assert notices == [f"night mode: {expected} of 4 threads"] * halved
+    cores.setattr(machine, "threads_are_set", lambda _: True)
+    assert decide_threads(night, device, ALONE, before)[0] == (2 if halved else 4)
+
+
+@pytest.mark.parametrize(
+    ("night", "device", "before", "expected"),
+    [
+        (False, CPU, None, 8),
+        (True, CPU, None, 8),
+        (True, GPU, None, 4),
+        (False, GPU, kept(micro_batch=3), 3),
+        (False, GPU, kept(micro_batch=99), 8),
+        (True, GPU, kept(micro_batch=3), 4),
+        (True, GPU, kept(night=True, micro_batch=3), 3),
+        (False, GPU, kept(micro_batch=3, ranks=2), 8),
+    ],
+)
+def test_the_micro_batch_is_the_whole_half_at_night_or_that_of_the_run_that_goes_on(
+    cores, night, device, before, expected
+):
+    found, notices = decide_micro_batch(night, device, 8, ALONE, before)
+    assert found == expected
+    said = "night mode: half of the memory, 4 windows at a time instead of 8"
+    assert notices == [said] * (night and device == GPU)
+
+
+def test_a_micro_batch_that_failed_before_torchrun_started_again_is_not_tried_again(cores):
+    parallel = Parallel(0, 1)
+    cores.setattr(parallel, "noted", lambda name: "2" if name == "micro_batch" else None)
+    assert decide_micro_batch(False, CPU, 8, parallel, None) == (2, [])
+    assert decide_micro_batch(False, CPU, 1, parallel, None) == (1, [])
+
+
+@pytest.mark.parametrize(
+    ("asked", "processes", "expected"), [(0, 1, 0), (8, 1, 8), (9, 1, 8), (5, 2, 4), (3, 99, 1)]
+)
+def test_a_loader_has_no_more_workers_than_cores(cores, asked, processes, expected):
+    workers, notices = decide_workers(asked, processes)
+    assert workers == expected
+    said = f"num_workers is lowered from {asked} to {expected}: so many cores are there"
+    assert notices == [said] * (expected < asked)
+
+
+@pytest.mark.parametrize(
+    ("requested", "had", "expected"),
+    [
+        ("auto", None, ("bf16", "this CPU has amx_bf16")),
+        ("auto", "bf16", ("bf16", "as when this run began")),
+        ("auto", "fp32", ("fp32", "as when this run began")),
+        ("fp32", "bf16", ("fp32", "as set")),
+    ],
+)
+def test_auto_keeps_the_precision_of_a_run_that_goes_on(monkeypatch, requested, had, expected):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": True})
+    before = had and dataclasses.replace(RECORD, precision=KeptPrecision(had, "x"))
+    precision = decide_precision(requested, CPU, before)
+    assert (precision.name, precision.reason) == expected

@@ -448,7 +448,7 @@ def test_an_unexpected_failure_keeps_its_traceback(workdir, monkeypatch):
     def broken(*_, **__):
         raise ZeroDivisionError("a bug of ours")
 
-    monkeypatch.setattr(train, "take_step", broken)
+    monkeypatch.setattr(training.learner, "take_step", broken)
     write_settings(workdir, "")
     with pytest.raises(ZeroDivisionError):
         main.main(["settings.py"])
@@ -504,7 +504,7 @@ def test_memory_that_runs_out_is_said_with_what_to_change_and_the_checkpoint_is_
 ):
     params = TINY | {"max_steps": 8, "eval_freq": 4, "save_every": 2}
     write_settings(workdir, "", TOKENIZER="char", custom_params=params)
-    real, count = getattr(train, where), itertools.count(1)
+    real, count = getattr(training.learner, where), itertools.count(1)
 
     def run_out(*arguments, **options):
         if next(count) == calls:
@@ -512,7 +512,7 @@ def test_memory_that_runs_out_is_said_with_what_to_change_and_the_checkpoint_is_
         return real(*arguments, **options)
 
     with monkeypatch.context() as patch:
-        patch.setattr(train, where, run_out)
+        patch.setattr(training.learner, where, run_out)
         assert main.main(["settings.py"]) == 6
     message = capsys.readouterr().err
     assert "out of memory" in message
@@ -679,7 +679,7 @@ def test_a_run_that_patience_ended_goes_on_with_more_patience(workdir, capsys):
 
 @pytest.mark.usefixtures("no_pictures")
 def test_what_a_run_had_in_memory_is_free_once_main_returns(workdir, monkeypatch):
-    models, real = [], train.take_step
+    models, real = [], training.learner.take_step
 
     def ending_by(error):
         def take_step(model, *arguments, **options):
@@ -695,7 +695,7 @@ def test_what_a_run_had_in_memory_is_free_once_main_returns(workdir, monkeypatch
     write_settings(workdir, "", TOKENIZER="char", custom_params=TINY | {"max_steps": 3})
     before = signal.getsignal(signal.SIGINT)
     for error, code in ((ResourceError, 6), (signal.SIGINT, 130), (None, 0)):
-        monkeypatch.setattr(train, "take_step", ending_by(error))
+        monkeypatch.setattr(training.learner, "take_step", ending_by(error))
         assert main.main(["settings.py"]) == code
         gc.collect()
         assert models and not any(model() for model in models)
@@ -706,7 +706,7 @@ def test_what_a_run_had_in_memory_is_free_once_main_returns(workdir, monkeypatch
 def test_an_interrupt_in_another_thread_than_the_main_one_ends_with_130_too(
     workdir, monkeypatch, capsys
 ):
-    codes, steps, real = [], itertools.count(1), train.take_step
+    codes, steps, real = [], itertools.count(1), training.learner.take_step
 
     def take_step(*arguments, **options):
         if next(steps) == 3:
@@ -715,7 +715,7 @@ def test_an_interrupt_in_another_thread_than_the_main_one_ends_with_130_too(
 
     params = TINY | {"max_steps": 5, "save_every": 1}
     write_settings(workdir, "", TOKENIZER="char", custom_params=params)
-    monkeypatch.setattr(train, "take_step", take_step)
+    monkeypatch.setattr(training.learner, "take_step", take_step)
     for _ in range(2):
         thread = threading.Thread(target=lambda: codes.append(main.main(["settings.py"])))
         thread.start()

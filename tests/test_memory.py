@@ -30,7 +30,7 @@ from environment import prepare_environment
 from model import GPTConfig, GPTModel
 from tests.conftest import REPOSITORY
 from tests.test_resume import Bench, compare, sha256, uninterrupted
-from tests.test_train import loader_of_13_windows, new_plan, new_trainer, tiny_loaders, tiny_model
+from tests.test_train import loader_of_13_windows, new_trainer, tiny_loaders, tiny_model
 from train import training_loop
 from training.learner import steps_of_epoch
 
@@ -164,7 +164,7 @@ from engine.memory import estimate_memory
 from engine.optim import build_adamw
 from engine.precision import Precision
 from model import GPTConfig, GPTModel
-from train import take_step
+from training.learner import take_step
 
 torch.set_num_threads(1)
 shape, n_windows, n_tokens, saves, name = json.loads(sys.argv[1])
@@ -417,13 +417,12 @@ def test_a_run_that_goes_on_with_less_memory_says_what_that_means(bench):
     assert any("micro_batch was 4 and is 1" in note for note in env.run.notes)
 
 
-@pytest.mark.parametrize("value", ["2", 0, -1, None, 99])
-def test_a_number_of_windows_that_makes_no_sense_is_not_taken_over(bench, value):
+def test_more_windows_at_a_time_than_a_batch_has_are_not_taken_over(bench):
     bench.describe("run")
     bench.signal_at("take_step", 1, after=True)
     assert not bench.session()
     file = bench.run / "settings.json"
-    saved = json.loads(file.read_text(encoding="utf-8")) | {"micro_batch": value}
+    saved = json.loads(file.read_text(encoding="utf-8")) | {"micro_batch": 99}
     file.write_text(json.dumps(saved), encoding="utf-8")
     assert prepared(bench).train_loader.batch_sampler.micro_batch == 4
 
@@ -431,16 +430,22 @@ def test_a_number_of_windows_that_makes_no_sense_is_not_taken_over(bench, value)
 # ------------------------------------------------------------------------- while it trains
 
 
-def run_out_of_memory(above: int, *, from_call: int = 1) -> Callable[[GPTModel], None]:
-    """Give a model no memory to train on more than `above` windows, from a forward pass on."""
+def run_out_of_memory(
+    above: int, *, from_call: int = 1, training: bool = True
+) -> Callable[[GPTModel], None]:
+    """Give a model no memory for more than `above` windows, from a forward pass on.
+
+    It lacks in training, or else in evaluations.
+    """
 
     def prepare(model: GPTModel) -> None:
         count = 0
 
         def refuse(block: torch.nn.Module, arguments: tuple) -> None:
             nonlocal count
-            count += torch.is_grad_enabled()
-            if torch.is_grad_enabled() and count >= from_call and len(arguments[0]) > above:
+            is_meant = torch.is_grad_enabled() == training
+            count += is_meant
+            if is_meant and count >= from_call and len(arguments[0]) > above:
                 raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
 
         # the last block: by then dropout has drawn on the generator
@@ -455,7 +460,7 @@ def test_parts_are_cut_as_a_loader_with_that_micro_batch_cuts_them():
             smaller, larger = (loader_of_13_windows(n) for n in (size, before))
             for epoch in (0, 1):
                 expected = list(steps_of_epoch(smaller, epoch, 0, 3))
-                for (batches, n_targets), (parts, expected_targets) in zip(
+                for (batches, n_targets, _), (parts, expected_targets, _) in zip(
                     steps_of_epoch(larger, epoch, 0, 3), expected, strict=True
                 ):
                     assert n_targets == expected_targets
@@ -473,7 +478,7 @@ def trained_in_parts(micro_batch: int, prepare=None, **shape) -> tuple:
     trainer = new_trainer(7, model=model)
     val_loader = tiny_loaders()[1]
     val_loader.batch_sampler.micro_batch = micro_batch
-    training_loop(trainer, loader_of_13_windows(micro_batch), val_loader, new_plan(7))
+    training_loop(trainer, loader_of_13_windows(micro_batch), val_loader)
     history = trainer.journal.history
     evaluations = history.train_losses[1:], history.val_losses[1:]
     return [p.detach().clone() for p in model.parameters()], history.batch_losses, evaluations
@@ -515,10 +520,43 @@ def test_the_trainer_leaves_a_step_that_cannot_be_made_as_before_it():
     before, weights = torch.get_rng_state(), sha256(*model.parameters())
     [batches] = list(steps_of_epoch(loader_of_13_windows(2), 0, 0, 1))
     with pytest.raises(OutOfStepMemory, match="Tried to allocate"):
-        trainer.step(batches, 1.0)
+        trainer.step(batches)
     assert torch.equal(torch.get_rng_state(), before)
-    assert sha256(*model.parameters()) == weights and not trainer.optimizer.state
+    assert sha256(*model.parameters()) == weights and not trainer.learner.optimizer.state
     assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_an_evaluation_that_runs_out_of_memory_is_made_again_in_smaller_parts(capsys):
+    train_loader, val_loader = tiny_loaders()
+    expected = new_trainer(0).evaluate(val_loader)
+    model = tiny_model()
+    run_out_of_memory(1, training=False)(model)
+    trainer = new_trainer(2, model=model)
+    assert trainer.evaluate(val_loader) == pytest.approx(expected, rel=1e-6)
+    told = "an evaluation ran out of memory: 1 windows at a time instead of 2 from here on"
+    assert capsys.readouterr().out.count(told) == 1
+    sizes = []
+    model.register_forward_pre_hook(lambda _, arguments: sizes.append(len(arguments[0])))
+    trainer.step(next(steps_of_epoch(train_loader, 0, 0, 1)))
+    trainer.evaluate(val_loader)
+    assert set(sizes) == {1}  # steps, and later evaluations
+    assert "ran out of memory" not in capsys.readouterr().out
+
+
+def test_a_run_keeps_the_micro_batch_that_an_evaluation_shows(bench, capsys):
+    bench.describe("run", max_steps=2, warmup_steps=0)
+    bench.prepare_model = run_out_of_memory(2, training=False)
+    assert bench.session()
+    assert "an evaluation ran out of memory" in capsys.readouterr().out
+    saved = json.loads((bench.run / "settings.json").read_text(encoding="utf-8"))
+    assert bench.env.learner.micro_batch == saved["micro_batch"] == 2
+
+
+def test_an_evaluation_with_no_memory_for_a_window_ends_the_run_with_6(bench):
+    bench.describe("run")
+    bench.prepare_model = run_out_of_memory(0, training=False)
+    with pytest.raises(ResourceError, match="an evaluation ran out of memory with a single window"):
+        bench.session()
 
 
 def test_memory_that_the_optimizer_lacks_is_no_reason_to_try_again(monkeypatch):
@@ -528,10 +566,10 @@ def test_memory_that_the_optimizer_lacks_is_no_reason_to_try_again(monkeypatch):
         calls.append(1)
         raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
 
-    trainer.optimizer.register_step_pre_hook(refuse)
+    trainer.learner.optimizer.register_step_pre_hook(refuse)
     [batches] = list(steps_of_epoch(loader_of_13_windows(2), 0, 0, 1))
     with pytest.raises(RuntimeError, match="can't allocate") as raised:
-        trainer.step(batches, 1.0)
+        trainer.step(batches)
     assert len(calls) == 1 and not isinstance(raised.value, OutOfStepMemory)
 
 
@@ -542,10 +580,10 @@ def test_an_error_that_is_not_about_memory_is_not_tried_again():
         calls.append(1)
         raise RuntimeError("the shapes don't match")
 
-    trainer.model.blocks[0].register_forward_pre_hook(fail)
+    trainer.learner.model.blocks[0].register_forward_pre_hook(fail)
     [batches] = list(steps_of_epoch(loader_of_13_windows(2), 0, 0, 1))
     with pytest.raises(RuntimeError, match="shapes"):
-        trainer.step(batches, 1.0)
+        trainer.step(batches)
     assert len(calls) == 1
 
 
@@ -557,7 +595,7 @@ def test_a_run_that_ran_out_of_memory_is_stopped_and_goes_on_exactly(bench):
     bench.describe("run", **settings)
     bench.signal_at("take_step", 6, 15, after=True)
     found = bench.finish()
-    assert bench.stopped_at and bench.env.train_loader.batch_sampler.micro_batch == 2
+    assert bench.stopped_at and bench.env.learner.micro_batch == 2
     saved = json.loads((bench.run / "settings.json").read_text(encoding="utf-8"))
     assert saved["micro_batch"] == 2
     assert [change.get("micro_batch") for change in saved["changes"]] == [[4, 2]]

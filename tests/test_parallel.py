@@ -35,7 +35,7 @@ from model import GPTConfig, GPTModel
 from tests.conftest import REPOSITORY
 from tests.ranks import metrics, run_ranks, write_settings
 from training import journal
-from training.learner import batch_loss, mean_loss, steps_of_epoch
+from training.learner import batch_loss, mean_loss, micro_batches, steps_of_epoch, take_step
 
 needs_signals = pytest.mark.skipif(os.name == "nt", reason="POSIX signals")
 LENGTH, STEPS = 16, 20  # tokens of a window, optimizer steps of a run
@@ -354,7 +354,7 @@ environment.CACHE = Path("cache").resolve()
 step, begun = train.Trainer.step, []
 
 def watched_step(trainer, *arguments):
-    begun.append(random_state(trainer.device)["cpu"])
+    begun.append(random_state(trainer.learner.device)["cpu"])
     return step(trainer, *arguments)
 
 train.Trainer.step = watched_step
@@ -554,7 +554,10 @@ def test_a_rank_with_less_in_an_epochs_last_step_gets_batches_without_targets(wo
     for n_windows, micro_batch in itertools.product((world, world + 1, 3 * world + 1, 41), (1, 2)):
         options = {"accumulation": 2 * world, "batch_size": 1, "micro_batch": micro_batch}
         steps = [
-            list(steps_of_epoch(loader, 2, first=0, last=loader.batch_sampler.n_steps))
+            [
+                step._replace(batches=micro_batches(step, micro_batch, torch.device("cpu")))
+                for step in steps_of_epoch(loader, 2, first=0, last=loader.batch_sampler.n_steps)
+            ]
             for loader, _ in (loaders(4 * n_windows + 1, 9, p, **options) for p in ranks_of(world))
         ]
         n_padded = 0
@@ -629,7 +632,7 @@ def test_gradients_travel_only_at_the_last_micro_batch_of_each_step(kind):
         model.asked.clear()
         batches = [(ids, ids)] * n_batches
         fp32 = Precision("fp32", "", "cpu")
-        train.take_step(model, batches, optimizer, fp32, 1.0, parallel=parallel)
+        take_step(model, batches, optimizer, fp32, 1.0, parallel=parallel)
         assert model.asked == [False] * (n_batches - 1) + [True]
 
 

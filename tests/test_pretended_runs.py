@@ -26,6 +26,7 @@ from model import GPTConfig, GPTModel
 from tests.pretend.child import on_pretended
 from tests.pretend.device import MOST_STAGED, DeviceFault, Kernels, watching
 from tests.pretend.machines import XPU_MACHINE, cuda_machine, mac
+from training import learner
 
 TEXT = "The ship turned north, and nobody aboard said why. Below, the lamps were lit early. " * 8
 SETTINGS = {
@@ -275,7 +276,9 @@ def check_steps_without_a_wait(kernels: Kernels) -> None:
             scaler = precision.scaler()
             with watching(kernels) as seen:
                 batches = [(ids, ids)] * 2
-                loss, _ = train.take_step(model, batches, optimizer, precision, 1.0, scaler=scaler)
+                loss, _ = learner.take_step(
+                    model, batches, optimizer, precision, 1.0, scaler=scaler
+                )
             assert seen == [], (asked, name)
             assert loss.isfinite()
 
@@ -306,7 +309,7 @@ def check_copies_of_batches(kernels: Kernels) -> None:
         batches = iter(loader)
         next(batches)
         with watching(kernels) as seen:
-            ids, targets = (train.to_device(tensor, device) for tensor in next(batches))
+            ids, targets = (learner.to_device(tensor, device) for tensor in next(batches))
         assert ids.nbytes > MOST_STAGED
         assert seen == [], workers
         assert torch.equal((ids + 1) % 70, targets)

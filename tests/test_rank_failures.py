@@ -394,12 +394,12 @@ seen = []
 
 def step(trainer, *arguments):
     number = trainer.journal.steps + 1
-    weight = next(trainer.model.parameters())
+    weight = next(trainer.learner.model.parameters())
     hook = weight.register_hook(lambda grad: grad * float("nan") if rank == 1 and number == 4
         else grad)
     result = take_step(trainer, *arguments)
     hook.remove()
-    weights = torch.cat([p.detach().flatten() for p in trainer.model.parameters()])
+    weights = torch.cat([p.detach().flatten() for p in trainer.learner.model.parameters()])
     assert weights.isfinite().all()
     seen.append(hashlib.sha256(weights.numpy().tobytes()).hexdigest())
     Path(f"seen-{rank}").write_text(json.dumps(seen))

@@ -12,6 +12,7 @@ import subprocess
 import sys
 from dataclasses import asdict
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -23,7 +24,7 @@ from engine.errors import CheckpointError, Stopped
 from storage import files as storage
 from storage.checkpoint import load_weights, read_safetensors
 from tests.conftest import REPOSITORY
-from training import journal
+from training import journal, learner
 
 # 61 windows: 15 whole batches of 4 and one window left over
 TEXT_LENGTH = 1090
@@ -50,6 +51,11 @@ KINDS = {
     "muon in bf16": {"optimizer": "muon", "PRECISION": "bf16"},
 }
 WHOLE: dict[str, dict] = {}  # what runs that nobody stopped came to, by their settings
+
+
+def room_of(function: str) -> ModuleType:
+    """The module that has a function under this name when training calls it."""
+    return train if function == "generate" else learner
 
 
 class Bench:
@@ -92,8 +98,9 @@ class Bench:
         self.run = self.folder / "runs" / name
 
     def signal_at(self, function: str, *calls: int, after: bool = False) -> None:
-        """Send this process a SIGTERM when train's function is called for the n-th time."""
-        real, count = getattr(train, function), 0
+        """Send this process a SIGTERM when a function is called for the n-th time in training."""
+        room = room_of(function)
+        real, count = getattr(room, function), 0
 
         def called(*arguments, **keywords):
             nonlocal count
@@ -107,7 +114,7 @@ class Bench:
                 signal.raise_signal(signal.SIGTERM)
             return result
 
-        self.patch.setattr(train, function, called)
+        self.patch.setattr(room, function, called)
 
     def session(self) -> bool:
         """Start the run, or go on with it; False where a signal ended it."""
@@ -353,14 +360,14 @@ def test_ctrl_c_does_what_a_termination_does(bench, monkeypatch):
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         bench.describe("run")
-        real = train.take_step
+        real = learner.take_step
 
         def interrupted(*arguments, **keywords):
             signal.raise_signal(signal.SIGINT)
             return real(*arguments, **keywords)
 
         with monkeypatch.context() as patch:
-            patch.setattr(train, "take_step", interrupted)
+            patch.setattr(learner, "take_step", interrupted)
             env = environment.prepare_environment("settings.py")
             with pytest.raises(Stopped) as caught:
                 train.train(env)
@@ -394,7 +401,8 @@ def test_what_came_after_the_last_checkpoint_is_done_again_exactly(bench, functi
     settings = {"save_every": 5}
     expected = uninterrupted(bench, **settings)
     bench.describe("run", **settings)
-    real, count = getattr(train, function), 0
+    room = room_of(function)
+    real, count = getattr(room, function), 0
 
     def crash(*arguments, **keywords):
         nonlocal count
@@ -403,7 +411,7 @@ def test_what_came_after_the_last_checkpoint_is_done_again_exactly(bench, functi
             raise Crash
         return real(*arguments, **keywords)
 
-    bench.patch.setattr(train, function, crash)
+    bench.patch.setattr(room, function, crash)
     with pytest.raises(Crash):
         bench.session()
     compare(bench.finish(), expected)
@@ -499,8 +507,8 @@ def test_best_weights_that_were_lost_are_followed_by_the_best_of_those_to_come(b
     assert not bench.session()
     (held,) = (bench.run / "best").iterdir()
     (held / "model.safetensors").write_bytes(b"damaged")
-    real = train.mean_loss
-    bench.patch.setattr(train, "mean_loss", lambda *arguments: real(*arguments) + 1)  # all worse
+    real = learner.mean_loss
+    bench.patch.setattr(learner, "mean_loss", lambda *arguments: real(*arguments) + 1)  # all worse
     assert bench.session()
     assert "the best weights are lost" in capsys.readouterr().out
     history = bench.journal.history
@@ -513,14 +521,14 @@ def test_a_finished_run_that_is_made_longer_keeps_its_last_evaluation_and_best_w
     bench.describe("run")
     before = bench.finish()["history"]
     assert before["steps"][-1] == STEPS
-    real = train.mean_loss
+    real = learner.mean_loss
     again = []
 
     def worse_later(*arguments):
         again.append(bench.env.run.path)
         return real(*arguments) + (len(again) > 2)  # the first pair is that of the old end
 
-    bench.patch.setattr(train, "mean_loss", worse_later)
+    bench.patch.setattr(learner, "mean_loss", worse_later)
     bench.describe("run", max_steps=60)
     assert bench.session()
     history = bench.journal.history
@@ -530,7 +538,9 @@ def test_a_finished_run_that_is_made_longer_keeps_its_last_evaluation_and_best_w
     assert (bench.run / "best" / f"step-{history.steps[history.best]:08d}").is_dir()
 
 
-@pytest.mark.parametrize("missing", ["journal", "random", "scaler", "schedule", "total_steps"])
+@pytest.mark.parametrize(
+    "missing", ["steps", "journal", "random", "scaler", "schedule", "total_steps"]
+)
 def test_a_sealed_state_that_lacks_a_part_ends_the_run_and_names_the_checkpoint(bench, missing):
     bench.describe("run")
     bench.signal_at("take_step", 5)
@@ -575,8 +585,8 @@ def test_worse_evaluations_after_a_resume_leave_the_best_weights_alone(bench):
     assert not bench.session()
     (best,) = (bench.run / "best").iterdir()
     content = (best / "model.safetensors").read_bytes()
-    real = train.mean_loss
-    bench.patch.setattr(train, "mean_loss", lambda *arguments: real(*arguments) + 100.0)
+    real = learner.mean_loss
+    bench.patch.setattr(learner, "mean_loss", lambda *arguments: real(*arguments) + 100.0)
     bench.finish()
     assert best.name == "step-00000016"
     assert [path.name for path in (bench.run / "best").iterdir()] == [best.name]

@@ -26,11 +26,14 @@ import main
 import train
 from engine.compiling import what_prevents_compiling
 from engine.errors import Stopped
+from engine.settings import names_on_resume
 from planning.plan import RunSettings
+from storage.files import FolderLock
 from tests.conftest import REPOSITORY
 from text.corpora import CORPORA
-from training import journal
-from training.run_folder import CHANGEABLE, FIXED, SETTINGS_CHANGEABLE, RunFolder
+from training import journal, learner
+from training.run_folder import RunFolder
+from training_utils import TrainingConfig
 
 TEXT = "the river carries the bell and the bell carries the river " * 12
 STEPS, STOPPED_AT = 8, 3
@@ -86,9 +89,9 @@ def start(workdir, monkeypatch, capsys):
                 os.kill(os.getpid(), signal.SIGINT)
             return result
 
-        take_step = train.take_step
+        take_step = learner.take_step
         with monkeypatch.context() as patch:
-            patch.setattr(train, "take_step", step)
+            patch.setattr(learner, "take_step", step)
             code = main.main(["settings.py"])
         printed = capsys.readouterr()
         assert "Traceback" not in printed.err
@@ -395,7 +398,7 @@ def test_a_script_that_was_stopped_trains_the_same_environment_to_its_end(
     with open(workdir / "settings.py", "a", encoding="utf-8") as file:
         file.write(f"RUN_NAME = {name!r}\n")
     env = environment.prepare_environment("settings.py")
-    real, done = train.take_step, []
+    real, done = learner.take_step, []
 
     def step(*arguments, **options):
         done.append(1)
@@ -403,12 +406,25 @@ def test_a_script_that_was_stopped_trains_the_same_environment_to_its_end(
             os.kill(os.getpid(), signal.SIGINT)
         return real(*arguments, **options)
 
-    monkeypatch.setattr(train, "take_step", step)
+    monkeypatch.setattr(learner, "take_step", step)
     with pytest.raises(Stopped):
         train.train(env)
     journal = train.train(env)
     assert journal.steps == len(done) == env.total_steps
     assert runs(workdir) == [env.run.path.name]
+
+
+def test_a_named_run_that_another_program_trains_is_refused_before_the_text_is_read(start, begun):
+    before = everything_in(begun)
+    (Path.cwd() / "text.txt").write_text("too short", encoding="utf-8")
+    with FolderLock(begun):
+        for settings in ({"RUN_NAME": "one"}, {"RESUME": "runs/one"}):
+            busy = start(**settings)
+            assert busy.code == 7 and "is in use by process" in busy.err
+            assert "Text loaded" not in busy.out
+    (begun / ".lock-owner.json").unlink()
+    del before[str(begun / ".lock-owner.json")]
+    assert everything_in(begun) == before
 
 
 def test_resume_false_never_writes_over_a_folder(start, begun):
@@ -558,7 +574,7 @@ MODEL = {
 
 
 def test_every_fixed_hyper_parameter_has_its_case():
-    assert set(REFUSED) == set(FIXED)
+    assert set(REFUSED) == {*names_on_resume(TrainingConfig, "fixed"), "max_length"}
 
 
 def test_each_fixed_setting_is_refused_on_its_own(start, begun):
@@ -603,8 +619,8 @@ CHANGED = {
 
 @pytest.mark.parametrize("name", CHANGED)
 def test_what_may_change_is_taken_over_and_recorded(start, begun, name):
-    kind = "settings" if name in SETTINGS_CHANGEABLE else "training"
-    assert name in (*CHANGEABLE, *SETTINGS_CHANGEABLE)
+    kind = "settings" if name in OWN else "training"
+    assert name in names_on_resume(RunSettings if name in OWN else TrainingConfig, "free")
     before = read(begun)
     was, now = before[kind][name], CHANGED[name]
     on = start(RUN_NAME="one", **{name: now})
@@ -668,19 +684,11 @@ def test_a_run_of_an_earlier_version_goes_on_with_its_samples(start, workdir, mo
         patch.setattr(journal.Journal, "state", earlier_state)
         assert start(STOPPED_AT, RUN_NAME="one").code == 130
     run = workdir / "runs" / "one"
-    settings = read(run)
-    for name in ("min_p", "repetition_penalty", "repetition_window"):
-        del settings["sampling"][name]
-    (run / "settings.json").write_text(json.dumps(settings), encoding="utf-8")
-    shipped = {"max_new_tokens": 3, "min_p": 0.0, "repetition_penalty": 1.0}
-    assert_goes_on(
-        start(RUN_NAME="one", sampling_params=shipped, start_context=["the", "a"]), "one"
-    )
+    assert_goes_on(start(RUN_NAME="one", start_context=["the", "a"]), "one")
     samples = (run / "samples.md").read_text(encoding="utf-8")
     assert samples.startswith("# What the model writes\n\n## Before training\n\n    the")
     assert "## After epoch 1\n\nStep 8, validation loss " in samples
     assert read(run)["changes"][-1]["start_context"] == ["the", ["the", "a"]]
-    assert read(run)["sampling"]["repetition_window"] == 64
 
 
 # ------------------------------------------------------------------------------------- length

@@ -16,13 +16,21 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from engine.errors import SettingsError
-from engine.settings import ALIASES, ELSEWHERE, MODEL_SETTINGS, read_json_object, shown
+from engine.settings import (
+    ALIASES,
+    ELSEWHERE,
+    MODEL_SETTINGS,
+    names_on_resume,
+    read_json_object,
+    shown,
+)
 from generation import SamplingConfig
 from model import GPTConfig
+from planning.decisions import differences
 from planning.plan import MODELS_FILE, RunSettings, resolve_settings
 from tests.conftest import REPOSITORY
+from tests.records import record_of
 from tests.test_architecture import sources
-from training.run_folder import CHANGEABLE, FIXED, SETTINGS_CHANGEABLE, differences
 from training_utils import CustomTrainingConfig, TrainingConfig
 
 # a right value of each setting that is not the default
@@ -938,6 +946,12 @@ COMPARED_BY_ITS_TOKENS = {"DATA"}  # the same text may lie elsewhere
 SAYS_WHERE_THE_RUN_IS = {"OUTPUT_DIR", "RUN_NAME", "RESUME"}
 
 
+# those that the model is compared by
+FIXED = (*names_on_resume(TrainingConfig, "fixed"), "max_length")
+CHANGEABLE = names_on_resume(TrainingConfig, "free")
+SETTINGS_CHANGEABLE = names_on_resume(RunSettings, "free")
+
+
 def test_each_hyper_parameter_is_either_fixed_or_changeable():
     names = [*FIXED, *CHANGEABLE, "model_overrides"]
     assert sorted(names) == sorted(f.name for f in dataclasses.fields(TrainingConfig))
@@ -956,22 +970,10 @@ def test_each_run_setting_is_compared_or_changeable_or_no_part_of_a_run():
     assert sorted(names) == sorted(f.name for f in dataclasses.fields(RunSettings))
 
 
-def saved_from(plan) -> dict:
-    """What settings.json has of a run of three epochs, a step each."""
-    return {
-        "asked": plan.asked(),
-        "precision": {"name": "fp32"},
-        "model": plan.model | {"vocab_size": 10},
-        "training": plan.training.to_dict(),
-        "steps_per_epoch": 1,
-        "total_steps": 3,
-    }
-
-
 def differing(before: dict, now: dict) -> list[str]:
-    """What keeps a custom run from going on, as JSON gives it back."""
-    saved = json.loads(json.dumps(saved_from(plan_of(CUSTOM_MODE=True, **before))))
-    return differences(saved, plan_of(CUSTOM_MODE=True, **now).asked())
+    """What keeps a custom run from going on."""
+    record = record_of(plan_of(CUSTOM_MODE=True, **before))
+    return differences(record, plan_of(CUSTOM_MODE=True, **now).asked())
 
 
 @pytest.mark.parametrize("name", [*FIXED, *MODEL_SETTINGS])
@@ -998,8 +1000,8 @@ def test_run_with_another_seed_precision_or_tokenizer_may_not_go_on(name, value)
 
 @pytest.mark.parametrize("choice", [{"QUICK_MODE": False, "CUSTOM_MODE": False}, {"MODEL": "mini"}])
 def test_run_of_another_mode_or_model_may_not_go_on(choice):
-    saved = saved_from(plan_of(CUSTOM_MODE=True))
-    assert differences(saved, plan_of(**{"CUSTOM_MODE": True} | choice).asked()) != []
+    before = record_of(plan_of(CUSTOM_MODE=True))
+    assert differences(before, plan_of(**{"CUSTOM_MODE": True} | choice).asked()) != []
 
 
 @pytest.mark.parametrize("name", CHANGEABLE)

@@ -955,6 +955,29 @@ def test_lock_tells_who_holds_it(tmp_path):
         assert part in str(caught.value)
 
 
+def test_asking_whether_a_folder_is_free_makes_nothing_and_takes_nothing(tmp_path):
+    FolderLock(tmp_path).require_free()
+    assert list(tmp_path.iterdir()) == []
+    code = (
+        "import sys; from storage.files import FolderLock\n"
+        f"with FolderLock({str(tmp_path)!r}): print('held', flush=True); sys.stdin.read()"
+    )
+    command = [sys.executable, "-c", code]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen(command, cwd=REPOSITORY, **pipes) as holder:
+        assert holder.stdout.readline() == b"held\n"
+        for _ in range(2):
+            with pytest.raises(BusyError, match=f"in use by process {holder.pid} on "):
+                FolderLock(tmp_path).require_free()
+        holder.stdin.close()
+    FolderLock(tmp_path).require_free()
+    with FolderLock(tmp_path):
+        with pytest.raises(BusyError):
+            FolderLock(tmp_path).require_free()
+        with pytest.raises(BusyError), FolderLock(tmp_path):
+            pass
+
+
 @pytest.mark.parametrize("owner", [b"", b"{", b"[]", b"{}", b"\xff", None], ids=repr)
 def test_lock_is_refused_whatever_its_second_file_says(tmp_path, owner):
     with FolderLock(tmp_path):

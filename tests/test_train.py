@@ -28,9 +28,19 @@ from engine.precision import Precision
 from model import GPTConfig, GPTModel
 from storage.checkpoint import CheckpointStore, SaveClock
 from tests.conftest import REPOSITORY, HostReads
-from train import LoopPlan, Trainer, continue_prompts, train_model_simple, training_loop
-from training.journal import MOST_SKIPPED, PICTURE, Journal
-from training.learner import batch_loss, count_steps, mean_loss, steps_of_epoch, take_step
+from train import (
+    MOST_HALVINGS,
+    MOST_SKIPPED,
+    LoopPlan,
+    Saving,
+    SkippedSteps,
+    Trainer,
+    continue_prompts,
+    train_model_simple,
+    training_loop,
+)
+from training.journal import PICTURE, History, Journal
+from training.learner import Learner, batch_loss, count_steps, mean_loss, steps_of_epoch, take_step
 
 CPU = torch.device("cpu")
 FP32 = Precision("fp32", "as set", "cpu")
@@ -84,13 +94,21 @@ def tiny_loaders(n_batches: int = 5) -> tuple[DataLoader, DataLoader]:
 
 
 def new_trainer(
-    total_steps: int, *, model=None, optimizer=None, folder=None, log_every=0, kind=Trainer
+    total_steps: int,
+    *,
+    model=None,
+    optimizer=None,
+    folder=None,
+    log_every=0,
+    kind=Trainer,
+    **plan,
 ) -> Trainer:
     """A trainer of a tiny model that saves nothing."""
     model = model or tiny_model()
     optimizer = optimizer or build_adamw(model, learning_rate=1e-2, weight_decay=0.1)
     journal = Journal(8, total_steps, log_every, folder)
-    return kind(model, optimizer, CPU, FP32, journal, Letters())
+    learner = Learner(model, optimizer, FP32)
+    return kind(learner, journal, Letters(), new_plan(total_steps, **plan))
 
 
 def new_plan(total_steps: int, **changes) -> LoopPlan:
@@ -117,12 +135,13 @@ def run(
         folder=folder,
         log_every=log_every,
         kind=kind,
+        **plan,
     )
-    training_loop(trainer, *tiny_loaders(n_batches), new_plan(total_steps, **plan))
+    training_loop(trainer, *tiny_loaders(n_batches))
     return SimpleNamespace(
         trainer=trainer,
-        model=trainer.model,
-        optimizer=trainer.optimizer,
+        model=trainer.learner.model,
+        optimizer=trainer.learner.optimizer,
         history=trainer.journal.history,
     )
 
@@ -374,9 +393,9 @@ def loader_of_13_windows(micro_batch: int | None, sampling: str = "windows") -> 
 def test_a_step_takes_the_same_windows_in_whatever_micro_batches(micro_batch, sampling, sizes):
     def steps(loader, epoch, first=0):
         found = list(steps_of_epoch(loader, epoch, first, 3))
-        for batches, n_targets in found:
+        for batches, n_targets, _ in found:
             assert n_targets == sum(targets.numel() for _, targets in batches)
-        return [batches for batches, _ in found]
+        return [step.batches for step in found]
 
     loader, whole = (loader_of_13_windows(size, sampling) for size in (micro_batch, 6))
     assert count_steps(loader) == count_steps(whole) == 3
@@ -406,8 +425,8 @@ def test_a_step_in_micro_batches_equals_the_one_big_batch(micro_batch):
             lambda *_: gradients.append([p.grad.clone() for p in model.parameters()])
         )
         loader = loader_of_13_windows(size)
-        for batches, _ in [*steps_of_epoch(loader, 0, 0, 3), *steps_of_epoch(loader, 1, 0, 3)]:
-            losses.append(take_step(model, batches, optimizer, FP32, 0.0)[0].item())
+        for step in [*steps_of_epoch(loader, 0, 0, 3), *steps_of_epoch(loader, 1, 0, 3)]:
+            losses.append(take_step(model, step.batches, optimizer, FP32, 0.0)[0].item())
         return gradients, losses, list(model.parameters())
 
     gradients, losses, weights = gradients_losses_weights(micro_batch)
@@ -444,7 +463,7 @@ def test_the_loop_counts_steps_and_tokens_of_whole_steps():
     def history(micro_batch):
         trainer = new_trainer(7, optimizer=None)
         loader = loader_of_13_windows(micro_batch)
-        training_loop(trainer, loader, tiny_loaders()[1], new_plan(7))
+        training_loop(trainer, loader, tiny_loaders()[1])
         return trainer.journal.history
 
     found, expected = history(2), history(6)
@@ -479,6 +498,10 @@ def everything(model: GPTModel, optimizer: torch.optim.Optimizer) -> dict[str, t
         for kind, value in state.items():
             found[f"{kind} {names[parameter]}"] = torch.as_tensor(value).clone()
     return found
+
+
+def state_of(trainer: Trainer) -> dict[str, torch.Tensor]:
+    return everything(trainer.learner.model, trainer.learner.optimizer)
 
 
 def assert_the_same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
@@ -589,13 +612,87 @@ def test_fp16_scales_the_loss_and_not_the_gradients_and_halves_the_scale_for_a_b
     assert all(value.isfinite().all() for value in everything(model, optimizer).values())
 
 
+GOOD, NAN, INF = 1.0, math.nan, math.inf
+
+
+class Counted:
+    """A run's steps as the rule on skipped ones sees them: a loss and a gradient's norm each."""
+
+    def __init__(self, *, scales_loss: bool = False) -> None:
+        self.skipped, self.history, self.steps = SkippedSteps(scales_loss), History(), 0
+
+    def step(self, loss: float = GOOD, norm: float = GOOD) -> None:
+        self.steps += 1
+        row = {"step": self.steps, "train/loss": loss, "train/grad_norm": norm, "train/lr": 0.01}
+        self.skipped.look_at(row, self.history)
+
+
+@pytest.mark.parametrize(
+    ("loss", "norm"), [(NAN, NAN), (INF, NAN), (-INF, GOOD), (GOOD, INF), (GOOD, NAN)]
+)
+def test_a_step_with_a_bad_number_is_counted_and_said(loss, norm, capsys):
+    run = Counted()
+    run.step()
+    run.step(loss, norm)
+    run.step()
+    assert (run.history.skipped, run.skipped.in_a_row) == (1, 0)
+    assert capsys.readouterr().out.splitlines() == [
+        f"Note: step 2: the loss is {loss:.4g} and the gradient's norm {norm:.4g}: the step is "
+        "skipped (1 so far)"
+    ]
+
+
+def test_too_many_skipped_in_a_row_stop_the_run_and_a_good_one_resets_the_row():
+    run = Counted()
+    for _ in range(3):
+        for _ in range(MOST_SKIPPED - 1):
+            run.step(NAN, NAN)
+        run.step()
+    assert run.history.skipped == 3 * (MOST_SKIPPED - 1)
+    with pytest.raises(NumericsError) as caught:
+        for _ in range(MOST_SKIPPED):
+            run.step(GOOD, INF)
+    assert run.steps == 4 * MOST_SKIPPED
+    assert caught.value.exit_code == 5
+    assert str(caught.value).startswith(f"step {run.steps}: the loss is 1 and the gradient's")
+    assert "The learning rate was 0.01; begin a run with a third of it" in str(caught.value)
+
+
+def test_overflows_that_only_lower_the_loss_scale_are_neither_counted_nor_told(capsys):
+    """fp16 begins with a scale of 2 ** 16 and halves it until the gradients fit."""
+    run = Counted(scales_loss=True)
+    for n_overflows in (MOST_HALVINGS, 1, 0):
+        for _ in range(n_overflows):
+            run.step(GOOD, INF)
+        run.step()
+    assert (run.history.skipped, capsys.readouterr().out) == (0, "")
+    run.step(NAN, NAN)  # a loss that is not a number is no overflow
+    assert run.history.skipped == 1
+    with pytest.raises(NumericsError):
+        for _ in range(MOST_HALVINGS + MOST_SKIPPED):
+            run.step(GOOD, INF)
+    assert run.steps == MOST_HALVINGS + 5 + MOST_HALVINGS + MOST_SKIPPED - 1
+
+
+def test_the_row_of_skipped_steps_outlasts_an_interruption(tmp_path, no_pictures):
+    trainer = saving_trainer(tmp_path, MOST_SKIPPED - 1, save_every=100)
+    trainer.skipped.halvings = 3  # as of fp16
+    spoil_gradient(trainer.learner.model)
+    training_loop(trainer, *tiny_loaders())
+    again = saving_trainer(tmp_path, MOST_SKIPPED, save_every=100)
+    assert again.skipped == trainer.skipped
+    spoil_gradient(again.learner.model)
+    with pytest.raises(NumericsError, match=f"step {MOST_SKIPPED}:"):
+        training_loop(again, *tiny_loaders())
+
+
 @pytest.mark.parametrize("spoil", [spoil_loss, spoil_gradient])
 def test_a_run_goes_on_past_a_bad_step_that_is_counted_said_and_null(
     spoil, tmp_path, no_pictures, capsys
 ):
-    trainer = new_trainer(8, folder=tmp_path)
-    spoil(trainer.model, lambda: trainer.journal.steps == 2)
-    training_loop(trainer, *tiny_loaders(), new_plan(8, eval_freq=2))
+    trainer = new_trainer(8, folder=tmp_path, eval_freq=2)
+    spoil(trainer.learner.model, lambda: trainer.journal.steps == 2)
+    training_loop(trainer, *tiny_loaders())
     history = trainer.journal.history
     assert history.skipped == 1
     notes = [line for line in capsys.readouterr().out.splitlines() if "skipped" in line]
@@ -604,7 +701,7 @@ def test_a_run_goes_on_past_a_bad_step_that_is_counted_said_and_null(
     norms = {row["step"]: row["train/grad_norm"] for row in rows_of(tmp_path) if "train/lr" in row}
     assert [step for step, norm in norms.items() if norm is None] == [3]
     assert len(norms) == len(history.batch_losses) == 8
-    assert all(parameter.isfinite().all() for parameter in trainer.model.parameters())
+    assert all(parameter.isfinite().all() for parameter in trainer.learner.model.parameters())
     assert history.val_losses[-1] < history.val_losses[0]
 
 
@@ -613,14 +710,14 @@ def test_a_run_whose_steps_are_all_bad_ends_and_names_the_step(
     log_every, ends_at, tmp_path, no_pictures
 ):
     trainer = new_trainer(100, folder=tmp_path, log_every=log_every)
-    spoil_gradient(trainer.model, lambda: trainer.journal.steps >= 3)
+    spoil_gradient(trainer.learner.model, lambda: trainer.journal.steps >= 3)
     with pytest.raises(NumericsError, match=f"as {MOST_SKIPPED - 1} times in a row") as caught:
-        training_loop(trainer, *tiny_loaders(), new_plan(100))
+        training_loop(trainer, *tiny_loaders())
     assert caught.value.exit_code == 5
     assert str(caught.value).startswith("step 13: ")
     assert "learning rate was 0.01" in str(caught.value)
     assert trainer.journal.steps == ends_at  # where the numbers were looked at next
-    assert all(parameter.isfinite().all() for parameter in trainer.model.parameters())
+    assert all(parameter.isfinite().all() for parameter in trainer.learner.model.parameters())
 
 
 def test_weights_that_go_bad_stop_the_run_at_the_next_evaluation(tmp_path, monkeypatch):
@@ -632,11 +729,11 @@ def test_weights_that_go_bad_stop_the_run_at_the_next_evaluation(tmp_path, monke
         steps.append(None)
         if len(steps) == 3:
             with torch.no_grad():
-                trainer.model.final_norm.bias.fill_(math.nan)
+                trainer.learner.model.final_norm.bias.fill_(math.nan)
 
-    trainer.optimizer.register_step_post_hook(poison)
+    trainer.learner.optimizer.register_step_post_hook(poison)
     with pytest.raises(NumericsError, match="after step 5 the training loss is nan"):
-        training_loop(trainer, *tiny_loaders(), new_plan(10))
+        training_loop(trainer, *tiny_loaders())
     losses = {row["step"]: row["train/loss"] for row in rows_of(tmp_path) if "train/loss" in row}
     assert losses[3] > 0
     assert losses[4] is None
@@ -675,60 +772,65 @@ def trainer_within_a_run() -> tuple[Trainer, list]:
     trainer = new_trainer(10, model=tiny_model(drop_rate=0.2))
     first, second = steps_of_epoch(loader_of_13_windows(1), 0, 0, 2)
     torch.manual_seed(5)
-    trainer.step(first, 1.0)
+    trainer.step(first)
     return trainer, second
 
 
 def test_a_long_step_is_left_as_if_it_had_never_begun(monkeypatch):
     trainer, step = trainer_within_a_run()
-    before, random_before = everything(trainer.model, trainer.optimizer), torch.get_rng_state()
-    passes = send_at(trainer.model, 2, training=True)
+    before, random_before = (
+        state_of(trainer),
+        torch.get_rng_state(),
+    )
+    passes = send_at(trainer.learner.model, 2, training=True)
     with monkeypatch.context() as patch, trainer.stop:
         patch.setattr(distributed.signals, "_LONG_S", 0.0)  # every step is long
         with pytest.raises(Stopped) as caught:
-            trainer.step(step, 1.0)
+            trainer.step(step)
     assert caught.value.exit_code == 143
     assert len(passes) == 2
-    assert_the_same(everything(trainer.model, trainer.optimizer), before)
+    assert_the_same(state_of(trainer), before)
     assert torch.equal(torch.get_rng_state(), random_before)
-    assert all(parameter.grad is None for parameter in trainer.model.parameters())
+    assert all(parameter.grad is None for parameter in trainer.learner.model.parameters())
 
     trainer.stop = distributed.signals.StopSignals()
-    loss, _ = trainer.step(step, 1.0)
+    loss, _ = trainer.step(step)
     twin, step = trainer_within_a_run()
-    expected, _ = twin.step(step, 1.0)
+    expected, _ = twin.step(step)
     assert loss == expected
     assert_the_same(
-        everything(trainer.model, trainer.optimizer), everything(twin.model, twin.optimizer)
+        state_of(trainer),
+        state_of(twin),
     )
 
 
 def test_a_short_step_is_finished_first():
     trainer, step = trainer_within_a_run()
-    passes = send_at(trainer.model, 2, training=True)
+    passes = send_at(trainer.learner.model, 2, training=True)
     with trainer.stop:
-        trainer.step(step, 1.0)
+        trainer.step(step)
         with pytest.raises(Stopped):
             trainer.stop.check()
     assert len(passes) == len(step.batches) == 6
     twin, step = trainer_within_a_run()
-    twin.step(step, 1.0)
+    twin.step(step)
     assert_the_same(
-        everything(trainer.model, trainer.optimizer), everything(twin.model, twin.optimizer)
+        state_of(trainer),
+        state_of(twin),
     )
 
 
 def test_an_evaluation_stops_between_two_batches():
     trainer = new_trainer(10)
-    trainer.model.train()
-    loader = evaluation_loader(tiny_loaders()[0])
+    trainer.learner.model.train()
+    loader = tiny_loaders()[0]
     assert len(loader) == 5
-    passes = send_at(trainer.model, 2, training=False)
+    passes = send_at(trainer.learner.model, 2, training=False)
     with trainer.stop, pytest.raises(Stopped):
-        trainer.mean_loss(loader)
+        trainer.evaluate(loader)
     assert len(passes) == 2
-    assert trainer.model.training
-    mean_loss(trainer.model, loader, CPU, FP32)  # nobody who could stop was passed
+    assert trainer.learner.model.training
+    mean_loss(trainer.learner.model, loader, CPU, FP32)  # nobody who could stop was passed
     assert len(passes) == 7
 
 
@@ -747,25 +849,24 @@ class NotingStore(CheckpointStore):
 
 def saving_trainer(
     folder: Path, total_steps: int, save_every: int, *, kind=Trainer, precision=FP32, **plan
-):
-    """A trainer that goes on from what the folder has, and its plan."""
+) -> Trainer:
+    """A trainer that goes on from what the folder has."""
     model = tiny_model(drop_rate=0.1)
+    optimizer = build_adamw(model, learning_rate=1e-2, weight_decay=0.1)
     trainer = kind(
-        model,
-        build_adamw(model, learning_rate=1e-2, weight_decay=0.1),
-        CPU,
-        precision,
+        Learner(model, optimizer, precision),
         Journal(8, total_steps, folder=folder),
         Letters(),
-        NotingStore(folder, "some run", keep=2),
-        SaveClock(save_every, minutes=5),
+        new_plan(total_steps, **({"schedule": RATES} | plan)),
+        Saving(None, NotingStore(folder, "some run", keep=2), SaveClock(save_every, minutes=5)),
     )
-    return trainer, trainer.restore(new_plan(total_steps, **({"schedule": RATES} | plan)))
+    trainer.restore()
+    return trainer
 
 
 def test_a_checkpoint_comes_before_the_evaluation_of_its_step(tmp_path, no_pictures, capsys):
-    trainer, plan = saving_trainer(tmp_path, 8, save_every=3, eval_freq=3)
-    training_loop(trainer, *tiny_loaders(), plan)
+    trainer = saving_trainer(tmp_path, 8, save_every=3, eval_freq=3)
+    training_loop(trainer, *tiny_loaders())
     events = [
         " ".join(line.split()[:2])
         for line in capsys.readouterr().out.splitlines()
@@ -801,29 +902,29 @@ def test_a_stopped_run_goes_on_with_what_it_owes_and_does_nothing_twice(
         torch.manual_seed(3)
         return saving_trainer(tmp_path / name, 12, save_every=7, eval_freq=4)
 
-    undisturbed, plan = begin("undisturbed")
-    training_loop(undisturbed, *tiny_loaders(), plan)
+    undisturbed = begin("undisturbed")
+    training_loop(undisturbed, *tiny_loaders())
 
-    stopped, plan = begin("stopped")
+    stopped = begin("stopped")
     send_at(
-        stopped.model,
+        stopped.learner.model,
         2 if where == "evaluation" else 1,
         training=where == "step",
         wanted=lambda: stopped.journal.steps == at_step - (where == "step"),
     )
     with pytest.raises(Stopped), stopped.stop:
-        training_loop(stopped, *tiny_loaders(), plan)
+        training_loop(stopped, *tiny_loaders())
     stopped.save()
     assert stopped.journal.steps == at_step
-    assert stopped.model.training
+    assert stopped.learner.model.training
     capsys.readouterr()
 
-    resumed, plan = begin("stopped")
+    resumed = begin("stopped")
     assert resumed.journal.steps == at_step
-    training_loop(resumed, *tiny_loaders(), plan)
+    training_loop(resumed, *tiny_loaders())
     assert_the_same(
-        everything(resumed.model, resumed.optimizer),
-        everything(undisturbed.model, undisturbed.optimizer),
+        state_of(resumed),
+        state_of(undisturbed),
     )
     found, expected = resumed.journal.history, undisturbed.journal.history
     found.elapsed_s = expected.elapsed_s
@@ -841,21 +942,21 @@ def test_a_stopped_run_goes_on_with_what_it_owes_and_does_nothing_twice(
 
 def test_the_loss_scale_of_fp16_is_found_again(tmp_path, no_pictures):
     fp16 = Precision("fp16", "as set", "cpu")
-    trainer, plan = saving_trainer(tmp_path, 4, save_every=9, precision=fp16)
-    spoil_gradient(trainer.model, lambda: trainer.journal.steps == 1)
-    training_loop(trainer, *tiny_loaders(), plan)
-    expected = trainer.scaler.state_dict()
+    trainer = saving_trainer(tmp_path, 4, save_every=9, precision=fp16)
+    spoil_gradient(trainer.learner.model, lambda: trainer.journal.steps == 1)
+    training_loop(trainer, *tiny_loaders())
+    expected = trainer.learner.scaler.state_dict()
     assert (expected["scale"], expected["_growth_tracker"]) == (2.0**15, 2)
-    again, _ = saving_trainer(tmp_path, 4, save_every=9, precision=fp16)
-    assert again.scaler.state_dict() == expected
+    again = saving_trainer(tmp_path, 4, save_every=9, precision=fp16)
+    assert again.learner.scaler.state_dict() == expected
 
 
 def test_a_run_begun_in_another_precision_goes_on_in_fp16_with_a_new_scaler(tmp_path, no_pictures):
-    trainer, plan = saving_trainer(tmp_path, 4, save_every=9)
-    training_loop(trainer, *tiny_loaders(), plan)
-    again, _ = saving_trainer(tmp_path, 4, save_every=9, precision=Precision("fp16", "", "cpu"))
+    trainer = saving_trainer(tmp_path, 4, save_every=9)
+    training_loop(trainer, *tiny_loaders())
+    again = saving_trainer(tmp_path, 4, save_every=9, precision=Precision("fp16", "", "cpu"))
     assert again.journal.steps == 4
-    assert again.scaler.get_scale() == 2.0**16
+    assert again.learner.scaler.get_scale() == 2.0**16
 
 
 # ------------------------------------------------------------------ patience
@@ -866,7 +967,7 @@ def scripted(val_losses: list[float]) -> type[Trainer]:
     both = (loss for val_loss in val_losses for loss in (1.0, val_loss))
 
     class Scripted(Trainer):
-        def mean_loss(self, loader: DataLoader) -> float:
+        def evaluate(self, *_) -> float:
             return next(both)
 
     return Scripted
@@ -910,25 +1011,28 @@ def test_the_best_weights_are_kept_over_worse_evaluations_and_interruptions(
             folder, total_steps, 100, kind=scripted(losses), eval_freq=2, patience=3
         )
 
-    twin, plan = begin(4, tmp_path / "twin", VAL_LOSSES)
-    training_loop(twin, *tiny_loaders(50), plan)
+    twin = begin(4, tmp_path / "twin", VAL_LOSSES)
+    training_loop(twin, *tiny_loaders(50))
 
-    trainer, plan = begin(20, tmp_path / "run", VAL_LOSSES)
+    trainer = begin(20, tmp_path / "run", VAL_LOSSES)
     if stop_after is not None:
         send_at(
-            trainer.model, 1, training=True, wanted=lambda: trainer.journal.steps == stop_after - 1
+            trainer.learner.model,
+            1,
+            training=True,
+            wanted=lambda: trainer.journal.steps == stop_after - 1,
         )
         with pytest.raises(Stopped), trainer.stop:
-            training_loop(trainer, *tiny_loaders(50), plan)
+            training_loop(trainer, *tiny_loaders(50))
         trainer.save()
-        trainer, plan = begin(20, tmp_path / "run", VAL_LOSSES[-(-stop_after // 2) :])
-    training_loop(trainer, *tiny_loaders(50), plan)
+        trainer = begin(20, tmp_path / "run", VAL_LOSSES[-(-stop_after // 2) :])
+    training_loop(trainer, *tiny_loaders(50))
     assert trainer.journal.steps == 10
-    assert trainer.best.step == 4
-    assert not torch.equal(trainer.model.head.weight, twin.model.head.weight)
+    assert trainer.saving.best.step == 4
+    assert not torch.equal(trainer.learner.model.head.weight, twin.learner.model.head.weight)
     trainer.use_best()
-    for name, value in twin.model.named_parameters():
-        assert torch.equal(trainer.model.get_parameter(name), value), name
+    for name, value in twin.learner.model.named_parameters():
+        assert torch.equal(trainer.learner.model.get_parameter(name), value), name
     assert trainer.journal.weights_of_step == 4
 
 
@@ -1057,8 +1161,8 @@ def test_a_sample_ends_at_the_end_of_text_and_the_others_go_on():
 
 
 def test_of_a_very_long_prompt_the_end_is_shown():
-    trainer = new_trainer(0)
-    trainer.sample("Before training", ["ab" * 5000, "abc"])
+    trainer = new_trainer(0, prompts=["ab" * 5000, "abc"])
+    trainer.sample("Before training")
     long, short = trainer.journal.history.samples[0].texts
     assert (len(short), len(long)) == (3 + 30, 1 + 1000)
     assert long.startswith("…") and "ab" * 400 in long
@@ -1077,7 +1181,7 @@ def test_in_long_epochs_samples_come_at_evaluations_a_hundred_steps_apart_or_mor
 
 def test_a_run_of_one_epoch_has_about_ten_samples_however_long_it_is():
     class Counting(Trainer):
-        def step(self, batches, max_grad_norm):
+        def step(self, _):
             return torch.tensor(1.0), torch.tensor(1.0)
 
     history = run(3000, n_batches=3000, eval_freq=50, eval_iter=1, kind=Counting).history
@@ -1095,7 +1199,7 @@ def test_the_time_of_a_sample_is_not_that_of_the_tokens(monkeypatch):
         return real(*arguments, **options)
 
     monkeypatch.setattr(train, "generate", slow)
-    trainer.sample("Before training", ["abc"])
+    trainer.sample("Before training")
     assert len(left_out) == 1
     assert 0.2 <= left_out[0] < 5
 
@@ -1142,8 +1246,10 @@ def test_a_folder_that_goes_away_does_not_end_the_run(tmp_path, monkeypatch, cap
     folder = tmp_path / "run"
     folder.mkdir()
     trainer = new_trainer(10, folder=folder)
-    trainer.optimizer.register_step_post_hook(lambda *_: shutil.rmtree(folder, ignore_errors=True))
-    training_loop(trainer, *tiny_loaders(), new_plan(10))
+    trainer.learner.optimizer.register_step_post_hook(
+        lambda *_: shutil.rmtree(folder, ignore_errors=True)
+    )
+    training_loop(trainer, *tiny_loaders())
     assert trainer.journal.history.batch_losses == run(10).history.batch_losses
     printed = capsys.readouterr().out
     assert printed.count("Note: ") == 3  # the log, the samples, the picture

@@ -17,8 +17,9 @@ from engine.precision import Precision
 from planning import trial
 from planning.trial import WORTH_A_TRIAL, Compiled, Trial, decide_compiling, steps_in
 from tests.test_main import run_main, write_settings
-from tests.test_train import BATCH, CONTEXT, CPU, FP32, tiny_loaders, tiny_model
-from training.learner import steps_of_epoch, take_step
+from tests.test_train import BATCH, CONTEXT, FP32, tiny_loaders, tiny_model
+from training import learner
+from training.learner import Learner, steps_of_epoch, take_step
 from training_utils import TrainingConfig
 
 BF16 = Precision("bf16", "as set", "cpu")
@@ -27,17 +28,17 @@ BF16 = Precision("bf16", "as set", "cpu")
 def new_trial(optimizer: str = "adamw", precision: Precision = FP32, **model) -> Trial:
     model = tiny_model(**model)
     optimizer = build_optimizer(optimizer, model, 1e-2, 0.1)
-    return Trial(model, optimizer, tiny_loaders()[0], precision, CPU, threads=1)
+    return Trial(Learner(model, optimizer, precision, micro_batch=BATCH), tiny_loaders()[0], 1)
 
 
 def state(tried: Trial) -> dict:
     """All that training starts from."""
     return copy.deepcopy(
         {
-            "weights": tried.model.state_dict(),
-            "gradients": [p.grad for p in tried.model.parameters()],
-            "mode": [module.training for module in tried.model.modules()],
-            "optimizer": tried.optimizer.state_dict(),
+            "weights": tried.learner.model.state_dict(),
+            "gradients": [p.grad for p in tried.learner.model.parameters()],
+            "mode": [module.training for module in tried.learner.model.modules()],
+            "optimizer": tried.learner.optimizer.state_dict(),
             "random": torch.get_rng_state(),
             "threads": torch.get_num_threads(),
             "next": (tried.loader.batch_sampler._next_epoch, tried.loader.batch_sampler._next_step),
@@ -63,7 +64,7 @@ def seconds_of_steps(monkeypatch):
             now += next(durations)
             seen.append(batches)
 
-        monkeypatch.setattr(trial, "take_step", step)
+        monkeypatch.setattr(learner, "take_step", step)
         monkeypatch.setattr(time, "perf_counter", lambda: now)
         return seen
 
@@ -91,7 +92,7 @@ def test_training_after_a_trial_is_that_without_one(optimizer):
         if with_trial:
             tried.step_seconds()
         for batches in itertools.islice(iter(tried.loader), 3):
-            take_step(tried.model, [batches], tried.optimizer, FP32, 1.0)
+            take_step(tried.learner.model, [batches], tried.learner.optimizer, FP32, 1.0)
         return state(tried)
 
     one, other = trained(True), trained(False)
@@ -106,12 +107,12 @@ def test_a_trial_that_memory_cannot_hold_changes_nothing_either(monkeypatch):
 
     def step(*arguments, **options):
         if next(calls) == 2:
-            raise OutOfStepMemory("not enough")
+            raise OutOfStepMemory(MemoryError("not enough"), 1)
         return take_step(*arguments, **options)
 
-    monkeypatch.setattr(trial, "take_step", step)
+    monkeypatch.setattr(learner, "take_step", step)
     tried = new_trial(drop_rate=0.3)
-    tried.loader.batch_sampler.micro_batch = 1
+    tried.learner.micro_batch = 1
     before = state(tried)
     with pytest.raises(OutOfStepMemory):
         tried.step_seconds()
@@ -124,14 +125,14 @@ def test_a_trial_goes_through_fewer_windows_until_they_fit(monkeypatch, capsys):
     def step(model, batches, *arguments, **options):
         sizes.append(max(len(ids) for ids, _ in batches))
         if sizes[-1] > 1:
-            raise OutOfStepMemory("not enough")
+            raise OutOfStepMemory(MemoryError("not enough"), BATCH)
         return take_step(model, batches, *arguments, **options)
 
-    monkeypatch.setattr(trial, "take_step", step)
+    monkeypatch.setattr(learner, "take_step", step)
     tried = new_trial()
     assert tried.step_seconds() > 0
     assert sizes[0] > 1 and sizes[-4:] == [1] * 4
-    assert tried.loader.batch_sampler.micro_batch == 1
+    assert tried.learner.micro_batch == 1
     assert "1 windows at a time" in capsys.readouterr().out
 
 
@@ -139,7 +140,7 @@ def test_the_time_of_a_step_is_the_median_without_the_first(seconds_of_steps):
     seen = seconds_of_steps([60.0, 1.0, 9.0, 2.0])
     tried = new_trial()
     assert tried.step_seconds() == 2.0
-    [[[first, *_], _]] = steps_of_epoch(tried.loader, 0, 0, 1)
+    [[[first, *_], *_]] = steps_of_epoch(tried.loader, 0, 0, 1)
     assert len(seen) == 4
     assert all(torch.equal(batches[0][0], first[0]) for batches in seen)
 
@@ -192,16 +193,17 @@ def test_a_run_with_a_time_budget_takes_about_so_long_and_goes_on_with_its_steps
     }
     text = "the river carries the bell and the bell carries the river " * 200
     file = write_settings(tmp_path, text, TOKENIZER="char", RUN_NAME="one", custom_params=settings)
-    # the program, stopped by Ctrl-C after twenty steps
+    # the program, stopped by Ctrl-C after the trial's four steps and twenty more
     code = (
-        "import main, os, signal, sys, train\n"
-        "step, done = train.take_step, []\n"
+        "import main, os, signal, sys\n"
+        "from training import learner\n"
+        "step, done = learner.take_step, []\n"
         "def stop(*given, **options):\n"
         "    done.append(1)\n"
-        "    if len(done) == 20:\n"
+        "    if len(done) == 24:\n"
         "        os.kill(os.getpid(), signal.SIGINT)\n"
         "    return step(*given, **options)\n"
-        "train.take_step = stop\n"
+        "learner.take_step = stop\n"
         "sys.exit(main.main(['settings.py']))\n"
     )
     stopped = run_main(tmp_path, code=code)
@@ -316,7 +318,7 @@ def test_what_fails_to_compile_runs_as_it_is_written(compiler, monkeypatch):
         raise KeyError("no such kernel\nand a page more")
 
     with monkeypatch.context() as patch:
-        patch.setattr(trial, "take_step", fail)
+        patch.setattr(learner, "take_step", fail)
         found = decide_compiling(True, tried, 10**9, None)
     assert not found.on
     assert found.reason == r"KeyError: 'no such kernel\nand a page more'"
@@ -328,7 +330,7 @@ def test_a_long_reason_is_cut_to_its_first_line(compiler, monkeypatch):
     def fail(*arguments, **options):
         raise RuntimeError(f"{'x' * 999}\nand a page more")
 
-    monkeypatch.setattr(trial, "take_step", fail)
+    monkeypatch.setattr(learner, "take_step", fail)
     assert new_trial().compile(None) == f"RuntimeError: {'x' * 200}"
 
 
@@ -336,16 +338,16 @@ def test_where_memory_runs_out_compiled_the_model_runs_as_written_with_its_micro
     compiler, monkeypatch
 ):
     def fail(*arguments, **options):
-        raise OutOfStepMemory("not enough")
+        raise OutOfStepMemory(MemoryError("not enough"), BATCH)
 
     tried = new_trial()
-    before, micro_batch = state(tried), tried.loader.batch_sampler.micro_batch
+    before, micro_batch = state(tried), tried.learner.micro_batch
     with monkeypatch.context() as patch:
-        patch.setattr(trial, "take_step", fail)
+        patch.setattr(learner, "take_step", fail)
         found = decide_compiling(True, tried, 10**9, None)
     assert found == Compiled(False, "compiled steps ran out of memory")
     assert compiler == ["compile", "undo"]
-    assert tried.loader.batch_sampler.micro_batch == micro_batch
+    assert tried.learner.micro_batch == micro_batch
     assert_same(state(tried), before)
 
 
@@ -354,7 +356,7 @@ def test_ctrl_c_while_compiling_ends_the_program(compiler, monkeypatch, error):
     def fail(*arguments, **options):
         raise error
 
-    monkeypatch.setattr(trial, "take_step", fail)
+    monkeypatch.setattr(learner, "take_step", fail)
     with pytest.raises(error):
         new_trial().compile(None)
 

@@ -26,9 +26,6 @@ from visualize import render_losses
 
 PICTURE = "training_losses.png"
 FETCH_EVERY = 50  # steps whose losses stay on the device before they are read together
-MOST_SKIPPED = 10  # steps in a row; then it is no accident
-# steps in a row by which fp16 may halve its loss scale, from 2 ** 16 to 1, to find the one it needs
-MOST_HALVINGS = 16
 MOST_MOMENTS, LAST_MOMENTS = 50, 10  # whose samples are kept, and how many of the last of all
 
 # what would move a terminal's cursor or turn the direction of writing
@@ -81,7 +78,6 @@ class Journal:
     log_every: int = 0
     folder: Path | None = None
     token_size: TokenSize | None = None
-    scales_loss: bool = False  # as fp16 needs it: an overflow then only lowers the scale
     trackers: Trackers = field(default_factory=lambda: Trackers([]))
     history: History = field(default_factory=History)
 
@@ -90,10 +86,9 @@ class Journal:
         self.weights_of_step: int | None = None  # where the model has not the last step's
         self._bar = RunBar(self.total_steps)
         self._is_told = True  # whether the last evaluation was printed
+        self.steps = 0  # the last one that was noted
         self._tokens = 0
-        self._in_a_row = 0  # skipped steps
-        self._halvings = 0  # of the loss scale, in a row
-        self._pending: list[tuple[torch.Tensor, torch.Tensor, int, float]] = []
+        self._pending: list[tuple[torch.Tensor, torch.Tensor, dict[str, Any]]] = []
         self._said: set[str] = set()
         self._refused: set[Path] = set()  # files that the disk did not take when last tried
         self._earlier_s = 0.0  # of a run that goes on
@@ -103,11 +98,6 @@ class Journal:
         self._tokens_per_s = 0.0  # up to the evaluation that is being made
 
     @property
-    def steps(self) -> int:
-        """The optimizer steps so far."""
-        return len(self.history.batch_losses) + len(self._pending)
-
-    @property
     def elapsed_s(self) -> float:
         """The time of the run so far, that of earlier processes included."""
         return self._earlier_s + time.perf_counter() - self._started_at
@@ -115,69 +105,43 @@ class Journal:
     # ------------------------------------------------------------------------ single steps
 
     def step(
-        self, loss: torch.Tensor, grad_norm: torch.Tensor, n_tokens: int, learning_rate: float
-    ) -> None:
-        """Note a step's loss and gradient norm, 0-d tensors on any device."""
-        self._tokens += n_tokens
-        self._pending.append((loss, grad_norm, self._tokens, learning_rate))
-        self._bar.show(self.steps)
-        if self.log_every and self.steps % self.log_every == 0:
-            self.fetch()
-            loss_now = self.history.batch_losses[-1]
-            report(f"step {self.steps}: batch loss {loss_now:.4f}{self._pace()}")
-        elif len(self._pending) == FETCH_EVERY:
-            self.fetch()
+        self,
+        step: int,
+        loss: torch.Tensor,
+        grad_norm: torch.Tensor,
+        n_tokens: int,
+        learning_rate: float,
+    ) -> list[dict[str, Any]]:
+        """Note a step, counted from 1; its loss and gradient norm are 0-d tensors on any device.
 
-    def fetch(self) -> None:
-        """Read the pending numbers from the device, log them and count the steps skipped.
-
-        Raises NumericsError after MOST_SKIPPED skipped steps in a row.
+        Returns what fetch() does, where it is time for that.
         """
+        self.steps = step
+        self._tokens += n_tokens
+        known = {"step": step, "train/lr": learning_rate, "train/tokens": self._tokens}
+        self._pending.append((loss, grad_norm, known))
+        self._bar.show(step)
+        is_told = self.log_every > 0 and step % self.log_every == 0
+        rows = self.fetch() if is_told or len(self._pending) == FETCH_EVERY else []
+        if is_told:
+            report(f"step {step}: batch loss {rows[-1]['train/loss']:.4f}{self._pace()}")
+        return rows
+
+    def fetch(self) -> list[dict[str, Any]]:
+        """Read the pending numbers from the device and log them; returns a row for each step."""
         if not self._pending:
-            return
-        first = len(self.history.batch_losses) + 1
+            return []
         numbers = torch.stack(
-            [torch.stack((loss.float(), norm.float())) for loss, norm, _, _ in self._pending]
+            [torch.stack((loss.float(), norm.float())) for loss, norm, _ in self._pending]
         )
         rows = [
-            {
-                "step": first + i,
-                "train/loss": loss,
-                "train/grad_norm": norm,
-                "train/lr": rate,
-                "train/tokens": tokens,
-            }
-            for i, ((loss, norm), (_, _, tokens, rate)) in enumerate(
-                zip(numbers.tolist(), self._pending, strict=True)
-            )
+            {"step": known["step"], "train/loss": loss, "train/grad_norm": norm} | known
+            for (loss, norm), (_, _, known) in zip(numbers.tolist(), self._pending, strict=True)
         ]
         self._pending = []
         self.history.batch_losses += [row["train/loss"] for row in rows]
         self._log(rows)
-        for row in rows:
-            self._count_skipped(row)
-
-    def _count_skipped(self, row: dict[str, Any]) -> None:
-        if math.isfinite(row["train/loss"] + row["train/grad_norm"]):
-            self._in_a_row = self._halvings = 0
-            return
-        if self.scales_loss and math.isfinite(row["train/loss"]):
-            self._halvings += 1
-            if self._halvings <= MOST_HALVINGS:
-                return
-        self.history.skipped += 1
-        self._in_a_row += 1
-        said = (
-            f"step {row['step']}: the loss is {row['train/loss']:.4g} and the gradient's norm "
-            f"{row['train/grad_norm']:.4g}"
-        )
-        if self._in_a_row == MOST_SKIPPED:
-            raise NumericsError(
-                f"{said}, as {MOST_SKIPPED - 1} times in a row before: training diverged.\n"
-                f"The learning rate was {row['train/lr']:.3g}; begin a run with a third of it, or "
-                "with a smaller max_grad_norm."
-            )
-        say(f"Note: {said}: the step is skipped ({self.history.skipped} so far)")
+        return rows
 
     def _pace(self) -> str:
         """Tokens a second since the last evaluation and the time left, to end a line with."""
@@ -193,11 +157,15 @@ class Journal:
 
     # ------------------------------------------------------------------------- evaluations
 
-    def pause(self) -> None:
-        """Note that training rests for an evaluation: its time is not that of the tokens."""
-        self.fetch()
+    def pause(self) -> list[dict[str, Any]]:
+        """Note that training rests for an evaluation: its time is not that of the tokens.
+
+        Returns what fetch() does.
+        """
+        rows = self.fetch()
         if self._tokens > self._marked_tokens:  # else an earlier process made the steps
             self._tokens_per_s = self._speed()
+        return rows
 
     def evaluation(self, epoch: int | None, train_loss: float, val_loss: float) -> None:
         """Note an evaluation after the steps so far, print it and draw the picture anew.
@@ -325,8 +293,6 @@ class Journal:
             "steps": self.steps,
             "tokens": self._tokens,
             "tokens_per_s": self._speed(),
-            "skipped_in_a_row": self._in_a_row,
-            "halvings_in_a_row": self._halvings,
             "metrics_bytes": 0 if self._metrics is None else self._metrics.sync(),
         }
 
@@ -339,11 +305,9 @@ class Journal:
         samples = [_as_moment(*kept) for kept in state["history"].pop("samples")]
         self.history = History(**state["history"], samples=samples)
         self.history.batch_losses = _losses_in(rows, state["steps"])
-        self._first_step = state["steps"]
+        self.steps = self._first_step = state["steps"]
         self._tokens = self._marked_tokens = state["tokens"]
         self._tokens_per_s = state["tokens_per_s"]
-        self._in_a_row = state["skipped_in_a_row"]
-        self._halvings = state["halvings_in_a_row"]
         self._earlier_s = self.history.elapsed_s
 
     def _log(self, rows: list[dict[str, Any]]) -> None:

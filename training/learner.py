@@ -1,21 +1,26 @@
 """One optimizer step and one evaluation: what the loop is made of."""
 
 import contextlib
+import functools
+import gc
 import itertools
 import time
-from collections.abc import Iterator
-from typing import NamedTuple
+from collections.abc import Callable, Iterator
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
-from data import WindowBatches
+from data import WindowBatches, evaluation_loader, in_parts
 from distributed.parallel import ALONE, Parallel
-from distributed.sharding import flush_gradients, full, summing_up, whole
+from distributed.sharding import flush_gradients, full, replica, summing_up, whole
 from distributed.signals import StopSignals
+from engine.compiling import compile_again, is_compiled
+from engine.console import say
+from engine.devices import release_memory
 from engine.errors import DataError, Stopped
-from engine.memory import OutOfStepMemory, is_out_of_memory
+from engine.memory import OutOfStepMemory, halved, is_out_of_memory
 from engine.precision import Precision
 from engine.randomness import random_state, set_random_state
 from generation import evaluating
@@ -23,11 +28,130 @@ from generation import evaluating
 Batch = tuple[torch.Tensor, torch.Tensor]  # ids and targets, (B, T) each
 
 
-class Step(NamedTuple):
-    """What an optimizer step goes through."""
+T = TypeVar("T")
 
-    batches: list[Batch]  # this rank's micro-batches; every rank has as many
-    n_targets: int  # those of all ranks together
+
+class Step(NamedTuple):
+    """What an optimizer step is made on."""
+
+    batches: list[Batch]  # this rank's windows; (0, T) where there is none for it
+    n_targets: int  # those of all ranks
+    n_windows: int  # those of the rank that has most
+
+
+class Learner:
+    """Makes optimizer steps and evaluations of a model, in micro-batches that fit into memory.
+
+    micro_batch is the most windows that a forward pass takes; None: as many as a batch has. Where
+    memory runs out, it is halved, and the step or evaluation is made again: sums stay the same.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        precision: Precision,
+        parallel: Parallel = ALONE,
+        *,
+        device: torch.device | None = None,
+        micro_batch: int | None = None,
+    ) -> None:
+        self.model, self.optimizer = model, optimizer
+        self.precision, self.scaler = precision, precision.scaler()
+        self.parallel = parallel
+        self.device = device or next(model.parameters()).device
+        self.micro_batch = micro_batch
+
+    @functools.cached_property
+    def _replica(self) -> nn.Module:
+        """The model as a step calls it; all ranks make their first step together."""
+        return replica(self.model, self.parallel)
+
+    def step(
+        self,
+        step: Step,
+        max_grad_norm: float,
+        stop: StopSignals | None = None,
+        label: str = "a step",
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """One optimizer step; its loss and gradient norm, those of all ranks, as 0-d tensors.
+
+        Raises what take_step() does, OutOfStepMemory only where the micro-batch can't be halved.
+        label is what a message calls the step.
+        """
+        return self.in_smaller_parts(lambda: self.try_step(step, max_grad_norm, stop), label)
+
+    def try_step(
+        self, step: Step, max_grad_norm: float, stop: StopSignals | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """One optimizer step, which is not made again where memory runs out."""
+        return take_step(
+            self._replica,
+            micro_batches(step, self.micro_batch, self.device),
+            self.optimizer,
+            self.precision,
+            max_grad_norm,
+            scaler=self.scaler,
+            stop=stop,
+            parallel=self.parallel,
+            n_targets=step.n_targets,
+        )
+
+    def evaluate(
+        self, loader: DataLoader, max_batches: int | None = None, stop: StopSignals | None = None
+    ) -> float:
+        """The mean loss over a loader's text, or max_batches evenly spaced batches of it.
+
+        The ranks share them. Raises what mean_loss() does.
+        """
+
+        def attempt() -> float:
+            parts = evaluation_loader(loader, max_batches, self.parallel, self.micro_batch)
+            return mean_loss(self.model, parts, self.device, self.precision, stop, self.parallel)
+
+        return self.in_smaller_parts(attempt, "an evaluation")
+
+    def in_smaller_parts(self, attempt: Callable[[], T], label: str) -> T:
+        """The result of an attempt, with a smaller micro-batch each time that memory runs out.
+
+        Raises OutOfStepMemory where a single window is too much, or other ranks are in the middle
+        of the same: then a restart of the job begins with a smaller one.
+        """
+        while True:
+            try:
+                return attempt()
+            except OutOfStepMemory as error:
+                before = error.n_windows
+                if not self.parallel.is_alone:
+                    self.parallel.note("micro_batch", str(halved(before)))
+                if before == 1 or not self.parallel.is_alone:
+                    raise
+            # out here the error is gone, and with it what it held of the attempt
+            gc.collect()
+            release_memory(self.device)
+            self.micro_batch = halved(before)
+            if is_compiled(self.model):
+                compile_again(self.model, self.device, micro_batches=2)
+            say(
+                f"Note: {label} ran out of memory: {self.micro_batch} windows at a time instead of "
+                f"{before} from here on, the batch stays the same"
+            )
+
+
+def micro_batches(step: Step, size: int | None, device: torch.device) -> list[Batch]:
+    """A step's windows on a device, in micro-batches of at most `size` windows.
+
+    None: as they come, where there is one rank. Of several, all have as many micro-batches: where
+    a rank has fewer windows, the last of them have no targets.
+    """
+    batches = [
+        (to_device(ids, device), to_device(targets, device)) for ids, targets in step.batches
+    ]
+    size = size or max(len(ids) for ids, _ in batches)
+    parts = [part for part in in_parts(batches, size) if len(part[0]) > 0]
+    length = batches[0][0].shape[1]
+    nothing = torch.zeros(1, length, dtype=torch.long, device=device)
+    return parts + [(nothing, nothing[:0])] * (-(-step.n_windows // size) - len(parts))
 
 
 def take_step(
@@ -46,11 +170,11 @@ def take_step(
 
     The loss is the mean over all n_targets targets, None being those of the batches, whatever the
     sizes of the micro-batches. Where ranks share the step, model is what replica() gives, and
-    n_targets counts those of all ranks. Where the loss or
-    the gradient is not finite, weights and moments stay as they were: with a fused optimizer the
-    device decides that, and nobody waits for it. Raises Stopped, with everything as it was before
-    the step, where a signal has come and the rest of the step would take long; and OutOfStepMemory,
-    just so, where a micro-batch does not fit.
+    n_targets counts those of all ranks. Where the loss or the gradient is not finite, weights and
+    moments stay as they were: with a fused optimizer the device decides that, and nobody waits for
+    it. Raises Stopped, with everything as it was before the step, where a signal has come and the
+    rest of the step would take long; and OutOfStepMemory, just so, where a micro-batch does not
+    fit.
     """
     scaler = scaler or precision.scaler()
     n_targets = n_targets or sum(targets.numel() for _, targets in batches)
@@ -77,11 +201,21 @@ def take_step(
         optimizer.zero_grad()
         set_random_state(random_before, device)
         if is_out_of_memory(error):
-            reason = next(iter(str(error).splitlines()), type(error).__name__)
-            raise OutOfStepMemory(reason) from error
+            raise OutOfStepMemory(error, max(len(ids) for ids, _ in batches)) from error
         raise
     # Where memory runs out below this line, smaller micro-batches are no help, for activations
     # are gone by now, and weights may have changed: the error ends the run, and nothing is saved.
+    return total, _update_weights(model, optimizer, scaler, max_grad_norm, total)
+
+
+def _update_weights(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    scaler: torch.amp.GradScaler,
+    max_grad_norm: float,
+    loss: torch.Tensor,
+) -> torch.Tensor:
+    """Clip the gradients and use them, unless they or the loss are not finite; their norm."""
     scaler.unscale_(optimizer)  # first: clipping must see true gradients
     parameters = [p for p in model.parameters() if p.grad is not None]
     if max_grad_norm > 0:
@@ -92,14 +226,14 @@ def take_step(
         scaler.step(optimizer)
         scaler.update()
     # Metal's fused kernels pay no heed to found_inf
-    elif getattr(optimizer, "_step_supports_amp_scaling", False) and device.type != "mps":
-        optimizer.found_inf = (~(total.isfinite() & norm.isfinite())).float()
+    elif getattr(optimizer, "_step_supports_amp_scaling", False) and loss.device.type != "mps":
+        optimizer.found_inf = (~(loss.isfinite() & norm.isfinite())).float()
         optimizer.step()
         del optimizer.found_inf  # else a caller's own next step would be skipped too
-    elif total.isfinite() and norm.isfinite():
+    elif loss.isfinite() and norm.isfinite():
         optimizer.step()
     optimizer.zero_grad()
-    return total, norm
+    return norm
 
 
 def batch_loss(
@@ -121,25 +255,23 @@ def count_steps(loader: DataLoader) -> int:
 
 
 def steps_of_epoch(loader: DataLoader, epoch: int, first: int, last: int) -> Iterator[Step]:
-    """Each step from first up to last of an epoch, all counted from 0.
-
-    A rank whose share of an epoch's last step has fewer micro-batches than another's gets some
-    without targets, for the ranks go through them together.
-    """
+    """Each step from first up to last of an epoch, all counted from 0."""
     batches = loader.batch_sampler
     if not isinstance(batches, WindowBatches):
         for ids, targets in itertools.islice(iter(loader), last - first):
-            yield Step([(ids, targets)], targets.numel())
+            yield Step([(ids, targets)], targets.numel(), len(ids))
         return
     batches.start_at(epoch, first)
-    size, length = batches.micro_batch, batches.dataset.max_length  # a change counts from the next
-    nothing = torch.zeros(1, length, dtype=torch.long)
-    micro_batches = iter(loader)
+    length = batches.dataset.max_length
+    nothing = torch.zeros(0, length, dtype=torch.long)
+    parts = iter(loader)
     for step in range(first, last):
-        own, most = (-(-n // size) for n in (batches.count_own(step), batches.count_largest(step)))
-        parts = list(itertools.islice(micro_batches, own))
-        parts += [(nothing, nothing[:0])] * (most - own)
-        yield Step(parts, batches.count_windows(step) * length)
+        own = -(-batches.count_own(step) // batches.micro_batch)
+        yield Step(
+            list(itertools.islice(parts, own)) or [(nothing, nothing)],
+            batches.count_windows(step) * length,
+            batches.count_largest(step),
+        )
 
 
 def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
@@ -159,17 +291,23 @@ def mean_loss(
     """The mean loss in nats over every target of the loader, each weighing the same.
 
     The loaders of several ranks are its parts, of any lengths. Raises Stopped where a signal has
-    come meanwhile, DataError for an empty loader.
+    come meanwhile, OutOfStepMemory where a batch does not fit, DataError for an empty loader.
     """
-    total, count = torch.zeros((), device=device), 0
-    with evaluating(model), whole(model, parallel):
-        for ids, targets in loader:
-            if stop is not None and stop.has_come:
-                break  # and not out of here: the other ranks wait below
-            ids, targets = to_device(ids, device), to_device(targets, device)
-            loss = batch_loss(model, ids, targets, precision)
-            total += loss * targets.numel()
-            count += targets.numel()
+    total, count, n_windows = torch.zeros((), device=device), 0, 1
+    try:
+        with evaluating(model), whole(model, parallel):
+            for ids, targets in loader:
+                if stop is not None and stop.has_come:
+                    break  # and not out of here: the other ranks wait below
+                n_windows = len(ids)
+                ids, targets = to_device(ids, device), to_device(targets, device)
+                loss = batch_loss(model, ids, targets, precision)
+                total += loss * targets.numel()
+                count += targets.numel()
+    except (MemoryError, RuntimeError) as error:
+        if is_out_of_memory(error):
+            raise OutOfStepMemory(error, n_windows, "an evaluation") from error
+        raise
     if stop is not None:
         stop.agree()
         stop.check()

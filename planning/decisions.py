@@ -1,0 +1,195 @@
+"""What was decided for a run: the typed record that settings.json is written from and read into."""
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from engine.errors import CheckpointError, SettingsError
+from engine.settings import check, find_problems, from_json, names_on_resume, setting, shown
+from generation import SamplingConfig
+from model import GPTConfig
+from planning.plan import Asked, RunSettings
+from storage.files import SETTINGS
+from training_utils import TrainingConfig
+
+MOST_SETTINGS_BYTES = 1 << 24
+
+
+@dataclass(frozen=True)
+class KeptPrecision:
+    """The precision of a run, and why it was chosen."""
+
+    name: str
+    reason: str
+
+    def __post_init__(self) -> None:
+        check(self)
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """What settings.json holds of a run, by the names that it has there.
+
+    A run that goes on keeps the decisions in it: `before` is the record of that run wherever
+    something is decided. Raises SettingsError with every wrong value.
+    """
+
+    run_id: str  # what the run's checkpoints are known by
+    started: str
+    changes: list  # of each later start that changed something: name -> [then, now]
+    mode: str
+    settings: dict  # RunSettings as they were given, DATA as JSON
+    asked: Asked
+    model_name: str
+    model: GPTConfig
+    training: TrainingConfig
+    sampling: SamplingConfig
+    # what is worked out at each start
+    device: str = setting(on_resume="numeric")
+    ranks: int = setting(on_resume="numeric", minimum=1)
+    parallel: str = setting(on_resume="numeric")
+    precision: KeptPrecision
+    threads: int = setting(on_resume="numeric", minimum=1)
+    micro_batch: int = setting(on_resume="numeric", minimum=1)
+    compiled: bool = setting(on_resume="numeric")
+    why_compiled: str
+    tokenizer: str  # its fingerprint
+    stood_in: bool  # a sample text took the place of one that could not be downloaded
+    steps_per_epoch: int = setting(minimum=1)
+    total_steps: int = setting(on_resume="free", minimum=1)
+    origins: dict
+    adapted: list  # notices of what was not done as asked
+    torch: str = setting(on_resume="numeric")
+
+    def __post_init__(self) -> None:
+        check(self)
+
+    @staticmethod
+    def conflicts(values: dict[str, Any]) -> list[str]:
+        """What is wrong in settings: names and types, for their rules may ask this machine."""
+        settings = values["settings"]
+        names = [f.name for f in dataclasses.fields(RunSettings)]
+        if lacking := [name for name in names if name not in settings]:
+            return [f"settings lacks {', '.join(lacking)}"]
+        return find_problems(
+            RunSettings,
+            {name: settings[name] for name in names},
+            'settings["{}"]'.format,
+            joined=False,
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """The record as settings.json has it."""
+        return dataclasses.asdict(self)
+
+
+def read_record(run: Path) -> RunRecord:
+    """What was decided for the run in a folder; CheckpointError where it tells nothing, or is
+    damaged."""
+    file = run / SETTINGS
+    try:
+        is_there = file.is_file()
+    except OSError as error:  # a name that is too long, a folder that is not ours to read
+        raise CheckpointError(f"{run} can't be read: {error.strerror or error}") from None
+    if not is_there:
+        raise CheckpointError(
+            f"{run} is no run (looked for {file}).\n"
+            "A run is a folder that training leaves, such as those in OUTPUT_DIR."
+        )
+    value = read_run_file(file, MOST_SETTINGS_BYTES)
+    try:
+        return from_json(RunRecord, value, file.name)
+    except SettingsError as error:
+        reason = " ".join(str(error).split())[:300]
+        raise CheckpointError(
+            f"{file} was not written by this version of the program: {reason}"
+        ) from None
+
+
+def read_run_file(file: Path, most_bytes: int | None = None) -> dict[str, Any]:
+    """A JSON object of a run; CheckpointError where it is damaged, or too long."""
+    try:
+        if most_bytes is not None and file.stat().st_size > most_bytes:
+            raise ValueError("it is too long")
+        value = json.loads(file.read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{file} can't be read: {error}") from None
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{file} was not written by this version of the program")
+    return value
+
+
+def differences(before: RunRecord, asked: Asked) -> list[str]:
+    """What keeps a run from going on with these settings, a line each.
+
+    A value counts as the same where it was asked for before, or was what it had become.
+    """
+    lines = []
+
+    def compare(name: str, was: Any, now: Any, became: Any) -> None:
+        if now not in (was, became):
+            lines.append(f"{name}: {shown(was)} then, {shown(now)} now")
+
+    then = before.asked
+    for name in ("mode", "seed", "tokenizer"):
+        compare(name, getattr(then, name), getattr(asked, name), getattr(then, name))
+    compare("precision", then.precision, asked.precision, before.precision.name)
+    model = dataclasses.asdict(before.model)
+    for name in sorted(then.model.keys() | asked.model.keys()):
+        compare(name, then.model.get(name), asked.model.get(name), model.get(name))
+    for name in names_on_resume(TrainingConfig, "fixed"):
+        was, now, became = (
+            getattr(training, name) for training in (then.training, asked.training, before.training)
+        )
+        compare(name, was, now, became)
+    total = total_steps(before, asked)
+    if total < before.total_steps:
+        lines.append(
+            f"total steps: {before.total_steps:,} then, {total:,} now (more is possible, less "
+            "is not)"
+        )
+    return lines
+
+
+def total_steps(before: RunRecord, asked: Asked) -> int:
+    """The optimizer steps that a run has by the settings that are asked for now."""
+    length = asked.length
+    by_time = length.num_epochs is None and length.max_steps is None
+    if by_time or length == before.asked.length:
+        return before.total_steps
+    total = length.max_steps or length.num_epochs * before.steps_per_epoch
+    return min(total, length.at_most or total)
+
+
+def keep_identity(record: RunRecord, before: RunRecord) -> tuple[RunRecord, list[str]]:
+    """The record of a run that goes on, with what changed added, and notes of what that means.
+
+    record.started is taken for the time of the change.
+    """
+    parts = (
+        (TrainingConfig, before.training, record.training),
+        (RunRecord, before, record),
+    )
+    pairs = {
+        name: [getattr(was, name), getattr(now, name)]
+        for cls, was, now in parts
+        for name in names_on_resume(cls, "free", "numeric")
+    }
+    pairs |= {
+        name: [before.settings[name], record.settings[name]]
+        for name in names_on_resume(RunSettings, "free")
+    }
+    changed = {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
+    notes = [
+        f"{name} was {shown(changed[name][0])} and is {shown(changed[name][1])}: from here on the "
+        "numbers are not bit for bit those of an undisturbed run"
+        for name in names_on_resume(RunRecord, "numeric")
+        if name in changed
+    ]
+    changes = [*before.changes, *([{"at": record.started} | changed] if changed else [])]
+    kept = dataclasses.replace(
+        record, run_id=before.run_id, started=before.started, changes=changes
+    )
+    return kept, notes

@@ -1,0 +1,241 @@
+"""Which run goes on: candidates by their settings before the text is read, settled by the text.
+
+A run may go on where everything that its numbers depend on is as it was: model, training, seed,
+precision, tokenizer and text. What may change, and is recorded, is how long it is, how it is
+watched and which machine it uses.
+"""
+
+import contextlib
+import secrets
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from engine.errors import CheckpointError, ResourceError, RunFinished
+from engine.settings import shown
+from planning.decisions import (
+    RunRecord,
+    differences,
+    read_record,
+    read_run_file,
+    total_steps,
+)
+from planning.plan import Asked
+from storage.files import DATA, SETTINGS, SUMMARY, FolderLock
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A run that goes on if the text is its own."""
+
+    path: Path
+    record: RunRecord
+    tokenizer: str | None  # its fingerprint, as data.json has it
+    text: str | None  # sha256 of its tokens
+    fault: str | None = None  # why data.json can't be read
+
+    def differences(self, tokenizer: str, text: str) -> list[str]:
+        """What of the tokenizer and the text is not as it was."""
+        if self.fault is not None:
+            return [self.fault]
+        pairs = {"tokenizer": (self.tokenizer, tokenizer), "text": (self.text, text)}
+        return [
+            f"{name}: sha256 {str(was)[:12]}... then, {now[:12]}... now"
+            for name, (was, now) in pairs.items()
+            if was != now
+        ]
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """The runs that may go on, the likeliest first, and the folder of a new one."""
+
+    folder: Path  # of a new run
+    named: bool  # the user chose the folder, or the run
+    run_id: str  # of a new run
+    now: str
+    runs: tuple[Candidate, ...] = ()
+    notes: tuple[str, ...] = ()  # to be said when training begins
+
+    @property
+    def likeliest(self) -> RunRecord | None:
+        """The record of the run that goes on unless the text is another; None begins a run."""
+        return self.runs[0].record if self.runs else None
+
+
+@dataclass(frozen=True)
+class SettledRun:
+    """The folder that a run goes to, and the record of the run that goes on there."""
+
+    path: Path
+    named: bool
+    before: RunRecord | None
+    notes: tuple[str, ...]
+
+
+def find_candidates(
+    asked: Asked,
+    *,
+    output_dir: Path,
+    run_name: str | None,
+    resume: str | bool,
+    mode: str,
+    data: object,
+) -> Candidates:
+    """What a run with these settings may go on with, by RESUME and RUN_NAME.
+
+    data is what settings.json has of DATA. Raises CheckpointError with what differs where a named
+    run can't go on, RunFinished where it has nothing left to do, BusyError where another program
+    trains it.
+    """
+    now, run_id = time.strftime("%Y-%m-%d %H:%M:%S"), secrets.token_hex(8)
+    new = output_dir / f"{now.replace(' ', '_').replace(':', '-')}-{mode}"
+    if isinstance(resume, str) and resume != "auto":
+        path = _existing_run(resume)
+        return Candidates(path, True, run_id, now, (_continue_named(path, asked),))
+    if run_name is not None:
+        path = output_dir / run_name
+        if not _is_taken(path):
+            return Candidates(path, True, run_id, now)
+        holds_a_run = (path / SETTINGS).is_file()
+        if resume is False or not holds_a_run:
+            why = "RESUME is False" if holds_a_run else "it holds no run"
+            raise CheckpointError(
+                f"the folder {path} is already there, and {why}.\n"
+                "Choose another RUN_NAME, or move the folder away."
+            )
+        return Candidates(path, True, run_id, now, (_continue_named(path, asked),))
+    runs, notes = _find_unfinished(output_dir, asked, data) if resume == "auto" else ([], [])
+    return Candidates(new, False, run_id, now, tuple(runs), tuple(notes))
+
+
+def settle_run(candidates: Candidates, tokenizer: str, text: str) -> SettledRun:
+    """The first candidate whose tokenizer and text are those at hand, or else a new run.
+
+    tokenizer is a fingerprint, text the sha256 of its tokens. Raises CheckpointError where a run
+    that was named has others.
+    """
+    passed_over = []
+    for run in candidates.runs:
+        differing = run.differences(tokenizer, text)
+        if not differing:
+            return SettledRun(run.path, candidates.named, run.record, candidates.notes)
+        if candidates.named:
+            raise _differs(run.path, differing)
+        passed_over.append(_passed_over(run.path, differing))
+    notes = (*candidates.notes, *passed_over[:1])
+    return SettledRun(candidates.folder, candidates.named, None, notes)
+
+
+def newest_finished_run(output_dir: Path) -> Path:
+    """The folder of the run that was finished last; CheckpointError where there is none."""
+    finished = []
+    for summary in output_dir.glob(f"*/{SUMMARY}"):
+        if (summary.parent / SETTINGS).is_file():  # else it is no run of this program
+            with contextlib.suppress(FileNotFoundError):  # made longer, it is unfinished again
+                finished.append((summary.stat().st_mtime_ns, summary.parent))
+    if not finished:
+        begun = sorted(path.parent for path in output_dir.glob(f"*/{SETTINGS}"))
+        hint = f"{begun[-1]} is unfinished, but can be named." if begun else "Train a model first."
+        raise CheckpointError(f"there is no finished run in {output_dir.absolute()}.\n{hint}")
+    return max(finished)[1]
+
+
+def _existing_run(resume: str) -> Path:
+    """The folder that RESUME names; CheckpointError where it is no run."""
+    path = Path(resume).expanduser()
+    if path.is_file():
+        raise CheckpointError(
+            f"RESUME = {shown(resume)} is a file; runs are folders, with {SETTINGS} in them.\n"
+            "Files such as .pt can run code when they are opened, so this one was not."
+        )
+    if not (path / SETTINGS).is_file():
+        raise CheckpointError(
+            f"RESUME = {shown(resume)}: there is no run (looked for {path / SETTINGS}).\n"
+            'Set RESUME to a run\'s folder, such as those in OUTPUT_DIR, or to "auto".'
+        )
+    return path
+
+
+def _continue_named(path: Path, asked: Asked) -> Candidate:
+    record = read_record(path)
+    differing = differences(record, asked)
+    if (path / SUMMARY).exists() and (differing or not _has_more_to_do(path, record, asked)):
+        hint = f" (with other settings: {'; '.join(differing)})" if differing else ""
+        raise RunFinished(
+            f"The run in {path} is finished{hint}: nothing to do. Another RUN_NAME begins a new "
+            "one; more num_epochs, max_steps or, where that ended it, patience goes on with it."
+        )
+    if differing:
+        raise _differs(path, differing)
+    FolderLock(path).require_free()
+    return _candidate(path, record)
+
+
+def _candidate(path: Path, record: RunRecord) -> Candidate:
+    """A run with what its data.json says of the text; CheckpointError where that is damaged."""
+    data = read_run_file(path / DATA)
+    return Candidate(path, record, data.get("tokenizer_id"), data.get("tokens_sha256"))
+
+
+def _has_more_to_do(path: Path, before: RunRecord, asked: Asked) -> bool:
+    """Whether a finished run is to be longer, or to have more patience than what ended it."""
+    patience, had = asked.training.patience, before.training.patience
+    is_more_patient = had is not None and (patience is None or patience > had)
+    ended_early = read_run_file(path / SUMMARY).get("steps", 0) < before.total_steps
+    is_longer = total_steps(before, asked) > before.total_steps
+    return is_more_patient if ended_early else is_longer
+
+
+def _find_unfinished(
+    output_dir: Path, asked: Asked, data: object
+) -> tuple[list[Candidate], list[str]]:
+    """The unfinished runs with these settings, newest first, and notes of those passed over."""
+    found, notes = [], []
+    for file in output_dir.glob(f"*/{SETTINGS}"):
+        if (file.parent / SUMMARY).exists():
+            continue
+        try:
+            found.append((file.parent, read_record(file.parent)))
+        except CheckpointError as error:
+            if (file.parent / "checkpoints").is_dir():  # else it is no run of this program
+                notes.append(f"{error}: that run is passed over")
+    found.sort(key=lambda run: (run[1].started, run[0].name), reverse=True)
+    fitting = [(path, record) for path, record in found if not differences(record, asked)]
+    if not fitting:
+        notes += [_passed_over(path, differences(record, asked)) for path, record in found[:1]]
+    # stable: those that were begun with this DATA come first, the newest of them before all
+    fitting.sort(key=lambda run: run[1].settings["DATA"] != data)
+    candidates = []
+    for path, record in fitting:
+        try:
+            candidates.append(_candidate(path, record))
+        except CheckpointError as error:
+            candidates.append(Candidate(path, record, None, None, fault=str(error)))
+    return candidates, notes
+
+
+def _passed_over(path: Path, differing: list[str]) -> str:
+    more = f", and {len(differing) - 1} more" if len(differing) > 1 else ""
+    return f"{path} is unfinished, but differs ({differing[0]}{more}): a new run begins"
+
+
+def _differs(path: Path, differing: list[str]) -> CheckpointError:
+    listed = "\n  ".join(differing)
+    return CheckpointError(
+        f"the run in {path} can't go on with other settings:\n  {listed}\n"
+        "Set them back, or choose another RUN_NAME for a new run."
+    )
+
+
+def _is_taken(path: Path) -> bool:
+    """Whether a folder holds anything but what a start that was killed at once may leave."""
+    try:
+        return path.exists() and any(
+            not entry.name.startswith(".") and entry.name not in (DATA, "tokenizer.json")
+            for entry in path.iterdir()
+        )
+    except NotADirectoryError:
+        raise ResourceError(
+            f"can't make the folder {path}: it is a file.\nChoose another RUN_NAME."
+        ) from None

@@ -1,0 +1,42 @@
+"""Records of runs, for tests of what goes on and with which decisions."""
+
+import dataclasses
+import json
+
+from engine.settings import from_json
+from model import GPTConfig
+from planning.decisions import KeptPrecision, RunRecord
+from planning.plan import RunPlan
+
+
+def record_of(plan: RunPlan, **changes) -> RunRecord:
+    """What settings.json has of a run of three epochs, a step each, as JSON gives it back."""
+    record = RunRecord(
+        run_id="0123456789abcdef",
+        started="2026-01-02 03:04:05",
+        changes=[],
+        mode=plan.mode,
+        settings=dataclasses.asdict(plan.run),
+        asked=plan.asked(),
+        model_name=plan.model_name,
+        model=GPTConfig(**plan.model, vocab_size=10),
+        training=plan.training,
+        sampling=plan.sampling,
+        device="cpu",
+        ranks=1,
+        parallel="none",
+        precision=KeptPrecision("fp32", "as set"),
+        threads=1,
+        micro_batch=1,
+        compiled=False,
+        why_compiled="as set",
+        tokenizer="char-0",
+        stood_in=False,
+        steps_per_epoch=1,
+        total_steps=3,
+        origins=plan.origins,
+        adapted=[],
+        torch="2.13.0",
+    )
+    record = dataclasses.replace(record, **changes)
+    return from_json(RunRecord, json.loads(json.dumps(record.to_json())), "settings.json")
