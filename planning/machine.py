@@ -25,7 +25,7 @@ from engine.devices import (
     limit_memory,
     with_index,
 )
-from engine.errors import ResourceError, SettingsError
+from engine.errors import ResourceError, SettingsError, first_line
 from engine.memory import (
     ADVICE,
     as_bytes,
@@ -213,8 +213,7 @@ def why_no_gpu() -> str | None:
     try:
         torch.cuda.init()
     except (RuntimeError, AssertionError) as error:
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
-        return f"{gpu.name} is here, but CUDA does not start: {reason[:200]}"
+        return f"{gpu.name} is here, but CUDA does not start: {first_line(error)[:200]}"
     return None
 
 
