@@ -11,17 +11,14 @@ training  whole runs of main.py, killed and started again until they are done (-
 
 --only names a part, --folder a disk to work on. Every failure is printed with the seed that chose
 it; the exit code is then 1. The figures go to benchmarks/results/ where all parts ran. Needs
-os.fork, so Linux or macOS. All parts but the last are in tests/faults/, where pytest runs them too.
+os.fork, so Linux or macOS. The faults themselves are in tests/faults/, for the tests too.
 """
 
 import argparse
-import contextlib
 import hashlib
 import json
 import os
 import random
-import runpy
-import signal
 import sys
 import tempfile
 import time
@@ -32,14 +29,20 @@ from typing import Any
 from engine.console import say, use_utf8
 from tests.faults.disk import fail_every_call
 from tests.faults.locks import contend_for_locks
-from tests.faults.phases import PHASES, PhaseBoard
 from tests.faults.power import lose_power
-from tests.faults.saving import folder_in_memory, forked, kill_storm, leftovers
+from tests.faults.runs import (
+    LATEST,
+    PHASES,
+    PhaseBoard,
+    import_what_runs_need,
+    run_and_kill,
+    run_to_its_end,
+)
+from tests.faults.saving import folder_in_memory, kill_storm, leftovers
 
 REPOSITORY = Path(__file__).resolve().parent.parent
+PARTS = ("storm", "calls", "power", "locks", "training")
 MOST_KILLS_OF_A_RUN = 5
-# how often a phase must have been entered in a process before the kill; 40 steps have 9 saves
-LATEST = {"step": 12, "save": 3, "evaluation": 4, "sampling": 2}
 SETTINGS = {
     "DATA": "text.txt",
     "TOKENIZER": "char",
@@ -117,82 +120,6 @@ def kill_training(kills: int, seed: int, folder: Path) -> dict[str, Any]:
     return counts | {"undisturbed_s": round(whole_s, 2), "failures": failures}
 
 
-def import_what_runs_need() -> None:
-    """Import once what every run would; nothing here may start a thread before the forks."""
-    import torch
-
-    import environment  # noqa: F401
-
-    with contextlib.suppress(ImportError):
-        import torch._dynamo  # for a second, where the first optimizer is built
-    with contextlib.suppress(ImportError):
-        import matplotlib.backends.backend_agg
-        import matplotlib.figure  # noqa: F401
-    torch.set_num_threads(1)
-
-
-def start_run(work: Path, cache: Path, board: PhaseBoard) -> int:
-    """Start main.py on work/settings.py in a process group of its own; returns its id."""
-    board.clear()
-    pid = forked(lambda: _be_a_run(work, cache, board))
-    with contextlib.suppress(OSError):  # it does the same; whoever is first
-        os.setpgid(pid, pid)
-    return pid
-
-
-def _be_a_run(work: Path, cache: Path, board: PhaseBoard) -> None:
-    import environment
-    import generation
-    import train
-    from storage.checkpoint import CheckpointStore
-
-    with contextlib.suppress(OSError):
-        os.setpgid(0, 0)
-    sys.stdout = sys.stderr = open(work / "log.txt", "a", encoding="utf-8")  # noqa: SIM115
-    os.chdir(work)
-    environment.CACHE = cache
-    train.take_step = board.marking("step", train.take_step)
-    train.mean_loss = board.marking("evaluation", train.mean_loss)
-    CheckpointStore.save = board.marking("save", CheckpointStore.save)
-    train.Trainer.sample = board.marking("sampling", train.Trainer.sample)
-    # main.py, which takes it from there, has not been imported yet
-    generation.generate = board.marking("sampling", generation.generate)
-    sys.argv = ["main.py", "settings.py"]
-    try:
-        runpy.run_path(str(REPOSITORY / "main.py"), run_name="__main__")
-    except SystemExit as ended:
-        sys.stdout.flush()
-        os._exit(ended.code or 0)
-
-
-def run_to_its_end(work: Path, cache: Path, board: PhaseBoard) -> int:
-    """Run main.py and leave it alone; returns its exit code."""
-    _, status = os.waitpid(start_run(work, cache, board), 0)
-    return os.waitstatus_to_exitcode(status)
-
-
-def run_and_kill(
-    work: Path, cache: Path, board: PhaseBoard, aim: str, nth: int, delay_s: float
-) -> int | None:
-    """Run main.py and kill it delay_s after it entered a phase for the nth time.
-
-    Aim "other" counts the delay from the start. Returns None where it was killed, its exit code
-    where it ended before. Raises RuntimeError where it leaves a process behind.
-    """
-    pid = start_run(work, cache, board)
-    while aim in LATEST and board.count(aim) < nth:
-        if os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT):
-            break
-        time.sleep(0.0002)
-    time.sleep(delay_s)
-    os.kill(pid, signal.SIGKILL)
-    _, status = os.waitpid(pid, 0)
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(pid, 0)
-        raise RuntimeError(f"process group {pid} has outlived its run")
-    return None if os.WIFSIGNALED(status) else os.waitstatus_to_exitcode(status)
-
-
 def outcome(run: Path) -> dict[str, Any]:
     """All that a finished run leaves but for times and names, by file."""
     last = max((run / "checkpoints").glob("step-*"))
@@ -245,7 +172,14 @@ def _faults_of(work: Path, code: int, expected: dict[str, Any]) -> Iterator[str]
 def main(arguments: list[str] | None = None) -> int:
     """Run all parts, or the one that --only names; returns 1 where anything failed."""
     use_utf8()
-    options = _options(arguments)
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.survival", description=__doc__)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("--kills", type=int, default=1000, help="of the storm")
+    parser.add_argument("--runs", type=int, default=20, help="kills of whole training runs")
+    parser.add_argument("--seed", type=int, default=0, help="of every moment that is chosen")
+    parser.add_argument("--only", choices=PARTS, help="one part; no figures are written")
+    parser.add_argument("--folder", help="where to work; none: the system's temporary folder")
+    options = parser.parse_args(arguments)
     if not hasattr(os, "fork"):
         say("benchmarks.survival needs os.fork: Linux or macOS")
         return 1
@@ -274,18 +208,6 @@ def main(arguments: list[str] | None = None) -> int:
         path = write_results("survival", device, {"machine": machine(device)} | results)
         say(f"written to {path}")
     return int(any(result["failures"] for name, result in results.items() if name != "seed"))
-
-
-def _options(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.survival", description=__doc__)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("--kills", type=int, default=1000, help="of the storm")
-    parser.add_argument("--runs", type=int, default=20, help="kills of whole training runs")
-    parser.add_argument("--seed", type=int, default=0, help="of every moment that is chosen")
-    parts = ("storm", "calls", "power", "locks", "training")
-    parser.add_argument("--only", choices=parts, help="one part; no figures are written")
-    parser.add_argument("--folder", help="where to work; none: the system's temporary folder")
-    return parser.parse_args(arguments)
 
 
 def _show(part: str, result: dict[str, Any]) -> None:
