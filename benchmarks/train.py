@@ -91,7 +91,7 @@ def measure_cases(names: list[str]) -> None:
     known = [case.name for case in cases(device)]
     if unknown := [name for name in names if name not in known]:
         sys.exit(f"unknown: {', '.join(unknown)}; known are: {', '.join(known)}")
-    rates = {name: multiply_rate(dtype, device) for name, dtype in DTYPES.items() if name != "fp16"}
+    rates = {name: multiply_rate(DTYPES[name], device) for name in ("fp32", "bf16")}
     for name, rate in rates.items():
         say(f"matrix multiply, {name}: {rate / 1e9:,.0f} GFLOP/s")
     rows = []
