@@ -18,10 +18,10 @@ os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 
 import torch
 
-from distributed.parallel import ALONE, Parallel, join
+from distributed.parallel import ALONE, join
 from distributed.sharding import whole
 from distributed.signals import StopSignals
-from engine.console import complain, say, use_utf8
+from engine.console import complain, report_failure, say, use_utf8
 from engine.errors import (
     BusyError,
     CheckpointError,
@@ -30,8 +30,8 @@ from engine.errors import (
     RunFinished,
     SettingsError,
     Stopped,
+    first_line,
 )
-from engine.memory import is_out_of_memory
 from engine.metrics import bits_per_byte, bits_per_character, perplexity
 from environment import RuntimeEnv, prepare_environment
 from storage.files import write_json
@@ -61,37 +61,26 @@ def main(arguments: list[str]) -> int:
         complain(str(stopped) or finished)
         return stopped.exit_code
     except (PipelineError, MemoryError, RuntimeError, ConnectionError, EOFError) as error:
-        if os.environ.get("GPT_DEBUG") == "1":
-            raise
-        return _report_failure(error, env, parallel)
+        if _is_lost_worker(error):
+            error = ResourceError(
+                "a process that prepares batches was ended from outside: "
+                f"{first_line(error)[:100]}\n"
+                "Memory may have run out. Set num_workers to 0, or to a lower number."
+            )
+        return report_failure(
+            error,
+            "Set a smaller batch_size and, for the same step, more gradient_accumulation_steps; or "
+            "a smaller max_length or model.",
+            kept="" if isinstance(error, BusyError | CheckpointError) else _what_is_kept(env),
+            prefix=parallel.prefix,
+            is_told=parallel.speaks_for_all,
+        )
     except KeyboardInterrupt:
         complain("Stopped." + _what_is_kept(env))
         return 130
     finally:
         parallel.leave()
     return 0
-
-
-def _report_failure(error: Exception, env: RuntimeEnv | None, parallel: Parallel) -> int:
-    """Say what went wrong; returns the exit code. What nobody expected keeps its traceback."""
-    if is_out_of_memory(error):
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
-        error = ResourceError(
-            f"out of memory: {reason[:100]}\nSet a smaller batch_size and, for the same step, more "
-            "gradient_accumulation_steps; or a smaller max_length or model."
-        )
-    elif _is_lost_worker(error):
-        reason = next(iter(str(error).splitlines()), "")
-        error = ResourceError(
-            f"a process that prepares batches was ended from outside: {reason[:100]}\n"
-            "Memory may have run out. Set num_workers to 0, or to a lower number."
-        )
-    if not isinstance(error, PipelineError):
-        raise error
-    kept = "" if isinstance(error, BusyError | CheckpointError) else _what_is_kept(env)
-    if parallel.speaks_for_all(str(error)):
-        complain(f"{parallel.prefix}{type(error).__name__}: {error}{kept}")
-    return error.exit_code
 
 
 @contextlib.contextmanager

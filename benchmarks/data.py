@@ -9,6 +9,7 @@ all cores; preparing it also reads, decodes, hashes, splits and writes it.
 
 import importlib.util
 import json
+import math
 import os
 import random
 import statistics
@@ -21,6 +22,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from benchmarks.peer_job import peak_bytes
 from benchmarks.report import machine, write_results
 from data import TokenSlice, make_loaders, plan_windows
 from engine.console import say, use_utf8
@@ -47,9 +49,8 @@ def main(megabytes: int = 200, rounds: int = 3) -> None:
             prepared.append(in_a_process("prepare", text, cache))
             again.append(in_a_process("prepare", text, cache))
         loader = in_a_process("loader", text, cache)
-        peer = None
-        if importlib.util.find_spec("datasets"):
-            peer = in_a_process("datasets", text, cache)
+        has_peer = importlib.util.find_spec("datasets") is not None
+        peer = in_a_process("datasets", text, cache) if has_peer else None
     rates = {
         "tiktoken_mb_per_s": statistics.median(row["mb_per_s"] for row in raw),
         "prepared_mb_per_s": statistics.median(row["mb_per_s"] for row in prepared),
@@ -129,14 +130,14 @@ def measure_raw(text: Path, _: Path) -> dict:
 
 def measure_prepare(text: Path, cache: Path) -> dict:
     """The whole preparation, or finding it again where the cache has it."""
-    before = peak_memory_mb()
+    before = peak_bytes() or math.nan
     started_at = time.perf_counter()
     tokenize(parse_data(str(text)), "gpt2", 0.9, cache)
     seconds = time.perf_counter() - started_at
     return {
         "seconds": seconds,
         "mb_per_s": text.stat().st_size / 1e6 / seconds,
-        "peak_mb_above_torch": peak_memory_mb() - before,
+        "peak_mb_above_torch": ((peak_bytes() or math.nan) - before) / (1 << 20),
     }
 
 
@@ -179,16 +180,6 @@ def batches_per_second(loader: torch.utils.data.DataLoader) -> float:
         if count == BATCHES:
             break
     return count / (time.perf_counter() - started_at)
-
-
-def peak_memory_mb() -> float:
-    """The most memory that this process has held."""
-    try:
-        import resource
-    except ImportError:  # Windows
-        return float("nan")
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / (1 << 20 if sys.platform == "darwin" else 1 << 10)
 
 
 PARTS = {

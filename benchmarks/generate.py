@@ -24,6 +24,7 @@ from torch import nn
 from benchmarks.peers import sample_tokens, save_for_transformers
 from benchmarks.report import machine, write_results
 from engine.console import say, track, use_utf8
+from engine.precision import DTYPES
 from engine.processor import prepare_processor
 from engine.weights import OneRowProducts, convert_weights
 from environment import pick_device
@@ -133,8 +134,8 @@ def theirs(model: GPTModel, folder: Path, device: torch.device) -> Iterator[Cont
 
         return Contender(f"transformers, {kind}", kind, generate)
 
-    for kind, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
-        yield contender(kind, dtype)
+    for kind in ("fp32", "bf16"):
+        yield contender(kind, DTYPES[kind])
 
 
 def ours(model: GPTModel, device: torch.device) -> Iterator[Contender]:

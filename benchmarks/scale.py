@@ -80,17 +80,9 @@ def train(name: str, ranks: int, speeds: list[float]) -> dict:
         file = Path(folder, "settings.py")
         kind = "auto" if name == "one" else name
         text = str(REPOSITORY / "corpus" / "sample-en.txt")
-        file.write_text(
-            SETTINGS.format(
-                text=text,
-                kind=kind,
-                name=name,
-                steps=STEPS,
-                accumulation=ACCUMULATION,
-                warm_up=WARM_UP,
-            ),
-            encoding="utf-8",
-        )
+        counts = {"steps": STEPS, "accumulation": ACCUMULATION, "warm_up": WARM_UP}
+        settings = SETTINGS.format(text=text, kind=kind, name=name, **counts)
+        file.write_text(settings, encoding="utf-8")
         launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
         command = [sys.executable, *(launcher if ranks > 1 else []), REPOSITORY / "main.py", file]
         threads = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")

@@ -30,12 +30,10 @@ from benchmarks.steps import (
 )
 from engine.compiling import what_prevents_compiling
 from engine.console import say, use_utf8
-from engine.precision import Precision, choose_precision
+from engine.precision import DTYPES, Precision, choose_precision
 from environment import pick_device
 from model import GPTConfig
 from planning.plan import MODELS_FILE, read_models
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
@@ -93,7 +91,7 @@ def measure_cases(names: list[str]) -> None:
     known = [case.name for case in cases(device)]
     if unknown := [name for name in names if name not in known]:
         sys.exit(f"unknown: {', '.join(unknown)}; known are: {', '.join(known)}")
-    rates = {name: multiply_rate(dtype, device) for name, dtype in DTYPES.items()}
+    rates = {name: multiply_rate(DTYPES[name], device) for name in ("fp32", "bf16")}
     for name, rate in rates.items():
         say(f"matrix multiply, {name}: {rate / 1e9:,.0f} GFLOP/s")
     rows = []

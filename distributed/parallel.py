@@ -25,7 +25,7 @@ import torch
 
 from engine import errors
 from engine.console import complain, silence
-from engine.errors import LostRankError, PipelineError, ResourceError, SettingsError
+from engine.errors import LostRankError, PipelineError, ResourceError, SettingsError, first_line
 
 KINDS = ("auto", "ddp", "fsdp")
 TIMEOUT_S = 180  # seconds; how long ranks wait for one another; GPT_RANK_TIMEOUT_S says otherwise
@@ -258,9 +258,9 @@ class Parallel:
             if _is_about_messages(error):
                 _ignore_sigterm()
                 raise LostRankError(self._call_the_roll()) from error
-            first = next(iter(str(error).splitlines()), "")
             with contextlib.suppress(RuntimeError):  # then there is nobody to tell it to
-                self._store.set(f"failed/{self.rank}", f"{type(error).__name__}: {first}"[:300])
+                said = f"{type(error).__name__}: {first_line(error)}"
+                self._store.set(f"failed/{self.rank}", said[:300])
             if not isinstance(error, PipelineError) and not hasattr(error, "__notes__"):
                 error.add_note(f"(on {self.label})")
             raise
@@ -436,8 +436,7 @@ def _meet(rank: int, world: int, timeout_s: float) -> tuple[Any, Any, Any]:
         # the first message makes the connections: better now than in the middle of training
         distributed.all_reduce(torch.zeros(1), group=group)
     except (RuntimeError, ValueError, OSError) as error:
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
-        raise ResourceError(f"{failed} {reason[:200]}\n{advice}") from error
+        raise ResourceError(f"{failed} {first_line(error)[:200]}\n{advice}") from error
     finally:
         guard.cancel()
     return store, distributed.PrefixStore("gpt-trainer/job", server), group

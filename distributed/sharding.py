@@ -13,7 +13,7 @@ from torch import nn
 
 from distributed.parallel import Parallel
 from engine.compiling import not_compiled
-from engine.precision import Precision
+from engine.precision import DTYPES, Precision
 
 
 def build_in_parts(
@@ -33,7 +33,7 @@ def build_in_parts(
     with torch.device("meta"):
         model = build()
     mesh = init_device_mesh(device.type, (parallel.world,))
-    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": None}[precision.name]
+    dtype = None if precision.name == "fp32" else DTYPES[precision.name]
     policy = MixedPrecisionPolicy(
         param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
     )

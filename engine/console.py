@@ -5,9 +5,11 @@ import re
 import sys
 import time
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TextIO
+
+from engine.errors import PipelineError, ResourceError, first_line
 
 # all but newline and tab, which a terminal may take for orders, and what turns the direction of
 # writing
@@ -83,6 +85,33 @@ def show_picture(path: Path) -> None:
 def complain(message: str) -> None:
     """Print a message of failure to standard error, below whatever bar is drawn there."""
     _print(f"\n{_for_console(message, sys.stderr)}", "stderr")
+
+
+def report_failure(
+    error: Exception,
+    memory_advice: str,
+    *,
+    kept: str = "",
+    prefix: str = "",
+    is_told: Callable[[str], bool] = lambda message: True,
+) -> int:
+    """Say what went wrong; returns the exit code. To be called where the error is being handled.
+
+    The error being handled goes on where nobody expected it, and with GPT_DEBUG=1. memory_advice
+    says what to do when memory ran out, kept what is left of the work; is_told decides by the
+    message whether this process says it.
+    """
+    from engine.memory import is_out_of_memory  # imports torch, which storage/ does without
+
+    if os.environ.get("GPT_DEBUG") == "1":
+        raise
+    if is_out_of_memory(error):
+        error = ResourceError(f"out of memory: {first_line(error)[:100]}\n{memory_advice}")
+    if not isinstance(error, PipelineError):
+        raise
+    if is_told(str(error)):
+        complain(f"{prefix}{type(error).__name__}: {error}{kept}")
+    return error.exit_code
 
 
 def tell(line: str) -> None:

@@ -60,3 +60,8 @@ class Stopped(KeyboardInterrupt):
         super().__init__(message)
         self.signal_number = signal_number
         self.exit_code = 128 + signal_number
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message; its type's name where there is none."""
+    return next(iter(str(error).splitlines()), type(error).__name__)

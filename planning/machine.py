@@ -24,7 +24,7 @@ from engine.devices import (
     limit_memory,
     with_index,
 )
-from engine.errors import ResourceError, SettingsError
+from engine.errors import ResourceError, SettingsError, first_line
 from engine.memory import (
     ADVICE,
     as_bytes,
@@ -106,8 +106,9 @@ def _ready(device: torch.device) -> torch.device:
     capability = cuda_capability(device)
     if capability is not None and not has_kernels(capability, torch.cuda.get_arch_list()):
         gpu = Gpu(device_name(device), capability, None)
+        major, minor = capability
         raise ResourceError(
-            f"{gpu.name} has compute capability {_dotted(capability)}, and the installed torch "
+            f"{gpu.name} has compute capability {major}.{minor}, and the installed torch "
             f"({torch.__version__}) has no kernels for it.\n{_way_out(gpu)}\n"
             'Or set DEVICE = "cpu".'
         )
@@ -213,8 +214,7 @@ def why_no_gpu() -> str | None:
     try:
         torch.cuda.init()
     except (RuntimeError, AssertionError) as error:
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
-        return f"{gpu.name} is here, but CUDA does not start: {reason[:200]}"
+        return f"{gpu.name} is here, but CUDA does not start: {first_line(error)[:200]}"
     return None
 
 
@@ -265,10 +265,6 @@ def _ask_nvidia_smi() -> Gpu | None:
 def _major(driver: str) -> int:
     digits = driver.partition(".")[0]
     return int(digits) if digits.isdecimal() else CU130_DRIVER
-
-
-def _dotted(capability: tuple[int, int]) -> str:
-    return ".".join(map(str, capability))
 
 
 def build_model(config: GPTConfig, device: torch.device) -> GPTModel:

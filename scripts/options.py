@@ -12,10 +12,9 @@ from typing import Any, NoReturn
 
 import torch
 
-from engine.console import complain, printable, use_utf8
+from engine.console import complain, printable, report_failure, use_utf8
 from engine.devices import find_device_fault
 from engine.errors import PipelineError, ResourceError, SettingsError
-from engine.memory import is_out_of_memory
 from engine.processor import default_threads
 from engine.settings import find_problems, raise_if_any, shown, unknown_name
 from engine.weights import WEIGHTS
@@ -262,25 +261,10 @@ def run_program(main: Callable[[], int]) -> NoReturn:
         complain("Stopped.")
         code = getattr(interrupt, "exit_code", 130)
     except (PipelineError, MemoryError, RuntimeError) as error:
-        if os.environ.get("GPT_DEBUG") == "1":
-            raise
-        code = _report(error)
+        code = report_failure(error, "Ask for less at a time, or try --weights int8.")
     finally:
         _drop_what_nobody_reads()
     sys.exit(code)
-
-
-def _report(error: Exception) -> int:
-    """Say what went wrong; returns the exit code. What nobody expected keeps its traceback."""
-    if is_out_of_memory(error):
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
-        error = ResourceError(
-            f"out of memory: {reason[:100]}\nAsk for less at a time, or try --weights int8."
-        )
-    if not isinstance(error, PipelineError):
-        raise error
-    complain(f"{type(error).__name__}: {error}")
-    return error.exit_code
 
 
 def _drop_what_nobody_reads() -> None:

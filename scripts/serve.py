@@ -27,6 +27,8 @@ from scripts.options import (
 )
 
 BACKLOG = 2048  # connections that wait to be accepted
+# exact, as in requirements-dev.txt: guard.py and app.py extend classes inside uvicorn
+INSTALL = "pip install starlette==1.10.0 uvicorn==0.54.0"
 
 
 def main() -> int:
@@ -34,7 +36,7 @@ def main() -> int:
     arguments = _options()
     for library in ("starlette", "uvicorn"):
         if find_spec(library) is None:
-            raise SettingsError(f"{library} is not installed: pip install starlette uvicorn")
+            raise SettingsError(f"{library} is not installed: {INSTALL}")
     with listen(arguments.host, arguments.port) as listener:
         run = load(arguments)
         asyncio.run(_serve(arguments, run, listener))

@@ -37,6 +37,7 @@ TIDY_S = 0.5  # the same for what nobody misses: a later start removes it
 # Windows' numbers for it: access denied, sharing violation, lock violation, folder not empty (yet)
 HELD_OPEN = (5, 32, 33, 145)
 # what Windows takes for a device, whatever follows a dot
+RESERVED = re.compile(r'[/\\<>:"|?*\x00-\x1f]')  # signs that Windows allows in no name
 _DEVICES = re.compile(r"(con|prn|aux|nul|conin\$|conout\$|(com|lpt)[1-9¹²³]) *(\..*)?", re.I | re.S)
 T = TypeVar("T")
 
@@ -521,8 +522,11 @@ def is_portable_name(name: str) -> bool:
     Windows takes some names for devices ("con", "nul.txt"), has signs of its own use, and drops
     dots and blanks at a name's end.
     """
-    has_signs = re.search(r'[/\\<>:"|?*\x00-\x1f]', name) is not None
-    return not has_signs and name[-1:] not in ("", ".", " ") and not _DEVICES.fullmatch(name)
+    return (
+        not RESERVED.search(name)
+        and name[-1:] not in ("", ".", " ")
+        and not _DEVICES.fullmatch(name)
+    )
 
 
 # ----------------------------------------------------------------------------------- JSON

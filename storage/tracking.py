@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from engine.console import say
-from engine.errors import ResourceError, SettingsError
+from engine.errors import ResourceError, SettingsError, first_line
 from storage.files import PATIENCE_S, append_json_lines, fsync_file, write_atomically
 
 TRACKERS = {  # name in TRACKING: (module, what to install)
@@ -76,7 +76,7 @@ class MetricsFile:
     def _say_once(self, error: Exception) -> None:
         if not self._said:
             self._said = True
-            say(f"Note: {str(error).splitlines()[0]} Training goes on; the log has a gap")
+            say(f"Note: {first_line(error)} Training goes on; the log has a gap")
 
 
 class Tracker(Protocol):
@@ -122,8 +122,7 @@ def open_trackers(
 
 
 def _say_left_out(kind: type, error: Exception) -> None:
-    reason = next(iter(str(error).splitlines()), type(error).__name__)
-    say(f"Note: {kind.__name__.strip('_')} failed and is left out: {reason}")
+    say(f"Note: {kind.__name__.strip('_')} failed and is left out: {first_line(error)}")
 
 
 class Trackers:

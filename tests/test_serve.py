@@ -943,8 +943,15 @@ def test_wrong_options_are_told_before_anything_listens(monkeypatch, options, sa
 def test_a_missing_library_is_named_with_the_command_that_installs_it(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["serve"])
     monkeypatch.setattr(serve, "find_spec", lambda name: None)
-    with pytest.raises(SettingsError, match="pip install starlette uvicorn"):
+    with pytest.raises(SettingsError, match=re.escape(serve.INSTALL)):
         serve.main()
+
+
+def test_the_server_is_installed_in_the_versions_that_are_tested():
+    tested = (REPOSITORY / "requirements-dev.txt").read_text(encoding="utf-8").splitlines()
+    assert set(serve.INSTALL.removeprefix("pip install ").split()) <= set(tested)
+    for name in ("README.md", "README.zh-CN.md"):
+        assert serve.INSTALL in (REPOSITORY / name).read_text(encoding="utf-8")
 
 
 def test_more_tokens_by_default_than_the_limit_is_an_error(monkeypatch, run):

@@ -13,25 +13,22 @@ import sys
 import pytest
 
 from benchmarks import survival
-from benchmarks.survival import (
-    FAILING,
-    LOCK_CHECKS,
-    STARTS,
-    Disk,
+from storage import files as storage
+from storage.files import NewFolder
+from tests.conftest import REPOSITORY
+from tests.faults import saving
+from tests.faults.disk import FAILING, STARTS, Disk, fail_each_call
+from tests.faults.locks import LOCK_CHECKS
+from tests.faults.power import (
     PowerLoss,
     Replay,
-    fail_each_call,
     failures_after_kills,
-    folder_in_memory,
-    kill_storm,
     lose_power,
     read_tree,
     record_session,
     write_tree,
 )
-from storage import files as storage
-from storage.files import NewFolder
-from tests.conftest import REPOSITORY
+from tests.faults.saving import folder_in_memory, kill_storm
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")
 
@@ -70,7 +67,7 @@ class InPlace(NewFolder):
 
 
 def test_the_storm_finds_a_writer_that_is_not_atomic(memory, monkeypatch):
-    monkeypatch.setattr(survival, "NewFolder", InPlace)
+    monkeypatch.setattr(saving, "NewFolder", InPlace)
     result = kill_storm(20, 1, memory / "storm", most_s=0.01)
     assert result["corrupt"] > 0
     assert re.match(r"storm: seed 1, kill \d+: .*step-\d{8}", result["failures"][0])
@@ -81,8 +78,8 @@ def test_the_storm_finds_what_was_acknowledged_too_early(memory, monkeypatch):
         acknowledge(step)
         real_save(folder, step)
 
-    real_save = survival.save
-    monkeypatch.setattr(survival, "save", save)
+    real_save = saving.save
+    monkeypatch.setattr(saving, "save", save)
     result = kill_storm(20, 1, memory / "storm", most_s=0.01)
     assert result["lost"] > 0
 

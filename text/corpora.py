@@ -4,7 +4,6 @@ import hashlib
 import ipaddress
 import queue
 import random
-import re
 import shutil
 import threading
 import time
@@ -14,6 +13,7 @@ from urllib.parse import urljoin, urlsplit
 
 from engine.errors import DataError, PipelineError
 from storage.files import (
+    RESERVED,
     NewFile,
     is_portable_name,
     make_folder,
@@ -127,7 +127,7 @@ def fetch_address(url: str, cache: Path) -> Path:
 
 def _file_name(address: str) -> str:
     """The last part of an address's path, as a file may be called on every system."""
-    last = re.sub(r'[\\<>:"|?*\x00-\x1f]', "_", address.rpartition("/")[2]).rstrip(". ")
+    last = RESERVED.sub("_", address.rpartition("/")[2]).rstrip(". ")
     last = last[-LONGEST_NAME:]  # its end tells what it is
     return last if is_portable_name(last) else f"index{last}"
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from engine.errors import DataError, SettingsError
+from engine.errors import DataError, SettingsError, first_line
 
 READ_BYTES = 1 << 20
 ZSTD_BITE = 256
@@ -522,9 +522,9 @@ def _load_splits(dataset: str, configuration: str | None):
     try:
         splits = datasets.load_dataset(dataset, configuration)
     except Exception as error:  # whatever the library raises for a missing or unreachable dataset
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise DataError(
-            f"the dataset {dataset} ({configuration or 'default'}) can't be had: {reason}\n"
+            f"the dataset {dataset} ({configuration or 'default'}) can't be had: "
+            f"{first_line(error)}\n"
             "Without a network, download it elsewhere and set DATA to its files."
         ) from error
     if "train" not in splits:

@@ -104,7 +104,10 @@ def tokenize(
     state = [_state_of(part) for part in parts]
     entry_id = _recall(found_path, state)
     if entry_id is None:
-        content = [_content_of(part) for part in parts]
+        content = [
+            dataset_fingerprint(part) if part.path is None else file_sha256(part.path)
+            for part in parts
+        ]
         how = [
             "json" if tokenizer.endswith(".json") else tokenizer,
             spec.field,
@@ -151,10 +154,6 @@ def _state_of(part: Part) -> list:
         facts and facts.st_size,
         facts and facts.st_mtime_ns,
     ]
-
-
-def _content_of(part: Part) -> str:
-    return dataset_fingerprint(part) if part.path is None else file_sha256(part.path)
 
 
 def _recall(found_path: Path, state: list) -> str | None:
