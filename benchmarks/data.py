@@ -31,7 +31,10 @@ from text.token_cache import tokenize
 from text.tokenizer import GPT2Tokenizer
 
 REPOSITORY = Path(__file__).resolve().parent.parent
-SOURCES = (REPOSITORY / "corpus" / "sample-en.txt", REPOSITORY / "README.md")
+SOURCES = tuple(
+    REPOSITORY / name
+    for name in ("corpus/sample-en.txt", "README.md", "docs/settings.md", "docs/use.md")
+)
 BATCH_SIZE, MAX_LENGTH, BATCHES = 16, 256, 2000
 
 

@@ -3,6 +3,7 @@
 import ast
 import functools
 import importlib.metadata
+import re
 import sys
 from pathlib import Path
 
@@ -176,6 +177,39 @@ def test_every_python_file_is_in_a_known_room():
     rooms = {path.relative_to(REPOSITORY).parts[0] for path in REPOSITORY.glob("*/*.py")}
     rooms |= {path.stem for path in REPOSITORY.glob("*.py")}
     assert rooms - {"tests"} <= set(FLOORS)
+
+
+MAPS = {
+    "README.md": "The map",
+    "README.zh-CN.md": "代码结构",
+    "docs/architecture.md": "The rooms",
+    "docs/architecture.zh-CN.md": "代码结构",
+}
+
+
+def rooms_on_the_map(page: str) -> list[str]:
+    """What the table under a page's heading names in its first column, from top to bottom."""
+    text = (REPOSITORY / page).read_text(encoding="utf-8")
+    section = text.split(f"\n## {MAPS[page]}\n")[1].split("\n## ")[0]
+    cells = re.findall(r"^\| (`[^|]+) \|", section, re.MULTILINE)
+    return [name for cell in cells for name in re.findall(r"`([^`]+)`", cell)]
+
+
+@pytest.mark.parametrize("page", MAPS)
+def test_the_map_has_every_room_that_is_there(page):
+    named = rooms_on_the_map(page)
+    packages = {f"{path.parent.name}/" for path in REPOSITORY.glob("*/__init__.py")}
+    root = {path.name for path in REPOSITORY.glob("*.py")} | {"config.json"}
+    assert len(named) == len(set(named))
+    assert packages | root <= set(named)
+    assert [name for name in named if not (REPOSITORY / name).exists()] == []
+
+
+@pytest.mark.parametrize("page", ["docs/architecture.md", "docs/architecture.zh-CN.md"])
+def test_the_map_goes_from_the_top_floor_to_the_bottom(page):
+    rooms = [name.removesuffix("/").removesuffix(".py") for name in rooms_on_the_map(page)]
+    floors = [FLOORS[room] for room in rooms if room != "config.json"]
+    assert floors == sorted(floors, reverse=True)
 
 
 def test_only_the_loss_room_computes_cross_entropy():

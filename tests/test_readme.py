@@ -1,4 +1,4 @@
-"""What the READMEs say is so: commands run, settings are listed, files exist."""
+"""What the READMEs and docs/ say is so: commands run, settings are listed, files exist."""
 
 import dataclasses
 import json
@@ -21,6 +21,10 @@ from tests.test_main import OFFLINE
 from training_utils import TrainingConfig
 
 READMES = ["README.md", "README.zh-CN.md"]
+PAGES = ["README.md", *sorted(f"docs/{p.name}" for p in (REPOSITORY / "docs").glob("*.md"))]
+PAGES = [page for page in PAGES if not page.endswith(".zh-CN.md")]
+# whose commands run as they stand, in this order: writing needs a finished run
+TRIED = ["README.md", "docs/settings.md", "docs/use.md", "docs/python.md", "docs/benchmarks.md"]
 LONG = {
     "python -m pytest",
     "python -m benchmarks.train",
@@ -40,29 +44,39 @@ def read(name: str) -> str:
     return (REPOSITORY / name).read_text(encoding="utf-8")
 
 
+def twin(page: str) -> str:
+    """The Chinese page of an English one."""
+    return page.removesuffix(".md") + ".zh-CN.md"
+
+
+def with_twins(*pages: str) -> list[str]:
+    return [name for page in pages for name in (page, twin(page))]
+
+
 def fences(text: str, language: str) -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
 
 
 def commands(text: str) -> list[str]:
-    """The shell commands of a README, but installs and those listed as long."""
+    """The shell commands of a page, but installs and those listed as long."""
     lines = [line for block in fences(text, "bash") for line in block.splitlines()]
     parts = [part.strip() for line in lines for part in line.split("&&")]
     return [part for part in parts if not part.startswith("pip install") and part not in LONG]
 
 
 @pytest.mark.slow
-def test_the_commands_run_as_written(tmp_path):  # those of the other README are the same
+def test_the_commands_run_as_written(tmp_path):  # those of the Chinese pages are the same
     copy = tmp_path / "repository"
     skipped = shutil.ignore_patterns(".git", "runs", "cache", "__pycache__", ".venv", "venv")
     shutil.copytree(REPOSITORY, copy, ignore=skipped)
-    text = read("README.md")
+    text = "\n".join(map(read, TRIED))
     for block in fences(text, "python"):
         named = re.match(r"# file: (\S+)\n", block)
         if named:
+            assert not (copy / named[1]).exists(), named[1]
             (copy / named[1]).write_text(block, encoding="utf-8")
     assert "python main.py" in commands(text)
-    for command in commands(text):
+    for command in dict.fromkeys(commands(text)):
         program, *arguments = shlex.split(command)
         assert program in ("python", "torchrun"), command
         if program == "torchrun":
@@ -78,10 +92,10 @@ def test_the_commands_run_as_written(tmp_path):  # those of the other README are
         assert done.returncode == 0, f"{command}\n{done.stderr}"
 
 
-@pytest.mark.parametrize("readme", READMES)
+@pytest.mark.parametrize("page", with_twins("docs/settings.md"))
 @pytest.mark.parametrize("cls", [RunSettings, TrainingConfig, SamplingConfig])
-def test_the_tables_list_every_setting_with_its_default(readme, cls):
-    text = read(readme)
+def test_the_tables_list_every_setting_with_its_default(page, cls):
+    text = read(page)
     for field in dataclasses.fields(cls):
         default = (
             field.default_factory()
@@ -92,9 +106,9 @@ def test_the_tables_list_every_setting_with_its_default(readme, cls):
         assert f"| `{field.name}` | `{shown}` |" in text
 
 
-@pytest.mark.parametrize("readme", READMES)
-def test_the_tables_list_every_model_field_and_no_other_name(readme):
-    text = read(readme)
+@pytest.mark.parametrize("page", with_twins("docs/settings.md"))
+def test_the_tables_list_every_model_field_and_no_other_name(page):
+    text = read(page)
     for name in MODEL_SETTINGS:
         assert f"| `{name}` | " in text
     known = {
@@ -105,35 +119,47 @@ def test_the_tables_list_every_model_field_and_no_other_name(readme):
     assert set(rows) == known | set(MODEL_SETTINGS)
 
 
+@pytest.mark.parametrize("page", with_twins(*PAGES))
+def test_every_file_that_is_named_exists(page):
+    text, folder = read(page), (REPOSITORY / page).parent
+    for target in re.findall(r"\]\(([^):]+)\)", text):
+        path, _, heading = target.partition("#")
+        linked = folder / path if path else REPOSITORY / page
+        assert linked.exists(), target
+        assert not heading or heading in anchors(linked.read_text(encoding="utf-8")), target
+    named = re.findall(r"\b((?:\w+/)+\w+\.py)\b", text)
+    assert [name for name in named if not (REPOSITORY / name).exists()] == []
+
+
+def anchors(text: str) -> list[str]:
+    """The headings of a page as links name them."""
+    headings = re.findall(r"^#+ (.+)$", text, re.MULTILINE)
+    return [re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings]
+
+
 @pytest.mark.parametrize("readme", READMES)
-def test_every_file_that_is_named_exists(readme):
+def test_a_readme_links_every_page_and_is_short(readme):
     text = read(readme)
-    linked = re.findall(r"\]\(([^)#:]+)\)", text)
-    rooms = re.findall(r"^\| `(\w[\w./]*)`(?:, `([\w./]+)`)? \| [^|]+ \|$", text, re.MULTILINE)
-    made_by_a_run = {
-        "training_losses.png",
-        "samples.md",
-        "data.json",
-        "metrics.jsonl",
-        "summary.json",
-        "settings.json",
-        "tokenizer.json",
-        "checkpoints/",
-        "best/",
-        "tensorboard/",
-        "wandb/",
-    }
-    named = {name for pair in rooms for name in pair if name} - made_by_a_run
-    assert len(named) > 10
-    assert [name for name in [*linked, *named] if not (REPOSITORY / name).exists()] == []
+    pages = [page if readme == READMES[0] else twin(page) for page in PAGES[1:]]
+    assert [page for page in pages if f"]({page})" not in text] == []
+    assert len(text.splitlines()) <= 180
 
 
-@pytest.mark.parametrize("readme", READMES)
-def test_the_speeds_are_those_that_the_benchmarks_wrote(readme):
+@pytest.mark.parametrize("page", with_twins(*PAGES))
+def test_what_a_page_installs_has_the_versions_that_the_tests_have(page):
+    pins = map(read, ("requirements.txt", "requirements-dev.txt", ".ci/run"))
+    pinned = set(re.findall(r"[\w-]+==[\w.]+", "\n".join(pins)))
+    for line in re.findall(r"pip install ([^`\n&]+)", read(page)):
+        words = shlex.split(re.sub(r"--?\w\S* \S+", "", line))  # without options and their values
+        assert {word.partition("+")[0] for word in words} <= pinned, line
+
+
+@pytest.mark.parametrize("page", with_twins("docs/benchmarks.md"))
+def test_the_speeds_are_those_that_the_benchmarks_wrote(page):
     results = REPOSITORY / "benchmarks" / "results"
     figures = json.loads((results / "train-cpu.json").read_text(encoding="utf-8"))
     startup = json.loads((results / "startup-cpu.json").read_text(encoding="utf-8"))
-    text = read(readme)
+    text = read(page)
     for row in figures["rows"]:
         shares = row["share_of_bf16_rate"], row["share_of_own_products"]
         name = f"| {row['name']} | {row['parameters']:,} | {' x '.join(map(str, row['batch']))} "
@@ -151,26 +177,26 @@ def test_the_speeds_are_those_that_the_benchmarks_wrote(readme):
         assert figure in text
 
 
-@pytest.mark.parametrize("readme", READMES)
-def test_the_peers_rows_are_those_that_the_benchmark_wrote(readme):
+@pytest.mark.parametrize("page", with_twins("README.md", "docs/benchmarks.md"))
+def test_the_peers_rows_are_those_that_the_benchmark_wrote(page):
     results = REPOSITORY / "benchmarks" / "results"
     peers = json.loads((results / "peers-cpu.json").read_text(encoding="utf-8"))
     memory = json.loads((results / "peers-memory-cpu.json").read_text(encoding="utf-8"))
-    text = read(readme)
+    text = read(page)
     for row in peers["rows"]:
         assert row["void"] is None, row["name"]
         ratio = f" {row['ratio']['median']:.2f} " if "ratio" in row else "  "
         assert f"| {row['tokens_per_second']['median']:,.0f} |{ratio}|" in text
     for name in ("ours_peak_bytes", "transformers_bf16_peak_bytes"):
-        assert f" {memory[name] / 1e9:.1f} GB" in text
+        assert page in READMES or f" {memory[name] / 1e9:.1f} GB" in text
 
 
-@pytest.mark.parametrize("readme", READMES)
-def test_the_speeds_of_generation_are_those_that_the_benchmark_wrote(readme):
+@pytest.mark.parametrize("page", with_twins("docs/benchmarks.md"))
+def test_the_speeds_of_generation_are_those_that_the_benchmark_wrote(page):
     results = REPOSITORY / "benchmarks" / "results"
     figures = json.loads((results / "generate-cpu.json").read_text(encoding="utf-8"))
     assert figures["fp32_tokens_are_transformers"] is True
-    text = read(readme)
+    text = read(page)
     rows = {(row["name"], row["batch"]): row for row in figures["rows"]}
     for name in dict.fromkeys(name for name, _ in rows):
         one, eight = rows[name, 1], rows[name, 8]
@@ -195,15 +221,13 @@ def test_the_recipes_are_settings_and_their_figures_those_of_the_benchmark(recip
         written = json.loads((results / f"learn-{name}-cpu.json").read_text(encoding="utf-8"))
         for side in written["row"]["sides"]:
             assert f"{side['median_loss']:.3f}" in text
-    linked = re.findall(r"\]\((\.\./[^)]+)\)", text)
-    assert linked and all((REPOSITORY / "docs" / path).exists() for path in linked)
 
 
-@pytest.mark.parametrize("readme", READMES)
-def test_what_two_processes_cost_is_what_the_benchmark_wrote(readme):
+@pytest.mark.parametrize("page", with_twins("docs/benchmarks.md"))
+def test_what_two_processes_cost_is_what_the_benchmark_wrote(page):
     results = REPOSITORY / "benchmarks" / "results"
     figures = json.loads((results / "scale-cpu.json").read_text(encoding="utf-8"))
-    text = read(readme)
+    text = read(page)
     assert [row["kind"] for row in figures["rows"]] == ["ddp", "fsdp"]
     for row in figures["rows"]:
         assert row["ranks"] == 2
@@ -212,12 +236,12 @@ def test_what_two_processes_cost_is_what_the_benchmark_wrote(readme):
     assert f" {' x '.join(map(str, shape))} " in text
 
 
-@pytest.mark.parametrize("readme", READMES)
-def test_what_saving_costs_and_survives_is_what_the_benchmarks_wrote(readme):
+@pytest.mark.parametrize("page", with_twins("docs/benchmarks.md"))
+def test_what_saving_costs_and_survives_is_what_the_benchmarks_wrote(page):
     results = REPOSITORY / "benchmarks" / "results"
     saving = json.loads((results / "saving-cpu.json").read_text(encoding="utf-8"))
     survival = json.loads((results / "survival-cpu.json").read_text(encoding="utf-8"))
-    text = read(readme)
+    text = read(page)
     for figure in (
         f" {statistics.median(saving['save_s']):.1f} s",
         f" {saving['share_of_time']:.1%}",
@@ -232,10 +256,20 @@ def test_what_saving_costs_and_survives_is_what_the_benchmarks_wrote(readme):
     assert not any(survival[part]["failures"] for part in ("storm", "calls", "power", "training"))
 
 
-def test_both_readmes_have_the_same_commands_and_code():
-    english, chinese = map(read, READMES)
+@pytest.mark.parametrize("page", PAGES)
+def test_both_languages_have_the_same_commands_and_code(page):
+    english, chinese = read(page), read(twin(page))
     assert fences(english, "bash") == fences(chinese, "bash")
     assert fences(english, "python") == fences(chinese, "python")
+    assert re.findall("^#+ ", english, re.MULTILINE) == re.findall("^#+ ", chinese, re.MULTILINE)
+
+
+def test_both_readmes_show_the_same_output():
     printed = re.compile(r"^```\nDevice: .*?^```$", re.MULTILINE | re.DOTALL)
-    assert printed.search(english)[0] == printed.search(chinese)[0]
-    assert english.count("\n## ") == chinese.count("\n## ")
+    english, chinese = (printed.search(read(readme)) for readme in READMES)
+    assert english[0] == chinese[0]
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_chinese_has_no_blank_after_its_punctuation(page):
+    assert re.findall(r".{0,8}[，。；：！？、] [^|]", read(twin(page))) == []
