@@ -37,9 +37,9 @@ from engine.precision import Precision, choose_precision, keep_precision
 from engine.processor import default_threads, threads_are_set
 from engine.settings import shown
 from model import GPTConfig, GPTModel, attention_kernel
+from planning.agreement import precision_that_agrees
 from planning.decisions import RunRecord
 from planning.plan import RunPlan
-from planning.trial import precision_that_agrees
 from training_utils import TrainingConfig
 
 TORCH = "2.13.0"  # as requirements.txt pins it

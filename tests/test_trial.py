@@ -14,7 +14,7 @@ from engine.errors import ResourceError
 from engine.memory import OutOfStepMemory
 from engine.optim import build_optimizer
 from engine.precision import Precision
-from planning import trial
+from planning import agreement, trial
 from planning.trial import WORTH_A_TRIAL, Compiled, Trial, decide_compiling, steps_in
 from tests.test_main import run_main, write_settings
 from tests.test_train import BATCH, CONTEXT, FP32, tiny_loaders, tiny_model
@@ -374,7 +374,9 @@ def agreeing(precision: str, *spoilt: str, spoil=None) -> Precision:
             )
         )
     ids, targets = torch.randint(model.config.vocab_size, (2, 1, model.config.context_length))
-    return trial.precision_that_agrees(model, ids, targets, Precision(precision, "as set", "cpu"))
+    return agreement.precision_that_agrees(
+        model, ids, targets, Precision(precision, "as set", "cpu")
+    )
 
 
 @pytest.mark.parametrize("name", ["fp32", "bf16"])
@@ -412,6 +414,6 @@ def test_wrong_gradients_or_a_wrong_cached_step_are_found_where_logits_are_right
 
 
 def test_a_device_that_is_wrong_in_every_precision_is_refused(monkeypatch):
-    monkeypatch.setattr(trial, "disagreements", lambda *arguments: {"loss": float("nan")})
+    monkeypatch.setattr(agreement, "disagreements", lambda *arguments: {"loss": float("nan")})
     with pytest.raises(ResourceError, match=r'(?s)loss nan.*set DEVICE = "cpu"'):
         agreeing("bf16")
