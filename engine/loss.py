@@ -119,18 +119,10 @@ def _loss_and_gradients(
             torch.mm(x, head.T, out=logits)
             for start in range(0, len(x), at_once):
                 block, target = logits[start : start + at_once], y[start : start + at_once]
-                p = buffer[: len(block)]
-                if p.dtype != block.dtype:
-                    p.copy_(block)
-                # by way of the likeliest token, whose probability is at least 1 / V
-                highest, of_target = p.amax(1, keepdim=True), p.gather(1, target)
-                torch.softmax(p, 1, out=p)
-                log_sum = highest - p.amax(1, keepdim=True).log()
-                total += (log_sum - of_target).sum()
-                if gradients:
-                    p.scatter_(1, target, (of_target - log_sum).expm1())  # p - 1 at the target
-                    if p.dtype != block.dtype:
-                        block.copy_(p if lift == 1 else p.mul_(lift))
+                p, losses = _softmax_minus_target(block, target, buffer)
+                total += losses.sum()
+                if gradients and p.dtype != block.dtype:
+                    block.copy_(p if lift == 1 else p.mul_(lift))
             if gradients:
                 if device_type == "mps":  # and one that begins within its memory
                     d_hidden[first : first + largest] = torch.mm(logits, head)
@@ -147,3 +139,21 @@ def _loss_and_gradients(
                 d_weight = torch.zeros(head.shape, device=head.device)
             d_weight = d_weight.mul_(1 / (n_targets * share * lift)).to(weight.dtype)
     return total / n_targets, d_hidden, d_weight
+
+
+def _softmax_minus_target(
+    logits: torch.Tensor, target: torch.Tensor, buffer: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The gradient by the logits of some rows, (N, V) in the buffer, and their losses, (N, 1).
+
+    It is the softmax, less 1 at the target. The buffer is fp32, and may be the logits' own memory.
+    """
+    p = buffer[: len(logits)]
+    if p.dtype != logits.dtype:
+        p.copy_(logits)
+    # by way of the likeliest token, whose probability is at least 1 / V
+    highest, of_target = p.amax(1, keepdim=True), p.gather(1, target)
+    torch.softmax(p, 1, out=p)
+    log_sum = highest - p.amax(1, keepdim=True).log()
+    p.scatter_(1, target, (of_target - log_sum).expm1())
+    return p, log_sum - of_target
