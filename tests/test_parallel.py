@@ -349,7 +349,7 @@ from pathlib import Path
 sys.modules["matplotlib"] = None
 import torch
 import environment, train
-from storage.checkpoint import random_state
+from engine.randomness import random_state
 environment.CACHE = Path("cache").resolve()
 step, begun = train.Trainer.step, []
 
