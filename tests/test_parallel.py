@@ -906,8 +906,11 @@ print(json.dumps([windows.n_whole, count, shuffled_s, seconds, memory("VmHWM") -
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-def test_an_epoch_of_ten_million_windows_is_sharded_in_a_second_and_100_mb_a_rank():
+def test_an_epoch_of_ten_million_windows_is_sharded_as_fast_as_it_is_shuffled_in_100_mb_a_rank():
     n = 10_000_000
+    began_at = time.process_time()
+    np.random.default_rng(0).permutation(n)
+    permutation_s = time.process_time() - began_at  # a second, where the processor is slow
     for rank in (0, 7):
         done = subprocess.run(
             [sys.executable, "-c", SHARDING.replace("{rank}", str(rank))],
@@ -919,7 +922,7 @@ def test_an_epoch_of_ten_million_windows_is_sharded_in_a_second_and_100_mb_a_ran
         n_windows, own, shuffled_s, seconds, n_bytes = found = json.loads(done.stdout)
         assert (n_windows, own) == (n, n // 8)
         assert n_bytes < 100e6, found
-        assert shuffled_s < seconds < 1.0, found  # of a processor, which others may have, too
+        assert shuffled_s < seconds < 3 * permutation_s, found
 
 
 MAIN = """
