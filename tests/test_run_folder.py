@@ -89,9 +89,9 @@ def start(workdir, monkeypatch, capsys):
                 os.kill(os.getpid(), signal.SIGINT)
             return result
 
-        take_step = learner.take_step
+        take_step = train.Trainer.step  # of the run: a trial's steps before it don't count
         with monkeypatch.context() as patch:
-            patch.setattr(learner, "take_step", step)
+            patch.setattr(train.Trainer, "step", step)
             code = main.main(["settings.py"])
         printed = capsys.readouterr()
         assert "Traceback" not in printed.err
