@@ -74,9 +74,10 @@ def run_with_a_stop(folder: Path, params: dict[str, Any], **settings: Any) -> st
     noted = main.Journal.step
 
     def step(self, *args):
-        noted(self, *args)
+        rows = noted(self, *args)
         if self.steps == 2:
             signal.raise_signal(signal.SIGTERM)
+        return rows
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(main.Journal, "step", step)
