@@ -134,6 +134,7 @@ class WindowBatches(Sampler):
         seed: int | None,
         n_steps: int | None = None,
         step_size: int | None = None,
+        *,
         micro_batch: int | None = None,
         parallel: Parallel = ALONE,
     ) -> None:
@@ -332,6 +333,7 @@ def make_loaders(
         train.move_to(device)
         val.move_to(device)
         pin_memory = False
+    own = {"micro_batch": micro_batch, "parallel": parallel}
     return tuple(
         DataLoader(
             batches.dataset,
@@ -343,7 +345,7 @@ def make_loaders(
             generator=torch.Generator().manual_seed(seed),  # else each epoch draws on torch's own
         )
         for batches in (
-            WindowBatches(train, plan.batch_size, seed, n_steps, step_size, micro_batch, parallel),
+            WindowBatches(train, plan.batch_size, seed, n_steps, step_size, **own),
             WindowBatches(val, plan.batch_size, None, micro_batch=micro_batch),
         )
     )

@@ -2,67 +2,43 @@
 
 import dataclasses
 import gc
-import json
-import os
 import sys
 import tempfile
 import traceback
 import weakref
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch.utils.data import DataLoader
 
 from data import TokenSlice, WindowPlan, make_loaders, measure_tokens, plan_windows
-from distributed.parallel import ALONE, Parallel, join
+from distributed.parallel import Parallel, join
 from engine.console import in_kernel, say
 from engine.errors import DataError, ResourceError
 from engine.memory import as_bytes
 from engine.metrics import TokenSize
-from engine.optim import (
-    Schedule,
-    build_optimizer,
-    default_eval_freq,
-    default_learning_rate,
-    default_warmup_steps,
-    make_schedule,
-)
+from engine.optim import build_optimizer, default_learning_rate
 from engine.precision import Precision
 from engine.processor import prepare_processor
 from exchange.saved_run import LoadedRun, load_run  # noqa: F401  users know them by this room
-from generation import SamplingConfig
-from model import GPTConfig, GPTModel
-from planning.decisions import KeptPrecision, RunRecord, keep_identity
+from model import GPTModel
+from planning.decisions import KeptPrecision, RunRecord, decide_training, keep_identity
 from planning.machine import (
+    Machine,
     check_arithmetic,
     check_devices,
-    decide_micro_batch,
-    decide_precision,
-    decide_threads,
-    decide_workers,
+    decide_machine,
+    find_machine,
     fit_into_memory,
     fresh_model,
-    pick_device,
-    share_of_a_batch,
+    pick_device,  # noqa: F401  scripts know it by this room
 )
 from planning.plan import RunPlan, resolve_settings
-from planning.preflight import (
-    show_machine,
-    show_model,
-    show_text,
-    show_training,
-    show_windows,
-)
+from planning.preflight import show_machine, show_model, show_text, show_training, show_windows
 from planning.runs import Candidates, SettledRun, find_candidates, settle_run
 from planning.settings_file import read_given_settings
-from planning.trial import (
-    Compiled,
-    Trial,
-    count_steps,
-    try_out,
-)
+from planning.trial import Compiled, Trial, try_out
 from storage.files import make_folder, write_atomically
 from storage.tracking import check_trackers
 from text.sources import parse_data
@@ -80,7 +56,10 @@ _earlier_models = weakref.WeakSet()  # of this process, as far as anything still
 
 @dataclass
 class RuntimeEnv:
-    """Everything that a run needs, built and wired; what prepare_environment() returns."""
+    """Everything that a run needs, built and wired; what prepare_environment() returns.
+
+    What was decided on the way is in run.record.
+    """
 
     device: torch.device
     model: GPTModel
@@ -89,21 +68,19 @@ class RuntimeEnv:
     optimizer: torch.optim.Optimizer
     train_config: TrainingConfig
     tokenizer: Tokenizer
-    model_config: GPTConfig
-    precision: Precision
-    parallel: Parallel
     learner: Learner
-    compiled: Compiled
-    schedule: Schedule
-    total_steps: int
-    sampling: SamplingConfig
     run: RunFolder
-    text: TokenizedText
     token_size: TokenSize
-    threads: int
-    tracking: list[str]
-    seed: int
-    log_every: int
+
+    @property
+    def parallel(self) -> Parallel:
+        """The processes that train the run together."""
+        return self.learner.parallel
+
+    @property
+    def precision(self) -> Precision:
+        """The format that the run computes in."""
+        return self.learner.precision
 
 
 def prepare_environment(settings: str | Path | None = None) -> RuntimeEnv:
@@ -129,127 +106,50 @@ def prepare_environment(settings: str | Path | None = None) -> RuntimeEnv:
 def _prepare(settings: str | Path | None, parallel: Parallel) -> RuntimeEnv:
     plan = resolve_settings(*read_given_settings(settings))
     check_trackers(plan.run.TRACKING)
-    parallel.require_same(**_as_words(plan))
-    if not parallel.is_alone:
-        parallel.kind = "ddp" if plan.run.PARALLEL == "auto" else plan.run.PARALLEL
+    parallel.require_same(**plan.as_words())
+    parallel.choose_kind(plan.run.PARALLEL)
     candidates = parallel.broadcast(parallel.on_main(lambda: _find_candidates(plan, parallel)))
-    device = pick_device(plan.run.DEVICE, parallel)
-    likely = decide_precision(plan.run.PRECISION, device, candidates.likeliest)
-    show_machine(device, likely, plan, parallel)
+    machine = find_machine(plan, parallel)
+    show_machine(machine, plan)
 
-    parallel.require_same(device=device.type)
     text = _read_text(plan, candidates, parallel)
-    tokenizer = text.tokenizer
-    run = settle_run(candidates, tokenizer.fingerprint, text.sha256)
-    precision = decide_precision(plan.run.PRECISION, device, run.before)
-    if precision != likely:  # another run goes on than was to be expected, or none
-        say(f"Precision: {precision.name} ({precision.reason})")
-    parallel.require_same(precision=precision.name)
-    asked = _with_decisions(plan.training, run.before)
-    windows, notices = plan_windows(
-        text.n_tokens,
-        max_length=plan.model["context_length"],
-        stride=asked.stride,
-        batch_size=asked.batch_size,
-        train_ratio=asked.train_ratio,
-        n_train=text.n_train,
-    )
-    most = share_of_a_batch(asked, windows, parallel)
-    night = plan.run.NIGHT_MODE
-    micro_batch, about_memory = decide_micro_batch(night, device, most, parallel, run.before)
-    threads, about_threads = decide_threads(night, device, parallel, run.before)
+    run = settle_run(candidates, text.tokenizer.fingerprint, text.sha256)
+    asked = decide_training(plan.training, run.before)
+    windows, about_windows = _cut(text, plan, asked)
+    machine = decide_machine(machine, plan, asked, windows, run.before)
 
-    config = GPTConfig(
-        **plan.model | {"context_length": windows.max_length, "vocab_size": tokenizer.vocab_size}
-    )
-    model = fresh_model(plan, asked, config, device, precision, parallel)
+    model = fresh_model(plan, asked, windows, text.tokenizer.vocab_size, machine)
     show_model(plan.model_name, model)
-    micro_batch, about_fit = fit_into_memory(
-        model, asked, windows, precision, device, micro_batch, parallel
-    )
-    workers, about_workers = decide_workers(asked.num_workers, parallel.local_world)
-    train_loader, val_loader = make_loaders(
-        TokenSlice(text.path, text.dtype, 0, text.n_tokens),
-        windows,
-        seed=plan.run.SEED,
-        num_workers=workers,
-        device=device,
-        sampling=asked.sampling,
-        accumulation=asked.gradient_accumulation_steps,
-        micro_batch=micro_batch,
-        parallel=parallel,
-    )
-    precision, about_arithmetic = check_arithmetic(model, train_loader, precision)
-    notices += about_memory + about_threads + about_fit + about_workers + about_arithmetic
+    machine = fit_into_memory(machine, model, asked, windows)
+    train_loader, val_loader = _make_loaders(text, plan, asked, windows, machine)
+    machine = check_arithmetic(machine, model, train_loader)
     rate = asked.learning_rate or default_learning_rate(model.config.emb_dim, asked.optimizer)
     asked = dataclasses.replace(asked, learning_rate=rate)
     optimizer = build_optimizer(asked.optimizer, model, rate, asked.weight_decay)
-    steps_per_epoch = train_loader.batch_sampler.n_steps
-    # a rank that has the whole model tries its steps without the others
-    others = parallel if parallel.kind == "fsdp" else ALONE
-    tried = Learner(model, optimizer, precision, others, micro_batch=micro_batch)
-    trial = Trial(tried, train_loader, threads, parallel)
-    compiled, asked = try_out(plan, run.before, asked, trial, steps_per_epoch, notices)
-    total_steps = count_steps(plan, asked, steps_per_epoch)
-    training, about_warmup = _complete_training(asked, windows, total_steps)
-    notices += about_warmup
-    show_training(plan.mode, training, total_steps, notices)
-    show_windows(text, windows, model)
-    batch = [part.to(device) for part in train_loader.dataset.__getitems__([0])]
-    check_devices(model, optimizer, batch, device)
-    say(f"✓ Device consistency verified (using {device})")
-    record = RunRecord(
-        run_id=candidates.run_id,
-        started=candidates.now,
-        changes=[],
-        mode=plan.mode,
-        settings=dataclasses.asdict(plan.run) | {"DATA": _data_as_json(plan)},
-        asked=plan.asked(),
-        model_name=plan.model_name,
-        model=model.config,
-        training=training,
-        sampling=plan.sampling,
-        device=device.type if parallel.world > 1 else str(device),
-        ranks=parallel.world,
-        parallel=parallel.kind,
-        precision=KeptPrecision(precision.name, precision.reason),
-        threads=threads,
-        micro_batch=tried.micro_batch,
-        compiled=compiled.on,
-        why_compiled=compiled.reason,
-        tokenizer=tokenizer.fingerprint,
-        stood_in=text.stood_in,
-        steps_per_epoch=steps_per_epoch,
-        total_steps=total_steps,
-        origins=plan.origins,
-        adapted=notices,
-        torch=torch.__version__,
+
+    trial = Trial.of(machine, model, optimizer, train_loader)
+    compiled, training, about_trial = try_out(plan, asked, windows, trial, run.before)
+    adapted = [*about_windows, *machine.notices, *about_trial]
+    record = _make_record(
+        plan, candidates, text, trial, training, compiled=compiled, adapted=adapted
     )
+
+    show_training(record)
+    show_windows(text, windows, model)
+    batch = [part.to(machine.device) for part in train_loader.dataset.__getitems__([0])]
+    check_devices(model, optimizer, batch, machine.device)
+    say(f"✓ Device consistency verified (using {machine.device})")
     return RuntimeEnv(
-        device=device,
+        device=machine.device,
         model=model,
         train_loader=train_loader,
         val_loader=val_loader,
         optimizer=optimizer,
         train_config=training,
-        tokenizer=tokenizer,
-        model_config=model.config,
-        precision=precision,
-        parallel=parallel,
-        learner=Learner(model, optimizer, precision, parallel, micro_batch=tried.micro_batch),
-        compiled=compiled,
-        schedule=make_schedule(
-            training.schedule, training.learning_rate, training.warmup_steps, total_steps
-        ),
-        total_steps=total_steps,
-        sampling=plan.sampling,
+        tokenizer=text.tokenizer,
+        learner=trial.learner_of_the_run(),
         run=_run_folder(run, record, text, windows),
-        text=text,
-        token_size=measure_tokens(val_loader.dataset.tokens, tokenizer),
-        threads=threads,
-        tracking=plan.run.TRACKING,
-        seed=plan.run.SEED,
-        log_every=plan.run.LOG_EVERY,
+        token_size=measure_tokens(val_loader.dataset.tokens, text.tokenizer),
     )
 
 
@@ -293,38 +193,76 @@ def usable_cache() -> Path:
     return CACHE
 
 
-def _with_decisions(asked: TrainingConfig, before: RunRecord | None) -> TrainingConfig:
-    """The hyper-parameters with what was worked out when the run began, where it goes on."""
-    if before is None:
-        return asked
-    then = before.asked.training.to_dict()
-    became = before.training.to_dict()
-    decided = {n: became[n] for n, value in asked.to_dict().items() if then[n] == value}
-    return dataclasses.replace(asked, **decided)
-
-
-def _complete_training(
-    asked: TrainingConfig, windows: WindowPlan, total_steps: int
-) -> tuple[TrainingConfig, list[str]]:
-    """Fill in every value that was left to be worked out; returns notices, too."""
-    warmup_steps, notices = asked.warmup_steps, []
-    if warmup_steps is None:
-        warmup_steps = default_warmup_steps(total_steps)
-    elif warmup_steps >= total_steps:
-        warmup_steps = total_steps - 1
-        notices.append(
-            f"warmup_steps is lowered from {asked.warmup_steps} to {warmup_steps}: the run has "
-            f"{total_steps} steps"
-        )
-    complete = dataclasses.replace(
-        asked,
-        eval_freq=asked.eval_freq or default_eval_freq(total_steps),
-        batch_size=windows.batch_size,
-        max_length=windows.max_length,
-        stride=windows.stride,
-        warmup_steps=warmup_steps,
+def _cut(text: TokenizedText, plan: RunPlan, asked: TrainingConfig) -> tuple[WindowPlan, list[str]]:
+    return plan_windows(
+        text.n_tokens,
+        max_length=plan.model["context_length"],
+        stride=asked.stride,
+        batch_size=asked.batch_size,
+        train_ratio=asked.train_ratio,
+        n_train=text.n_train,
     )
-    return complete, notices
+
+
+def _make_loaders(
+    text: TokenizedText,
+    plan: RunPlan,
+    asked: TrainingConfig,
+    windows: WindowPlan,
+    machine: Machine,
+) -> tuple[DataLoader, DataLoader]:
+    return make_loaders(
+        TokenSlice(text.path, text.dtype, 0, text.n_tokens),
+        windows,
+        seed=plan.run.SEED,
+        num_workers=machine.workers,
+        device=machine.device,
+        sampling=asked.sampling,
+        accumulation=asked.gradient_accumulation_steps,
+        micro_batch=machine.micro_batch,
+        parallel=machine.parallel,
+    )
+
+
+def _make_record(
+    plan: RunPlan,
+    candidates: Candidates,
+    text: TokenizedText,
+    trial: Trial,
+    training: TrainingConfig,
+    *,
+    compiled: Compiled,
+    adapted: list[str],
+) -> RunRecord:
+    """All that was decided; adapted are the notices of it."""
+    learner, parallel = trial.learner, trial.parallel
+    return RunRecord(
+        run_id=candidates.run_id,
+        started=candidates.now,
+        changes=[],
+        mode=plan.mode,
+        settings=dataclasses.asdict(plan.run) | {"DATA": plan.data},
+        asked=plan.asked(),
+        model_name=plan.model_name,
+        model=learner.model.config,
+        training=training,
+        sampling=plan.sampling,
+        device=learner.device.type if parallel.world > 1 else str(learner.device),
+        ranks=parallel.world,
+        parallel=parallel.kind,
+        precision=KeptPrecision(learner.precision.name, learner.precision.reason),
+        threads=trial.threads,
+        micro_batch=learner.micro_batch,
+        compiled=compiled.on,
+        why_compiled=compiled.reason,
+        tokenizer=text.tokenizer.fingerprint,
+        stood_in=text.stood_in,
+        steps_per_epoch=trial.steps_per_epoch,
+        total_steps=plan.count_steps(training, trial.steps_per_epoch),
+        origins=plan.origins,
+        adapted=adapted,
+        torch=torch.__version__,
+    )
 
 
 def _find_candidates(plan: RunPlan, parallel: Parallel) -> Candidates:
@@ -343,20 +281,15 @@ def _find_candidates(plan: RunPlan, parallel: Parallel) -> Candidates:
         # what torchrun has begun before a failure is not begun anew
         resume=(plan.run.RESUME is False and parallel.noted("run")) or plan.run.RESUME,
         mode=plan.mode,
-        data=_data_as_json(plan),
+        data=plan.data,
     )
-
-
-def _data_as_json(plan: RunPlan) -> Any:
-    """DATA as settings.json has it: text in place of paths, lists in place of tuples."""
-    return json.loads(json.dumps(plan.run.DATA, default=os.fspath))
 
 
 def _read_text(plan: RunPlan, candidates: Candidates, parallel: Parallel) -> TokenizedText:
     """The text as tokens; a run that goes on gets the one it was begun with, or none."""
     spec = parse_data(plan.run.DATA)
     before = candidates.likeliest
-    same_data = before is not None and before.settings["DATA"] == _data_as_json(plan)
+    same_data = before is not None and before.settings["DATA"] == plan.data
 
     def read(stand_in: bool | None) -> TokenizedText:
         ratio = plan.training.train_ratio
@@ -377,18 +310,6 @@ def _read_text(plan: RunPlan, candidates: Candidates, parallel: Parallel) -> Tok
     show_text(text, spec)
     parallel.require_same(text=text.sha256, tokenizer=text.tokenizer.fingerprint)
     return text
-
-
-def _as_words(plan: RunPlan) -> dict[str, str]:
-    """The settings that have to be the same in all processes of a run, each as JSON."""
-    settings = dataclasses.asdict(plan.asked()) | {
-        name: getattr(plan.run, name)
-        for name in ("DATA", "DEVICE", "PARALLEL", "COMPILE", "NIGHT_MODE")
-    }
-    return {
-        name: json.dumps(value, default=os.fspath, sort_keys=True)
-        for name, value in settings.items()
-    }
 
 
 def _run_folder(

@@ -113,7 +113,7 @@ def run_pipeline(env: RuntimeEnv) -> None:
     """Train, sample, plot, sum up; everything that is left behind is in env.run.path."""
     _headline("TRAINING START")
     # the samples and the summary, too, are this program's alone, and on as many threads
-    with env.parallel.held_by_main(env.run.opened), using_threads(env.threads):
+    with env.parallel.held_by_main(env.run.opened), using_threads(env.run.record.threads):
         journal = train(env)
         env.parallel.place = "after training"
         with StopSignals(env.parallel) as stop:
@@ -129,8 +129,8 @@ def run_pipeline(env: RuntimeEnv) -> None:
 
 def show_samples(env: RuntimeEnv, journal: Journal) -> None:
     """Continue the prompts in three ways, each time all of them at once: greedy, top-k, top-p."""
-    sampling, prompts = env.sampling, env.train_config.prompts
-    generator = torch.Generator(device=env.device).manual_seed(env.seed)
+    sampling, prompts = env.run.record.sampling, env.train_config.prompts
+    generator = torch.Generator(device=env.device).manual_seed(env.run.record.asked.seed)
     for label, choice in (
         ("Greedy", {"temperature": 0.0}),
         (f"Top-k ({_limit(sampling.top_k)})", {"top_k": sampling.top_k}),

@@ -25,7 +25,13 @@ from engine.errors import (
     Stopped,
 )
 from engine.memory import ADVICE, OutOfStepMemory
-from engine.optim import Schedule, extend_schedule, learning_rate_at, set_learning_rate
+from engine.optim import (
+    Schedule,
+    extend_schedule,
+    learning_rate_at,
+    make_schedule,
+    set_learning_rate,
+)
 from engine.precision import Precision, choose_precision
 from engine.randomness import random_state, set_random_state
 from engine.settings import find_problems, raise_if_any, shown
@@ -351,7 +357,7 @@ def train(env: RuntimeEnv) -> Journal:
     them, NumericsError where the numbers go bad.
     """
     held = env.parallel.held_by_main(env.run.opened)
-    with env.parallel.watched(), held, using_threads(env.threads):
+    with env.parallel.watched(), held, using_threads(env.run.record.threads):
         env.run.path = env.parallel.broadcast(env.run.path)  # only now it is known
         env.parallel.note("run", str(env.run.path))
         return _train(env)
@@ -359,24 +365,27 @@ def train(env: RuntimeEnv) -> Journal:
 
 def _train(env: RuntimeEnv) -> Journal:
     run, config, parallel = env.run, env.train_config, env.parallel
+    record = run.record
     for note in run.notes:
         say(f"Note: {note}")
     store = CheckpointStore(run.path, run.run_id, config.keep_checkpoints, parallel)
     store.require_room(env.model)
     journal = Journal(
         vocab_size=env.tokenizer.vocab_size,
-        total_steps=env.total_steps,
-        log_every=env.log_every,
+        total_steps=record.total_steps,
+        log_every=record.settings["LOG_EVERY"],
         folder=parallel.only_main(run.path),
         token_size=env.token_size,
     )
     clock = SaveClock(config.save_every, config.save_minutes)
     plan = LoopPlan(
-        total_steps=env.total_steps,
+        total_steps=record.total_steps,
         eval_freq=config.eval_freq,
         eval_iter=config.eval_iter,
         max_grad_norm=config.max_grad_norm,
-        schedule=env.schedule,
+        schedule=make_schedule(
+            config.schedule, config.learning_rate, config.warmup_steps, record.total_steps
+        ),
         prompts=config.prompts,
         patience=config.patience,
     )
@@ -385,7 +394,7 @@ def _train(env: RuntimeEnv) -> Journal:
     if run.goes_on or trainer.steps > 0:
         say(f"Resuming {run.path}: {trainer.steps:,} of {plan.total_steps:,} steps are done")
     journal.trackers = open_trackers(
-        parallel.only_main(env.tracking) or [],
+        parallel.only_main(record.settings["TRACKING"]) or [],
         run.path,
         run.run_id,
         run.settings,

@@ -54,6 +54,7 @@ class Parallel:
         world: int = 1,
         local_rank: int = 0,
         local_world: int = 1,
+        *,
         timeout_s: float = TIMEOUT_S,
         store: Any = None,
         job: Any = None,
@@ -79,6 +80,11 @@ class Parallel:
     def is_alone(self) -> bool:
         """Whether there is no other rank."""
         return self.world == 1
+
+    def choose_kind(self, requested: str) -> None:
+        """Take PARALLEL's value for how a model lies over several ranks; "auto" is ddp."""
+        if not self.is_alone:
+            self.kind = "ddp" if requested == "auto" else requested
 
     def only_main(self, value: T) -> T | None:
         """The value on the main rank, None on others."""
@@ -384,7 +390,9 @@ def join() -> Parallel:
     _end_with_torchrun()
     store, job, group = _meet(rank, world, timeout_s)
     silence(rank > 0)
-    _joined = Parallel(rank, world, local_rank, local_world, timeout_s, store, job, group)
+    _joined = Parallel(
+        rank, world, local_rank, local_world, timeout_s=timeout_s, store=store, job=job, group=group
+    )
     atexit.register(_joined.leave)
     return _joined
 

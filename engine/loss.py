@@ -93,9 +93,8 @@ def _loss_and_gradients(
     with torch.autocast(device_type, enabled=False):
         rows, head = hidden.detach().to(dtype), weight.detach().to(dtype)
         V, N = len(head), len(rows)
-        # of equal size, no small one at the end
-        n_chunks = -(-N // chunk_rows(rows, V))
-        largest = -(-N // max(1, n_chunks))
+        n_chunks = max(1, -(-N // chunk_rows(rows, V)))
+        largest = -(-N // n_chunks)  # all of one size, no small one at the end
         # new memory for each chunk would cost more than the arithmetic on it; columns of zeros
         # up to a multiple of 64 speed up the product for the head's gradient. Before macOS 15
         # Metal leaves an `out` with gaps between its rows unwritten (pytorch#104832)

@@ -6,7 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from data import WindowPlan
 from engine.errors import CheckpointError, SettingsError
+from engine.optim import default_eval_freq, default_warmup_steps
 from engine.settings import check, find_problems, from_json, names_on_resume, setting, shown
 from generation import SamplingConfig
 from model import GPTConfig
@@ -161,6 +163,40 @@ def total_steps(before: RunRecord, asked: Asked) -> int:
         return before.total_steps
     total = length.max_steps or length.num_epochs * before.steps_per_epoch
     return min(total, length.at_most or total)
+
+
+def decide_training(asked: TrainingConfig, before: RunRecord | None) -> TrainingConfig:
+    """The hyper-parameters as asked, with what was worked out when the run began that goes on."""
+    if before is None:
+        return asked
+    then = before.asked.training.to_dict()
+    became = before.training.to_dict()
+    decided = {n: became[n] for n, value in asked.to_dict().items() if then[n] == value}
+    return dataclasses.replace(asked, **decided)
+
+
+def complete_training(
+    training: TrainingConfig, windows: WindowPlan, total_steps: int
+) -> tuple[TrainingConfig, list[str]]:
+    """The hyper-parameters with every value that windows and total_steps decide, and notices."""
+    warmup_steps, notices = training.warmup_steps, []
+    if warmup_steps is None:
+        warmup_steps = default_warmup_steps(total_steps)
+    elif warmup_steps >= total_steps:
+        warmup_steps = total_steps - 1
+        notices.append(
+            f"warmup_steps is lowered from {training.warmup_steps} to {warmup_steps}: the run has "
+            f"{total_steps} steps"
+        )
+    complete = dataclasses.replace(
+        training,
+        eval_freq=training.eval_freq or default_eval_freq(total_steps),
+        batch_size=windows.batch_size,
+        max_length=windows.max_length,
+        stride=windows.stride,
+        warmup_steps=warmup_steps,
+    )
+    return complete, notices
 
 
 def keep_identity(record: RunRecord, before: RunRecord) -> tuple[RunRecord, list[str]]:

@@ -1,11 +1,13 @@
 """The device of a run, and which build of torch can use the GPU that is there."""
 
+import dataclasses
 import os
 import shutil
 import subprocess
 import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch.utils.data import DataLoader
@@ -47,6 +49,41 @@ WHEELS = "https://download.pytorch.org/whl"
 # builds of that version: the driver that each needs, and the compute capabilities it serves
 CU130, CU130_DRIVER, CU130_CAPABILITY = "cu130", 580, (7, 5)
 CU126, CU126_DRIVER, CU126_CAPABILITY, CU126_BELOW = "cu126", 525, (5, 0), (10, 0)
+
+
+@dataclass(frozen=True)
+class Machine:
+    """How a run uses the machine it is on."""
+
+    device: torch.device
+    parallel: Parallel
+    precision: Precision
+    threads: int = 1
+    workers: int = 0  # processes of each loader
+    micro_batch: int = 1  # the most windows that a forward pass takes
+    notices: tuple[str, ...] = ()  # what of this is not as it was asked for
+
+    def but(self, *notices: str, **changes: Any) -> "Machine":
+        """The same with some changes, and notices of them."""
+        return dataclasses.replace(self, notices=self.notices + notices, **changes)
+
+    def computing_in(self, precision: Precision) -> "Machine":
+        """The same with a precision, and a notice of it where it is another one."""
+        if precision.name == self.precision.name:
+            return self
+        notice = f"precision is {precision.name}: {precision.reason}"
+        return self.but(notice, precision=precision)
+
+
+def find_machine(plan: RunPlan, parallel: Parallel = ALONE) -> Machine:
+    """The device of a run, and the precision that a new run computes in.
+
+    Raises what pick_device() and choose_precision() do.
+    """
+    device = pick_device(plan.run.DEVICE, parallel)
+    precision = choose_precision(plan.run.PRECISION, device)
+    parallel.require_same(device=device.type, precision=precision.name)
+    return Machine(device, parallel, precision)
 
 
 def pick_device(requested: str | None, parallel: Parallel = ALONE) -> torch.device:
@@ -281,14 +318,12 @@ def build_model(config: GPTConfig, device: torch.device) -> GPTModel:
 
 
 def fresh_model(
-    plan: RunPlan,
-    asked: TrainingConfig,
-    config: GPTConfig,
-    device: torch.device,
-    precision: Precision,
-    parallel: Parallel,
+    plan: RunPlan, asked: TrainingConfig, windows: WindowPlan, vocab_size: int, machine: Machine
 ) -> GPTModel:
     """The run's model with the weights of its seed; ResourceError where it can't be trained."""
+    device, parallel, precision = machine.device, machine.parallel, machine.precision
+    sizes = {"context_length": windows.max_length, "vocab_size": vocab_size}
+    config = GPTConfig(**plan.model | sizes)
     torch.manual_seed(plan.run.SEED)
     if parallel.kind == "fsdp":
         _require_memory_for(config, device, parallel.world, precision)
@@ -327,18 +362,13 @@ def _require_memory_for(
 
 
 def fit_into_memory(
-    model: GPTModel,
-    asked: TrainingConfig,
-    windows: WindowPlan,
-    precision: Precision,
-    device: torch.device,
-    micro_batch: int,
-    parallel: Parallel,
-) -> tuple[int, list[str]]:
-    """How many windows at a time there is memory for, at most micro_batch, and notices.
+    machine: Machine, model: GPTModel, asked: TrainingConfig, windows: WindowPlan
+) -> Machine:
+    """The machine with a micro-batch that there is memory for; shows the estimate.
 
-    Shows the estimate. Raises ResourceError where there is none for a single one.
+    Raises ResourceError where there is none for a single window.
     """
+    device, parallel, micro_batch = machine.device, machine.parallel, machine.micro_batch
     parts = parallel.world if parallel.kind == "fsdp" else 1
     share = windows.batch_size * asked.gradient_accumulation_steps // parallel.world
     for accumulates in (micro_batch < share, True):
@@ -347,7 +377,7 @@ def fit_into_memory(
                 model,
                 n_tokens=windows.max_length,
                 n_windows=micro_batch,
-                precision=precision,
+                precision=machine.precision,
                 device=device,
                 optimizer=asked.optimizer,
                 keeps_best=device.type != "cuda" and parallel.is_main,
@@ -374,34 +404,59 @@ def fit_into_memory(
     of_room = f" of {there} free" if there else ""
     say(f"Memory: about {as_bytes(needed)}{of_room}" + f" ({told})" * (needed > 1e9))
     if fitting == micro_batch:
-        return fitting, []
-    return fitting, [
+        return machine
+    return machine.but(
         f"memory: {fitting} windows at a time instead of {micro_batch}, which would take "
-        f"{as_bytes(estimate.total(micro_batch))}; the batch stays the same"
-    ]
+        f"{as_bytes(estimate.total(micro_batch))}; the batch stays the same",
+        micro_batch=fitting,
+    )
 
 
-def check_arithmetic(
-    model: GPTModel, loader: DataLoader, precision: Precision
-) -> tuple[Precision, list[str]]:
-    """The precision to train in, after a look at what the GPU does with the model, and notices.
+def check_arithmetic(machine: Machine, model: GPTModel, loader: DataLoader) -> Machine:
+    """The machine with a precision in which its GPU is right about the model.
 
     Apple's GPUs have been wrong before, so what they compute is held against the CPU. On CUDA the
     attention kernel is named, because a wrong library on the path makes it a slow one.
     """
-    device = next(model.parameters()).device
+    device, precision = machine.device, machine.precision
     if device.type == "mps":
         ids, targets = (part.to(device) for part in loader.dataset.__getitems__([0]))
-        agreed = precision_that_agrees(model, ids, targets, precision)
-        is_kept = agreed == precision
-        return agreed, [] if is_kept else [f"precision is {agreed.name}: {agreed.reason}"]
+        machine = machine.computing_in(precision_that_agrees(model, ids, targets, precision))
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")  # TF32 for products that stay in fp32
         kernel = attention_kernel(model.config, precision, device)
         say(f"Attention: {kernel}")
         if kernel == "math" and precision.name != "fp32":
-            return precision, ["torch has no fused attention kernel for this GPU: training is slow"]
-    return precision, []
+            return machine.but("torch has no fused attention kernel for this GPU: training is slow")
+    return machine
+
+
+def decide_machine(
+    machine: Machine,
+    plan: RunPlan,
+    asked: TrainingConfig,
+    windows: WindowPlan,
+    before: RunRecord | None,
+) -> Machine:
+    """The machine with precision, threads, loaders' workers and micro-batch of a run.
+
+    before is the run that goes on. Raises SettingsError where ranks can't have equal shares of a
+    batch.
+    """
+    device, parallel, night = machine.device, machine.parallel, plan.run.NIGHT_MODE
+    machine = decide_precision(machine, plan.run.PRECISION, before)
+    most = share_of_a_batch(asked, windows, parallel)
+    micro_batch, about_memory = decide_micro_batch(night, device, most, parallel, before)
+    threads, about_threads = decide_threads(night, device, parallel, before)
+    workers, about_workers = decide_workers(asked.num_workers, parallel.local_world)
+    return machine.but(
+        *about_memory,
+        *about_threads,
+        *about_workers,
+        threads=threads,
+        workers=workers,
+        micro_batch=micro_batch,
+    )
 
 
 def decide_workers(asked: int, processes: int) -> tuple[int, list[str]]:
@@ -412,11 +467,11 @@ def decide_workers(asked: int, processes: int) -> tuple[int, list[str]]:
     return cores, [f"num_workers is lowered from {asked} to {cores}: so many cores are there"]
 
 
-def decide_precision(requested: str, device: torch.device, before: RunRecord | None) -> Precision:
-    """PRECISION, or what "auto" came to when the run began that goes on."""
+def decide_precision(machine: Machine, requested: str, before: RunRecord | None) -> Machine:
+    """The machine with what "auto" came to when the run began that goes on."""
     if before is None or requested != "auto":
-        return choose_precision(requested, device)
-    return keep_precision(before.precision.name, device)
+        return machine
+    return machine.computing_in(keep_precision(before.precision.name, machine.device))
 
 
 def decide_threads(

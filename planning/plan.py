@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import json
 import os
 import re
 from collections.abc import Iterable
@@ -176,6 +177,28 @@ class RunPlan:
     def most_steps(self) -> int | None:
         """The optimizer steps that the mode allows at most."""
         return QUICK_MODE_STEPS if self.mode == "quick" else None
+
+    @property
+    def data(self) -> Any:
+        """DATA as settings.json has it: text in place of paths, lists in place of tuples."""
+        return json.loads(json.dumps(self.run.DATA, default=os.fspath))
+
+    def as_words(self) -> dict[str, str]:
+        """The settings that must be the same in all processes of a run, each as JSON."""
+        run = self.run
+        settings = dataclasses.asdict(self.asked()) | {
+            "DATA": self.data,
+            "DEVICE": run.DEVICE,
+            "PARALLEL": run.PARALLEL,
+            "COMPILE": run.COMPILE,
+            "NIGHT_MODE": run.NIGHT_MODE,
+        }
+        return {name: json.dumps(value, sort_keys=True) for name, value in settings.items()}
+
+    def count_steps(self, training: TrainingConfig, steps_per_epoch: int) -> int:
+        """The optimizer steps of a run with these hyper-parameters."""
+        total_steps = training.max_steps or training.num_epochs * steps_per_epoch
+        return min(total_steps, self.most_steps or total_steps)
 
     def asked(self) -> Asked:
         """What a run that is to go on is compared by."""

@@ -2,15 +2,12 @@
 
 from typing import Any
 
-import torch
-
 from data import WindowPlan
-from distributed.parallel import ALONE, Parallel
 from engine.console import say
 from engine.devices import device_count, device_name
-from engine.precision import Precision
 from model import GPTModel
-from planning.machine import why_no_gpu
+from planning.decisions import RunRecord
+from planning.machine import Machine, why_no_gpu
 from planning.plan import RunPlan
 from text.documents import DataSpec
 from text.token_cache import TokenizedText
@@ -19,9 +16,8 @@ from training_utils import TrainingConfig
 HOW_MANY = "torchrun --nproc-per-node 2 main.py uses two"
 
 
-def show_machine(
-    device: torch.device, precision: Precision, plan: RunPlan, parallel: Parallel = ALONE
-) -> None:
+def show_machine(machine: Machine, plan: RunPlan) -> None:
+    device, parallel, precision = machine.device, machine.parallel, machine.precision
     say(f"Device: {device.type.upper()}")
     if not parallel.is_alone:
         name = {"ddp": "DDP, the model whole on each", "fsdp": "FSDP2, the model in parts"}
@@ -65,13 +61,9 @@ def show_model(name: str, model: GPTModel) -> None:
     say(f"  Total params: {model.count_parameters():,}")
 
 
-def show_training(
-    mode: str,
-    training: TrainingConfig,
-    total_steps: int,
-    notices: list[str],
-) -> None:
-    for notice in notices:
+def show_training(record: RunRecord) -> None:
+    training, mode = record.training, record.mode
+    for notice in record.adapted:
         say(f"Note: {notice}")
     purpose = ", for testing" if mode == "quick" else ""
     epochs = f"{training.num_epochs} epoch{'s' * (training.num_epochs != 1)}"
@@ -79,7 +71,7 @@ def show_training(
         epochs = f"{training.max_steps} steps"
     say(f"✓ Using {mode} training config ({epochs}{purpose})")
     say(
-        f"  {total_steps:,} steps of {_batch_shown(training)} x {training.max_length} "
+        f"  {record.total_steps:,} steps of {_batch_shown(training)} x {training.max_length} "
         f"tokens, learning rate {training.learning_rate:.3g} ({training.schedule}, "
         f"{training.warmup_steps} warm-up steps)"
     )

@@ -5,8 +5,10 @@ import statistics
 import time
 from dataclasses import dataclass
 
+import torch
 from torch.utils.data import DataLoader
 
+from data import WindowPlan
 from distributed.parallel import ALONE, Parallel
 from engine.compiling import (
     compile_model,
@@ -19,7 +21,9 @@ from engine.devices import synchronize
 from engine.memory import OutOfStepMemory
 from engine.optim import EVALUATIONS, LONGEST_EVAL_FREQ, set_learning_rate
 from engine.randomness import random_state, set_random_state
-from planning.decisions import RunRecord
+from model import GPTModel
+from planning.decisions import RunRecord, complete_training
+from planning.machine import Machine
 from planning.plan import RunPlan
 from training.learner import Learner, steps_of_epoch, using_threads
 from training_utils import TrainingConfig
@@ -50,6 +54,37 @@ class Trial:
     loader: DataLoader
     threads: int
     parallel: Parallel = ALONE
+
+    @classmethod
+    def of(
+        cls, machine: Machine, model: GPTModel, optimizer: torch.optim.Optimizer, loader: DataLoader
+    ) -> "Trial":
+        """The trial of a run on a machine."""
+        shares_weights = machine.parallel.kind == "fsdp"
+        learner = Learner(
+            model,
+            optimizer,
+            machine.precision,
+            machine.parallel if shares_weights else ALONE,
+            micro_batch=machine.micro_batch,
+        )
+        return cls(learner, loader, machine.threads, machine.parallel)
+
+    def learner_of_the_run(self) -> Learner:
+        """What the run itself makes its steps with, together with the other ranks."""
+        learner = self.learner
+        return Learner(
+            learner.model,
+            learner.optimizer,
+            learner.precision,
+            self.parallel,
+            micro_batch=learner.micro_batch,
+        )
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """The optimizer steps of an epoch."""
+        return self.loader.batch_sampler.n_steps
 
     def step_seconds(self, *, may_halve: bool = True) -> float:
         """The median time of an optimizer step here, after one that doesn't count.
@@ -168,31 +203,27 @@ def steps_in(budget_s: float, trial: Trial, training: TrainingConfig) -> int:
     return max(1, int(steps))
 
 
-def count_steps(plan: RunPlan, training: TrainingConfig, steps_per_epoch: int) -> int:
-    total_steps = training.max_steps or training.num_epochs * steps_per_epoch
-    return min(total_steps, plan.most_steps or total_steps)
-
-
 def try_out(
     plan: RunPlan,
-    before: RunRecord | None,
     asked: TrainingConfig,
+    windows: WindowPlan,
     trial: Trial,
-    steps_per_epoch: int,
-    notices: list[str],
-) -> tuple[Compiled, TrainingConfig]:
+    before: RunRecord | None,
+) -> tuple[Compiled, TrainingConfig, list[str]]:
     """What only a tried step tells: whether to compile, and the steps of a time budget.
 
-    A run that goes on keeps both.
+    Returns the hyper-parameters with every value, those that follow from the number of steps
+    too, and notices. A run that goes on keeps both decisions.
     """
     requested, why = plan.run.COMPILE, None
     if requested == "auto" and before is not None:
         requested, why = before.compiled, "as when this run began"
+    notices = []
     has_budget = asked.time_budget_minutes is not None and asked.max_steps is None
     if asked.time_budget_minutes is not None and plan.training.max_steps is not None:
         notices.append("time_budget_minutes is not used: max_steps, where set, alone ends the run")
     budget_s = 60 * asked.time_budget_minutes if has_budget else None
-    total_steps = None if has_budget else count_steps(plan, asked, steps_per_epoch)
+    total_steps = None if has_budget else plan.count_steps(asked, trial.steps_per_epoch)
     compiled = decide_compiling(requested, trial, total_steps, budget_s)
     if why is not None and compiled.on == requested:
         compiled = Compiled(compiled.on, why)
@@ -204,4 +235,6 @@ def try_out(
         minutes = asked.time_budget_minutes
         notices.append(f"{max_steps:,} steps are expected to take {minutes:g} minutes")
         asked = dataclasses.replace(asked, max_steps=max_steps)
-    return compiled, asked
+    total_steps = plan.count_steps(asked, trial.steps_per_epoch)
+    training, about_steps = complete_training(asked, windows, total_steps)
+    return compiled, training, notices + about_steps

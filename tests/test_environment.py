@@ -14,7 +14,6 @@ from engine.optim import build_adamw
 from environment import check_devices, pick_device, prepare_environment
 from model import GPTConfig, GPTModel
 from planning import trial
-from planning.preflight import show_machine
 from storage import tracking
 
 TEXT = "The ferry crosses the river at dawn, and the bell rings twice for bread. " * 12
@@ -102,7 +101,7 @@ def test_attributes_set_on_config_run_before_the_call_are_used(workdir, capsys):
     ids, targets = next(iter(env.train_loader))
     assert ids.shape == targets.shape == (3, 10)
     assert env.model(ids).shape == (3, 10, 50257)
-    assert env.model_config.emb_dim == 32
+    assert env.model.config.emb_dim == 32
     assert env.train_config.stride == 10
     assert env.optimizer.param_groups[0]["lr"] == env.train_config.learning_rate
     assert 'custom_params["n_embd"] is read as emb_dim' in capsys.readouterr().out
@@ -164,7 +163,7 @@ def test_a_missing_settings_file_is_named(workdir):
 
 def test_tokens_are_never_more_than_the_model_has_positions(settings_file):
     env = prepare_environment(settings_file)
-    assert env.model_config.context_length == env.train_config.max_length == 16
+    assert env.model.config.context_length == env.train_config.max_length == 16
 
 
 def test_a_warm_up_longer_than_the_run_is_shortened_and_said(settings_file, capsys):
@@ -173,7 +172,7 @@ def test_a_warm_up_longer_than_the_run_is_shortened_and_said(settings_file, caps
     )
     settings_file.write_text(text, encoding="utf-8")
     env = prepare_environment(settings_file)
-    assert env.train_config.warmup_steps == env.schedule.total_steps - 1
+    assert env.train_config.warmup_steps == env.run.record.total_steps - 1
     assert "warmup_steps is lowered from 5000" in capsys.readouterr().out
 
 
@@ -182,7 +181,7 @@ def test_quick_mode_ends_after_200_steps_of_a_long_text(workdir):
     (workdir / "settings.py").write_text('DATA = "text.txt"\n', encoding="utf-8")
     env = prepare_environment("settings.py")
     assert len(env.train_loader) > 200
-    assert env.schedule.total_steps == 200
+    assert env.run.record.total_steps == 200
 
 
 def test_max_steps_alone_ends_a_custom_run(settings_file):
@@ -191,7 +190,7 @@ def test_max_steps_alone_ends_a_custom_run(settings_file):
     )
     settings_file.write_text(text, encoding="utf-8")
     env = prepare_environment(settings_file)
-    assert len(env.train_loader) < 70 == env.schedule.total_steps
+    assert len(env.train_loader) < 70 == env.run.record.total_steps
 
 
 def test_a_model_that_memory_cannot_hold_is_an_error_that_says_what_to_change(monkeypatch):
@@ -203,20 +202,6 @@ def test_a_model_that_memory_cannot_hold_is_an_error_that_says_what_to_change(mo
         planning.machine.build_model(None, torch.device("cpu"))
 
 
-def test_on_a_gpu_its_name_is_shown(monkeypatch, capsys):
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Test GPU 9000")
-    plan = SimpleNamespace(
-        run=SimpleNamespace(PARALLEL="auto"),
-        mode="quick",
-        model_name="small",
-        origins={"mode": "why", "model": "why"},
-        notices=[],
-    )
-    precision = SimpleNamespace(name="bf16", reason="this GPU has bf16 units")
-    show_machine(torch.device("cuda"), precision, plan)
-    assert capsys.readouterr().out.splitlines()[:2] == ["Device: CUDA", "GPU: Test GPU 9000"]
-
-
 def test_numbers_of_other_libraries_are_accepted(settings_file):
     text = settings_file.read_text(encoding="utf-8").replace('"num_epochs": 2', '"num_epochs": TWO')
     own = "import numpy as np\nfrom fractions import Fraction\n"
@@ -224,8 +209,9 @@ def test_numbers_of_other_libraries_are_accepted(settings_file):
     text = own + text.replace("TWO", 'two, "learning_rate": Fraction(1, 100)')
     settings_file.write_text(text, encoding="utf-8")
     env = prepare_environment(settings_file)
-    assert (env.seed, env.train_config.num_epochs, env.train_config.learning_rate) == (5, 2, 0.01)
-    assert [type(env.seed), type(env.train_config.learning_rate)] == [int, float]
+    seed, rate = env.run.record.asked.seed, env.train_config.learning_rate
+    assert (seed, env.train_config.num_epochs, rate) == (5, 2, 0.01)
+    assert [type(seed), type(rate)] == [int, float]
 
 
 def test_more_workers_than_cores_are_capped_and_said(settings_file, capsys):
@@ -241,7 +227,7 @@ def test_where_the_cache_cannot_be_written_another_serves(settings_file, capsys,
     (settings_file.parent / "cache").write_text("a file in the way", encoding="utf-8")
     monkeypatch.setattr(tempfile, "gettempdir", lambda: str(settings_file.parent / "temporary"))
     env = prepare_environment(settings_file)
-    assert env.text.path.is_relative_to(settings_file.parent / "temporary")
+    assert env.train_loader.dataset.tokens.path.is_relative_to(settings_file.parent / "temporary")
     assert "serves as cache" in capsys.readouterr().out
 
 
@@ -282,10 +268,10 @@ def test_a_step_takes_so_many_batches(settings_file, capsys):
     batches = env.train_loader.batch_sampler
     assert (batches.batch_size, batches.per_step, batches.step_size) == (2, 3, 6)
     assert batches.n_steps == -(-n_windows // 6) < plain.train_loader.batch_sampler.n_steps
-    assert env.total_steps == env.schedule.total_steps == 2 * batches.n_steps
-    assert env.run.settings["total_steps"] == env.total_steps
+    total_steps = env.run.record.total_steps
+    assert total_steps == 2 * batches.n_steps
     assert env.run.settings["steps_per_epoch"] == batches.n_steps
-    assert f"{env.total_steps} steps of 3 x 2 x 16 tokens" in capsys.readouterr().out
+    assert f"{total_steps} steps of 3 x 2 x 16 tokens" in capsys.readouterr().out
     # the windows of a step are those that three times the batch would have
     starts = [ids[:, 0].tolist() for ids, _ in env.train_loader]
     whole = settings_file.read_text(encoding="utf-8").replace(
@@ -312,11 +298,11 @@ def test_night_mode_leaves_half_of_the_threads_to_others_and_says_so(
     settings_file, capsys, threads, there, left
 ):
     threads(there)
-    assert prepare_environment(settings_file).threads == there
+    assert prepare_environment(settings_file).run.record.threads == there
     assert "night mode" not in capsys.readouterr().out
     change(settings_file, lines="NIGHT_MODE = True\n")
     env = prepare_environment(settings_file)
-    assert env.threads == env.run.settings["threads"] == left
+    assert env.run.record.threads == left
     assert f"Note: night mode: {left} of {there} threads" in capsys.readouterr().out
     assert torch.get_num_threads() == there  # it is training that is to be slow
     batches = env.train_loader.batch_sampler
@@ -363,10 +349,10 @@ def test_quick_and_small_runs_stay_uncompiled_with_nothing_tried(
     settings_file, step_seconds, compiler, capsys
 ):
     env = prepare_environment(settings_file)
-    assert (env.compiled.on, env.run.settings["compiled"]) == (False, False)
+    assert env.run.record.compiled is False
     settings_file.write_text('DATA = "text.txt"\n', encoding="utf-8")
     env = prepare_environment(settings_file)
-    assert env.run.settings["mode"] == "quick" and not env.compiled.on
+    assert env.run.settings["mode"] == "quick" and not env.run.record.compiled
     said = "Compile: off (a run this short would not repay it)"
     assert capsys.readouterr().out.count(said) == 2
 
@@ -377,7 +363,7 @@ def test_compile_true_that_cannot_be_had_is_noticed_and_the_run_begins(
     monkeypatch.setattr(trial, "what_prevents_compiling", lambda device: "no compiler here")
     change(settings_file, lines="COMPILE = True\n")
     env = prepare_environment(settings_file)
-    assert not env.compiled.on and env.run.settings["why_compiled"] == "no compiler here"
+    assert not env.run.record.compiled and env.run.settings["why_compiled"] == "no compiler here"
     assert "Note: the model is not compiled: no compiler here" in capsys.readouterr().out
 
 
@@ -389,7 +375,7 @@ def test_a_run_that_goes_on_keeps_what_auto_came_to(settings_file, compiler, cap
     change(settings_file, lines='COMPILE = "auto"\n')
     env = prepare_environment(settings_file)
     assert env.run.goes_on and env.run.notes == []
-    assert env.compiled.on == env.run.settings["compiled"] == compiled
+    assert env.run.record.compiled == compiled
     said = f"Compile: {'on' if compiled else 'off'} (as when this run began)"
     assert said in capsys.readouterr().out
 
@@ -402,7 +388,7 @@ def test_a_run_that_goes_on_with_another_compile_says_that_the_numbers_change(
     begin_run(settings_file)
     change(settings_file, lines=f"COMPILE = {not compiled}\n")
     env = prepare_environment(settings_file)
-    assert env.run.goes_on and env.compiled.on != compiled
+    assert env.run.goes_on and env.run.record.compiled != compiled
     [note] = env.run.notes
     assert note.startswith(f"compiled was {compiled} and is {not compiled}: from here on the ")
     [changed] = env.run.settings["changes"]
@@ -417,8 +403,9 @@ def test_a_time_budget_becomes_the_steps_of_the_run_and_of_its_schedule(
     env = prepare_environment(settings_file)
     # every four steps two batches are evaluated, at a third of a step's time each
     expected = int(120 / (0.5 + 2 * 0.5 / 3 / 4))
-    assert env.total_steps == env.train_config.max_steps == expected > len(env.train_loader)
-    assert env.schedule.total_steps == env.run.settings["total_steps"] == expected
+    assert (
+        env.run.record.total_steps == env.train_config.max_steps == expected > len(env.train_loader)
+    )
     printed = capsys.readouterr().out
     assert f"Note: {expected} steps are expected to take 2 minutes" in printed
     assert f"custom training config ({expected} steps)" in printed
@@ -426,7 +413,7 @@ def test_a_time_budget_becomes_the_steps_of_the_run_and_of_its_schedule(
 
 def test_max_steps_wins_over_a_time_budget_and_that_is_said(settings_file, step_seconds, capsys):
     change(settings_file, '"time_budget_minutes": 2, "max_steps": 9,')
-    assert prepare_environment(settings_file).total_steps == 9
+    assert prepare_environment(settings_file).run.record.total_steps == 9
     said = "Note: time_budget_minutes is not used: max_steps, where set, alone ends the run"
     assert said in capsys.readouterr().out
 
@@ -440,8 +427,7 @@ def test_a_run_that_goes_on_keeps_the_steps_of_its_time_budget(settings_file, st
     capsys.readouterr()
     env = prepare_environment(settings_file)
     assert env.run.goes_on and env.run.notes == []
-    assert env.total_steps == before.total_steps
-    assert env.schedule == before.schedule
+    assert env.run.record.total_steps == before.run.record.total_steps
     assert env.train_config == before.train_config
     assert "are expected to take" not in capsys.readouterr().out
 
@@ -509,17 +495,17 @@ def test_a_run_that_goes_on_keeps_its_threads_unless_they_are_set_from_outside(
     threads(3)
     begin_run(settings_file)
     threads(2)
-    assert prepare_environment(settings_file).threads == 3
+    assert prepare_environment(settings_file).run.record.threads == 3
     monkeypatch.setenv("OMP_NUM_THREADS", "2")
     env = prepare_environment(settings_file)
-    assert env.threads == 2
+    assert env.run.record.threads == 2
     [note] = env.run.notes
     assert note.startswith("threads was 3 and is 2: from here on the numbers are not bit for bit")
     monkeypatch.delenv("OMP_NUM_THREADS")
     change(settings_file, lines="NIGHT_MODE = True\n")
     env = prepare_environment(settings_file)
     assert env.run.goes_on
-    assert env.threads == 1
+    assert env.run.record.threads == 1
 
 
 def test_a_run_goes_on_with_what_was_worked_out_when_it_began(settings_file):
@@ -529,7 +515,7 @@ def test_a_run_goes_on_with_what_was_worked_out_when_it_began(settings_file):
     text = settings_file.read_text(encoding="utf-8").replace('"max_steps": 40', '"max_steps": 400')
     settings_file.write_text(text, encoding="utf-8")
     env = prepare_environment(settings_file)
-    assert env.run.goes_on and env.total_steps == 400
+    assert env.run.goes_on and env.run.record.total_steps == 400
     # a run of 400 steps would warm up for 40 and evaluate every 40
     assert env.train_config.warmup_steps == before.warmup_steps == 4
     assert env.train_config.eval_freq == before.eval_freq == 4

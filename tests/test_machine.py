@@ -10,9 +10,11 @@ import pytest
 import torch
 
 from distributed.parallel import ALONE, Parallel
+from engine.precision import choose_precision
 from planning import machine
 from planning.decisions import KeptPrecision, RunRecord
 from planning.machine import (
+    Machine,
     decide_micro_batch,
     decide_precision,
     decide_threads,
@@ -244,16 +246,19 @@ def test_a_loader_has_no_more_workers_than_cores(cores, asked, processes, expect
 
 
 @pytest.mark.parametrize(
-    ("requested", "had", "expected"),
+    ("requested", "had", "expected", "notices"),
     [
-        ("auto", None, ("bf16", "this CPU has amx_bf16")),
-        ("auto", "bf16", ("bf16", "as when this run began")),
-        ("auto", "fp32", ("fp32", "as when this run began")),
-        ("fp32", "bf16", ("fp32", "as set")),
+        ("auto", None, "bf16", ()),
+        ("auto", "bf16", "bf16", ()),
+        ("auto", "fp32", "fp32", ("precision is fp32: as when this run began",)),
+        ("fp32", "bf16", "fp32", ()),
     ],
 )
-def test_auto_keeps_the_precision_of_a_run_that_goes_on(monkeypatch, requested, had, expected):
+def test_auto_keeps_the_precision_of_a_run_that_goes_on(
+    monkeypatch, requested, had, expected, notices
+):
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": True})
     before = had and dataclasses.replace(RECORD, precision=KeptPrecision(had, "x"))
-    precision = decide_precision(requested, CPU, before)
-    assert (precision.name, precision.reason) == expected
+    found = Machine(CPU, ALONE, choose_precision(requested, CPU))
+    decided = decide_precision(found, requested, before)
+    assert (decided.precision.name, decided.notices) == (expected, notices)

@@ -410,7 +410,7 @@ def test_a_script_that_was_stopped_trains_the_same_environment_to_its_end(
     with pytest.raises(Stopped):
         train.train(env)
     journal = train.train(env)
-    assert journal.steps == len(done) == env.total_steps
+    assert journal.steps == len(done) == env.run.record.total_steps
     assert runs(workdir) == [env.run.path.name]
 
 
@@ -755,7 +755,7 @@ def test_the_precision_stays_where_the_hardware_would_choose_another(start, begu
     )
     on = start(RUN_NAME="one")
     assert_goes_on(on, "one")
-    assert f"Precision: {before}" in on.out
+    assert f"precision is {before}" in on.out
     assert read(begun)["precision"]["name"] == before
 
 

@@ -119,7 +119,7 @@ def tokenize(
     folder = tokens_folder / entry_id
     text = _open_entry(folder, report)
     if text is None:
-        _build_entry(folder, train, val, spec, tokenizer, train_ratio, report)
+        _build_entry(folder, [train, val], spec, tokenizer, train_ratio, report)
         text = _open_entry(folder, report)
         assert text is not None, f"{folder} was written and can't be read"
     write_json(found_path, {"state": state, "entry": entry_id})
@@ -230,19 +230,19 @@ def _block_hashes(path: Path) -> list[str]:
 
 def _build_entry(
     folder: Path,
-    train: list[Part],
-    val: list[Part],
+    parts: list[list[Part]],
     spec: DataSpec,
     tokenizer_name: str,
     train_ratio: float,
     report: ReadingReport,
 ) -> None:
+    train, val = parts
     _remove_orphans(folder.parent)
     temporary = folder.with_name(f".tmp-{os.getpid()}-{folder.name}")
     make_folder(temporary)
     try:
         tokenizer, description = make_tokenizer(tokenizer_name, lambda: _texts(train, spec))
-        sides = _write_tokens(temporary / "all.bin", tokenizer, [train, val], spec, report)
+        sides = _write_tokens(temporary / "all.bin", tokenizer, parts, spec, report)
         if not report.documents:
             names = ", ".join(spec.train + spec.val)
             raise DataError(f"{names} is empty.\nSet DATA to a text of at least a few sentences.")
