@@ -3,7 +3,8 @@
 import itertools
 import os
 import tempfile
-from types import SimpleNamespace
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,29 +12,41 @@ import torch
 import planning.machine
 from engine.errors import ResourceError, SettingsError
 from engine.optim import build_adamw
-from environment import check_devices, pick_device, prepare_environment
+from environment import RuntimeEnv, check_devices, pick_device, prepare_environment
 from model import GPTConfig, GPTModel
 from planning import trial
 from storage import tracking
 
 TEXT = "The ferry crosses the river at dawn, and the bell rings twice for bread. " * 12
-SETTINGS = """
-DATA = "text.txt"
-TOKENIZER = "char"
-CUSTOM_MODE = True
-custom_params = {
-    "num_epochs": 2, "batch_size": 2, "max_length": 16, "eval_freq": 4, "eval_iter": 1,
-    "model_overrides": {"emb_dim": 16, "n_heads": 2, "n_layers": 1},
-}
-"""
+SETTINGS = {"DATA": "text.txt", "TOKENIZER": "char", "CUSTOM_MODE": True}
+CUSTOM = {"num_epochs": 2, "batch_size": 2, "max_length": 16, "eval_freq": 4, "eval_iter": 1}
+MODEL = {"model_overrides": {"emb_dim": 16, "n_heads": 2, "n_layers": 1}}
 
 
-@pytest.fixture
-def settings_file(workdir):
-    """A small custom run on a text of one's own."""
+@pytest.fixture(autouse=True)
+def text(workdir):
+    """A text of one's own in the working directory."""
     (workdir / "text.txt").write_text(TEXT, encoding="utf-8")
-    (workdir / "settings.py").write_text(SETTINGS, encoding="utf-8")
-    return workdir / "settings.py"
+
+
+def prepare(own: str = "", **changes: Any) -> RuntimeEnv:
+    """A small custom run with changes: settings in capitals, others of custom_params.
+
+    own is what stands before them in the file.
+    """
+    settings = SETTINGS | {name: changes.pop(name) for name in [*changes] if name.isupper()}
+    settings["custom_params"] = CUSTOM | MODEL | changes
+    lines = [own, *(f"{name} = {value!r}" for name, value in settings.items())]
+    Path("settings.py").write_text("\n".join(lines), encoding="utf-8")
+    return prepare_environment("settings.py")
+
+
+def begin_run(**changes: Any) -> RuntimeEnv:
+    """A run that was stopped at once."""
+    env = prepare(**changes)
+    with env.run.opened():
+        pass
+    return env
 
 
 def tiny_model() -> GPTModel:
@@ -90,10 +103,18 @@ def test_one_tensor_on_another_device_is_found(stray):
         check_devices(model, optimizer, batch, torch.device("cpu"))
 
 
-def test_attributes_set_on_config_run_before_the_call_are_used(workdir, capsys):
+def test_a_model_that_memory_cannot_hold_is_an_error_that_says_what_to_change(monkeypatch):
+    def refuse(config):
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+
+    monkeypatch.setattr(planning.machine, "GPTModel", refuse)
+    with pytest.raises(ResourceError, match=r"(?s)does not fit.*n_layers or emb_dim"):
+        planning.machine.build_model(None, torch.device("cpu"))
+
+
+def test_attributes_set_on_config_run_before_the_call_are_used(capsys):
     import config_run
 
-    (workdir / "text.txt").write_text(TEXT, encoding="utf-8")
     config_run.DATA = "text.txt"
     config_run.CUSTOM_MODE = True
     config_run.custom_params = {"batch_size": 3, "max_length": 10, "n_embd": 32, "n_heads": 2}
@@ -107,21 +128,14 @@ def test_attributes_set_on_config_run_before_the_call_are_used(workdir, capsys):
     assert 'custom_params["n_embd"] is read as emb_dim' in capsys.readouterr().out
 
 
-def test_preparing_writes_nothing_but_the_cache(settings_file):
-    prepare_environment(settings_file)
-    left = {path.name for path in settings_file.parent.iterdir()}
-    assert left == {"cache", "settings.py", "text.txt"}
-
-
-def test_the_same_seed_gives_the_same_model_and_batches(settings_file):
-    one, other = prepare_environment(settings_file), prepare_environment(settings_file)
-    assert all(
-        torch.equal(a, b)
-        for a, b in zip(one.model.parameters(), other.model.parameters(), strict=True)
-    )
-    assert all(
-        torch.equal(a[0], b[0]) for a, b in zip(one.train_loader, other.train_loader, strict=True)
-    )
+def test_the_same_seed_gives_the_same_model_and_batches_and_only_the_cache_is_written(workdir):
+    one, other = prepare(), prepare()
+    for a, b in zip(one.model.parameters(), other.model.parameters(), strict=True):
+        assert torch.equal(a, b)
+    for a, b in zip(one.train_loader, other.train_loader, strict=True):
+        assert torch.equal(a[0], b[0])
+    assert one.model.config.context_length == one.train_config.max_length == 16
+    assert {path.name for path in workdir.iterdir()} == {"cache", "settings.py", "text.txt"}
 
 
 @pytest.mark.parametrize(
@@ -150,135 +164,80 @@ def test_a_mistake_in_a_settings_file_is_named_with_its_place(workdir, line, sai
     assert said in str(caught.value)
 
 
-def test_helpers_in_a_settings_file_are_the_users_own(settings_file):
-    own = "import math\nfrom pathlib import Path\nsteps = 3\ndef half(n):\n    return n // 2\n"
-    settings_file.write_text(own + SETTINGS, encoding="utf-8")
-    assert prepare_environment(settings_file).train_config.num_epochs == 2
+def test_a_settings_file_may_compute_and_takes_numbers_of_other_libraries():
+    own = "import math\nimport numpy as np\nfrom fractions import Fraction\n"
+    own += "SEED = np.int64(5)\ndef half(n):\n    return n // 2\n"
+    env = prepare(own)
+    assert type(env.run.record.asked.seed) is int and env.run.record.asked.seed == 5
+    text = Path("settings.py").read_text("utf-8")
+    computed = "'num_epochs': half(np.int32(6)), 'learning_rate': Fraction(1, 100)"
+    Path("settings.py").write_text(text.replace("'num_epochs': 2", computed), "utf-8")
+    training = prepare_environment("settings.py").train_config
+    assert (training.num_epochs, training.learning_rate) == (3, 0.01)
 
 
-def test_a_missing_settings_file_is_named(workdir):
+def test_a_missing_settings_file_is_named():
     with pytest.raises(SettingsError, match=r"there is no settings file nowhere\.py"):
         prepare_environment("nowhere.py")
 
 
-def test_tokens_are_never_more_than_the_model_has_positions(settings_file):
-    env = prepare_environment(settings_file)
-    assert env.model.config.context_length == env.train_config.max_length == 16
+@pytest.mark.parametrize(
+    "changes", [{"PRECISION": "fp16", "DEVICE": "cpu"}, {"TRACKING": ["wandb"]}], ids=str
+)
+def test_what_can_not_be_had_is_an_error_before_anything_is_read(monkeypatch, changes):
+    monkeypatch.setitem(tracking.TRACKERS, "wandb", ("no_such_module", "wandb"))
+    said = r'(needs a CUDA GPU.*PRECISION = "auto"|pip install -r requirements\.txt wandb)'
+    with pytest.raises(SettingsError, match=f"(?s){said}"):
+        prepare(DATA="not-there.txt", **changes)
 
 
-def test_a_warm_up_longer_than_the_run_is_shortened_and_said(settings_file, capsys):
-    text = settings_file.read_text(encoding="utf-8").replace(
-        '"num_epochs": 2', '"num_epochs": 1, "warmup_steps": 5000'
-    )
-    settings_file.write_text(text, encoding="utf-8")
-    env = prepare_environment(settings_file)
+def test_what_is_not_as_it_was_asked_for_is_said(capsys):
+    env = prepare(num_epochs=1, warmup_steps=5000, num_workers=1000)
     assert env.train_config.warmup_steps == env.run.record.total_steps - 1
-    assert "warmup_steps is lowered from 5000" in capsys.readouterr().out
+    assert env.train_loader.num_workers == os.cpu_count()
+    said = capsys.readouterr().out
+    for notice in ("warmup_steps is lowered from 5000", "num_workers is lowered from 1000"):
+        assert notice in said
+        assert any(notice in kept for kept in env.run.record.adapted)
 
 
-def test_quick_mode_ends_after_200_steps_of_a_long_text(workdir):
-    (workdir / "text.txt").write_text("a b c d e f g h " * 20_000, encoding="utf-8")
-    (workdir / "settings.py").write_text('DATA = "text.txt"\n', encoding="utf-8")
-    env = prepare_environment("settings.py")
-    assert len(env.train_loader) > 200
-    assert env.run.record.total_steps == 200
-
-
-def test_max_steps_alone_ends_a_custom_run(settings_file):
-    text = settings_file.read_text(encoding="utf-8").replace(
-        '"num_epochs": 2', '"num_epochs": 1, "max_steps": 70'
-    )
-    settings_file.write_text(text, encoding="utf-8")
-    env = prepare_environment(settings_file)
+def test_the_length_of_a_run_is_that_of_its_mode_or_as_set():
+    env = prepare(num_epochs=1, max_steps=70)
     assert len(env.train_loader) < 70 == env.run.record.total_steps
-
-
-def test_a_model_that_memory_cannot_hold_is_an_error_that_says_what_to_change(monkeypatch):
-    def refuse(config):
-        raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
-
-    monkeypatch.setattr(planning.machine, "GPTModel", refuse)
-    with pytest.raises(ResourceError, match=r"(?s)does not fit.*n_layers or emb_dim"):
-        planning.machine.build_model(None, torch.device("cpu"))
-
-
-def test_numbers_of_other_libraries_are_accepted(settings_file):
-    text = settings_file.read_text(encoding="utf-8").replace('"num_epochs": 2', '"num_epochs": TWO')
-    own = "import numpy as np\nfrom fractions import Fraction\n"
-    own += "SEED = np.int64(5)\ntwo = np.int32(2)\n"
-    text = own + text.replace("TWO", 'two, "learning_rate": Fraction(1, 100)')
-    settings_file.write_text(text, encoding="utf-8")
-    env = prepare_environment(settings_file)
-    seed, rate = env.run.record.asked.seed, env.train_config.learning_rate
-    assert (seed, env.train_config.num_epochs, rate) == (5, 2, 0.01)
-    assert [type(seed), type(rate)] == [int, float]
-
-
-def test_more_workers_than_cores_are_capped_and_said(settings_file, capsys):
-    text = settings_file.read_text(encoding="utf-8").replace(
-        '"num_epochs": 2', '"num_epochs": 2, "num_workers": 1000'
-    )
-    settings_file.write_text(text, encoding="utf-8")
-    assert prepare_environment(settings_file).train_loader.num_workers == os.cpu_count()
-    assert "num_workers is lowered from 1000" in capsys.readouterr().out
-
-
-def test_where_the_cache_cannot_be_written_another_serves(settings_file, capsys, monkeypatch):
-    (settings_file.parent / "cache").write_text("a file in the way", encoding="utf-8")
-    monkeypatch.setattr(tempfile, "gettempdir", lambda: str(settings_file.parent / "temporary"))
-    env = prepare_environment(settings_file)
-    assert env.train_loader.dataset.tokens.path.is_relative_to(settings_file.parent / "temporary")
-    assert "serves as cache" in capsys.readouterr().out
-
-
-def test_the_stride_that_was_left_out_follows_a_shortened_window(workdir, capsys):
-    (workdir / "text.txt").write_text("one two three four five six seven", encoding="utf-8")
-    (workdir / "settings.py").write_text(
-        'DATA = "text.txt"\nCUSTOM_MODE = True\n', encoding="utf-8"
-    )
+    Path("text.txt").write_text("a b c d e f g h " * 20_000, encoding="utf-8")
+    Path("settings.py").write_text('DATA = "text.txt"\n', encoding="utf-8")
     env = prepare_environment("settings.py")
-    assert env.train_config.stride == env.train_config.max_length < 10
+    assert len(env.train_loader) > 200 == env.run.record.total_steps
+
+
+def test_what_is_left_out_follows_from_text_and_steps(capsys):
+    env = prepare(max_steps=50, eval_freq=None, max_length=None)
+    assert env.train_config.eval_freq == 5  # about ten times a run
+    Path("text.txt").write_text("one two three four five six seven", encoding="utf-8")
+    env = prepare(max_length=None)
+    assert env.train_config.stride == env.train_config.max_length < 34
     assert "stride" not in capsys.readouterr().out
 
 
-def test_the_run_is_evaluated_about_ten_times_where_nothing_is_set(workdir):
-    (workdir / "text.txt").write_text(TEXT * 4, encoding="utf-8")
-    (workdir / "settings.py").write_text(
-        'DATA = "text.txt"\nCUSTOM_MODE = True\ncustom_params = {"max_steps": 50}\n',
-        encoding="utf-8",
-    )
-    assert prepare_environment("settings.py").train_config.eval_freq == 5
+def test_where_the_cache_cannot_be_written_another_serves(workdir, capsys, monkeypatch):
+    (workdir / "cache").write_text("a file in the way", encoding="utf-8")
+    monkeypatch.setattr(tempfile, "gettempdir", lambda: str(workdir / "temporary"))
+    env = prepare()
+    assert env.train_loader.dataset.tokens.path.is_relative_to(workdir / "temporary")
+    assert "serves as cache" in capsys.readouterr().out
 
 
-# --------------------------------------------------------------------- accumulation, night mode
-
-
-def change(settings_file, custom: str = "", lines: str = "") -> None:
-    """Add to custom_params, and lines to the file."""
-    text = settings_file.read_text(encoding="utf-8")
-    changed = text.replace('"num_epochs": 2,', f'"num_epochs": 2, {custom}') + lines
-    settings_file.write_text(changed, encoding="utf-8")
-
-
-def test_a_step_takes_so_many_batches(settings_file, capsys):
-    plain = prepare_environment(settings_file)
-    n_windows = len(plain.train_loader.dataset)
-    change(settings_file, '"gradient_accumulation_steps": 3,')
-    env = prepare_environment(settings_file)
-    batches = env.train_loader.batch_sampler
+def test_a_step_takes_so_many_batches(capsys):
+    n_windows = len(prepare().train_loader.dataset)
+    env = prepare(gradient_accumulation_steps=3)
+    batches, record = env.train_loader.batch_sampler, env.run.record
     assert (batches.batch_size, batches.per_step, batches.step_size) == (2, 3, 6)
-    assert batches.n_steps == -(-n_windows // 6) < plain.train_loader.batch_sampler.n_steps
-    total_steps = env.run.record.total_steps
-    assert total_steps == 2 * batches.n_steps
-    assert env.run.settings["steps_per_epoch"] == batches.n_steps
-    assert f"{total_steps} steps of 3 x 2 x 16 tokens" in capsys.readouterr().out
+    assert record.steps_per_epoch == batches.n_steps == -(-n_windows // 6)
+    assert record.total_steps == 2 * batches.n_steps
+    assert f"{record.total_steps} steps of 3 x 2 x 16 tokens" in capsys.readouterr().out
     # the windows of a step are those that three times the batch would have
     starts = [ids[:, 0].tolist() for ids, _ in env.train_loader]
-    whole = settings_file.read_text(encoding="utf-8").replace(
-        '"gradient_accumulation_steps": 3, "batch_size": 2', '"batch_size": 6'
-    )
-    settings_file.write_text(whole, encoding="utf-8")
-    expected = [ids[:, 0].tolist() for ids, _ in prepare_environment(settings_file).train_loader]
+    expected = [ids[:, 0].tolist() for ids, _ in prepare(batch_size=6).train_loader]
     steps = [itertools.chain(*starts[i : i + 3]) for i in range(0, len(starts), 3)]
     assert [list(step) for step in steps] == expected
 
@@ -293,35 +252,14 @@ def threads(monkeypatch):
     return torch.set_num_threads  # the fixture one_thread sets it back
 
 
-@pytest.mark.parametrize(("there", "left"), [(1, 1), (3, 1), (4, 2)])
-def test_night_mode_leaves_half_of_the_threads_to_others_and_says_so(
-    settings_file, capsys, threads, there, left
-):
-    threads(there)
-    assert prepare_environment(settings_file).run.record.threads == there
+def test_night_mode_leaves_half_of_the_threads_to_others_and_says_so(capsys, threads):
+    threads(4)
+    assert prepare().run.record.threads == 4
     assert "night mode" not in capsys.readouterr().out
-    change(settings_file, lines="NIGHT_MODE = True\n")
-    env = prepare_environment(settings_file)
-    assert env.run.record.threads == left
-    assert f"Note: night mode: {left} of {there} threads" in capsys.readouterr().out
-    assert torch.get_num_threads() == there  # it is training that is to be slow
-    batches = env.train_loader.batch_sampler
-    assert (batches.batch_size, batches.per_step) == (2, 1)
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_night_mode_on_a_gpu_takes_half_of_the_memory_and_of_the_batch(settings_file, capsys):
-    change(settings_file, lines="NIGHT_MODE = True\nDEVICE = 'cuda'\n")
-    try:
-        env = prepare_environment(settings_file)
-        batches = env.train_loader.batch_sampler
-        assert (batches.batch_size, batches.per_step, batches.step_size) == (1, 2, 2)
-        assert "half of the memory, 1 windows at a time instead of 2" in capsys.readouterr().out
-        total = torch.cuda.get_device_properties(0).total_memory
-        with pytest.raises(torch.OutOfMemoryError):
-            torch.empty(int(total * 0.6), dtype=torch.uint8, device="cuda")
-    finally:
-        torch.cuda.set_per_process_memory_fraction(1.0)
+    env = prepare(NIGHT_MODE=True)
+    assert env.run.record.threads == 2
+    assert "Note: night mode: 2 of 4 threads" in capsys.readouterr().out
+    assert torch.get_num_threads() == 4  # it is training that is to be slow
 
 
 # ------------------------------------------------------------------ compiling, a time budget
@@ -345,98 +283,67 @@ def step_seconds(monkeypatch):
     return use
 
 
-def test_quick_and_small_runs_stay_uncompiled_with_nothing_tried(
-    settings_file, step_seconds, compiler, capsys
-):
-    env = prepare_environment(settings_file)
-    assert env.run.record.compiled is False
-    settings_file.write_text('DATA = "text.txt"\n', encoding="utf-8")
-    env = prepare_environment(settings_file)
-    assert env.run.settings["mode"] == "quick" and not env.run.record.compiled
+def test_quick_and_small_runs_stay_uncompiled_with_nothing_tried(step_seconds, compiler, capsys):
+    assert prepare().run.record.compiled is False
+    Path("settings.py").write_text('DATA = "text.txt"\n', encoding="utf-8")
+    record = prepare_environment("settings.py").run.record
+    assert record.mode == "quick" and not record.compiled
     said = "Compile: off (a run this short would not repay it)"
     assert capsys.readouterr().out.count(said) == 2
 
 
-def test_compile_true_that_cannot_be_had_is_noticed_and_the_run_begins(
-    settings_file, monkeypatch, capsys
-):
+def test_compile_true_that_cannot_be_had_is_noticed_and_the_run_begins(monkeypatch, capsys):
     monkeypatch.setattr(trial, "what_prevents_compiling", lambda device: "no compiler here")
-    change(settings_file, lines="COMPILE = True\n")
-    env = prepare_environment(settings_file)
-    assert not env.run.record.compiled and env.run.settings["why_compiled"] == "no compiler here"
+    record = prepare(COMPILE=True).run.record
+    assert (record.compiled, record.why_compiled) == (False, "no compiler here")
     assert "Note: the model is not compiled: no compiler here" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("compiled", [True, False])
-def test_a_run_that_goes_on_keeps_what_auto_came_to(settings_file, compiler, capsys, compiled):
-    change(settings_file, lines=f"COMPILE = {compiled}\n")
-    begin_run(settings_file)
+def test_a_run_that_goes_on_keeps_what_auto_came_to_or_records_the_change(
+    compiler, capsys, compiled
+):
+    begin_run(COMPILE=compiled)
     capsys.readouterr()
-    change(settings_file, lines='COMPILE = "auto"\n')
-    env = prepare_environment(settings_file)
-    assert env.run.goes_on and env.run.notes == []
-    assert env.run.record.compiled == compiled
+    env = prepare(COMPILE="auto")
+    assert env.run.goes_on and env.run.notes == [] and env.run.record.compiled == compiled
     said = f"Compile: {'on' if compiled else 'off'} (as when this run began)"
     assert said in capsys.readouterr().out
-
-
-@pytest.mark.parametrize("compiled", [True, False])
-def test_a_run_that_goes_on_with_another_compile_says_that_the_numbers_change(
-    settings_file, compiler, compiled
-):
-    change(settings_file, lines=f"COMPILE = {compiled}\n")
-    begin_run(settings_file)
-    change(settings_file, lines=f"COMPILE = {not compiled}\n")
-    env = prepare_environment(settings_file)
+    env = prepare(COMPILE=not compiled)
     assert env.run.goes_on and env.run.record.compiled != compiled
     [note] = env.run.notes
     assert note.startswith(f"compiled was {compiled} and is {not compiled}: from here on the ")
-    [changed] = env.run.settings["changes"]
+    [changed] = env.run.record.changes
     assert changed["compiled"] == changed["COMPILE"] == [compiled, not compiled]
 
 
-def test_a_time_budget_becomes_the_steps_of_the_run_and_of_its_schedule(
-    settings_file, step_seconds, capsys
-):
+def test_a_time_budget_becomes_the_steps_of_the_run_which_keeps_them(step_seconds, capsys):
     step_seconds(0.5)
-    change(settings_file, '"time_budget_minutes": 2,')
-    env = prepare_environment(settings_file)
+    before = begin_run(time_budget_minutes=2)
     # every four steps two batches are evaluated, at a third of a step's time each
     expected = int(120 / (0.5 + 2 * 0.5 / 3 / 4))
-    assert (
-        env.run.record.total_steps == env.train_config.max_steps == expected > len(env.train_loader)
-    )
+    assert before.run.record.total_steps == before.train_config.max_steps == expected
+    assert expected > len(before.train_loader)
     printed = capsys.readouterr().out
     assert f"Note: {expected} steps are expected to take 2 minutes" in printed
     assert f"custom training config ({expected} steps)" in printed
+    step_seconds("nothing is to be tried again")
+    env = prepare(time_budget_minutes=2)
+    assert env.run.goes_on and env.run.notes == []
+    assert env.run.record.total_steps == expected and env.train_config == before.train_config
+    assert "are expected to take" not in capsys.readouterr().out
 
 
-def test_max_steps_wins_over_a_time_budget_and_that_is_said(settings_file, step_seconds, capsys):
-    change(settings_file, '"time_budget_minutes": 2, "max_steps": 9,')
-    assert prepare_environment(settings_file).run.record.total_steps == 9
+def test_max_steps_wins_over_a_time_budget_and_that_is_said(step_seconds, capsys):
+    assert prepare(time_budget_minutes=2, max_steps=9).run.record.total_steps == 9
     said = "Note: time_budget_minutes is not used: max_steps, where set, alone ends the run"
     assert said in capsys.readouterr().out
 
 
-def test_a_run_that_goes_on_keeps_the_steps_of_its_time_budget(settings_file, step_seconds, capsys):
-    change(settings_file, '"time_budget_minutes": 2,')
-    step_seconds(0.5)
-    begin_run(settings_file)
-    before = prepare_environment(settings_file)
-    step_seconds("nothing is to be tried again")
-    capsys.readouterr()
-    env = prepare_environment(settings_file)
-    assert env.run.goes_on and env.run.notes == []
-    assert env.run.record.total_steps == before.run.record.total_steps
-    assert env.train_config == before.train_config
-    assert "are expected to take" not in capsys.readouterr().out
-
-
-def test_a_run_whose_steps_are_tried_is_the_run_that_it_would_be(settings_file, compiler):
-    plain = prepare_environment(settings_file)
+def test_a_run_whose_steps_are_tried_is_the_run_that_it_would_be(compiler):
+    plain = prepare()
     state = torch.get_rng_state()
-    change(settings_file, lines="COMPILE = True\n")
-    tried = prepare_environment(settings_file)
+    tried = prepare(COMPILE=True)
     assert torch.equal(torch.get_rng_state(), state)
     for one, other in zip(plain.model.parameters(), tried.model.parameters(), strict=True):
         assert torch.equal(one, other) and other.grad is None
@@ -460,79 +367,41 @@ def everything_in(folder) -> dict[str, tuple]:
     }
 
 
-def begin_run(settings_file):
-    """Let a run begin and be stopped at once; returns its folder."""
-    env = prepare_environment(settings_file)
-    with env.run.opened():
-        pass
-    assert (env.run.path / "settings.json").is_file()
-    return env.run.path
-
-
-def test_preparing_writes_nothing_where_an_equal_run_is_unfinished(settings_file):
-    folder = begin_run(settings_file)
+def test_preparing_writes_nothing_where_a_run_is_unfinished(workdir):
+    folder = begin_run().run.path
     (folder / ".tmp-1-orphan").write_bytes(b"x")
-    before = everything_in(settings_file.parent)
-    env = prepare_environment(settings_file)
+    before = everything_in(folder)
+    env = prepare()
     assert env.run.path == folder and env.run.goes_on
-    assert everything_in(settings_file.parent) == before
-
-
-def test_preparing_writes_nothing_where_another_run_is_unfinished(settings_file):
-    begin_run(settings_file)
-    change(settings_file, lines="SEED = 5\n")
-    before = everything_in(settings_file.parent)
-    env = prepare_environment(settings_file)
-    assert not env.run.goes_on
-    [note] = env.run.notes
+    other = prepare(SEED=5)
+    [note] = other.run.notes
     assert "is unfinished, but differs (seed: 123 then, 5 now): a new run begins" in note
-    assert everything_in(settings_file.parent) == before
+    assert not other.run.goes_on
+    assert everything_in(folder) == before and [*folder.parent.iterdir()] == [folder]
 
 
 def test_a_run_that_goes_on_keeps_its_threads_unless_they_are_set_from_outside(
-    settings_file, threads, monkeypatch
+    threads, monkeypatch
 ):
     threads(3)
-    begin_run(settings_file)
+    begin_run()
     threads(2)
-    assert prepare_environment(settings_file).run.record.threads == 3
+    assert prepare().run.record.threads == 3
     monkeypatch.setenv("OMP_NUM_THREADS", "2")
-    env = prepare_environment(settings_file)
+    env = prepare()
     assert env.run.record.threads == 2
     [note] = env.run.notes
     assert note.startswith("threads was 3 and is 2: from here on the numbers are not bit for bit")
     monkeypatch.delenv("OMP_NUM_THREADS")
-    change(settings_file, lines="NIGHT_MODE = True\n")
-    env = prepare_environment(settings_file)
-    assert env.run.goes_on
-    assert env.run.record.threads == 1
+    env = prepare(NIGHT_MODE=True)
+    assert env.run.goes_on and env.run.record.threads == 1
 
 
-def test_a_run_goes_on_with_what_was_worked_out_when_it_began(settings_file):
-    change(settings_file, '"max_steps": 40,')
-    begin_run(settings_file)
-    before = prepare_environment(settings_file).train_config
-    text = settings_file.read_text(encoding="utf-8").replace('"max_steps": 40', '"max_steps": 400')
-    settings_file.write_text(text, encoding="utf-8")
-    env = prepare_environment(settings_file)
+def test_a_run_goes_on_with_what_was_worked_out_when_it_began():
+    before = begin_run(max_steps=40, eval_freq=None).train_config
+    env = prepare(max_steps=400, eval_freq=None)
     assert env.run.goes_on and env.run.record.total_steps == 400
     # a run of 400 steps would warm up for 40 and evaluate every 40
     assert env.train_config.warmup_steps == before.warmup_steps == 4
     assert env.train_config.eval_freq == before.eval_freq == 4
     assert env.train_config.learning_rate == before.learning_rate
-
-
-def test_fp16_on_the_cpu_is_an_error_before_anything_is_read(settings_file):
-    change(settings_file, lines="PRECISION = 'fp16'\nDEVICE = 'cpu'\nDATA = 'not-there.txt'\n")
-    with pytest.raises(SettingsError, match=r'(?s)needs a CUDA GPU.*PRECISION = "auto"') as caught:
-        prepare_environment(settings_file)
-    assert caught.value.exit_code == 2
-
-
-def test_a_tracker_that_is_not_installed_is_an_error_before_anything_is_read(
-    settings_file, monkeypatch
-):
-    monkeypatch.setitem(tracking.TRACKERS, "wandb", ("no_such_module", "wandb"))
-    change(settings_file, lines="TRACKING = ['wandb']\nDATA = 'not-there.txt'\n")
-    with pytest.raises(SettingsError, match=r"pip install -r requirements\.txt wandb"):
-        prepare_environment(settings_file)
