@@ -179,6 +179,25 @@ def test_every_python_file_is_in_a_known_room():
     assert rooms - {"tests"} <= set(FLOORS)
 
 
+# FEATURES A gives these their parameters
+PUBLIC = {"train.train_model_simple", "data.create_dataloader_v1"}
+MOST_LINES = {"train.training_loop": 80, "environment._prepare": 50}
+
+
+def test_functions_are_short_and_take_few_positional_parameters():
+    for module, tree in sources().items():
+        for node in ast.walk(tree):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                name = f"{module}.{node.name}"
+                lines = node.end_lineno - node.lineno + 1
+                assert lines <= MOST_LINES.get(name, 60), name
+                parameters = [a.arg for a in node.args.posonlyargs + node.args.args]
+                n_own = len([p for p in parameters if p not in ("self", "cls")])
+                assert n_own <= 6 or name in PUBLIC, name
+    assert len((REPOSITORY / "environment.py").read_text("utf-8").splitlines()) <= 400
+    assert len([*REPOSITORY.glob("*.py")]) == 9
+
+
 MAPS = {
     "README.md": "The map",
     "README.zh-CN.md": "代码结构",
