@@ -2,6 +2,7 @@
 
 import numpy as np
 import torch
+from torch import nn
 from torch.utils.data import DataLoader
 
 from data import make_loaders, plan_windows
@@ -91,3 +92,18 @@ def new_trainer(
     journal = Journal(8, total_steps, log_every, folder)
     learner = Learner(model, optimizer, FP32)
     return kind(learner, journal, Letters(), new_plan(total_steps, **plan))
+
+
+def everything(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
+    """Copies of all weights and all that the optimizer keeps of them."""
+    kept = {name: p.detach().clone() for name, p in model.named_parameters()}
+    for name, p in model.named_parameters():
+        state = optimizer.state.get(p, {})
+        kept |= {f"{kind} {name}": torch.as_tensor(x).clone() for kind, x in state.items()}
+    return kept
+
+
+def assert_the_same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        assert torch.equal(found[name], value), name

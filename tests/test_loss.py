@@ -1,7 +1,5 @@
 """The loss beside the one that computes full logits, and against that one in fp64."""
 
-import copy
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -9,9 +7,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import engine.loss
 from engine.loss import next_token_loss
-from engine.precision import Precision
-from model import GPTConfig, GPTModel
-from training.learner import take_step
 
 # rows, width, vocabulary, spread of the head, rows at a time (None: as many as are its own choice)
 CASES = [
@@ -213,31 +208,3 @@ def test_a_chunk_fits_into_a_small_gpu(monkeypatch, memory, vocab_size, rows):
     monkeypatch.setattr(engine.loss, "total_memory", lambda device: int(memory))
     hidden = torch.empty(2, 4, device="meta")
     assert engine.loss.chunk_rows(hidden, vocab_size) == rows
-
-
-# ------------------------------------------------------------------ in a training step
-
-
-@pytest.mark.parametrize("tie_embeddings", [True, False], ids=["tied", "untied"])
-@pytest.mark.parametrize("parts", [[5], [2, 2, 1], [1] * 5], ids=str)
-def test_a_step_has_the_gradients_of_plain_cross_entropy(tie_embeddings, parts, rows_at_a_time):
-    rows_at_a_time(3)
-    torch.manual_seed(0)
-    shape = {"context_length": 6, "emb_dim": 8, "n_heads": 2, "n_layers": 1}
-    model = GPTModel(GPTConfig(vocab_size=13, tie_embeddings=tie_embeddings, **shape))
-    exact = copy.deepcopy(model).double()
-    ids, targets = torch.randint(13, (2, 5, 6), generator=torch.Generator().manual_seed(1))
-    plain = F.cross_entropy(exact(ids).flatten(0, 1), targets.flatten())
-    plain.backward()
-
-    seen = {}
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
-    optimizer.register_step_pre_hook(
-        lambda *_: seen.update({n: p.grad.clone() for n, p in model.named_parameters()})
-    )
-    batches = list(zip(ids.split(parts), targets.split(parts), strict=True))
-    loss, _ = take_step(model, batches, optimizer, Precision("fp32", "as set", "cpu"), 0.0)
-    assert loss.item() == pytest.approx(plain.item(), rel=1e-6)
-    assert seen.keys() == dict(exact.named_parameters()).keys()
-    for name, parameter in exact.named_parameters():
-        torch.testing.assert_close(seen[name].double(), parameter.grad, rtol=1e-4, atol=1e-6)

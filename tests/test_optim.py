@@ -31,6 +31,7 @@ from engine.optim import (
 from engine.precision import choose_precision, keep_precision
 from model import GPTConfig, GPTModel
 from tests.conftest import HostReads
+from tests.letters import assert_the_same, everything
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 both_kinds = pytest.mark.parametrize("kind", OPTIMIZERS)
@@ -71,22 +72,6 @@ def test_cosine_equals_torchs():
         theirs.step()
 
 
-@pytest.mark.parametrize(
-    ("kind", "warmup_steps", "shares"),
-    [
-        ("cosine", 0, [1.0]),
-        ("cosine", 0, [1.0, 0.1]),
-        ("cosine", 2, [1 / 3, 2 / 3, 1.0]),  # the peak is the last step
-        ("wsd", 0, [0.1]),
-        ("wsd", 2, [1 / 3, 2 / 3, 0.1]),
-        ("wsd", 1, [0.5, 1.0, 1.0, 1.0, 0.55, 0.1]),
-    ],
-)
-def test_a_plan_of_few_steps_has_these_rates(kind, warmup_steps, shares):
-    schedule = make_schedule(kind, 1.0, warmup_steps, len(shares))
-    assert planned_rates(schedule) == pytest.approx(shares)
-
-
 @st.composite
 def new_plans(draw) -> Schedule:
     total_steps = draw(st.integers(1, 300))
@@ -97,16 +82,18 @@ def new_plans(draw) -> Schedule:
 
 @settings(max_examples=100, derandomize=True, deadline=None, database=None)
 @given(new_plans())
-def test_learning_rate_is_never_zero_and_never_rises_after_warmup(schedule):
+def test_learning_rate_rises_in_equal_steps_is_never_zero_and_falls_to_its_floor(schedule):
     rates = planned_rates(schedule, schedule.total_steps + 10)
     assert all(0 < rate <= schedule.peak for rate in rates)
     rising, falling = rates[: schedule.warmup_steps], rates[schedule.warmup_steps :]
-    assert rising == sorted(set(rising))
+    steps_up = schedule.warmup_steps + 1
+    assert rising == pytest.approx([schedule.peak * n / steps_up for n in range(1, steps_up)])
     assert falling == sorted(falling, reverse=True)
     n_stable = falling.count(schedule.peak)
-    n_after = schedule.total_steps - schedule.warmup_steps
+    n_after = schedule.total_steps - schedule.warmup_steps  # 1: the peak is the last step
+    ends_low = schedule.kind == "wsd" or (schedule.kind == "cosine" and n_after > 1)
+    assert falling[n_after - 1] == pytest.approx((FLOOR if ends_low else 1) * schedule.peak)
     if schedule.kind == "wsd":
-        assert falling[-1] == pytest.approx(FLOOR * schedule.peak)
         assert n_after - n_stable == schedule.decay_steps
     if schedule.kind != "wsd" or schedule.decay_steps < n_after:
         assert n_stable > 0
@@ -240,20 +227,6 @@ def step_with_random_gradients(*optimizers: torch.optim.Optimizer, n_steps: int 
                 for p in group["params"]:
                     p.grad = torch.randn(p.shape, generator=generator)
             optimizer.step()
-
-
-def everything(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
-    """A copy of all weights and all that the optimizer keeps of them."""
-    kept = {name: p.detach().clone() for name, p in model.named_parameters()}
-    for name, p in model.named_parameters():
-        kept |= {f"{kind} {name}": x.clone() for kind, x in optimizer.state.get(p, {}).items()}
-    return kept
-
-
-def assert_the_same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
-    assert found.keys() == expected.keys()
-    for name, value in expected.items():
-        assert torch.equal(found[name], value), name
 
 
 def set_gradients(model: nn.Module, seed: int) -> None:
