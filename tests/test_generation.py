@@ -25,8 +25,6 @@ FORMS = {
 }
 all_forms = pytest.mark.parametrize("form", FORMS)
 fixed_or_not = pytest.mark.parametrize("fixed", [False, True], ids=["growing", "fixed"])
-# chi-square value that chance exceeds once in a thousand times, at 3 degrees of freedom (tables)
-CRITICAL = 16.266
 LENGTHS = (1, 5, 3, 8, 9, 20, 4)  # in a context of 8 each overflows at a time of its own
 
 
@@ -338,42 +336,6 @@ def test_several_samples_are_each_the_text_that_its_tokens_make(monkeypatch):
         ids = prompts[row // 3]
         assert text[: len(ids)] == ids and len(text) == len(ids) + 12
         assert_equal(found[row], uncached(model, ids, 12, chosen=text[len(ids) :])[1][1:])
-
-
-@pytest.mark.parametrize("shared", [True, False], ids=["one reading", "a reading each"])
-def test_samples_are_drawn_from_the_models_distribution_and_apart_from_each_other(shared):
-    model, ids, n_rows = tiny_model(8), texts(5)[0], 4_000
-    options = {"max_new_tokens": 2, "top_k": 2, "temperature": 6.0, "generator": seeded(0)}
-    if shared:
-        rows = generate(model, [ids], num_samples=n_rows, **options)
-    else:
-        rows = generate(model, [ids] * n_rows, **options)
-    drawn = [tuple(row[5:]) for row in rows]
-    expected, first = {}, {}
-    for token, share in two_likeliest(model, ids, 6.0):
-        first[token] = share
-        for then, then_share in two_likeliest(model, [*ids, token], 6.0):
-            expected[token, then] = share * then_share
-    assert min(expected.values()) > 0.01
-    assert chi_square(drawn, expected) < CRITICAL
-    # neighbours are samples of one reading: what one draws says nothing of the other
-    pairs = [(one[0], other[0]) for one, other in zip(drawn[::2], drawn[1::2], strict=True)]
-    assert chi_square(pairs, {(a, b): first[a] * first[b] for a in first for b in first}) < CRITICAL
-
-
-def two_likeliest(model, ids: list[int], temperature: float) -> list[tuple[int, float]]:
-    with torch.no_grad():
-        logits, tokens = (model(torch.tensor([ids]))[0, -1] / temperature).topk(2)
-    return list(zip(tokens.tolist(), logits.softmax(0).tolist(), strict=True))
-
-
-def chi_square(drawn: list[tuple], probabilities: dict[tuple, float]) -> float:
-    assert set(drawn) <= set(probabilities)
-    assert math.isclose(sum(probabilities.values()), 1, rel_tol=1e-5)
-    return sum(
-        (drawn.count(cell) - share * len(drawn)) ** 2 / (share * len(drawn))
-        for cell, share in probabilities.items()
-    )
 
 
 # ------------------------------------------------------------------ rows that end
