@@ -1,24 +1,17 @@
-"""Generation against full forward passes: token for token, logit for logit, text for text."""
+"""Generation and its cache against full forward passes: token for token, logit for logit."""
 
-import contextlib
 import gc
-import itertools
 import math
 
 import pytest
 import torch
 
 import generation
-from engine.compiling import compile_model, undo_compiling
 from engine.errors import NumericsError, SettingsError
-from generation import (
-    evaluating,
-    generate,
-    generate_text_simple,
-    stream,
-)
-from model import Dropout, GPTConfig, GPTModel
+from generation import evaluating, generate, generate_text_simple, stream
+from model import Dropout, GPTConfig, GPTModel, KVCache
 
+CPU = torch.device("cpu")
 V = 23
 LLAMA = {"architecture": "llama", "n_heads": 4}
 FORMS = {
@@ -31,8 +24,8 @@ FORMS = {
     "qwen3": LLAMA | {"n_kv_heads": 1, "qk_norm": True},
 }
 all_forms = pytest.mark.parametrize("form", FORMS)
-# chi-square values that chance exceeds once in a thousand times, by degrees of freedom (tables)
-CRITICAL = {1: 10.828, 3: 16.266}
+fixed_or_not = pytest.mark.parametrize("fixed", [False, True], ids=["growing", "fixed"])
+LENGTHS = (1, 5, 3, 8, 9, 20, 4)  # in a context of 8 each overflows at a time of its own
 
 
 def tiny_model(context_length: int = 8, **changes) -> GPTModel:
@@ -58,20 +51,27 @@ def texts(*lengths: int) -> list[list[int]]:
     return [torch.randint(V, (n,), generator=generator).tolist() for n in lengths]
 
 
+def seeded(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
 @torch.no_grad()
-def uncached(model, ids, n_new: int, penalty: float = 1.0, window: int = 64):
-    """What one prompt goes on with, greedily, by a full forward for each token: ids and logits."""
+def uncached(model, ids, n_new: int, penalty=1.0, window=64, chosen=()):
+    """What one prompt goes on with by a full forward for each token: ids and logits.
+
+    Greedily, or with the ids in chosen.
+    """
     limit, text, seen, logits = model.config.context_length, list(ids), list(ids), []
-    for _ in range(n_new):
+    for n in range(n_new):
         if len(seen) > limit:
             seen = seen[-max(1, limit // 2) :]
         logits.append(model(torch.tensor([seen]))[0, -1])
         scores = logits[-1].tolist()
         for token in set(text[-window:]) if penalty != 1 else ():
             scores[token] *= penalty if scores[token] < 0 else 1 / penalty
-        chosen = scores.index(max(scores))
-        text.append(chosen)
-        seen.append(chosen)
+        token = chosen[n] if chosen else scores.index(max(scores))
+        text.append(token)
+        seen.append(token)
     return text[len(ids) :], torch.stack(logits)
 
 
@@ -92,48 +92,181 @@ def watch(patch: pytest.MonkeyPatch, model: GPTModel) -> tuple[list, list]:
     return shapes, logits
 
 
+@pytest.fixture
+def caches(monkeypatch) -> list:
+    """The caches that generation makes."""
+    made, make = [], generation.KVCache
+    monkeypatch.setattr(
+        generation, "KVCache", lambda *a, **k: made.append(make(*a, **k)) or made[-1]
+    )
+    return made
+
+
 def assert_equal(found: torch.Tensor, expected: torch.Tensor) -> None:
     """Within the 1e-4 that is promised, of logits that are worth comparing."""
     assert expected.std() > 0.5
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
 
 
+# ------------------------------------------------------------------ the cache of keys and values
+
+
+def read(model: GPTModel, cache: KVCache, ids: torch.Tensor) -> torch.Tensor:
+    """(B, T, V) logits of the cache's next T columns."""
+    with torch.no_grad():
+        return model.head(model.hidden(ids, cache.advance(ids.shape[1])))
+
+
+@all_forms
+@fixed_or_not
+@torch.no_grad()
+def test_a_text_read_in_pieces_of_any_length_has_the_logits_of_a_full_forward(form, fixed):
+    model = tiny_model(12, **FORMS[form])
+    ids = prompt(12, rows=2)
+    for pieces in ((1,) * 12, (5, *(1,) * 7), (3, 2, 1, 4, 2), (1, 11), (6, 6), (12,)):
+        cache = KVCache([pieces[0]] * 2, 12, CPU, fixed=fixed)
+        found = [read(model, cache, piece) for piece in ids.split(pieces, dim=1)]
+        assert_equal(torch.cat(found, dim=1), model(ids))
+
+
+def padded(texts: list[torch.Tensor], filler: int) -> torch.Tensor:
+    """(B, longest) ids, shorter texts with fillers in front."""
+    longest = max(map(len, texts))
+    return torch.stack(
+        [torch.nn.functional.pad(t, (longest - len(t), 0), value=filler) for t in texts]
+    )
+
+
+@all_forms
+@fixed_or_not
+@torch.no_grad()
+def test_texts_of_unequal_lengths_are_each_read_as_if_alone(form, fixed):
+    model = tiny_model(12, **FORMS[form])
+    lengths, n_more = [1, 7, 2, 5], 5
+    texts = [prompt(11, rows=1)[0], *prompt(12, rows=3)]
+    cache = KVCache(lengths, 12, CPU, fixed=fixed)
+    found = [read(model, cache, padded([t[:n] for t, n in zip(texts, lengths, strict=True)], 0))]
+    for step in range(n_more):
+        newest = [t[n + step : n + step + 1] for t, n in zip(texts, lengths, strict=True)]
+        if step % 2 and fixed:  # a step at given columns is the step that comes next
+            columns = cache.advance(1).columns
+            found.append(model.decode(torch.stack(newest), cache, columns)[:, None])
+        else:
+            found.append(read(model, cache, torch.stack(newest)))
+    found = torch.cat(found, dim=1)
+    for row, (text, length) in enumerate(zip(texts, lengths, strict=True)):
+        expected = model(text[None, : length + n_more])[0]
+        assert_equal(found[row, max(lengths) - length :], expected)
+
+
+@fixed_or_not
+def test_what_stands_before_a_shorter_text_is_not_seen(fixed):
+    model = tiny_model(12)
+    texts = [prompt(6)[0], prompt(2)[0]]
+    found = []
+    for filler in (0, V - 1):
+        cache = KVCache([6, 2], 8, CPU, fixed=fixed)
+        first = read(model, cache, padded(texts, filler))[:, -2:]
+        found.append(torch.cat((first, read(model, cache, torch.tensor([[3], [4]]))), dim=1))
+    assert torch.equal(*found)
+
+
+def test_a_column_that_is_not_filled_yet_counts_for_nothing():
+    model = tiny_model(12)
+    found = []
+    for rubbish in (0.0, 100.0):
+        cache = KVCache([3], 12, CPU, fixed=True)
+        read(model, cache, prompt(3))
+        for layer in cache.layers:
+            for part in layer:
+                part[:, :, 4:] = rubbish
+        found.append(read(model, cache, prompt(1)))
+    assert torch.equal(*found)
+
+
+def test_positions_count_from_each_texts_own_beginning():
+    cache = KVCache([4, 1, 3], 8, CPU)
+    positions = cache.advance(4).positions.tolist()
+    assert [positions[0], positions[1][-1:], positions[2][-3:]] == [[0, 1, 2, 3], [0], [0, 1, 2]]
+    assert min(map(min, positions)) == 0
+    assert cache.advance(1).positions.tolist() == [[4], [1], [3]]
+    cache = KVCache([4, 4], 8, CPU)
+    assert cache.advance(4).positions.tolist() == [0, 1, 2, 3]
+    assert cache.advance(1).positions.tolist() == [4]
+
+
+@fixed_or_not
+@pytest.mark.parametrize("lengths", [[3, 3], [3, 1]], ids=str)
+def test_a_repeated_row_goes_on_like_the_one_it_was(fixed, lengths):
+    model = tiny_model(12)
+    texts = [text[:n] for text, n in zip(prompt(3, rows=2), lengths, strict=True)]
+
+    def begun() -> KVCache:
+        cache = KVCache(lengths, 6, CPU, fixed=fixed)
+        read(model, cache, padded(texts, 0))
+        return cache
+
+    three = begun()
+    three.repeat(3)
+    ways = torch.tensor([[5], [9], [14]])  # side by side, each with a token of its own
+    found = read(model, three, ways.repeat(2, 1)).view(2, 3, V)
+    for way, token in enumerate(ways):
+        assert_equal(found[:, way], read(model, begun(), token.expand(2, 1))[:, 0])
+
+
+@pytest.mark.parametrize(
+    ("form", "n_kv_heads"), [("learned", 2), ("shared heads", 2), ("qwen3", 1)]
+)
+def test_it_is_allocated_once_for_the_heads_that_are_kept(form, n_kv_heads):
+    model = tiny_model(12, **FORMS[form])
+    head_dim = model.config.emb_dim // model.config.n_heads
+    cache = KVCache([2, 2, 2], 9, CPU)
+    read(model, cache, prompt(2, rows=3))
+    places = [part.data_ptr() for layer in cache.layers for part in layer]
+    for _ in range(7):
+        read(model, cache, prompt(1, rows=3))
+    assert cache.filled == cache.capacity == 9
+    assert [part.data_ptr() for layer in cache.layers for part in layer] == places
+    shapes = {tuple(part.shape) for layer in cache.layers for part in layer}
+    assert len(cache.layers) == 2 and shapes == {(3, n_kv_heads, 9, head_dim)}
+
+
+@pytest.mark.parametrize(
+    ("form", "context_length", "capacity"),
+    [("learned", 12, 4), ("learned", 4, 8), ("sinusoidal", 4, 8), ("llama", 4, 8)],
+)
+def test_more_than_its_capacity_or_the_context_is_refused(form, context_length, capacity):
+    model = tiny_model(context_length, **FORMS[form])
+    cache = KVCache([4], capacity, CPU)
+    read(model, cache, prompt(4))
+    with pytest.raises((IndexError, ValueError, RuntimeError)):
+        read(model, cache, prompt(1))
+
+
 # ------------------------------------------------------------------ greedy, and the window
 
 
-@all_forms
-def test_every_prompt_goes_on_as_without_a_cache_token_for_token(form, monkeypatch):
-    model = tiny_model(8, **FORMS[form])
-    _, logits = watch(monkeypatch, model)
-    for length in (*range(1, 12), 16, 30):
-        ids = prompt(length)
-        expected, expected_logits = uncached(model, ids[0].tolist(), 20)
-        logits.clear()
-        found = generate(model, ids, max_new_tokens=20, temperature=0.0)
-        assert found[0].tolist() == ids[0].tolist() + expected
-        assert_equal(torch.cat(logits), expected_logits)
-
-
-@pytest.mark.parametrize("form", ["learned", "sinusoidal, tied", "qwen3"])
-@pytest.mark.parametrize("context_length", [1, 2, 3, 12])
-def test_past_the_context_the_newest_half_goes_on(context_length, form, monkeypatch):
+@pytest.mark.parametrize(
+    ("form", "context_length"),
+    [*((form, 8) for form in FORMS), ("learned", 1), ("qwen3", 2), ("sinusoidal, tied", 3)],
+)
+def test_prompts_alone_and_together_go_on_as_without_a_cache(form, context_length, monkeypatch):
     model = tiny_model(context_length, **FORMS[form])
+    prompts = texts(*LENGTHS)
+    alone = [uncached(model, ids, 17) for ids in prompts]
+    if context_length == 8:  # these texts vary, and no CPU can choose another token
+        likeliest = torch.cat([logits for _, logits in alone]).topk(2).values
+        assert (likeliest[:, 0] - likeliest[:, 1]).min() > 1e-4
+        assert len({tuple(new) for new, _ in alone if len(set(new)) > 2}) > 4
     _, logits = watch(monkeypatch, model)
-    for length in (1, 2, 3, 4, 11, 12, 13, 30):
-        ids = texts(length)[0]
-        expected, expected_logits = uncached(model, ids, 26)
+    for ids, (new, expected) in zip(prompts, alone, strict=True):
         logits.clear()
-        assert generate(model, [ids], max_new_tokens=26, temperature=0.0) == [ids + expected]
-        assert_equal(torch.cat(logits), expected_logits)
-
-
-@all_forms
-def test_the_texts_that_are_compared_vary_and_no_two_tokens_are_equally_likely(form):
-    model = tiny_model(8, **FORMS[form])
-    found = [uncached(model, prompt(length)[0].tolist(), 20) for length in range(1, 12)]
-    assert all(len(set(text)) > 2 for text, _ in found)
-    likeliest = torch.cat([logits for _, logits in found]).topk(2).values
-    assert (likeliest[:, 0] - likeliest[:, 1]).min() > 1e-4  # else another CPU may choose another
+        assert generate(model, [ids], max_new_tokens=17, temperature=0.0) == [ids + new]
+        assert_equal(torch.cat(logits), expected)
+    logits.clear()
+    found = generate(model, prompts, max_new_tokens=17, temperature=0.0)
+    assert found == [ids + new for ids, (new, _) in zip(prompts, alone, strict=True)]
+    assert_equal(torch.stack(logits, dim=1), torch.stack([rows for _, rows in alone]))
 
 
 @pytest.mark.parametrize("form", ["learned", "shared heads"])
@@ -153,12 +286,9 @@ def test_the_plain_way_and_the_fast_one_agree_within_the_context(form):
     ("context_length", "prompt_length", "expected"),
     [
         (8, 7, [7, 1, 4, 1, 1, 1, 1, 4, 1]),
-        (8, 1, [1, 1, 1, 1, 1, 1, 1, 1, 4, 1, 1, 1, 1, 4]),
         (8, 8, [8, 4, 1, 1, 1, 1, 4]),
-        (8, 9, [4, 1, 1, 1, 1, 4, 1]),
         (8, 1000, [4, 1, 1, 1, 1, 4, 1]),
         (3, 2, [2, 1, 1, 1, 1, 1, 1]),
-        (2, 2, [2, 1, 1, 1, 1]),
         (1, 5, [1, 1, 1, 1]),
     ],
 )
@@ -171,20 +301,6 @@ def test_a_step_reads_one_position_and_a_full_window_is_halved(
     assert shapes == [(1, n) for n in expected]
 
 
-@pytest.mark.parametrize("context_length", [64, 65])
-def test_past_the_window_one_reading_serves_for_half_a_context(context_length, monkeypatch):
-    model = tiny_model(context_length)
-    shapes, _ = watch(monkeypatch, model)
-    generate(model, prompt(60), max_new_tokens=400, temperature=0.0)
-    read_at = [step for step, (_, n) in enumerate(shapes) if n > 1]
-    assert {later - at for at, later in itertools.pairwise(read_at[1:])} == {
-        context_length - context_length // 2 + 1
-    }
-    assert {shapes[at] for at in read_at[1:]} == {(1, context_length // 2)}
-    # less than two positions a token, where a forward of the whole window would take 64
-    assert sum(n for _, n in shapes) < 2.1 * 400
-
-
 def test_samples_of_a_prompt_share_its_reading(monkeypatch):
     model = tiny_model(8)
     shapes, _ = watch(monkeypatch, model)
@@ -192,123 +308,34 @@ def test_samples_of_a_prompt_share_its_reading(monkeypatch):
     assert shapes == [(2, 6), (6, 1), (6, 1), (6, 4), (6, 1)]
 
 
-@pytest.mark.parametrize("context_length", [1, 2, 8, 9])
-def test_the_cache_stays_within_the_context(context_length, monkeypatch):
-    model = tiny_model(context_length)
-    caches, make = [], generation.KVCache
-    monkeypatch.setattr(
-        generation, "KVCache", lambda *a, **k: caches.append(make(*a, **k)) or caches[-1]
-    )
-    prompts = texts(1, 3, 8, 30)
-    for _ in stream(model, prompts, max_new_tokens=40, num_samples=2):
-        assert caches[-1].filled <= caches[-1].capacity <= context_length
-        assert {len(part) for layer in caches[-1].layers for part in layer} == {8}
-        places = [part.shape[2] for layer in caches[-1].layers for part in layer]
-        assert places == [caches[-1].capacity] * 4
-    assert len(caches) > 3
-
-
-def test_a_short_text_takes_no_room_for_a_long_one(monkeypatch):
-    caches, make = [], generation.KVCache
-    monkeypatch.setattr(
-        generation, "KVCache", lambda *a, **k: caches.append(make(*a, **k)) or caches[-1]
-    )
+def test_the_cache_stays_within_the_context_and_is_no_larger_than_the_text(caches):
+    for context_length in (1, 2, 9):
+        model, first = tiny_model(context_length), len(caches)
+        for _ in stream(model, texts(1, 3, 8, 30), max_new_tokens=40, num_samples=2):
+            assert caches[-1].filled <= caches[-1].capacity <= context_length
+            assert {len(part) for layer in caches[-1].layers for part in layer} == {8}
+            places = [part.shape[2] for layer in caches[-1].layers for part in layer]
+            assert places == [caches[-1].capacity] * 4
+        assert len(caches) > first + 3
     generate(tiny_model(1000), prompt(5), max_new_tokens=6)
-    assert [cache.capacity for cache in caches] == [11]
+    assert caches[-1].capacity == 11
 
 
-# ------------------------------------------------------------------ batches
-
-LENGTHS = (1, 5, 3, 8, 9, 20, 4)  # in a context of 8 each overflows at a time of its own
+# ------------------------------------------------------------------ samples
 
 
-@all_forms
-def test_prompts_of_unequal_lengths_go_on_as_if_each_were_alone(form, monkeypatch):
-    model = tiny_model(8, **FORMS[form])
-    _, logits = watch(monkeypatch, model)
-    prompts = texts(*LENGTHS)
-    alone = [uncached(model, ids, 25) for ids in prompts]
-    found = generate(model, prompts, max_new_tokens=25, temperature=0.0)
-    assert found == [ids + new for ids, (new, _) in zip(prompts, alone, strict=True)]
-    assert_equal(torch.stack(logits, dim=1), torch.stack([rows for _, rows in alone]))
-    assert len({tuple(new) for new, _ in alone}) > 4
-
-
-@pytest.mark.parametrize("context_length", [1, 2, 3])
-def test_batches_in_the_shortest_contexts_go_on_as_if_alone(context_length, monkeypatch):
-    model = tiny_model(context_length)
-    _, logits = watch(monkeypatch, model)
-    prompts = texts(1, 3, 2, 5)
-    alone = [uncached(model, ids, 9) for ids in prompts]
-    found = generate(model, prompts, max_new_tokens=9, temperature=0.0)
-    assert found == [ids + new for ids, (new, _) in zip(prompts, alone, strict=True)]
-    assert_equal(torch.stack(logits, dim=1), torch.stack([rows for _, rows in alone]))
-
-
-@pytest.mark.parametrize("form", ["learned", "qwen3"])
-def test_several_samples_are_each_the_text_that_its_tokens_make(form, monkeypatch):
+def test_several_samples_are_each_the_text_that_its_tokens_make(monkeypatch):
     # each row's logits are those of a full forward over what this row has drawn so far
-    model = tiny_model(8, **FORMS[form])
+    model = tiny_model(8, **FORMS["qwen3"])
     _, logits = watch(monkeypatch, model)
     prompts = texts(2, 6, 11)
-    generator = torch.Generator().manual_seed(3)
-    rows = generate(model, prompts, max_new_tokens=12, num_samples=3, generator=generator)
+    rows = generate(model, prompts, max_new_tokens=12, num_samples=3, generator=seeded(3))
     assert len(rows) == 9 and len(set(map(tuple, rows))) == 9
     found = torch.stack(logits[1:], dim=1)  # (9, 11, V); before, a prompt's samples are alike
     for row, text in enumerate(rows):
         ids = prompts[row // 3]
         assert text[: len(ids)] == ids and len(text) == len(ids) + 12
-        assert_equal(found[row], forced(model, ids, text[len(ids) :])[1:])
-
-
-@torch.no_grad()
-def forced(model, ids: list[int], new: list[int]) -> torch.Tensor:
-    """(n, V) logits before each of the new tokens, by full forwards."""
-    limit, seen, logits = model.config.context_length, list(ids), []
-    for token in new:
-        if len(seen) > limit:
-            seen = seen[-max(1, limit // 2) :]
-        logits.append(model(torch.tensor([seen]))[0, -1])
-        seen.append(token)
-    return torch.stack(logits)
-
-
-@pytest.mark.parametrize("shared", [True, False], ids=["one reading", "a reading each"])
-def test_samples_are_drawn_from_the_models_distribution_and_apart_from_each_other(shared):
-    model, ids, n_rows = tiny_model(8), texts(5)[0], 20_000 if shared else 4_000
-    options = {"max_new_tokens": 2, "top_k": 2, "temperature": 6.0}
-    options["generator"] = torch.Generator().manual_seed(0)
-    if shared:
-        rows = generate(model, [ids], num_samples=n_rows, **options)
-    else:
-        rows = generate(model, [ids] * n_rows, **options)
-    drawn = [tuple(row[5:]) for row in rows]
-    expected, first = {}, {}
-    for token, share in two_likeliest(model, ids, 6.0):
-        first[token] = share
-        for then, then_share in two_likeliest(model, [*ids, token], 6.0):
-            expected[token, then] = share * then_share
-    assert min(expected.values()) > 0.01
-    assert chi_square(drawn, expected) < CRITICAL[3]
-    # neighbours are samples of one reading: what one draws says nothing of the other
-    pairs = [(one[0], other[0]) for one, other in zip(drawn[::2], drawn[1::2], strict=True)]
-    both = {(a, b): first[a] * first[b] for a in first for b in first}
-    assert chi_square(pairs, both) < CRITICAL[3]
-
-
-def two_likeliest(model, ids: list[int], temperature: float) -> list[tuple[int, float]]:
-    with torch.no_grad():
-        logits, tokens = (model(torch.tensor([ids]))[0, -1] / temperature).topk(2)
-    return list(zip(tokens.tolist(), logits.softmax(0).tolist(), strict=True))
-
-
-def chi_square(drawn: list[tuple], probabilities: dict[tuple, float]) -> float:
-    assert set(drawn) <= set(probabilities)
-    assert math.isclose(sum(probabilities.values()), 1, rel_tol=1e-5)
-    return sum(
-        (drawn.count(cell) - share * len(drawn)) ** 2 / (share * len(drawn))
-        for cell, share in probabilities.items()
-    )
+        assert_equal(found[row], uncached(model, ids, 12, chosen=text[len(ids) :])[1][1:])
 
 
 # ------------------------------------------------------------------ rows that end
@@ -323,127 +350,92 @@ def an_ending(alone: list[list[int]]) -> int:
     raise AssertionError("choose other prompts")
 
 
-@pytest.mark.parametrize("form", ["learned", "sinusoidal", "qwen3"])
+@pytest.mark.parametrize("form", ["learned", "qwen3"])
 def test_rows_end_each_at_its_time_and_leave_the_others_as_they_were(form, monkeypatch):
     model = tiny_model(8, **FORMS[form])
     prompts = texts(*LENGTHS)
     alone = [uncached(model, ids, 25) for ids in prompts]
     end = an_ending([new for new, _ in alone])
-    _, logits = watch(monkeypatch, model)
+    shapes, logits = watch(monkeypatch, model)
     options = {"max_new_tokens": 25, "temperature": 0.0, "end_of_text_id": end}
     steps = list(stream(model, prompts, **options))
     assert len(steps) == 25
+    ended = []
     for row, (new, expected) in enumerate(alone):
         n = new.index(end) + 1 if end in new else 25
         found = [tokens[row] for tokens in steps]
         assert [token.id for token in found[:n]] == new[:n]
         assert found[n:] == [None] * (25 - n)
         assert_equal(torch.stack([step[row] for step in logits[:n]]), expected[:n])
-
-
-def test_where_all_rows_have_ended_nothing_more_is_read(monkeypatch):
-    model = tiny_model(8)
-    prompts = texts(2, 5)
-    alone = [uncached(model, ids, 25)[0] for ids in prompts]
-    end = next(token for token in alone[0] if token in alone[1])
-    last = max(new.index(end) for new in alone) + 1
-    assert last < 25
-    shapes, _ = watch(monkeypatch, model)
-    options = {"temperature": 0.0, "end_of_text_id": end}
-    steps = list(stream(model, prompts, max_new_tokens=25, **options))
-    assert len(steps) == len(shapes) == last
-    found = generate(model, prompts, max_new_tokens=25, **options)
-    assert found == [
-        ids + new[: new.index(end) + 1] for ids, new in zip(prompts, alone, strict=True)
-    ]
+        if n < 25:
+            ended.append((prompts[row], new[:n]))
+    # where all rows have ended nothing more is read
+    shapes.clear()
+    found = generate(model, [ids for ids, _ in ended], **options)
+    assert found == [ids + new for ids, new in ended]
+    assert len(shapes) == max(len(new) for _, new in ended) < 25
 
 
 def test_what_the_others_draw_does_not_depend_on_a_row_that_ended():
     model, prompts = tiny_model(8), texts(2, 6, 4)
-
-    def drawn(end):
-        options = {"generator": torch.Generator().manual_seed(4), "temperature": 3.0}
-        return generate(
-            model, prompts, max_new_tokens=40, num_samples=2, end_of_text_id=end, **options
-        )
-
-    whole, cut = drawn(None), drawn(7)
-    new = [text[len(prompts[row // 2]) :] for row, text in enumerate(whole)]
-    expected = [
-        text[: len(text) - 40 + (added.index(7) + 1 if 7 in added else 40)]
-        for text, added in zip(whole, new, strict=True)
-    ]
-    assert cut == expected
+    options = {"max_new_tokens": 40, "num_samples": 2, "temperature": 3.0}
+    whole, cut = (
+        generate(model, prompts, end_of_text_id=end, generator=seeded(4), **options)
+        for end in (None, 7)
+    )
+    for row, (text, found) in enumerate(zip(whole, cut, strict=True)):
+        begun = len(prompts[row // 2])
+        n_new = text[begun:].index(7) + 1 if 7 in text[begun:] else 40
+        assert found == text[: begun + n_new]
     assert len(set(map(len, cut))) > 3
 
 
 # ------------------------------------------------------------------ what comes back
 
 
-@pytest.mark.parametrize("dtype", [torch.int64, torch.int32])
-def test_a_tensor_is_filled_up_behind_rows_that_ended(dtype):
-    model, ids = tiny_model(8), prompt(5, rows=4).to(dtype)
-    alone = [uncached(model, row.tolist(), 12)[0] for row in ids]
-    end = an_ending(alone)
-    options = {"max_new_tokens": 12, "temperature": 0.0, "end_of_text_id": end}
-    found = generate(model, ids, num_samples=2, **options)
-    assert found.dtype == dtype and found.shape == (8, 17) and found.device == ids.device
-    for row, text in enumerate(found.tolist()):
-        new = alone[row // 2]
-        n = new.index(end) + 1 if end in new else 12
-        assert text == ids[row // 2].tolist() + new[:n] + [end] * (12 - n)
+def test_a_tensor_is_as_long_as_its_longest_row_and_filled_up_behind_rows_that_ended():
+    model = tiny_model(8)
+    for dtype, n_rows in ((torch.int64, 4), (torch.int32, 1)):
+        ids = prompt(5, rows=n_rows).to(dtype)
+        before = ids.clone()
+        alone = [uncached(model, row.tolist(), 12)[0] for row in ids]
+        end = an_ending(alone) if n_rows > 1 else alone[0][5]
+        options = {"max_new_tokens": 12, "temperature": 0.0, "end_of_text_id": end}
+        found = generate(model, ids, num_samples=2, **options)
+        ended = [new[: new.index(end) + 1] if end in new else new for new in alone]
+        longest = max(map(len, ended))
+        assert longest == (12 if n_rows > 1 else alone[0].index(end) + 1)
+        assert found.dtype == dtype and found.device == ids.device
+        assert found.tolist() == [
+            row.tolist() + new + [end] * (longest - len(new))
+            for row, new in zip(ids, ended, strict=True)
+            for _ in range(2)
+        ]
+        assert torch.equal(ids, before)
 
 
-def test_a_tensor_is_as_long_as_its_longest_row():
-    model, ids = tiny_model(8), prompt(5)
-    new = uncached(model, ids[0].tolist(), 12)[0]
-    end = new[5]
-    found = generate(model, ids, max_new_tokens=12, temperature=0.0, end_of_text_id=end)
-    assert found[0].tolist() == ids[0].tolist() + new[: new.index(end) + 1]
-
-
-@pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_a_prompt_stays_in_front_of_what_is_added(temperature):
-    ids = prompt(11)
-    found = generate(tiny_model(), ids, max_new_tokens=6, temperature=temperature)
-    assert found.shape == (1, 17)
-    assert torch.equal(found[:, :11], ids)
-
-
-def test_no_new_tokens_give_the_prompts_back():
-    ids = prompt(3, rows=2)
+def test_no_new_tokens_give_the_prompts_back_and_what_is_given_is_not_changed():
+    ids, lists = prompt(3, rows=2), [[1, 2], [3]]
     assert torch.equal(generate(tiny_model(), ids, max_new_tokens=0), ids)
     twice = generate(tiny_model(), ids, max_new_tokens=0, num_samples=2)
     assert torch.equal(twice, ids.repeat_interleave(2, dim=0))
-    assert generate(tiny_model(), [[1, 2], [3]], max_new_tokens=0) == [[1, 2], [3]]
-
-
-def test_what_is_given_is_not_changed():
-    ids, lists = prompt(3, rows=2), [[1, 2], [3]]
-    before = ids.clone()
-    generate(tiny_model(), ids, max_new_tokens=3)
+    assert generate(tiny_model(), lists, max_new_tokens=0) == lists
     generate(tiny_model(), lists, max_new_tokens=3, num_samples=2)
-    assert torch.equal(ids, before) and lists == [[1, 2], [3]]
+    assert lists == [[1, 2], [3]]
 
 
-@torch.no_grad()
 def test_a_tokens_probability_is_the_models_own():
     model, ids = tiny_model(8), texts(6)[0]
     options = {"temperature": 3.0, "top_k": 4, "top_p": 0.9, "repetition_penalty": 2.0}
-    generator = torch.Generator().manual_seed(0)
-    steps = list(stream(model, [ids], max_new_tokens=12, generator=generator, **options))
-    tokens = [token for (token,) in steps]
-    logits = forced(model, ids, [token.id for token in tokens])
-    expected = logits.log_softmax(-1)[range(12), [token.id for token in tokens]]
-    assert [token.logprob for token in tokens] == pytest.approx(expected.tolist(), abs=1e-4)
+    steps = list(stream(model, [ids], max_new_tokens=12, generator=seeded(0), **options))
+    chosen = [token.id for (token,) in steps]
+    _, logits = uncached(model, ids, 12, chosen=chosen)
+    expected = logits.log_softmax(-1)[range(12), chosen]
+    assert [token.logprob for (token,) in steps] == pytest.approx(expected.tolist(), abs=1e-4)
 
 
-# ------------------------------------------------------------------ repetition
-
-
-@pytest.mark.parametrize("window", [1, 3, 64])
-@pytest.mark.parametrize("penalty", [0.5, 1.5, 100.0])
-def test_the_penalty_is_for_the_newest_tokens_of_each_text(window, penalty):
+@pytest.mark.parametrize(("penalty", "window"), [(0.5, 3), (1.5, 1), (1.5, 64), (100.0, 64)])
+def test_the_penalty_is_for_the_newest_tokens_of_each_text_and_its_prompt(penalty, window):
     model, prompts = tiny_model(8), texts(1, 5, 12)
     expected = [ids + uncached(model, ids, 20, penalty, window)[0] for ids in prompts]
     options = {"repetition_penalty": penalty, "repetition_window": window}
@@ -451,30 +443,17 @@ def test_the_penalty_is_for_the_newest_tokens_of_each_text(window, penalty):
     assert expected != [ids + uncached(model, ids, 20)[0] for ids in prompts]
 
 
-def test_tokens_of_the_prompt_count_as_repeated():
-    model, ids = tiny_model(8), texts(5)[0]
-    likeliest = uncached(model, ids, 1)[0][0]
-    options = {"max_new_tokens": 1, "temperature": 0.0, "repetition_penalty": 100.0}
-    found = generate(model, [[likeliest, *ids]], repetition_window=6, **options)
-    expected, _ = uncached(model, [likeliest, *ids], 1, 100.0)
-    assert found[0][6:] == expected
-
-
 # ------------------------------------------------------------------ seeds, modes and errors
 
 
-@pytest.mark.parametrize("sampling", [{}, {"top_k": 5}, {"top_p": 0.9}, {"top_k": 9, "min_p": 0.1}])
-def test_the_same_generator_seed_gives_the_same_text(sampling):
-    model = tiny_model()
-
-    def text(seed):
-        generator = torch.Generator().manual_seed(seed)
-        ids = generate(model, prompt(4), max_new_tokens=40, generator=generator, **sampling)
-        return ids.tolist()
-
-    state = torch.get_rng_state()
-    assert text(1) == text(1)
-    assert text(1) != text(2)
+def test_the_same_generator_seed_gives_the_same_text():
+    model, state = tiny_model(), torch.get_rng_state()
+    for sampling in ({}, {"top_k": 5}, {"top_p": 0.9}, {"top_k": 9, "min_p": 0.1}):
+        one, same, other = (
+            generate(model, prompt(4), max_new_tokens=40, generator=seeded(seed), **sampling)
+            for seed in (1, 1, 2)
+        )
+        assert torch.equal(one, same) and not torch.equal(one, other)
     assert torch.equal(torch.get_rng_state(), state)
 
 
@@ -488,11 +467,10 @@ def test_the_mode_of_the_model_is_restored(training, monkeypatch):
         generate(model, prompt(4), max_new_tokens=2)
     monkeypatch.undo()
     assert model.training == training
-    unfinished = stream(model, [[1, 2]], max_new_tokens=9)
+    unfinished, dropped = (stream(model, [[1, 2]], max_new_tokens=9) for _ in range(2))
     next(unfinished)
     unfinished.close()
     assert model.training == training
-    dropped = stream(model, [[1, 2]], max_new_tokens=9)
     next(dropped)
     del dropped
     gc.collect()
@@ -501,14 +479,17 @@ def test_the_mode_of_the_model_is_restored(training, monkeypatch):
         model.head.weight[0] = math.nan
     with pytest.raises(NumericsError):
         generate(model, prompt(4), max_new_tokens=2)
+    assert model.training == model.blocks[0].dropout.training == training
+    with pytest.raises(KeyError), evaluating(model):
+        assert not model.training
+        raise KeyError
     assert model.training == training
-    assert model.blocks[0].dropout.training == training
 
 
 def test_texts_that_are_drawn_in_turn_leave_the_model_as_it_was():
-    model = tiny_model(drop_rate=0.9).train()
+    model = tiny_model(drop_rate=0.9)
     ids = texts(3)[0]
-    expected, _ = uncached(model.eval(), ids, 6)
+    expected, _ = uncached(model, ids, 6)
     model.train()
     first, second = (stream(model, [ids], max_new_tokens=6, temperature=0.0) for _ in range(2))
     found = [next(first)[0].id, next(first)[0].id]
@@ -519,112 +500,37 @@ def test_texts_that_are_drawn_in_turn_leave_the_model_as_it_was():
     assert model.training
 
 
-def test_evaluating_acts_inside_and_restores_on_an_error():
-    model = tiny_model().train()
-    with pytest.raises(KeyError), evaluating(model):
-        assert not model.training
-        raise KeyError
-    assert model.training
-
-
 def test_generation_has_no_dropout_and_no_gradients():
     dropped = tiny_model()
     for module in dropped.modules():
         if isinstance(module, Dropout):
             module.rate = 0.5
+    graphs = []
+    dropped.head.register_forward_hook(lambda *call: graphs.append(call[-1].requires_grad))
     expected = generate(tiny_model(), prompt(4), max_new_tokens=20, temperature=0.0)
     found = generate(dropped.train(), prompt(4), max_new_tokens=20, temperature=0.0)
     assert torch.equal(found, expected)
-    graphs = []
-    dropped.head.register_forward_hook(lambda *call: graphs.append(call[-1].requires_grad))
-    generate(dropped, prompt(4), max_new_tokens=1)
-    assert graphs == [False]
+    assert graphs == [False] * 20
 
 
-@pytest.fixture
-def compiled_graphs(monkeypatch):
-    """Let torch.compile note each graph that it is given, and run it as it is."""
-    graphs, torchs_own = [], torch.compile
-
-    def noting(graph, example_inputs):
-        graphs.append(graph)
-        return graph.forward
-
-    def compile_noting(function, **options):
-        options.pop("mode", None)
-        return torchs_own(function, **options, backend=noting)
-
-    monkeypatch.setattr(torch, "compile", compile_noting)
-    yield graphs
-    torch.compiler.reset()
-
-
-@pytest.mark.parametrize("part", ["cpu", "cuda"])  # says only which part is compiled
-def test_a_compiled_model_generates_uncompiled_and_trains_compiled(part, compiled_graphs):
-    model, prompts = tiny_model(8).train(), texts(2, 7)
-    expected = generate(model, prompts, max_new_tokens=12, temperature=0.0)
-    compile_model(model, torch.device(part), micro_batches=1)
-    assert generate(model, prompts, max_new_tokens=12, temperature=0.0) == expected
-    unfinished = stream(model, prompts, max_new_tokens=12)
-    next(unfinished)
-    unfinished.close()
-    with torch.no_grad(), contextlib.suppress(SettingsError):
-        generate(model, [[]], max_new_tokens=2)
-    assert compiled_graphs == []
-    model(prompt(8))
-    assert compiled_graphs
-    undo_compiling(model)
-
-
-def test_a_compiled_model_is_uncompiled_for_each_of_two_texts_drawn_in_turn(compiled_graphs):
-    model = tiny_model(8).train()
-    compile_model(model, torch.device("cpu"), micro_batches=1)
-    first, second = (stream(model, [[1, 2]], max_new_tokens=6) for _ in range(2))
-    next(first), next(second)
-    first.close()
-    list(second)
-    assert compiled_graphs == []
-    model(prompt(8))
-    assert compiled_graphs
-    undo_compiling(model)
-
-
-@pytest.mark.parametrize(
-    ("prompts", "options", "said"),
-    [
+def test_what_makes_no_sense_is_refused_before_the_model_runs():
+    wrong = [("num_samples", 0), ("max_new_tokens", -1), ("temperature", -0.1), ("top_k", 0)]
+    wrong += [("temperature", math.nan), ("top_p", 1.1), ("min_p", -0.1)]
+    wrong += [("repetition_penalty", 0), ("repetition_window", 0)]
+    calls = [
         ([[]], {}, "a prompt without a token"),
         ([[1], []], {}, "a prompt without a token"),
         ([], {}, "ids has no prompt"),
         ([[1], [23]], {}, "a token that is not in 0 to 22"),
         ([[-1, 2]], {}, "a token that is not in 0 to 22"),
-        ([[1]], {"num_samples": 0}, "num_samples is 0"),
-        ([[1]], {"max_new_tokens": -1}, "max_new_tokens"),
-        ([[1]], {"temperature": -0.1}, "temperature"),
-        ([[1]], {"temperature": math.nan}, "temperature"),
-        ([[1]], {"top_k": 0}, "top_k"),
-        ([[1]], {"top_p": 1.1}, "top_p"),
-        ([[1]], {"min_p": -0.1}, "min_p"),
-        ([[1]], {"repetition_penalty": 0}, "repetition_penalty"),
-        ([[1]], {"repetition_window": 0}, "repetition_window"),
-    ],
-)
-def test_what_makes_no_sense_is_refused_before_the_model_runs(prompts, options, said):
+        *(([[1]], {name: value}, f"{name} is {value}") for name, value in wrong),
+        ([[1], []], {"num_samples": -1, "top_p": 2.0, "temperature": -1.0}, "4 problems"),
+        (torch.zeros(3, dtype=torch.long), {}, r"needs \(B, T\)"),
+        (torch.zeros(1, 2, 3, dtype=torch.long), {}, r"needs \(B, T\)"),
+    ]
     model = tiny_model().train()
     model.hidden = None
-    with pytest.raises(SettingsError, match=said):
-        generate(model, prompts, **({"max_new_tokens": 3} | options))
+    for prompts, options, said in calls:
+        with pytest.raises(SettingsError, match=said):
+            generate(model, prompts, **({"max_new_tokens": 3} | options))
     assert model.training
-
-
-def test_all_that_is_wrong_is_said_at_once():
-    options = {"max_new_tokens": 3, "num_samples": -1, "top_p": 2.0, "temperature": -1.0}
-    with pytest.raises(SettingsError) as caught:
-        generate(tiny_model(), [[1], []], **options)
-    lines = str(caught.value).splitlines()
-    assert len(lines) == 5 and "4 problems" in lines[0]
-
-
-@pytest.mark.parametrize("shape", [(3,), (1, 2, 3)], ids=str)
-def test_a_tensor_of_another_shape_is_refused(shape):
-    with pytest.raises(SettingsError, match=r"needs \(B, T\)"):
-        generate(tiny_model(), torch.zeros(shape, dtype=torch.long), max_new_tokens=1)

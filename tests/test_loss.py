@@ -1,8 +1,5 @@
-"""The loss against fp64 arithmetic by hand, and beside the one that computes full logits."""
+"""The loss beside the one that computes full logits, and against that one in fp64."""
 
-import copy
-
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -10,76 +7,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import engine.loss
 from engine.loss import next_token_loss
-from engine.precision import Precision
-from model import GPTConfig, GPTModel
-from training.learner import take_step
-
-
-def example() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Hidden states (3, 5, 16), a head (29, 16) whose logits spread widely, and targets (3, 5)."""
-    generator = torch.Generator().manual_seed(0)
-    hidden = torch.randn(3, 5, 16, generator=generator)
-    weight = 2 * torch.randn(29, 16, generator=generator)
-    return hidden, weight, torch.randint(29, (3, 5), generator=generator)
-
-
-def by_hand(logits: torch.Tensor, targets: torch.Tensor) -> float:
-    """Mean of -log softmax(logits)[target], in fp64."""
-    losses = []
-    for row, target in zip(
-        logits.double().flatten(0, 1).numpy(), targets.flatten().tolist(), strict=True
-    ):
-        top = row.max()
-        losses.append(top + np.log(np.exp(row - top).sum()) - row[target])
-    return float(np.mean(losses))
-
-
-def test_loss_equals_an_fp64_computation_by_hand():
-    hidden, weight, targets = example()
-    loss = next_token_loss(hidden, weight, targets)
-    assert loss.shape == ()
-    expected = by_hand(hidden.double() @ weight.double().T, targets)
-    assert loss.item() == pytest.approx(expected, rel=1e-6)
-
-
-def test_logits_of_a_thousand_do_not_overflow():
-    hidden, weight, targets = example()
-    loss = next_token_loss(1000 * hidden, weight, targets)
-    expected = by_hand((1000 * hidden).double() @ weight.double().T, targets)
-    assert loss.item() == pytest.approx(expected, rel=1e-5)
-
-
-def test_under_bf16_autocast_only_the_product_loses_precision():
-    hidden, weight, targets = example()
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        loss = next_token_loss(hidden, weight, targets)
-        logits = F.linear(hidden, weight)
-    assert logits.dtype == torch.bfloat16
-    assert loss.dtype == torch.float32
-    assert loss.item() == pytest.approx(by_hand(logits, targets), rel=1e-6)
-
-
-def test_the_loss_of_a_bf16_model_is_fp32():
-    hidden, weight, targets = example()
-    hidden, weight = hidden.bfloat16(), weight.bfloat16()
-    loss = next_token_loss(hidden, weight, targets)
-    assert loss.dtype == torch.float32
-    assert loss.item() == pytest.approx(by_hand(F.linear(hidden, weight), targets), rel=1e-6)
-
-
-# ------------------------------------------------------------------ beside the plain loss
 
 # rows, width, vocabulary, spread of the head, rows at a time (None: as many as are its own choice)
 CASES = [
     (1, 16, 29, 1.0, None),
     (7, 16, 1, 1.0, None),
     (15, 16, 29, 2.0, 15),
-    (15, 16, 29, 2.0, 1),
     (15, 16, 29, 2.0, 4),
-    (15, 16, 29, 2.0, 1000),
-    (600, 64, 65, 0.02, None),
     (600, 64, 65, 0.02, 100),
-    (1000, 96, 1000, 0.05, 300),
     (512, 64, 257, 0.3, 129),
     (300, 32, 9001, 0.02, None),
 ]
@@ -127,7 +62,7 @@ def rows_at_a_time(monkeypatch):
 
 
 @pytest.mark.parametrize("shape", CASES, ids=str)
-def test_in_fp32_loss_and_gradients_equal_the_plain_ones(shape, rows_at_a_time):
+def test_loss_and_gradients_equal_the_plain_ones_and_in_bf16_err_no_more(shape, rows_at_a_time):
     rows_at_a_time(shape[-1])
     case = random_case(*shape[:-1])
     exact = figures(plain_loss, case, torch.float64)
@@ -135,17 +70,23 @@ def test_in_fp32_loss_and_gradients_equal_the_plain_ones(shape, rows_at_a_time):
     assert [part.dtype for part in found] == [torch.float32] * 3
     for error, value in zip(errors(found, exact), exact, strict=True):
         assert error <= 1e-6 * value.norm().item()
-
-
-@pytest.mark.parametrize("shape", CASES, ids=str)
-def test_in_bf16_no_error_is_larger_than_that_of_the_plain_loss(shape, rows_at_a_time):
-    rows_at_a_time(shape[-1])
-    case = random_case(*shape[:-1])
-    exact = figures(plain_loss, case, torch.float64)
     ours = errors(figures(next_token_loss, case, autocast=True), exact)
     plain = errors(figures(plain_loss, case, autocast=True), exact)
     for mine, theirs, value in zip(ours, plain, exact, strict=True):
         assert mine <= 1.1 * theirs + 1e-6 * value.norm().item()
+
+
+@pytest.mark.parametrize("autocast", [True, False], ids=["autocast", "bf16 model"])
+def test_in_bf16_only_the_product_loses_precision(autocast):
+    hidden, weight, targets = random_case(15, 16, 29, 2.0)
+    if not autocast:
+        hidden, weight = hidden.bfloat16(), weight.bfloat16()
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+        loss = next_token_loss(hidden, weight, targets)
+        logits = F.linear(hidden, weight)
+    assert (logits.dtype, loss.dtype, loss.shape) == (torch.bfloat16, torch.float32, ())
+    expected = F.cross_entropy(logits.double().flatten(0, 1), targets.flatten())
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
 
 
 @pytest.mark.parametrize("autocast", [False, True], ids=["fp32", "bf16"])
@@ -171,27 +112,24 @@ def test_logits_that_are_not_finite_give_a_loss_that_is_not():
     assert hidden_grad[0, 4].isnan().all() and hidden_grad[0, :4].isfinite().all()
 
 
-@pytest.mark.parametrize("frozen", ["hidden", "head"])
+@pytest.mark.parametrize("frozen", [0, 1], ids=["hidden", "head"])
 def test_what_is_frozen_gets_no_gradient_and_the_other_its_own(frozen):
-    hidden, weight, targets = random_case(20, 8, 11, 1.0)
-    exact = figures(plain_loss, (hidden, weight, targets), torch.float64)
-    hidden.requires_grad_(frozen != "hidden")
-    weight.requires_grad_(frozen != "head")
-    next_token_loss(hidden, weight, targets).backward()
-    without, trained, expected = (hidden, weight, exact[2])
-    if frozen == "head":
-        without, trained, expected = (weight, hidden, exact[1])
-    assert without.grad is None
-    torch.testing.assert_close(trained.grad.double(), expected, rtol=0, atol=1e-6)
+    *parts, targets = random_case(20, 8, 11, 1.0)
+    exact = figures(plain_loss, (*parts, targets), torch.float64)
+    parts[1 - frozen].requires_grad_()
+    next_token_loss(*parts, targets).backward()
+    assert parts[frozen].grad is None
+    expected = exact[1 + (1 - frozen)]
+    torch.testing.assert_close(parts[1 - frozen].grad.double(), expected, rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize("factor", [65536.0, 3.0, 0.0])
-def test_a_factor_on_the_loss_reaches_the_gradients(factor):
-    hidden, weight, targets = random_case(20, 8, 11, 1.0)
-    once = figures(next_token_loss, (hidden, weight, targets))
-    scaled = figures(lambda *case: factor * next_token_loss(*case), (hidden, weight, targets))
-    for found, expected in zip(scaled[1:], once[1:], strict=True):
-        torch.testing.assert_close(found, factor * expected)
+def test_a_factor_on_the_loss_reaches_the_gradients():
+    case = random_case(20, 8, 11, 1.0)
+    once = figures(next_token_loss, case)
+    for factor in (65536.0, 3.0, 0.0):
+        scaled = figures(lambda *case, by=factor: by * next_token_loss(*case), case)
+        for found, expected in zip(scaled[1:], once[1:], strict=True):
+            torch.testing.assert_close(found, factor * expected)
 
 
 @pytest.mark.parametrize("autocast", [False, True], ids=["fp32", "bf16"])
@@ -206,16 +144,6 @@ def test_without_gradients_the_loss_is_the_same_and_nothing_is_kept(autocast, ro
         frozen = next_token_loss(hidden.detach(), weight.detach(), case[2])
     assert torch.equal(evaluated, trained) and torch.equal(frozen, trained)
     assert not evaluated.requires_grad and not frozen.requires_grad
-
-
-def test_parts_of_a_batch_that_name_its_targets_add_up_to_its_loss():
-    hidden, weight, targets = random_case(20, 8, 11, 1.0)
-    whole = next_token_loss(hidden, weight, targets)
-    parts = [
-        next_token_loss(hidden[:, part], weight, targets[:, part], n_targets=20)
-        for part in (slice(0, 13), slice(13, 20))
-    ]
-    torch.testing.assert_close(sum(parts), whole)
 
 
 class LargestTensor(TorchDispatchMode):
@@ -280,31 +208,3 @@ def test_a_chunk_fits_into_a_small_gpu(monkeypatch, memory, vocab_size, rows):
     monkeypatch.setattr(engine.loss, "total_memory", lambda device: int(memory))
     hidden = torch.empty(2, 4, device="meta")
     assert engine.loss.chunk_rows(hidden, vocab_size) == rows
-
-
-# ------------------------------------------------------------------ in a training step
-
-
-@pytest.mark.parametrize("tie_embeddings", [True, False], ids=["tied", "untied"])
-@pytest.mark.parametrize("parts", [[5], [2, 2, 1], [1] * 5], ids=str)
-def test_a_step_has_the_gradients_of_plain_cross_entropy(tie_embeddings, parts, rows_at_a_time):
-    rows_at_a_time(3)
-    torch.manual_seed(0)
-    shape = {"context_length": 6, "emb_dim": 8, "n_heads": 2, "n_layers": 1}
-    model = GPTModel(GPTConfig(vocab_size=13, tie_embeddings=tie_embeddings, **shape))
-    exact = copy.deepcopy(model).double()
-    ids, targets = torch.randint(13, (2, 5, 6), generator=torch.Generator().manual_seed(1))
-    plain = F.cross_entropy(exact(ids).flatten(0, 1), targets.flatten())
-    plain.backward()
-
-    seen = {}
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
-    optimizer.register_step_pre_hook(
-        lambda *_: seen.update({n: p.grad.clone() for n, p in model.named_parameters()})
-    )
-    batches = list(zip(ids.split(parts), targets.split(parts), strict=True))
-    loss, _ = take_step(model, batches, optimizer, Precision("fp32", "as set", "cpu"), 0.0)
-    assert loss.item() == pytest.approx(plain.item(), rel=1e-6)
-    assert seen.keys() == dict(exact.named_parameters()).keys()
-    for name, parameter in exact.named_parameters():
-        torch.testing.assert_close(seen[name].double(), parameter.grad, rtol=1e-4, atol=1e-6)

@@ -15,19 +15,10 @@ from engine.metrics import (
 )
 
 
-@pytest.mark.parametrize(
-    ("loss", "expected"),
-    [
-        (0.0, 1.0),
-        (math.log(50257), 50257),
-        (699.0, math.exp(699)),
-        (700.0, math.inf),
-        (math.inf, math.inf),
-        (math.nan, math.nan),
-    ],
-)
-def test_perplexity_is_the_number_of_equally_likely_tokens(loss, expected):
-    assert perplexity(loss) == pytest.approx(expected, nan_ok=True)
+def test_perplexity_is_the_number_of_equally_likely_tokens():
+    losses = [0.0, math.log(50257), 699.0, 700.0, math.inf, math.nan]
+    expected = [1.0, 50257, math.exp(699), math.inf, math.inf, math.nan]
+    assert [perplexity(loss) for loss in losses] == pytest.approx(expected, nan_ok=True)
 
 
 def test_a_model_that_knows_nothing_but_the_alphabet_needs_its_bits():
@@ -57,28 +48,13 @@ def test_bits_of_a_text_do_not_depend_on_how_it_is_cut():
     assert found[0][1] == pytest.approx(entropy * len(text) / n_bytes)
 
 
-@pytest.mark.parametrize(
-    ("seconds", "shown"),
-    [
-        (-1.0, "0m 0.0s"),
-        (0.0, "0m 0.0s"),
-        (15.8, "0m 15.8s"),
-        (59.94, "0m 59.9s"),
-        (59.96, "1m 0.0s"),
-        (723.0, "12m 3.0s"),
-        (3599.94, "59m 59.9s"),
-        (3599.96, "1h 0m"),
-        (12_340.0, "3h 25m"),
-        (360_000.0, "100h 0m"),
-    ],
-)
-def test_a_duration_is_shown_as_people_read_it(seconds, shown):
-    assert as_duration(seconds) == shown
+def test_a_duration_is_shown_as_people_read_it():
+    shown = {-1.0: "0m 0.0s", 0.0: "0m 0.0s", 15.8: "0m 15.8s", 59.94: "0m 59.9s", 59.96: "1m 0.0s"}
+    shown |= {723.0: "12m 3.0s", 3599.94: "59m 59.9s", 3599.96: "1h 0m", 12_340.0: "3h 25m"}
+    shown |= {360_000.0: "100h 0m"}
+    assert {seconds: as_duration(seconds) for seconds in shown} == shown
 
 
-@pytest.mark.parametrize(
-    ("done", "total", "elapsed_s", "left"),
-    [(0, 10, 5.0, None), (1, 10, 5.0, 45.0), (4, 10, 2.0, 3.0), (10, 10, 7.0, 0.0)],
-)
-def test_the_time_left_is_that_of_the_steps_left_at_the_mean_pace(done, total, elapsed_s, left):
-    assert seconds_left(done, total, elapsed_s) == left
+def test_the_time_left_is_that_of_the_steps_left_at_the_mean_pace():
+    runs = [(0, 10, 5.0), (1, 10, 5.0), (4, 10, 2.0), (10, 10, 7.0)]
+    assert [seconds_left(*run) for run in runs] == [None, 45.0, 3.0, 0.0]

@@ -1,11 +1,11 @@
 """Weights in fewer bits, against fp32 and against fp64 products of the converted weights."""
 
 import copy
+import itertools
 
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import REPOSITORY
 from torch import nn
 
 from engine import weights
@@ -23,6 +23,7 @@ from engine.weights import (
 )
 from generation import generate, stream
 from model import GPTConfig, GPTModel
+from tests.conftest import REPOSITORY
 from text.tokenizer import CharTokenizer
 
 CPU = torch.device("cpu")
@@ -49,11 +50,11 @@ def new_model(**changes) -> GPTModel:
     return GPTModel(GPTConfig(**(shape | changes)))
 
 
+@torch.no_grad()
 def random_model(**changes) -> GPTModel:
     model = new_model(**changes)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.1 * torch.randn_like(parameter))
+    for parameter in model.parameters():
+        parameter.add_(0.1 * torch.randn_like(parameter))
     return model.eval()
 
 
@@ -63,9 +64,8 @@ def converted(model: GPTModel, kind: str) -> GPTModel:
     return model
 
 
-def some_ids(model: GPTModel, rows: int, length: int) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(1)
-    return torch.randint(model.config.vocab_size, (rows, length), generator=generator)
+def seeded(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
 
 
 def difference(found: torch.Tensor, expected: torch.Tensor) -> float:
@@ -77,21 +77,15 @@ def difference(found: torch.Tensor, expected: torch.Tensor) -> float:
 
 
 @pytest.fixture(scope="module")
-def learnt() -> tuple[torch.Tensor, CharTokenizer]:
+def trained() -> tuple[GPTModel, torch.Tensor]:
+    """A model that knows something of a text, and (B, T) ids of that text."""
     text = (REPOSITORY / "corpus" / "sample-en.txt").read_text(encoding="utf-8")[:1500]
     tokenizer = CharTokenizer(text)
-    return torch.tensor(tokenizer.encode(text)), tokenizer
-
-
-@pytest.fixture(scope="module", params=["gpt2", "llama"])
-def trained(request, learnt) -> tuple[GPTModel, torch.Tensor]:
-    """A model that knows something of a text, and (B, T) ids of that text."""
-    ids, tokenizer = learnt
-    model = new_model(vocab_size=tokenizer.vocab_size, **FORMS[request.param])
-    steps, rate = (300, 1e-3) if request.param == "gpt2" else (150, 3e-3)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=rate)
-    generator = torch.Generator().manual_seed(0)
-    for _ in range(steps):
+    ids = torch.tensor(tokenizer.encode(text))
+    model = new_model(vocab_size=tokenizer.vocab_size, **LLAMA)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    generator = seeded(0)
+    for _ in range(150):
         starts = torch.randint(len(ids) - 33, (8, 1), generator=generator)
         batch = ids[starts + torch.arange(33)]
         loss = F.cross_entropy(model(batch[:, :-1]).flatten(0, 1), batch[:, 1:].flatten())
@@ -104,21 +98,16 @@ def trained(request, learnt) -> tuple[GPTModel, torch.Tensor]:
 
 @both_kinds
 @torch.no_grad()
-def test_a_trained_models_logits_and_choices_stay_those_of_fp32(trained, kind):
+def test_a_trained_models_logits_choices_and_texts_stay_those_of_fp32(trained, kind):
     model, ids = trained
-    expected, found = model(ids), converted(model, kind)(ids)
+    few = converted(model, kind)
+    expected, found = model(ids), few(ids)
     assert found.dtype == torch.float32
     assert difference(found, expected) <= MOST_DIFFERENCE[kind] <= 0.02
     likeliest = expected.argmax(-1)
     assert likeliest.unique().numel() > 10 and likeliest.numel() > 1400
     assert (found.argmax(-1) == likeliest).float().mean() >= 0.97
 
-
-@both_kinds
-@torch.no_grad()
-def test_what_a_trained_model_writes_has_the_logits_of_fp32(trained, kind):
-    model, ids = trained
-    few = converted(model, kind)
     prompts = [ids[7, :9].tolist(), ids[20, :10].tolist(), ids[3, :1].tolist()]
     for batch in (prompts, prompts[:1]):  # several rows, and the products of one
         steps = list(stream(few, batch, max_new_tokens=22, temperature=0.0))
@@ -135,18 +124,12 @@ def test_what_a_trained_model_writes_has_the_logits_of_fp32(trained, kind):
 @all_forms
 @both_kinds
 @torch.no_grad()
-def test_random_weights_give_about_the_same_logits_in_fewer_bits(form, kind):
+def test_random_weights_give_about_the_same_logits_and_texts_past_the_context(form, kind):
     model = random_model(**FORMS[form])
     few = converted(model, kind)
-    for rows, length in ((1, 1), (2, 1), (1, 16), (17, 1), (2, 32)):
-        ids = some_ids(model, rows, length)
-        expected = model(ids)
-        assert 0 < difference(few(ids), expected) <= 2 * MOST_DIFFERENCE[kind]
-
-
-@all_forms
-@both_kinds
-def test_a_converted_model_generates_past_its_context(form, kind):
+    for shape in ((1, 1), (2, 1), (1, 16), (17, 1), (2, 32)):
+        ids = torch.randint(model.config.vocab_size, shape, generator=seeded(1))
+        assert 0 < difference(few(ids), model(ids)) <= 2 * MOST_DIFFERENCE[kind]
     few = converted(random_model(context_length=8, **FORMS[form]), kind)
     prompts = [[1, 2, 3], [4], list(range(20))]
     found = generate(few, prompts, max_new_tokens=20, num_samples=7)
@@ -156,38 +139,25 @@ def test_a_converted_model_generates_past_its_context(form, kind):
 
 @all_forms
 @both_kinds
-def test_linear_layers_alone_are_converted(form, kind):
+def test_linear_layers_alone_are_converted_and_once(form, kind):
     model = random_model(**FORMS[form])
     few = converted(model, kind)
     assert not any(isinstance(module, nn.Linear) for module in few.modules())
     assert isinstance(few.head, Head)
-    n_linear = sum(isinstance(module, nn.Linear) for module in model.modules())
-    assert sum(isinstance(module, LAYERS[kind]) for module in few.modules()) == n_linear
+    layers = [module for module in few.modules() if isinstance(module, LAYERS[kind])]
+    assert len(layers) == sum(isinstance(module, nn.Linear) for module in model.modules())
     before, after = dict(model.named_parameters()), dict(few.named_parameters())
-    norms = [name for name in before if "norm" in name]
     # a tied embedding is looked up in fp32 as ever
-    assert set(after) == {*norms, *(name for name in before if "embedding" in name)}
+    assert set(after) == {name for name in before if "norm" in name or "embedding" in name}
     for name, parameter in after.items():
         assert parameter.dtype == torch.float32
         assert torch.equal(parameter, before[name])
-    dtypes = {module.weight.dtype for module in few.modules() if isinstance(module, LAYERS[kind])}
-    assert dtypes == {torch.bfloat16 if kind == "bf16" else torch.int8}
-
-
-def test_fp32_weights_are_left_alone():
-    model = random_model()
-    names = [(name, type(module)) for name, module in model.named_modules()]
-    convert_weights(model, "fp32")
-    assert [(name, type(module)) for name, module in model.named_modules()] == names
-    assert model.head.weight is model.token_embedding.weight
-
-
-@both_kinds
-def test_what_was_converted_is_not_converted_again(kind):
-    model = converted(random_model(), kind)
-    modules = dict(model.named_modules())
-    convert_weights(model, kind)
-    assert dict(model.named_modules()) == modules
+    dtype = torch.bfloat16 if kind == "bf16" else torch.int8
+    assert {layer.weight.dtype for layer in layers} == {dtype}
+    for subject, again in ((few, kind), (model, "fp32")):
+        modules = dict(subject.named_modules())
+        convert_weights(subject, again)
+        assert dict(subject.named_modules()) == modules
 
 
 # ------------------------------------------------------------------ a layer
@@ -213,38 +183,21 @@ def all_rows(layer: Bf16Linear | Int8Linear) -> torch.Tensor:
 
 
 @both_kinds
-@pytest.mark.parametrize("n_rows", [1, 2, 16, 17, 64])
-@pytest.mark.parametrize(
-    ("n_in", "n_out"),
-    [
-        *((1, 1), (1, 32), (3, 32), (8, 3), (15, 23), (16, 7), (20, 1), (24, 9)),
-        *((33, 64), (40, 33), (48, 5), (64, 23), (128, 61)),
-    ],
-)
-def test_a_product_is_that_of_its_weights_whatever_their_number(kind, n_rows, n_in, n_out):
-    layer = LAYERS[kind](linear(n_in, n_out))
-    x = torch.randn(n_rows, n_in, generator=torch.Generator().manual_seed(n_rows))
-    expected = exact(layer, x)
-    # three roundings to bf16, of 1/256 each at most, and what cancels out in the sum
-    slack = 3 / 256 * (expected.abs() + (x.double().abs() @ all_rows(layer).double().abs().T))
-    # the int8 kernel reads what lies behind short rows, which differs from call to call
-    for _ in range(3):
-        found = layer(x)
-        assert found.shape == (n_rows, n_out) and found.dtype == torch.bfloat16
-        assert ((found.double() - expected).abs() <= slack + 1e-30).all()
-
-
-@both_kinds
-@pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("shape", [(1, 1), (3, 1), (1, 5), (4, 9)], ids=str)
-def test_positions_of_a_batch_keep_their_places(kind, bias, shape):
-    layer = LAYERS[kind](linear(64, 23, bias))
-    x = torch.randn(*shape, 64, generator=torch.Generator().manual_seed(0))
-    found = layer(x)
-    assert found.shape == (*shape, 23)
-    expected = exact(layer, x.flatten(0, 1)).view(found.shape)
-    size = expected.abs().amax((0, 1))
-    assert ((found.double() - expected).abs() <= 0.02 * size).all()
+@pytest.mark.parametrize("shape", [(1,), (2,), (16,), (17,), (64,), (1, 5), (4, 9)], ids=str)
+def test_a_product_is_that_of_its_weights_whatever_their_number_and_place(kind, shape):
+    sizes = [(1, 1), (1, 32), (3, 32), (8, 3), (15, 23), (16, 7), (20, 1), (24, 9)]
+    sizes += [(33, 64), (40, 33), (48, 5), (64, 23), (128, 61)]
+    for (n_in, n_out), bias in itertools.product(sizes, (True, False)):
+        layer = LAYERS[kind](linear(n_in, n_out, bias))
+        x = torch.randn(*shape, n_in, generator=seeded(shape[0]))
+        expected = exact(layer, x)
+        # three roundings to bf16, of 1/256 each at most, and what cancels out in the sum
+        slack = 3 / 256 * (expected.abs() + (x.double().abs() @ all_rows(layer).double().abs().T))
+        # the int8 kernel reads what lies behind short rows, which differs from call to call
+        for _ in range(3):
+            found = layer(x)
+            assert found.shape == (*shape, n_out) and found.dtype == torch.bfloat16
+            assert ((found.double() - expected).abs() <= slack + 1e-30).all()
 
 
 @both_kinds
@@ -264,20 +217,39 @@ def test_each_weight_is_the_nearest_that_its_format_has(kind):
 
 @both_kinds
 @pytest.mark.parametrize("n_in", [15, 64])
-@pytest.mark.parametrize("n_rows", [1, 17])
-def test_an_output_whose_weights_are_zero_is_its_bias(kind, n_in, n_rows):
+def test_an_output_whose_weights_are_zero_is_its_bias(kind, n_in):
     original = linear(n_in, 8)
     with torch.no_grad():
-        original.weight[[0, 3]] = 0.0
-        original.weight[5] = 0.0
+        original.weight[[0, 3, 5]] = 0.0
         original.weight[5, 2] = 1e-40  # denormal: as good as nothing
-    layer = LAYERS[kind](original)
-    found = layer(torch.full((n_rows, n_in), 3.0))
-    zero = [0, 3, 5]
-    assert torch.equal(found[:, zero], original.bias[zero].bfloat16().expand(n_rows, -1))
-    assert found.isfinite().all()
+    layer, zero = LAYERS[kind](original), [0, 3, 5]
+    for n_rows in (1, 17):
+        found = layer(torch.full((n_rows, n_in), 3.0))
+        assert torch.equal(found[:, zero], original.bias[zero].bfloat16().expand(n_rows, -1))
+        assert found.isfinite().all()
     assert torch.equal(all_rows(layer)[[0, 3]], torch.zeros(2, n_in))
     assert kind == "bf16" or (layer.scale > 0).all()  # 0 / 0 as an int8 is anything
+
+
+@pytest.mark.parametrize("rows", [1, 2, 17])
+@both_kinds
+@torch.no_grad()
+def test_without_bf16_units_products_of_many_rows_are_fp32_ones(monkeypatch, kind, rows):
+    torch.manual_seed(0)
+    layer = LAYERS[kind](nn.Linear(64, 32))
+    x = torch.randn(rows, 64)
+    assert not weights.is_slow_in_bf16(torch.device("cuda"))
+    monkeypatch.setattr(weights, "is_slow_in_bf16", lambda device: False)
+    usual = layer(x)
+    products, linear = [], F.linear
+    monkeypatch.setattr(F, "linear", lambda x, *rest: products.append(x.dtype) or linear(x, *rest))
+    monkeypatch.setattr(weights, "is_slow_in_bf16", lambda device: True)
+    found = layer(x)
+    assert found.dtype == usual.dtype == torch.bfloat16
+    torch.testing.assert_close(found.float(), usual.float(), rtol=0.02, atol=0.02)
+    one_row_kernel = {"bf16": [torch.bfloat16], "int8": []}[kind]
+    few = rows == 1 or (kind == "int8" and rows <= 16)
+    assert products == (one_row_kernel if few else [torch.float32])
 
 
 # ------------------------------------------------------------------ the head
@@ -304,83 +276,46 @@ def test_the_highest_logits_are_exact(kind, vocab_size, n_rows):
 
 
 @both_kinds
-@pytest.mark.parametrize("order", [1, -1])
-def test_the_likeliest_of_nearly_equal_tokens_is_found(kind, order):
+@pytest.mark.parametrize("likeliest", [11, 5])
+def test_the_likeliest_of_nearly_equal_tokens_is_found(kind, likeliest):
     # 20.0 to 20.06 are one number in bf16
+    weight = torch.zeros(50, 64)
+    weight[:, 0] = 0.1
+    weight[5:12, 1] = 1.0 if kind == "bf16" else 127
+    steps = torch.arange(7.0) if likeliest == 11 else torch.arange(7.0).flip(0)
+    weight[5:12, 2] = steps / (2000 if kind == "bf16" else 1)
     original = nn.Linear(64, 50, bias=False)
-    with torch.no_grad():
-        original.weight.zero_()
-        original.weight[:, 0] = 0.1
-        steps = torch.arange(7.0) if order == 1 else torch.arange(7.0).flip(0)
-        if kind == "bf16":
-            original.weight[5:12, 1], original.weight[5:12, 2] = 1.0, steps / 2000
-        else:
-            original.weight[5:12, 1], original.weight[5:12, 2] = 127, steps
+    original.weight.data = weight
     head = Head(LAYERS[kind](original))
     x = torch.zeros(1, 1, 64)
-    x[..., 1] = 20.0 if kind == "bf16" else 20 / 127
-    x[..., 2] = 20.0 if kind == "bf16" else 0.01
+    x[..., 1:3] = torch.tensor([20.0, 20.0] if kind == "bf16" else [20 / 127, 0.01])
     rounded = head.linear(x)[0, 0]
     assert (rounded == rounded.max()).sum() > 1
-    assert head(x).argmax() == (11 if order == 1 else 5)
+    assert head(x).argmax() == likeliest
 
 
 # ------------------------------------------------------------------ which, and where
 
 
-@pytest.mark.parametrize("device", ["cpu", "cuda", "mps"])
-def test_auto_is_bf16_on_cpus_and_where_the_hardware_has_it(monkeypatch, device):
-    for name, expected in (("bf16", "bf16"), ("fp32", "fp32"), ("fp16", "fp32")):
-        monkeypatch.setattr(
-            weights,
-            "choose_precision",
-            lambda requested, d, n=name: Precision(n, requested, d.type),
-        )
-        expected = "bf16" if device == "cpu" else expected
-        assert choose_weights("auto", torch.device(device)) == expected
+def test_auto_is_bf16_on_cpus_and_where_the_hardware_has_it(monkeypatch):
+    for device in ("cpu", "cuda", "mps"):
+        for name, elsewhere in (("bf16", "bf16"), ("fp32", "fp32"), ("fp16", "fp32")):
+            chosen = Precision(name, "auto", device)
+            monkeypatch.setattr(weights, "choose_precision", lambda *_, p=chosen: p)
+            expected = "bf16" if device == "cpu" else elsewhere
+            assert choose_weights("auto", torch.device(device)) == expected
 
 
-@pytest.mark.parametrize("rows", [1, 2, 17])
-@pytest.mark.parametrize("kind", ["bf16", "int8"])
-@torch.no_grad()
-def test_without_bf16_units_products_of_many_rows_are_fp32_ones(monkeypatch, kind, rows):
-    torch.manual_seed(0)
-    layer = LAYERS[kind](nn.Linear(64, 32))
-    x = torch.randn(rows, 64)
-    assert not weights.is_slow_in_bf16(torch.device("cuda"))
-    monkeypatch.setattr(weights, "is_slow_in_bf16", lambda device: False)
-    usual = layer(x)
-    products = []
-    linear = F.linear
-    monkeypatch.setattr(F, "linear", lambda x, *rest: products.append(x.dtype) or linear(x, *rest))
-    monkeypatch.setattr(weights, "is_slow_in_bf16", lambda device: True)
-    found = layer(x)
-    assert found.dtype == usual.dtype == torch.bfloat16
-    torch.testing.assert_close(found.float(), usual.float(), rtol=0.02, atol=0.02)
-    one_row_kernel = {"bf16": [torch.bfloat16], "int8": []}[kind]
-    few = rows == 1 or (kind == "int8" and rows <= 16)
-    assert products == (one_row_kernel if few else [torch.float32])
-
-
-@pytest.mark.parametrize("requested", ["fp32", "bf16", "int8"])
-def test_what_is_asked_for_is_taken(requested):
-    assert requested in WEIGHTS
-    assert choose_weights(requested, CPU) == requested
-
-
-@pytest.mark.parametrize("device", ["cuda", "mps"])
-def test_int8_away_from_a_cpu_is_refused_with_what_to_use(device):
-    with pytest.raises(SettingsError, match=f'for CPUs, and this is {device}; use "bf16"'):
-        choose_weights("int8", torch.device(device))
-    assert choose_weights("bf16", torch.device(device)) == "bf16"
-
-
-@pytest.mark.parametrize("requested", ["int4", "BF16", "", "fp16"])
-def test_other_weights_are_refused_with_what_there_is(requested):
-    with pytest.raises(SettingsError) as caught:
-        choose_weights(requested, CPU)
-    assert f'weights is "{requested}"' in str(caught.value)
-    assert all(f'"{kind}"' in str(caught.value) for kind in WEIGHTS)
+def test_what_is_asked_for_is_taken_or_refused_with_what_there_is():
+    assert [choose_weights(kind, CPU) for kind in WEIGHTS[1:]] == ["fp32", "bf16", "int8"]
+    for device in ("cuda", "mps"):
+        with pytest.raises(SettingsError, match=f'for CPUs, and this is {device}; use "bf16"'):
+            choose_weights("int8", torch.device(device))
+        assert choose_weights("bf16", torch.device(device)) == "bf16"
+    for requested in ("int4", "BF16", "", "fp16"):
+        with pytest.raises(SettingsError, match=f'weights is "{requested}"') as caught:
+            choose_weights(requested, CPU)
+        assert all(f'"{kind}"' in str(caught.value) for kind in WEIGHTS)
 
 
 @pytest.fixture
@@ -393,29 +328,20 @@ def mkldnn_enabled():
 
 
 def test_products_of_one_row_are_torchs_own_inside_alone(mkldnn_enabled):
-    with OneRowProducts():
-        assert not mkldnn_enabled()
+    with pytest.raises(KeyError), OneRowProducts():
         with OneRowProducts():
             assert not mkldnn_enabled()
         assert not mkldnn_enabled()
-    assert mkldnn_enabled()
-    with pytest.raises(KeyError), OneRowProducts():
         raise KeyError
     assert mkldnn_enabled()
-
-
-def test_threads_that_enter_and_leave_in_turn_leave_the_switch_as_it_was(mkldnn_enabled):
-    first, second = OneRowProducts(), OneRowProducts()
+    first, second = OneRowProducts(), OneRowProducts()  # of threads that come and go in turn
     first.__enter__()
     second.__enter__()
     first.__exit__()
     assert not mkldnn_enabled()
     second.__exit__()
     assert mkldnn_enabled()
-
-
-def test_what_was_turned_off_before_stays_so(mkldnn_enabled):
-    torch.backends.mkldnn.enabled = False
+    torch.backends.mkldnn.enabled = False  # what was turned off before stays so
     with OneRowProducts():
         assert not mkldnn_enabled()
     assert not mkldnn_enabled()
@@ -431,14 +357,10 @@ def test_steps_of_one_row_alone_are_taken_without_onednn(mkldnn_enabled, monkeyp
 
     monkeypatch.setattr(model, "hidden", noting)
     generate(model, [[1, 2, 3]], max_new_tokens=3)
+    assert seen == [((1, 3), True), ((1, 1), False), ((1, 1), False)]
+    seen.clear()
     generate(model, [[1], [2]], max_new_tokens=2)
-    assert seen == [
-        ((1, 3), True),
-        ((1, 1), False),
-        ((1, 1), False),
-        ((2, 1), True),
-        ((2, 1), True),
-    ]
+    assert seen == [((2, 1), True)] * 2
     steps = stream(model, [[1]], max_new_tokens=3)
     next(steps)
     assert mkldnn_enabled()  # also between two steps
