@@ -1,9 +1,9 @@
 """Files made to do harm, for tests of everything that reads a file of a stranger's."""
 
 import ast
+import functools
 import json
 import random
-from collections.abc import Iterator
 from pathlib import Path
 
 from tests.conftest import REPOSITORY
@@ -19,13 +19,16 @@ class Canary:
         return (Path.write_text, (self.path, "executed"))
 
 
-def project_trees() -> Iterator[tuple[str, ast.Module]]:
-    """Every module of the project but its tests, parsed, with its path."""
+@functools.cache
+def project_trees() -> dict[str, ast.Module]:
+    """Every module of the project but its tests, parsed, by its path."""
+    found = {}
     for path in REPOSITORY.rglob("*.py"):
         parts = path.relative_to(REPOSITORY).parts
         others = {"tests", "cache", "runs"} & set(parts)
         if not others and not any(part.startswith((".", "venv")) for part in parts):
-            yield "/".join(parts), ast.parse(path.read_text(encoding="utf-8"))
+            found["/".join(parts)] = ast.parse(path.read_text(encoding="utf-8"))
+    return found
 
 
 # ------------------------------------------------------------------------------ safetensors

@@ -1,6 +1,7 @@
 """Checkpoints: exact when whole, refused and named when not, and never more than was asked for."""
 
 import dataclasses
+import functools
 import hashlib
 import json
 import os
@@ -10,7 +11,6 @@ import shutil
 import signal
 import types
 from collections import namedtuple
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -21,6 +21,7 @@ from torch import nn
 
 from engine.errors import CheckpointError, NumericsError, ResourceError
 from engine.optim import build_adamw, build_muon
+from engine.settings import shown
 from model import GPTConfig, GPTModel
 from storage import checkpoint
 from storage import files as storage
@@ -42,14 +43,8 @@ from tests.faults.saving import forked
 from tests.hostile import HOSTILE_TENSORS, Canary, file_of, mutated
 
 FILES = ["model.safetensors", "optimizer.safetensors", "state.json", "manifest.json"]
-CONFIG = GPTConfig(
-    vocab_size=11,
-    context_length=6,
-    emb_dim=4,
-    n_heads=2,
-    n_layers=1,
-    tie_embeddings=False,
-)
+SIZES = {"vocab_size": 11, "context_length": 6, "emb_dim": 4, "n_heads": 2, "n_layers": 1}
+CONFIG = GPTConfig(**SIZES, tie_embeddings=False)
 STATE = {"words": ["春", "word"] * 40}
 
 
@@ -281,12 +276,6 @@ def test_a_damaged_file_is_named_and_the_checkpoint_before_is_used(saved, capsys
     assert saved.restore()[0]["of_step"] == 3
 
 
-def swap(one: Path, other: Path) -> None:
-    content = one.read_bytes()
-    one.write_bytes(other.read_bytes())
-    other.write_bytes(content)
-
-
 def replace_by_symlink(path: Path) -> None:
     elsewhere = path.parent.parent / f"elsewhere-{path.name}"
     path.rename(elsewhere)
@@ -298,60 +287,40 @@ def replace_by_folder(path: Path) -> None:
     path.mkdir()
 
 
-def replace_by_file(path: Path) -> None:
-    shutil.rmtree(path)
-    path.write_bytes(b"not a folder")
-
-
-def take_that_of_another_step(saved: Saved) -> None:
-    shutil.rmtree(saved.path(3))
-    saved.path(1).rename(saved.path(3))
-
-
 def name_a_file_elsewhere(saved: Saved) -> None:
     (saved.folder / "canary").write_bytes(b"alive")
     canary = {"bytes": 5, "sha256": hashlib.sha256(b"alive").hexdigest()}
     saved.reseal(files={"../../canary": canary})
 
 
-def forge(**facts) -> Callable[[Saved], None]:
-    return lambda saved: saved.reseal(**facts)
-
-
 MODEL, OPTIMIZER, STATE_FILE, MANIFEST = FILES
 WAYS = {
-    "two files swapped": (lambda s: swap(s.path() / MODEL, s.path() / OPTIMIZER), MODEL),
-    "weights of another step": (lambda s: swap(s.path(1) / MODEL, s.path() / MODEL), MODEL),
-    "moments of another step": (
-        lambda s: shutil.copy(s.path(2) / OPTIMIZER, s.path() / OPTIMIZER),
-        OPTIMIZER,
-    ),
-    "manifest of another step": (
-        lambda s: shutil.copy(s.path(2) / MANIFEST, s.path() / MANIFEST),
-        "is damaged",
-    ),
+    "weights of another step": (lambda s: shutil.copy(s.path(2) / MODEL, s.path()), MODEL),
+    "moments of another step": (lambda s: shutil.copy(s.path(2) / OPTIMIZER, s.path()), OPTIMIZER),
+    "manifest of another step": (lambda s: shutil.copy(s.path(2) / MANIFEST, s.path()), "damaged"),
     "no weights": (lambda s: (s.path() / MODEL).unlink(), f"{MODEL} is missing"),
     "no state": (lambda s: (s.path() / STATE_FILE).unlink(), f"{STATE_FILE} is missing"),
     "no manifest": (lambda s: (s.path() / MANIFEST).unlink(), f"has no {MANIFEST}"),
-    "folder of another step": (take_that_of_another_step, "holds step 1"),
+    "a huge manifest": (lambda s: (s.path() / MANIFEST).write_bytes(b" " * (2 << 20)), MANIFEST),
+    "folder of another step": (
+        lambda s: (shutil.rmtree(s.path()), s.path(1).rename(s.path())),
+        "holds step 1",
+    ),
     "empty folder": (lambda s: replace_by_folder(s.path()), f"has no {MANIFEST}"),
-    "a file, not a folder": (lambda s: replace_by_file(s.path()), "step-00000003"),
+    "a file, not a folder": (
+        lambda s: (shutil.rmtree(s.path()), s.path().write_bytes(b"no folder")),
+        "step-00000003",
+    ),
     "a folder, not a file": (lambda s: replace_by_folder(s.path() / MODEL), MODEL),
     "a link": (lambda s: replace_by_symlink(s.path() / MODEL), MODEL),
-    "a huge manifest": (lambda s: (s.path() / MANIFEST).write_bytes(b" " * (2 << 20)), MANIFEST),
     "a file elsewhere": (name_a_file_elsewhere, "names files outside of its folder"),
-    "another run": (forge(run_id="run-b"), "belongs to another run"),
-    "no run": (forge(run_id=None), "belongs to another run"),
-    "no files": (forge(files={}), f"does not name {MODEL}"),
-    "step 2": (forge(step=2), "holds step 2"),
-    "no step": (forge(step=None), "holds step None"),
-    "a step in words": (forge(step="3"), "holds step '3'"),
-    "a long step": (forge(step="9" * 100_000), "holds step '9999"),
-    "a step and a half": (forge(step=3.5), "holds step 3.5"),
-    "a negative step": (forge(step=-3), "holds step -3"),
-    "a huge step": (forge(step=10**40), "holds step 1000"),
-    "a list of steps": (forge(step=[3]), "holds step [3]"),
+    "another run": (lambda s: s.reseal(run_id="run-b"), "belongs to another run"),
+    "no run": (lambda s: s.reseal(run_id=None), "belongs to another run"),
+    "no files": (lambda s: s.reseal(files={}), f"does not name {MODEL}"),
 }
+for step in (2, None, "3", 3.5, -3, 10**40, [3], "9" * 100_000):
+    forge = functools.partial(Saved.reseal, step=step)
+    WAYS[f"step {step!r}"[:20]] = forge, f"holds step {step!r}"[:20]
 # state and moments are not read for use, so what is wrong with them does no harm there
 HARMLESS_FOR_USE = ("moments of another step", "no state")
 
@@ -400,7 +369,7 @@ def test_a_folder_with_another_name_is_left_alone_and_mentioned_once(saved, caps
     assert ".DS_Store" not in said
 
 
-def test_several_damaged_checkpoints_lead_to_the_last_whole_one(saved):
+def test_several_damaged_checkpoints_lead_to_the_last_whole_one_but_never_to_a_new_run(saved):
     (saved.path(3) / "state.json").write_bytes(b"{}")
     (saved.path(2) / "model.safetensors").unlink()
     state, best, model = saved.restore()
@@ -408,27 +377,17 @@ def test_several_damaged_checkpoints_lead_to_the_last_whole_one(saved):
     assert same(weights_of(model), saved.weights[1])
     names = sorted(path.name for path in saved.path().parent.iterdir())
     assert names == [".bad-step-00000002", ".bad-step-00000003", "step-00000001"]
-
-
-def test_where_all_are_bad_the_run_ends_with_the_list_and_never_begins_anew(saved):
-    for step in (1, 2, 3):
-        (saved.path(step) / "model.safetensors").write_bytes(b"rubbish")
+    (saved.path(1) / "model.safetensors").write_bytes(b"rubbish")
     for start in range(3):
         with pytest.raises(CheckpointError) as caught:
             saved.restore()
         assert caught.value.exit_code == 4
         assert "Another RUN_NAME, or none and RESUME = False" in str(caught.value)
         for step in (1, 2, 3):
+            is_new = (start, step) == (0, 1)
             later = f".bad-step-{step:08d} was set aside before"
-            named = later if start else f"{saved.path(step)}/model.safetensors has 7 bytes"
+            named = f"{saved.path(1)}/model.safetensors has 7 bytes" if is_new else later
             assert named in str(caught.value)
-
-
-def test_where_none_was_ever_made_there_is_none(tmp_path):
-    model, optimizer = build()
-    before = copy_weights(model)
-    assert CheckpointStore(tmp_path, "run-a", 2).restore(model, optimizer) is None
-    assert same(weights_of(model), before)
 
 
 @pytest.mark.parametrize("number", [2, 0, None, "x" * 100_000], ids=lambda n: str(n)[:9])
@@ -438,17 +397,20 @@ def test_a_checkpoint_of_another_version_ends_the_run_and_stays_as_it_is(saved, 
     for read in (saved.restore, lambda: read_weights(saved.folder, "run-a", "last")):
         with pytest.raises(CheckpointError, match="another version of this program") as caught:
             read()
-        assert f"{saved.path()} has format {number!r}"[:120] in str(caught.value)
+        assert f"{saved.path()} has format {shown(number)}" in str(caught.value)
         assert len(str(caught.value)) < 1000
         assert contents(saved.folder) == before
 
 
-def test_a_checkpoint_of_another_model_ends_the_run(saved):
+def test_a_checkpoint_of_another_model_ends_the_run(saved, tmp_path):
     model = GPTModel(dataclasses.replace(CONFIG, vocab_size=12))
-    with pytest.raises(CheckpointError, match="does not fit the model") as caught:
-        saved.store.restore(model, build_adamw(model, 1e-2, 0.1))
-    assert str(saved.path()) in str(caught.value)
+    optimizer, before = build_adamw(model, 1e-2, 0.1), copy_weights(model)
+    with pytest.raises(CheckpointError, match=f"{saved.path()} does not fit the model"):
+        saved.store.restore(model, optimizer)
     assert saved.path().is_dir()
+    # where none was ever made there is none
+    assert CheckpointStore(tmp_path / "new", "run-a", 2).restore(model, optimizer) is None
+    assert same(weights_of(model), before)
 
 
 # ------------------------------------------------------------------------ the best weights
@@ -525,29 +487,23 @@ def test_a_weight_that_is_not_finite_is_never_saved(saved):
 
 
 def test_the_best_weights_and_the_last_are_read_with_their_steps(saved, capsys):
-    for which, expected in (("best", 2), ("last", 3)):
-        step, weights, said = read_for_use(saved, which, capsys)
-        assert (step, said) == (expected, [])
-        assert same(weights, saved.weights[expected])
+    def expect(which: str, step: int, of_step: int, named: str = "") -> None:
+        found, weights, said = read_for_use(saved, which, capsys)
+        assert (found, len(said)) == (step, bool(named))
+        assert named in "".join(said)
+        assert same(weights, saved.weights[of_step])
+
+    expect("best", 2, 2)
+    expect("last", 3, 3)
     # what the last evaluation found after the last checkpoint had been saved
     saved.store.save_best(BestWeights(3, saved.weights[1]))
-    step, weights, said = read_for_use(saved, "best", capsys)
-    assert (step, said) == (3, [])
-    assert same(weights, saved.weights[1])
-    path = saved.folder / "best" / "step-00000003"
-    (path / MODEL).unlink()  # older ones serve where the newest are damaged
-    step, weights, said = read_for_use(saved, "best", capsys)
-    assert (step, len(said)) == (2, 1)
-    assert str(path) in said[0]
-    assert same(weights, saved.weights[2])
-
-
-def test_before_the_first_evaluation_the_best_weights_are_the_last(saved, capsys):
-    shutil.rmtree(saved.folder / "best" / "step-00000002")
-    for expected in (3, 2, 1):
-        step, weights, said = read_for_use(saved, "best", capsys)
-        assert (step, said) == (expected, [])
-        assert same(weights, saved.weights[step])
+    expect("best", 3, 1)
+    newest = saved.folder / "best" / "step-00000003"
+    (newest / MODEL).unlink()  # older ones serve where the newest are damaged
+    expect("best", 2, 2, named=str(newest))
+    shutil.rmtree(saved.folder / "best")
+    for step in (3, 2, 1):  # before the first evaluation the best are the last
+        expect("best", step, step)
         shutil.rmtree(saved.path(step))
     for folder in (saved.folder, saved.folder / "nowhere"):
         for which in ("best", "last"):
@@ -590,23 +546,18 @@ def test_a_link_in_place_of_a_folder_gives_the_same_weights(saved, tmp_path, cap
         assert (step, len(said)) == (3, 1)
 
 
-LOOKS = (
-    (Path, "glob"),
-    (storage, "_read_manifest"),
-    (storage, "_verify_file"),
-    (checkpoint, "safe_open"),
-)
+MANIFESTS, FILES_OF_IT = (storage, "_read_manifest"), (storage, "_verify_file")
+LOOKS = ((Path, "glob"), MANIFESTS, FILES_OF_IT, (checkpoint, "safe_open"))
 
 
 @pytest.mark.parametrize("which", ["best", "last"])
-@pytest.mark.parametrize("place", LOOKS, ids=lambda look: look[1])
+@pytest.mark.parametrize(("owner", "name"), LOOKS)
 def test_what_is_removed_while_it_is_read_gives_way_to_what_is_newer(
-    saved, monkeypatch, capsys, place, which
+    saved, monkeypatch, capsys, owner, name, which
 ):
     """A save comes just before a look at the disk, and keeps nothing that was there."""
     model, optimizer = build(seed=7)
     store = CheckpointStore(saved.folder, "run-a", 1)
-    owner, name = place
     look, saves = getattr(owner, name), 0
 
     def look_too_late(*arguments, **options):
@@ -715,23 +666,21 @@ def test_hostile_tensor_files_are_refused(tmp_path):
 TYPES = {"F64": 8, "I64": 8, "U8": 1, "BOOL": 1, "F16": 2, "BF16": 2, "C64": 8, "F8_E4M3": 1}
 
 
-@pytest.mark.parametrize("dtype", [*TYPES, "F4"])
-def test_weights_of_another_type_are_refused(tmp_path, dtype):
+def test_weights_of_another_type_are_refused(tmp_path):
     model, _ = build()
-    header, start = {}, 0
-    for name, value in model.named_parameters():
-        shape = list(value.shape)
-        if dtype == "F4":  # two in a byte, which torch counts as one
-            n_bytes, shape[-1] = value.numel(), 2 * shape[-1]
-        else:
-            n_bytes = value.numel() * TYPES[dtype]
-        offsets = [start, start + n_bytes]
-        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": offsets}
-        start += n_bytes
     path = tmp_path / "model.safetensors"
-    path.write_bytes(file_of(json.dumps(header).encode(), bytes(start)))
-    with pytest.raises((SafetensorError, CheckpointError), match="not fp32"):
-        load_weights(model, read_safetensors(path), path)
+    for dtype in (*TYPES, "F4"):
+        header, start = {}, 0
+        for name, value in model.named_parameters():
+            shape, n_bytes = list(value.shape), value.numel() * TYPES.get(dtype, 1)
+            if dtype == "F4":  # two in a byte, which torch counts as one
+                shape[-1] *= 2
+            offsets = [start, start + n_bytes]
+            header[name] = {"dtype": dtype, "shape": shape, "data_offsets": offsets}
+            start += n_bytes
+        path.write_bytes(file_of(json.dumps(header).encode(), bytes(start)))
+        with pytest.raises((SafetensorError, CheckpointError), match="not fp32"):
+            load_weights(model, read_safetensors(path), path)
 
 
 @pytest.mark.parametrize("count", [30, pytest.param(200, marks=pytest.mark.slow)])
@@ -965,21 +914,17 @@ def test_moments_that_do_not_fit_are_refused_by_name():
         assert same(optimizer_tensors(model, optimizer), good)
 
 
+SHARED = ("step.head.weight", ".head.weight")
+LEFT_OUT = {build_adamw: (*SHARED, "exp_avg_sq.final_norm")}
+LEFT_OUT[build_muon] = (*SHARED, "momentum_buffer.blocks.0.mlp.0.weight", "momentum_buffer.")
+
+
 @pytest.mark.parametrize(
-    ("build_optimizer", "left_out"),
-    [
-        (build_adamw, "step.head.weight"),
-        (build_adamw, ".head.weight"),
-        (build_adamw, "exp_avg_sq.final_norm"),
-        (build_muon, "step.head.weight"),
-        (build_muon, ".head.weight"),
-        (build_muon, "momentum_buffer.blocks.0.mlp.0.weight"),
-        (build_muon, "momentum_buffer."),
-    ],
+    ("maker", "left_out"), [(maker, name) for maker, names in LEFT_OUT.items() for name in names]
 )
-def test_moments_of_some_parameters_only_are_refused(build_optimizer, left_out):
+def test_moments_of_some_parameters_only_are_refused(maker, left_out):
     model = GPTModel(CONFIG)
-    optimizer = build_optimizer(model, 1e-2, 0.1)
+    optimizer = maker(model, 1e-2, 0.1)
     take_step(model, optimizer)
     good = {name: value.clone() for name, value in optimizer_tensors(model, optimizer).items()}
     some = {name: value for name, value in good.items() if left_out not in name}

@@ -1,7 +1,6 @@
 """A trained run, loaded for use: the right weights, exactly, from wherever its folder is."""
 
 import contextlib
-import dataclasses
 import os
 import pickle
 import shutil
@@ -17,11 +16,10 @@ from engine.errors import CheckpointError, ResourceError, SettingsError
 from engine.weights import Bf16Linear, Int8Linear, choose_weights
 from exchange.saved_run import load_run
 from generation import SamplingConfig
-from model import GPTConfig, GPTModel
 from planning.runs import newest_finished_run
-from storage.checkpoint import CheckpointStore, weights_of
+from storage.checkpoint import weights_of
 from tests.hostile import Canary
-from tests.trained import TEXT, Trained, edit_settings, listing, read, train_run
+from tests.trained import TEXT, Trained, edit_settings, listing, read, remade, train_run
 from text.tokenizer import CharTokenizer, GPT2Tokenizer, Tokenizer, load_tokenizer, train_bpe
 
 CHANGING = ("os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.truncate", "os.utime", "os.chmod")
@@ -39,20 +37,6 @@ def trained(original, workdir) -> Trained:
     """A copy of that run in the working directory's runs, where load_run() looks."""
     shutil.copytree(original.path, workdir / "runs" / "one")
     return Trained(workdir / "runs" / "one", original.model, original.tokenizer)
-
-
-def remade(run: Path, tokenizer: Tokenizer, **overrides) -> GPTModel:
-    """Give a run's folder other weights, as those of step 9, and the tokenizer they are for."""
-    record = read(run / "settings.json")
-    sizes = {name: record["model"][name] for name in ("context_length", "emb_dim", "n_heads")}
-    config = GPTConfig(**sizes, n_layers=1, vocab_size=tokenizer.vocab_size, **overrides)
-    model = GPTModel(config).eval()
-    optimizer = torch.optim.SGD(model.parameters())
-    CheckpointStore(run, record["run_id"], 2).save(9, model, optimizer, {}, None)
-    edit_settings(run, model=dataclasses.asdict(config), tokenizer=tokenizer.fingerprint)
-    if tokenizer.kind != "gpt2":  # which needs no file
-        (run / "tokenizer.json").write_text(tokenizer.to_json(), encoding="utf-8")
-    return model
 
 
 def logits_of(model: torch.nn.Module) -> torch.Tensor:

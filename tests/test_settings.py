@@ -33,53 +33,8 @@ from tests.hostile import project_trees
 from tests.records import record_of
 from training_utils import CustomTrainingConfig, TrainingConfig
 
-# a right value of each setting that is not the default
-TRAINING_EXAMPLES = {
-    "num_epochs": 5,
-    "max_steps": 7,
-    "time_budget_minutes": 2.5,
-    "batch_size": 2,
-    "gradient_accumulation_steps": 4,
-    "optimizer": "muon",
-    "learning_rate": 0.002,
-    "schedule": "wsd",
-    "warmup_steps": 3,
-    "weight_decay": 0.2,
-    "max_grad_norm": 0.5,
-    "max_length": 32,
-    "stride": 16,
-    "sampling": "random",
-    "train_ratio": 0.8,
-    "eval_freq": 11,
-    "eval_iter": 4,
-    "patience": 3,
-    "save_every": 6,
-    "save_minutes": 0.5,
-    "keep_checkpoints": 3,
-    "start_context": ["Once", "春江"],
-    "num_workers": 1,
-    "activation_checkpointing": True,
-}
-MODEL_EXAMPLES = {
-    "emb_dim": 32,
-    "n_heads": 8,
-    "n_layers": 3,
-    "ff_dim": 100,
-    "drop_rate": 0.2,
-    "attention_drop_rate": 0.1,
-    "qkv_bias": True,
-    "activation": "relu",
-    "positions": "sinusoidal",
-    "tie_embeddings": True,
-    "architecture": "llama",
-    "n_kv_heads": 2,
-    "qk_norm": True,
-    "rope_theta": 500_000.0,
-    "zero_init": True,
-}
 # what a field of the model may stand beside only
 BESIDE = {name: {"architecture": "llama"} for name in ("n_kv_heads", "qk_norm", "rope_theta")}
-EXAMPLES = TRAINING_EXAMPLES | MODEL_EXAMPLES
 MODEL_ENTRY = {"context_length": 16, "emb_dim": 64, "n_heads": 4, "n_layers": 1}
 # the classes of settings, and what each needs beside the field that is looked at
 COMPLETED_BY = {
@@ -87,6 +42,82 @@ COMPLETED_BY = {
     RunSettings: {},
     SamplingConfig: {},
     GPTConfig: MODEL_ENTRY | {"vocab_size": 10},
+}
+
+
+LIMITS = {  # of each class -> of each name: what is refused, what is taken; the last is no default
+    TrainingConfig: {
+        "num_epochs": ([0], [1, 5]),
+        "max_steps": ([0], [1, 7]),
+        "time_budget_minutes": ([0, 0.0, 1_000_001], [1e-9, 1_000_000, 2.5]),
+        "batch_size": ([0], [1, 2]),
+        "gradient_accumulation_steps": ([0, 1_000_001], [1, 1_000_000, 4]),
+        "optimizer": (["sgd", "AdamW", ""], ["adamw", "muon"]),
+        "learning_rate": ([0, 0.0, 10.1, 1e308], [1e-12, 1, 10, 0.002]),
+        "schedule": (["linear", "Cosine", ""], ["cosine", "constant", "wsd"]),
+        "warmup_steps": ([], [0, 1, 3]),
+        "weight_decay": ([-1e-9, 1, 1.0], [0, 0.999, 0.2]),
+        "max_grad_norm": ([-1e-9], [0, 1e308, 2, 0.5]),
+        "max_length": ([0, 1_000_001], [1, 1_000_000, 32]),
+        "stride": ([0], [1, 16]),
+        "sampling": (["shuffle", ""], ["random"]),
+        "train_ratio": ([0, 0.0, 1, 1.0], [0.001, 0.999, 0.8]),
+        "eval_freq": ([0], [1, 11]),
+        "eval_iter": ([0], [1, 4]),
+        "patience": ([0], [1, 3]),
+        "save_every": ([0], [1, 6]),
+        "save_minutes": ([0, 0.0], [1e-9, 600, 0.5]),
+        "keep_checkpoints": ([0, 1, 1001], [2, 1000, 3]),
+        "start_context": (["", " \n", [], ["a"] * 17], ["春", ["a"] * 16, ["Once", "春江"]]),
+        "num_workers": ([], [0, 1]),
+        "activation_checkpointing": ([], [False, True]),
+    },
+    GPTConfig: {
+        "vocab_size": ([0], [1]),
+        "context_length": ([0, 1_000_001], [1]),
+        "emb_dim": ([0, 65_540], [4, 65_536, 32]),
+        "n_heads": ([0, 1025], [1, 8]),
+        "n_layers": ([0, 1025], [1, 3]),
+        "ff_dim": ([0, 1_000_001], [1, 100]),
+        "drop_rate": ([1, 1.0], [0, 0.999, 0.2]),
+        "attention_drop_rate": ([1, 1.0], [0, 0.999, 0.1]),
+        "qkv_bias": ([], [False, True]),
+        "activation": (["swish", ""], ["gelu", "relu"]),
+        "positions": (["rotary"], ["learned", "sinusoidal"]),
+        "tie_embeddings": ([], [False, True]),
+        "architecture": (["llama3", "GPT2", ""], ["gpt2", "llama"]),
+        "n_kv_heads": ([0, 1025], [4, 2]),
+        "qk_norm": ([], [False, True]),
+        "rope_theta": ([0, 1, 1.0], [10_000, 500_000.0]),
+        "zero_init": ([], [False, True]),
+    },
+    RunSettings: {
+        "DATA": (["", " "], ["no-such-file.txt"]),
+        "TOKENIZER": (["gpt3", "GPT2", ""], ["gpt2"]),
+        "DEVICE": (["gpu", "CPU", "cuda:", "cuda:x", ""], ["cpu", "mps", "cuda:1"]),
+        "PRECISION": (["fp8", "BF16", ""], ["auto", "bf16", "fp32", "fp16"]),
+        "COMPILE": (["on", "Auto", "True", ""], ["auto", True, False]),
+        "RESUME": ([True, "", " "], ["auto", False, "runs/no such run yet"]),
+        "TRACKING": ([], [[], ["wandb"], ["tensorboard", "wandb"]]),
+        "NIGHT_MODE": ([], [True, False]),
+        "SEED": ([2**32], [0, 2**32 - 1]),
+        "LOG_EVERY": ([], [0, 1]),
+    },
+    SamplingConfig: {
+        "max_new_tokens": ([0, 100_001], [1, 100_000]),
+        "temperature": ([-1e-9], [0, 2.5]),
+        "top_k": ([0], [1]),
+        "top_p": ([-1e-9, 1.1], [0, 1]),
+        "min_p": ([-1e-9, 1.1], [0, 1]),
+        "repetition_penalty": ([0, 0.009, 100.1], [0.01, 0.9, 1, 100]),
+        "repetition_window": ([0, 100_001], [1, 100_000]),
+    },
+}
+EXAMPLES = {
+    name: right[-1]
+    for cls in (TrainingConfig, GPTConfig)
+    for name, (_, right) in LIMITS[cls].items()
+    if name not in ("vocab_size", "context_length")
 }
 
 
@@ -129,12 +160,11 @@ def field_names(cls) -> list[str]:
 
 
 def test_the_examples_of_these_tests_cover_every_setting():
-    assert set(TRAINING_EXAMPLES) == set(field_names(TrainingConfig)) - {"model_overrides"}
-    assert set(MODEL_EXAMPLES) == set(MODEL_SETTINGS)
+    assert {*LIMITS[TrainingConfig], "model_overrides"} == set(field_names(TrainingConfig))
+    assert set(LIMITS[GPTConfig]) == set(field_names(GPTConfig))
     # the model settings are the fields of GPTConfig that a user may set
-    assert sorted(MODEL_SETTINGS) == sorted(
-        set(field_names(GPTConfig)) - {"vocab_size", "context_length"}
-    )
+    settable = set(LIMITS[GPTConfig]) - {"vocab_size", "context_length"}
+    assert sorted(MODEL_SETTINGS) == sorted(settable)
 
 
 def misspelt(name: str) -> str:
@@ -175,7 +205,7 @@ def test_name_like_no_other_of_its_place_is_refused_with_the_list_of_all():
 def test_other_systems_spelling_is_accepted_with_a_notice(alias):
     name = ALIASES[alias]
     plan = custom_plan(**{alias: EXAMPLES[name]})
-    section = plan.model if name in MODEL_EXAMPLES else plan.training.to_dict()
+    section = plan.model if name in MODEL_SETTINGS else plan.training.to_dict()
     assert section[name] == EXAMPLES[name]
     assert plan.notices == [f'custom_params["{alias}"] is read as {name}']
     if name in MODEL_SETTINGS:
@@ -186,11 +216,11 @@ def test_other_systems_spelling_is_accepted_with_a_notice(alias):
 
 
 def test_model_field_counts_the_same_at_top_level_and_in_model_overrides():
-    for name, value in MODEL_EXAMPLES.items():
-        given = BESIDE.get(name, {}) | {name: value}
+    for name in MODEL_SETTINGS:
+        given = BESIDE.get(name, {}) | {name: EXAMPLES[name]}
         on_top, below = custom_plan(**given), custom_plan(model_overrides=given)
         assert (on_top.training, on_top.model) == (below.training, below.model)
-        assert on_top.model[name] == value
+        assert on_top.model[name] == EXAMPLES[name]
         assert on_top.notices == []
 
 
@@ -250,79 +280,14 @@ def test_value_of_a_wrong_type_or_no_finite_number_is_refused(cls):
                 assert problem.startswith(f"{name} is {shown(value)}")
 
 
-LIMITS = {  # of each class -> of each name: what is refused, what is taken
-    TrainingConfig: {
-        "num_epochs": ([0], [1]),
-        "max_steps": ([0], [1]),
-        "time_budget_minutes": ([0, 0.0, 1_000_001], [1e-9, 1_000_000]),
-        "batch_size": ([0], [1]),
-        "gradient_accumulation_steps": ([0, 1_000_001], [1, 1_000_000]),
-        "optimizer": (["sgd", "AdamW", ""], ["adamw", "muon"]),
-        "learning_rate": ([0, 0.0, 10.1, 1e308], [1e-12, 1, 10]),
-        "schedule": (["linear", "Cosine", ""], ["cosine", "wsd", "constant"]),
-        "warmup_steps": ([], [0, 1]),
-        "weight_decay": ([-1e-9, 1, 1.0], [0, 0.999]),
-        "max_grad_norm": ([-1e-9], [0, 1e308]),
-        "max_length": ([0, 1_000_001], [1, 1_000_000]),
-        "stride": ([0], [1]),
-        "train_ratio": ([0, 0.0, 1, 1.0], [0.001, 0.999]),
-        "eval_freq": ([0], [1]),
-        "eval_iter": ([0], [1]),
-        "patience": ([0], [1]),
-        "save_every": ([0], [1]),
-        "save_minutes": ([0, 0.0], [1e-9, 600]),
-        "keep_checkpoints": ([0, 1, 1001], [2, 1000]),
-        "start_context": (["", " \n", [], ["a"] * 17], ["春", ["春"], ["a b", "a b"], ["a"] * 16]),
-        "num_workers": ([], [0]),
-    },
-    RunSettings: {
-        "DATA": (["", " "], ["no-such-file.txt"]),
-        "TOKENIZER": (["gpt3", "GPT2", ""], ["gpt2"]),
-        "DEVICE": (["gpu", "CPU", "cuda:", "cuda:x", ""], ["cpu", "mps", "cuda:1"]),
-        "PRECISION": (["fp8", "BF16", ""], ["auto", "bf16", "fp32", "fp16"]),
-        "COMPILE": (["on", "Auto", "True", ""], ["auto", True, False]),
-        "RESUME": ([True, "", " "], ["auto", False, "runs/no such run yet"]),
-        "TRACKING": ([], [[], ["wandb"], ["tensorboard", "wandb"]]),
-        "NIGHT_MODE": ([], [True, False]),
-        "SEED": ([2**32], [0, 2**32 - 1]),
-        "LOG_EVERY": ([], [0, 1]),
-    },
-    SamplingConfig: {
-        "max_new_tokens": ([0, 100_001], [1, 100_000]),
-        "temperature": ([-1e-9], [0, 2.5]),
-        "top_k": ([0], [1]),
-        "top_p": ([-1e-9, 1.1], [0, 1]),
-        "min_p": ([-1e-9, 1.1], [0, 1]),
-        "repetition_penalty": ([0, 0.009, 100.1], [0.01, 0.9, 1, 100]),
-        "repetition_window": ([0, 100_001], [1, 100_000]),
-    },
-    GPTConfig: {
-        "vocab_size": ([0], [1]),
-        "context_length": ([0, 1_000_001], [1]),
-        "emb_dim": ([0, 65_540], [4, 65_536]),
-        "n_heads": ([0, 1025], [1]),
-        "n_layers": ([0, 1025], [1]),
-        "ff_dim": ([0, 1_000_001], [1]),
-        "drop_rate": ([1, 1.0], [0, 0.999]),
-        "attention_drop_rate": ([1, 1.0], [0, 0.999]),
-        "activation": (["swish", ""], ["gelu", "relu"]),
-        "positions": (["rotary"], ["learned", "sinusoidal"]),
-        "architecture": (["llama3", "GPT2", ""], ["gpt2", "llama"]),
-        "n_kv_heads": ([0, 1025], [4]),
-        "rope_theta": ([0, 1, 1.0], [10_000]),
-        "zero_init": ([], [True, False]),
-    },
-}
-
-
 @pytest.mark.parametrize("cls", LIMITS)
 def test_limits_are_where_they_are_said_to_be(cls):
     for name, (wrong, right) in LIMITS[cls].items():
         for value in wrong:
-            [problem] = problems_in(build, cls, **{name: value})
+            [problem] = problems_in(build, cls, **BESIDE.get(name, {}), **{name: value})
             assert problem.startswith(f"{name} is ")
         for value in right:
-            assert getattr(build(cls, **{name: value}), name) == value
+            assert getattr(build(cls, **BESIDE.get(name, {}), **{name: value}), name) == value
 
 
 SEVERAL = "it must be text in quotes or a list of texts [...], 1 to 16 of them"
@@ -372,7 +337,7 @@ NO_NAMES = (
     ids=lambda case: ascii(case)[:40],
 )
 def test_value_is_refused_with_what_is_wrong_in_it(name, value, problem):
-    cls = TrainingConfig if name in TRAINING_EXAMPLES else RunSettings
+    cls = TrainingConfig if name in EXAMPLES else RunSettings
     [found] = problems_in(cls, **{name: value})
     assert found.startswith(f"{name} {problem}")
     place = {"custom_params": {name: value}} if cls is TrainingConfig else {name: value}
@@ -387,7 +352,6 @@ def test_values_of_every_right_form_are_taken():
         plan_of(**{name: "~/runs"})
     assert TrainingConfig(start_context="春江").prompts == ["春江"]
     assert TrainingConfig(start_context=["春江", "往事"]).prompts == ["春江", "往事"]
-    assert TrainingConfig(max_grad_norm=2, learning_rate=1).max_grad_norm == 2
 
 
 # --------------------------------------------------------------------- settings that conflict
@@ -648,7 +612,9 @@ def test_a_dict_of_some_or_all_settings_becomes_a_config_and_a_dict_again():
     expected = TrainingConfig().to_dict() | {"batch_size": 2, "model_overrides": {"emb_dim": 32}}
     assert config.to_dict() == expected
     assert CustomTrainingConfig.from_dict({}).to_dict() == TrainingConfig().to_dict()
-    everything = TRAINING_EXAMPLES | {"model_overrides": MODEL_EXAMPLES}
+    overrides = {name: EXAMPLES[name] for name in MODEL_SETTINGS}
+    everything = {name: EXAMPLES[name] for name in EXAMPLES if name not in overrides}
+    everything["model_overrides"] = overrides
     config = CustomTrainingConfig.from_dict(everything)
     assert config.to_dict() == everything
     assert CustomTrainingConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
@@ -739,7 +705,7 @@ def test_run_with_another_fixed_setting_may_not_go_on():
 
 def test_run_with_another_changeable_setting_may_go_on():
     for name in CHANGEABLE:
-        assert differing({}, {"custom_params": {name: TRAINING_EXAMPLES[name]}}) == []
+        assert differing({}, {"custom_params": {name: EXAMPLES[name]}}) == []
     watched = {"DEVICE": "cpu", "COMPILE": True, "LOG_EVERY": 3, "TRACKING": ["wandb"]}
     kept = {"NIGHT_MODE": True, "sampling_params": {"top_k": 3}, "OUTPUT_DIR": "elsewhere"}
     for name, value in (watched | kept).items():
@@ -763,7 +729,7 @@ def test_a_value_that_was_worked_out_may_be_given_now_in_words():
 def test_every_setting_has_a_reader():
     read = {
         node.attr
-        for _, tree in project_trees()
+        for tree in project_trees().values()
         for node in ast.walk(tree)
         if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load)
     }

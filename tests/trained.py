@@ -1,6 +1,7 @@
 """A tiny trained run for tests of what reads one, and what they change in its folder."""
 
 import contextlib
+import dataclasses
 import hashlib
 import json
 import os
@@ -12,6 +13,9 @@ import torch
 
 import environment
 import main
+from model import GPTConfig, GPTModel
+from storage.checkpoint import CheckpointStore
+from text.tokenizer import Tokenizer
 from training import journal
 
 TEXT = "the river carries the bell and the bell carries the river. 钟声 " * 12
@@ -42,7 +46,7 @@ class Trained:
 
     path: Path
     model: torch.nn.Module
-    tokenizer: object
+    tokenizer: Tokenizer
 
 
 def train_run(folder: Path, **settings) -> Trained:
@@ -78,3 +82,17 @@ def listing(folder: Path) -> dict[str, tuple]:
         content = hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else ""
         found[str(path)] = (entry.st_mode, entry.st_size, entry.st_mtime_ns, content)
     return found
+
+
+def remade(run: Path, tokenizer: Tokenizer, **overrides) -> GPTModel:
+    """Give a run's folder other weights, as those of step 9, and the tokenizer they are for."""
+    record = read(run / "settings.json")
+    sizes = {name: record["model"][name] for name in ("context_length", "emb_dim", "n_heads")}
+    config = GPTConfig(**sizes, n_layers=1, vocab_size=tokenizer.vocab_size, **overrides)
+    model = GPTModel(config).eval()
+    optimizer = torch.optim.SGD(model.parameters())
+    CheckpointStore(run, record["run_id"], 2).save(9, model, optimizer, {}, None)
+    edit_settings(run, model=dataclasses.asdict(config), tokenizer=tokenizer.fingerprint)
+    if tokenizer.kind != "gpt2":  # which needs no file
+        (run / "tokenizer.json").write_text(tokenizer.to_json(), encoding="utf-8")
+    return model
