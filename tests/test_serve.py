@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import gc
 import http.client
+import itertools
 import json
 import os
 import re
@@ -424,41 +425,40 @@ def test_every_answer_has_the_headers_that_keep_pages_apart(server):
         assert "server" not in headers
 
 
-@pytest.fixture
-def ask(model, served):
-    """Ask the server's application in this process; it has a token where one is given."""
-    with contextlib.closing(Writer(model, queue_limit=1)) as writer:
+def in_process(model, served: Served, *asked: tuple, token: str | None = None) -> list:
+    """The answers of the server's application to (method, path, options of httpx), in turn."""
 
-        def ask(method: str, path: str, token: str | None = None, **given) -> httpx.Response:
-            app = Application(model, served, writer)
-            transport = httpx.ASGITransport(app.guarded(host="", port=8000, token=token))
+    async def answers() -> list[httpx.Response]:
+        writer = Writer(model, queue_limit=1)
+        app = Application(model, served, writer).guarded(host="", port=8000, token=token)
+        transport, found = httpx.ASGITransport(app), []
+        async with httpx.AsyncClient(
+            transport=transport, base_url="http://localhost:8000"
+        ) as client:
+            for method, path, options in asked:
+                found.append(await client.request(method, path, **options))
+        await asyncio.to_thread(writer.close)
+        return found
 
-            async def answer() -> httpx.Response:
-                async with httpx.AsyncClient(
-                    transport=transport, base_url="http://localhost:8000"
-                ) as client:
-                    return await client.request(method, path, **given)
-
-            return asyncio.run(answer())
-
-        yield ask
+    return asyncio.run(answers())
 
 
-def test_with_a_token_nothing_but_the_page_is_shown_without_it(ask):
-    token = "open-sesame"
-    for path in ("/", "/page.css", "/page.js", "/icon.svg"):
-        assert ask("GET", path, token).status_code == 200
-    for path in ("/v1/models", "/run.json", "/training_losses.png", "/nothing", "/docs"):
-        for given in (None, "", "Bearer", "Bearer wrong", f"Basic {token}", f"Bearer {token}x"):
-            headers = {} if given is None else {"Authorization": given}
-            response = ask("GET", path, token, headers=headers)
-            assert (response.status_code, response.headers["www-authenticate"]) == (401, "Bearer")
-            assert response.json()["error"]["code"] == "invalid_api_key"
-    body = {"model": "tiny", "prompt": "The"}
-    assert ask("POST", "/v1/completions", token, json=body).status_code == 401
-    headers = {"Authorization": f"Bearer {token}"}
-    answer = ask("POST", "/v1/completions", token, json=body, headers=headers)
-    assert answer.json()["choices"][0]["text"]
+def test_with_a_token_nothing_but_the_page_is_shown_without_it(model, served):
+    token, body = "open-sesame", {"model": "tiny", "prompt": "The"}
+    wrong = ({}, *({"Authorization": given} for given in ("", "Bearer", f"Basic {token}")))
+    wrong = (*wrong, *({"Authorization": f"Bearer {given}"} for given in ("wrong", f"{token}x")))
+    public = [("GET", path, {}) for path in ("/", "/page.css", "/page.js", "/icon.svg")]
+    paths = ("/v1/models", "/run.json", "/training_losses.png", "/nothing", "/docs")
+    secret = [("GET", path, {"headers": headers}) for path in paths for headers in wrong]
+    secret.append(("POST", "/v1/completions", {"json": body}))
+    right = {"json": body, "headers": {"Authorization": f"Bearer {token}"}}
+    last = ("POST", "/v1/completions", right)
+    found = in_process(model, served, *public, *secret, last, token=token)
+    assert [response.status_code for response in found[:4]] == [200] * 4
+    for response in found[4:-1]:
+        assert (response.status_code, response.headers["www-authenticate"]) == (401, "Bearer")
+        assert response.json()["error"]["code"] == "invalid_api_key"
+    assert found[-1].json()["choices"][0]["text"]
 
 
 @pytest.mark.parametrize(
@@ -469,26 +469,30 @@ def test_with_a_token_nothing_but_the_page_is_shown_without_it(ask):
     ],
 )
 def test_a_failure_of_the_model_is_an_error_of_the_request_alone(
-    ask, monkeypatch, capsys, failure, told, printed
+    model, served, monkeypatch, capsys, failure, told, printed
 ):
-    def choose_next(*_, **__):
-        raise failure
+    real, count = generation.choose_next, itertools.count()
 
-    body = {"model": "tiny", "prompt": "The"}
-    with monkeypatch.context() as patch:
-        patch.setattr(generation, "choose_next", choose_next)
-        for stream in (False, True):
-            response = ask("POST", "/v1/completions", json=body | {"stream": stream})
-            assert response.status_code == (200 if stream else 500)
-            error = json.loads(response.text.removeprefix("data: "))["error"]
-            assert error["type"] == "server_error"
-            assert told in error["message"]
-            assert "planted" not in response.text
+    def choose_next(*arguments, **options):
+        if next(count) < 2:
+            raise failure
+        return real(*arguments, **options)
+
+    monkeypatch.setattr(generation, "choose_next", choose_next)
+    bodies = [{"model": "tiny", "prompt": "The", "stream": it} for it in (False, True, False)]
+    asked = (("POST", "/v1/completions", {"json": body}) for body in bodies)
+    *failed, last = in_process(model, served, *asked)
+    assert [response.status_code for response in (*failed, last)] == [500, 200, 200]
+    for response in failed:
+        error = json.loads(response.text.removeprefix("data: "))["error"]
+        assert error["type"] == "server_error"
+        assert told in error["message"]
+        assert "planted" not in response.text
+    assert last.json()["choices"][0]["text"]
     output = "".join(capsys.readouterr())
     assert printed in output
     assert bool(printed) == bool(output)
     assert "planted" not in output
-    assert ask("POST", "/v1/completions", json=body).status_code == 200
 
 
 # ------------------------------------------------------------------- how much, how many
