@@ -129,7 +129,9 @@ def test_a_run_on_chinese_text_writes_readable_samples_of_each_prompt(workdir, c
     params = TINY | {"start_context": ["春江", "往事"], "sampling": "random"}
     text = (REPOSITORY / "corpus" / "sample-zh.txt").read_text(encoding="utf-8")[:800]
     sampling = {"max_new_tokens": 60, "temperature": 1.0}
-    given = CHAR | {"RUN_NAME": "春江 one", "sampling_params": sampling}
+    (workdir / "val.txt").write_text(text[:200], encoding="utf-8")
+    data = {"path": "text.txt", "val": "val.txt"}
+    given = CHAR | {"RUN_NAME": "春江 one", "DATA": data, "sampling_params": sampling}
     write_settings(workdir, text, custom_params=params, **given)
     assert main.main(["settings.py"]) == 0
     run = only_run(workdir)
@@ -149,6 +151,8 @@ def test_a_run_on_chinese_text_writes_readable_samples_of_each_prompt(workdir, c
     settings = json.loads((run / "settings.json").read_text(encoding="utf-8"))
     assert settings["training"]["start_context"] == ["春江", "往事"]
     assert len(re.findall("[\u4e00-\u9fff，。]", sections[3])) > len("春江往事") + 10
+    split = json.loads((run / "data.json").read_text(encoding="utf-8"))["split"]
+    assert (split["train_tokens"], split["validation_tokens"]) == (800, 200)
     summary = summary_in(workdir)  # of crops at random places
     assert summary["final_val_loss"] < summary["initial_val_loss"]
 
