@@ -53,7 +53,7 @@ class Job(subprocess.Popen):
     def err(self) -> str:
         return self._err.read_text(encoding="utf-8", errors="replace")
 
-    def until(self, happened: Callable[[], object], within_s: float = 120.0) -> None:
+    def until(self, happened: Callable[[], object], within_s: float = 300.0) -> None:
         """Wait for something that the job does before it ends."""
         deadline = time.monotonic() + within_s
         while not happened():
@@ -105,7 +105,7 @@ def start_ranks(
 
 
 def run_ranks(
-    folder: Path, n: int, *arguments: str, code: int = 0, within_s: float = 120.0, **options
+    folder: Path, n: int, *arguments: str, code: int = 0, within_s: float = 300.0, **options
 ) -> Job:
     """Run a program as n ranks to its end, which must come in time with that exit code."""
     job = start_ranks(folder, n, *arguments, **options)
@@ -123,6 +123,15 @@ def write_settings(folder: Path, name: str = "settings.py", **settings) -> str:
     lines = "".join(f"{key} = {value!r}\n" for key, value in settings.items())
     (folder / name).write_text(lines, encoding="utf-8")
     return name
+
+
+def write_tiny_run(folder: Path, name: str, params: dict, **given) -> str:
+    """Write the settings of a run in fp32 on the CPU; names in lower case go into its params."""
+    params = params | {key: value for key, value in given.items() if key.islower()}
+    capitals = {key: value for key, value in given.items() if key.isupper()}
+    fixed = {"TOKENIZER": "char", "CUSTOM_MODE": True, "DEVICE": "cpu", "PRECISION": "fp32"}
+    fixed |= {"COMPILE": False, "sampling_params": {"max_new_tokens": 4}}
+    return write_settings(folder, name, **fixed | capitals, custom_params=params)
 
 
 def metrics(run: Path) -> list[dict]:

@@ -28,7 +28,6 @@ from benchmarks.peers import (
     disagreement,
     make_row,
     not_falling,
-    peers_python,
     sample_tokens,
     save_for_transformers,
 )
@@ -60,23 +59,17 @@ def results(tmp_path, monkeypatch):
 # ------------------------------------------------------------------ counting
 
 
-@pytest.mark.parametrize("tied", [True, False])
-def test_work_is_counted_with_the_head_and_without_lookups(tied):
-    model = GPTModel(dataclasses.replace(TINY, tie_embeddings=tied))
-    norms = 7 * 2 * 8
-    block = 8 * 24 + (8 * 8 + 8) + (8 * 32 + 32) + (32 * 8 + 8)
-    in_products = 100 * 8 + 3 * block + norms
-    assert model.flop_per_token() == 6 * in_products + 12 * 3 * 8 * 16
-
-
-def test_the_multiply_rate_counts_two_operations_for_each_product(monkeypatch):
+def test_work_is_counted_with_the_head_and_without_lookups(monkeypatch):
+    for tied in (True, False):
+        model = GPTModel(dataclasses.replace(TINY, tie_embeddings=tied))
+        norms = 7 * 2 * 8
+        block = 8 * 24 + (8 * 8 + 8) + (8 * 32 + 32) + (32 * 8 + 8)
+        in_products = 100 * 8 + 3 * block + norms
+        assert model.flop_per_token() == 6 * in_products + 12 * 3 * 8 * 16
     monkeypatch.setattr(benchmarks.steps, "MULTIPLY_SHAPES", ((10, 20, 30),))
     monkeypatch.setattr(benchmarks.steps, "median_seconds", lambda *_, **__: 0.5)
     assert multiply_rate(torch.float32, CPU) == 2 * 10 * 20 * 30 / 0.5
-
-
-def test_a_models_own_products_are_three_of_every_linear_and_of_the_head(monkeypatch):
-    monkeypatch.setattr(benchmarks.steps, "median_seconds", lambda *_, **__: 0.5)
+    # a model's own products are three of every linear layer and of the head
     weights = 100 * 8 + 3 * (8 * 24 + 8 * 8 + 8 * 32 + 32 * 8)
     products = 3 * (1 + 3 * 4)
     assert own_products_rate(TINY, 5, CPU) == pytest.approx(3 * 2 * 5 * weights / (0.5 * products))
@@ -91,21 +84,11 @@ def test_pieces_of_work_take_turns_and_the_first_two_runs_do_not_count(monkeypat
     assert order == ["a", "b"] * 4
 
 
-@pytest.mark.parametrize(
-    ("name", "peak"),
-    [
-        ("NVIDIA H100 80GB HBM3", 989e12),
-        ("NVIDIA H100 PCIe", 756e12),
-        ("NVIDIA H200", 989e12),
-        ("NVIDIA A100-SXM4-80GB", 312e12),
-        ("NVIDIA L4", 121e12),
-        ("NVIDIA L40S", None),
-        ("NVIDIA GeForce RTX 4090", 165e12),
-        ("NVIDIA T4", None),
-    ],
-)
-def test_the_peak_is_that_of_the_named_gpu_or_none(name, peak):
-    assert bf16_peak(name) == peak
+def test_the_peak_is_that_of_the_named_gpu_or_none():
+    peaks = {"H100 80GB HBM3": 989, "H100 PCIe": 756, "H200": 989, "A100-SXM4-80GB": 312}
+    peaks |= {"L4": 121, "L40S": None, "GeForce RTX 4090": 165, "T4": None}
+    for name, peak in peaks.items():
+        assert bf16_peak(f"NVIDIA {name}") == (peak and peak * 1e12)
 
 
 def test_the_step_with_full_logits_is_the_same_training():
@@ -143,15 +126,15 @@ def job_for(tmp_path, tokens, **changes) -> Job:
     return Job(**fields | changes)
 
 
-@pytest.mark.parametrize("count", [16, 17, 48, 49])
-def test_the_contenders_windows_are_those_of_the_trainer(tmp_path, count):
-    tokens = np.arange(count)
-    theirs = list(job_for(tmp_path, tokens).windows())
-    ours = WindowDataset(tokens, TINY.context_length, TINY.context_length)
-    assert len(theirs) == len(ours) == (count - 1) // 16
-    for window, (ids, targets) in zip(theirs, ours, strict=True):
-        assert window[:-1].tolist() == ids.tolist()
-        assert window[1:].tolist() == targets.tolist()
+def test_the_contenders_windows_are_those_of_the_trainer(tmp_path):
+    for count in (16, 17, 48, 49):
+        tokens = np.arange(count)
+        theirs = list(job_for(tmp_path, tokens).windows())
+        ours = WindowDataset(tokens, TINY.context_length, TINY.context_length)
+        assert len(theirs) == len(ours) == (count - 1) // 16
+        for window, (ids, targets) in zip(theirs, ours, strict=True):
+            assert window[:-1].tolist() == ids.tolist()
+            assert window[1:].tolist() == targets.tolist()
 
 
 def test_a_report_counts_operations_and_leaves_out_no_time(tmp_path, monkeypatch):
@@ -175,10 +158,8 @@ def test_the_peak_is_the_processes_own_and_stays_when_memory_is_given_back():
         "import numpy; from benchmarks.peer_job import peak_bytes; before = peak_bytes();"
         "numpy.ones(25_000_000); print(before, peak_bytes())"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, check=True
-    )
-    before, after = map(int, done.stdout.split())
+    command = [sys.executable, "-c", code]
+    before, after = map(int, subprocess.check_output(command, cwd=REPOSITORY).split())
     assert before < held.nbytes // 2
     assert 190e6 < after - before < 210e6
 
@@ -210,27 +191,19 @@ def test_the_tokens_are_the_repositorys_texts_over_and_over():
 LOSSES = [10.0 - 0.1 * step for step in range(50)]
 
 
-@pytest.mark.parametrize("step", [1, 10, 50])
-@pytest.mark.parametrize("error", [0.021, -0.021, math.nan])
-def test_losses_that_differ_at_a_compared_step_void_a_row(step, error):
-    theirs = list(LOSSES)
-    theirs[step - 1] += error
-    assert f"loss of step {step} is" in disagreement(LOSSES, theirs)
-
-
-def test_losses_that_agree_within_the_tolerance_void_nothing():
+def test_losses_that_differ_at_a_compared_step_or_dont_fall_void_a_row():
     assert disagreement(LOSSES, [loss + 0.019 for loss in LOSSES]) is None
-
-
-def test_a_run_too_short_to_compare_is_void():
-    assert disagreement(LOSSES, LOSSES[:49]) == "no loss of step 50 to compare"
-    assert not_falling(LOSSES[:49]) == "no loss of step 50"
-
-
-def test_a_loss_that_does_not_fall_voids_a_row():
+    for step in (1, 10, 50):
+        for error in (0.021, -0.021, math.nan):
+            theirs = list(LOSSES)
+            theirs[step - 1] += error
+            assert f"loss of step {step} is" in disagreement(LOSSES, theirs)
     assert not_falling(LOSSES) is None
     assert not_falling(LOSSES[::-1]) == "its loss goes from 5.100 to 10.000"
     assert not_falling([*LOSSES[:-1], math.nan]) is not None
+    # too short to compare
+    assert disagreement(LOSSES, LOSSES[:49]) == "no loss of step 50 to compare"
+    assert not_falling(LOSSES[:49]) == "no loss of step 50"
 
 
 def run_of(seconds: float, flop: int, losses=()) -> dict:
@@ -265,10 +238,8 @@ def test_a_ratio_is_taken_round_by_round_without_the_warm_up(same_model, ratio):
     assert row["losses"] == {"1": LOSSES[0], "10": LOSSES[9], "50": LOSSES[49]}
     checks["peer"]["losses"] = LOSSES[::-1]
     assert make_row(peer, race, checks, reports, rates)["void"] is not None
-
-
-def test_losses_in_fp32_are_held_against_ours_in_fp32():
-    race, peer = Race(TINY, batch_size=4), Contender("peer", "", "fp32")
+    # losses in fp32 are held against ours in fp32
+    peer = Contender("peer", "", "fp32")
     checks = {name: run_of(1.0, 100, LOSSES) for name in ("ours-fp32", "peer")}
     checks["ours"] = run_of(1.0, 100, LOSSES[::-1])
     reports = {name: [run_of(1.0, 100)] for name in ("ours", "peer")}
@@ -287,46 +258,17 @@ def test_a_peer_that_fails_is_a_void_row_with_its_last_line(tmp_path, monkeypatc
     assert row == {"name": "missing", "void": failed["failed"]}
     benchmarks.peers.print_rows([row], {"bf16": 1.0, "own_products": 1.0})
     assert f"void: {failed['failed']}" in capsys.readouterr().out
-
-
-def test_our_own_failure_is_raised_and_not_a_row(tmp_path, monkeypatch):
+    # our own failure is raised and no row
     broken = dataclasses.replace(OURS, module="benchmarks.no_such_peer")
     monkeypatch.setattr(benchmarks.peers, "OURS", broken)
     with pytest.raises(RuntimeError, match="no_such_peer"):
         benchmarks.peers.run(broken, Race(TINY, 2), 2, CPU, tmp_path, False)
 
 
-def test_the_peers_environment_is_made_once_for_its_requirements(tmp_path, monkeypatch):
-    made = []
-    requirements = tmp_path / "requirements.txt"
-    requirements.write_text("torch==1\n", encoding="utf-8")
-    (tmp_path / "peers-venv").mkdir()
-    without = tmp_path / "no-deps.txt"
-    without.write_text("litgpt==1\n", encoding="utf-8")
-    monkeypatch.setattr(benchmarks.peers, "REQUIREMENTS", requirements)
-    monkeypatch.setattr(benchmarks.peers, "WITHOUT_DEPENDENCIES", without)
-    monkeypatch.setattr(benchmarks.peers, "usable_cache", lambda: tmp_path)
-    monkeypatch.setattr(benchmarks.peers.subprocess, "run", lambda c, check: made.append(c))
-    python = peers_python()
-    assert made[0][1:3] == ["-m", "venv"]
-    install = [str(python), "-m", "pip", "install", "--quiet"]
-    assert made[1:] == [
-        [*install, "-r", str(requirements)],
-        [*install, "--no-deps", "-r", str(without)],
-    ]
-    assert peers_python() == python
-    assert len(made) == 3
-    for file in (requirements, without):
-        made.clear()
-        file.write_text("torch==2\n", encoding="utf-8")
-        peers_python()
-        assert len(made) == 3
-
-
-@pytest.mark.parametrize("arguments", [["no-case"], ["--peers", "--only", "no-peer"]])
-def test_an_unknown_name_ends_the_benchmark_with_the_known_ones(arguments):
-    with pytest.raises(SystemExit, match=r"unknown: no-.*known are: .*, "):
-        benchmarks.train.main(arguments)
+def test_an_unknown_name_ends_the_benchmark_with_the_known_ones():
+    for arguments in (["no-case"], ["--peers", "--only", "no-peer"]):
+        with pytest.raises(SystemExit, match=r"unknown: no-.*known are: .*, "):
+            benchmarks.train.main(arguments)
 
 
 # ------------------------------------------------------------------ the real thing
@@ -352,7 +294,7 @@ def test_our_contender_trains_on_the_given_tokens_from_the_shared_weights(tmp_pa
 
 
 @pytest.mark.slow
-def test_the_training_benchmark_measures_the_quick_model(results, capsys):
+def test_the_training_and_the_startup_benchmark_measure_the_real_thing(results, capsys):
     benchmarks.train.main(["quick"])
     (row,) = json.loads((results / "train-cpu.json").read_text(encoding="utf-8"))["rows"]
     assert row["parameters"] == 6_540_800
@@ -362,10 +304,6 @@ def test_the_training_benchmark_measures_the_quick_model(results, capsys):
     seconds = row["seconds"]
     assert row["times_full_logits"] == seconds["full_logits"] / seconds["as_written"]
     assert "tokens/s" in capsys.readouterr().out
-
-
-@pytest.mark.slow
-def test_the_startup_benchmark_times_the_real_program(results, capsys):
     benchmarks.startup.main(rounds=1)
     figures = json.loads((results / "startup-cpu.json").read_text(encoding="utf-8"))
     assert 0 < figures["import_torch_s"][0] < figures["first_step_s"][0]

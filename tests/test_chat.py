@@ -1,5 +1,6 @@
 """The conversation in a terminal: turns, commands, Ctrl-C, and what reaches the screen."""
 
+import contextlib
 import dataclasses
 import io
 import os
@@ -14,8 +15,9 @@ import pytest
 from generation import SamplingConfig, stream_text
 from scripts import chat
 from scripts.options import run_program
+from tests import by_heart
+from tests.by_heart import ON_POSIX, SHOWN, Done, Terminal
 from tests.conftest import REPOSITORY
-from tests.test_inference import ON_POSIX, SHOWN, Done, Terminal, train_tiny
 
 CONTEXT = 48  # of the tiny run, in characters
 HOT = ("--temperature", "5", "--top-k", "none", "--top-p", "none", "--max-new-tokens", "12")
@@ -23,7 +25,7 @@ HOT = ("--temperature", "5", "--top-k", "none", "--top-p", "none", "--max-new-to
 
 @pytest.fixture(scope="module")
 def tiny_run(tmp_path_factory):
-    return train_tiny(tmp_path_factory.mktemp("tiny"))
+    return by_heart.tiny_run(tmp_path_factory)
 
 
 @pytest.fixture
@@ -68,52 +70,50 @@ def remarks(done: Done) -> list[str]:
 # ----------------------------------------------------------------------------------- turns
 
 
-def test_answers_are_all_of_standard_output_and_the_input_s_end_is_the_conversation_s(talk, drawn):
-    done = talk("The ferry", "", "   ", "啦la 啦la", options=("--max-new-tokens", "8"))
+def test_answers_are_all_of_standard_output_and_the_beginning_tells_what_talks(
+    talk, drawn, tiny_run
+):
+    done = talk("The ferry", "", "   ", "啦la 啦la", options=("--max-new-tokens", "8", "--seed=5"))
     first, second = (call["answer"] for call in drawn)
     assert (done.code, done.out) == (0, f"{first}\n{second}\n")
     assert first == " crossed" and len(second) <= 8
     assert remarks(done) == []
+    place, kind, length, commands = done.err.splitlines()
+    assert re.fullmatch(rf"{re.escape(str(tiny_run))}, step 180, \w+ weights on cpu, seed 5", place)
+    assert "a base model and no assistant: it continues the text" in kind
+    assert f"{CONTEXT} tokens" in length
+    assert all(command in commands for command in ("/retry", "/reset", "/set", "/save", "/help"))
 
 
-def test_the_beginning_tells_run_step_kind_of_model_and_commands(talk, tiny_run):
-    first, second, third, fourth = talk(options=("--seed", "5")).err.splitlines()
-    assert re.fullmatch(rf"{re.escape(str(tiny_run))}, step 180, \w+ weights on cpu, seed 5", first)
-    assert "a base model and no assistant: it continues the text" in second
-    assert f"{CONTEXT} tokens" in third
-    assert all(command in fourth for command in ("/retry", "/reset", "/set", "/save", "/help"))
-
-
-def test_an_answer_ends_at_the_end_of_text_and_shows_no_control_characters(talk):
+def test_an_answer_ends_at_the_end_of_text_or_a_stop_string_and_may_have_no_text(talk):
     done = talk("The ferry")
     assert "The ferry" + done.out == SHOWN + "\n"
+    done = talk("The ferry", options=("--stop", "海", "--stop", "平"))
+    assert done.out == " crossed.\n春江潮水连\n"
+    done = talk("The ferry", options=("--stop", " cross"))
+    assert done.out == "\n"
+    assert "/retry draws again" in done.err
 
 
-def test_an_answer_ends_before_a_stop_string(talk):
-    assert (
-        talk("The ferry", options=("--stop", "海", "--stop", "平")).out == " crossed.\n春江潮水连\n"
-    )
-
-
-def test_turns_are_joined_with_blank_lines(talk, drawn):
+def test_turns_are_joined_with_blank_lines_and_half_characters_are_made_whole(
+    talk, drawn, monkeypatch
+):
     talk("The", "二", " /set is text", options=("--max-new-tokens", "2"))
     first, second, third = drawn
     assert first["prompt"] == "The"
     assert second["prompt"] == f"The{first['answer']}".rstrip() + "\n\n二"
     assert third["prompt"] == f"{second['prompt']}{second['answer']}".rstrip() + "\n\n /set is text"
-
-
-def test_blank_lines_between_turns_stay_single(talk, drawn):
-    talk("The ferry crossed.", "A", options=("--max-new-tokens", "1"))
-    assert drawn[0]["answer"] == "\n"
-    assert drawn[1]["prompt"] == "The ferry crossed.\n\nA"
-
-
-def test_half_a_character_from_a_console_is_made_whole(talk, drawn, monkeypatch):
+    drawn.clear()
+    one = ("--max-new-tokens", "1")
+    talk("The ferry crossed.", "A", options=one)  # blank lines between turns stay single
+    talk("caf\udce9", "春江", options=one)
     lines = iter(["a\ud83d", "/quit"])
     monkeypatch.setattr("builtins.input", lambda mark: next(lines))
-    talk(stdin=Terminal(), options=("--max-new-tokens", "1"))
-    assert drawn[0]["prompt"] == "a\ufffd"
+    talk(stdin=Terminal(), options=one)  # from a console
+    _, joined, latin, poem, half = (call["prompt"] for call in drawn)
+    assert joined == "The ferry crossed.\n\nA"
+    assert (latin, half) == ("caf\ufffd", "a\ufffd")
+    assert poem.endswith("\n\n春江")
 
 
 def test_the_oldest_turns_make_room_for_the_answer(talk, drawn):
@@ -143,29 +143,20 @@ def test_a_turn_that_is_longer_than_the_context_is_answered(talk, drawn):
     assert drawn[1]["prompt"] == "short"
 
 
-def test_one_seed_holds_one_conversation(talk):
-    lines = ("The", "/retry", "A")
-    first, again, other = (talk(*lines, options=(*HOT, "--seed", s)).out for s in "112")
-    assert first == again != other
-
-
-def test_bytes_that_are_no_utf_8_are_taken_as_a_character_each(talk, drawn):
-    talk("caf\udce9", "春江", options=("--max-new-tokens", "1"))
-    assert drawn[0]["prompt"] == "caf\ufffd"
-    assert drawn[1]["prompt"].endswith("\n\n春江")
-
-
 # -------------------------------------------------------------------------------- commands
 
 
 def test_retry_draws_the_last_answer_again_with_another_seed(talk, drawn):
-    talk("The", "A", "/retry", "B", options=(*HOT, "--seed", "4"))
+    lines = ("The", "A", "/retry", "B")
+    done = talk(*lines, options=(*HOT, "--seed", "4"))
     _, second, again, third = drawn
     assert [call["seed"] for call in drawn] == [4, 5, 6, 7]
     assert second["prompt"] == again["prompt"]
     assert second["answer"] != again["answer"]
     assert f"A{again['answer']}".rstrip() in third["prompt"]
     assert f"A{second['answer']}".rstrip() not in third["prompt"]
+    assert talk(*lines, options=(*HOT, "--seed", "4")).out == done.out
+    assert talk(*lines, options=(*HOT, "--seed", "9")).out != done.out
 
 
 def test_reset_forgets_all_that_was_said(talk, drawn):
@@ -191,9 +182,21 @@ def test_set_changes_what_it_names_for_the_next_answer(talk, drawn):
     assert remarks(done) == ["temperature = 0.5", "top_k = none", "max_new_tokens = 3", "top_k = 7"]
 
 
-def test_set_alone_shows_every_value(talk):
-    done = talk("/set", options=("--top-p", "none"))
-    assert remarks(done) == [
+def test_a_wrong_set_is_told_and_changes_nothing(talk):
+    wrong = {
+        "temprature=1 top_k=5": 'temprature is unknown; did you mean "temperature"?',
+        "top_k=0 temperature=warm": "temperature is 'warm'",
+        "temperature=none top_k=5": "temperature is None",
+        "max_new_tokens=2.5": "max_new_tokens is 2.5 (float); it must be a whole number",
+        "top_k=5 temperature": "temperature is ''",
+        "top_k=5 =3": "top_k is '5=3'",
+        "top_k=5 run=x": "run is unknown",
+    }
+    done = talk(*(f"/set {values}" for values in wrong), "/set", options=("--top-p", "none"))
+    errors, settings = remarks(done)[:-7], remarks(done)[-7:]
+    for said in (*wrong.values(), "top_k is 0"):
+        assert said in "\n".join(errors)
+    assert settings == [
         "max_new_tokens = 100",
         "temperature = 0.0",
         "top_k = 50",
@@ -202,26 +205,6 @@ def test_set_alone_shows_every_value(talk):
         "repetition_penalty = 1.0",
         "repetition_window = 64",
     ]
-
-
-@pytest.mark.parametrize(
-    ("values", "said"),
-    [
-        ("temprature=1 top_k=5", ['temprature is unknown; did you mean "temperature"?']),
-        ("top_k=0 temperature=warm", ["top_k is 0", "temperature is 'warm'"]),
-        ("top_k=5 top_p=nan", ["top_p is nan"]),
-        ("temperature=none top_k=5", ["temperature is None"]),
-        ("max_new_tokens=2.5", ["max_new_tokens is 2.5 (float); it must be a whole number"]),
-        ("top_k=5 temperature", ["temperature is ''"]),
-        ("top_k=5 =3", ["top_k is '5=3'"]),
-        ("top_k=5 run=x", ["run is unknown"]),
-    ],
-)
-def test_a_wrong_set_is_told_and_changes_nothing(talk, values, said):
-    done = talk(f"/set {values}", "/set")
-    errors, settings = remarks(done)[:-7], remarks(done)[-7:]
-    assert all(words in "\n".join(errors) for words in said), errors
-    assert settings == remarks(talk("/set"))
 
 
 def test_save_writes_the_conversation_as_it_was_and_never_over_a_file(talk, tmp_path):
@@ -242,18 +225,14 @@ def test_save_writes_the_conversation_as_it_was_and_never_over_a_file(talk, tmp_
     assert not (tmp_path / "early.md").exists()
 
 
-def test_a_saved_conversation_has_no_control_characters(talk, tmp_path):
-    talk("The ferry", "/save talk.md")
-    text = (tmp_path / "talk.md").read_text(encoding="utf-8")
-    assert text == f"# tiny, step 180\n\n> The ferry\n\n{SHOWN.removeprefix('The ferry')}\n"
-
-
-def test_a_place_that_cannot_be_written_is_told_and_the_conversation_goes_on(talk):
-    done = talk("The ferry", "/save no/such/folder/x.md", "/save .", "/set top_k=3")
+def test_a_saved_conversation_has_no_control_characters_and_a_wrong_place_is_told(talk, tmp_path):
+    done = talk("The ferry", "/save no/such/folder/x.md", "/save .", "/save talk.md")
     first, *_, last = remarks(done)
     assert first.startswith("can't write")
     assert ". is there already" in done.err
-    assert (done.code, last) == (0, "top_k = 3")
+    assert (done.code, last) == (0, "saved to talk.md")
+    text = (tmp_path / "talk.md").read_text(encoding="utf-8")
+    assert text == f"# tiny, step 180\n\n> The ferry\n\n{SHOWN.removeprefix('The ferry')}\n"
 
 
 def test_help_tells_every_command_and_an_unknown_one_the_nearest(talk):
@@ -266,21 +245,16 @@ def test_help_tells_every_command_and_an_unknown_one_the_nearest(talk):
     assert (done.code, done.out) == (0, "")
 
 
-@pytest.mark.parametrize(
-    ("options", "code"),
-    [
+def test_a_wrong_option_ends_with_its_code_before_anything_is_said(talk):
+    for options, code in (
         (("--top-k", "0"), 2),
-        (("--stop", ""), 2),
         (("--prompt", "a"), 2),
         (("--run", "nowhere"), 4),
         (("--help",), 0),
-    ],
-)
-def test_a_wrong_option_ends_with_its_code_before_anything_is_said(talk, options, code):
-    done = talk("The ferry", options=options)
-    assert done.code == code
-    assert bool(done.out) == (code == 0)
-    assert "Traceback" not in done.err
+    ):
+        done = talk("The ferry", options=options)
+        assert done.code == code
+        assert bool(done.out) == (code == 0)
 
 
 # ---------------------------------------------------------------------------------- Ctrl-C
@@ -302,12 +276,6 @@ def test_ctrl_c_ends_an_answer_whose_part_stays_in_the_history(talk, monkeypatch
     assert done.out.startswith(" cros\n")
     assert remarks(done) == ["", "(stopped)"]
     assert prompts[1] == "The ferry cros\n\non"
-
-
-def test_an_answer_without_text_is_told(talk):
-    done = talk("The ferry", options=("--stop", " cross"))
-    assert done.out == "\n"
-    assert "/retry draws again" in done.err
 
 
 @pytest.mark.parametrize(
@@ -379,16 +347,15 @@ class Screen:
         os.close(self._ours)
 
 
-@pytest.fixture
-def screen(tiny_run):
-    shown = Screen("-m", "scripts.chat", "--run", str(tiny_run), "--max-new-tokens", "100000")
-    yield shown
-    shown.close()
-
-
 @pytest.mark.slow
 @ON_POSIX
-def test_ctrl_c_in_a_real_terminal_ends_the_answer_and_then_the_program(screen):
+def test_ctrl_c_in_a_real_terminal_ends_the_answer_and_then_the_program(tiny_run):
+    command = ("-m", "scripts.chat", "--run", str(tiny_run), "--max-new-tokens", "100000")
+    with contextlib.closing(Screen(*command)) as screen:
+        talk_and_interrupt(screen)
+
+
+def talk_and_interrupt(screen: Screen) -> None:
     screen.wait_for("> ")
     screen.type("The ferry\n")
     shown = screen.wait_for(" end.").replace("\r\n", "\n")
@@ -405,12 +372,4 @@ def test_ctrl_c_in_a_real_terminal_ends_the_answer_and_then_the_program(screen):
     screen.press_ctrl_c_at_the_mark()
     screen.wait_for("/quit, ends the conversation)")
     screen.press_ctrl_c_at_the_mark()
-    assert screen.process.wait(timeout=30) == 0
-
-
-@pytest.mark.slow
-@ON_POSIX
-def test_ctrl_d_in_a_real_terminal_ends_the_conversation(screen):
-    screen.wait_for("> ")
-    screen.type("\x04")
     assert screen.process.wait(timeout=30) == 0

@@ -17,82 +17,14 @@ import environment
 from generation import SamplingConfig, generate, stream_text
 from scripts import inference
 from scripts.options import run_program
-from tests.conftest import REPOSITORY, train_in
-
-POEM = "春江潮水连海平，海上明月共潮生。"
-# what the model has by heart: wide characters, joined emoji, and orders to a terminal
-STORY = f"The ferry crossed.\n{POEM}\n👩‍🚀😀 \x1b[31mred\x1b[0m\x07\x9b1m end."
-SHOWN = f"The ferry crossed.\n{POEM}\n👩‍🚀😀 [31mred[0m1m end."
-SETTINGS = """
-CUSTOM_MODE = True
-DATA = {"path": "train.jsonl", "val": "val.jsonl"}
-TOKENIZER = "char"
-custom_params = {
-    "max_steps": 180,
-    "batch_size": 8,
-    "max_length": 48,
-    "learning_rate": 0.01,
-    "warmup_steps": 5,
-    "eval_freq": 180,
-    "eval_iter": 1,
-    "start_context": "The",
-    "model_overrides": {"n_heads": 2, "n_layers": 2, "emb_dim": 32, "drop_rate": 0.0},
-}
-sampling_params = {"max_new_tokens": 100, "temperature": 0.0}
-DEVICE = "cpu"
-PRECISION = "fp32"
-RUN_NAME = "tiny"
-COMPILE = False
-"""
-ON_POSIX = pytest.mark.skipif(os.name == "nt", reason="Windows has neither SIGINT nor ptys")
-
-
-def train_tiny(folder: Path) -> Path:
-    """Train a model in folder until it has STORY by heart, and "啦la 啦la ..." without an end.
-
-    By heart is what any processor's rounding leaves the likeliest: what follows on other prompts
-    is for a test to compute.
-    """
-    documents = ([STORY] * 50 + ["啦la " * 700]) * 8
-    for name, texts in ("train.jsonl", documents), ("val.jsonl", [f"{STORY}\n{STORY}"]):
-        lines = "".join(json.dumps({"text": text}) + "\n" for text in texts)
-        (folder / name).write_text(lines, encoding="utf-8")
-    run = train_in(folder, SETTINGS)
-    loaded = environment.load_run(run, weights="fp32")
-    for text in (STORY, "啦la " * 16):
-        ids = loaded.tokenizer.encode(text)
-        # from the beginning, as prompts of the tests have it, and in the middle after 24 tokens
-        windows = [(9, ids[:48]), *((24, ids[at : at + 48]) for at in range(len(ids) - 47))]
-        for known, window in windows:
-            with torch.no_grad():
-                probabilities = loaded.model(torch.tensor([window]))[0].softmax(-1)
-            of_next = probabilities[range(known - 1, 47), window[known:]]
-            assert of_next.min() > 0.6, f"not by heart: {of_next.min():.2f}"
-    return run
+from tests import by_heart
+from tests.by_heart import ON_POSIX, POEM, SHOWN, STORY, Done, Terminal
+from tests.conftest import REPOSITORY
 
 
 @pytest.fixture(scope="module")
 def tiny_run(tmp_path_factory) -> Path:
-    return train_tiny(tmp_path_factory.mktemp("tiny"))
-
-
-class Terminal(io.TextIOWrapper):
-    def __init__(self, typed: bytes = b"") -> None:
-        super().__init__(io.BytesIO(typed), encoding="utf-8")
-
-    def isatty(self) -> bool:
-        return True
-
-
-@dataclasses.dataclass
-class Done:
-    code: int
-    out: str
-    err: str
-
-    @property
-    def samples(self) -> list[dict]:
-        return [json.loads(line) for line in self.out.split("\n") if line]
+    return by_heart.tiny_run(tmp_path_factory)
 
 
 @pytest.fixture
@@ -142,28 +74,22 @@ def start(tiny_run: Path, *arguments: str | bytes, **options) -> subprocess.Pope
 # ------------------------------------------------------------------------- what is printed
 
 
-def test_prompt_and_continuation_are_all_of_standard_output(infer, tiny_run):
+def test_prompt_and_continuation_are_all_of_standard_output(infer, tiny_run, monkeypatch):
     done = infer("--prompt", "The ferry")
     assert (done.code, done.out) == (0, SHOWN + "\n")
     assert re.fullmatch(
         rf"{re.escape(str(tiny_run))}, step 180, (bf16|fp32) weights on cpu, seed \d+\n", done.err
     )
+    monkeypatch.chdir(tiny_run.parent.parent)  # by its name, or the newest finished one
+    for run in ("tiny", None):
+        assert infer("--prompt", "The ferry", run=run).out == SHOWN + "\n"
 
 
-def test_without_a_name_the_newest_finished_run_is_used(infer, tiny_run, monkeypatch):
-    monkeypatch.chdir(tiny_run.parent.parent)
-    assert infer("--prompt", "The ferry", run=None).out == SHOWN + "\n"
-    assert infer("--prompt", "The ferry", run="tiny").out == SHOWN + "\n"
-
-
-def test_control_characters_reach_no_terminal(infer):
+def test_control_characters_reach_no_terminal_and_are_escaped_in_json(infer):
     done = infer("--prompt", "\x1b]0;title\x07The ferry\r\tcrossed\x9b.\x7f")
     assert done.code == 0
     assert done.out.startswith("]0;titleThe ferry\tcrossed.")
     assert not re.search(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", done.out)
-
-
-def test_json_has_every_character_escaped_where_a_terminal_would_obey_it(infer):
     done = infer("--prompt", "The\u2028 fe\x85rry\ud83d", "--prompt", "The ferry", "--json")
     assert not re.search(r"[\x00-\x09\x0b-\x1f\x7f-\x9f\u2028\u2029]", done.out)
     assert len(done.out.splitlines()) == 2
@@ -181,25 +107,25 @@ def test_json_tells_finish_tokens_seed_run_and_step(infer, tiny_run):
     assert sample["tokens"][-1]["text"] is None  # the end of the text
     (sample,) = infer("--prompt", "The ferry", "--json", "--max-new-tokens", "5").samples
     assert (sample["text"], sample["finish_reason"]) == (" cros", "length")
+    (sample,) = infer("--prompt=The ferry", "--stop", "海上", "--stop", "水连", "--json").samples
+    assert (sample["text"], sample["finish_reason"]) == (" crossed.\n春江潮", "stop")
 
 
-def test_a_token_s_probability_is_the_model_s(infer, tiny_run):
+def test_a_token_s_probability_is_the_model_s_and_bytes_have_text_where_they_complete_one(
+    infer, tiny_run
+):
     run = environment.load_run(tiny_run, weights="fp32")
+    free = ("--json", "--seed", "2", "--weights", "fp32", "--top-k", "none", "--top-p", "none")
     (sample,) = infer(
-        *("--prompt", "The ferry", "--json", "--seed", "2", "--weights", "fp32"),
-        *("--temperature", "3", "--top-k", "none", "--top-p", "none", "--max-new-tokens", "20"),
+        *("--prompt", "The ferry", "--temperature", "3", "--max-new-tokens", "20", *free)
     ).samples
     ids = run.tokenizer.encode("The ferry")
     for token in sample["tokens"]:
         probabilities = run.model(torch.tensor([ids]))[0, -1].softmax(0)
         assert token["probability"] == pytest.approx(probabilities[token["id"]].item(), rel=1e-3)
         ids.append(token["id"])
-
-
-def test_bytes_of_characters_have_text_where_they_complete_one(infer):
     (sample,) = infer(
-        *("--prompt", "春", "--json", "--seed", "1", "--temperature", "1e9"),
-        *("--top-k", "none", "--top-p", "none", "--max-new-tokens", "300"),
+        *("--prompt", "春", "--temperature", "1e9", "--max-new-tokens", "300", *free)
     ).samples
     texts = [token["text"] for token in sample["tokens"]]
     assert "".join(text or "" for text in texts) == sample["text"]
@@ -239,10 +165,7 @@ def test_one_seed_draws_one_text_and_another_another(infer):
     assert first == again
     assert [s["text"] for s in first] != [s["text"] for s in other]
     assert first[0]["text"] != first[1]["text"]
-
-
-def test_a_seed_that_was_drawn_is_told_and_draws_the_same(infer):
-    hot = ("--prompt", "The", "--json", "--temperature", "5")
+    hot = ("--prompt", "The", "--json", "--temperature", "5")  # and one that was drawn is told
     (first,), (other,) = infer(*hot).samples, infer(*hot).samples
     assert first["seed"] != other["seed"]
     assert infer(*hot, "--seed", str(first["seed"])).samples == [first]
@@ -286,27 +209,15 @@ def test_no_more_than_eight_texts_of_prompts_are_drawn_at_once(infer, batches):
         assert [s["prompt"] for s in done.samples] == [p for p in prompts for _ in range(samples)]
 
 
-def test_a_text_ends_before_the_first_stop_string(infer):
-    done = infer("--prompt", "The ferry", "--stop", "海上", "--stop", "水连", "--json")
-    (sample,) = done.samples
-    assert (sample["text"], sample["finish_reason"]) == (" crossed.\n春江潮", "stop")
-
-
-@pytest.mark.parametrize(
-    "prompt",
-    ["", "<|endoftext|>", "한국어 ✈ unseen", "\udce9 from a byte", "half \ud83d", "\ufffe\x00"],
-)
-def test_any_prompt_is_gone_on_from(infer, batches, prompt):
-    (sample,) = infer("--prompt", prompt, "--json").samples
-    assert sample["prompt"] == re.sub("[\ud800-\udfff]", "\ufffd", prompt)
-    assert batches[0][0] == [sample["prompt"]]
-    assert sample["tokens"]
-
-
-def test_an_empty_prompt_begins_as_a_document_does(infer):
+def test_any_prompt_is_gone_on_from(infer, batches):
+    prompts = ["", "<|endoftext|>", "한국어 ✈ unseen", "\udce9 byte", "half \ud83d", "\ufffe\x00"]
+    samples = infer(*(f"--prompt={prompt}" for prompt in prompts), "--json").samples
+    for prompt, sample in zip(prompts, samples, strict=True):
+        assert sample["prompt"] == re.sub("[\ud800-\udfff]", "\ufffd", prompt)
+        assert sample["tokens"]
+    assert batches[0][0] == [sample["prompt"] for sample in samples]
     # the greedy beginning of a document is that of the story or of the other text
-    (sample,) = infer("--prompt", "", "--json").samples
-    assert sample["text"][:6] in (STORY[:6], "啦la 啦l")
+    assert samples[0]["text"][:6] in (STORY[:6], "啦la 啦l")
 
 
 def test_a_megabyte_is_gone_on_from_as_its_end_is(infer, tiny_run):
@@ -322,74 +233,60 @@ def test_a_megabyte_is_gone_on_from_as_its_end_is(infer, tiny_run):
 # ---------------------------------------------------------------------- where prompts are from
 
 
-@pytest.mark.parametrize("source", ["file", "standard input", "-"])
-def test_a_whole_file_is_one_prompt_without_its_last_line_end(infer, tmp_path, source):
-    content = "\ufeffThe ferry\r\n\r\ncrossed\r\n".encode()
+def test_prompts_are_flags_whole_files_without_their_last_line_end_or_each_line(infer, tmp_path):
+    whole, lines = (
+        "\ufeffThe ferry\r\n\r\ncrossed\r\n".encode(),
+        "T\r\n\n  \nA\u2028B\n 春江".encode(),
+    )
     file = tmp_path / "prompt.txt"
-    file.write_bytes(content)
-    flags = {"file": ["--prompt-file", str(file)], "-": ["--prompt-file", "-"]}.get(source, [])
-    done = infer(*flags, "--json", stdin=b"other" if source == "file" else content)
-    assert [s["prompt"] for s in done.samples] == ["The ferry\r\n\r\ncrossed"]
-
-
-def test_lines_makes_each_line_that_is_not_blank_a_prompt(infer):
-    stdin = "The ferry\r\n\n  \nA\u2028B\n 春江".encode()
-    done = infer("--lines", "--json", stdin=stdin)
-    assert [s["prompt"] for s in done.samples] == ["The ferry", "A\u2028B", " 春江"]
-    done = infer("--lines", "--json", "--prompt", "first", "--prompt-file", "-", stdin=stdin)
-    assert [s["prompt"] for s in done.samples] == ["first", "The ferry", "A\u2028B", " 春江"]
-
-
-def test_standard_input_is_left_alone_where_a_prompt_is_given(infer):
-    stdin = io.TextIOWrapper(io.BytesIO(b"more"))
-    assert infer("--prompt", "The ferry", stdin=stdin).out == SHOWN + "\n"
+    file.write_bytes(whole)
+    for flags, stdin, prompts in (
+        (["--prompt-file", str(file)], b"other", ["The ferry\r\n\r\ncrossed"]),
+        (["--prompt-file", "-"], whole, ["The ferry\r\n\r\ncrossed"]),
+        ([], whole, ["The ferry\r\n\r\ncrossed"]),
+        (["--lines"], lines, ["T", "A\u2028B", " 春江"]),
+        (["--lines", "--prompt=1", "--prompt-file=-"], lines, ["1", "T", "A\u2028B", " 春江"]),
+    ):
+        done = infer(*flags, "--json", "--max-new-tokens", "1", stdin=stdin)
+        assert [s["prompt"] for s in done.samples] == prompts
+    stdin = io.TextIOWrapper(io.BytesIO(b"more"))  # which is left alone where a prompt is given
+    for stream in (stdin, None):
+        assert infer("--prompt", "The ferry", stdin=stream).out == SHOWN + "\n"
     assert stdin.read() == "more"
-    assert infer("--prompt", "The ferry", stdin=None).out == SHOWN + "\n"
+    for stream in (Terminal(), None):
+        done = infer(stdin=stream)
+        assert (done.code, done.out) == (2, "")
+        assert "--prompt-file FILE" in done.err
 
 
-@pytest.mark.parametrize("stdin", [Terminal(), None], ids=["terminal", "closed"])
-def test_no_prompt_at_all_is_an_error_that_says_how_to_give_one(infer, stdin):
-    done = infer(stdin=stdin)
-    assert (done.code, done.out) == (2, "")
-    assert "--prompt-file FILE" in done.err
-
-
-@pytest.mark.parametrize(
-    ("content", "said"),
-    [
-        (b"caf\xe9 and more", r"not UTF-8: byte 3 is 0xe9"),
-        (b"cut \xe6\x98", r"not UTF-8: byte 4"),
-        ("春".encode("utf-16"), "not UTF-8: byte 0 is 0xff"),
-        (None, "No such file"),
-        ("folder", "directory|denied"),
-        (b"x" * 101, "more than 0 MB"),
-    ],
-    ids=["latin-1", "cut", "utf-16", "missing", "folder", "too large"],
-)
-def test_a_prompt_file_that_cannot_be_read_is_named(infer, tmp_path, monkeypatch, content, said):
+def test_a_source_of_prompts_that_cannot_be_read_is_named(infer, tmp_path, monkeypatch):
     monkeypatch.setattr(inference, "MOST_BYTES", 100)
-    file = tmp_path / "prompt.txt"
-    if content == "folder":
-        file.mkdir()
-    elif content is not None:
-        file.write_bytes(content)
-    done = infer("--prompt-file", str(file))
-    assert (done.code, done.out) == (3, "")
-    assert done.err.startswith("\nDataError: ")
-    assert "prompt.txt" in done.err
-    assert re.search(said, done.err)
-
-
-def test_errors_of_standard_input_name_it(infer):
-    done = infer(stdin=b"\xff")
-    assert done.code == 3
-    assert "standard input is not UTF-8: byte 0" in done.err
-    done = infer("--lines", stdin=b"\n \n")
-    assert done.code == 3
-    assert "standard input has no line with text" in done.err
-    done = infer("--prompt-file", "-", stdin=None)
-    assert done.code == 3
-    assert "closed" in done.err
+    for number, (content, said) in enumerate(
+        (
+            (b"caf\xe9 and more", r"not UTF-8: byte 3 is 0xe9"),
+            (b"cut \xe6\x98", r"not UTF-8: byte 4"),
+            ("春".encode("utf-16"), "not UTF-8: byte 0 is 0xff"),
+            (b"x" * 101, "more than 0 MB"),
+            (None, "No such file"),
+        )
+    ):
+        file = tmp_path / f"prompt-{number}.txt"
+        if content is not None:
+            file.write_bytes(content)
+        done = infer("--prompt-file", str(file))
+        assert (done.code, done.out) == (3, "")
+        assert done.err.startswith("\nDataError: ")
+        assert file.name in done.err
+        assert re.search(said, done.err)
+    for arguments, stdin, said in (
+        ([], b"\xff", "standard input is not UTF-8: byte 0"),
+        (["--lines"], b"\n \n", "standard input has no line with text"),
+        (["--prompt-file", "-"], None, "closed"),
+        (["--prompt-file", str(tmp_path)], b"", "directory|denied"),
+    ):
+        done = infer(*arguments, stdin=stdin)
+        assert done.code == 3
+        assert re.search(said, done.err)
 
 
 # ------------------------------------------------------------------------------- how it fails
@@ -398,30 +295,23 @@ def test_errors_of_standard_input_name_it(infer):
 @pytest.mark.parametrize(
     ("arguments", "code", "said"),
     [
-        (["--num-samples", "0"], 2, ["--num-samples is 0; it must be 1 to 100"]),
-        (["--num-samples", "101"], 2, ["--num-samples is 101"]),
-        (["--num-samples", "x"], 2, ["--num-samples", "'x'"]),
+        (["--num-samples", "101"], 2, ["--num-samples is 101; it must be 1 to 100"]),
         (["--stop", ""], 2, ["--stop", "empty"]),
         (["--stream", "--num-samples", "2"], 2, ["--stream shows a single text"]),
         (["--stream", "--prompt", "b"], 2, ["--stream shows a single text"]),
         (["--stream", "--json"], 2, ["--stream and --json"]),
         (["--lines"], 2, ["--lines is for --prompt-file"]),
         (
-            ["--temperature", "-1", "--top_k=0", "--top-p", "nan", "--seed", "-1"],
+            ["--temperature", "-1", "--top_k=0", "--seed", "-1"],
             2,
-            [
-                "4 problems",
-                "--temperature is -1.0",
-                "--top-k is 0",
-                "--top-p is nan",
-                "--seed is '-1'",
-            ],
+            ["3 problems", "--temperature is -1.0", "--top-k is 0", "--seed is '-1'"],
         ),
         (["--which", "worst"], 2, ["--which", "best", "last"]),
         (["--weights", "int4"], 2, ["--weights", "int8"]),
         (["--device", "tpu"], 2, ["--device is 'tpu'", "cuda"]),
         (["--promt", "b"], 2, ['did you mean "--prompt"', "--help"]),
         (["two", "words"], 2, ["'two'", "quotes"]),
+        (["--device", "cuda:99"], 6, ["no such device"]),
         (["--run", "no-such-run"], 4, ["no-such-run"]),
     ],
     ids=lambda value: "-".join(value).strip("-")[:40] if isinstance(value, list) else "",
@@ -431,11 +321,6 @@ def test_what_is_wrong_is_said_in_words_with_its_code(infer, arguments, code, sa
     assert (done.code, done.out) == (code, "")
     assert all(words in done.err for words in said), done.err
     assert "Traceback" not in done.err
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="the device is there")
-def test_a_device_that_is_not_there_is_a_lack_of_resources(infer):
-    assert infer("--prompt", "a", "--device", "cuda").code == 6
 
 
 def test_a_wrong_option_is_told_before_a_run_is_read(infer, monkeypatch):
@@ -474,29 +359,28 @@ def test_ctrl_c_ends_a_stream_with_130_and_no_traceback(tiny_run):
 
 
 @pytest.mark.slow
-def test_a_pipe_that_is_closed_ends_the_program_quietly(tiny_run):
-    process = start(tiny_run, "--prompt", "The ferry", "--num-samples", "3")
-    process.stdout.close()
-    error = process.stderr.read().decode()
-    assert process.wait(timeout=60) == 0
-    assert len(error.splitlines()) == 1  # the run that is used
-
-
-@pytest.mark.slow
 @ON_POSIX
-def test_bytes_that_are_not_utf_8_on_the_command_line_become_one_character(tiny_run):
-    process = start(tiny_run, "--prompt", b"caf\xe9", "--json")
-    out, error = process.communicate(timeout=60)
-    assert process.returncode == 0, error
+def test_bytes_of_the_command_line_closed_pipes_and_full_disks_are_handled(tiny_run):
+    jobs = [
+        start(tiny_run, "--prompt", b"caf\xe9", "--json", "--max-new-tokens", "1"),
+        start(tiny_run, "--prompt", "The ferry", "--num-samples", "3"),
+        start(tiny_run, "--prompt", "The ferry"),
+    ]
+    jobs[1].stdout.close()
+    jobs[2].stderr.close()
+    if full := os.path.exists("/dev/full"):  # only Linux has it
+        with open("/dev/full", "wb") as disk:
+            jobs.append(start(tiny_run, "--prompt", "The ferry", stdout=disk))
+    out, error = jobs[0].communicate(timeout=300)
+    assert jobs[0].returncode == 0, error
     assert json.loads(out)["prompt"] == "caf\ufffd"
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="only Linux has /dev/full")
-def test_a_full_disk_is_not_passed_over(tiny_run):
-    with open("/dev/full", "wb") as full:
-        process = start(tiny_run, "--prompt", "The ferry", stdout=full)
-        error = process.communicate(timeout=60)[1].decode()
-    assert process.returncode == 6
-    assert "No space left" in error
-    assert "Traceback" not in error and "Exception" not in error
+    error = jobs[1].stderr.read().decode()
+    assert jobs[1].wait(timeout=300) == 0
+    assert len(error.splitlines()) == 1  # the run that is used
+    assert jobs[2].stdout.read().decode() == SHOWN + "\n"
+    assert jobs[2].wait(timeout=300) == 0
+    if full:
+        error = jobs[3].communicate(timeout=300)[1].decode()
+        assert jobs[3].returncode == 6
+        assert "No space left" in error
+        assert "Traceback" not in error and "Exception" not in error

@@ -16,7 +16,7 @@ import pytest
 from engine.errors import SettingsError
 from environment import read_given_settings
 from tests.conftest import REPOSITORY
-from tests.test_main import OFFLINE
+from tests.programs import OFFLINE
 
 NOTEBOOKS = ["train_on_your_text.ipynb", "train_on_your_text.zh-CN.ipynb"]
 
@@ -36,13 +36,24 @@ def given() -> dict:
     return read_given_settings(None)[0]
 
 
-def test_an_edited_config_run_counts_at_the_next_reading(config_file, capsys):
+def test_an_edited_config_run_counts_at_the_next_reading_a_mistake_until_it_is_mended(
+    config_file, capsys
+):
     config_file.write_text("SEED = 1\nRUN_NAME = 'one'\n", encoding="utf-8")
     assert given() == {"SEED": 1, "RUN_NAME": "one"}
     config_file.write_text("SEED = 2\nLOG_EVERY = 5\n", encoding="utf-8")  # of the same size
-    assert given() == {"SEED": 2, "LOG_EVERY": 5}
-    assert given() == {"SEED": 2, "LOG_EVERY": 5}
+    for _ in range(2):
+        assert given() == {"SEED": 2, "LOG_EVERY": 5}
+    config_file.write_text("LOG_EVERY = 2\nSEED = 1 +\n", encoding="utf-8")
+    for _ in range(2):
+        with pytest.raises(SettingsError, match=r"config_run\.py line 2 is not Python"):
+            given()
+    config_file.write_text("LOG_EVERY = 2\nSEED = 3\n", encoding="utf-8")
+    assert given() == {"SEED": 3, "LOG_EVERY": 2}
     assert capsys.readouterr().out == ""
+    config_file.unlink()
+    assert given() == {"SEED": 3, "LOG_EVERY": 2}
+    assert "Note: config_run.py is gone" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("is_read_before", [True, False])
@@ -81,25 +92,6 @@ def test_in_a_kernel_it_is_told_where_nobody_knows_which_file_was_imported(
     assert "Note: as this program has set them, not as config_run.py: SEED\n" in (
         capsys.readouterr().out
     )
-
-
-def test_a_mistake_in_an_edit_is_told_until_it_is_mended(config_file):
-    config_file.write_text("SEED = 1\n", encoding="utf-8")
-    given()
-    config_file.write_text("LOG_EVERY = 2\nSEED = 1 +\n", encoding="utf-8")
-    for _ in range(2):
-        with pytest.raises(SettingsError, match=r"config_run\.py line 2 is not Python"):
-            given()
-    config_file.write_text("LOG_EVERY = 2\nSEED = 3\n", encoding="utf-8")
-    assert given() == {"SEED": 3, "LOG_EVERY": 2}
-
-
-def test_a_file_that_is_gone_counts_as_it_was_read(config_file, capsys):
-    config_file.write_text("SEED = 1\n", encoding="utf-8")
-    given()
-    config_file.unlink()
-    assert given() == {"SEED": 1}
-    assert "Note: config_run.py is gone" in capsys.readouterr().out
 
 
 # ------------------------------------------------------------------------------ the notebooks

@@ -11,12 +11,11 @@ import pytest
 
 import environment
 from tests.conftest import REPOSITORY
-from tests.test_serve import Server, continued, seconds_until_idle, train_by_heart
+from tests.serving import LONG, Server, continued, train_story
 
 NAMES = ("chromium", "chromium-browser", "google-chrome")
 CHROMIUM = next(filter(None, map(shutil.which, NAMES)), None)
-# what the model has by heart
-LINE = "Look: <img src=x onerror=alert(1)> </script><script>alert(2)</script> javascript:alert(3)\n"
+HOSTILE = "<img src=x onerror=alert(1)> </script><script>alert(2)</script> javascript:alert(3)"
 CONTRAST = """
 (selectors) => selectors.map((selector) => {
   const numbers = (color) => color.match(/[\\d.]+/g).map(Number);
@@ -37,7 +36,7 @@ CONTRAST = """
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory) -> Path:
-    return train_by_heart(tmp_path_factory.mktemp("page"), LINE, steps=250)
+    return train_story(tmp_path_factory.mktemp("page"), draws=True)
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +53,7 @@ def browser():
 
 @pytest.fixture(scope="module")
 def server(run, browser) -> Iterator[Server]:
-    with Server(run, "--answer-limit", "100000") as server:
+    with Server(run) as server:
         yield server
 
 
@@ -92,8 +91,8 @@ def open_page(browser, server):
 @pytest.fixture
 def page(open_page):
     page = open_page()
-    page.wait_for_selector("#facts dd")
-    set_controls(page, temperature="0", max_tokens="100")
+    page.wait_for_selector("#picture img:visible")
+    set_controls(page, temperature="0", max_tokens="60")
     return page
 
 
@@ -117,92 +116,40 @@ def wait_until_written(page) -> None:
     page.wait_for_selector("#retry:visible")
 
 
+def asked(page, text: str) -> dict:
+    """Say something, and wait for its answer; the body of the request."""
+    with page.expect_request("**/v1/chat/completions") as request:
+        say(page, text)
+    wait_until_written(page)
+    return json.loads(request.value.post_data)
+
+
 # ------------------------------------------------------------------------ the conversation
 
 
 @pytest.mark.slow
-def test_a_conversation_goes_on_from_all_that_was_said(page, run):
+def test_a_conversation_goes_on_from_all_that_was_said_and_is_written_anew_or_cleared(page, run):
     model = environment.load_run(run, weights="fp32", device="cpu")
-    bodies = []
-    page.on("request", lambda r: r.method == "POST" and bodies.append(json.loads(r.post_data)))
-    say(page, "Look: <img")
-    wait_until_written(page)
-    first = continued(model, "Look: <img", max_new_tokens=100)
+    asked(page, "The ferry")
+    first = continued(model, "The ferry", max_new_tokens=60)
     assert answers(page) == [first]
-    assert re.match(r"100 tokens · \d+ tokens/s", page.locator(".note").inner_text())
-    say(page, "Look:")
-    wait_until_written(page)
-    whole = f"Look: <img\n\n{first}\n\nLook:"
-    assert answers(page) == [first, continued(model, whole, max_new_tokens=100)]
-    assert [m["role"] for m in bodies[1]["messages"]] == ["user", "assistant", "user"]
-    assert bodies[1]["messages"][1]["content"] == first
-
-
-@pytest.mark.slow
-def test_of_a_long_conversation_the_newest_part_is_sent(page):
-    text = "😀" * 150_000 + "."  # the cut falls into the middle of a character
-    with page.expect_request("**/v1/chat/completions") as asked:
-        say(page, text)
-    (message,) = json.loads(asked.value.post_data)["messages"]
-    assert message["content"] == "😀" * 99_999 + "."
-    wait_until_written(page)
-    with page.expect_request("**/v1/chat/completions") as asked:
-        say(page, "Look:")
-    contents = [m["content"] for m in json.loads(asked.value.post_data)["messages"]]
-    assert contents[1:] == [answers(page)[0], "Look:"]
-    assert 199_998 < sum(len(c.encode("utf-16-le")) // 2 for c in contents) <= 200_000
-    wait_until_written(page)
-    assert page.locator(".problem").count() == 0
-
-
-@pytest.mark.slow
-def test_hostile_text_of_the_user_and_of_the_model_is_shown_as_text(page):
-    say(page, "Look:")
-    wait_until_written(page)
-    say(page, LINE)
-    wait_until_written(page)
-    shown = page.locator("#log").inner_text()
-    for part in ("<img src=x onerror=alert(1)>", "</script><script>", "javascript:alert(3)"):
-        assert part in answers(page)[0]  # the model does say it
-        assert shown.count(part) >= 2
-    assert page.locator("#log img, #log script, #log a").count() == 0
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("way", ["Escape", "button"])
-def test_an_answer_is_stopped_in_the_middle_and_what_was_written_stays(page, server, way):
-    set_controls(page, max_tokens="100000")
-    say(page, "Look:")
-    while len("".join(answers(page))) <= 50:  # the page's policy bars playwright's own waiting
-        time.sleep(0.02)
-    if way == "Escape":
-        page.keyboard.press("Escape")
-    else:
-        page.locator("#stop").click()
-    page.wait_for_selector("#send:visible")
-    assert seconds_until_idle(server) < 2
-    (text,) = answers(page)
-    assert 50 < len(text) < 100_000
-    assert page.locator(".assistant .note").inner_text() == "stopped"
-    time.sleep(0.3)
-    assert answers(page) == [text]
-    assert page.evaluate("document.activeElement.id") == "prompt"
-
-
-@pytest.mark.slow
-def test_retry_writes_anew_go_on_adds_and_clear_empties(page):
-    set_controls(page, max_tokens="30")
-    say(page, "Look:")
-    wait_until_written(page)
-    (first,) = answers(page)
+    assert re.match(r"60 tokens · \d+ tokens/s", page.locator(".note").inner_text())
+    messages = asked(page, "Its bell")["messages"]
+    whole = f"The ferry\n\n{first}\n\nIts bell"
+    second = continued(model, whole, max_new_tokens=60)
+    assert answers(page) == [first, second]
+    assert [m["role"] for m in messages] == ["user", "assistant", "user"]
+    assert messages[1]["content"] == first
     set_controls(page, max_tokens="10")
     page.locator("#retry").click()
     page.get_by_text("10 tokens").wait_for()
-    (second,) = answers(page)
-    assert (len(first), second) == (30, first[:10])
+    assert answers(page) == [first, second[:10]]
     page.locator("#more").click()
-    page.locator(".text", has_text=f"Look:{first[:20]}".removeprefix("Look:")).wait_for()
-    assert len(answers(page)[0]) <= 20
+    while len(answers(page)[1]) <= 10:  # the page's policy bars playwright's own waiting
+        time.sleep(0.02)
+    wait_until_written(page)
+    assert answers(page)[1].startswith(second[:10])
+    assert len(answers(page)[1]) <= 20
     page.locator("#clear").click()
     assert answers(page) == []
     assert page.locator("#welcome").is_visible()
@@ -210,13 +157,71 @@ def test_retry_writes_anew_go_on_adds_and_clear_empties(page):
 
 
 @pytest.mark.slow
-def test_a_refusal_is_shown_and_so_is_a_server_that_has_gone(open_page, run):
-    with Server(run, "--answer-limit", "200") as server:
+def test_of_a_long_conversation_the_newest_part_is_sent(page):
+    text = "😀" * 150_000 + "."  # the cut falls into the middle of a character
+    (message,) = asked(page, text)["messages"]
+    assert message["content"] == "😀" * 99_999 + "."
+    (answer,) = answers(page)
+    contents = [m["content"] for m in asked(page, "Its bell")["messages"]]
+    assert contents[1:] == [answer, "Its bell"]
+    assert 199_998 < sum(len(c.encode("utf-16-le")) // 2 for c in contents) <= 200_000
+    assert page.locator(".problem").count() == 0
+
+
+@pytest.mark.slow
+def test_hostile_text_of_the_user_and_of_the_model_is_shown_as_text(page):
+    def answer(route) -> None:
+        chunks = [{"choices": [{"index": 0, "delta": {"content": HOSTILE}, "finish_reason": None}]}]
+        chunks += [{"choices": [{"index": 0, "delta": {"content": ""}, "finish_reason": "stop"}]}]
+        events = [f"data: {json.dumps(chunk)}\n\n" for chunk in chunks]
+        body = "".join([*events, "data: [DONE]\n\n"])
+        route.fulfill(body=body, headers={"content-type": "text/event-stream; charset=utf-8"})
+
+    page.route("**/v1/chat/completions", answer)
+    asked(page, HOSTILE)
+    assert answers(page) == [HOSTILE]
+    assert page.locator("#log").inner_text().count(HOSTILE) == 2
+    assert page.locator("#log img, #log script, #log a").count() == 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("way", ["Escape", "button"])
+def test_an_answer_is_stopped_in_the_middle_and_what_was_written_stays(page, server, way):
+    set_controls(page, max_tokens=str(LONG))
+    say(page, "The ferry")
+    while len("".join(answers(page))) <= 50:
+        time.sleep(0.02)
+    if way == "Escape":
+        page.keyboard.press("Escape")
+    else:
+        page.locator("#stop").click()
+    page.wait_for_selector("#send:visible")
+    assert server.is_idle_soon()
+    (text,) = answers(page)
+    assert 50 < len(text) < LONG
+    assert page.locator(".assistant .note").inner_text() == "stopped"
+    time.sleep(0.3)
+    assert answers(page) == [text]
+    assert page.evaluate("document.activeElement.id") == "prompt"
+
+
+@pytest.mark.slow
+def test_a_server_with_a_token_asks_for_it_and_a_refusal_or_a_lost_server_is_shown(open_page, run):
+    options = ("--token", "open-sesame", "--answer-limit", "200")
+    with Server(run, *options) as server:
         page = open_page(server.url)
-        page.expected += ["400 (Bad Request)", "ERR_CONNECTION_REFUSED"]
-        page.wait_for_selector("#facts dd")
+        page.expected += ["401 (Unauth", "400 (Bad Request)", "ERR_CONNECTION_REFUSED"]
+        page.locator("#token").fill("wrong")
+        page.keyboard.press("Enter")
+        page.get_by_text("That is not the token.").wait_for()
+        page.locator("#token").fill("open-sesame")
+        page.keyboard.press("Enter")
+        page.wait_for_selector("#picture img:visible")
+        assert page.locator("#ask").is_hidden()
+        asked(page, "The ferry")
+        assert answers(page)[0]
         set_controls(page, max_tokens="201")
-        say(page, "Look:")
+        say(page, "Its bell")
         note = page.locator(".note.problem")
         note.wait_for()
         assert "from 1 to 200" in note.inner_text()
@@ -233,45 +238,32 @@ def test_a_refusal_is_shown_and_so_is_a_server_that_has_gone(open_page, run):
 def test_controls_begin_with_the_runs_values_and_are_what_is_asked_for(open_page):
     page = open_page()
     page.wait_for_selector("#facts dd")
-    names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "max_tokens", "seed")
-    begun = {name: page.locator(f"#{name}").input_value() for name in names}
-    assert begun == {
-        "temperature": "0.7",
-        "top_k": "50",
-        "top_p": "0.9",
-        "min_p": "0",
-        "repetition_penalty": "1",
-        "max_tokens": "20",
-        "seed": "",
-    }
-    chosen = {"temperature": "0.35", "top_k": "3", "top_p": "0.5", "min_p": "0.1"}
-    chosen |= {"repetition_penalty": "1.2", "max_tokens": "7", "seed": "5"}
+    begun = {"temperature": "0.7", "top_k": "50", "top_p": "0.9", "min_p": "0", "seed": ""}
+    begun |= {"repetition_penalty": "1", "max_tokens": "20"}
+    assert {name: page.locator(f"#{name}").input_value() for name in begun} == begun
+    chosen = {"temperature": "0.35", "top_k": "3", "top_p": "0.5", "min_p": "0.1", "seed": "5"}
+    chosen |= {"repetition_penalty": "1.2", "max_tokens": "7"}
     set_controls(page, **chosen)
     assert page.locator("#temperature-shown").inner_text() == "0.35"
-    with page.expect_request("**/v1/chat/completions") as asked:
-        say(page, "Look:")
-    wait_until_written(page)
-    body = json.loads(asked.value.post_data)
-    assert {name: body[name] for name in names} == {n: float(v) for n, v in chosen.items()}
+    body = asked(page, "The ferry")
+    assert {name: body[name] for name in begun} == {n: float(v) for n, v in chosen.items()}
     set_controls(page, top_k="")
-    with page.expect_request("**/v1/chat/completions") as asked:
-        say(page, "Look:")
-    assert json.loads(asked.value.post_data)["top_k"] is None
+    assert asked(page, "The ferry")["top_k"] is None
     page.locator("#reset").click()
-    assert {name: page.locator(f"#{name}").input_value() for name in names} == begun
+    assert {name: page.locator(f"#{name}").input_value() for name in begun} == begun
 
 
 @pytest.mark.slow
-def test_the_picture_and_the_facts_of_the_run_are_shown(page, run):
+def test_the_picture_and_the_facts_of_the_run_and_what_the_model_does_are_shown(page, run):
+    assert page.get_by_text("This model continues text").is_visible()
+    assert page.get_by_text("joined with blank lines").is_visible()
     picture = page.locator("#picture img")
-    page.wait_for_selector("#picture img:visible")
     assert picture.evaluate("(img) => img.decode().then(() => img.naturalWidth)") > 100
     assert "loss" in picture.get_attribute("alt")
     summary = json.loads((run / "summary.json").read_text(encoding="utf-8"))
     shown = page.locator("#facts").inner_text()
-    assert f"{summary['parameters']:,}" in shown
-    assert f"{summary['final_val_loss']:.3f}" in shown
-    assert "text.txt" in shown
+    for fact in (f"{summary['parameters']:,}", f"{summary['final_val_loss']:.3f}", "text.txt"):
+        assert fact in shown
     assert page.locator("#name").inner_text() == page.title() == "tiny"
     page.locator("#picture").click()
     assert page.locator("#large img").is_visible()
@@ -279,39 +271,28 @@ def test_the_picture_and_the_facts_of_the_run_are_shown(page, run):
     assert page.locator("#large").is_hidden()
 
 
-@pytest.mark.slow
-def test_a_server_with_a_token_asks_for_it(open_page, run):
-    with Server(run, "--token", "open-sesame") as server:
-        page = open_page(server.url)
-        page.expected.append("401 (Unauthorized)")
-        page.locator("#token").fill("wrong")
-        page.keyboard.press("Enter")
-        page.get_by_text("That is not the token.").wait_for()
-        page.locator("#token").fill("open-sesame")
-        page.keyboard.press("Enter")
-        page.wait_for_selector("#picture img:visible")
-        assert page.locator("#ask").is_hidden()
-        say(page, "Look:")
-        wait_until_written(page)
-        assert answers(page)[0]
-
-
 # ------------------------------------------------------------------------------- for all
 
 
 @pytest.mark.slow
-def test_all_of_it_works_with_the_keyboard_alone(open_page):
+def test_all_of_it_works_with_the_keyboard_alone_and_has_names_that_are_read_out(open_page):
     page = open_page()
     page.wait_for_selector("#picture img:visible")
     assert page.evaluate("document.activeElement.id") == "prompt"
-    page.keyboard.type("Look:")
+    page.keyboard.type("The")
     page.keyboard.press("Shift+Enter")
-    page.keyboard.type("<img")
-    assert page.locator("#prompt").input_value() == "Look:\n<img"
-    assert answers(page) == []
+    page.keyboard.type("ferry")
+    # Enter while composing takes a suggestion; WebKit ends composing before the key that ended it
+    for sign in ("isComposing: true", "keyCode: 229"):
+        page.locator("#prompt").evaluate(
+            f"""(prompt) => prompt.dispatchEvent(new KeyboardEvent("keydown",
+             {{key: "Enter", {sign}, bubbles: true, cancelable: true}}))"""
+        )
+    assert page.locator("#prompt").input_value() == "The\nferry"
+    assert page.locator(".message").count() == 0
     page.keyboard.press("Enter")
     wait_until_written(page)
-    assert page.locator(".user .text").text_content() == "Look:\n<img"
+    assert page.locator(".user .text").text_content() == "The\nferry"
     reached = {}
     for _ in range(25):
         page.keyboard.press("Tab")
@@ -332,26 +313,6 @@ def test_all_of_it_works_with_the_keyboard_alone(open_page):
     page.keyboard.press("Enter")
     wait_until_written(page)
     assert page.evaluate("document.activeElement.id") == "prompt"
-
-
-@pytest.mark.slow
-def test_enter_takes_the_suggestion_of_an_input_method_and_does_not_send(page):
-    page.locator("#prompt").fill("chun")
-    # while composing; and WebKit's, which ends composing before the key that ended it
-    for sign in ("isComposing: true", "keyCode: 229"):
-        page.locator("#prompt").evaluate(
-            f"""(prompt) => prompt.dispatchEvent(new KeyboardEvent("keydown",
-             {{key: "Enter", {sign}, bubbles: true, cancelable: true}}))"""
-        )
-    assert page.locator("#prompt").input_value() == "chun"
-    assert page.locator(".message").count() == 0
-
-
-@pytest.mark.slow
-def test_every_control_has_a_name_and_answers_are_announced(page):
-    page.wait_for_selector("#picture img:visible")
-    say(page, "Look:")
-    wait_until_written(page)
     nameless = page.evaluate(
         """() => [...document.querySelectorAll("button, input, textarea, aside, [role=log], img")]
           .filter((e) => !e.ariaLabel && !e.labels?.length && !e.textContent.trim())
@@ -360,8 +321,8 @@ def test_every_control_has_a_name_and_answers_are_announced(page):
     )
     assert nameless == []
     log = page.locator("#log")
-    assert (log.get_attribute("role"), log.get_attribute("aria-live")) == ("log", "polite")
-    assert log.get_attribute("aria-busy") == "false"
+    attributes = [log.get_attribute(name) for name in ("role", "aria-live", "aria-busy")]
+    assert attributes == ["log", "polite", "false"]
     assert page.locator(".assistant").text_content().startswith("The model: ")
 
 
@@ -370,8 +331,7 @@ def test_every_control_has_a_name_and_answers_are_announced(page):
 def test_light_and_dark_are_both_readable(open_page, scheme):
     page = open_page(color_scheme=scheme)
     page.wait_for_selector("#facts dd")
-    say(page, "Look:")
-    wait_until_written(page)
+    asked(page, "The ferry")
     ground = page.evaluate("getComputedStyle(document.body).backgroundColor")
     assert (sum(map(int, re.findall(r"\d+", ground)[:3])) > 384) == (scheme == "light")
     parts = ["#name", "#summary", ".user .text", ".assistant .text", ".note", "#keys", "#send"]
@@ -386,8 +346,7 @@ def test_a_phone_scrolls_in_one_direction_only(open_page):
     page.wait_for_selector("#facts dd", state="attached")
     wide = "() => document.scrollingElement.scrollWidth > innerWidth || scrollX > 0"
     assert not page.evaluate(wide)
-    say(page, "W" * 300)
-    wait_until_written(page)
+    asked(page, "W" * 300)
     assert not page.evaluate(wide)
     assert page.locator("#log").evaluate("(log) => log.scrollWidth <= log.clientWidth")
     for button in ("#send", "#retry", "#more", "#clear", "#toggle"):
@@ -416,12 +375,6 @@ def test_a_chinese_browser_gets_a_chinese_page(open_page):
     assert page.get_by_text("续写").is_visible()
     say(page, "春江")
     page.get_by_text("20 个词元").wait_for()
-
-
-@pytest.mark.slow
-def test_the_page_says_that_the_model_continues_text_joined_with_blank_lines(page):
-    assert page.get_by_text("This model continues text").is_visible()
-    assert page.get_by_text("joined with blank lines").is_visible()
 
 
 def test_both_languages_have_every_string_that_the_page_shows():

@@ -7,11 +7,12 @@ import json
 import math
 import os
 import random
+import re
 import signal
 import socket
-import subprocess
 import sys
 import time
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -34,12 +35,12 @@ from exchange.saved_run import load_run
 from generation import generate
 from model import GPTConfig, GPTModel
 from tests.conftest import REPOSITORY
-from tests.ranks import metrics, run_ranks, write_settings
+from tests.ranks import metrics, run_ranks, write_tiny_run
 from training import journal
 from training.learner import batch_loss, mean_loss, micro_batches, steps_of_epoch, take_step
 
 needs_signals = pytest.mark.skipif(os.name == "nt", reason="POSIX signals")
-LENGTH, STEPS = 16, 20  # tokens of a window, optimizer steps of a run
+LENGTH, STEPS = 16, 14  # tokens of a window, optimizer steps of a run
 TINY = {"emb_dim": 32, "n_heads": 2, "n_layers": 2, "tie_embeddings": True}
 WEIGHTS, MOMENTS = "model.safetensors", "optimizer.safetensors"
 
@@ -112,24 +113,9 @@ def settings_of(folder: Path, name: str, *, left_over: int = 1, **given) -> str:
         "save_every": 6,
         "start_context": "the river",
         "model_overrides": TINY,
-    } | {key: value for key, value in given.items() if key.islower()}
-    capitals = {key: value for key, value in given.items() if key.isupper()}
-    return write_settings(
-        folder,
-        f"{name}.py",
-        **{
-            "DATA": {"path": text, "val": "val.txt"},
-            "TOKENIZER": "char",
-            "CUSTOM_MODE": True,
-            "DEVICE": "cpu",
-            "PRECISION": "fp32",
-            "COMPILE": False,
-            "RUN_NAME": name,
-            "custom_params": params,
-            "sampling_params": {"max_new_tokens": 4},
-        }
-        | capitals,
-    )
+    }
+    given = {"RUN_NAME": name, "DATA": {"path": text, "val": "val.txt"}} | given
+    return write_tiny_run(folder, f"{name}.py", params, **given)
 
 
 def alone(folder: Path, *starts: list) -> str:
@@ -142,9 +128,7 @@ def alone(folder: Path, *starts: list) -> str:
 
 def together(folder: Path, n: int, *starts: list, restarts: int = 0):
     options = (f"--max-restarts={restarts}", "--monitor-interval=0.1")
-    return run_ranks(
-        folder, n, json.dumps(starts), program=SEVERAL, options=options, within_s=240.0
-    )
+    return run_ranks(folder, n, json.dumps(starts), program=SEVERAL, options=options)
 
 
 def furthest(run: Path, other: Path, *keys: str) -> float:
@@ -170,7 +154,7 @@ def shares_of_last_step(run: Path) -> list[int]:
     settings, data = (json.loads((run / f"{n}.json").read_bytes()) for n in ("settings", "data"))
     training, n = settings["training"], data["split"]["train_windows"]
     left = n % (training["batch_size"] * training["gradient_accumulation_steps"])
-    assert settings["steps_per_epoch"] == 6  # 20 steps have three such ends
+    assert settings["steps_per_epoch"] == 6  # 14 steps have two such ends
     return [math.ceil(share / settings["micro_batch"]) for share in (left // 2, left - left // 2)]
 
 
@@ -184,19 +168,18 @@ def final(run: Path, name: str) -> bytes:
 def test_two_ranks_learn_what_one_process_learns(tmp_path):
     llama = {"MODEL": "llama-mini", "left_over": 3, "batch_size": 1}
     llama["gradient_accumulation_steps"] = 8
-    ten = {"max_steps": 10}
     cases = {  # name: its settings
         "gpt2": {"MODEL": "small"},
         "llama": llama,
-        "bf16": {"PRECISION": "bf16", **ten},
-        "muon": {"optimizer": "muon", **ten},
+        "bf16": {"PRECISION": "bf16", "max_steps": 7},
+        "muon": {"optimizer": "muon", "max_steps": 7},
     }
     for name, given in cases.items():
         alone(tmp_path, [settings_of(tmp_path, name, **given)])
         for kind in ("ddp", "fsdp"):
             settings_of(tmp_path, f"{name}-{kind}", PARALLEL=kind, **given)
     again = {"activation_checkpointing": True, "PARALLEL": "fsdp"}
-    settings_of(tmp_path, "again", **(cases["gpt2"] | again))
+    settings_of(tmp_path, "again", **cases["gpt2"], **again)
     kinds = [f"{name}-{kind}.py" for name in cases for kind in ("ddp", "fsdp")]
     auto = settings_of(tmp_path, "auto", max_steps=2)  # what the run before had is not kept
     together(tmp_path, 2, *([name] for name in [*kinds, "again.py", auto]))
@@ -213,13 +196,12 @@ def test_two_ranks_learn_what_one_process_learns(tmp_path):
             # absolute: the losses are between 2 and 6
             assert furthest(runs / name, runs / f"{name}-{kind}", *LOSSES) < 1e-5, (name, kind)
             assert furthest(runs / name, runs / f"{name}-{kind}", NORM) < 1e-5, (name, kind)
-            summaries = [
+            one, two = (
                 json.loads((runs / run / "summary.json").read_bytes())
                 for run in (name, f"{name}-{kind}")
-            ]
-            one, two = (summary["final_val_loss"] for summary in summaries)
-            assert two == pytest.approx(one, abs=1e-5)
-            assert [summary["ranks"] for summary in summaries] == [1, 2]
+            )
+            assert two["final_val_loss"] == pytest.approx(one["final_val_loss"], abs=1e-5)
+            assert (one["ranks"], two["ranks"]) == (1, 2)
         assert furthest(runs / "bf16", runs / f"bf16-{kind}", *LOSSES) < 2e-3
         assert furthest(runs / "muon", runs / f"muon-{kind}", *LOSSES) < 1e-3
     # the same operations on the same numbers
@@ -228,21 +210,14 @@ def test_two_ranks_learn_what_one_process_learns(tmp_path):
 
     laid = [json.loads((runs / n / "settings.json").read_bytes()) for n in ("again", "auto")]
     assert [settings["parallel"] for settings in laid] == ["fsdp", "ddp"]
+    whole = load_run(runs / "gpt2", weights="fp32")
+    prompt = whole.tokenizer.encode("the ri")
+    expected = generate(whole.model, [prompt], max_new_tokens=9, temperature=0.0)
     for name in ("gpt2-ddp", "gpt2-fsdp"):
         assert files(runs / name) == files(runs / "gpt2")
-        loaded, expected = (load_run(path, weights="fp32") for path in (runs / name, runs / "gpt2"))
-        assert loaded.step == expected.step
-        texts = [
-            run.tokenizer.decode(
-                generate(
-                    run.model, [run.tokenizer.encode("the ri")], max_new_tokens=9, temperature=0.0
-                )[0]
-            )
-            for run in (loaded, expected)
-        ]
-        assert texts[0] == texts[1]
-        assert texts[0].startswith("the ri")
-        assert len(texts[0]) > len("the ri")
+        loaded = load_run(runs / name, weights="fp32")
+        assert loaded.step == whole.step
+        assert generate(loaded.model, [prompt], max_new_tokens=9, temperature=0.0) == expected
 
 
 def files(run: Path) -> list[str]:
@@ -264,19 +239,20 @@ def assert_same_to_the_last_bit(run: Path, undisturbed: Path) -> None:
 
 @pytest.mark.slow
 @needs_signals
-def test_runs_of_two_ranks_that_were_stopped_or_killed_end_with_the_same_bits(tmp_path):
+def test_runs_of_three_ranks_that_were_stopped_or_killed_end_with_the_same_bits(tmp_path):
+    """Sums of three numbers depend on their order, so the messages must be cut as before."""
     for kind in ("ddp", "fsdp"):
         for name in ("whole", "stopped", "killed"):
-            settings_of(tmp_path, f"{name}-{kind}", PARALLEL=kind, **DROPPING)
-    stops = [["stopped-ddp.py", 1, 8, "SIGTERM", 0], ["stopped-fsdp.py", 0, 9, "SIGTERM", 0]]
+            settings_of(tmp_path, f"{name}-{kind}", PARALLEL=kind, batch_size=3, **DROPPING)
     # one that is killed ends all, and torchrun starts all again: what is done is passed over
     job = together(
         tmp_path,
-        2,
+        3,
         ["whole-ddp.py"],
         ["whole-fsdp.py"],
-        *stops,
-        ["killed-fsdp.py", 1, 15, "SIGKILL", 0],
+        ["stopped-ddp.py", 1, 8, "SIGTERM", 0],
+        ["stopped-fsdp.py", 0, 9, "SIGTERM", 0],
+        ["killed-fsdp.py", 2, 13, "SIGKILL", 0],
         ["killed-ddp.py", 0, 11, "SIGKILL", 1],
         restarts=2,
     )
@@ -286,25 +262,12 @@ def test_runs_of_two_ranks_that_were_stopped_or_killed_end_with_the_same_bits(tm
     for kind in ("ddp", "fsdp"):
         for name in ("stopped", "killed"):
             assert_same_to_the_last_bit(runs / f"{name}-{kind}", runs / f"whole-{kind}")
-    assert final(runs / "whole-ddp", WEIGHTS) != final(runs / "killed-ddp", MOMENTS)
 
 
 def steps_gone_on_from(out: str) -> dict[str, int]:
     """Which runs went on, and from which step."""
     lines = [line.split() for line in out.splitlines() if line.startswith("Resuming runs/")]
     return {words[1].removeprefix("runs/").rstrip(":"): int(words[2]) for words in lines}
-
-
-@pytest.mark.slow
-@needs_signals
-def test_a_run_of_three_ranks_that_was_killed_ends_with_the_same_bits(tmp_path):
-    """Sums of three numbers depend on their order, so the messages must be cut as before."""
-    given = {"PARALLEL": "ddp", "batch_size": 3, **DROPPING}
-    for name in ("whole", "killed"):
-        settings_of(tmp_path, name, **given)
-    job = together(tmp_path, 3, ["whole.py"], ["killed.py", 2, 14, "SIGKILL", 0], restarts=1)
-    assert steps_gone_on_from(job.out) == {"killed": 12}
-    assert_same_to_the_last_bit(tmp_path / "runs" / "killed", tmp_path / "runs" / "whole")
 
 
 @pytest.mark.slow
@@ -324,12 +287,12 @@ def test_a_run_goes_on_with_other_ranks_or_laid_out_otherwise_and_says_so(tmp_pa
         ["shrinking-ddp.py", 1, 7, "SIGTERM", 0],
         ["shrinking-fsdp.py", 0, 9, "SIGTERM", 0],
         ["turning-ddp.py", 1, 8, "SIGTERM", 0],
-        ["turning-fsdp.py", 0, 14, "SIGTERM", 0],
+        ["turning-fsdp.py", 0, 12, "SIGTERM", 0],
         ["turning-ddp.py"],
     )
     said = alone(tmp_path, ["shrinking-ddp.py"], ["shrinking-fsdp.py"])
 
-    assert steps_gone_on_from(job.out) == {"growing": 8, "turning": 14}
+    assert steps_gone_on_from(job.out) == {"growing": 8, "turning": 12}
     assert steps_gone_on_from(said) == {"shrinking-ddp": 7, "shrinking-fsdp": 9}
     rest = "from here on the numbers are not bit for bit those of an undisturbed run"
     assert said.count(f"Note: ranks was 2 and is 1: {rest}") == 2
@@ -341,74 +304,10 @@ def test_a_run_goes_on_with_other_ranks_or_laid_out_otherwise_and_says_so(tmp_pa
         assert furthest(runs / name, runs / "whole", *LOSSES, "train/tokens") < 1e-5, name
     settings = json.loads((runs / "growing" / "settings.json").read_bytes())
     assert [change["ranks"] for change in settings["changes"]] == [[1, 2]]
-
-
-# what somebody would write who uses the program as a library
-LIBRARY = """
-import hashlib, json, sys
-from pathlib import Path
-sys.modules["matplotlib"] = None
-import torch
-import environment, train
-from engine.randomness import random_state
-environment.CACHE = Path("cache").resolve()
-step, begun = train.Trainer.step, []
-
-def watched_step(trainer, *arguments):
-    begun.append(random_state(trainer.learner.device)["cpu"])
-    return step(trainer, *arguments)
-
-train.Trainer.step = watched_step
-found = {}
-for name in sys.argv[1:]:
-    env = environment.prepare_environment(name)
-    ids, targets = env.train_loader.dataset.__getitems__(list(range(4)))
-    losses = {}
-    with torch.no_grad():
-        for mode in (False, True):
-            env.model.train(mode)
-            losses[mode] = env.model(ids, targets).item()
-    begun.clear()
-    journal = train.train(env)
-    weights = hashlib.sha256()
-    for value in env.model.parameters():
-        weights.update(value.detach().numpy().tobytes())
-    found[name] = env.parallel.gather({
-        "without dropout": losses[False], "with dropout": losses[True], "begun": begun[0],
-        "ended": random_state(env.device)["cpu"], "weights": weights.hexdigest(),
-        "steps": journal.steps, "rank": env.parallel.rank,
-        "windows": sum(len(ids) for ids, _ in env.train_loader),
-    })
-if env.parallel.is_main:
-    Path("found.json").write_text(json.dumps(found))
-print("rank", env.parallel.rank, "is done")
-"""
-
-
-@pytest.mark.slow
-@needs_signals
-def test_a_script_of_ones_own_trains_on_two_ranks_with_masks_of_their_own_and_equal_weights(
-    tmp_path,
-):
-    settings_of(tmp_path, "new", **DROPPING)
-    alone(tmp_path, [settings_of(tmp_path, "grown", **DROPPING), 0, 8, "SIGTERM", 0])
-    job = run_ranks(tmp_path, 2, "new.py", "grown.py", program=LIBRARY)
-    assert sorted(line for line in job.out.splitlines() if "is done" in line) == [
-        "rank 0 is done",
-        "rank 1 is done",
-    ]
-    assert "destroy_process_group" not in job.err
-    assert "Traceback" not in job.err
-    for ranks in json.loads((tmp_path / "found.json").read_bytes()).values():
-        first, second = ranks
-        assert [rank["rank"] for rank in ranks] == [0, 1]
-        assert [rank["steps"] for rank in ranks] == [STEPS, STEPS]
-        assert sum(rank["windows"] for rank in ranks) == 41
-        assert first["without dropout"] == second["without dropout"]
-        assert first["with dropout"] != second["with dropout"]
-        for key in ("begun", "ended"):
-            assert first[key] != second[key], "ranks draw the same masks"
-        assert first["weights"] == second["weights"]
+    for name in ("growing", "turning"):  # ranks that drop out draw masks of their own
+        state = json.loads(final(runs / name, "state.json"))
+        (other,) = state["other_ranks"]
+        assert state["random"]["cpu"] != other["cpu"]
 
 
 # --------------------------------------------------------------------------- without processes
@@ -435,19 +334,17 @@ def cut(batches: WindowBatches, epoch: int, first: int = 0) -> list[list[list[in
     return steps
 
 
-@pytest.mark.parametrize("world", range(1, 9))
+@pytest.mark.parametrize("world", [1, 2, 3, 8])
 @pytest.mark.parametrize("sampling", ["windows", "random"])
 def test_the_ranks_shares_of_a_step_are_together_what_one_process_takes(world, sampling):
-    for n_windows, share, micro_batch in itertools.product(
-        (1, 5, 47, 96, 97, 103), (1, 3, 4), (1, 2, 4, 7)
-    ):
+    for n_windows, share, micro_batch in itertools.product((1, 47, 96, 97), (1, 3), (1, 2, 4)):
         step_size = world * share
         n_steps = math.ceil(n_windows / step_size) if sampling == "random" else None
         given = (dataset(n_windows), 4, 17, n_steps, step_size, micro_batch)
         one = WindowBatches(*given)
         ranks = [WindowBatches(*given, parallel=parallel) for parallel in ranks_of(world)]
         assert {batches.n_steps for batches in ranks} == {one.n_steps}
-        for epoch, first in ((0, 0), (3, 0), (3, one.n_steps // 2), (3, one.n_steps - 1)):
+        for epoch, first in ((0, 0), (3, one.n_steps // 2), (3, one.n_steps - 1)):
             expected = cut(one, epoch, first)
             shares = [cut(batches, epoch, first) for batches in ranks]
             for number, whole in enumerate(expected):
@@ -499,8 +396,8 @@ def as_lists(loader) -> list[tuple[list, list]]:
     return [(ids.tolist(), targets.tolist()) for ids, targets in loader]
 
 
-@pytest.mark.parametrize("world", range(1, 9))
-@pytest.mark.parametrize("n_val", [2, 4 * 8 + 3, 4 * 9 + 1, 4 * 13 + 2])
+@pytest.mark.parametrize("world", [1, 2, 3, 8])
+@pytest.mark.parametrize("n_val", [2, 4 * 8 + 3, 4 * 9 + 1])
 def test_the_ranks_evaluate_all_batches_and_none_twice(world, n_val):
     for number, micro_batch, most in itertools.product((0, 1), (None, 2, 3), (None, 1, 2, 100)):
         options = {"micro_batch": micro_batch}
@@ -576,21 +473,11 @@ def test_a_rank_with_less_in_an_epochs_last_step_gets_batches_without_targets(wo
         assert (n_padded > 0) == (uneven or 0 < n_windows % (2 * world) < world)
 
 
-@pytest.mark.parametrize("architecture", ["gpt2", "llama"])
-@pytest.mark.parametrize("name", ["fp32", "bf16"])
+@pytest.mark.parametrize(("architecture", "name"), [("gpt2", "fp32"), ("llama", "bf16")])
 def test_a_batch_without_targets_has_no_loss_and_no_gradient(architecture, name):
-    torch.manual_seed(2)
-    config = GPTConfig(
-        vocab_size=50,
-        context_length=8,
-        emb_dim=16,
-        n_heads=2,
-        n_layers=2,
-        architecture=architecture,
-        qk_norm=architecture == "llama",
-        tie_embeddings=True,
-    )
-    model = GPTModel(config)
+    shape = {"vocab_size": 50, "context_length": 8, "emb_dim": 16, "n_heads": 2, "n_layers": 2}
+    kind = {"architecture": architecture, "qk_norm": architecture == "llama"}
+    model = GPTModel(GPTConfig(**shape, **kind, tie_embeddings=True))
     ids = torch.zeros(1, 8, dtype=torch.long)
     loss = batch_loss(model, ids, ids[:0], Precision(name, "", "cpu"), 12.0)
     loss.backward()
@@ -664,26 +551,20 @@ class Echo(Parallel):
         return contextlib.nullcontext()
 
 
-@pytest.mark.parametrize(
-    ("world", "batch", "accumulation", "nearest"),
-    [(3, 4, 2, "6 or 9"), (8, 3, 1, "8"), (5, 4, 4, "15 or 20"), (6, 1, 8, "6 or 12")],
-)
-def test_a_batch_that_cant_be_divided_names_the_nearest_that_can(
-    workdir, monkeypatch, world, batch, accumulation, nearest
-):
-    settings_of(workdir, "odd", batch_size=batch, gradient_accumulation_steps=accumulation)
-    monkeypatch.setattr(environment, "join", lambda: Echo(0, world))
-    with pytest.raises(SettingsError) as caught:
-        prepare_environment("odd.py")
-    size = batch * accumulation
-    assert f"a step of {size} windows" in str(caught.value)
-    assert f"can't be divided among {world} processes" in str(caught.value)
-    assert f"The nearest sizes that can: {nearest}." in str(caught.value)
+def test_a_batch_that_cant_be_divided_names_the_nearest_that_can(workdir, monkeypatch):
+    for world, batch, accumulation, nearest in ((3, 4, 2, "6 or 9"), (8, 3, 1, "8")):
+        settings_of(workdir, "odd", batch_size=batch, gradient_accumulation_steps=accumulation)
+        monkeypatch.setattr(environment, "join", lambda world=world: Echo(0, world))
+        with pytest.raises(SettingsError) as caught:
+            prepare_environment("odd.py")
+        assert f"a step of {batch * accumulation} windows" in str(caught.value)
+        assert f"can't be divided among {world} processes" in str(caught.value)
+        assert f"The nearest sizes that can: {nearest}." in str(caught.value)
 
 
 @pytest.mark.parametrize(
     ("world", "batch", "accumulation", "micro_batch", "per_step"),
-    [(2, 4, 2, 4, 1), (2, 4, 1, 2, 1), (4, 4, 4, 4, 1), (4, 8, 3, 6, 1), (2, 1, 8, 1, 4)],
+    [(2, 4, 1, 2, 1), (4, 8, 3, 6, 1), (2, 1, 8, 1, 4)],
 )
 def test_the_global_batch_is_what_the_settings_say_whatever_the_ranks(
     workdir, monkeypatch, world, batch, accumulation, micro_batch, per_step
@@ -703,6 +584,7 @@ def test_the_global_batch_is_what_the_settings_say_whatever_the_ranks(
     env = prepare_environment("even.py")
     expected = cut(env.train_loader.batch_sampler, 0)[0]
     assert list(itertools.chain(*windows)) == list(itertools.chain(*expected))
+    assert not distributed.is_initialized()
 
 
 def test_a_process_alone_gives_back_what_it_is_given_and_never_asks_torch(monkeypatch):
@@ -806,12 +688,6 @@ def test_each_rank_of_a_machine_takes_its_own_gpu(gpus, requested):
     assert chosen == devices
 
 
-def test_ranks_on_the_cpu_leave_gpus_alone(gpus):
-    chosen = gpus(2)
-    assert pick_device("cpu", Parallel(1, 2, 1, 2)) == torch.device("cpu")
-    assert chosen == []
-
-
 def test_ranks_meet_over_gloo_where_torch_has_no_nccl(gpus, monkeypatch):
     gpus(1)  # as on Windows: a GPU, and no NCCL for any
     with socket.create_server(("127.0.0.1", 0)) as server:
@@ -829,132 +705,72 @@ def test_ranks_meet_over_gloo_where_torch_has_no_nccl(gpus, monkeypatch):
         distributed.destroy_process_group()
 
 
-def test_ranks_on_a_mac_train_on_the_cpu(gpus):
-    gpus(0, has_mps=True)
-    assert pick_device(None, Parallel(1, 2, 1, 2)) == torch.device("cpu")
-    assert pick_device(None) == torch.device("mps")
-
-
-@pytest.mark.parametrize("requested", ["mps", "cuda:1"])
-def test_one_device_for_several_ranks_is_an_error_that_says_what_is_allowed(gpus, requested):
-    gpus(2, has_mps=True)
-    with pytest.raises(SettingsError, match=r'has started 2 processes.\nSet DEVICE to "cuda"'):
-        pick_device(requested, Parallel(0, 2, 0, 2))
-
-
-def test_more_ranks_than_gpus_is_an_error_of_the_machine(gpus):
-    gpus(2)
+def test_ranks_without_gpus_of_their_own_train_on_the_cpu_or_are_told_why_not(gpus):
+    of_two = Parallel(1, 2, 1, 2)
+    chosen = gpus(2, has_mps=True)
+    assert pick_device("cpu", of_two) == torch.device("cpu")
+    assert chosen == []
+    for requested in ("mps", "cuda:1"):  # one device for several ranks
+        with pytest.raises(SettingsError, match=r'started 2 processes.\nSet DEVICE to "cuda"'):
+            pick_device(requested, of_two)
     with pytest.raises(ResourceError, match="started 3 processes here, and there are 2 GPUs"):
         pick_device(None, Parallel(2, 3, 2, 3))
-    gpus(0)
+    gpus(0, has_mps=True)
+    assert pick_device(None, of_two) == torch.device("cpu")
+    assert pick_device(None) == torch.device("mps")
     with pytest.raises(ResourceError, match="no such device"):
-        pick_device("cuda", Parallel(0, 2, 0, 2))
+        pick_device("cuda", of_two)
 
 
-@pytest.mark.parametrize(
-    ("variable", "processes", "threads"),
-    [
-        (None, 1, 5),  # torch's own choice
-        (None, 2, 6),
-        (None, 5, 2),
-        (None, 99, 1),
-        ("1", 1, 5),  # set from outside: torch's number was made from it
-        ("1", 2, 6),  # by torchrun, and nobody's wish
-        ("3", 2, 5),
-    ],
-)
-def test_processes_share_the_cores_unless_a_number_is_set(
-    monkeypatch, variable, processes, threads
-):
-    for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
-        monkeypatch.delenv(name, raising=False)
-    if variable:
-        monkeypatch.setenv("OMP_NUM_THREADS", variable)
+def test_processes_share_the_cores_unless_a_number_is_set(monkeypatch):
     monkeypatch.setattr(os, "cpu_count", lambda: 24)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 5)
     monkeypatch.setattr(processor, "physical_cores", lambda _: 12)
     monkeypatch.setattr(processor, "quota_cores", lambda _: 16)
-    assert processor.default_threads(processes) == threads
+    for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
+        monkeypatch.delenv(name, raising=False)
+    for processes, threads in ((1, 5), (2, 6), (5, 2), (99, 1)):  # alone: torch's own choice
+        assert processor.default_threads(processes) == threads
+    # torch's number was made from one that is set; torchrun's 1 is nobody's wish
+    for variable, processes, threads in (("1", 1, 5), ("1", 2, 6), ("3", 2, 5)):
+        monkeypatch.setenv("OMP_NUM_THREADS", variable)
+        assert processor.default_threads(processes) == threads
 
 
 # ------------------------------------------------------------------------- what it costs
 
-SHARDING = """
-import json, time
-from pathlib import Path
-from data import WindowBatches, WindowDataset
-from distributed.parallel import Parallel
 
-def memory(name: str) -> int:
-    # not by getrusage: its peak is the parent's too
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(name))
-
-rank, n_windows = {rank}, 10_000_000
-small = WindowDataset(range(8 * 4096 + 1), 8, 8)
-list(WindowBatches(small, 8, 3, None, 4096, 64, Parallel(0, 8)))  # numpy loads what it needs
-windows = WindowDataset(range(8 * n_windows + 1), 8, 8)
-before, began_at = memory("VmRSS"), time.process_time()
-batches = WindowBatches(windows, 8, 3, None, 4096, 64, Parallel(rank, 8))
-parts = iter(batches)
-first = next(parts)
-shuffled_s = time.process_time() - began_at
-count = len(first) + sum(len(part) for part in parts)
-seconds = time.process_time() - began_at
-print(json.dumps([windows.n_whole, count, shuffled_s, seconds, memory("VmHWM") - before]))
-"""
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-def test_an_epoch_of_ten_million_windows_is_sharded_as_fast_as_it_is_shuffled_in_100_mb_a_rank():
-    n = 10_000_000
+def test_an_epoch_of_millions_is_sharded_as_fast_as_it_is_shuffled_in_ten_bytes_a_window():
+    n = 2**21
     began_at = time.process_time()
     np.random.default_rng(0).permutation(n)
-    permutation_s = time.process_time() - began_at  # a second, where the processor is slow
-    for rank in (0, 7):
-        done = subprocess.run(
-            [sys.executable, "-c", SHARDING.replace("{rank}", str(rank))],
-            cwd=REPOSITORY,
-            capture_output=True,
-            check=True,
-            timeout=120,
-        )
-        n_windows, own, shuffled_s, seconds, n_bytes = found = json.loads(done.stdout)
-        assert (n_windows, own) == (n, n // 8)
-        assert n_bytes < 100e6, found
-        assert shuffled_s < seconds < 3 * permutation_s, found
+    permutation_s = time.process_time() - began_at
+
+    def take_epoch() -> int:
+        windows = WindowDataset(range(8 * n + 1), 8, 8)
+        return sum(map(len, WindowBatches(windows, 8, 3, None, 4096, 64, Parallel(7, 8))))
+
+    began_at = time.process_time()
+    assert take_epoch() == n // 8
+    assert time.process_time() - began_at < 3 * permutation_s
+    tracemalloc.start()
+    try:
+        take_epoch()
+        assert n < tracemalloc.get_traced_memory()[1] < 10 * n
+    finally:
+        tracemalloc.stop()
 
 
-MAIN = """
-import sys, traceback
-from pathlib import Path
-sys.modules["matplotlib"] = None
-loaded = {}
-
-class Noted:
-    def find_spec(self, name, path=None, target=None):
-        files = [frame.filename for frame in traceback.extract_stack()[:-1]]
-        loaded[name] = [file for file in files if "importlib" not in file][-1]
-
-sys.meta_path.insert(0, Noted())
-import environment, main
-environment.CACHE = Path("cache").resolve()
-code = main.main(["one.py"])
-import torch.distributed
-assert not torch.distributed.is_initialized()
-# torch's optimizers load torch.distributed.fsdp on their own account
-for name in ("torch.distributed.fsdp", "torch.distributed.tensor", "torch.nn.parallel"):
-    assert "{repository}" not in loaded.get(name, ""), (name, loaded[name])
-assert "{repository}" in loaded["distributed.sharding"]  # such paths do come up
-print("no group was made")
-sys.exit(code)
-"""
-
-
-@pytest.mark.slow
-def test_a_run_without_torchrun_makes_no_group_and_loads_nothing_for_one(tmp_path):
-    settings_of(tmp_path, "one", max_steps=2)
-    job = run_ranks(tmp_path, 1, program=MAIN.replace("{repository}", REPOSITORY.as_posix()))
-    assert "no group was made" in job.out
-    assert "Parallel:" not in job.out
+def test_what_only_several_ranks_need_is_imported_where_they_do():
+    found = []
+    for path in REPOSITORY.rglob("*.py"):
+        folder = path.relative_to(REPOSITORY).parts[0]
+        if folder not in ("tests", "benchmarks", "scripts") and not folder.startswith(
+            (".", "venv")
+        ):
+            for line in path.read_text(encoding="utf-8").splitlines():
+                if re.match(r"\s*(from|import) torch\.(distributed\.\w|nn\.parallel)", line):
+                    found.append(line)
+    assert len(found) > 4
+    # torch's optimizers load torch.distributed.fsdp on their own account
+    assert all(line.startswith("    ") for line in found)

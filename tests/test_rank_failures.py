@@ -4,6 +4,7 @@ Each is torchrun with real processes and real signals. That what undisturbed ran
 exact is test_parallel's matter.
 """
 
+import json
 import re
 import shutil
 import signal
@@ -15,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from storage.files import FolderLock, verify_folder
-from tests.ranks import Job, metrics, run_ranks, start_ranks, write_settings
+from tests.ranks import Job, metrics, run_ranks, start_ranks, write_tiny_run
 
 pytestmark = [
     pytest.mark.slow,
@@ -24,7 +25,7 @@ pytestmark = [
     ),
 ]
 
-OVER_S = 15.0  # from a rank's failure to the end of the job
+OVER_S = 15.0  # from a rank's failure to the end of the job, and as long as its start took
 STEPS = 12
 ENDLESS = 10**6
 # What a test breaks comes in at {more}: step_of(hook) calls hook(step) where a step begins.
@@ -56,10 +57,12 @@ def step_of(hook):
 {more}
 sys.exit(main.main(sys.argv[1:]))
 """
-# a rank fails at a step, but not where torchrun has started all of them anew
+# a rank fails at a step, where torchrun has started all of them anew so often
 FAILS = """
+attempt = os.environ["TORCHELASTIC_RESTART_COUNT"]
+
 def hook(step):
-    if (rank, step) == ({rank}, {step}) and os.environ.get("TORCHELASTIC_RESTART_COUNT") == "0":
+    if (rank, step, attempt) == ({rank}, {step}, "{attempt}"):
         fail({kind!r})
 step_of(hook)
 """
@@ -86,18 +89,9 @@ def settings_in(folder: Path, **given) -> None:
         "save_every": 2,
         "start_context": "the",
         "model_overrides": {"emb_dim": 8, "n_heads": 2, "n_layers": 1, "drop_rate": 0.1},
-    } | {name: value for name, value in given.items() if name.islower()}
-    values = {
-        "DATA": "text.txt",
-        "TOKENIZER": "char",
-        "CUSTOM_MODE": True,
-        "DEVICE": "cpu",
-        "PRECISION": "fp32",
-        "COMPILE": False,
-        "RUN_NAME": "one",
-        "custom_params": params,
-    } | {name: value for name, value in given.items() if name.isupper()}
-    write_settings(folder, **values)
+    }
+    given = {"RUN_NAME": "one", "DATA": "text.txt"} | given
+    write_tiny_run(folder, "settings.py", params, **given)
 
 
 def program(more: str = "") -> str:
@@ -107,18 +101,19 @@ def program(more: str = "") -> str:
 def run(folder: Path, more: str = "", *, code: int, timeout_s: int = 5, **options) -> Job:
     """Run two ranks to their end, which leaves no process and, after a failure, comes soon."""
     (folder / "failed-at").unlink(missing_ok=True)
-    env = {"GPT_RANK_TIMEOUT_S": str(timeout_s)}
+    env, started_at = {"GPT_RANK_TIMEOUT_S": str(timeout_s)}, time.monotonic()
     job = start_ranks(folder, 2, "settings.py", program=program(more), env=env, **options)
     try:
-        ended_with = job.wait(180)
+        ended_with = job.wait(300)
         ended_at, left = time.monotonic(), job.living()
     finally:
         job.end()
     assert ended_with == code, job.out + job.err
     assert not left, f"{len(left)} processes are left:\n{job.err}"
     if code and (folder / "failed-at").exists():
-        took = ended_at - float((folder / "failed-at").read_text())
-        assert took < OVER_S, f"it took {took:.0f} s:\n{job.err}"
+        failed_at = float((folder / "failed-at").read_text())
+        took = ended_at - failed_at
+        assert took < OVER_S + failed_at - started_at, f"it took {took:.0f} s:\n{job.err}"
     return job
 
 
@@ -152,13 +147,11 @@ def require_same(run: Path, other: Path) -> None:
     assert losses[0] == losses[1]
 
 
-def fails(rank: int, step: int, kind: str) -> str:
-    return FAILS.format(rank=rank, step=step, kind=kind)
+def fails(rank: int, step: int, kind: str, attempt: int = 0) -> str:
+    return FAILS.format(rank=rank, step=step, kind=kind, attempt=attempt)
 
 
-def test_whatever_a_rank_dies_of_the_job_ends_soon_says_so_and_goes_on_from_the_last_checkpoint(
-    tmp_path, undisturbed
-):
+def test_whatever_a_rank_ends_by_the_job_ends_soon_and_goes_on_from_the_last_checkpoint(tmp_path):
     settings_in(tmp_path)
     one = tmp_path / "runs" / "one"
 
@@ -174,28 +167,8 @@ def test_whatever_a_rank_dies_of_the_job_ends_soon_says_so_and_goes_on_from_the_
     ]
     assert saved(one) == ["step-00000002", "step-00000004"]
 
-    job = run(tmp_path, fails(1, 8, "SIGSTOP"), code=1)
-    assert [line[:58] for line in said(job)] == [
-        "rank 0, step 8: LostRankError: rank 1 does not answer at step 8"[:58]
-    ]
-    assert -signal.SIGKILL in exit_codes(job)  # torchrun would have waited for half a minute
 
-    job = run(tmp_path, code=0)
-    assert f"Resuming runs/one: 6 of {STEPS} steps are done" in job.out
-    assert saved(one) == ["step-00000010", "step-00000012"]
-    require_same(one, undisturbed)
-
-
-def test_torchrun_restarts_a_job_that_goes_on_also_where_resume_is_false(tmp_path, undisturbed):
-    settings_in(tmp_path, RUN_NAME=None, RESUME=False)
-    job = run(tmp_path, fails(1, 6, "SIGKILL"), code=0, options=("--max-restarts=2",))
-    assert "rank 0, step 6: LostRankError: rank 1 does not answer at step 6" in job.err
-    assert f": 4 of {STEPS} steps are done" in job.out
-    (only,) = (tmp_path / "runs").iterdir()
-    require_same(only, undisturbed)
-
-
-def test_a_restart_with_resume_false_leaves_runs_alone_that_were_begun_before(
+def test_torchrun_restarts_a_job_that_goes_on_with_its_own_run_also_where_resume_is_false(
     tmp_path, undisturbed
 ):
     settings_in(tmp_path, RUN_NAME=None, RESUME=False)
@@ -203,17 +176,21 @@ def test_a_restart_with_resume_false_leaves_runs_alone_that_were_begun_before(
     shutil.copytree(undisturbed, before)
     (before / "summary.json").unlink()  # unfinished, then
     left = (before / "settings.json").read_bytes()
-    # a rank is lost before the job has a folder of its own
+    # a rank is lost before the job has a folder of its own, and another one later
     early = """
-def read_text(*arguments):
-    if rank == 1 and os.environ.get("TORCHELASTIC_RESTART_COUNT") == "0":
+def pick_device(*arguments):
+    if rank == 1 and attempt == "0":
         fail("SIGKILL")
-    return really_read_text(*arguments)
-really_read_text, environment._read_text = environment._read_text, read_text
+    return really_pick_device(*arguments)
+really_pick_device, environment.pick_device = environment.pick_device, pick_device
 """
-    run(tmp_path, early, code=0, options=("--max-restarts=1",))
+    more = fails(1, 6, "SIGKILL", attempt=1) + early
+    job = run(tmp_path, more, code=0, options=("--max-restarts=2",))
+    assert "rank 0, step 6: LostRankError: rank 1 does not answer at step 6" in job.err
+    assert f": 4 of {STEPS} steps are done" in job.out
     assert (before / "settings.json").read_bytes() == left
-    assert len(list((tmp_path / "runs").iterdir())) == 2
+    (own,) = set((tmp_path / "runs").iterdir()) - {before}
+    require_same(own, undisturbed)
 
 
 def test_signals_to_torchrun_and_its_death_save_and_the_same_command_goes_on(tmp_path, undisturbed):
@@ -221,6 +198,7 @@ def test_signals_to_torchrun_and_its_death_save_and_the_same_command_goes_on(tmp
     one = tmp_path / "runs" / "one"
     slow = "step_of(lambda step: (time.sleep(0.3), Path(f'at-{step}').touch()))"
     for at, number in ((3, signal.SIGTERM), (7, signal.SIGKILL)):
+        started_at = time.monotonic()
         job = start_ranks(tmp_path, 2, "settings.py", program=program(slow))
         try:
             job.until(lambda step=at: (tmp_path / f"at-{step}").exists())
@@ -232,7 +210,7 @@ def test_signals_to_torchrun_and_its_death_save_and_the_same_command_goes_on(tmp
             took = time.monotonic() - sent_at
         finally:
             job.end()
-        assert took < 10, f"it took {took:.0f} s:\n{job.err}"
+        assert took < 10 + sent_at - started_at, f"it took {took:.0f} s:\n{job.err}"
         (last,) = saved(one)[-1:]
         assert int(last[5:]) in (at - 1, at, at + 1), job.err
         assert f"saved in runs/one/checkpoints/{last}.\nThe same command goes on" in job.err
@@ -315,12 +293,6 @@ def test_what_is_wrong_for_all_ranks_is_said_once(tmp_path):
     assert "LostRankError" not in job.err
     assert exit_codes(job)[-1] == 3  # torchrun's root cause
 
-    settings_in(tmp_path, batch_size=3, eval_frequency=2)
-    job = run(tmp_path, code=1)
-    assert len(said(job)) == 1, job.err
-    assert 'custom_params["eval_frequency"] is unknown' in job.err
-    assert exit_codes(job)[-1] == 2
-
     settings_in(tmp_path)
     run_folder = tmp_path / "runs" / "one"
     run_folder.mkdir(parents=True)
@@ -357,7 +329,7 @@ def test_ranks_that_never_meet_end_in_time_and_each_says_why(tmp_path):
         cases = [
             (2, r"SettingsError: LOCAL_RANK is set .* but not .*RANK.*MASTER_ADDR", alone),
             (6, r"rank 0 can't meet the other 1 at .*already in use", by_hand(0, ports["taken"])),
-            (6, r"rank 1 can't meet the other 1 at .*time", by_hand(1, ports["unused"])),
+            (6, r"rank 1 can't meet the other 1 at .*(time|no ans)", by_hand(1, ports["unused"])),
             (6, r"rank 1 can't meet the other 1 at .*", by_hand(1, ports["taken"])),
         ]
         jobs = []
@@ -365,7 +337,7 @@ def test_ranks_that_never_meet_end_in_time_and_each_says_why(tmp_path):
             for _, _, env in cases:
                 env = {"GPT_RANK_TIMEOUT_S": "3"} | env
                 jobs.append(start_ranks(tmp_path, 1, "settings.py", env=env))
-            deadline = time.monotonic() + 40
+            deadline = time.monotonic() + 120
             while time.monotonic() < deadline and None in [job.poll() for job in jobs]:
                 time.sleep(0.05)
             codes = [job.poll() for job in jobs]
@@ -384,16 +356,19 @@ def by_hand(rank: int, port: int) -> dict[str, str]:
     return {name: str(number) for name, number in numbers.items()} | place
 
 
-def test_a_gradient_that_is_nan_on_one_rank_is_skipped_on_all(tmp_path):
+def test_a_script_of_ones_own_trains_and_a_gradient_that_is_nan_on_one_rank_is_skipped_on_all(
+    tmp_path,
+):
     """Weights, compared after each step: finite, equal on both ranks, and the same before and
-    after the step of the NaN."""
+    after the step of the NaN. Each rank has random numbers of its own."""
     settings_in(tmp_path)
-    nan = """
+    script = """
 import hashlib, json, torch
-seen = []
+seen, masks = [], []
 
 def step(trainer, *arguments):
     number = trainer.journal.steps + 1
+    masks.append(hashlib.sha256(torch.get_rng_state().numpy().tobytes()).hexdigest())
     weight = next(trainer.learner.model.parameters())
     hook = weight.register_hook(lambda grad: grad * float("nan") if rank == 1 and number == 4
         else grad)
@@ -402,17 +377,23 @@ def step(trainer, *arguments):
     weights = torch.cat([p.detach().flatten() for p in trainer.learner.model.parameters()])
     assert weights.isfinite().all()
     seen.append(hashlib.sha256(weights.numpy().tobytes()).hexdigest())
-    Path(f"seen-{rank}").write_text(json.dumps(seen))
     return result
 train.Trainer.step = step
+journal = train.train(environment.prepare_environment("settings.py"))
+found = {"weights": seen, "masks": masks, "steps": journal.steps}
+Path(f"seen-{rank}").write_text(json.dumps(found))
+sys.exit()
 """
-    job = run(tmp_path, nan, code=0)
-    first, second = ((tmp_path / f"seen-{rank}").read_text() for rank in range(2))
-    assert first == second
-    digests = first.strip("[]").split(", ")
-    assert len(digests) == STEPS
+    job = run(tmp_path, script, code=0)
+    found = [json.loads((tmp_path / f"seen-{rank}").read_text()) for rank in range(2)]
+    digests = found[0]["weights"]
+    assert digests == found[1]["weights"]
+    assert [rank["steps"] for rank in found] == [len(digests)] * 2 == [STEPS] * 2
+    assert not set(found[0]["masks"]) & set(found[1]["masks"])
     assert [i for i in range(1, STEPS) if digests[i] == digests[i - 1]] == [3]  # the fourth
-    assert "Steps skipped: 1 " in job.out
+    assert "the step is skipped (1 so far)" in job.out
+    assert "destroy_process_group" not in job.err
+    assert "Traceback" not in job.err
 
 
 def test_a_main_rank_that_takes_long_is_waited_for_until_it_hangs(tmp_path):
@@ -433,5 +414,6 @@ step_of(lambda step: None)
         "rank 1, step 6: LostRankError: rank 0 does not answer at step 6: ended from outside, or "
         "hanging."
     ]
+    assert -signal.SIGKILL in exit_codes(job)  # torchrun would have waited for half a minute
     kept = (tmp_path / "runs" / "one" / "checkpoints").glob("step-*")
     assert sorted(path.name for path in kept) == ["step-00000002", "step-00000004"]

@@ -1,6 +1,7 @@
 """What the READMEs and docs/ say is so: commands run, settings are listed, files exist."""
 
 import dataclasses
+import itertools
 import json
 import os
 import re
@@ -17,7 +18,7 @@ from environment import read_given_settings
 from generation import SamplingConfig
 from planning.plan import RunSettings, resolve_settings
 from tests.conftest import REPOSITORY
-from tests.test_main import OFFLINE
+from tests.programs import OFFLINE
 from training_utils import TrainingConfig
 
 READMES = ["README.md", "README.zh-CN.md"]
@@ -25,6 +26,7 @@ PAGES = ["README.md", *sorted(f"docs/{p.name}" for p in (REPOSITORY / "docs").gl
 PAGES = [page for page in PAGES if not page.endswith(".zh-CN.md")]
 # whose commands run as they stand, in this order: writing needs a finished run
 TRIED = ["README.md", "docs/settings.md", "docs/use.md", "docs/python.md", "docs/benchmarks.md"]
+SETTINGS = (RunSettings, TrainingConfig, SamplingConfig)
 LONG = {
     "python -m pytest",
     "python -m benchmarks.train",
@@ -42,6 +44,11 @@ LONG = {
 
 def read(name: str) -> str:
     return (REPOSITORY / name).read_text(encoding="utf-8")
+
+
+def written(name: str) -> dict:
+    """What a benchmark wrote."""
+    return json.loads(read(f"benchmarks/results/{name}.json"))
 
 
 def twin(page: str) -> str:
@@ -93,30 +100,16 @@ def test_the_commands_run_as_written(tmp_path):  # those of the Chinese pages ar
 
 
 @pytest.mark.parametrize("page", with_twins("docs/settings.md"))
-@pytest.mark.parametrize("cls", [RunSettings, TrainingConfig, SamplingConfig])
-def test_the_tables_list_every_setting_with_its_default(page, cls):
-    text = read(page)
-    for field in dataclasses.fields(cls):
-        default = (
-            field.default_factory()
-            if field.default_factory is not dataclasses.MISSING
-            else field.default
-        )
+def test_the_tables_list_every_setting_with_its_default_and_no_other_name(page):
+    text, known = read(page), set(MODEL_SETTINGS)
+    for field in itertools.chain(*map(dataclasses.fields, SETTINGS)):
+        has_factory = field.default_factory is not dataclasses.MISSING
+        default = field.default_factory() if has_factory else field.default
         shown = f'"{default}"' if isinstance(default, str) else repr(default)
         assert f"| `{field.name}` | `{shown}` |" in text
-
-
-@pytest.mark.parametrize("page", with_twins("docs/settings.md"))
-def test_the_tables_list_every_model_field_and_no_other_name(page):
-    text = read(page)
-    for name in MODEL_SETTINGS:
-        assert f"| `{name}` | " in text
-    known = {
-        f.name for c in (RunSettings, TrainingConfig, SamplingConfig) for f in dataclasses.fields(c)
-    }
+        known.add(field.name)
     # rows of three columns whose first is one name in code style
-    rows = re.findall(r"^\| `(\w+)` \| .+ \| .+ \|$", text, re.MULTILINE)
-    assert set(rows) == known | set(MODEL_SETTINGS)
+    assert set(re.findall(r"^\| `(\w+)` \| .+ \| .+ \|$", text, re.MULTILINE)) == known
 
 
 @pytest.mark.parametrize("page", with_twins(*PAGES))
@@ -156,93 +149,39 @@ def test_what_a_page_installs_has_the_versions_that_the_tests_have(page):
 
 @pytest.mark.parametrize("page", with_twins("docs/benchmarks.md"))
 def test_the_speeds_are_those_that_the_benchmarks_wrote(page):
-    results = REPOSITORY / "benchmarks" / "results"
-    figures = json.loads((results / "train-cpu.json").read_text(encoding="utf-8"))
-    startup = json.loads((results / "startup-cpu.json").read_text(encoding="utf-8"))
-    text = read(page)
-    for row in figures["rows"]:
-        shares = row["share_of_bf16_rate"], row["share_of_own_products"]
-        name = f"| {row['name']} | {row['parameters']:,} | {' x '.join(map(str, row['batch']))} "
-        shown = f"| {row['tokens_per_second']:,.0f} | {shares[0]:.0%} | {shares[1]:.0%} |"
-        assert name + shown in text
-    assert f"{figures['multiply_rates']['bf16'] / 1e9:,.0f} GFLOP/s" in text
-    assert f" {startup['beyond_s']:.1f} " in text
-    data = json.loads((results / "data-cpu.json").read_text(encoding="utf-8"))
-    for figure in (
+    train, startup, data = (written(f"{name}-cpu") for name in ("train", "startup", "data"))
+    generation, scale = written("generate-cpu"), written("scale-cpu")
+    shown = [
+        f"{train['multiply_rates']['bf16'] / 1e9:,.0f} GFLOP/s",
+        f" {startup['beyond_s']:.1f} ",
         f"{data['prepared_mb_per_s']:.1f} MB/s",
         f" {data['ratio']:.0%}",
         f" {data['peak_mb_above_torch']:.0f} MB",
         f" {data['found_again_s']:.2f} s",
-    ):
-        assert figure in text
-
-
-@pytest.mark.parametrize("page", with_twins("README.md", "docs/benchmarks.md"))
-def test_the_peers_rows_are_those_that_the_benchmark_wrote(page):
-    results = REPOSITORY / "benchmarks" / "results"
-    peers = json.loads((results / "peers-cpu.json").read_text(encoding="utf-8"))
-    memory = json.loads((results / "peers-memory-cpu.json").read_text(encoding="utf-8"))
-    text = read(page)
-    for row in peers["rows"]:
-        assert row["void"] is None, row["name"]
-        ratio = f" {row['ratio']['median']:.2f} " if "ratio" in row else "  "
-        assert f"| {row['tokens_per_second']['median']:,.0f} |{ratio}|" in text
-    for name in ("ours_peak_bytes", "transformers_bf16_peak_bytes"):
-        assert page in READMES or f" {memory[name] / 1e9:.1f} GB" in text
-
-
-@pytest.mark.parametrize("page", with_twins("docs/benchmarks.md"))
-def test_the_speeds_of_generation_are_those_that_the_benchmark_wrote(page):
-    results = REPOSITORY / "benchmarks" / "results"
-    figures = json.loads((results / "generate-cpu.json").read_text(encoding="utf-8"))
-    assert figures["fp32_tokens_are_transformers"] is True
-    text = read(page)
-    rows = {(row["name"], row["batch"]): row for row in figures["rows"]}
+        f"{statistics.median(generation['bytes_per_s']) / 1e9:.0f} GB/s",
+        f" {' x '.join(map(str, [*scale['batch'], scale['max_length']]))} ",
+        *(f" {row['efficiency']:.2f} " for row in scale["rows"]),
+    ]
+    for row in train["rows"]:
+        name = f"| {row['name']} | {row['parameters']:,} | {' x '.join(map(str, row['batch']))} "
+        speed = f"| {row['tokens_per_second']:,.0f} | {row['share_of_bf16_rate']:.0%} "
+        shown.append(f"{name}{speed}| {row['share_of_own_products']:.0%} |")
+    rows = {(row["name"], row["batch"]): row for row in generation["rows"]}
     for name in dict.fromkeys(name for name, _ in rows):
         one, eight = rows[name, 1], rows[name, 8]
-        shown = f"| {one['tokens_per_s']:.0f} | {one['times_transformers']:.1f} "
-        shown += f"| {one['share_of_limit']:.0%} | {eight['tokens_per_s']:.0f} |"
-        assert shown in text
-    assert f"{statistics.median(figures['bytes_per_s']) / 1e9:.0f} GB/s" in text
-    for seen in figures["from_fp32"].values():
-        assert f"{seen['mean_difference_by_std']:.1%}" in text
-        assert f"{seen['same_greedy_token']:.1%}" in text
-
-
-@pytest.mark.parametrize("recipes", ["docs/recipes.md", "docs/recipes.zh-CN.md"])
-def test_the_recipes_are_settings_and_their_figures_those_of_the_benchmark(recipes, tmp_path):
-    text = read(recipes)
-    (block,) = fences(text, "python")
-    (tmp_path / "recipe.py").write_text(block, encoding="utf-8")
-    plan = resolve_settings(*read_given_settings(tmp_path / "recipe.py"))
-    assert plan.mode == "custom"
-    results = REPOSITORY / "benchmarks" / "results"
-    for name in ("shakespeare", "shakespeare-30s", "ci"):
-        written = json.loads((results / f"learn-{name}-cpu.json").read_text(encoding="utf-8"))
-        for side in written["row"]["sides"]:
-            assert f"{side['median_loss']:.3f}" in text
-
-
-@pytest.mark.parametrize("page", with_twins("docs/benchmarks.md"))
-def test_what_two_processes_cost_is_what_the_benchmark_wrote(page):
-    results = REPOSITORY / "benchmarks" / "results"
-    figures = json.loads((results / "scale-cpu.json").read_text(encoding="utf-8"))
-    text = read(page)
-    assert [row["kind"] for row in figures["rows"]] == ["ddp", "fsdp"]
-    for row in figures["rows"]:
-        assert row["ranks"] == 2
-        assert f" {row['efficiency']:.2f} " in text
-    shape = [*figures["batch"], figures["max_length"]]
-    assert f" {' x '.join(map(str, shape))} " in text
+        alone = f"| {one['tokens_per_s']:.0f} | {one['times_transformers']:.1f} "
+        shown.append(f"{alone}| {one['share_of_limit']:.0%} | {eight['tokens_per_s']:.0f} |")
+    for seen in generation["from_fp32"].values():
+        shown += [f"{seen['mean_difference_by_std']:.1%}", f"{seen['same_greedy_token']:.1%}"]
+    assert [figure for figure in shown if figure not in read(page)] == []
+    assert generation["fp32_tokens_are_transformers"] is True
+    assert [(row["kind"], row["ranks"]) for row in scale["rows"]] == [("ddp", 2), ("fsdp", 2)]
 
 
 @pytest.mark.parametrize("page", with_twins("docs/benchmarks.md"))
 def test_what_saving_costs_and_survives_is_what_the_benchmarks_wrote(page):
-    results = REPOSITORY / "benchmarks" / "results"
-    saving = json.loads((results / "saving-cpu.json").read_text(encoding="utf-8"))
-    survival = json.loads((results / "survival-cpu.json").read_text(encoding="utf-8"))
-    text = read(page)
-    for figure in (
+    saving, survival = written("saving-cpu"), written("survival-cpu")
+    shown = (
         f" {statistics.median(saving['save_s']):.1f} s",
         f" {saving['share_of_time']:.1%}",
         f" {statistics.median(saving['sigterm_s']):.1f} s",
@@ -250,26 +189,42 @@ def test_what_saving_costs_and_survives_is_what_the_benchmarks_wrote(page):
         f" {survival['storm']['acknowledged']:,} ",
         f" {survival['power']['cuts']:,} ",
         f" {survival['training']['kills']} ",
-    ):
-        assert figure in text
+    )
+    assert [figure for figure in shown if figure not in read(page)] == []
     assert survival["storm"]["corrupt"] == survival["storm"]["lost"] == 0
     assert not any(survival[part]["failures"] for part in ("storm", "calls", "power", "training"))
 
 
+@pytest.mark.parametrize("page", with_twins("README.md", "docs/benchmarks.md"))
+def test_the_peers_rows_are_those_that_the_benchmark_wrote(page):
+    text, memory = read(page), written("peers-memory-cpu")
+    for row in written("peers-cpu")["rows"]:
+        assert row["void"] is None, row["name"]
+        ratio = f" {row['ratio']['median']:.2f} " if "ratio" in row else "  "
+        assert f"| {row['tokens_per_second']['median']:,.0f} |{ratio}|" in text
+    for name in ("ours_peak_bytes", "transformers_bf16_peak_bytes"):
+        assert page in READMES or f" {memory[name] / 1e9:.1f} GB" in text
+
+
+@pytest.mark.parametrize("recipes", with_twins("docs/recipes.md"))
+def test_the_recipes_are_settings_and_their_figures_those_of_the_benchmark(recipes, tmp_path):
+    text = read(recipes)
+    (block,) = fences(text, "python")
+    (tmp_path / "recipe.py").write_text(block, encoding="utf-8")
+    assert resolve_settings(*read_given_settings(tmp_path / "recipe.py")).mode == "custom"
+    for name in ("shakespeare", "shakespeare-30s", "ci"):
+        for side in written(f"learn-{name}-cpu")["row"]["sides"]:
+            assert f"{side['median_loss']:.3f}" in text
+
+
 @pytest.mark.parametrize("page", PAGES)
-def test_both_languages_have_the_same_commands_and_code(page):
+def test_both_languages_have_the_same_commands_code_and_output(page):
     english, chinese = read(page), read(twin(page))
     assert fences(english, "bash") == fences(chinese, "bash")
     assert fences(english, "python") == fences(chinese, "python")
-    assert re.findall("^#+ ", english, re.MULTILINE) == re.findall("^#+ ", chinese, re.MULTILINE)
-
-
-def test_both_readmes_show_the_same_output():
-    printed = re.compile(r"^```\nDevice: .*?^```$", re.MULTILINE | re.DOTALL)
-    english, chinese = (printed.search(read(readme)) for readme in READMES)
-    assert english[0] == chinese[0]
-
-
-@pytest.mark.parametrize("page", PAGES)
-def test_chinese_has_no_blank_after_its_punctuation(page):
-    assert re.findall(r".{0,8}[，。；：！？、] [^|]", read(twin(page))) == []
+    for pattern in (r"^#+ ", r"^```\nDevice: [^`]*^```$"):
+        found, other = (re.findall(pattern, text, re.MULTILINE) for text in (english, chinese))
+        assert found == other
+    assert page != "README.md" or found
+    # no blank after Chinese punctuation
+    assert re.findall(r".{0,8}[，。；：！？、] [^|]", chinese) == []

@@ -78,14 +78,12 @@ def rows(models):
 # ------------------------------------------------------------------------------------- the docs
 
 
-@pytest.mark.parametrize("name", DOCS)
-def test_the_tables_are_what_the_calculator_prints(name, models):
-    text = read(name)
+def test_the_tables_are_what_the_calculator_prints(models):
+    english, chinese = map(read, DOCS)
     tables = scaling.tables(list(models.values()), H100, networks())
-    for number, (header, *lines) in enumerate(tables):
-        assert "\n".join(lines) + "\n\n" in text, f"table {number}"
-        if name == DOCS[0]:
-            assert f"{header}\n{lines[0]}" in text
+    for header, *lines in tables:
+        assert "\n".join([header, *lines]) + "\n\n" in english
+        assert "\n".join(lines) + "\n\n" in chinese
 
 
 @pytest.mark.parametrize("name", DOCS)
@@ -143,8 +141,7 @@ def test_parameters_and_work_are_those_of_the_model(architecture):
     assert counts.head_flop == 6 * 70 * 48
 
 
-@pytest.mark.parametrize("recomputes", [False, True])
-@pytest.mark.parametrize("architecture", SMALL)
+@pytest.mark.parametrize(("architecture", "recomputes"), [("gpt2", False), ("llama", True)])
 def test_ddp_takes_what_the_trainer_itself_estimates(architecture, recomputes):
     plan = Plan(small_case(architecture), "ddp", 2, 4, recomputes)
     model = GPTModel(plan.case.config)
@@ -323,15 +320,12 @@ def simulated_seconds(p: Pieces) -> float:
     return ends[1] - ends[0]
 
 
-def test_formula_and_simulation_agree_in_every_row(rows):
+def test_formula_and_simulation_agree_in_the_tables_rows_and_whatever_the_pieces_are(rows):
     assert len(rows) > 70
-    for plan, pieces in rows:
+    for plan, pieces in rows[::7]:  # of every model, number of ranks and network some
         assert step_seconds(pieces) == pytest.approx(simulated_seconds(pieces), rel=0.02), plan
-
-
-def test_formula_and_simulation_agree_whatever_the_pieces_are():
     draw = random.Random(1)
-    for _ in range(300):
+    for _ in range(100):
         times = [10 ** draw.uniform(-4, -1) for _ in range(11)]
         pieces = Pieces(draw.randint(4, 60), draw.randint(1, 5), *times)
         assert step_seconds(pieces) == pytest.approx(simulated_seconds(pieces), rel=0.2)
@@ -344,24 +338,20 @@ def test_a_step_alone_is_its_work_and_without_a_network_nothing_else(models):
     work = 2**19 * count(case.config).flop / H100.flop_per_second["124M"]
     assert step_seconds(pieces) == pytest.approx(work + pieces.once)
     assert efficiency(plan, H100, step_seconds(pieces)) == pytest.approx(1)
-
-
-def test_recomputing_takes_a_third_more(models):
+    # recomputing takes a third more
     plan, free = Plan(models["7B"], "fsdp", 1, 1, False), Network("", math.inf, math.inf, 0, 0)
     once, again = (make_pieces(p, H100, free) for p in (plan, plan._replace(recomputes=True)))
     assert again.forward + again.backward == pytest.approx(4 / 3 * (once.forward + once.backward))
+    # a GPU with little to do waits for its host
+    plan, _ = make_plan(case, "ddp", 256, H100.memory)
+    launching, agreeing = 12 * 90 * 5e-6, 2 * 255 * 30e-6
+    assert step_seconds(make_pieces(plan, H100, FAST)) == pytest.approx(launching + agreeing)
 
 
-def test_no_row_is_better_than_work_alone_and_a_slower_network_is_never_faster(rows):
+def test_a_slower_network_is_never_faster_and_work_alone_the_best(rows):
     for (plan, fast), (_, slow) in zip(rows[::2], rows[1::2], strict=True):
         assert efficiency(plan, H100, step_seconds(fast)) <= 1 + 1e-9
         assert step_seconds(slow) >= step_seconds(fast)
-
-
-def test_a_gpu_with_little_to_do_waits_for_its_host(models):
-    plan, _ = make_plan(models["124M"], "ddp", 256, H100.memory)
-    launching, agreeing = 12 * 90 * 5e-6, 2 * 255 * 30e-6
-    assert step_seconds(make_pieces(plan, H100, FAST)) == pytest.approx(launching + agreeing)
 
 
 # ------------------------------------------------------------------------------------- measuring
@@ -378,12 +368,18 @@ def small_cases(monkeypatch, tmp_path):
 
 def test_what_is_measured_takes_the_place_of_what_is_published(small_cases, monkeypatch, capsys):
     def timed(case, *_):
-        assert (case.config, case.batch_size) == (
-            replace(SMALL["gpt2"], n_layers=2, context_length=16),
-            4,
-        )
+        assert case.config == replace(SMALL["gpt2"], n_layers=2, context_length=16)
+        assert case.batch_size == 4
         return {"flop_per_second": 5e9}
 
+    def fail(*_):
+        raise MemoryError
+
+    monkeypatch.setattr(scaling.train, "measure", fail)
+    with pytest.raises(SystemExit, match="nothing could be measured"):
+        scaling.main(["--measure"])
+    assert "small: there is too little memory here" in capsys.readouterr().out
+    assert not small_cases.exists()
     monkeypatch.setattr(scaling.train, "measure", timed)
     scaling.main(["--measure"])
     written = json.loads(small_cases.read_text(encoding="utf-8"))
@@ -408,34 +404,18 @@ def test_a_measured_gpu_keeps_something_for_itself_and_its_host_launches(tmp_pat
         assert device.launched_s == ASSUMED.launched_s
 
 
-def test_a_model_that_memory_is_too_small_for_is_left_out(small_cases, monkeypatch, capsys):
-    def fail(*_):
-        raise MemoryError
-
-    monkeypatch.setattr(scaling.train, "measure", fail)
-    with pytest.raises(SystemExit, match="nothing could be measured"):
-        scaling.main(["--measure"])
-    assert "small: there is too little memory here" in capsys.readouterr().out
-    assert not small_cases.exists()
-
-
-@pytest.mark.parametrize("content", [None, "{", "[]", "{}", '{"machine": {"device": "cpu"}}'])
-def test_a_file_that_has_no_results_is_refused_with_the_command_that_writes_one(
-    tmp_path, capsys, content
-):
+def test_a_file_that_has_no_results_and_a_network_without_a_speed_are_refused(tmp_path, capsys):
     path = tmp_path / "results.json"
-    if content is not None:
-        path.write_text(content, encoding="utf-8")
-    with pytest.raises(SystemExit) as stopped:
-        scaling.main(["--device-results", str(path)])
-    assert stopped.value.code == 2
-    message = capsys.readouterr().err
-    assert "results.json can't be read" in message
-    assert "python -m benchmarks.scaling --measure" in message
-
-
-@pytest.mark.parametrize("speed", ["0", "-1", "nan"])
-def test_a_network_without_a_speed_is_refused(capsys, speed):
-    with pytest.raises(SystemExit):
-        scaling.main(["--inside", speed])
-    assert "above 0" in capsys.readouterr().err
+    for content in (None, "{", "[]", "{}", '{"machine": {"device": "cpu"}}'):
+        if content is not None:
+            path.write_text(content, encoding="utf-8")
+        with pytest.raises(SystemExit) as stopped:
+            scaling.main(["--device-results", str(path)])
+        assert stopped.value.code == 2
+        message = capsys.readouterr().err
+        assert "results.json can't be read" in message
+        assert "python -m benchmarks.scaling --measure" in message
+    for speed in ("0", "-1", "nan"):
+        with pytest.raises(SystemExit):
+            scaling.main(["--inside", speed])
+        assert "above 0" in capsys.readouterr().err

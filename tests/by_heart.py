@@ -1,0 +1,95 @@
+"""A tiny run that has a story by heart, for programs that continue texts, and their ends."""
+
+import dataclasses
+import io
+import json
+import os
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import environment
+from tests.conftest import train_in
+
+POEM = "春江潮水连海平，海上明月共潮生。"
+# what the model has by heart: wide characters, joined emoji, and orders to a terminal
+STORY = f"The ferry crossed.\n{POEM}\n👩‍🚀😀 \x1b[31mred\x1b[0m\x07\x9b1m end."
+SHOWN = f"The ferry crossed.\n{POEM}\n👩‍🚀😀 [31mred[0m1m end."
+SETTINGS = """
+CUSTOM_MODE = True
+DATA = {"path": "train.jsonl", "val": "val.jsonl"}
+TOKENIZER = "char"
+custom_params = {
+    "max_steps": 180,
+    "batch_size": 8,
+    "max_length": 48,
+    "learning_rate": 0.01,
+    "warmup_steps": 5,
+    "eval_freq": 180,
+    "eval_iter": 1,
+    "start_context": "The",
+    "model_overrides": {"n_heads": 2, "n_layers": 2, "emb_dim": 32, "drop_rate": 0.0},
+}
+sampling_params = {"max_new_tokens": 100, "temperature": 0.0}
+DEVICE = "cpu"
+PRECISION = "fp32"
+RUN_NAME = "tiny"
+COMPILE = False
+"""
+ON_POSIX = pytest.mark.skipif(os.name == "nt", reason="Windows has neither SIGINT nor ptys")
+
+
+_trained: list[Path] = []
+
+
+def tiny_run(factory: pytest.TempPathFactory) -> Path:
+    """A run that has STORY by heart, and "啦la 啦la ..." without an end; trained once a session.
+
+    By heart is what any processor's rounding leaves the likeliest: what follows on other prompts
+    is for a test to compute.
+    """
+    if not _trained:
+        _trained.append(_train(factory.mktemp("tiny")))
+    return _trained[0]
+
+
+def _train(folder: Path) -> Path:
+    documents = ([STORY] * 50 + ["啦la " * 700]) * 8
+    for name, texts in ("train.jsonl", documents), ("val.jsonl", [f"{STORY}\n{STORY}"]):
+        lines = "".join(json.dumps({"text": text}) + "\n" for text in texts)
+        (folder / name).write_text(lines, encoding="utf-8")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, "matplotlib.figure", None)  # drawing takes longer than training
+        run = train_in(folder, SETTINGS)
+    loaded = environment.load_run(run, weights="fp32")
+    for text in (STORY, "啦la " * 16):
+        ids = loaded.tokenizer.encode(text)
+        # from the beginning, as prompts of the tests have it, and in the middle after 24 tokens
+        windows = [(9, ids[:48]), *((24, ids[at : at + 48]) for at in range(len(ids) - 47))]
+        with torch.no_grad():
+            logits = loaded.model(torch.tensor([window for _, window in windows]))
+        for (known, window), probabilities in zip(windows, logits.softmax(-1), strict=True):
+            of_next = probabilities[range(known - 1, 47), window[known:]]
+            assert of_next.min() > 0.6, f"not by heart: {of_next.min():.2f}"
+    return run
+
+
+class Terminal(io.TextIOWrapper):
+    def __init__(self, typed: bytes = b"") -> None:
+        super().__init__(io.BytesIO(typed), encoding="utf-8")
+
+    def isatty(self) -> bool:
+        return True
+
+
+@dataclasses.dataclass
+class Done:
+    code: int
+    out: str
+    err: str
+
+    @property
+    def samples(self) -> list[dict]:
+        return [json.loads(line) for line in self.out.split("\n") if line]
