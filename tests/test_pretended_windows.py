@@ -24,8 +24,8 @@ from storage.checkpoint import (
 )
 from storage.files import FolderLock, NewFolder, rename_file
 from tests.conftest import REPOSITORY
+from tests.launching import launching
 from tests.pretend.windows import CAN_PRETEND, SIGBREAK, windows
-from tests.test_interruption import launching
 from text.documents import DataSpec, ReadingReport
 from text.sources import find_parts
 from text.token_cache import tokenize

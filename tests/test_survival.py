@@ -3,7 +3,6 @@
 import contextlib
 import errno
 import fnmatch
-import json
 import os
 import random
 import re
@@ -43,8 +42,8 @@ def memory():
 # ------------------------------------------------------------------------------------ storm
 
 
-@pytest.mark.parametrize("kills", [40, pytest.param(200, marks=pytest.mark.slow)])
-def test_kills_leave_every_folder_whole_and_lose_no_acknowledged_one(memory, kills):
+def test_kills_leave_every_folder_whole_and_lose_no_acknowledged_one(memory):
+    kills = 40
     result = kill_storm(kills, 1, memory / "storm", most_s=0.01)
     assert result["failures"] == []
     assert (result["corrupt"], result["lost"]) == (0, 0)
@@ -134,8 +133,7 @@ def log(tmp_path_factory):
 def test_a_power_cut_anywhere_leaves_what_was_acknowledged(memory, log):
     assert ("acknowledged", "step", 4) in log
     assert sum(entry[0] == "rename" for entry in log) == 4 + 2 + 1  # commits, removals, settings
-    for seed in range(3):
-        assert PowerLoss(memory).first_failure(log, seed=seed) is None
+    assert PowerLoss(memory).first_failure(log, seed=0) is None
 
 
 @pytest.mark.parametrize("what", FSYNCS)
@@ -167,38 +165,24 @@ def test_all_parts_of_the_power_cuts_agree(memory):
 DONE = [("mkdir", "a"), ("fsync", ".")]
 FILE = [*DONE, ("create", "a/f", True), ("write", "a/f", 0, b"12")]
 SYNCED = [*FILE, ("fsync", "a/f"), ("fsync", "a")]
+NOTHING, F12, G12 = {"a": {}}, {"a": {"f": b"12"}}, {"a": {"g": b"12"}}
 
 
 @pytest.mark.parametrize(
     ("log", "dropped", "empty", "zeroed"),
     [
-        (DONE[:1], {}, {"a": {}}, {"a": {}}),
-        (DONE, {"a": {}}, {"a": {}}, {"a": {}}),
-        (FILE, {"a": {}}, {"a": {"f": b""}}, {"a": {"f": b"\0\0"}}),
+        (DONE[:1], {}, NOTHING, NOTHING),
+        (DONE, NOTHING, NOTHING, NOTHING),
+        (FILE, NOTHING, {"a": {"f": b""}}, {"a": {"f": b"\0\0"}}),
         ([*FILE, ("fsync", "a")], {"a": {"f": b""}}, {"a": {"f": b""}}, {"a": {"f": b"\0\0"}}),
-        ([*FILE, ("fsync", "a/f")], {"a": {}}, {"a": {"f": b"12"}}, {"a": {"f": b"12"}}),
-        (SYNCED, *[{"a": {"f": b"12"}}] * 3),
-        (
-            [*SYNCED, ("write", "a/f", 2, b"3")],
-            {"a": {"f": b"12"}},
-            {"a": {"f": b"12"}},
-            {"a": {"f": b"\0\0\0"}},
-        ),
-        (
-            [*SYNCED, ("create", "a/f", True)],
-            {"a": {"f": b"12"}},
-            {"a": {"f": b"12"}},
-            {"a": {"f": b""}},
-        ),
-        (
-            [*SYNCED, ("rename", "a/f", "a/g")],
-            {"a": {"f": b"12"}},
-            {"a": {"g": b"12"}},
-            {"a": {"g": b"12"}},
-        ),
-        ([*SYNCED, ("rename", "a/f", "a/g"), ("fsync", "a")], *[{"a": {"g": b"12"}}] * 3),
-        ([*SYNCED, ("remove", "a/f")], {"a": {"f": b"12"}}, {"a": {}}, {"a": {}}),
-        ([*SYNCED, ("rename", "a", "b")], {"a": {"f": b"12"}}, *[{"b": {"f": b"12"}}] * 2),
+        ([*FILE, ("fsync", "a/f")], NOTHING, F12, F12),
+        (SYNCED, F12, F12, F12),
+        ([*SYNCED, ("write", "a/f", 2, b"3")], F12, F12, {"a": {"f": b"\0\0\0"}}),
+        ([*SYNCED, ("create", "a/f", True)], F12, F12, {"a": {"f": b""}}),
+        ([*SYNCED, ("rename", "a/f", "a/g")], F12, G12, G12),
+        ([*SYNCED, ("rename", "a/f", "a/g"), ("fsync", "a")], G12, G12, G12),
+        ([*SYNCED, ("remove", "a/f")], F12, NOTHING, NOTHING),
+        ([*SYNCED, ("rename", "a", "b")], F12, {"b": {"f": b"12"}}, {"b": {"f": b"12"}}),
     ],
 )
 def test_replay_loses_what_was_not_fsynced_and_nothing_else(log, dropped, empty, zeroed):
@@ -227,38 +211,15 @@ def test_lock(tmp_path, check):
     assert check(tmp_path)
 
 
-# --------------------------------------------------------------------------------- training
+# --------------------------------------------------------------------------------- the program
 
 
-def run_survival(folder, *options):
-    """The program in a process of its own, its figures into a folder."""
-    code = f"""
-import sys, pathlib, benchmarks.survival
-if "--only" not in sys.argv:
-    import benchmarks.report
-    benchmarks.report.RESULTS = pathlib.Path({str(folder)!r})
-code = benchmarks.survival.main(sys.argv[1:])
-print("torch" in sys.modules)
-sys.exit(code)
-"""
-    return subprocess.run(
-        [sys.executable, "-c", code, "--folder", str(folder), *options],
-        cwd=REPOSITORY,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        encoding="utf-8",
-    )
-
-
-def test_one_part_runs_by_itself_and_without_torch(tmp_path):
-    done = run_survival(tmp_path, "--only", "storm", "--kills", "5")
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith("storm     ok: kills 5, acknowledged ")
-    assert done.stdout.endswith("False\n")
-    assert os.listdir(tmp_path) == []
-
-
-def test_a_failure_is_said_and_ends_the_program_with_1(monkeypatch, capsys):
+def test_one_part_runs_by_itself_and_a_failure_ends_the_program_with_1(
+    monkeypatch, capsys, tmp_path
+):
+    assert survival.main(["--only", "storm", "--kills", "5", "--folder", str(tmp_path)]) == 0
+    assert capsys.readouterr().out.startswith("storm     ok: kills 5, acknowledged ")
+    assert list(tmp_path.iterdir()) == []
     told = {"checks": 1, "failures": ["locks: seed 0, mine: no"]}
     monkeypatch.setattr(survival, "contend_for_locks", lambda folder: told)
     assert survival.main(["--only", "locks"]) == 1
@@ -269,12 +230,16 @@ def test_a_failure_is_said_and_ends_the_program_with_1(monkeypatch, capsys):
 
 @pytest.mark.slow
 def test_runs_killed_in_every_phase_end_as_the_undisturbed_one(tmp_path):
-    done = run_survival(tmp_path, "--kills", "20", "--runs", "20", "--seed", "3")
+    # in a process of its own: forks of this one may lack threads that torch has begun
+    options = ("--only", "training", "--runs", "12", "--seed", "3", "--folder", str(tmp_path))
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks.survival", *options],
+        cwd=REPOSITORY,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        encoding="utf-8",
+    )
     assert done.returncode == 0, done.stdout + done.stderr
-    print(done.stdout)  # the phase of each kill
-    results = json.loads((tmp_path / "survival-cpu.json").read_bytes())
-    training = results["training"]
-    assert training["failures"] == []
-    assert training["kills"] == len(training["each_kill"]) == 20
-    assert re.search(r"kill 20 of run \d+: \w+", done.stdout)
-    assert all(training["phases"][name] >= 2 for name in ("step", "save", "evaluation", "sampling"))
+    assert done.stdout.startswith("training  ok: kills 12")
+    phases = re.findall(r"kill \d+ of run \d+: (\w+)", done.stdout)
+    assert len(phases) == 12 and {"step", "save", "evaluation", "sampling"} <= set(phases)

@@ -2,7 +2,6 @@
 
 import copy
 import itertools
-import json
 import time
 
 import pytest
@@ -16,8 +15,8 @@ from engine.optim import build_optimizer
 from engine.precision import Precision
 from planning import agreement, trial
 from planning.trial import WORTH_A_TRIAL, Compiled, Trial, decide_compiling, steps_in
-from tests.test_main import run_main, write_settings
-from tests.test_train import BATCH, CONTEXT, FP32, tiny_loaders, tiny_model
+from tests.letters import BATCH, CONTEXT, FP32, tiny_loaders, tiny_model
+from tests.resuming import Bench, of_steps
 from training import learner
 from training.learner import Learner, steps_of_epoch, take_step
 from training_utils import TrainingConfig
@@ -74,25 +73,18 @@ def seconds_of_steps(monkeypatch):
 # ------------------------------------------------------------------ a trial
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 @pytest.mark.parametrize("precision", [FP32, BF16], ids=["fp32", "bf16"])
-def test_a_trial_changes_nothing(optimizer, precision):
-    tried = new_trial(optimizer, precision, drop_rate=0.3, attention_drop_rate=0.3)
-    torch.manual_seed(3)
-    before = state(tried)
-    assert tried.step_seconds() > 0
-    assert_same(state(tried), before)
-
-
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-def test_training_after_a_trial_is_that_without_one(optimizer):
+def test_a_trial_changes_nothing_nor_the_training_after_it(optimizer, precision):
     def trained(with_trial: bool) -> dict:
-        tried = new_trial(optimizer, drop_rate=0.3)
+        tried = new_trial(optimizer, precision, drop_rate=0.3, attention_drop_rate=0.3)
         torch.manual_seed(3)
         if with_trial:
-            tried.step_seconds()
-        for batches in itertools.islice(iter(tried.loader), 3):
-            take_step(tried.learner.model, [batches], tried.learner.optimizer, FP32, 1.0)
+            before = state(tried)
+            assert tried.step_seconds() > 0
+            assert_same(state(tried), before)
+        for batches in itertools.islice(iter(tried.loader), 2):
+            take_step(tried.learner.model, [batches], tried.learner.optimizer, precision, 1.0)
         return state(tried)
 
     one, other = trained(True), trained(False)
@@ -164,13 +156,10 @@ def test_the_time_of_a_step_is_the_median_without_the_first(seconds_of_steps):
         (50.0, {"eval_iter": 15}, 1),  # shorter than its evaluations
     ],
 )
-@pytest.mark.parametrize("step_s", [1.0, 0.25])
-def test_steps_and_evaluations_take_the_time_that_is_there(
-    monkeypatch, budget, settings, expected, step_s
-):
-    monkeypatch.setattr(Trial, "step_seconds", lambda self: step_s)
-    found = steps_in(budget * step_s, new_trial(), TrainingConfig(**settings))
-    assert found == expected
+def test_steps_and_evaluations_take_the_time_that_is_there(monkeypatch, budget, settings, expected):
+    for step_s in (1.0, 0.25):
+        monkeypatch.setattr(Trial, "step_seconds", lambda self, s=step_s: s)
+        assert steps_in(budget * step_s, new_trial(), TrainingConfig(**settings)) == expected
 
 
 def test_an_evaluation_batch_is_a_part_of_a_step_that_has_several(monkeypatch):
@@ -181,50 +170,24 @@ def test_an_evaluation_batch_is_a_part_of_a_step_that_has_several(monkeypatch):
     assert steps_in(110.5, tried, TrainingConfig(eval_freq=10, eval_iter=6)) == 100
 
 
-@pytest.mark.slow
-def test_a_run_with_a_time_budget_takes_about_so_long_and_goes_on_with_its_steps(tmp_path):
-    settings = {
-        "time_budget_minutes": 0.1,
-        "batch_size": 8,
-        "max_length": 64,
-        "eval_iter": 2,
-        "start_context": "river",
-        "model_overrides": {"emb_dim": 64, "n_heads": 2, "n_layers": 2},
-    }
-    text = "the river carries the bell and the bell carries the river " * 200
-    file = write_settings(tmp_path, text, TOKENIZER="char", RUN_NAME="one", custom_params=settings)
-    # the program, stopped by Ctrl-C after twenty steps, those of its trial not counted
-    code = (
-        "import main, os, signal, sys\n"
-        "from training import learner\n"
-        "step, done = learner.take_step, []\n"
-        "def stop(*given, **options):\n"
-        "    done.extend([1] * (options['stop'] is not None))\n"
-        "    if len(done) == 20:\n"
-        "        os.kill(os.getpid(), signal.SIGINT)\n"
-        "    return step(*given, **options)\n"
-        "learner.take_step = stop\n"
-        "sys.exit(main.main(['settings.py']))\n"
-    )
-    stopped = run_main(tmp_path, code=code)
-    assert stopped.returncode == 130, stopped.stderr
-    saved = json.loads((tmp_path / "runs/one/settings.json").read_text(encoding="utf-8"))
-    steps = saved["total_steps"]
-    assert f"Note: {steps:,} steps are expected to take 0.1 minutes" in stopped.stdout
-    assert steps == saved["training"]["max_steps"] > 20
-
-    started_at = time.monotonic()
-    goes_on = run_main(tmp_path, file)
-    seconds = time.monotonic() - started_at
-    assert goes_on.returncode == 0, goes_on.stderr
-    assert f"Resuming runs/one: 20 of {steps:,} steps are done" in goes_on.stdout
-    assert 3 < seconds < 40  # 6 s and the start, on a machine that others use, too
-    rows = (tmp_path / "runs/one/metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    trained = [row for row in map(json.loads, rows) if "train/loss" in row]
-    assert len(trained) == steps
-    peak = max(row["train/lr"] for row in trained)
-    assert trained[-1]["train/lr"] == pytest.approx(peak / 10)  # the schedule ends with the run
-    assert "nothing to do" in run_main(tmp_path, file).stdout
+def test_a_run_with_a_time_budget_ends_with_its_schedule_and_goes_on_with_its_steps(
+    workdir, monkeypatch, capsys
+):
+    monkeypatch.setattr(Trial, "step_seconds", lambda self, **_: 0.25)
+    bench = Bench(workdir, monkeypatch)
+    bench.describe("run", max_steps=None, time_budget_minutes=0.1, eval_freq=None, eval_iter=1)
+    bench.signal_at("take_step", 5)
+    assert not bench.session()
+    record = bench.env.run.record
+    # eleven evaluations of two batches at a third of 0.25 s leave 4.2 s
+    assert record.total_steps == record.training.max_steps == 16
+    assert "Note: 16 steps are expected to take 0.1 minutes" in capsys.readouterr().out
+    monkeypatch.setattr(Trial, "step_seconds", lambda self, **_: 0.01)  # as on a faster machine
+    rows = of_steps(bench.finish()["rows"])
+    assert "5 of 16 steps are done" in capsys.readouterr().out
+    assert len(rows) == 16
+    rates = [float.fromhex(row["train/lr"]) for row in rows]
+    assert rates[-1] == pytest.approx(max(rates) / 10)  # the schedule ends with the run
 
 
 # ------------------------------------------------------------------ whether to compile
@@ -245,28 +208,21 @@ def large_steps(n: float) -> int:
     return int(n * WORTH_A_TRIAL / (BATCH * CONTEXT * tiny_model().flop_per_token()))
 
 
-@pytest.mark.parametrize("budget", [None, 1e6])
-def test_compile_false_tries_nothing(compiler, monkeypatch, budget):
-    monkeypatch.setattr(Trial, "step_seconds", None)
-    assert decide_compiling(False, new_trial(), 10**9, budget) == Compiled(False, "as set")
-    assert compiler == []
-
-
-def test_auto_tries_nothing_for_a_run_that_is_short_on_any_machine(compiler, monkeypatch):
-    monkeypatch.setattr(Trial, "step_seconds", None)
-    found = decide_compiling("auto", new_trial(), large_steps(0.99), None)
-    assert found == Compiled(False, "a run this short would not repay it")
-    assert compiler == []
-
-
-@pytest.mark.parametrize("requested", ["auto", True])
-def test_where_compiling_cannot_work_nothing_is_tried_and_the_reason_is_told(
-    compiler, monkeypatch, requested
+@pytest.mark.parametrize(
+    ("requested", "obstacle", "steps", "reason"),
+    [
+        (False, None, 10**9, "as set"),
+        ("auto", None, large_steps(0.99), "a run this short would not repay it"),
+        ("auto", "no compiler", 10**9, "no compiler"),
+        (True, "no compiler", 10**9, "no compiler"),
+    ],
+)
+def test_where_the_answer_is_known_nothing_is_tried(
+    compiler, monkeypatch, requested, obstacle, steps, reason
 ):
     monkeypatch.setattr(Trial, "step_seconds", None)
-    monkeypatch.setattr(trial, "what_prevents_compiling", lambda device: "no compiler")
-    found = decide_compiling(requested, new_trial(), 10**9, None)
-    assert found == Compiled(False, "no compiler")
+    monkeypatch.setattr(trial, "what_prevents_compiling", lambda device: obstacle)
+    assert decide_compiling(requested, new_trial(), steps, None) == Compiled(False, reason)
     assert compiler == []
 
 
@@ -310,42 +266,25 @@ def test_compile_true_compiles_however_short_the_run(compiler, capsys):
     assert "Compiling the model's blocks" in capsys.readouterr().out
 
 
-def test_what_fails_to_compile_runs_as_it_is_written(compiler, monkeypatch):
-    tried = new_trial()
-    before = state(tried)
-
-    def fail(*arguments, **options):
-        raise KeyError("no such kernel\nand a page more")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(learner, "take_step", fail)
-        found = decide_compiling(True, tried, 10**9, None)
-    assert not found.on
-    assert found.reason == r"KeyError: 'no such kernel\nand a page more'"
-    assert compiler == ["compile", "undo"]
-    assert_same(state(tried), before)
-
-
-def test_a_long_reason_is_cut_to_its_first_line(compiler, monkeypatch):
-    def fail(*arguments, **options):
-        raise RuntimeError(f"{'x' * 999}\nand a page more")
-
-    monkeypatch.setattr(learner, "take_step", fail)
-    assert new_trial().compile(None) == f"RuntimeError: {'x' * 200}"
-
-
-def test_where_memory_runs_out_compiled_the_model_runs_as_written_with_its_micro_batch(
-    compiler, monkeypatch
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (KeyError("no such kernel\nand more"), r"KeyError: 'no such kernel\nand more'"),
+        (RuntimeError(f"{'x' * 999}\nand a page more"), f"RuntimeError: {'x' * 200}"),
+        (OutOfStepMemory(MemoryError(), BATCH), "compiled steps ran out of memory"),
+    ],
+)
+def test_what_fails_to_compile_runs_as_it_is_written_with_its_micro_batch(
+    compiler, monkeypatch, error, reason
 ):
     def fail(*arguments, **options):
-        raise OutOfStepMemory(MemoryError("not enough"), BATCH)
+        raise error
 
     tried = new_trial()
     before, micro_batch = state(tried), tried.learner.micro_batch
     with monkeypatch.context() as patch:
         patch.setattr(learner, "take_step", fail)
-        found = decide_compiling(True, tried, 10**9, None)
-    assert found == Compiled(False, "compiled steps ran out of memory")
+        assert decide_compiling(True, tried, 10**9, None) == Compiled(False, reason)
     assert compiler == ["compile", "undo"]
     assert tried.learner.micro_batch == micro_batch
     assert_same(state(tried), before)
