@@ -14,10 +14,11 @@ import tokenizers
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tiktoken import registry
-from tokenizers import decoders, models, pre_tokenizers, trainers
+from tokenizers import decoders, models, pre_tokenizers
 
 from engine.errors import DataError, SettingsError
 from tests.conftest import REPOSITORY
+from tests.texts import CHINESE, ENGLISH, train_in_the_library
 from text import tokenizer as tokenizer_module
 from text import tokenizer_file
 from text.tokenizer import (
@@ -64,9 +65,7 @@ TEXTS = {
 MIXED = "".join(
     TEXTS[name] for name in ("chinese", "emoji", "arabic", "code", "line ends", "control")
 )
-SAMPLES = [
-    (REPOSITORY / "corpus" / f"sample-{code}.txt").read_bytes().decode() for code in ("en", "zh")
-]
+SAMPLES = (ENGLISH, CHINESE)
 LEARNT = "\n".join(sample[: len(sample) // 2] for sample in SAMPLES)
 HELD_OUT = "\n".join(sample[len(sample) // 2 :] for sample in SAMPLES)
 KINDS = ("gpt2", "bpe", "char", "foreign")
@@ -77,25 +76,10 @@ def ours() -> GPT2Tokenizer:
     return GPT2Tokenizer()
 
 
-def train_in_the_library(size: int, special_tokens: tuple = ()) -> tokenizers.Tokenizer:
-    """A byte-level BPE as others train it, its special tokens first."""
-    trainable = tokenizers.Tokenizer(models.BPE())
-    trainable.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    trainable.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=size,
-        special_tokens=list(special_tokens),
-        initial_alphabet=sorted(byte_symbols()),
-        show_progress=False,
-    )
-    trainable.train_from_iterator([LEARNT], trainer)
-    return trainable
-
-
 @pytest.fixture(scope="module")
 def foreign_file(tmp_path_factory):
     path = tmp_path_factory.mktemp("elsewhere") / "tokenizer.json"
-    train_in_the_library(600, ("<pad>", "<eos>")).save(str(path))  # indented, unlike ours
+    train_in_the_library(LEARNT, 600, "<pad>", "<eos>").save(str(path))  # indented, unlike ours
     return path
 
 
@@ -274,8 +258,9 @@ def test_a_stream_shows_each_character_as_soon_as_it_is_whole(tokenizer):
     ids = tokenizer.encode(text)
     decoder, shown = tokenizer.decoder(), ""
     for n, token in enumerate(ids, start=1):
-        shown += decoder.add(token)
-        assert tokenizer.decode(ids[:n]).rstrip("\ufffd") == shown == text[: len(shown)]
+        if piece := decoder.add(token):
+            shown += piece
+            assert tokenizer.decode(ids[:n]).rstrip("\ufffd") == shown == text[: len(shown)]
     assert shown + decoder.finish() == text
 
 
@@ -298,7 +283,7 @@ def test_the_name_of_a_control_token_in_a_text_is_text(tokenizer):
 
 
 def test_ids_of_a_trained_bpe_equal_those_of_the_library_that_trained_it(by_kind):
-    trained = train_in_the_library(699)
+    trained = train_in_the_library(LEARNT, 699)
     assert by_kind["bpe"].vocab_size == 700
     for text in (LEARNT, HELD_OUT, MIXED):
         assert by_kind["bpe"].encode(text) == trained.encode(text).ids
@@ -403,7 +388,7 @@ def test_without_the_library_one_is_told_how_to_get_it(foreign_file, monkeypatch
         train_bpe([LEARNT], 500)
     with pytest.raises(SettingsError, match="needs a library: pip install tokenizers"):
         load_tokenizer(foreign_file)
-    name, reason = choose_tokenizer([CHINESE] * 100)
+    name, reason = choose_tokenizer([SHORT] * 100)
     assert name == "char"
     assert "pip install tokenizers" in reason
 
@@ -428,44 +413,36 @@ def test_a_value_of_tokenizer_is_taken_or_its_fault_is_named():
             assert f'is "{name}"; ' in found and fault in found
 
 
-CHINESE = SAMPLES[1][:2000]
+SHORT = CHINESE[:2000]
 
 
-@pytest.mark.parametrize(
-    ("texts", "expected", "why"),
-    [
-        ([SAMPLES[0]], "gpt2", "GPT-2's needs 0."),
+def test_the_tokenizer_is_chosen_by_what_gpt2_would_need(ours):
+    rate = len(ours.encode(SHORT)) / len(SHORT)  # tokens a character
+    too_short = f"would need {rate:.2f} tokens a character, and the text is too short to train one"
+    for texts, expected, why in [
+        ([ENGLISH], "gpt2", "GPT-2's needs 0."),
         ([], "gpt2", "GPT-2's needs 0.00"),
-        ([CHINESE] * 99, "char", "too short to train one on"),
-        ([CHINESE] * 100, "bpe:4096", "GPT-2's would need"),
-        ([CHINESE * 500, SAMPLES[0] * 1000], "bpe:4096", "GPT-2's would need"),
-    ],
-    ids=["english", "nothing", "short", "long enough", "only the start"],
-)
-def test_the_tokenizer_is_chosen_by_what_gpt2_would_need(texts, expected, why):
-    name, reason = choose_tokenizer(texts)
-    assert name == expected
-    assert why in reason
-
-
-def test_the_rate_that_is_named_is_tokens_a_character(ours):
-    _, reason = choose_tokenizer([CHINESE, SAMPLES[0][:500]])
-    n_tokens = len(ours.encode(CHINESE)) + len(ours.encode(SAMPLES[0][:500]))
-    assert f"{n_tokens / 2500:.2f} tokens a character" in reason
+        ([SHORT] * 99, "char", too_short),
+        ([SHORT] * 100, "bpe:4096", f"GPT-2's would need {rate:.2f} tokens a character"),
+        ([SHORT * 500, ENGLISH * 1000], "bpe:4096", f"GPT-2's would need {rate:.2f}"),
+    ]:
+        name, reason = choose_tokenizer(texts)
+        assert name == expected
+        assert why in reason
 
 
 def test_the_tokenizer_that_is_named_is_made_from_the_text_and_described():
-    chars = f"{len(set(CHINESE))} characters"
+    chars = f"{len(set(SHORT))} characters"
     for name, kind, description in [
         ("gpt2", "gpt2", "GPT-2"),
         ("char", "char", chars),
         ("bpe:400", "bpe", "BPE of 400 tokens"),
         ("auto", "char", f"{chars}; chosen because GPT-2's would need"),
     ]:
-        tokenizer, told = make_tokenizer(name, lambda: [CHINESE[:900], CHINESE[900:]])
+        tokenizer, told = make_tokenizer(name, lambda: [SHORT[:900], SHORT[900:]])
         assert tokenizer.kind == kind
         assert told.startswith(description)
-        assert kind != "char" or tokenizer.chars == sorted(set(CHINESE))
+        assert kind != "char" or tokenizer.chars == sorted(set(SHORT))
 
 
 # ------------------------------------------------------------------------- files from elsewhere
@@ -528,29 +505,22 @@ def test_the_fingerprint_of_a_foreign_file_is_not_that_of_its_spaces(foreign_fil
     assert load_tokenizer(path).fingerprint == load_tokenizer(foreign_file).fingerprint
 
 
-@pytest.mark.parametrize(
-    ("specials", "end"),
-    [
+def test_the_token_that_ends_a_text_is_found_by_its_name_or_added(path):
+    for specials, end in [
         ([], None),
         (["<s>", "<pad>"], None),
         *(([name], name) for name in END_NAMES),
         (["[SEP]", "<eos>", "</s>"], "</s>"),
         (["</s>", END_OF_TEXT], END_OF_TEXT),
-    ],
-    ids=str,
-)
-def test_the_token_that_ends_a_text_is_found_by_its_name_or_added(path, specials, end):
-    made = tokenizers.Tokenizer(models.WordLevel({"a": 0, "b": 1}, unk_token="a"))
-    made.add_special_tokens(specials)
-    made.save(str(path))
-    tokenizer = load_tokenizer(path)
-    count = 2 + len(specials)
-    if end is None:
-        assert (tokenizer.end_of_text_id, tokenizer.vocab_size) == (count, count + 1)
-        assert tokenizer.decode([1, tokenizer.end_of_text_id]) == "b"
-    else:
-        assert tokenizer.end_of_text_id == made.token_to_id(end)
-        assert tokenizer.vocab_size == count
+    ]:
+        made = tokenizers.Tokenizer(models.WordLevel({"a": 0, "b": 1}, unk_token="a"))
+        made.add_special_tokens(specials)
+        made.save(str(path))
+        tokenizer = load_tokenizer(path)
+        count = 2 + len(specials)
+        expected = (count, count + 1) if end is None else (made.token_to_id(end), count)
+        assert (tokenizer.end_of_text_id, tokenizer.vocab_size) == expected
+        assert end or tokenizer.decode([1, tokenizer.end_of_text_id]) == "b"
 
 
 def damaged(change) -> bytes:
