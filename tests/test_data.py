@@ -23,7 +23,7 @@ from data import (
 from engine.errors import DataError
 from engine.metrics import TokenSize
 from planning.preflight import describe_text
-from tests.conftest import REPOSITORY
+from tests.texts import CHINESE, ENGLISH
 from text.tokenizer import CharTokenizer, GPT2Tokenizer
 
 CPU = torch.device("cpu")
@@ -271,79 +271,58 @@ def test_random_crops_are_windows_of_training_tokens_from_the_first_to_the_last_
 # ------------------------------------------------------------------ steps and micro-batches
 
 
-@BOTH_KINDS
-@pytest.mark.parametrize(("accumulation", "micro_batch"), [(1, None), (1, 3), (3, None), (2, 5)])
-def test_starting_at_a_step_equals_skipping_those_before_it(sampling, accumulation, micro_batch):
-    options = {"sampling": sampling, "accumulation": accumulation, "micro_batch": micro_batch}
-    (whole, _), (jumped, _) = loaders(300, **options), loaders(300, **options)
-    per_step, n_steps = whole.batch_sampler.per_step, whole.batch_sampler.n_steps
-    in_turn = [epoch_starts(whole, epoch) for epoch in range(3)]
-    for epoch in (2, 0, 1):
-        for step in range(n_steps + 1):
-            assert epoch_starts(jumped, epoch, step) == in_turn[epoch][step * per_step :]
-    epoch_starts(jumped, 0, 2)
-    assert starts_of(jumped) == in_turn[1]  # from its first step on
-
-
-@BOTH_KINDS
-@pytest.mark.parametrize("micro_batch", [1, 2, 3, 5, 7, 8, 12, 100])
-def test_a_step_has_the_same_windows_whatever_the_size_of_its_parts(sampling, micro_batch):
-    def steps_of(loader: DataLoader, epoch: int) -> list[list[int]]:
-        batches, per_step = epoch_starts(loader, epoch), loader.batch_sampler.per_step
-        return [flat(batches[i : i + per_step]) for i in range(0, len(batches), per_step)]
-
-    twelve = {"batch_size": 12}
-    whole, _ = loaders(900, sampling=sampling, changes=twelve)
-    parts, _ = loaders(900, sampling=sampling, changes=twelve, micro_batch=micro_batch)
-    gathered, _ = loaders(900, sampling=sampling, accumulation=3)
-    assert whole.batch_sampler.n_steps == parts.batch_sampler.n_steps == 8
-    for epoch in (0, 1):
-        expected = epoch_starts(whole, epoch)
-        assert steps_of(parts, epoch) == steps_of(gathered, epoch) == expected
-        assert len(expected) == 8
-        assert len(expected[-1]) == (12 if sampling == "random" else 89 - 7 * 12)
-
-
 @settings(derandomize=True, deadline=None, max_examples=200, database=None)
 @given(
     n_windows=st.integers(1, 40),
-    batch_size=st.integers(1, 12),
     step_size=st.integers(1, 30),
+    micro_batch=st.integers(1, 12),
     tail_or_steps=st.sampled_from([(False, None), (True, None)])
     | st.integers(1, 9).map(lambda n: (False, n)),
+    epoch=st.integers(0, 2),
 )
-def test_the_length_is_the_number_of_batches_that_come(
-    n_windows, batch_size, step_size, tail_or_steps
+def test_a_step_has_the_same_windows_in_parts_of_any_size_from_any_step_on(
+    n_windows, step_size, micro_batch, tail_or_steps, epoch
 ):
     tail, n_steps = tail_or_steps
     tokens = np.arange(2 * n_windows + 1 + tail, dtype=np.uint16)
     dataset = WindowDataset(tokens, 2, 2, keep_tail=True)
     assert (dataset.n_whole, dataset.has_tail) == (n_windows, tail)
-    batches = WindowBatches(dataset, batch_size, 3, n_steps, step_size)
-    found = list(batches)
-    assert len(found) == len(batches)
-    if tail:
-        assert found.pop() == [n_windows]
-    per_step = batches.per_step
-    steps = [found[i : i + per_step] for i in range(0, len(found), per_step)]
-    assert len(steps) == batches.n_steps == (n_steps or -(-n_windows // step_size))
-    sizes = [sum(map(len, step)) for step in steps]
-    assert sizes[:-1] == [step_size] * (len(steps) - 1)
-    assert all(len(batch) <= batch_size for batch in found)
-    assert all(len(batch) == batch_size for step in steps for batch in step[:-1])
+    at_the_end = [[n_windows]] * tail  # a tail comes alone
+    whole = WindowBatches(dataset, 4, 3, n_steps, step_size, step_size)
+    whole.start_at(epoch)
+    steps, next_steps = list(whole), list(whole)
+    assert len(steps) == len(whole) == whole.n_steps + tail
+    steps, next_steps = steps[: whole.n_steps], next_steps[: whole.n_steps]
+    assert len(steps) == (n_steps or -(-n_windows // step_size))
+    assert all(len(step) == step_size for step in steps[:-1])
     if n_steps is None:
-        assert sorted(flat(found)) == list(range(n_windows))
+        assert sorted(flat(steps)) == list(range(n_windows))
     else:
-        assert sizes[-1] == step_size and 0 <= min(flat(found)) <= max(flat(found)) < n_windows
+        assert len(steps[-1]) == step_size and set(flat(steps)) <= set(range(n_windows))
+
+    def in_parts(steps: list[list[int]]) -> list[list[int]]:
+        starts = range(0, step_size, micro_batch)
+        return [part for step in steps for i in starts if (part := step[i : i + micro_batch])]
+
+    parts = WindowBatches(dataset, 4, 3, n_steps, step_size, micro_batch)
+    assert len(parts) == len(in_parts(steps) + at_the_end)
+    assert parts.per_step == -(-step_size // micro_batch)
+    for first in range(len(steps) + 1):
+        parts.start_at(epoch, first)
+        assert list(parts) == in_parts(steps[first:]) + at_the_end
+    assert list(parts) == in_parts(next_steps) + at_the_end  # from its first step on
 
 
-def test_validation_comes_in_the_same_parts():
+def test_loaders_give_steps_and_validation_in_parts():
     # 99 targets: twelve windows of 8, six at a time in parts of five, a tail of 3
     train, val = loaders(500, changes={"batch_size": 6}, accumulation=5, micro_batch=5)
     assert [tuple(targets.shape) for _, targets in val] == [(5, 8), (1, 8), (5, 8), (1, 8), (1, 3)]
     assert len(val) == 5
     assert train.batch_sampler.per_step == 6
     assert len(train) == len(list(train))
+    twelve, _ = loaders(900, changes={"batch_size": 12})
+    gathered, _ = loaders(900, accumulation=3, micro_batch=12)
+    assert epoch_starts(gathered, 1) == epoch_starts(twelve, 1)
 
 
 # ------------------------------------------------------------------ tokens in a file, on a device
@@ -410,33 +389,25 @@ def test_on_a_gpu_small_texts_stay_on_the_device():
     ("n_parameters", "word"), [(10**6, "by heart"), (100, "a few epochs"), (10, "enough to learn")]
 )
 def test_the_report_says_whether_the_text_will_do(n_parameters, word):
-    report = {
-        "files": [{}],
-        "documents": 1,
-        "bytes": 12,
-        "characters": 12,
-        "passed_over": [],
-        "empty_documents": 0,
-        "duplicate_documents": 0,
-        "documents_on_both_sides": 0,
-        "tokens_per_character": 1.0,
-        "vocabulary": 270,
-        "vocabulary_used": 270,
-    }
+    counts = ("empty_documents", "duplicate_documents", "documents_on_both_sides")
+    report = dict.fromkeys(counts, 0) | {"passed_over": [], "files": [{}]}
+    report |= {"documents": 1, "bytes": 12, "characters": 12, "tokens_per_character": 1.0}
+    report |= {"vocabulary": 270, "vocabulary_used": 270}
     windows, _ = plan(1000)
     first, second, third = describe_text(report, windows, n_parameters)
     assert first == "1 document in 1 file: 12 bytes, 12 characters"
     assert second == "1,000 tokens, 1.00 a character, 100% of the vocabulary in use"
     assert third.startswith(f"{800 / n_parameters:.3g} training tokens a parameter: ")
     assert word in third
-    odd = {"files": [{}, {}], "documents": 3, "bytes": 1234, "characters": 1200}
-    odd |= {"passed_over": [{}], "duplicate_documents": 2, "documents_on_both_sides": 1}
-    odd |= {"tokens_per_character": 0.25, "vocabulary": 200, "vocabulary_used": 50}
-    assert [line.partition("(")[0] for line in describe_text(report | odd, windows, 800)[:-1]] == [
-        "3 documents in 2 files: 1,234 bytes, 1,200 characters",
-        "1 passed over, 2 duplicates, 1 in both training and validation text ",
-        "1,000 tokens, 0.25 a character, 25% of the vocabulary in use",
-    ]
+    report |= {"files": [{}, {}], "documents": 3, "bytes": 1234, "characters": 1200}
+    report |= {"passed_over": [{}], "duplicate_documents": 2, "documents_on_both_sides": 1}
+    report |= {"tokens_per_character": 0.25, "vocabulary": 200, "vocabulary_used": 50}
+    first, second, third, _ = describe_text(report, windows, n_parameters)
+    assert first == "3 documents in 2 files: 1,234 bytes, 1,200 characters"
+    assert second.startswith(
+        "1 passed over, 2 duplicates, 1 in both training and validation text ("
+    )
+    assert third == "1,000 tokens, 0.25 a character, 25% of the vocabulary in use"
 
 
 # ------------------------------------------------------------------ a text of your own
@@ -531,13 +502,10 @@ def test_an_evaluation_works_on_any_loader_of_pairs():
 
 # ------------------------------------------------------------------ characters and bytes a token
 
-CHINESE = (REPOSITORY / "corpus" / "sample-zh.txt").read_text(encoding="utf-8")[:3000]
-ENGLISH = (REPOSITORY / "corpus" / "sample-en.txt").read_text(encoding="utf-8")[:3000]
-
 
 @pytest.mark.parametrize("kind", ["gpt2", "char"])
 def test_a_token_stands_for_its_share_of_characters_and_bytes(kind, tmp_path):
-    for text in (ENGLISH, CHINESE, "ab\n春" * 50):
+    for text in (ENGLISH[:3000], CHINESE[:3000], "ab\n春" * 50):
         tokenizer = GPT2Tokenizer() if kind == "gpt2" else CharTokenizer(text)
         ids = tokenizer.encode(text)
         expected = TokenSize(len(text) / len(ids), len(text.encode("utf-8")) / len(ids))
