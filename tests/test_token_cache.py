@@ -212,14 +212,22 @@ def test_tokens_of_a_file_equal_those_of_its_whole_text(tmp_path, build, monkeyp
     assert text.tokenizer.kind == name.partition(":")[0]
 
 
-def test_a_tokenizer_from_elsewhere_gets_each_document_whole(tmp_path, build, monkeypatch):
+def test_a_tokenizer_from_elsewhere_gets_each_document_whole_and_four_bytes_a_token(
+    tmp_path, build, monkeypatch
+):
     monkeypatch.setattr(token_cache, "CHUNK", 16)
-    made = tokenizers.Tokenizer(models.WordLevel({"[UNK]": 0, "one": 1, "two": 2}, "[UNK]"))
+    vocabulary = {f"▁w{i}": i for i in range(65_536)}
+    made = tokenizers.Tokenizer(models.WordLevel(vocabulary, unk_token="▁w0"))
     made.pre_tokenizer = pre_tokenizers.Metaspace()  # which puts a blank before each text
     file = write_text(tmp_path / "tokenizer.json", made.to_str())
-    text = build(write_text(tmp_path / "a.txt", "one, two. " * 40), name=file)
+    documents = ["w1, w3. " * 40, "w2 w65535"]
+    text = build(write_lines(tmp_path / "a.jsonl", documents), name=file)
     assert text.tokenizer.kind == "foreign"
-    assert tokens_of(text) == made.encode("one, two. " * 40).ids
+    assert text.tokenizer.vocab_size == 65_537  # end-of-text comes last
+    expected = [*made.encode(documents[0]).ids, 65_536, 2, 65_535]
+    assert tokens_of(text) == expected
+    assert text.dtype == "uint32"
+    assert text.path.stat().st_size == 4 * len(expected)
 
 
 @settings(max_examples=25, derandomize=True, deadline=None, database=None)
@@ -249,19 +257,6 @@ def test_documents_are_joined_by_one_end_of_text_and_sides_end_without(
     is_val = set(val)
     assert train == [document for document in documents if document not in is_val]
     assert val == [document for document in documents if document in is_val]
-
-
-def test_tokens_take_four_bytes_from_a_vocabulary_of_65537(tmp_path, build):
-    vocabulary = {f"w{i}": i for i in range(65_536)}
-    made = tokenizers.Tokenizer(models.WordLevel(vocabulary, unk_token="w0"))
-    made.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    made.save(str(tmp_path / "words.json"))
-    documents = write_lines(tmp_path / "a.jsonl", ["w1 w65535", "w2 w3"])
-    text = build(documents, name=tmp_path / "words.json")
-    assert text.tokenizer.vocab_size == 65_537  # end-of-text comes last
-    assert tokens_of(text) == [1, 65_535, 65_536, 2, 3]
-    assert text.dtype == "uint32" != build(documents).dtype == "uint16"
-    assert text.path.stat().st_size == 5 * 4
 
 
 # ------------------------------------------------------------------------------ splitting
