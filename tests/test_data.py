@@ -429,6 +429,11 @@ def test_create_dataloader_v1_has_the_defaults_it_is_known_for():
     assert flat(starts_of(evaluation_loader(loader))) == [0, 256, 512, 768, 1024]  # in order
 
 
+def test_create_dataloader_v1_takes_gpt2_where_no_tokenizer_is_given():
+    loader = create_dataloader_v1("Every effort moves you.", batch_size=1, max_length=4)
+    assert pairs_of(loader) == [([6109, 3626, 6100, 345], [3626, 6100, 345, 13])]
+
+
 @pytest.mark.parametrize("num_workers", [0, 1])
 def test_create_dataloader_v1_keeps_order_and_rest_where_asked(num_workers, capsys):
     options = {"batch_size": 4, "max_length": 8, "stride": 5, "num_workers": num_workers}
