@@ -1,18 +1,14 @@
 """Streamed text: whole characters, stop strings, ends, and prompts of every kind."""
 
 import itertools
-import math
-import time
 
 import pytest
-import tokenizers
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from tokenizers import decoders, models, pre_tokenizers, trainers
 
 import generation
-from engine.errors import NumericsError, SettingsError
+from engine.errors import SettingsError
 from generation import (
     Piece,
     SamplingConfig,
@@ -22,8 +18,9 @@ from generation import (
     token_ids_to_text,
 )
 from model import GPTConfig, GPTModel
-from text.tokenizer import CharTokenizer, GPT2Tokenizer, load_tokenizer, train_bpe
-from text.tokenizer_file import END_OF_TEXT, byte_symbols
+from tests.texts import train_in_the_library
+from text.tokenizer import CharTokenizer, GPT2Tokenizer, restore_tokenizer, train_bpe
+from text.tokenizer_file import END_OF_TEXT
 
 LEARNT = "the bell of the river, abc abcab bcabc; 春江潮水连海平，海上明月共潮生。" * 20
 KINDS = ("gpt2", "bpe", "char", "foreign")
@@ -32,25 +29,14 @@ EMOJI = "👩‍👩‍👧‍👦🏳️‍🌈👍🏽🇩🇪☺️🙂"
 
 
 @pytest.fixture(scope="module")
-def by_kind(tmp_path_factory) -> dict:
+def by_kind() -> dict:
     """A tokenizer of each kind, and a model for it; all but GPT-2's have learnt one text."""
-    trainable = tokenizers.Tokenizer(models.BPE())
-    trainable.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    trainable.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=330,
-        special_tokens=["<pad>", "<eos>"],
-        initial_alphabet=sorted(byte_symbols()),
-        show_progress=False,
-    )
-    trainable.train_from_iterator([LEARNT], trainer)
-    path = tmp_path_factory.mktemp("elsewhere") / "tokenizer.json"
-    trainable.save(str(path))
+    foreign = train_in_the_library(LEARNT, 330, "<pad>", "<eos>").to_str().encode()
     made = {
         "gpt2": GPT2Tokenizer(),
         "bpe": train_bpe([LEARNT], 330),
         "char": CharTokenizer(LEARNT),
-        "foreign": load_tokenizer(path),
+        "foreign": restore_tokenizer("foreign", foreign),
     }
     return {kind: (tokenizer, tiny_model(tokenizer)) for kind, tokenizer in made.items()}
 
@@ -71,16 +57,22 @@ def parts(request, by_kind):
     return by_kind[request.param]
 
 
-def say(parts, *scripts: list[int], stop=(), n_tokens: int | None = None, **options) -> list[Piece]:
+@pytest.fixture
+def chars(by_kind):
+    return by_kind["char"]
+
+
+def say(parts, *scripts: list[int], stop=(), n_tokens: int | None = None) -> list[Piece]:
     """What stream_text gives where the rows' choices are these tokens."""
     tokenizer, model = parts
     steps = zip(*(itertools.chain(script, itertools.repeat(0)) for script in scripts), strict=True)
-    options = {"max_new_tokens": n_tokens or max(map(len, scripts))} | options
+    n_tokens = n_tokens or max(map(len, scripts))
+    prompts = ["a"] * len(scripts)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
             generation, "choose_next", lambda logits, **_: torch.tensor(next(steps))[:, None]
         )
-        return list(stream_text(model, tokenizer, ["a"] * len(scripts), stop=stop, **options))
+        return list(stream_text(model, tokenizer, prompts, stop=stop, max_new_tokens=n_tokens))
 
 
 def joined(pieces: list[Piece], row: int = 0) -> str:
@@ -94,8 +86,8 @@ def finishes(pieces: list[Piece], row: int = 0) -> list[str | None]:
 # ------------------------------------------------------------------ whole characters
 
 
-@pytest.mark.parametrize("text", [CHINESE, EMOJI, "a" + EMOJI + "𠮷𡃁 e\u0301 " + CHINESE])
-def test_chinese_and_emoji_stream_without_a_broken_character(parts, text):
+def test_chinese_and_emoji_stream_without_a_broken_character(parts):
+    text = "a" + EMOJI + "𠮷𡃁 e\u0301 " + CHINESE
     ids = parts[0].encode(text)
     assert len(ids) > len(text) / 3
     pieces = say(parts, ids)
@@ -109,40 +101,12 @@ def test_chinese_and_emoji_stream_without_a_broken_character(parts, text):
         assert "".join(piece.text for piece in pieces[:n]) == whole
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@settings(max_examples=60, deadline=None)
-@example("")
-@example("\ufffd春\ufffd")
-@given(st.text(st.sampled_from(CHINESE + EMOJI + "ab \n\ufffd\x00é"), max_size=30))
-def test_any_text_streams_as_it_is(kind, by_kind, text):
-    ids = by_kind[kind][0].encode(text)
-    if ids:
-        pieces = say(by_kind[kind], ids)
-        assert joined(pieces) == text
-        assert finishes(pieces)[-1] == "length"
-
-
-@pytest.mark.parametrize("kind", KINDS)
-@settings(max_examples=60, deadline=None)
-@given(data=st.data())
-def test_any_tokens_stream_as_they_are_decoded(kind, by_kind, data):
-    tokenizer, _ = by_kind[kind]
-    # bytes that make no character are the rule here
-    tokens = st.integers(0, min(tokenizer.vocab_size, 400) - 1)
-    ids = data.draw(st.lists(tokens, min_size=1, max_size=100))
-    ids = [token for token in ids if token != tokenizer.end_of_text_id]
-    if ids:
-        assert joined(say(by_kind[kind], ids)) == tokenizer.decode(ids)
-
-
 def test_a_character_that_stays_incomplete_is_shown_as_such_at_the_end(parts):
     tokenizer, _ = parts
     ids = tokenizer.encode("a🦜")  # which none has learnt
     assert len(ids) > 2
-    for pieces in (
-        say(parts, ids[:-1]),
-        say(parts, [*ids[:-1], tokenizer.end_of_text_id]),
-    ):
+    for script in (ids[:-1], [*ids[:-1], tokenizer.end_of_text_id]):
+        pieces = say(parts, script)
         assert joined(pieces) == tokenizer.decode(ids[:-1])
         assert joined(pieces).startswith("a\ufffd")
         assert not any("\ufffd" in piece.text for piece in pieces[:-1])
@@ -151,19 +115,14 @@ def test_a_character_that_stays_incomplete_is_shown_as_such_at_the_end(parts):
 def test_rows_keep_their_halves_of_characters_apart(parts):
     tokenizer, _ = parts
     scripts = [tokenizer.encode(text) for text in ("🦜🦜🦜", "x🐢🐢", "yy🐙🐙")]
-    pieces = say(parts, *scripts, n_tokens=min(map(len, scripts)))
+    shortest = min(map(len, scripts))
+    pieces = say(parts, *scripts, n_tokens=shortest)
     for row, script in enumerate(scripts):
-        expected = tokenizer.decode(script[: min(map(len, scripts))])
-        assert joined(pieces, row) == expected
+        assert joined(pieces, row) == tokenizer.decode(script[:shortest])
     assert [piece.row for piece in pieces[:6]] == [0, 1, 2, 0, 1, 2]
 
 
 # ------------------------------------------------------------------ stop strings
-
-
-def spell(text: str) -> list[int]:
-    """A token for each character."""
-    return CharTokenizer(LEARNT).encode(text)
 
 
 @pytest.mark.parametrize(
@@ -172,35 +131,25 @@ def spell(text: str) -> list[int]:
         ("the bell", ["bell"], "the "),  # across several tokens
         ("the bell", ["e"], "th"),  # of one token
         ("the bell", ["the"], ""),  # at the first character
-        ("the bell", ["t"], ""),
-        ("the bell", ["l"], "the be"),
         ("the bell", ["ll"], "the be"),  # at the very end
-        ("the bell", ["the bell"], ""),  # all of it
         ("the bell", ["bells"], None),  # at the end, not whole: given out
-        ("the bell", ["xyz", "xbell"], None),
         ("the bell", ["river", "be"], "the "),  # several, of which one comes
-        ("the bell", ["ll", "be"], "the "),
         ("abcab", ["ab", "abc"], ""),  # one the beginning of another
-        ("abcab", ["abc", "ab"], ""),
-        ("abcab", ["bcb", "ca"], "ab"),
         ("aabab abc", ["abc"], "aabab "),  # beginnings that come to nothing
         ("abababc", ["ababc"], "ab"),  # the true one begins inside a false one
-        ("aaab", ["aab"], "a"),
         ("abc", ["b", "abc"], "a"),  # the one that is complete first
         ("abc", ["bc", "abc"], ""),  # together: the longer
         ("春江潮水", ["潮"], "春江"),
         ("the bell", [""], None),  # an empty one stops nothing
         ("the bell", ["", "b"], "the "),
-        ("the bell", [], None),
     ],
 )
-@pytest.mark.parametrize("kind", ["char", "bpe", "gpt2", "foreign"])
-def test_a_text_ends_before_the_first_stop_string(by_kind, kind, text, stop, shown):
-    tokenizer, _ = by_kind[kind]
-    pieces = say(by_kind[kind], tokenizer.encode(text), stop=stop)
-    assert joined(pieces) == (text if shown is None else shown)
-    assert finishes(pieces)[-1] == ("length" if shown is None else "stop")
-    assert set(finishes(pieces)[:-1]) <= {None}
+def test_a_text_ends_before_the_first_stop_string(by_kind, text, stop, shown):
+    for tokenizer, model in (by_kind["char"], by_kind["gpt2"]):
+        pieces = say((tokenizer, model), tokenizer.encode(text), stop=stop)
+        assert joined(pieces) == (text if shown is None else shown)
+        assert finishes(pieces)[-1] == ("length" if shown is None else "stop")
+        assert set(finishes(pieces)[:-1]) <= {None}
 
 
 def first_complete(text: str, stops: list[str]) -> int | None:
@@ -212,21 +161,21 @@ def first_complete(text: str, stops: list[str]) -> int | None:
     return None
 
 
-SHORT = st.text("abc", max_size=4)
-
-
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=120, deadline=None)
 @example(["abc"], ["b", "abc"])
 @example(["a", "ab", "abc"], ["aab", "bc"])
-@given(st.lists(st.text("abc", min_size=1, max_size=3), min_size=1), st.lists(SHORT, max_size=3))
+@given(
+    st.lists(st.text("abc", min_size=1, max_size=3), min_size=1, max_size=10),
+    st.lists(st.text("abc", max_size=4), max_size=3),
+)
 def test_how_tokens_cut_a_text_changes_nothing_and_nothing_is_held_too_long(by_kind, cut, stops):
     tokenizer, model = by_kind["bpe"]
-    encode = tokenizer._encoding.encode_single_token
-    vocabulary = {tokenizer.token_bytes(i) for i in range(256, tokenizer.end_of_text_id)}
-    assert {b"ab", b"abc"} <= vocabulary  # so that a token may have a stop string inside
+    token_of = {tokenizer.token_bytes(i): i for i in range(256, tokenizer.end_of_text_id)}
+    assert {b"ab", b"abc"} <= token_of.keys()  # so that a token may have a stop string inside
     ids = []
     for part in cut:
-        ids += [encode(part)] if part.encode() in vocabulary else tokenizer.encode(part)
+        token = token_of.get(part.encode())
+        ids += tokenizer.encode(part) if token is None else [token]
     text = "".join(cut)
     pieces = say((tokenizer, model), ids, stop=stops)
     at = first_complete(text, stops)
@@ -240,24 +189,21 @@ def test_how_tokens_cut_a_text_changes_nothing_and_nothing_is_held_too_long(by_k
         assert not held or any(s.startswith(held) and s != held for s in stops)
 
 
-def test_rows_stop_each_at_its_own_time(by_kind):
+def test_rows_stop_each_at_its_own_time(chars):
     texts = ["abc abc", "the bell of the", "river, river", "bell"]
-    pieces = say(by_kind["char"], *map(spell, texts), stop=["c", "bell"], n_tokens=12)
+    pieces = say(chars, *map(chars[0].encode, texts), stop=["c", "bell"], n_tokens=12)
     assert [joined(pieces, row) for row in range(4)] == ["ab", "the ", "river, river", ""]
     assert [len(finishes(pieces, row)) for row in range(4)] == [3, 8, 12, 4]
     assert [finishes(pieces, row)[-1] for row in range(4)] == ["stop", "stop", "length", "stop"]
 
 
-def test_the_prompt_is_no_part_of_a_stop_string(by_kind):
-    pieces = say(by_kind["char"], spell("bc abc"), stop=["abc"])  # behind the prompt "a"
-    assert joined(pieces) == "bc "
-
-
-def test_a_stop_string_may_be_what_a_half_character_looks_like(by_kind):
-    ids = by_kind["char"][0].encode("a🦜b")
-    assert joined(say(by_kind["char"], ids, stop=["\ufffd"])) == "a🦜b"
-    assert joined(say(by_kind["char"], ids[:-2], stop=["\ufffd"])) == "a"
-    assert joined(say(by_kind["char"], ids, stop=["🦜"])) == "a"
+def test_neither_the_prompt_nor_half_a_character_is_part_of_a_stop_string(chars):
+    encode = chars[0].encode
+    assert joined(say(chars, encode("bc abc"), stop=["abc"])) == "bc "  # behind the prompt "a"
+    ids = encode("a🦜b")
+    assert joined(say(chars, ids, stop=["\ufffd"])) == "a🦜b"
+    assert joined(say(chars, ids[:-2], stop=["\ufffd"])) == "a"
+    assert joined(say(chars, ids, stop=["🦜"])) == "a"
 
 
 # ------------------------------------------------------------------ ends
@@ -279,20 +225,16 @@ def test_the_end_of_text_ends_a_row_and_is_not_shown(parts):
     assert (joined(pieces), finishes(pieces)) == ("", ["stop"])
 
 
-def test_a_row_with_its_last_token_ends_once(by_kind):
-    end = by_kind["char"][0].end_of_text_id
-    assert finishes(say(by_kind["char"], spell("ab"))) == [None, "length"]
-    assert finishes(say(by_kind["char"], [*spell("a"), end])) == [None, "stop"]
-    assert finishes(say(by_kind["char"], spell("ab"), stop=["b"])) == [None, "stop"]
-    assert finishes(say(by_kind["char"], spell("a"))) == ["length"]
-
-
-def test_where_all_rows_have_ended_no_more_tokens_are_drawn(by_kind, monkeypatch):
-    tokenizer, model = by_kind["char"]
+def test_a_row_with_its_last_token_ends_once_and_no_more_are_drawn(chars, monkeypatch):
+    (tokenizer, model), spell = chars, chars[0].encode
+    end = tokenizer.end_of_text_id
+    assert finishes(say(chars, spell("ab"))) == [None, "length"]
+    assert finishes(say(chars, [*spell("a"), end])) == [None, "stop"]
+    assert finishes(say(chars, spell("ab"), stop=["b"])) == [None, "stop"]
+    assert finishes(say(chars, spell("a"))) == ["length"]
     passes, hidden = [], model.hidden
     monkeypatch.setattr(model, "hidden", lambda *a: passes.append(1) or hidden(*a))
-    scripts = [spell("abc"), [*spell("a"), tokenizer.end_of_text_id]]
-    pieces = say((tokenizer, model), *scripts, stop=["c"], n_tokens=50)
+    pieces = say(chars, spell("abc"), [*spell("a"), end], stop=["c"], n_tokens=50)
     assert len(passes) == 3 and len(pieces) == 5
 
 
@@ -325,159 +267,77 @@ def from_ids(parts, ids: list[list[int]], **options) -> list[list[int]]:
     return [[token.id for token in row if token] for row in zip(*steps, strict=True)]
 
 
-@pytest.mark.parametrize(
-    "prompts",
-    [
-        ["the bell"],
+def test_text_goes_on_as_its_ids_do(parts):
+    for prompts in (
         ["a", "the bell of the river", "春江"],
         ["\x00\x1f𠮷🦜 \ufeff\u202e é ﷽"],  # characters that no tokenizer here has seen
         [f"ab{END_OF_TEXT}cd<eos><pad><|im_end|></s>"],
-    ],
-    ids=["one", "several", "unseen", "control tokens' names"],
-)
-def test_text_goes_on_as_its_ids_do(parts, prompts):
-    ids = [parts[0].encode(prompt) for prompt in prompts]
-    assert drawn(parts, prompts) == from_ids(parts, ids)
-    assert drawn(parts, prompts, num_samples=3) == from_ids(parts, ids, num_samples=3)
+    ):
+        ids = [parts[0].encode(prompt) for prompt in prompts]
+        expected = from_ids(parts, ids, num_samples=3)
+        assert drawn(parts, prompts, num_samples=3) == expected
+    options = {"max_new_tokens": 30, "temperature": 0.0}
+    assert drawn(parts, ["a"], **options) == from_ids(parts, [parts[0].encode("a")], **options)
 
 
-def read_by(parts, monkeypatch, prompt: str) -> list[int]:
-    """The ids that the model reads of a prompt."""
-    tokenizer, model = parts
+def test_a_control_token_s_name_is_read_as_text_and_no_text_as_its_end(parts, monkeypatch):
+    tokenizer, _ = parts
     model = tiny_model(tokenizer, context_length=200)
     read, hidden = [], model.hidden
     monkeypatch.setattr(model, "hidden", lambda ids, *a: read.append(ids) or hidden(ids, *a))
-    list(stream_text(model, tokenizer, [prompt], max_new_tokens=1))
-    return read[0][0].tolist()
-
-
-def test_the_name_of_a_control_token_is_read_as_text(parts, monkeypatch):
-    tokenizer, _ = parts
     prompt = f"a{END_OF_TEXT}b<eos>{END_OF_TEXT}"
-    read = read_by(parts, monkeypatch, prompt)
-    assert tokenizer.end_of_text_id not in read
-    assert len(read) > 8
-    assert tokenizer.decode(read) == prompt
+    for text in (prompt, ""):
+        list(stream_text(model, tokenizer, [text], max_new_tokens=1))
+    named, empty = (ids[0].tolist() for ids in read)
+    end = tokenizer.end_of_text_id
+    assert end not in named
+    assert len(named) > 8
+    assert tokenizer.decode(named) == prompt
+    assert empty == [end]
+    assert drawn(parts, ["", "a"]) == from_ids(parts, [[end], tokenizer.encode("a")])
 
 
-def test_an_empty_prompt_begins_behind_an_end_of_text(parts, monkeypatch):
-    end = parts[0].end_of_text_id
-    assert read_by(parts, monkeypatch, "") == [end]
-    assert drawn(parts, ["", "a"]) == from_ids(parts, [[end], parts[0].encode("a")])
-
-
-@pytest.mark.parametrize(
-    ("kind", "text"),
-    [
-        ("gpt2", "the bell of the river, "),
-        ("gpt2", " "),
-        ("char", CHINESE),  # all of it unseen
-        ("bpe", CHINESE),
-        ("foreign", " the bell"),
-    ],
-    ids=["words", "blanks", "unseen", "Chinese", "foreign"],
-)
-def test_a_prompt_of_a_megabyte_is_its_newest_half_window(by_kind, kind, text):
-    prompt = text * (1_000_000 // len(text.encode()) + 1)
-    started = time.process_time()
-    found = drawn(by_kind[kind], [prompt, "a"], repetition_penalty=1.1)
-    seconds = time.process_time() - started
-    tokenizer = by_kind[kind][0]
-    ids = [tokenizer.encode(prompt)[-64:], tokenizer.encode("a")]
-    assert found == from_ids(by_kind[kind], ids, repetition_penalty=1.1)
-    assert seconds < 5  # half a second, mostly for the tokenizer
+def test_a_very_long_prompt_is_its_newest_half_window(parts):
+    encode = parts[0].encode
+    prompt = f"the bell of the river, {CHINESE}" * 1000
+    ids = [encode(prompt)[-64:], encode("a")]
+    expected = from_ids(parts, ids, repetition_penalty=1.1)
+    assert drawn(parts, [prompt, "a"], repetition_penalty=1.1) == expected
 
 
 # ------------------------------------------------------------------ seeds and errors
 
 
-def test_the_same_seed_gives_the_same_text_and_no_other_randomness_is_used(parts):
+def test_the_same_seed_gives_the_same_text_and_no_other_randomness_is_used(chars):
     def text(seed):
-        tokenizer, model = parts
-        options = {"temperature": 2.0, "top_k": None, "num_samples": 2, "max_new_tokens": 12}
-        generator = torch.Generator().manual_seed(seed)
-        return list(stream_text(model, tokenizer, ["a", "the"], generator=generator, **options))
+        options = {"temperature": 2.0, "top_k": None, "num_samples": 2}
+        return drawn(chars, ["a", "the"], generator=torch.Generator().manual_seed(seed), **options)
 
     state = torch.get_rng_state()
-    assert text(1) == text(1)
-    assert text(1) != text(2)
+    assert text(1) == text(1) != text(2)
     assert torch.equal(torch.get_rng_state(), state)
 
 
-def test_settings_that_are_not_given_are_those_of_sampling_config(by_kind):
-    tokenizer, model = by_kind["char"]
-    pieces = list(stream_text(model, tokenizer, ["a"]))
-    assert len(pieces) <= SamplingConfig().max_new_tokens
-    assert drawn(by_kind["char"], ["a"], max_new_tokens=30, temperature=0.0) == from_ids(
-        by_kind["char"], [spell("a")], max_new_tokens=30, temperature=0.0
-    )
-
-
-@pytest.mark.parametrize("training", [True, False])
-def test_the_mode_is_restored_where_a_text_is_left_or_fails(by_kind, training):
-    tokenizer = by_kind["char"][0]
-    model = tiny_model(tokenizer).train(training)
-    list(stream_text(model, tokenizer, ["a"], max_new_tokens=3))
-    assert model.training == training
-    left = stream_text(model, tokenizer, ["a"])
-    next(left)
-    left.close()
-    assert model.training == training and model.blocks[0].training == training
-    with torch.no_grad():
-        model.head.weight.fill_(math.nan)
-    with pytest.raises(NumericsError, match="not finite"):
-        list(stream_text(model, tokenizer, ["a"]))
-    assert model.training == training and model.blocks[0].training == training
-
-
-@pytest.mark.parametrize(
-    ("options", "said"),
-    [
-        ({"temperature": -1.0}, "temperature"),
-        ({"top_k": 2.5}, "top_k"),
-        ({"top_p": "much"}, "top_p"),
-        ({"max_new_tokens": 0}, "max_new_tokens"),
-        ({"num_samples": 0}, "num_samples"),
-        ({"tempreture": 1.0}, "tempreture"),
-    ],
-)
-def test_settings_that_make_no_sense_are_refused(by_kind, options, said):
-    tokenizer, model = by_kind["char"]
-    with pytest.raises(SettingsError, match=said):
-        list(stream_text(model, tokenizer, ["a"], **options))
-
-
-def test_no_prompts_are_refused(by_kind):
-    tokenizer, model = by_kind["char"]
+def test_settings_and_prompts_that_make_no_sense_are_refused(chars):
+    with pytest.raises(SettingsError, match="tempreture"):
+        drawn(chars, ["a"], tempreture=1.0)
+    with pytest.raises(SettingsError, match="max_new_tokens"):
+        drawn(chars, ["a"], max_new_tokens=0)
     with pytest.raises(SettingsError, match="prompt"):
-        list(stream_text(model, tokenizer, []))
+        drawn(chars, [])
 
 
 # ------------------------------------------------------------------ text and ids
 
 
-def test_gpt2_ids_of_a_known_text():
-    ids = text_to_token_ids("Every effort moves you", load_tokenizer("gpt2"))
+def test_text_survives_the_way_to_ids_and_back(by_kind):
+    tokenizer, _ = by_kind["gpt2"]
+    ids = text_to_token_ids("Every effort moves you", tokenizer)
     assert ids.dtype == torch.int64
     assert ids.tolist() == [[6109, 3626, 6100, 345]]
-
-
-@pytest.mark.parametrize("text", ["Every effort moves you", "春江潮水连海平", "a\n\n  b\t🙂"])
-def test_text_survives_the_way_to_ids_and_back(text):
-    tokenizer = load_tokenizer("gpt2")
-    ids = text_to_token_ids(text, tokenizer)
-    assert ids.shape[0] == 1
-    assert token_ids_to_text(ids, tokenizer) == text
-    assert token_ids_to_text(ids[0], tokenizer) == text
-
-
-def test_an_empty_start_is_refused_with_what_to_do():
+    ids = text_to_token_ids("a\n\n  b\t🙂潮", tokenizer)
+    assert token_ids_to_text(ids, tokenizer) == token_ids_to_text(ids[0], tokenizer)
+    assert token_ids_to_text(ids, tokenizer) == "a\n\n  b\t🙂潮"
+    assert token_ids_to_text(ids[:, :-1], tokenizer) == "a\n\n  b\t🙂\ufffd"
     with pytest.raises(SettingsError, match="give the model a word to start with"):
-        text_to_token_ids("", load_tokenizer("gpt2"))
-
-
-def test_half_a_character_becomes_a_replacement_character():
-    tokenizer = load_tokenizer("gpt2")
-    ids = text_to_token_ids("潮", tokenizer)
-    assert ids.shape[1] > 1
-    assert token_ids_to_text(ids[:, :-1], tokenizer) == "\ufffd"
+        text_to_token_ids("", tokenizer)
