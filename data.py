@@ -134,8 +134,8 @@ class WindowBatches(Sampler):
         seed: int | None,
         n_steps: int | None = None,
         step_size: int | None = None,
-        *,
         micro_batch: int | None = None,
+        *,
         parallel: Parallel = ALONE,
     ) -> None:
         self._rank, self._world = parallel.rank, parallel.world
@@ -333,7 +333,7 @@ def make_loaders(
         train.move_to(device)
         val.move_to(device)
         pin_memory = False
-    own = {"micro_batch": micro_batch, "parallel": parallel}
+    own = (n_steps, step_size, micro_batch)
     return tuple(
         DataLoader(
             batches.dataset,
@@ -345,7 +345,7 @@ def make_loaders(
             generator=torch.Generator().manual_seed(seed),  # else each epoch draws on torch's own
         )
         for batches in (
-            WindowBatches(train, plan.batch_size, seed, n_steps, step_size, **own),
+            WindowBatches(train, plan.batch_size, seed, *own, parallel=parallel),
             WindowBatches(val, plan.batch_size, None, micro_batch=micro_batch),
         )
     )

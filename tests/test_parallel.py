@@ -748,7 +748,7 @@ def test_an_epoch_of_millions_is_sharded_as_fast_as_it_is_shuffled_in_ten_bytes_
 
     def take_epoch() -> int:
         windows = WindowDataset(range(8 * n + 1), 8, 8)
-        return sum(map(len, WindowBatches(windows, 8, 3, None, 4096, 64, Parallel(7, 8))))
+        return sum(map(len, WindowBatches(windows, 8, 3, None, 4096, 64, parallel=Parallel(7, 8))))
 
     began_at = time.process_time()
     assert take_epoch() == n // 8

@@ -733,6 +733,16 @@ def test_every_setting_has_a_reader():
         for node in ast.walk(tree)
         if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load)
     }
+    # of a run's record
+    read |= {
+        node.slice.value
+        for tree in project_trees().values()
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Subscript)
+        and isinstance(node.value, ast.Attribute)
+        and node.value.attr == "settings"
+        and isinstance(node.slice, ast.Constant)
+    }
     # these two are read as sections, by name, before the object is made
     read |= {"custom_params", "sampling_params"}
     for cls in COMPLETED_BY:
