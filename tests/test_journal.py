@@ -358,22 +358,6 @@ def test_a_journal_that_goes_on_ends_with_the_samples_of_an_undisturbed_one(tmp_
     assert samples_in(stopped) == samples_in(whole)
 
 
-def test_samples_of_an_earlier_version_are_read_and_the_first_to_go(tmp_path):
-    journal = new_journal(tmp_path)
-    state = journal.state()
-    state["history"]["samples"] = [["Before training", "a\nb"], ["After epoch 1", "c"]]
-    journal.restore(json.loads(json.dumps(state)))
-    assert journal.steps_since_sample == 0
-    journal.note_sample("After epoch 2", ["d"])
-    assert samples_in(tmp_path) == (
-        "# What the model writes\n\n## Before training\n\n    a\n    b\n\n"
-        "## After epoch 1\n\n    c\n\n## After epoch 2\n\nStep 0\n\n    d\n"
-    )
-    note_epochs(journal, 3, MOST_MOMENTS)
-    labels = [moment.label for moment in journal.history.samples]
-    assert labels[:2] == ["Before training", "After epoch 2"]
-
-
 def test_steps_since_a_sample_are_counted_from_the_last_one():
     journal = new_journal()
     assert journal.steps_since_sample == 0

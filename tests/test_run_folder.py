@@ -673,24 +673,6 @@ def test_a_stopped_run_ends_with_the_samples_of_an_undisturbed_one(start, workdi
     ]
 
 
-def test_a_run_of_an_earlier_version_goes_on_with_its_samples(start, workdir, monkeypatch):
-    def earlier_state(self):
-        state = real(self)
-        samples = [[label, texts[0]] for label, _, texts in state["history"]["samples"]]
-        return state | {"history": state["history"] | {"samples": samples}}
-
-    real = journal.Journal.state
-    with monkeypatch.context() as patch:
-        patch.setattr(journal.Journal, "state", earlier_state)
-        assert start(STOPPED_AT, RUN_NAME="one").code == 130
-    run = workdir / "runs" / "one"
-    assert_goes_on(start(RUN_NAME="one", start_context=["the", "a"]), "one")
-    samples = (run / "samples.md").read_text(encoding="utf-8")
-    assert samples.startswith("# What the model writes\n\n## Before training\n\n    the")
-    assert "## After epoch 1\n\nStep 8, validation loss " in samples
-    assert read(run)["changes"][-1]["start_context"] == ["the", ["the", "a"]]
-
-
 # ------------------------------------------------------------------------------------- length
 
 
