@@ -299,7 +299,7 @@ WRONG_TYPES = {
         pytest.param(cls, name, value, id=f"{cls.__name__}.{name}={value!r}")
         for cls, (name, hint) in all_fields()
         for base, optional in [base_and_optional(hint)]
-        for value in WRONG_TYPES[base] + ([] if optional else [None])
+        for value in WRONG_TYPES[typing.get_origin(base) or base] + ([] if optional else [None])
         if not (name == "DATA" and isinstance(value, dict | list))  # which it may be
         and not (name == "start_context" and isinstance(value, list))  # so may this
         # False is right, so the type is
