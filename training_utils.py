@@ -126,7 +126,7 @@ class CustomTrainingConfig(TrainingConfig):
         return cls(**arguments)
 
     def update(self, **changes: Any) -> None:
-        """Change some settings, adding to model_overrides; all or, with SettingsError, none."""
+        """Change settings, or none and raise SettingsError; model fields add to model_overrides."""
         arguments, problems, _ = read_custom_params(changes, "")
         raise_if_any(problems, type(self).__name__)
         arguments["model_overrides"] = self.model_overrides | arguments["model_overrides"]

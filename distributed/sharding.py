@@ -127,7 +127,7 @@ def gathered(tensors: dict[str, torch.Tensor], parallel: Parallel) -> dict[str, 
 
 
 def placed(value: torch.Tensor | None, like: torch.Tensor, parallel: Parallel) -> torch.Tensor:
-    """The main rank's value, None on other ranks, on all ranks, sharded as `like`. Collective."""
+    """Send the main rank's value (None on others) to all ranks, sharded as `like`. Collective."""
     if value is None:
         value = torch.empty(like.shape, dtype=like.dtype)
     if parallel.is_alone:

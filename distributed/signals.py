@@ -90,7 +90,7 @@ def _stop_signals() -> list[int]:
 
 
 def defer_to_owner(worker: int) -> None:
-    """Make a loader's worker ignore stop signals, and the loss of its owner: that ends it.
+    """Make a loader's worker ignore stop signals and a lost owner; the owner ends it after saving.
 
     Python sends SIGTERM to the workers of a failed owner and waits: they end after _LINGER_S.
     """

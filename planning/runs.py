@@ -97,7 +97,7 @@ def find_candidates(
 
 
 def settle_run(candidates: Candidates, tokenizer: str, text: str) -> SettledRun:
-    """The first candidate with this fingerprint and sha256, else a new run or CheckpointError."""
+    """The first candidate with this tokenizer and text, or a new run; raises CheckpointError."""
     passed_over = []
     for run in candidates.runs:
         differing = run.differences(tokenizer, text)

@@ -47,7 +47,7 @@ class RunFolder:
 
     @contextlib.contextmanager
     def opened(self) -> Iterator[None]:
-        """Create a new folder, hold the lock, also nested; BusyError if another program does."""
+        """Hold the folder's lock, after creating a new folder; may be nested. Raises BusyError."""
         if self._lock is not None:
             yield
             return
