@@ -1,4 +1,4 @@
-"""The one place where a run is built and wired: settings in, RuntimeEnv out."""
+"""Builds a run: settings in, RuntimeEnv out."""
 
 import dataclasses
 import gc
@@ -15,13 +15,13 @@ from torch.utils.data import DataLoader
 from data import TokenSlice, WindowPlan, make_loaders, measure_tokens, plan_windows
 from distributed.parallel import Parallel, join
 from engine.console import in_kernel, say
-from engine.errors import DataError, ResourceError
+from engine.errors import DataError, ResourceError, first_line
 from engine.memory import as_bytes
 from engine.metrics import TokenSize
 from engine.optim import build_optimizer, default_learning_rate
 from engine.precision import Precision
 from engine.processor import prepare_processor
-from exchange.saved_run import LoadedRun, load_run  # noqa: F401  users know them by this room
+from exchange.saved_run import LoadedRun, load_run  # noqa: F401  users import them from here
 from model import GPTModel
 from planning.decisions import KeptPrecision, RunRecord, decide_training, keep_identity
 from planning.machine import (
@@ -32,7 +32,7 @@ from planning.machine import (
     find_machine,
     fit_into_memory,
     fresh_model,
-    pick_device,  # noqa: F401  scripts know it by this room
+    pick_device,  # noqa: F401  scripts import it from here
 )
 from planning.plan import RunPlan, resolve_settings
 from planning.preflight import show_machine, show_model, show_text, show_training, show_windows
@@ -49,17 +49,14 @@ from training.run_folder import RunFolder
 from training_utils import TrainingConfig
 
 CACHE = Path(__file__).resolve().parent / "cache"
-# the mark by which backup programs know a cache (bford.info/cachedir)
+# tells backup programs that a folder is a cache (bford.info/cachedir)
 CACHE_TAG = b"Signature: 8a477f597d28d172789f06886806bc55\n"
-_earlier_models = weakref.WeakSet()  # of this process, as far as anything still holds them
+_earlier_models: weakref.WeakSet[GPTModel] = weakref.WeakSet()  # of this process
 
 
 @dataclass
 class RuntimeEnv:
-    """Everything that a run needs, built and wired; what prepare_environment() returns.
-
-    What was decided on the way is in run.record.
-    """
+    """All that a run needs, as prepare_environment() returns it; run.record has the decisions."""
 
     device: torch.device
     model: GPTModel
@@ -74,27 +71,26 @@ class RuntimeEnv:
 
     @property
     def parallel(self) -> Parallel:
-        """The processes that train the run together."""
+        """The ranks that train the run."""
         return self.learner.parallel
 
     @property
     def precision(self) -> Precision:
-        """The format that the run computes in."""
+        """The precision of the run."""
         return self.learner.precision
 
 
 def prepare_environment(settings: str | Path | None = None) -> RuntimeEnv:
     """Build a run from config_run.py, or from another settings file of the same shape.
 
-    config_run is read at this call, so a script may set its attributes first. Writes nothing but
-    downloads and tokens into cache/, and prints what was decided. Where a run goes on, its model
-    has fresh weights until train() loads the checkpoint. Raises SettingsError with every wrong
-    setting, DataError for the text, ResourceError for the device, CheckpointError where a run
-    that is named can't go on, RunFinished where it has nothing left to do.
-
-    Under torchrun every process calls it, and gets its share of the batches.
+    Reads config_run when called, so a script may set its attributes first. Writes only downloads
+    and tokens, into cache/, and prints the decisions. The model of a resumed run has initial
+    weights until train() loads the checkpoint. Under torchrun every process calls it and gets its
+    share of the batches. Raises SettingsError with every wrong setting, DataError for the text,
+    ResourceError for the device, CheckpointError if a named run can't be resumed, RunFinished if
+    nothing is left to do.
     """
-    _let_go_of_earlier_runs()
+    _free_earlier_runs()
     prepare_processor()
     parallel = join()
     with parallel.watched():
@@ -108,7 +104,7 @@ def _prepare(settings: str | Path | None, parallel: Parallel) -> RuntimeEnv:
     check_trackers(plan.run.TRACKING)
     parallel.require_same(**plan.as_words())
     parallel.choose_kind(plan.run.PARALLEL)
-    candidates = parallel.broadcast(parallel.on_main(lambda: _find_candidates(plan, parallel)))
+    candidates = parallel.from_main(lambda: _find_candidates(plan, parallel))
     machine = find_machine(plan, parallel)
     show_machine(machine, plan)
 
@@ -153,19 +149,19 @@ def _prepare(settings: str | Path | None, parallel: Parallel) -> RuntimeEnv:
     )
 
 
-def _let_go_of_earlier_runs() -> None:
-    """Free what earlier runs have left in a notebook's kernel: the next one needs the room."""
+def _free_earlier_runs() -> None:
+    """Free the memory that earlier runs still hold in a notebook's kernel."""
     if not in_kernel():
         return
     errors = [getattr(sys, "last_value", None)] if _earlier_models else []
-    for error in errors:  # a cell that failed keeps all that its functions had in use
+    for error in errors:  # a failed cell keeps the local variables of its functions
         if error is not None and error.__traceback__ is not None:
             traceback.clear_frames(error.__traceback__)
             for frame, _ in traceback.walk_tb(error.__traceback__):
-                len(frame.f_locals)  # up to Python 3.12 a copy, which reading it renews
+                len(frame.f_locals)  # up to Python 3.12 a copy, which reading renews
             errors += [e for e in (error.__cause__, error.__context__) if e not in errors]
     if "torch._inductor.compile_fx" in sys.modules:
-        torch.compiler.reset()  # compiled steps hold the memory that they ran in
+        torch.compiler.reset()  # compiled steps hold memory
     gc.collect()
     if _earlier_models:
         n_bytes = sum(p.nbytes for model in _earlier_models for p in model.parameters())
@@ -175,19 +171,14 @@ def _let_go_of_earlier_runs() -> None:
         )
 
 
-# -------------------------------------------------------------------------------- building
-
-
 def usable_cache() -> Path:
-    """The cache folder, or one of the system's for temporary files where the first can't be
-    written (a read-only checkout, say)."""
+    """The cache folder, or a temporary one if that can't be written (in a read-only checkout)."""
     try:
         make_folder(CACHE)
         write_atomically(CACHE / "CACHEDIR.TAG", CACHE_TAG)
     except ResourceError as error:
         instead = Path(tempfile.gettempdir()) / "gpt-trainer-cache"
-        reason = str(error).splitlines()[0]
-        say(f"Note: {reason} {instead} serves as cache")
+        say(f"Note: {first_line(error)} {instead} serves as cache")
         make_folder(instead)
         return instead
     return CACHE
@@ -205,11 +196,7 @@ def _cut(text: TokenizedText, plan: RunPlan, asked: TrainingConfig) -> tuple[Win
 
 
 def _make_loaders(
-    text: TokenizedText,
-    plan: RunPlan,
-    asked: TrainingConfig,
-    windows: WindowPlan,
-    machine: Machine,
+    text: TokenizedText, plan: RunPlan, asked: TrainingConfig, windows: WindowPlan, machine: Machine
 ) -> tuple[DataLoader, DataLoader]:
     return make_loaders(
         TokenSlice(text.path, text.dtype, 0, text.n_tokens),
@@ -234,7 +221,7 @@ def _make_record(
     compiled: Compiled,
     adapted: list[str],
 ) -> RunRecord:
-    """All that was decided; adapted are the notices of it."""
+    """The record of all decisions; adapted are notices of what differs from the settings."""
     learner, parallel = trial.learner, trial.parallel
     return RunRecord(
         run_id=candidates.run_id,
@@ -266,7 +253,7 @@ def _make_record(
 
 
 def _find_candidates(plan: RunPlan, parallel: Parallel) -> Candidates:
-    """Where the run may be kept; it is better to know that it can't be before a long wait."""
+    """The runs that may be resumed; ResourceError, early, if OUTPUT_DIR can't be a folder."""
     output_dir = Path(plan.run.OUTPUT_DIR).expanduser()
     existing = next(parent for parent in (output_dir / "x").absolute().parents if parent.exists())
     if not existing.is_dir():
@@ -278,7 +265,7 @@ def _find_candidates(plan: RunPlan, parallel: Parallel) -> Candidates:
         plan.asked(),
         output_dir=output_dir,
         run_name=plan.run.RUN_NAME,
-        # what torchrun has begun before a failure is not begun anew
+        # a restart by torchrun resumes what the job began
         resume=(plan.run.RESUME is False and parallel.noted("run")) or plan.run.RESUME,
         mode=plan.mode,
         data=plan.data,
@@ -286,22 +273,24 @@ def _find_candidates(plan: RunPlan, parallel: Parallel) -> Candidates:
 
 
 def _read_text(plan: RunPlan, candidates: Candidates, parallel: Parallel) -> TokenizedText:
-    """The text as tokens; a run that goes on gets the one it was begun with, or none."""
+    """The text as tokens; with the DATA of the likeliest candidate, only that run's own text."""
     spec = parse_data(plan.run.DATA)
     before = candidates.likeliest
-    same_data = before is not None and before.settings["DATA"] == plan.data
+    if before is not None and before.settings["DATA"] != plan.data:
+        before = None
+    stand_in = None if before is None else before.stood_in
 
     def read(stand_in: bool | None) -> TokenizedText:
         ratio = plan.training.train_ratio
         return tokenize(spec, plan.run.TOKENIZER, ratio, usable_cache(), stand_in=stand_in)
 
     try:
-        # the others find the tokens that the main one has made, as a rule
-        first = parallel.on_main(lambda: read(before.stood_in if same_data else None))
+        # other ranks usually find the main rank's tokens in the cache
+        first = parallel.on_main(lambda: read(stand_in))
         stood_in = parallel.broadcast(None if first is None else first.stood_in)
         text = parallel.local_first(lambda: first or read(stood_in))
     except DataError as error:
-        if not same_data:
+        if before is None:
             raise
         raise DataError(
             f"{error}\nThe unfinished run {candidates.runs[0].path} goes on with this text only; "
@@ -315,8 +304,7 @@ def _read_text(plan: RunPlan, candidates: Candidates, parallel: Parallel) -> Tok
 def _run_folder(
     run: SettledRun, record: RunRecord, text: TokenizedText, windows: WindowPlan
 ) -> RunFolder:
-    """Where the run will be kept, and what the folder is to tell of it."""
-    notes = []
+    notes: list[str] = []
     if run.before is not None:
         record, notes = keep_identity(record, run.before)
     data = text.report | {

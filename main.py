@@ -10,10 +10,10 @@ import traceback
 from collections.abc import Iterator
 from pathlib import Path
 
-# Threads that wait for each other in a busy loop for long make a step take twice the time beside
-# any other program. OpenMP reads this when torch is imported.
+# Shorter busy-waiting of OpenMP's threads: beside another program it doubles a step's time.
+# OpenMP reads this when torch is imported.
 os.environ.setdefault("GOMP_SPINCOUNT", "2000")
-# Of a process that is lost, of several, torch's own log would tell pages of addresses.
+# Without it torch logs pages of addresses when a rank is lost.
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 
 import torch
@@ -43,7 +43,7 @@ LINE = "=" * 70
 
 
 def main(arguments: list[str]) -> int:
-    """Run the whole pipeline; returns the exit code (engine/errors.py has them)."""
+    """Run the pipeline; returns the exit code (see engine/errors.py)."""
     use_utf8()
     env, parallel = None, ALONE
     try:
@@ -52,13 +52,13 @@ def main(arguments: list[str]) -> int:
             settings = _settings_file(arguments)
             say(f"{LINE}\nGPT Model Training Pipeline\n{LINE}")
             env = prepare_environment(settings)
-            with _one_word_on_lost_workers():
+            with _no_more_worker_errors():
                 run_pipeline(env)
     except RunFinished as finished:
         say(f"✓ {finished}")
     except Stopped as stopped:
-        finished = "The training is done and saved; the same command finishes the rest."
-        complain(str(stopped) or finished)
+        after_training = "The training is done and saved; the same command finishes the rest."
+        complain(str(stopped) or after_training)
         return stopped.exit_code
     except (PipelineError, MemoryError, RuntimeError, ConnectionError, EOFError) as error:
         if _is_lost_worker(error):
@@ -84,8 +84,8 @@ def main(arguments: list[str]) -> int:
 
 
 @contextlib.contextmanager
-def _one_word_on_lost_workers() -> Iterator[None]:
-    """torch tells of a dead worker by an error in whatever runs: not in the report on it, too."""
+def _no_more_worker_errors() -> Iterator[None]:
+    """After an error, keep torch's signal handler for dead workers from raising another one."""
     try:
         yield
     except Exception:
@@ -95,7 +95,7 @@ def _one_word_on_lost_workers() -> Iterator[None]:
 
 
 def _is_lost_worker(error: Exception) -> bool:
-    """Whether a loader's process is gone: torch says so, where its pipe has not broken before."""
+    """Whether a loader's worker died: torch says so, or its pipe broke."""
     if isinstance(error, ConnectionError | EOFError):
         frames = traceback.extract_tb(error.__traceback__)
         return any(Path(frame.filename).name == "dataloader.py" for frame in frames)
@@ -103,16 +103,16 @@ def _is_lost_worker(error: Exception) -> bool:
 
 
 def _what_is_kept(env: RuntimeEnv | None) -> str:
-    """Where to look after a failure of a run that was being trained here."""
+    """Where the measurements of a failed run are, if there are any."""
     if env is None or not os.path.exists(env.run.path / "metrics.jsonl"):
         return ""
     return f" What was measured so far is in {env.run.path}"
 
 
 def run_pipeline(env: RuntimeEnv) -> None:
-    """Train, sample, plot, sum up; everything that is left behind is in env.run.path."""
+    """Train, sample, plot and sum up; all files are in env.run.path."""
     _headline("TRAINING START")
-    # the samples and the summary, too, are this program's alone, and on as many threads
+    # the lock and the threads are for the samples and the summary too
     with env.parallel.held_by_main(env.run.opened), using_threads(env.run.record.threads):
         journal = train(env)
         env.parallel.place = "after training"
@@ -128,14 +128,16 @@ def run_pipeline(env: RuntimeEnv) -> None:
 
 
 def show_samples(env: RuntimeEnv, journal: Journal) -> None:
-    """Continue the prompts in three ways, each time all of them at once: greedy, top-k, top-p."""
+    """Continue the prompts as one batch in three ways: greedy, top-k and top-p."""
     sampling, prompts = env.run.record.sampling, env.train_config.prompts
+    top_k, top_p = ("all" if n is None else n for n in (sampling.top_k, sampling.top_p))
     generator = torch.Generator(device=env.device).manual_seed(env.run.record.asked.seed)
-    for label, choice in (
-        ("Greedy", {"temperature": 0.0}),
-        (f"Top-k ({_limit(sampling.top_k)})", {"top_k": sampling.top_k}),
-        (f"Top-p ({_limit(sampling.top_p)})", {"top_p": sampling.top_p}),
-    ):
+    choices: dict[str, dict[str, float | None]] = {
+        "Greedy": {"temperature": 0.0},
+        f"Top-k ({top_k})": {"top_k": sampling.top_k},
+        f"Top-p ({top_p})": {"top_p": sampling.top_p},
+    }
+    for label, choice in choices.items():
         options = {
             "max_new_tokens": sampling.max_new_tokens,
             "temperature": sampling.temperature,
@@ -149,16 +151,8 @@ def show_samples(env: RuntimeEnv, journal: Journal) -> None:
         journal.note_sample(label, texts, is_last=True)
 
 
-def _limit(value: float | None) -> str:
-    """What a sample draws from; where there is no limit, all tokens."""
-    return "all" if value is None else str(value)
-
-
 def sum_up(env: RuntimeEnv, journal: Journal, stop: StopSignals) -> None:
-    """Print the summary and write summary.json; the final loss is over all validation text.
-
-    summary.json comes last of all: it is what makes a run a finished one.
-    """
+    """Print the summary and then write summary.json, which marks a finished run."""
     final_val = env.learner.evaluate(env.val_loader, stop=stop)
     history, best = journal.history, journal.history.best
     step = journal.weights_of_step or history.steps[-1]

@@ -1,4 +1,4 @@
-"""Every hyper-parameter of a training run: the presets of quick and full mode, and your own."""
+"""The hyper-parameters of a run: the presets of quick and full mode, and your own."""
 
 import dataclasses
 from dataclasses import dataclass
@@ -15,19 +15,17 @@ from engine.settings import (
     translate_names,
 )
 
-QUICK_MODE_STEPS = 200  # quick mode ends after its epoch or after these, whichever is first
+QUICK_MODE_STEPS = 200  # the most steps of quick mode's epoch
 
 
 @dataclass(frozen=True)
 class TrainingConfig:
     """The hyper-parameters of a run; the defaults are custom mode's.
 
-    None stands for a value that is worked out from the model or the text when the run is
-    prepared: RuntimeEnv.train_config has no None left but those of max_steps, patience and
-    save_every, where it means never, and of time_budget_minutes, which becomes max_steps unless
-    that is set. Lengths are in tokens; eval_freq, save_every, warmup_steps
-    and max_steps in optimizer steps; patience in evaluations. Raises SettingsError with every
-    wrong value.
+    None is worked out from the model or the text when the run is prepared, but means "never" for
+    max_steps, patience and save_every; time_budget_minutes becomes max_steps. Lengths are in
+    tokens; eval_freq, save_every, warmup_steps and max_steps in optimizer steps; patience in
+    evaluations. Raises SettingsError with every wrong value.
     """
 
     num_epochs: int = setting(3, on_resume="free", minimum=1, maximum=1_000_000_000)
@@ -63,7 +61,7 @@ class TrainingConfig:
 
     @staticmethod
     def conflicts(values: dict[str, Any]) -> list[str]:
-        """Rules that join two settings; values is complete."""
+        """Rules on several settings; values is complete."""
         problems = []
         steps, warmup = values["max_steps"], values["warmup_steps"]
         if steps is not None and warmup is not None and warmup >= steps:
@@ -71,16 +69,15 @@ class TrainingConfig:
                 f"warmup_steps ({warmup}) must be below max_steps ({steps}), "
                 "or the learning rate never reaches its peak"
             )
-        unknown = [name for name in values["model_overrides"] if name not in MODEL_SETTINGS]
-        problems += [
+        return problems + [
             f'model_overrides["{name}"] is unknown; known are: {", ".join(MODEL_SETTINGS)}'
-            for name in unknown
+            for name in values["model_overrides"]
+            if name not in MODEL_SETTINGS
         ]
-        return problems
 
     @classmethod
     def get_quick_test_config(cls) -> Self:
-        """Quick mode: one epoch in seconds, at a rate at which nine steps already show learning."""
+        """Quick mode: one epoch in seconds, with a rate at which nine steps show learning."""
         return cls(
             num_epochs=1,
             batch_size=4,
@@ -107,7 +104,7 @@ class TrainingConfig:
 
     @property
     def prompts(self) -> list[str]:
-        """The texts that samples go on from."""
+        """The prompts of samples."""
         return as_prompts(self.start_context)
 
     def to_dict(self) -> dict[str, Any]:
@@ -117,15 +114,11 @@ class TrainingConfig:
 
 @dataclass(frozen=True)
 class CustomTrainingConfig(TrainingConfig):
-    """A TrainingConfig of your own: from a dict, and changed only as a whole and only if right."""
+    """A TrainingConfig from a dict, which update() changes if the result is valid."""
 
     @classmethod
     def from_dict(cls, given: dict[str, Any]) -> Self:
-        """Build from a partial dict; what it leaves out has its default.
-
-        Other systems' spellings and model fields at the top level are accepted, as in
-        config_run.custom_params. Raises SettingsError with every problem.
-        """
+        """Build from a dict like config_run.custom_params; SettingsError with every problem."""
         if not isinstance(given, dict):
             raise_if_any([f"it is {shown(given)}; it must be a dict {{...}}"], "custom_params")
         arguments, problems, _ = read_custom_params(given, "custom_params")
@@ -133,10 +126,7 @@ class CustomTrainingConfig(TrainingConfig):
         return cls(**arguments)
 
     def update(self, **changes: Any) -> None:
-        """Change some settings; on any problem raise SettingsError and change nothing.
-
-        Model fields are added to the model_overrides there are.
-        """
+        """Change settings, or none and raise SettingsError; model fields add to model_overrides."""
         arguments, problems, _ = read_custom_params(changes, "")
         raise_if_any(problems, type(self).__name__)
         arguments["model_overrides"] = self.model_overrides | arguments["model_overrides"]
@@ -146,17 +136,16 @@ class CustomTrainingConfig(TrainingConfig):
 
 
 def as_prompts(start_context: str | list[str]) -> list[str]:
-    """The prompts of a start_context, which may be a single one."""
+    """A start_context as a list of prompts."""
     return [start_context] if isinstance(start_context, str) else list(start_context)
 
 
 def read_custom_params(
     given: dict[str, Any], place: str
 ) -> tuple[dict[str, Any], list[str], list[str]]:
-    """Bring a dict in any accepted spelling to TrainingConfig's arguments.
+    """Translate a dict, which messages call `place`, to TrainingConfig's arguments.
 
-    Model fields, wherever they stand, end in the argument model_overrides. Returns the
-    arguments, every problem and every notice; place ("custom_params") says where the dict is.
+    Model fields go into model_overrides. Returns the arguments, every problem and every notice.
     """
     given = dict(given)
     overrides = given.pop("model_overrides", {})

@@ -1,4 +1,4 @@
-"""training_losses.png: what a run learnt, readable at a glance."""
+"""training_losses.png: the losses of a run."""
 
 import io
 import math
@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from engine.metrics import perplexity
 
-MAX_BATCH_POINTS = 2000  # more are thinned: the picture has no more columns
+MAX_BATCH_POINTS = 2000  # the picture has no more columns
 PERPLEXITY_TICKS = [base * 10**power for power in range(6) for base in (1, 2, 5)]
 
 
@@ -20,10 +20,9 @@ def render_losses(
     vocab_size: int,
     title: str,
 ) -> bytes | None:
-    """Draw the losses (nats a token) of a run; returns a PNG, None where matplotlib is missing.
+    """Draw the losses (nats per token) of a run; returns a PNG, None if matplotlib is missing.
 
-    Left: training and validation loss of each evaluation, at the optimizer steps `steps`, with a
-    star at the one of index `best`. Right: the loss of every batch, the first one that of step 1.
+    Left: the evaluations at `steps`, with a star at index `best`. Right: every batch from step 1.
     """
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -33,7 +32,7 @@ def render_losses(
         return None
     figure = Figure(figsize=(12, 5), dpi=110, layout="constrained")
     canvas = FigureCanvasAgg(figure)
-    if title.isascii():  # matplotlib's own font lacks Chinese
+    if title.isascii():  # matplotlib's font lacks Chinese
         figure.suptitle(title, parse_math=False)  # a "$" in a folder's name is no formula
     left, right = figure.subplots(1, 2, sharey=True)
     _draw_evaluations(left, steps, train_losses, val_losses, best)
@@ -81,21 +80,20 @@ def _draw_evaluations(axes, steps, train_losses, val_losses, best) -> None:
 
 def _draw_batches(axes, batch_losses) -> None:
     every = max(1, math.ceil(len(batch_losses) / MAX_BATCH_POINTS))
-    shown = range(0, len(batch_losses), every)
-    points = [batch_losses[i] for i in shown]
-    axes.plot([i + 1 for i in shown], points, color="tab:green", alpha=0.35, linewidth=1)
+    steps, points = range(1, len(batch_losses) + 1, every), batch_losses[::every]
+    axes.plot(steps, points, color="tab:green", alpha=0.35, linewidth=1)
     label = "each batch" if every == 1 else f"every {every}th batch"
     if len(points) >= 20:
-        axes.plot([i + 1 for i in shown], _smooth(points), color="tab:green", linewidth=2)
+        axes.plot(steps, _smooth(points), color="tab:green", linewidth=2)
         label += ", and their running mean"
     else:
-        axes.plot([i + 1 for i in shown], points, "o", color="tab:green", markersize=4)
+        axes.plot(steps, points, "o", color="tab:green", markersize=4)
     axes.set_title(f"Batch loss ({label})")
     axes.set_xlim(left=0)
 
 
 def _smooth(values: Sequence[float], keep: float = 0.95) -> list[float]:
-    """The exponential moving mean, corrected for its start at 0; a gap where it is not known."""
+    """The exponential moving average, bias-corrected; NaN where a value is not finite."""
     mean, count, smoothed = 0.0, 0, []
     for value in values:
         if math.isfinite(value):
@@ -106,12 +104,11 @@ def _smooth(values: Sequence[float], keep: float = 0.95) -> list[float]:
 
 
 def _add_perplexity(axes, vocab_size: int) -> None:
-    """A right-hand axis that reads the loss as perplexity, up to the vocabulary's size."""
+    """Add a right-hand axis of perplexities, up to twice the vocabulary's size."""
     scale = axes.secondary_yaxis("right")
     scale.set_ylabel("perplexity (tokens it hesitates between)")
-    ticks = [tick for tick in PERPLEXITY_TICKS if tick <= 2 * vocab_size]
     low, high = axes.get_ylim()
-    inside = [tick for tick in ticks if low <= math.log(tick) <= high]
-    every = max(1, math.ceil(len(inside) / 12))
-    scale.set_yticks([math.log(tick) for tick in inside[::every]])
-    scale.set_yticklabels([f"{tick:,}" for tick in inside[::every]])
+    high = min(high, math.log(2 * vocab_size))
+    ticks = [tick for tick in PERPLEXITY_TICKS if low <= math.log(tick) <= high]
+    ticks = ticks[:: max(1, math.ceil(len(ticks) / 12))]
+    scale.set_yticks([math.log(tick) for tick in ticks], [f"{tick:,}" for tick in ticks])

@@ -1,8 +1,6 @@
-"""Several processes as one trainer: who this one is, what all agree on, and who is missing.
+"""The ranks that torchrun starts: collectives, turns, and failures of ranks.
 
-torchrun starts the processes and tells each its rank; torch.distributed carries what they tell
-each other. A process that was started alone is rank 0 of 1: the same calls then cost nothing, and
-no process group is made. How a model lies over the ranks is distributed/sharding.py's.
+A process without torchrun is rank 0 of 1: it makes no process group, and collectives cost nothing.
 """
 
 import atexit
@@ -17,9 +15,10 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import KW_ONLY, dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 
@@ -28,52 +27,45 @@ from engine.console import complain, silence
 from engine.errors import LostRankError, PipelineError, ResourceError, SettingsError, first_line
 
 KINDS = ("auto", "ddp", "fsdp")
-TIMEOUT_S = 180  # seconds; how long ranks wait for one another; GPT_RANK_TIMEOUT_S says otherwise
-BEAT_S = 0.5  # how often a rank that others wait for shows that it lives
-ROLL_CALL_S = 2.0  # how long after a failure the ranks that live may take to say so
-LEAVING_S = 10.0  # a process that should end, and has not by then, is ended
+TIMEOUT_S = 180  # how long ranks wait for one another, unless GPT_RANK_TIMEOUT_S is set
+BEAT_S = 0.5  # between the heartbeats of a rank that others wait for
+ROLL_CALL_S = 2.0  # how long live ranks may take to answer after a failure
+LEAVING_S = 10.0  # after which a process that hangs while it exits is ended
 ENVIRONMENT = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")  # torchrun's
-# in what a RuntimeError says when a message to or from another rank did not get through
+# in the message of a RuntimeError when communication with another rank fails
 SIGNS = ("gloo", "NCCL", "Connection closed", "Connection reset", "Broken pipe", "Timed out")
 GONE = ("", "Z", "X")  # states of a process that has ended
 PR_SET_PDEATHSIG = 1  # of prctl() in Linux's sys/prctl.h
 T = TypeVar("T")
 
 
+@dataclass(eq=False)
 class Parallel:
     """This process among the ranks of a run.
 
-    Every method that all ranks have to call, in the same order, says "together". Where a rank
-    does not answer they raise RuntimeError, which watched() turns into a LostRankError that names
-    it.
+    All ranks must call a method that says "Collective.", in the same order. If a rank does not
+    answer, it raises RuntimeError; watched() turns that into a LostRankError that names the rank.
     """
 
-    def __init__(
-        self,
-        rank: int = 0,
-        world: int = 1,
-        local_rank: int = 0,
-        local_world: int = 1,
-        *,
-        timeout_s: float = TIMEOUT_S,
-        store: Any = None,
-        job: Any = None,
-        group: Any = None,
-    ) -> None:
-        self.rank, self.world = rank, world
-        self.local_rank, self.local_world = local_rank, local_world
-        self.kind = "none" if world == 1 else "ddp"  # or "fsdp"
-        self.place = ""  # what this rank is at, for messages: "step 12"
-        self._timeout_s = timeout_s
-        self._store = store  # of these processes; job is also for those that take their place
-        self._job = job
-        self._group = group  # what numbers and objects travel by; None: all by the same
+    rank: int = 0
+    world: int = 1
+    local_rank: int = 0
+    local_world: int = 1
+    _: KW_ONLY
+    timeout_s: float = TIMEOUT_S
+    store: Any = None  # key-value store of these processes
+    job: Any = None  # the same, shared with processes that torchrun starts after a failure
+    group: Any = None  # process group for CPU tensors and objects; None: the default group
+    place: str = ""  # what this rank is doing, for messages: "step 12"
+
+    def __post_init__(self) -> None:
+        self.kind = "none" if self.world == 1 else "ddp"  # or "fsdp"
         self._turns = 0
         self._has_left = False
 
     @property
     def is_main(self) -> bool:
-        """Whether this rank is the one that reads and writes the run's folder."""
+        """Whether this rank reads and writes the run folder."""
         return self.rank == 0
 
     @property
@@ -82,7 +74,7 @@ class Parallel:
         return self.world == 1
 
     def choose_kind(self, requested: str) -> None:
-        """Take PARALLEL's value for how a model lies over several ranks; "auto" is ddp."""
+        """Replicate ("ddp", which "auto" means) or shard ("fsdp") the model, as PARALLEL says."""
         if not self.is_alone:
             self.kind = "ddp" if requested == "auto" else requested
 
@@ -91,68 +83,59 @@ class Parallel:
         return value if self.is_main else None
 
     def share_of(self, items: list[T]) -> list[T]:
-        """This rank's part of a list that all ranks have: every world-th one."""
+        """This rank's items of a list that all ranks have: every world-th one."""
         return items[self.rank :: self.world]
 
     def seed_apart(self, *numbers: int) -> None:
-        """Let torch draw other numbers here than on other ranks; the main one's stay the same."""
+        """Give each rank a random seed of its own; the main rank keeps its generator's state."""
         if not self.is_main:
             digest = hashlib.sha256(repr((*numbers, self.rank)).encode()).digest()
             torch.manual_seed(int.from_bytes(digest[:6], "big"))
 
-    # ------------------------------------------------------------------------- agreeing
-
     def highest(self, *numbers: float) -> list[float]:
-        """The highest of the ranks' numbers, each for itself; together."""
+        """The elementwise maximum of the ranks' numbers. Collective."""
         if self.is_alone:
             return list(numbers)
-        from torch import distributed
-
-        values = torch.tensor(numbers, dtype=torch.float64)  # on the CPU: nobody waits for a GPU
-        distributed.all_reduce(values, distributed.ReduceOp.MAX, group=self._group)
+        values = torch.tensor(numbers, dtype=torch.float64)  # on the CPU: no GPU sync
+        torch.distributed.all_reduce(values, torch.distributed.ReduceOp.MAX, group=self.group)
         return values.tolist()
 
     def lowest(self, number: int) -> int:
-        """The lowest of the ranks' numbers; together."""
+        """The minimum of the ranks' numbers. Collective."""
         return -int(self.highest(-number)[0])
 
     def mean(self, number: float) -> float:
-        """The mean of the ranks' numbers; together."""
+        """The mean of the ranks' numbers. Collective."""
         return self.sum(torch.tensor(number, dtype=torch.float64)).item() / self.world
 
     def sum(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Replace a tensor by the sum of the ranks' tensors, on its device; together."""
+        """All-reduce a tensor to the sum of the ranks' tensors, in place. Collective."""
         if not self.is_alone:
-            from torch import distributed
-
-            distributed.all_reduce(tensor)
+            torch.distributed.all_reduce(tensor)
         return tensor
 
     def broadcast(self, value: T) -> T:
-        """The main rank's value, of any kind that pickles, on every rank; together."""
+        """The main rank's value, which pickle must be able to send. Collective."""
         if self.is_alone:
             return value
-        from torch import distributed
-
         values = [value]
-        distributed.broadcast_object_list(values, src=0, group=self._group)
+        torch.distributed.broadcast_object_list(values, src=0, group=self.group)
         return values[0]
 
+    def from_main(self, job: Callable[[], T]) -> T:
+        """on_main(), but with its result on every rank. Collective."""
+        return cast(T, self.broadcast(self.on_main(job)))
+
     def gather(self, value: T) -> list[T]:
-        """Every rank's value, by rank; together."""
+        """Every rank's value, in the order of ranks. Collective."""
         if self.is_alone:
             return [value]
-        from torch import distributed
-
-        values = [None] * self.world
-        distributed.all_gather_object(values, value, group=self._group)
+        values: list[Any] = [None] * self.world
+        torch.distributed.all_gather_object(values, value, group=self.group)
         return values
 
     def require_same(self, **values: str) -> None:
-        """Raise SettingsError on every rank where one has another value than the main one.
-
-        values are named by what they are of; together.
-        """
+        """Raise SettingsError on every rank unless all ranks have these values. Collective."""
         known = self.gather((socket.gethostname(), values))
         for rank, (host, found) in enumerate(known):
             odd = [name for name in values if found[name] != known[0][1][name]]
@@ -162,56 +145,55 @@ class Parallel:
                     f"{known[0][0]}).\nStart every machine with the same settings and texts."
                 )
 
-    # ------------------------------------------------------------------- taking turns
-
     def on_main(self, job: Callable[[], T]) -> T | None:
-        """Run a job on the main rank while the others wait; its result there, None elsewhere.
+        """Run a job on the main rank; its result there, None elsewhere. Collective.
 
-        What it raises as a PipelineError is raised on every rank. Together.
+        The others wait as long as it takes; its PipelineError is raised on every rank.
         """
-        return self._led(0, job)
+        if self.is_main:
+            return self._lead(job)
+        self._follow(0)
+        return None
 
     def local_first(self, job: Callable[[], T]) -> T:
-        """Run a job on each machine's first rank, then on its others; the result here. Together."""
-        result = self._led(self.rank - self.local_rank, job)
-        return result if self.local_rank == 0 else job()
+        """Run a job on each machine's first rank, then on its others. Collective."""
+        if self.local_rank == 0:
+            return self._lead(job)
+        self._follow(self.rank - self.local_rank)
+        return job()
 
-    def _led(self, leader: int, job: Callable[[], T]) -> T | None:
+    def _lead(self, job: Callable[[], T]) -> T:
+        """Run a job for which other ranks wait in _follow()."""
         if self.is_alone:
             return job()
         self._turns += 1
-        done, beat = f"turn/{self._turns}/{leader}", f"beat/{leader}"
-        if self.rank != leader:
-            self._wait_for(leader, done, beat)
-            return None
-        said = {}
+        outcome: dict[str, str] | None = None  # None: watched() reports the failure
         try:
-            with self._beating(beat):
-                return job()
+            with self._heartbeat():
+                result = job()
+            outcome = {}
+            return result
         except PipelineError as error:
-            # a room may have a kind of its own of one of these
+            # the error's own class may be another room's
             kind = next(c for c in type(error).__mro__ if c.__module__ == errors.__name__)
-            said = {"kind": kind.__name__, "message": str(error)}
-            raise
-        except BaseException:
-            said = None  # nobody is told to go on, and the failure itself is told by watched()
+            outcome = {"kind": kind.__name__, "message": str(error)}
             raise
         finally:
-            if said is not None:
-                with contextlib.suppress(RuntimeError):  # what the job did stands all the same
-                    self._store.set(done, json.dumps(said))
+            if outcome is not None:
+                with contextlib.suppress(RuntimeError):  # the job is done in any case
+                    self.store.set(f"turn/{self._turns}/{self.rank}", json.dumps(outcome))
 
     @contextlib.contextmanager
-    def _beating(self, beat: str) -> Iterator[None]:
-        """Show the others twice a second that this process lives, whatever it is at."""
+    def _heartbeat(self) -> Iterator[None]:
+        """Count up in the store every BEAT_S, which shows the others that this process lives."""
         is_over = threading.Event()
 
-        def show() -> None:
-            with contextlib.suppress(RuntimeError):  # there is nobody left to be shown it
+        def beat() -> None:
+            with contextlib.suppress(RuntimeError):  # the store is gone
                 while not is_over.wait(BEAT_S):
-                    self._store.add(beat, 1)
+                    self.store.add(f"beat/{self.rank}", 1)
 
-        thread = threading.Thread(target=show, daemon=True)
+        thread = threading.Thread(target=beat, daemon=True)
         thread.start()
         try:
             yield
@@ -219,41 +201,38 @@ class Parallel:
             is_over.set()
             thread.join()
 
-    def _wait_for(self, leader: int, done: str, beat: str) -> None:
-        """Wait for a rank's turn to be over; for as long as it shows that it lives."""
+    def _follow(self, leader: int) -> None:
+        """Wait until a rank's _lead() is done, for as long as its heartbeat goes on."""
+        self._turns += 1
+        done = f"turn/{self._turns}/{leader}"
         pause, last, last_at = 0.005, -1, time.monotonic()
         while True:
-            has_failed = self._store.check([f"failed/{leader}"])  # first: it may be done and fail
-            if self._store.check([done]):
+            has_failed = self.store.check([f"failed/{leader}"])  # first: it may be done and fail
+            if self.store.check([done]):
                 break
-            count, now = self._store.add(beat, 0), time.monotonic()
+            count, now = self.store.add(f"beat/{leader}", 0), time.monotonic()
             if count != last:
                 last, last_at = count, now
             silent_s = now - last_at
-            is_gone = silent_s > 4 * BEAT_S and _state_of(self._process_of(leader)) in GONE
-            if has_failed or is_gone or silent_s > self._timeout_s:
+            is_gone = silent_s > 4 * BEAT_S and self._process_of(leader)[1] in GONE
+            if has_failed or is_gone or silent_s > self.timeout_s:
                 raise RuntimeError(f"Timed out: rank {leader} gives no sign of life")
             time.sleep(pause)
             pause = min(2 * pause, BEAT_S)
-        said = json.loads(self._store.get(done))
-        if said:
-            raise getattr(errors, said["kind"])(said["message"])
+        outcome = json.loads(self.store.get(done))
+        if outcome:
+            raise getattr(errors, outcome["kind"])(outcome["message"])
 
     @contextlib.contextmanager
     def held_by_main(self, context: Callable[[], contextlib.AbstractContextManager]) -> Iterator:
-        """Enter a context on the main rank alone; what prevents that is raised on every rank."""
+        """Enter a context on the main rank only; its PipelineError is raised on every rank."""
         with contextlib.ExitStack() as stack:
             self.on_main(lambda: stack.enter_context(context()))
             yield
 
-    # ------------------------------------------------------------------------- failing
-
     @contextlib.contextmanager
     def watched(self) -> Iterator[None]:
-        """Let the other ranks know of a failure here, and name the rank that fails to answer.
-
-        A message that did not get through becomes a LostRankError.
-        """
+        """Report a failure to the other ranks; turn a failed collective into a LostRankError."""
         try:
             yield
         except (KeyboardInterrupt, SystemExit, errors.RunFinished):
@@ -261,64 +240,61 @@ class Parallel:
         except Exception as error:
             if self.is_alone or isinstance(error, LostRankError):
                 raise
-            if _is_about_messages(error):
+            if _is_communication_error(error):
                 _ignore_sigterm()
-                raise LostRankError(self._call_the_roll()) from error
-            with contextlib.suppress(RuntimeError):  # then there is nobody to tell it to
-                said = f"{type(error).__name__}: {first_line(error)}"
-                self._store.set(f"failed/{self.rank}", said[:300])
+                raise LostRankError(self._find_lost_ranks()) from error
+            with contextlib.suppress(RuntimeError):  # the store is gone
+                report = f"{type(error).__name__}: {first_line(error)}"
+                self.store.set(f"failed/{self.rank}", report[:300])
             if not isinstance(error, PipelineError) and not hasattr(error, "__notes__"):
                 error.add_note(f"(on {self.label})")
             raise
 
     @property
     def label(self) -> str:
-        """What messages call this rank and its place: "rank 1, step 12"."""
+        """This rank and its place, for messages: "rank 1, step 12"."""
         return f"rank {self.rank}, {self.place}" if self.place else f"rank {self.rank}"
 
     @property
     def prefix(self) -> str:
-        """What this rank's message of failure begins with; nothing for a process alone."""
+        """What this rank's failure message begins with; "" for a process without others."""
         return "" if self.is_alone else f"{self.label}: "
 
     def speaks_for_all(self, message: str) -> bool:
-        """Whether this rank is the one to tell a failure: the first of those that have the same.
-
-        If so, its output is not silenced any more.
-        """
+        """Whether this rank is the first with this failure message: it alone prints."""
         if self.is_alone:
             return True
         _ignore_sigterm()
         key = hashlib.sha256(message.encode("utf-8", "replace")).hexdigest()
         try:
             if not self.is_main:
-                time.sleep(0.5)  # the main one's word is preferred
-            is_first = self._store.add(f"told/{key}", 1) == 1
-        except RuntimeError:  # there is no asking any more
+                time.sleep(0.5)  # so that the main rank is first where it fails too
+            is_first = self.store.add(f"told/{key}", 1) == 1
+        except RuntimeError:  # the store is gone
             is_first = True
         silence(not is_first)
         return is_first
 
-    def _call_the_roll(self) -> str:
-        """Who is missing after a message did not get through, and why, as far as it is known.
-
-        Those that live say so; one that doesn't, and hangs on this machine, is ended: torchrun
-        would wait half a minute for it.
-        """
+    def _find_lost_ranks(self) -> str:
+        """The message that names the ranks that don't answer; kills those that hang on this
+        machine, for which torchrun would wait half a minute."""
         at = f" at {self.place}" if self.place else ""
         try:
-            self._store.set(f"here/{self.rank}", "")
+            self.store.set(f"here/{self.rank}", "")
             missing = [rank for rank in range(self.world) if rank != self.rank]
             until = time.monotonic() + ROLL_CALL_S
             while missing and time.monotonic() < until:
                 time.sleep(0.05)
-                told = [rank for rank in missing if self._store.check([f"failed/{rank}"])]
-                if told:
-                    reason = self._store.get(f"failed/{told[0]}").decode("utf-8", "replace")
-                    return f"rank {told[0]} has failed{at}: {reason}\n{RESTART}"
-                missing = [rank for rank in missing if not self._store.check([f"here/{rank}"])]
+                failed = [rank for rank in missing if self.store.check([f"failed/{rank}"])]
+                if failed:
+                    reason = self.store.get(f"failed/{failed[0]}").decode("utf-8", "replace")
+                    return f"rank {failed[0]} has failed{at}: {reason}\n{RESTART}"
+                missing = [rank for rank in missing if not self.store.check([f"here/{rank}"])]
             for rank in missing:
-                _end_if_it_hangs(self._process_of(rank))
+                pid, state = self._process_of(rank)
+                if state not in ("?", *GONE):
+                    with contextlib.suppress(ProcessLookupError):  # by now it has ended
+                        os.kill(pid, signal.SIGKILL)
         except RuntimeError:
             return f"the process at which the ranks meet is gone{at}.\n{RESTART}"
         if not missing:
@@ -327,34 +303,43 @@ class Parallel:
         name, verb = ("rank", "does") if len(missing) == 1 else ("ranks", "do")
         return f"{name} {listed} {verb} not answer{at}: ended from outside, or hanging.\n{RESTART}"
 
-    def _process_of(self, rank: int) -> dict[str, Any]:
-        return json.loads(self._store.get(f"process/{rank}"))
+    def _process_of(self, rank: int) -> tuple[int, str]:
+        """A rank's process and its state by proc(5): "" if it is gone, "?" if unknown or remote."""
+        process = json.loads(self.store.get(f"process/{rank}"))
+        pid = process["pid"]
+        if process["pids"] != _pid_namespace() or not process["pids"]:
+            return pid, "?"
+        try:
+            stat = Path(f"/proc/{pid}/stat").read_text("ascii", errors="replace")
+        except OSError:
+            return pid, ""
+        state, parent = stat.rpartition(")")[2].split()[:2]
+        # another parent than torchrun: the number was given to another process
+        return pid, state if int(parent) == os.getppid() else ""
 
     def note(self, name: str, value: str) -> None:
-        """Keep a word for the processes that torchrun starts in place of these after a failure."""
-        if self._job is not None:
-            self._job.set(name, value)
+        """Keep a value for the processes that torchrun starts after a failure of these."""
+        if self.job is not None:
+            self.job.set(name, value)
 
     def noted(self, name: str) -> str | None:
-        """What note() has kept of this job, by an earlier process too."""
-        if self._job is None or not self._job.check([name]):
+        """What note() has kept under this name, in an earlier process of the job too."""
+        if self.job is None or not self.job.check([name]):
             return None
-        return self._job.get(name).decode()
+        return self.job.get(name).decode()
 
     def leave(self) -> None:
-        """Leave the group; once is enough, and more do no harm."""
+        """Leave the process group. Safe to call again."""
         if self.is_alone or self._has_left:
             return
         self._has_left = True
-        from torch import distributed
-
-        # a GPU's library may wait for ever for a rank that is gone
+        # NCCL may wait for ever for a rank that is gone
         guard = threading.Timer(LEAVING_S, os._exit, (ResourceError.exit_code,))
         guard.daemon = True
-        with contextlib.suppress(RuntimeError):  # an interpreter that ends may start none
+        with contextlib.suppress(RuntimeError):  # an exiting interpreter starts no threads
             guard.start()
-        if distributed.is_initialized():
-            distributed.destroy_process_group()
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
         guard.cancel()
 
 
@@ -364,11 +349,9 @@ _joined: Parallel | None = None
 
 
 def join() -> Parallel:
-    """This process's place among the ranks that torchrun started; ALONE where it started none.
+    """Join the ranks that torchrun started, once, and silence all but rank 0; ALONE without any.
 
-    The first call joins the group, and later ones give the same. Other ranks than the first print
-    nothing from then on. Raises SettingsError where torchrun's variables are incomplete,
-    ResourceError where the others can't be met.
+    Raises SettingsError for incomplete variables, ResourceError if a rank can't be reached.
     """
     global _joined
     if _joined is not None:
@@ -387,7 +370,9 @@ def join() -> Parallel:
     local_rank, local_world = _whole_number("LOCAL_RANK", 0), _whole_number("LOCAL_WORLD_SIZE", 1)
     timeout_s = max(1, _whole_number("GPT_RANK_TIMEOUT_S", TIMEOUT_S))
     silence(local_rank > 0)
-    _end_with_torchrun()
+    if sys.platform == "linux" and "TORCHELASTIC_RUN_ID" in os.environ:
+        # SIGTERM if torchrun itself is killed: this process then saves and ends
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
     store, job, group = _meet(rank, world, timeout_s)
     silence(rank > 0)
     _joined = Parallel(
@@ -405,10 +390,7 @@ def _whole_number(name: str, default: int) -> int:
 
 
 def _meet(rank: int, world: int, timeout_s: float) -> tuple[Any, Any, Any]:
-    """Join the process group; returns the ranks' store, that of their job, and the group for what
-    is not on GPUs."""
-    from torch import distributed
-
+    """Join the process group; returns the ranks' store, the job's, and the group for the CPU."""
     address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
     failed = f"rank {rank} can't meet the other {world - 1} at {address}:"
     advice = (
@@ -421,86 +403,57 @@ def _meet(rank: int, world: int, timeout_s: float) -> tuple[Any, Any, Any]:
         complain(f"ResourceError: {failed} no answer\n{advice}")
         os._exit(ResourceError.exit_code)
 
-    # of a program that takes a connection there and says nothing, torch doesn't tire
+    # torch's timeout does not end a connection to a program that never answers
     guard = threading.Timer(timeout_s + min(LEAVING_S, timeout_s), give_up)
     guard.daemon = True
     guard.start()
     try:
-        server, _, _ = next(distributed.rendezvous("env://", rank, world, timeout=timeout))
+        server, _, _ = next(torch.distributed.rendezvous("env://", rank, world, timeout=timeout))
         server.set_timeout(timeout)
-        # what an earlier start of the same job left there is not this one's
+        # keys of an earlier start of the same job don't count
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-        store = distributed.PrefixStore(f"gpt-trainer/{attempt}", server)
+        store = torch.distributed.PrefixStore(f"gpt-trainer/{attempt}", server)
         me = {"pids": _pid_namespace(), "pid": os.getpid()}
         store.set(f"process/{rank}", json.dumps(me))
         named = {"store": store, "rank": rank, "world_size": world}
-        if torch.cuda.is_available() and distributed.is_nccl_available():  # Windows has no NCCL
-            # NCCL ends a process whose message takes too long: the others are to tell why before
+        # Windows has no NCCL
+        if torch.cuda.is_available() and torch.distributed.is_nccl_available():
+            # NCCL ends a process whose collective times out: gloo's timeout must report first
             longer = timeout + timedelta(seconds=3 * LEAVING_S)
-            distributed.init_process_group("cpu:gloo,cuda:nccl", timeout=longer, **named)
-            group = distributed.new_group(backend="gloo", timeout=timeout)
+            torch.distributed.init_process_group("cpu:gloo,cuda:nccl", timeout=longer, **named)
+            group = torch.distributed.new_group(backend="gloo", timeout=timeout)
         else:
-            distributed.init_process_group("gloo", timeout=timeout, **named)
-        # the first message makes the connections: better now than in the middle of training
-        distributed.all_reduce(torch.zeros(1), group=group)
+            torch.distributed.init_process_group("gloo", timeout=timeout, **named)
+        # the first collective makes the connections: better now than during training
+        torch.distributed.all_reduce(torch.zeros(1), group=group)
     except (RuntimeError, ValueError, OSError) as error:
         raise ResourceError(f"{failed} {first_line(error)[:200]}\n{advice}") from error
     finally:
         guard.cancel()
-    return store, distributed.PrefixStore("gpt-trainer/job", server), group
+    return store, torch.distributed.PrefixStore("gpt-trainer/job", server), group
 
 
-def _is_about_messages(error: Exception) -> bool:
-    """Whether an error says that a message to or from another rank did not get through."""
-    from torch import distributed
-
-    return isinstance(error, distributed.DistError) or (
+def _is_communication_error(error: Exception) -> bool:
+    return isinstance(error, torch.distributed.DistError) or (
         isinstance(error, RuntimeError) and any(sign in str(error) for sign in SIGNS)
     )
 
 
 def _ignore_sigterm() -> None:
-    """torchrun ends the ranks that are left at once, and these have something to say before."""
+    """Outlive torchrun's SIGTERM to the remaining ranks until the failure is reported."""
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 def joined() -> Parallel:
-    """This process's place among the ranks that it has joined; ALONE where it has joined none."""
+    """What join() returned in this process; ALONE before it is called."""
     return _joined or ALONE
 
 
-def _end_with_torchrun() -> None:
-    """Let this process get SIGTERM where torchrun itself is killed: it saves, and is no orphan."""
-    if sys.platform == "linux" and "TORCHELASTIC_RUN_ID" in os.environ:
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
-
-
 def _pid_namespace() -> str:
-    """What two processes have in common that know each other's numbers; "" where nothing tells."""
+    """Where this process's number is valid: boot and pid namespace; "" where unknown."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text("ascii").strip()
         return f"{boot} {os.readlink('/proc/self/ns/pid')}"
     except OSError:
         return ""
-
-
-def _state_of(process: dict[str, Any]) -> str:
-    """The state of a rank's process as Linux tells it: a letter of proc(5), "" where it is gone,
-    "?" where it is on another machine or nothing tells."""
-    if process["pids"] != _pid_namespace() or not process["pids"]:
-        return "?"
-    try:
-        stat = Path(f"/proc/{process['pid']}/stat").read_text("ascii", errors="replace")
-    except OSError:
-        return ""
-    state, parent = stat.rpartition(")")[2].split()[:2]
-    # one of torchrun's, as this one is; else the number has been given to another
-    return state if int(parent) == os.getppid() else ""
-
-
-def _end_if_it_hangs(process: dict[str, Any]) -> None:
-    """Kill a rank of this machine that does not answer."""
-    if _state_of(process) not in ("?", *GONE):
-        with contextlib.suppress(ProcessLookupError):  # by now it has ended
-            os.kill(process["pid"], signal.SIGKILL)

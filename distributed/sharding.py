@@ -1,8 +1,4 @@
-"""How a model lies over the ranks: whole on each (DDP), or in parts (FSDP2); both are torch's.
-
-DDP sums the gradients up while a step's last backward pass is under way. FSDP2 keeps a part of
-every weight, gradient and moment on each rank, and gathers a block's weights where it is used.
-"""
+"""Models on several ranks: replicated (torch's DDP) or sharded (FSDP2)."""
 
 import contextlib
 import warnings
@@ -19,11 +15,10 @@ from engine.precision import DTYPES, Precision
 def build_in_parts(
     build: Callable[[], nn.Module], parallel: Parallel, precision: Precision, device: torch.device
 ) -> nn.Module:
-    """What build() makes on the main rank's CPU, in parts on all ranks' devices; together.
+    """Build a model on the main rank's CPU and shard it over all ranks' devices. Collective.
 
-    Only the main rank ever holds all of it. Each block's Linear layers are gathered as one, in the
-    precision of their products; norms, embeddings and head are one group in fp32. Sums of
-    gradients are fp32. Paper: Zhao et al. 2023, "PyTorch FSDP".
+    Each block's Linear layers are one FSDP group, in the run's precision; all else is one group in
+    fp32, as are the reductions of gradients. Paper: Zhao et al. 2023, "PyTorch FSDP".
     """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
@@ -41,9 +36,9 @@ def build_in_parts(
         linear = [module for module in block.modules() if isinstance(module, nn.Linear)]
         fully_shard(linear, mesh=mesh, mp_policy=policy)
     fully_shard(model, mesh=mesh)
-    buffers = dict(model.named_buffers())  # which are on the CPU, with their values
+    buffers = dict(model.named_buffers())  # on the CPU, with their values
     model.to_empty(device=device)
-    # torch warns of what would be wrong if the outputs of Linear layers were changed in place
+    # torch warns in case the outputs of Linear layers are changed in place; ours are not
     warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")
     with torch.no_grad():
         for name, value in model.named_buffers():
@@ -52,31 +47,28 @@ def build_in_parts(
             value.copy_(placed(weights.get(name), value, parallel))
         with precision.autocast():  # the first call decides which module is the outermost
             model(torch.zeros(1, 1, dtype=torch.long, device=device))
-    model.reshard()  # torch leaves the outermost gathered
+    model.reshard()  # torch leaves the outermost module unsharded
     return model
 
 
 def replica(model: nn.Module, parallel: Parallel) -> nn.Module:
-    """The model as a step of all ranks calls it: it sums the gradients up, divided by the ranks.
+    """The model that training steps call, wrapped in DDP if it is replicated. Collective.
 
-    Together. The first backward pass tells DDP in which order gradients come, by which it cuts
-    its messages. Here that is one without a target, so that each step of a run that goes on has
-    its messages cut as if it had never stopped: sums of three numbers depend on their order.
+    DDP rebuilds its buckets after the first backward pass. That one is made here, without targets,
+    so that resumed runs have the same buckets: an all-reduce's last bits depend on them.
     """
     if parallel.kind != "ddp":
         return model
-    from torch.nn.parallel import DistributedDataParallel
-
     device = next(model.parameters()).device
     with warnings.catch_warnings():  # torch 2.11 has only this name for it, and later ones warn
         warnings.simplefilter("ignore", FutureWarning)
-        wrapped = DistributedDataParallel(
+        wrapped = nn.parallel.DistributedDataParallel(
             model, broadcast_buffers=False, gradient_as_bucket_view=True
         )
     ids = torch.zeros(1, 1, dtype=torch.long, device=device)
     devices = [device] if device.type == "cuda" else []
     with not_compiled(), torch.random.fork_rng(devices):
-        for _ in range(2):  # the second pass cuts anew
+        for _ in range(2):  # the second pass rebuilds the buckets
             wrapped(ids, ids[:0], 1).backward()
             model.zero_grad()
     return wrapped
@@ -84,8 +76,7 @@ def replica(model: nn.Module, parallel: Parallel) -> nn.Module:
 
 @contextlib.contextmanager
 def summing_up(model: nn.Module, parallel: Parallel, *, now: bool) -> Iterator[None]:
-    """Let backward passes in here keep their gradients to this rank, unless it is now that the
-    ranks sum them up; model is what replica() gives."""
+    """Synchronize the gradients of a replica()'s backward passes in here only if `now`."""
     if parallel.kind == "fsdp":
         model.set_requires_gradient_sync(now)
     with model.no_sync() if parallel.kind == "ddp" and not now else contextlib.nullcontext():
@@ -93,10 +84,7 @@ def summing_up(model: nn.Module, parallel: Parallel, *, now: bool) -> Iterator[N
 
 
 def flush_gradients(model: nn.Module, parallel: Parallel, precision: Precision) -> None:
-    """Bring the gradients of a step that is given up to where zero_grad() finds them; together.
-
-    FSDP2 keeps those that were not summed up yet in a place of its own.
-    """
+    """Move an abandoned step's gradients from FSDP2's own buffers to the parameters. Collective."""
     if parallel.kind == "fsdp":
         ids = torch.zeros(1, 1, dtype=torch.long, device=next(model.parameters()).device)
         with summing_up(model, parallel, now=True), precision.autocast():
@@ -105,10 +93,7 @@ def flush_gradients(model: nn.Module, parallel: Parallel, precision: Precision) 
 
 @contextlib.contextmanager
 def whole(model: nn.Module, parallel: Parallel) -> Iterator[None]:
-    """Have all of a model's weights on every rank, so that each may call it on its own; together.
-
-    Weights of Linear layers are in the precision of their products then.
-    """
+    """Keep a model unsharded on every rank, Linear layers in the run's precision. Collective."""
     if parallel.kind != "fsdp":
         yield
         return
@@ -127,15 +112,12 @@ def whole(model: nn.Module, parallel: Parallel) -> Iterator[None]:
 
 
 def full(tensor: torch.Tensor) -> torch.Tensor:
-    """A tensor's numbers in one piece, where they lie in parts; together then."""
+    """A tensor, unsharded where it is a DTensor. Collective then."""
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
 def gathered(tensors: dict[str, torch.Tensor], parallel: Parallel) -> dict[str, torch.Tensor]:
-    """The tensors in one piece each, on the main rank, and nothing on others; together.
-
-    Those in parts are gathered one by one, into the main rank's CPU memory.
-    """
+    """The unsharded tensors on the main rank, in CPU memory if sharded; {} on others."""
     found = {}
     for name, tensor in tensors.items():
         value = full(tensor)
@@ -145,19 +127,15 @@ def gathered(tensors: dict[str, torch.Tensor], parallel: Parallel) -> dict[str, 
 
 
 def placed(value: torch.Tensor | None, like: torch.Tensor, parallel: Parallel) -> torch.Tensor:
-    """The main rank's value, laid over the ranks as `like` is; together.
-
-    value is on any device, of like's shape, and None on the other ranks.
-    """
+    """Send the main rank's value (None on others) to all ranks, sharded as `like`. Collective."""
+    if value is None:
+        value = torch.empty(like.shape, dtype=like.dtype)
     if parallel.is_alone:
         return value
-    from torch import distributed
     from torch.distributed.tensor import DTensor, distribute_tensor
 
-    if not parallel.is_main:
-        value = torch.empty(like.shape, dtype=like.dtype)
     value = value.to(like.device, like.dtype).contiguous()
     if isinstance(like, DTensor):
         return distribute_tensor(value, like.device_mesh, like.placements)
-    distributed.broadcast(value, src=0)
+    torch.distributed.broadcast(value, src=0)
     return value

@@ -1,4 +1,4 @@
-"""Signals that ask a program to stop, turned into a wish that the loop grants at a safe place."""
+"""Stop signals (Ctrl-C, SIGTERM), noted when they come and acted on at a safe point."""
 
 import contextlib
 import os
@@ -13,56 +13,50 @@ from engine.console import complain
 from engine.errors import Stopped
 
 _NAMES = ("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK")  # Windows lacks the third, others the last
-_ECHO_S = 0.5  # a terminal and a launcher may both pass on one Ctrl-C
-_LINGER_S = 10.0  # what a loader's worker leaves its owner for saving
-_LONG_S = 5.0  # an optimizer step with more than this to go is not waited for
+_ECHO_S = 0.5  # a terminal and a launcher may both send the same Ctrl-C
+_LINGER_S = 10.0  # how long a loader's worker outlives SIGTERM, so that its owner can save
+_LONG_S = 5.0  # a step that takes longer than this to finish is abandoned
 
 
 class StopSignals:
-    """While it is entered, a stop signal is noted, and check() raises Stopped for it.
+    """A context that notes stop signals, so that check() raises Stopped.
 
-    A second Ctrl-C raises KeyboardInterrupt at once. Signals that were ignored before (nohup)
-    stay ignored; outside of the main thread nothing is caught, and check() never raises.
+    A second Ctrl-C raises KeyboardInterrupt at once. Ignored signals (nohup) stay ignored, and
+    threads other than the main one catch none.
     """
 
     def __init__(self, parallel: Parallel = ALONE) -> None:
         self._parallel = parallel
-        self._number: int | None = None
-        self._granted = 0  # the signal that the ranks have agreed to stop for
+        self._number = 0  # the first stop signal of this process; 0: none
+        self._agreed = 0  # the signal that all ranks stop for
         self._asks_within_steps = parallel.is_alone
         self._noted_at = 0.0
-        self._handlers: dict[int, object] = {}
+        self._restore_handlers = contextlib.ExitStack()
 
     def __enter__(self) -> "StopSignals":
         if threading.current_thread() is threading.main_thread():
-            for number in (getattr(signal, name) for name in _NAMES if hasattr(signal, name)):
+            for number in _stop_signals():
                 before = signal.getsignal(number)
                 if before not in (signal.SIG_IGN, None):
-                    self._handlers[number] = before
+                    self._restore_handlers.callback(signal.signal, number, before)
                     signal.signal(number, self._note)
         return self
 
     def __exit__(self, *_: object) -> None:
-        for number, before in self._handlers.items():
-            signal.signal(number, before)
-        self._handlers = {}
+        self._restore_handlers.close()
 
     def check(self) -> None:
-        """Raise Stopped where a signal has come; to be called where the state is whole.
-
-        Of several ranks all stop or none: here for a signal that agree() has found.
-        """
-        if number := self._wish if self._parallel.is_alone else self._granted:
+        """Raise Stopped after a signal; with several ranks, after one that agree() has found."""
+        if number := self._number if self._parallel.is_alone else self._agreed:
             raise Stopped(number)
 
     def agree(self, *others: float, step_s: float | None = None) -> list[float]:
-        """Let a signal to one rank stop all of them, at their next check(); together.
+        """Make all ranks raise Stopped at their next check() if one had a signal. Collective.
 
-        What else they have to agree on goes with it: of each number the highest comes back. Where
-        a step takes as long as step_s, they ask each other within the next, too.
+        Returns the maximum of each of `others`. After a long step_s they also agree within steps.
         """
-        number, slowest_s, *highest = self._parallel.highest(self._wish, step_s or 0.0, *others)
-        self._granted = int(number)
+        number, slowest_s, *highest = self._parallel.highest(self._number, step_s or 0.0, *others)
+        self._agreed = int(number)
         if step_s is not None:
             self._asks_within_steps = self._parallel.is_alone or slowest_s > _LONG_S
         return highest
@@ -70,26 +64,20 @@ class StopSignals:
     @property
     def has_come(self) -> bool:
         """Whether a signal has come to this process."""
-        return self._number is not None
-
-    @property
-    def _wish(self) -> int:
-        return self._number or 0
+        return self._number > 0
 
     def check_within_step(self, started_at: float, done: float) -> None:
-        """Raise Stopped where a signal has come and the rest of the step would take too long.
-
-        started_at is the step's start by time.perf_counter(), done the share of it that is done.
-        """
+        """Raise Stopped after a signal if the rest of a step takes long; it began at started_at, by
+        time.perf_counter(), and a share `done` of it is finished."""
         if self._asks_within_steps:
             elapsed_s = time.perf_counter() - started_at
             is_long = elapsed_s / done * (1 - done) > _LONG_S
-            if number := self._parallel.highest(self._wish * is_long)[0]:
+            if number := self._parallel.highest(self._number * is_long)[0]:
                 raise Stopped(int(number))
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         now = time.monotonic()
-        if self._number is None:
+        if not self._number:
             self._number, self._noted_at = number, now
             with contextlib.suppress(RuntimeError):  # the signal came in the middle of a print
                 complain("Stopping after this step; Ctrl-C again stops at once, without saving.")
@@ -97,23 +85,25 @@ class StopSignals:
             raise KeyboardInterrupt
 
 
-def defer_to_owner(worker: int) -> None:
-    """For a loader's worker processes: their owner ends them once it has saved, and says why.
+def _stop_signals() -> list[int]:
+    return [getattr(signal, name) for name in _NAMES if hasattr(signal, name)]
 
-    One that got SIGTERM ends by itself a while later: where the owner fails, Python sends that to
-    its processes and then waits for them, however long they take. An owner that is gone before it
-    has fetched a batch is no error of theirs.
+
+def defer_to_owner(worker: int) -> None:
+    """Make a loader's worker ignore stop signals and a lost owner; the owner ends it after saving.
+
+    Python sends SIGTERM to the workers of a failed owner and waits: they end after _LINGER_S.
     """
-    for number in (getattr(signal, name) for name in _NAMES if hasattr(signal, name)):
+    for number in _stop_signals():
         signal.signal(number, signal.SIG_IGN)
     if hasattr(signal, "setitimer"):  # not on Windows, where SIGTERM can't be ignored
-        # with status 0: another would interrupt an owner that is still saving
+        # status 0: torch raises an error in an owner whose worker ends with another
         signal.signal(signal.SIGALRM, lambda *_: os._exit(0))
         signal.signal(signal.SIGTERM, lambda *_: signal.setitimer(signal.ITIMER_REAL, _LINGER_S))
-    report = sys.excepthook  # which the thread that hands out batches calls, too
+    report = sys.excepthook  # called by the thread that sends batches, too
 
-    def report_all_but_a_lost_owner(kind, error, trace) -> None:
+    def report_all_but_lost_owner(kind, error, trace) -> None:
         if not issubclass(kind, ConnectionError | EOFError):
             report(kind, error, trace)
 
-    sys.excepthook = report_all_but_a_lost_owner
+    sys.excepthook = report_all_but_lost_owner

@@ -381,7 +381,8 @@ def _describe(allowed: tuple, rule: Rule) -> str:
             )
             if limit is not None
         ]
-        kind = " or ".join(_KINDS[kind] for kind in allowed if kind is not type(None))
+        kinds = [kind for kind in allowed if kind is not type(None)]
+        kind = " or ".join(_KINDS.get(kind) or _KINDS[typing.get_origin(kind)] for kind in kinds)
         if rule.most_items is not None:
             kind += f", 1 to {rule.most_items} of them"
         words = [f"{kind} {' and '.join(limits)}".strip()]

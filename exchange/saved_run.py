@@ -1,4 +1,4 @@
-"""A run as a model to use: its weights, tokenizer and settings, and nothing of the trainer."""
+"""A run loaded for inference: weights, tokenizer and settings, without the trainer."""
 
 import os
 from dataclasses import dataclass
@@ -26,17 +26,17 @@ from text.tokenizer import GPT2_FINGERPRINT, Tokenizer, load_tokenizer
 
 @dataclass(frozen=True)
 class LoadedRun:
-    """A trained model and what it needs to write; what load_run() returns."""
+    """A trained model with its tokenizer and settings, as load_run() returns it."""
 
     path: Path
     step: int  # whose weights these are
     device: torch.device
     model: GPTModel
-    weights: str  # what its products read: "fp32", "bf16" or "int8"
+    weights: str  # their format: "fp32", "bf16" or "int8"
     n_parameters: int
     tokenizer: Tokenizer
     sampling: SamplingConfig  # the run's own
-    settings: dict[str, Any]  # its settings.json
+    settings: dict[str, Any]  # of settings.json
 
 
 def load_run(
@@ -47,14 +47,12 @@ def load_run(
     device: str | None = None,
     compiled: bool = False,
 ) -> LoadedRun:
-    """Load the model of a run for use, while it is being trained too; changes nothing.
+    """Load the model of a run for inference; the run may be training meanwhile.
 
-    folder is a path, or a name in OUTPUT_DIR; None is the run that was finished last. which is
-    "best", the weights of the lowest validation loss, or "last". weights "auto" is bf16, fp32
-    on GPUs without it; "int8" is faster on CPUs, and a little less exact. compiled
-    is for CUDA: for each number of texts the first token waits half a minute, the others come
-    faster. Raises
-    CheckpointError where there is no such run or it can't be read, SettingsError, ResourceError.
+    folder is a path, or a name in OUTPUT_DIR; None is the run that finished last. which is "best"
+    (validation loss) or "last". weights "auto" is bf16, or fp32 on GPUs without it; "int8" is
+    faster on CPUs and less exact. compiled (CUDA only) makes tokens faster, after half a minute
+    for each batch size. Raises CheckpointError without a sound run, SettingsError, ResourceError.
     """
     prepare_processor()
     path = _find_run(folder)
@@ -62,7 +60,11 @@ def load_run(
     chosen = pick_device(device)
     kind = choose_weights(weights, chosen)
     tokenizer = _tokenizer_of(path, record)
-    step, model = _trained_model(path, record.run_id, which, record.model)
+    step, tensors = read_weights(path, record.run_id, which)
+    _require_fit(record.model, tensors, path)
+    with torch.device("meta"):  # assign_weights() provides the memory
+        model = GPTModel(record.model)
+    assign_weights(model, tensors, path)
     n_parameters = model.count_parameters()
     convert_weights(model, kind)
     model.to(chosen).eval().requires_grad_(False)
@@ -81,32 +83,15 @@ def load_run(
     )
 
 
-def _trained_model(path: Path, run_id: str, which: str, config: GPTConfig) -> tuple[int, GPTModel]:
-    """A run's model in fp32 on the CPU, and the step whose weights it has."""
-    step, tensors = read_weights(path, run_id, which)
-    _require_fit(config, tensors, path)
-    with torch.device("meta"):  # no weights are made that the run's would replace
-        model = GPTModel(config)
-    assign_weights(model, tensors, path)
-    return step, model
-
-
 def _require_fit(config: GPTConfig, tensors: dict[str, torch.Tensor], path: Path) -> None:
-    """Raise before a model is built that weights are not of, or whose positions fill the memory.
-
-    A few numbers in a settings.json may ask for any amount of time and memory.
-    """
+    """Raise before building a model that the weights don't fit or whose positions fill memory."""
     embedding = tensors.get("token_embedding.weight")
     is_wide = embedding is not None and embedding.shape == (config.vocab_size, config.emb_dim)
     if not is_wide or config.n_layers > len(tensors):
         raise CheckpointError(f"{path / SETTINGS} describes another model than the weights are of.")
-    features = {
-        "learned": 0,
-        "sinusoidal": config.emb_dim,
-        "rope": config.emb_dim // config.n_heads,
-    }
-    # in bytes: a table in fp32, and what it is made from
-    needed = 10 * config.context_length * features[config.positions]
+    features = {"sinusoidal": config.emb_dim, "rope": config.emb_dim // config.n_heads}
+    # bytes of an fp32 table and what it is computed from; learned positions are among the weights
+    needed = 10 * config.context_length * features.get(str(config.positions), 0)
     room = available_memory(torch.device("cpu"))
     if room is not None and needed > room:
         raise ResourceError(
@@ -116,8 +101,8 @@ def _require_fit(config: GPTConfig, tensors: dict[str, torch.Tensor], path: Path
 
 
 def _find_run(folder: str | Path | None) -> Path:
-    """The folder of a run: the path itself, or what has this name in OUTPUT_DIR."""
-    # unlike Path's, os.path's functions take whatever somebody may type
+    """The folder of a run: the path itself, or this name in OUTPUT_DIR."""
+    # unlike Path's methods, os.path's functions accept any text
     path = None if folder is None else Path(os.path.expanduser(folder))
     if path is not None and os.path.isfile(path / SETTINGS):
         return path
@@ -133,11 +118,11 @@ def _find_run(folder: str | Path | None) -> Path:
 
 
 def _tokenizer_of(path: Path, record: RunRecord) -> Tokenizer:
-    """The tokenizer that a run was trained with; CheckpointError where it is another by now."""
+    """The tokenizer that a run was trained with; CheckpointError if the file has another."""
     is_gpt2 = record.tokenizer == GPT2_FINGERPRINT
     file = path / "tokenizer.json"
     try:
-        # reading GPT-2's from JSON takes half a second
+        # reading GPT-2's tokenizer from JSON takes half a second
         tokenizer = load_tokenizer("gpt2" if is_gpt2 else file)
     except DataError as error:
         raise CheckpointError(str(error)) from None

@@ -1,4 +1,4 @@
-"""Whether a device computes what the CPU does: logits, loss, gradients, and a step with a cache."""
+"""Whether a device agrees with the CPU: on logits, loss, gradients, and decoding with a cache."""
 
 import copy
 
@@ -10,21 +10,16 @@ from engine.precision import Precision
 from generation import evaluating
 from model import GPTModel, KVCache
 
-AGREEMENT = {"fp32": 1e-3, "bf16": 5e-2, "fp16": 1e-2}  # a relative error of right arithmetic
+AGREEMENT = {"fp32": 1e-3, "bf16": 5e-2, "fp16": 1e-2}  # the largest relative errors
 
 
 def disagreements(
     model: GPTModel, ids: torch.Tensor, targets: torch.Tensor, precision: Precision
 ) -> dict[str, float]:
-    """How far a device's results are from those of the CPU in fp32: relative, by norm.
-
-    ids and targets are (B, T), on the model's device. Compared are the logits, the loss, its
-    gradients for the hidden states and for the parameters, and the logits of the last position by
-    way of a KVCache.
-    """
+    """The relative errors, by norm, of results on (B, T) ids and targets against the CPU's fp32."""
     found = _results(model, ids, targets, precision)
-    on_cpu = copy.deepcopy(model).cpu()
-    expected = _results(on_cpu, ids.cpu(), targets.cpu(), Precision("fp32", "", "cpu"))
+    fp32 = Precision("fp32", "", "cpu")
+    expected = _results(copy.deepcopy(model).cpu(), ids.cpu(), targets.cpu(), fp32)
     errors = {}
     for name, tensors in expected.items():
         pairs = zip(found[name], tensors, strict=True)
@@ -37,7 +32,6 @@ def disagreements(
 def _results(
     model: GPTModel, ids: torch.Tensor, targets: torch.Tensor, precision: Precision
 ) -> dict[str, list[torch.Tensor]]:
-    """What disagreements() compares, as one device computes it."""
     with evaluating(model), torch.enable_grad():
         with precision.autocast():
             hidden = model.hidden(ids)
@@ -47,24 +41,19 @@ def _results(
             cache = KVCache([ids.shape[1]] * len(ids), ids.shape[1], ids.device)
             for part in ids.split([ids.shape[1] - 1, 1], dim=1):
                 newest = model.hidden(part, cache.advance(part.shape[1]))
-            results = {
+            return {
                 "logits": [model.head(hidden)],
                 "loss": [loss.detach()],
                 "gradient of the hidden states": [gradients[0]],
                 "gradients of the parameters": list(gradients[1:]),
                 "logits with a cache": [model.head(newest[:, -1])],
             }
-    return results
 
 
 def precision_that_agrees(
     model: GPTModel, ids: torch.Tensor, targets: torch.Tensor, precision: Precision
 ) -> Precision:
-    """The precision as it is, or fp32 where only that agrees with the CPU.
-
-    Raises ResourceError where neither does: training would go on with wrong numbers. A NaN
-    agrees with nothing.
-    """
+    """The given precision, or fp32 if only that agrees with the CPU; ResourceError if neither."""
     for tried in (precision, Precision("fp32", "bf16 gives wrong numbers here", ids.device.type)):
         errors = disagreements(model, ids, targets, tried)
         if all(error <= AGREEMENT[tried.name] for error in errors.values()):

@@ -1,4 +1,4 @@
-"""What was decided for a run: the typed record that settings.json is written from and read into."""
+"""The decisions of a run: the typed record that settings.json is written from and read into."""
 
 import dataclasses
 import json
@@ -12,7 +12,7 @@ from engine.optim import default_eval_freq, default_warmup_steps
 from engine.settings import check, find_problems, from_json, names_on_resume, setting, shown
 from generation import SamplingConfig
 from model import GPTConfig
-from planning.plan import Asked, RunSettings
+from planning.plan import SETTING_NAMES, Asked, RunSettings
 from storage.files import SETTINGS
 from training_utils import TrainingConfig
 
@@ -21,7 +21,7 @@ MOST_SETTINGS_BYTES = 1 << 24
 
 @dataclass(frozen=True)
 class KeptPrecision:
-    """The precision of a run, and why it was chosen."""
+    """The precision of a run, and why."""
 
     name: str
     reason: str
@@ -30,25 +30,21 @@ class KeptPrecision:
         check(self)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class RunRecord:
-    """What settings.json holds of a run, by the names that it has there.
+    """The content of settings.json; SettingsError with every wrong value."""
 
-    A run that goes on keeps the decisions in it: `before` is the record of that run wherever
-    something is decided. Raises SettingsError with every wrong value.
-    """
-
-    run_id: str  # what the run's checkpoints are known by
+    run_id: str  # in the run's checkpoints
     started: str
-    changes: list  # of each later start that changed something: name -> [then, now]
+    changes: list[Any]  # of each later start that changed something: name -> [then, now]
     mode: str
-    settings: dict  # RunSettings as they were given, DATA as JSON
+    settings: dict[str, Any]  # RunSettings as given, DATA as JSON
     asked: Asked
     model_name: str
     model: GPTConfig
     training: TrainingConfig
     sampling: SamplingConfig
-    # what is worked out at each start
+    # decided at each start
     device: str = setting(on_resume="numeric")
     ranks: int = setting(on_resume="numeric", minimum=1)
     parallel: str = setting(on_resume="numeric")
@@ -58,11 +54,11 @@ class RunRecord:
     compiled: bool = setting(on_resume="numeric")
     why_compiled: str
     tokenizer: str  # its fingerprint
-    stood_in: bool  # a sample text took the place of one that could not be downloaded
+    stood_in: bool  # a sample text replaced one that could not be downloaded
     steps_per_epoch: int = setting(minimum=1)
     total_steps: int = setting(on_resume="free", minimum=1)
-    origins: dict
-    adapted: list  # notices of what was not done as asked
+    origins: dict[str, Any]
+    adapted: list[Any]  # notices of what differs from the settings
     torch: str = setting(on_resume="numeric")
 
     def __post_init__(self) -> None:
@@ -70,26 +66,20 @@ class RunRecord:
 
     @staticmethod
     def conflicts(values: dict[str, Any]) -> list[str]:
-        """What is wrong in settings: names and types, for their rules may ask this machine."""
+        """Wrong names and types in settings; other rules may depend on the machine."""
         settings = values["settings"]
-        names = [f.name for f in dataclasses.fields(RunSettings)]
-        if lacking := [name for name in names if name not in settings]:
+        if lacking := [name for name in SETTING_NAMES if name not in settings]:
             return [f"settings lacks {', '.join(lacking)}"]
-        return find_problems(
-            RunSettings,
-            {name: settings[name] for name in names},
-            'settings["{}"]'.format,
-            joined=False,
-        )
+        known = {name: settings[name] for name in SETTING_NAMES}
+        return find_problems(RunSettings, known, 'settings["{}"]'.format, joined=False)
 
     def to_json(self) -> dict[str, Any]:
-        """The record as settings.json has it."""
+        """The content of settings.json."""
         return dataclasses.asdict(self)
 
 
 def read_record(run: Path) -> RunRecord:
-    """What was decided for the run in a folder; CheckpointError where it tells nothing, or is
-    damaged."""
+    """The record of the run in a folder; CheckpointError if there is none or it is damaged."""
     file = run / SETTINGS
     try:
         is_there = file.is_file()
@@ -111,7 +101,7 @@ def read_record(run: Path) -> RunRecord:
 
 
 def read_run_file(file: Path, most_bytes: int | None = None) -> dict[str, Any]:
-    """A JSON object of a run; CheckpointError where it is damaged, or too long."""
+    """A JSON object in a run's folder; CheckpointError if it is damaged or too long."""
     try:
         if most_bytes is not None and file.stat().st_size > most_bytes:
             raise ValueError("it is too long")
@@ -124,14 +114,11 @@ def read_run_file(file: Path, most_bytes: int | None = None) -> dict[str, Any]:
 
 
 def differences(before: RunRecord, asked: Asked) -> list[str]:
-    """What keeps a run from going on with these settings, a line each.
-
-    A value counts as the same where it was asked for before, or was what it had become.
-    """
+    """Why a run can't be resumed with these settings, a line per difference."""
     lines = []
 
     def compare(name: str, was: Any, now: Any, became: Any) -> None:
-        if now not in (was, became):
+        if now not in (was, became):  # asked for then, or worked out from it
             lines.append(f"{name}: {shown(was)} then, {shown(now)} now")
 
     then = before.asked
@@ -142,10 +129,7 @@ def differences(before: RunRecord, asked: Asked) -> list[str]:
     for name in sorted(then.model.keys() | asked.model.keys()):
         compare(name, then.model.get(name), asked.model.get(name), model.get(name))
     for name in names_on_resume(TrainingConfig, "fixed"):
-        was, now, became = (
-            getattr(training, name) for training in (then.training, asked.training, before.training)
-        )
-        compare(name, was, now, became)
+        compare(name, *(getattr(t, name) for t in (then.training, asked.training, before.training)))
     total = total_steps(before, asked)
     if total < before.total_steps:
         lines.append(
@@ -156,17 +140,16 @@ def differences(before: RunRecord, asked: Asked) -> list[str]:
 
 
 def total_steps(before: RunRecord, asked: Asked) -> int:
-    """The optimizer steps that a run has by the settings that are asked for now."""
+    """The optimizer steps of a resumed run by the settings of now."""
     length = asked.length
-    by_time = length.num_epochs is None and length.max_steps is None
-    if by_time or length == before.asked.length:
+    total = length.max_steps or (length.num_epochs or 0) * before.steps_per_epoch
+    if not total or length == before.asked.length:  # 0: limited by time
         return before.total_steps
-    total = length.max_steps or length.num_epochs * before.steps_per_epoch
     return min(total, length.at_most or total)
 
 
 def decide_training(asked: TrainingConfig, before: RunRecord | None) -> TrainingConfig:
-    """The hyper-parameters as asked, with what was worked out when the run began that goes on."""
+    """The hyper-parameters as asked, with the values that a resumed run worked out at its start."""
     if before is None:
         return asked
     then = before.asked.training.to_dict()
@@ -178,7 +161,7 @@ def decide_training(asked: TrainingConfig, before: RunRecord | None) -> Training
 def complete_training(
     training: TrainingConfig, windows: WindowPlan, total_steps: int
 ) -> tuple[TrainingConfig, list[str]]:
-    """The hyper-parameters with every value that windows and total_steps decide, and notices."""
+    """The hyper-parameters with the values that windows and total_steps decide; and notices."""
     warmup_steps, notices = training.warmup_steps, []
     if warmup_steps is None:
         warmup_steps = default_warmup_steps(total_steps)
@@ -200,14 +183,8 @@ def complete_training(
 
 
 def keep_identity(record: RunRecord, before: RunRecord) -> tuple[RunRecord, list[str]]:
-    """The record of a run that goes on, with what changed added, and notes of what that means.
-
-    record.started is taken for the time of the change.
-    """
-    parts = (
-        (TrainingConfig, before.training, record.training),
-        (RunRecord, before, record),
-    )
+    """The record of a resumed run with the changes, at record.started; and notes on them."""
+    parts = ((TrainingConfig, before.training, record.training), (RunRecord, before, record))
     pairs = {
         name: [getattr(was, name), getattr(now, name)]
         for cls, was, now in parts

@@ -1,7 +1,8 @@
-"""The device of a run, and which build of torch can use the GPU that is there."""
+"""How a run uses this machine: device, precision, threads, micro-batch; and torch's GPU builds."""
 
 import dataclasses
 import os
+import re
 import shutil
 import subprocess
 import warnings
@@ -35,7 +36,7 @@ from engine.memory import (
     halved,
     is_out_of_memory,
 )
-from engine.precision import Precision, choose_precision, keep_precision
+from engine.precision import DTYPES, Precision, choose_precision, keep_precision
 from engine.processor import default_threads, threads_are_set
 from engine.settings import shown
 from model import GPTConfig, GPTModel, attention_kernel
@@ -46,40 +47,36 @@ from training_utils import TrainingConfig
 
 TORCH = "2.13.0"  # as requirements.txt pins it
 WHEELS = "https://download.pytorch.org/whl"
-# builds of that version: the driver that each needs, and the compute capabilities it serves
+# builds of that version: the driver that each needs, and the compute capabilities it supports
 CU130, CU130_DRIVER, CU130_CAPABILITY = "cu130", 580, (7, 5)
 CU126, CU126_DRIVER, CU126_CAPABILITY, CU126_BELOW = "cu126", 525, (5, 0), (10, 0)
 
 
 @dataclass(frozen=True)
 class Machine:
-    """How a run uses the machine it is on."""
+    """How a run uses the machine."""
 
     device: torch.device
     parallel: Parallel
     precision: Precision
     threads: int = 1
-    workers: int = 0  # processes of each loader
-    micro_batch: int = 1  # the most windows that a forward pass takes
-    notices: tuple[str, ...] = ()  # what of this is not as it was asked for
+    workers: int = 0  # of each loader
+    micro_batch: int = 1  # the most windows of a forward pass
+    notices: tuple[str, ...] = ()  # of what differs from the settings
 
     def but(self, *notices: str, **changes: Any) -> "Machine":
-        """The same with some changes, and notices of them."""
+        """A copy with some changes, and notices of them."""
         return dataclasses.replace(self, notices=self.notices + notices, **changes)
 
     def computing_in(self, precision: Precision) -> "Machine":
-        """The same with a precision, and a notice of it where it is another one."""
+        """A copy with a precision, and a notice if it differs."""
         if precision.name == self.precision.name:
             return self
-        notice = f"precision is {precision.name}: {precision.reason}"
-        return self.but(notice, precision=precision)
+        return self.but(f"precision is {precision.name}: {precision.reason}", precision=precision)
 
 
 def find_machine(plan: RunPlan, parallel: Parallel = ALONE) -> Machine:
-    """The device of a run, and the precision that a new run computes in.
-
-    Raises what pick_device() and choose_precision() do.
-    """
+    """The device and precision of a new run; raises as pick_device() and choose_precision() do."""
     device = pick_device(plan.run.DEVICE, parallel)
     precision = choose_precision(plan.run.PRECISION, device)
     parallel.require_same(device=device.type, precision=precision.name)
@@ -87,11 +84,10 @@ def find_machine(plan: RunPlan, parallel: Parallel = ALONE) -> Machine:
 
 
 def pick_device(requested: str | None, parallel: Parallel = ALONE) -> torch.device:
-    """The device that DEVICE names, or the best of this machine: MPS, then CUDA, XPU, CPU.
+    """The device that DEVICE names, as torch's current one; None is MPS, then CUDA, XPU, CPU.
 
-    It has its index, and is the current device of torch.cuda or torch.xpu from here on. Of
-    several ranks each takes a GPU of its own. Raises ResourceError where the named one is not
-    there or the installed torch has no kernels for it, SettingsError where it is none.
+    Each rank takes a GPU of its own. Raises SettingsError for an unknown name, ResourceError for a
+    device that is missing or that the installed torch has no kernels for.
     """
     if fault := find_device_fault(requested):
         raise SettingsError(f"the device is {shown(requested)}; it {fault}, or None")
@@ -101,21 +97,20 @@ def pick_device(requested: str | None, parallel: Parallel = ALONE) -> torch.devi
     if requested is None:
         requested = next(kind for kind in ("mps", "cuda", "xpu", "cpu") if counts[kind])
     kind, _, index = requested.partition(":")
-    # not by torch.device's index: above 127 it is another one
+    # torch.device's own index overflows above 127
     if int(index or 0) >= counts[kind]:
         raise ResourceError(_about_missing_device(requested, counts))
     return _ready(torch.device(requested))
 
 
 def _count_devices() -> dict[str, int]:
-    """How many devices of each kind torch can use."""
-    with warnings.catch_warnings():  # of a driver that is too old; why_no_gpu() tells of it
+    with warnings.catch_warnings():  # why_no_gpu() reports old drivers
         warnings.filterwarnings("ignore", "CUDA initialization")
         return {kind: device_count(kind) for kind in KINDS}
 
 
 def _device_of_rank(requested: str | None, parallel: Parallel, n_cuda: int) -> torch.device:
-    """The device of one of several ranks: a CUDA GPU of its own, or its share of the CPU."""
+    """The device of one of several ranks: a CUDA GPU of its own, or the CPU."""
     if requested not in (None, "cpu", "cuda"):
         raise SettingsError(
             f'DEVICE = "{requested}" is one device, and torchrun has started '
@@ -135,18 +130,14 @@ def _device_of_rank(requested: str | None, parallel: Parallel, n_cuda: int) -> t
 
 
 def _ready(device: torch.device) -> torch.device:
-    """The device with its index, as the current one: torch pins memory and records graphs there.
-
-    Raises ResourceError where the installed torch has no kernels for it.
-    """
+    """The device with its index, as torch's current one; ResourceError without kernels for it."""
     device = with_index(device)
     capability = cuda_capability(device)
     if capability is not None and not has_kernels(capability, torch.cuda.get_arch_list()):
-        gpu = Gpu(device_name(device), capability, None)
         major, minor = capability
         raise ResourceError(
-            f"{gpu.name} has compute capability {major}.{minor}, and the installed torch "
-            f"({torch.__version__}) has no kernels for it.\n{_way_out(gpu)}\n"
+            f"{device_name(device)} has compute capability {major}.{minor}, and the installed "
+            f"torch ({torch.__version__}) has no kernels for it.\n{_advise(capability, None)}\n"
             'Or set DEVICE = "cpu".'
         )
     if device.index is not None:
@@ -155,20 +146,17 @@ def _ready(device: torch.device) -> torch.device:
 
 
 def has_kernels(capability: tuple[int, int], arch_list: list[str]) -> bool:
-    """Whether a build of torch for these architectures can run on a GPU of this capability.
+    """Whether a build of torch for these architectures runs on a GPU of this capability.
 
-    Machine code ("sm_86") runs on GPUs of its major version and no lower minor one, PTX
-    ("compute_120") on every later GPU. A list that is empty says nothing.
+    Machine code ("sm_86", "sm_90a") runs on GPUs of its major version and an equal or higher minor
+    one, PTX ("compute_120") on every later GPU. An empty list refuses nothing.
     """
     for arch in arch_list:
-        kind, _, digits = arch.partition("_")
-        digits = digits.rstrip("af")  # sm_90a, sm_100f
-        if not digits.isdecimal():
-            continue
-        built_for = int(digits[:-1]), int(digits[-1])
-        is_machine_code = kind == "sm" and built_for[0] == capability[0]
-        if built_for <= capability and (is_machine_code or kind == "compute"):
-            return True
+        if found := re.fullmatch(r"(sm|compute)_(\d+)(\d)[af]?", arch):
+            built_for = int(found[2]), int(found[3])
+            is_same_major = built_for[0] == capability[0]
+            if built_for <= capability and (is_same_major or found[1] == "compute"):
+                return True
     return not arch_list
 
 
@@ -199,11 +187,16 @@ def check_devices(
         (f"optimizer state {name}", value)
         for state in optimizer.state.values()
         for name, value in state.items()
-        # AdamW keeps its 0-d step counters on the CPU where it is not fused
+        # unfused AdamW keeps its 0-d step counters on the CPU
         if isinstance(value, torch.Tensor) and value.dim() > 0
     ]
     tensors += [(f"batch part {i}", tensor) for i, tensor in enumerate(batch)]
-    strays = [f"{name} is on {t.device}" for name, t in tensors if not _is_on(t, device)]
+    strays = [
+        f"{name} is on {tensor.device}"
+        for name, tensor in tensors
+        # "cuda" without an index means the current one
+        if tensor.device.type != device.type or device.index not in (None, tensor.device.index)
+    ]
     if strays:
         more = f" and {len(strays) - 3} more" if len(strays) > 3 else ""
         raise ResourceError(
@@ -212,75 +205,54 @@ def check_devices(
         )
 
 
-def _is_on(tensor: torch.Tensor, device: torch.device) -> bool:
-    # "cuda" without an index means the current one
-    same_index = device.index is None or tensor.device.index == device.index
-    return tensor.device.type == device.type and same_index
-
-
-# ------------------------------------------------------------------------------ which torch
-
-
-@dataclass(frozen=True)
-class Gpu:
-    """An NVIDIA GPU as nvidia-smi tells of it."""
-
-    name: str
-    capability: tuple[int, int] | None  # None: not told by drivers before 510
-    driver: str | None  # "535.104.05"; None: not asked
-
-
 def why_no_gpu() -> str | None:
-    """Why torch can't use the NVIDIA GPU of this machine, and the command that helps.
-
-    None where there is none, or it was hidden by CUDA_VISIBLE_DEVICES.
-    """
+    """Why torch can't use this machine's visible NVIDIA GPU, and what helps; None without one."""
     if os.environ.get("CUDA_VISIBLE_DEVICES", "0").strip() in ("", "-1"):
         return None
     gpu = _ask_nvidia_smi()
     if gpu is None:
         return None
+    name, driver, capability = gpu
+    advice = _advise(capability, driver)
     if torch.version.cuda is None:
-        return f"{gpu.name} is here, but the installed torch has no CUDA. {_way_out(gpu)}"
+        return f"{name} is here, but the installed torch has no CUDA. {advice}"
     needed = CU130_DRIVER if int(torch.version.cuda.split(".")[0]) >= 13 else CU126_DRIVER
-    if _major(gpu.driver) < needed:
+    if _major(driver) < needed:
         return (
-            f"{gpu.name} has the driver {gpu.driver}, and the installed torch "
-            f"(CUDA {torch.version.cuda}) needs {needed} or newer. {_way_out(gpu)}"
+            f"{name} has the driver {driver}, and the installed torch (CUDA {torch.version.cuda}) "
+            f"needs {needed} or newer. {advice}"
         )
     try:
         torch.cuda.init()
     except (RuntimeError, AssertionError) as error:
-        return f"{gpu.name} is here, but CUDA does not start: {first_line(error)[:200]}"
+        return f"{name} is here, but CUDA does not start: {first_line(error)[:200]}"
     return None
 
 
 def pip_line(build: str) -> str:
-    """The command that installs this build of torch; requirements.txt's pin stays satisfied."""
+    """The command that installs this build of the torch that requirements.txt pins."""
     return f'pip install "torch=={TORCH}+{build}" --index-url {WHEELS}/{build}'
 
 
-def _way_out(gpu: Gpu) -> str:
-    """What makes a GPU usable: a build of torch that serves it, or a newer driver."""
-    # what is not known is taken for a recent one
-    capability = gpu.capability or CU130_CAPABILITY
-    driver = _major(gpu.driver) if gpu.driver else CU130_DRIVER
+def _advise(capability: tuple[int, ...] | None, driver: str | None) -> str:
+    """What makes a GPU usable: a build of torch for it, or a newer driver; None is unknown."""
+    capability = capability or CU130_CAPABILITY
     if capability < CU126_CAPABILITY:
         return "No recent torch serves a GPU this old."
-    if capability >= CU130_CAPABILITY and driver >= CU130_DRIVER:
+    if capability >= CU130_CAPABILITY and _major(driver) >= CU130_DRIVER:
         return f"This torch serves it: {pip_line(CU130)}"
-    if capability < CU126_BELOW and driver >= CU126_DRIVER:
-        return f"This torch serves it: {pip_line(CU126)}"
-    needed = CU126_DRIVER if capability < CU126_BELOW else CU130_DRIVER
-    build = CU126 if capability < CU126_BELOW else CU130
+    build, needed = (CU126, CU126_DRIVER) if capability < CU126_BELOW else (CU130, CU130_DRIVER)
+    if _major(driver) >= needed:
+        return f"This torch serves it: {pip_line(build)}"
     return f"Update the driver to {needed} or newer, then: {pip_line(build)}"
 
 
-def _ask_nvidia_smi() -> Gpu | None:
-    """The first NVIDIA GPU, or None where no driver tells of one."""
+def _ask_nvidia_smi() -> tuple[str, str, tuple[int, ...] | None] | None:
+    """Name, driver and compute capability of the first NVIDIA GPU; None if there is none."""
     program = shutil.which("nvidia-smi")
     if program is None:
         return None
+    # drivers before 510 don't report the capability
     for fields in ("name,driver_version,compute_cap", "name,driver_version"):
         try:
             done = subprocess.run(
@@ -293,19 +265,19 @@ def _ask_nvidia_smi() -> Gpu | None:
             return None
         values = [value.strip() for value in done.stdout.partition("\n")[0].split(",")]
         if done.returncode == 0 and len(values) == fields.count(",") + 1:
-            capability = values[2].split(".") if len(values) == 3 else []
-            is_told = len(capability) == 2 and all(part.isdecimal() for part in capability)
-            return Gpu(values[0], tuple(map(int, capability)) if is_told else None, values[1])
+            found = re.fullmatch(r"(\d+)\.(\d+)", values[2]) if len(values) == 3 else None
+            return values[0], values[1], found and (int(found[1]), int(found[2]))
     return None
 
 
-def _major(driver: str) -> int:
-    digits = driver.partition(".")[0]
+def _major(driver: str | None) -> int:
+    """The number before the first dot of a driver's version; an unknown one counts as recent."""
+    digits = (driver or "").partition(".")[0]
     return int(digits) if digits.isdecimal() else CU130_DRIVER
 
 
 def build_model(config: GPTConfig, device: torch.device) -> GPTModel:
-    """A model with fresh weights on a device; ResourceError where it does not fit."""
+    """A model with initial weights on a device; ResourceError if it does not fit."""
     try:
         return GPTModel(config).to(device)
     except (MemoryError, RuntimeError) as error:
@@ -320,54 +292,44 @@ def build_model(config: GPTConfig, device: torch.device) -> GPTModel:
 def fresh_model(
     plan: RunPlan, asked: TrainingConfig, windows: WindowPlan, vocab_size: int, machine: Machine
 ) -> GPTModel:
-    """The run's model with the weights of its seed; ResourceError where it can't be trained."""
-    device, parallel, precision = machine.device, machine.parallel, machine.precision
+    """The run's model, initialized by its seed; ResourceError if it is too large to train here."""
+    device, parallel = machine.device, machine.parallel
     sizes = {"context_length": windows.max_length, "vocab_size": vocab_size}
     config = GPTConfig(**plan.model | sizes)
     torch.manual_seed(plan.run.SEED)
+    _require_memory_for(config, machine)
     if parallel.kind == "fsdp":
-        _require_memory_for(config, device, parallel.world, precision)
-        model = build_in_parts(lambda: GPTModel(config), parallel, precision, device)
+        model = build_in_parts(lambda: GPTModel(config), parallel, machine.precision, device)
     else:
-        _require_memory_for(config, device)
         model = build_model(config, device)
     parallel.seed_apart(plan.run.SEED)
     model.activation_checkpointing = asked.activation_checkpointing
     return model
 
 
-def _require_memory_for(
-    config: GPTConfig,
-    device: torch.device,
-    parts: int = 1,
-    precision: Precision | None = None,
-) -> None:
-    """Raise ResourceError where not even the model's matrices can be trained on a device.
-
-    A system that promises more memory than it has would end the process instead of refusing. Of a
-    model in parts an evaluation gathers all weights, in the precision of their products.
-    """
+def _require_memory_for(config: GPTConfig, machine: Machine) -> None:
+    """Raise ResourceError for matrices beyond memory: overcommit would end in a killed process."""
+    assert config.ff_dim is not None  # GPTConfig computes it
     n_matrices = 1 if config.tie_embeddings else 2
     least = n_matrices * config.vocab_size * config.emb_dim
     least += config.n_layers * 2 * config.emb_dim * (config.emb_dim + config.ff_dim)
-    needed = least * 4 * 3 // parts  # weights, gradients and one moment of each
-    if parts > 1:
-        needed += least * (4 if precision.name == "fp32" else 2)
-    room = available_memory(device)
+    needed = least * 4 * 3  # fp32 weights, gradients and one moment
+    if machine.parallel.kind == "fsdp":
+        # an evaluation unshards all weights, in the run's precision
+        needed = needed // machine.parallel.world + least * DTYPES[machine.precision.name].itemsize
+    room = available_memory(machine.device)
     if room is not None and needed > room:
         raise ResourceError(
-            f"training this model takes more than {as_bytes(needed)} of memory, and {device} has "
-            f"{as_bytes(room)} free.\nSet a smaller n_layers or emb_dim, or another MODEL."
+            f"training this model takes more than {as_bytes(needed)} of memory, and "
+            f"{machine.device} has {as_bytes(room)} free.\n"
+            "Set a smaller n_layers or emb_dim, or another MODEL."
         )
 
 
 def fit_into_memory(
     machine: Machine, model: GPTModel, asked: TrainingConfig, windows: WindowPlan
 ) -> Machine:
-    """The machine with a micro-batch that there is memory for; shows the estimate.
-
-    Raises ResourceError where there is none for a single window.
-    """
+    """The machine with a micro-batch that fits; ResourceError if no window does. Collective."""
     device, parallel, micro_batch = machine.device, machine.parallel, machine.micro_batch
     parts = parallel.world if parallel.kind == "fsdp" else 1
     share = windows.batch_size * asked.gradient_accumulation_steps // parallel.world
@@ -387,22 +349,23 @@ def fit_into_memory(
         room = available_memory(device)
         if room is not None:
             if device.type != "cuda":
-                room //= parallel.local_world  # the others are about to take as much
-            room += sum(p.nbytes for p in model.parameters()) // parts  # they are there already
+                room //= parallel.local_world  # its other ranks need as much
+            room += sum(p.nbytes for p in model.parameters()) // parts  # already allocated
         fitting = estimate.largest_fit(micro_batch, room)
-        if parallel.lowest(fitting) == micro_batch:  # else a step has more of them
+        if parallel.lowest(fitting) == micro_batch:  # else it accumulates gradients
             break
-    told, there = estimate.described(max(1, fitting)), "" if room is None else as_bytes(room)
+    parts_shown = estimate.described(max(1, fitting))
+    room_shown = "" if room is None else as_bytes(room)
     if fitting == 0:
         raise ResourceError(
             f"a step with a single window of {windows.max_length:,} tokens at a time takes about "
-            f"{as_bytes(estimate.total(1))} of memory, and {device} has {there} free:\n"
-            f"{told}.\n{ADVICE}"
+            f"{as_bytes(estimate.total(1))} of memory, and {device} has {room_shown} free:\n"
+            f"{parts_shown}.\n{ADVICE}"
         )
     fitting = parallel.lowest(fitting)
     needed = estimate.total(fitting)
-    of_room = f" of {there} free" if there else ""
-    say(f"Memory: about {as_bytes(needed)}{of_room}" + f" ({told})" * (needed > 1e9))
+    of_room = f" of {room_shown} free" if room_shown else ""
+    say(f"Memory: about {as_bytes(needed)}{of_room}" + f" ({parts_shown})" * (needed > 1e9))
     if fitting == micro_batch:
         return machine
     return machine.but(
@@ -413,17 +376,14 @@ def fit_into_memory(
 
 
 def check_arithmetic(machine: Machine, model: GPTModel, loader: DataLoader) -> Machine:
-    """The machine with a precision in which its GPU is right about the model.
-
-    Apple's GPUs have been wrong before, so what they compute is held against the CPU. On CUDA the
-    attention kernel is named, because a wrong library on the path makes it a slow one.
-    """
+    """The machine with a precision in which its GPU computes the model correctly."""
     device, precision = machine.device, machine.precision
-    if device.type == "mps":
+    if device.type == "mps":  # some versions of Metal were wrong
         ids, targets = (part.to(device) for part in loader.dataset.__getitems__([0]))
         machine = machine.computing_in(precision_that_agrees(model, ids, targets, precision))
     if device.type == "cuda":
-        torch.set_float32_matmul_precision("high")  # TF32 for products that stay in fp32
+        torch.set_float32_matmul_precision("high")  # TF32 for fp32 matmuls
+        # a wrong library on the path makes it a slow one
         kernel = attention_kernel(model.config, precision, device)
         say(f"Attention: {kernel}")
         if kernel == "math" and precision.name != "fp32":
@@ -438,29 +398,22 @@ def decide_machine(
     windows: WindowPlan,
     before: RunRecord | None,
 ) -> Machine:
-    """The machine with precision, threads, loaders' workers and micro-batch of a run.
+    """The machine with precision, threads, workers and micro-batch; before is a resumed run's.
 
-    before is the run that goes on. Raises SettingsError where ranks can't have equal shares of a
-    batch.
+    Raises SettingsError if the ranks can't have equal shares of a step.
     """
     device, parallel, night = machine.device, machine.parallel, plan.run.NIGHT_MODE
     machine = decide_precision(machine, plan.run.PRECISION, before)
-    most = share_of_a_batch(asked, windows, parallel)
+    most = _largest_micro_batch(asked, windows, parallel)
     micro_batch, about_memory = decide_micro_batch(night, device, most, parallel, before)
     threads, about_threads = decide_threads(night, device, parallel, before)
     workers, about_workers = decide_workers(asked.num_workers, parallel.local_world)
-    return machine.but(
-        *about_memory,
-        *about_threads,
-        *about_workers,
-        threads=threads,
-        workers=workers,
-        micro_batch=micro_batch,
-    )
+    notices = (*about_memory, *about_threads, *about_workers)
+    return machine.but(*notices, threads=threads, workers=workers, micro_batch=micro_batch)
 
 
 def decide_workers(asked: int, processes: int) -> tuple[int, list[str]]:
-    """How many of a loader's workers there are cores for, and notices."""
+    """The number of a loader's workers, at most one per core; and notices."""
     cores = max(1, (os.cpu_count() or 1) // processes)
     if asked <= cores:
         return asked, []
@@ -468,7 +421,7 @@ def decide_workers(asked: int, processes: int) -> tuple[int, list[str]]:
 
 
 def decide_precision(machine: Machine, requested: str, before: RunRecord | None) -> Machine:
-    """The machine with what "auto" came to when the run began that goes on."""
+    """The machine; for a resumed run, "auto" keeps the precision that it began with."""
     if before is None or requested != "auto":
         return machine
     return machine.computing_in(keep_precision(before.precision.name, machine.device))
@@ -477,58 +430,41 @@ def decide_precision(machine: Machine, requested: str, before: RunRecord | None)
 def decide_threads(
     night_mode: bool, device: torch.device, parallel: Parallel, before: RunRecord | None
 ) -> tuple[int, list[str]]:
-    """How many threads to use, and notices; a run that goes on as it began keeps its number.
-
-    NIGHT_MODE leaves half of the cores to others where the CPU computes.
-    """
+    """The number of threads, half of it in NIGHT_MODE on the CPU; and notices."""
     usual = default_threads(parallel.local_world)
     is_halved = night_mode and device.type == "cpu"
     threads = max(1, usual // 2) if is_halved else usual
-    # a number set from outside is somebody's wish
-    if _is_shared_as(before, night_mode, parallel) and not threads_are_set(parallel.local_world):
-        threads = min(before.threads, os.cpu_count() or 1)
+    kept = _same_sharing(before, night_mode, parallel)
+    if kept and not threads_are_set(parallel.local_world):
+        threads = min(kept.threads, os.cpu_count() or 1)
     return threads, [f"night mode: {threads} of {usual} threads"] if is_halved else []
 
 
 def decide_micro_batch(
-    night_mode: bool,
-    device: torch.device,
-    most: int,
-    parallel: Parallel,
-    before: RunRecord | None,
+    night_mode: bool, device: torch.device, most: int, parallel: Parallel, before: RunRecord | None
 ) -> tuple[int, list[str]]:
-    """How many windows at a time, at most so many, and notices; a run that goes on as it began
-    keeps its number.
-
-    NIGHT_MODE leaves half of a GPU's memory to others: a step then goes through its windows in
-    smaller parts, with the same sum up to rounding.
-    """
+    """The micro-batch, at most `most` windows, half of it in NIGHT_MODE on a GPU; and notices."""
     micro_batch, notices = most, []
     if night_mode and device.type != "cpu":
         micro_batch = halved(most)
         memory = "half of the memory, " if limit_memory(device, 0.5) else ""
         notices.append(f"night mode: {memory}{micro_batch} windows at a time instead of {most}")
-    if _is_shared_as(before, night_mode, parallel):
-        micro_batch = min(before.micro_batch, most)
-    if noted := parallel.noted("micro_batch"):  # what a failure of this job has shown
+    if kept := _same_sharing(before, night_mode, parallel):
+        micro_batch = min(kept.micro_batch, most)
+    if noted := parallel.noted("micro_batch"):  # after a failure of this job
         micro_batch = min(micro_batch, int(noted))
     return micro_batch, notices
 
 
-def _is_shared_as(before: RunRecord | None, night_mode: bool, parallel: Parallel) -> bool:
-    """Whether a run that goes on shares the machine in the way in which it began."""
-    return (
-        before is not None
-        and before.ranks == parallel.world
-        and before.settings["NIGHT_MODE"] == night_mode
-    )
+def _same_sharing(before: RunRecord | None, night: bool, parallel: Parallel) -> RunRecord | None:
+    """The record of a resumed run, if it began with these ranks and this NIGHT_MODE."""
+    if before and (before.ranks, before.settings["NIGHT_MODE"]) == (parallel.world, night):
+        return before
+    return None
 
 
-def share_of_a_batch(asked: TrainingConfig, windows: WindowPlan, parallel: Parallel) -> int:
-    """How many windows a rank goes through at a time, at most batch_size of its share of a step.
-
-    Raises SettingsError where ranks can't have equal shares.
-    """
+def _largest_micro_batch(asked: TrainingConfig, windows: WindowPlan, parallel: Parallel) -> int:
+    """The windows of a rank's share, at most batch_size; SettingsError for unequal shares."""
     accumulation, world = asked.gradient_accumulation_steps, parallel.world
     step_size = windows.batch_size * accumulation
     if step_size % world:

@@ -1,10 +1,9 @@
-"""From config_run.py and config.json to one plan: every rule of precedence, applied once."""
+"""From config_run.py and config.json to one plan: the rules of precedence."""
 
 import dataclasses
 import difflib
 import json
 import os
-import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,29 +26,29 @@ from engine.settings import (
 )
 from generation import SamplingConfig
 from model import GPTConfig
-from storage.files import is_portable_name
+from storage.files import RESERVED, is_portable_name
 from storage.tracking import TRACKERS
 from text.sources import parse_data
 from text.tokenizer import find_tokenizer_fault
 from training_utils import QUICK_MODE_STEPS, TrainingConfig, read_custom_params
 
 MODELS_FILE = Path(__file__).resolve().parent.parent / "config.json"
-SMALL_MODEL, DEFAULT_MODEL = "small", "gpt2-124m"  # what "auto" chooses from
+SMALL_MODEL, DEFAULT_MODEL = "small", "gpt2-124m"  # that MODEL "auto" chooses from
 
 
 @dataclass(frozen=True)
 class RunSettings:
-    """The names of config_run.py, with the values that a missing name has."""
+    """The names of config_run.py and their defaults."""
 
-    DATA: str | dict | list = setting("the-verdict")
+    DATA: str | dict[str, Any] | list[Any] = setting("the-verdict")
     TOKENIZER: str = setting("gpt2", on_resume="fixed")
     QUICK_MODE: bool = setting(True)
     CUSTOM_MODE: bool = setting(False)
     MODEL: str = setting("auto")
     USE_SMALL: bool = setting(True)
     USE_DEFAULT: bool = setting(False)
-    custom_params: dict = setting({})
-    sampling_params: dict = setting({}, on_resume="free")
+    custom_params: dict[str, Any] = setting({})
+    sampling_params: dict[str, Any] = setting({}, on_resume="free")
     DEVICE: str | None = setting(None, on_resume="free")
     PRECISION: str = setting("auto", on_resume="fixed", choices=PRECISIONS)
     COMPILE: str | bool = setting("auto", on_resume="free")
@@ -59,7 +58,7 @@ class RunSettings:
     OUTPUT_DIR: str = setting("runs")
     RUN_NAME: str | None = setting(None)
     RESUME: str | bool = setting("auto")
-    TRACKING: list = setting([], on_resume="free")
+    TRACKING: list[Any] = setting([], on_resume="free")
     NIGHT_MODE: bool = setting(False, on_resume="free")
 
     def __post_init__(self) -> None:
@@ -101,44 +100,51 @@ class RunSettings:
             for name in ("OUTPUT_DIR", "RESUME")
             if isinstance(values[name], str) and not _can_be_a_path(values[name])
         ]
-        device, run_name = values["DEVICE"], values["RUN_NAME"]
-        if fault := find_device_fault(device):
-            problems.append(f"DEVICE is {shown(device)}; it {fault}, or None")
-        if run_name is not None and not re.fullmatch(
-            r'[^./\\<>:"|?*\x00-\x1f][^/\\<>:"|?*\x00-\x1f]{0,79}', run_name
-        ):
-            problems.append(
-                f"RUN_NAME is {shown(run_name)}; it must be a folder's plain name: up to 80 "
-                'characters, none of / \\ < > : " | ? * and no dot in front'
-            )
-        elif run_name is not None and not is_portable_name(run_name):
-            problems.append(
-                f"RUN_NAME is {shown(run_name)}; Windows can't have such a folder: it must not end "
-                'with a dot or a blank, nor be the name of a device, such as "con" or "nul.1"'
-            )
-        elif run_name is not None and not _can_be_a_path(f"./{run_name}"):
-            problems.append(f"RUN_NAME ({shown(run_name)}) can't be a folder's name here")
+        if fault := find_device_fault(values["DEVICE"]):
+            problems.append(f"DEVICE is {shown(values['DEVICE'])}; it {fault}, or None")
+        if values["RUN_NAME"] is not None and (fault := _find_name_fault(values["RUN_NAME"])):
+            problems.append(fault)
         return problems
 
 
+def _find_name_fault(run_name: str) -> str | None:
+    """The line that says why a folder can't have this name, or None."""
+    if len(run_name) > 80 or run_name.startswith(".") or RESERVED.search(run_name):
+        return (
+            f"RUN_NAME is {shown(run_name)}; it must be a folder's plain name: up to 80 "
+            'characters, none of / \\ < > : " | ? * and no dot in front'
+        )
+    if not is_portable_name(run_name):
+        return (
+            f"RUN_NAME is {shown(run_name)}; Windows can't have such a folder: it must not end "
+            'with a dot or a blank, nor be the name of a device, such as "con" or "nul.1"'
+        )
+    if not _can_be_a_path(f"./{run_name}"):
+        return f"RUN_NAME ({shown(run_name)}) can't be a folder's name here"
+    return None
+
+
 def _can_be_a_path(text: str) -> bool:
-    """Whether the system takes a text as a path, of something that need not be there."""
+    """Whether the system accepts a text as a path, existing or not."""
     try:
         os.lstat(Path(text).expanduser() if text.startswith("~") else text)
     except (FileNotFoundError, NotADirectoryError, PermissionError):
         return True
-    except (RuntimeError, ValueError, OSError):  # no such home; characters, or more than it takes
+    except (RuntimeError, ValueError, OSError):  # unknown home; bad characters or too many
         return False
     return True
 
 
+SETTING_NAMES = tuple(f.name for f in dataclasses.fields(RunSettings))
+
+
 @dataclass(frozen=True)
 class Length:
-    """How long a run is to be: the first of these that is reached; None is no limit."""
+    """The limits of a run's length; the first that is reached ends it. None is no limit."""
 
     num_epochs: int | None
     max_steps: int | None
-    at_most: int | None  # steps, by the mode
+    at_most: int | None  # steps of the mode
 
     def __post_init__(self) -> None:
         check(self)
@@ -146,13 +152,13 @@ class Length:
 
 @dataclass(frozen=True)
 class Asked:
-    """What was asked for before anything was worked out: runs that go on are compared by it."""
+    """The settings before anything is worked out; a run can be resumed if they are the same."""
 
     mode: str
     seed: int
     precision: str
     tokenizer: str
-    model: dict  # GPTConfig's arguments, all but vocab_size
+    model: dict[str, Any]  # GPTConfig's arguments, all but vocab_size
     training: TrainingConfig
     length: Length
 
@@ -162,7 +168,7 @@ class Asked:
 
 @dataclass(frozen=True)
 class RunPlan:
-    """All settings of a run after every rule, and why each rule came out as it did."""
+    """All settings of a run after every rule of precedence, and the reason of each result."""
 
     run: RunSettings
     mode: str  # "quick", "full" or "custom"
@@ -175,23 +181,19 @@ class RunPlan:
 
     @property
     def most_steps(self) -> int | None:
-        """The optimizer steps that the mode allows at most."""
+        """The most optimizer steps that the mode allows."""
         return QUICK_MODE_STEPS if self.mode == "quick" else None
 
     @property
     def data(self) -> Any:
-        """DATA as settings.json has it: text in place of paths, lists in place of tuples."""
+        """DATA as in settings.json: paths as text, tuples as lists."""
         return json.loads(json.dumps(self.run.DATA, default=os.fspath))
 
     def as_words(self) -> dict[str, str]:
-        """The settings that must be the same in all processes of a run, each as JSON."""
-        run = self.run
-        settings = dataclasses.asdict(self.asked()) | {
-            "DATA": self.data,
-            "DEVICE": run.DEVICE,
-            "PARALLEL": run.PARALLEL,
-            "COMPILE": run.COMPILE,
-            "NIGHT_MODE": run.NIGHT_MODE,
+        """The settings that must be the same on all ranks, each as JSON."""
+        settings = dataclasses.asdict(self.asked()) | {"DATA": self.data}
+        settings |= {
+            n: getattr(self.run, n) for n in ("DEVICE", "PARALLEL", "COMPILE", "NIGHT_MODE")
         }
         return {name: json.dumps(value, sort_keys=True) for name, value in settings.items()}
 
@@ -201,7 +203,7 @@ class RunPlan:
         return min(total_steps, self.most_steps or total_steps)
 
     def asked(self) -> Asked:
-        """What a run that is to go on is compared by."""
+        """What decides whether an earlier run can be resumed."""
         training = self.training
         return Asked(
             mode=self.mode,
@@ -219,33 +221,32 @@ class RunPlan:
 
 
 def resolve_settings(given: dict[str, Any], place: str, models_file: Path = MODELS_FILE) -> RunPlan:
-    """Check the settings of a run, whose file messages call `place`, and apply the rules.
+    """Check the settings `given` in `place` and apply the rules of precedence.
 
-    given holds config_run's names. Raises one SettingsError with every problem, those of
-    config.json too.
+    Raises one SettingsError with every problem, including those of config.json.
     """
-    names = [f.name for f in dataclasses.fields(RunSettings)]
-    known = {name: value for name, value in given.items() if name in names}
-    problems = [unknown_name(name, name, names) for name in given if name not in names]
+    known = {name: value for name, value in given.items() if name in SETTING_NAMES}
+    problems = [
+        unknown_name(name, name, SETTING_NAMES) for name in given if name not in SETTING_NAMES
+    ]
     run_problems = find_problems(RunSettings, known)
-    custom, custom_problems, notices = read_custom_params(
-        _section(known, "custom_params"), "custom_params"
-    )
-    sampling, sampling_problems = _read_sampling(_section(known, "sampling_params"))
+    # one that is no dict is among run_problems
+    sections = [known.get(name) for name in ("custom_params", "sampling_params")]
+    given_custom, given_sampling = (s if isinstance(s, dict) else {} for s in sections)
+    custom, custom_problems, notices = read_custom_params(given_custom, "custom_params")
+    sampling, sampling_problems = _read_sampling(given_sampling)
     models, model_problems = read_models(models_file)
     problems += run_problems + custom_problems + sampling_problems + model_problems
     problems += find_problems(
-        GPTConfig,
-        custom["model_overrides"],
-        lambda name: f'model_overrides["{name}"]',
-        joined=False,
+        GPTConfig, custom["model_overrides"], 'model_overrides["{}"]'.format, joined=False
     )
-    if not run_problems + model_problems:  # else there is nothing to choose by, or from
-        run = RunSettings(**known)
-        mode, why_mode = _choose_mode(run)
-        model_name, why_model = _choose_model(run, mode)
-        if model_name not in models:
-            problems.append(_about_missing_model(model_name, why_model, models))
+    if run_problems + model_problems:
+        raise_if_any(problems, place)
+    run = RunSettings(**known)
+    mode, why_mode = _choose_mode(run)
+    model_name, why_model = _choose_model(run, mode)
+    if model_name not in models:
+        problems.append(_about_missing_model(model_name, why_model, models))
     raise_if_any(problems, place)
 
     training = {
@@ -261,25 +262,25 @@ def resolve_settings(given: dict[str, Any], place: str, models_file: Path = MODE
     else:
         model["context_length"] = training.max_length
         origins["max_length"] = source
-    raise_if_any(find_problems(GPTConfig, model, _label_in(training, model_name)), place)
+
+    def label(name: str) -> str:  # where the value of a model field comes from
+        if name == "context_length" and training.max_length is not None:
+            return 'custom_params["max_length"]'
+        if name in training.model_overrides:
+            return f'model_overrides["{name}"]'
+        return f'config.json["{model_name}"]["{name}"]'
+
+    raise_if_any(find_problems(GPTConfig, model, label), place)
     if mode != "custom" and TrainingConfig(**custom) != TrainingConfig():
         notices.append(f"custom_params is not read in {mode} mode; CUSTOM_MODE = True uses it")
     if model.get("drop_rate", 0) > 0.5:
         notices.append(f"drop_rate ({model['drop_rate']}) is above 0.5: the model learns slowly")
-    return RunPlan(
-        run,
-        mode,
-        model_name,
-        model,
-        training,
-        SamplingConfig(**sampling),
-        origins,
-        notices,
-    )
+    sampling_config = SamplingConfig(**sampling)
+    return RunPlan(run, mode, model_name, model, training, sampling_config, origins, notices)
 
 
 def read_models(path: Path) -> tuple[dict[str, dict[str, Any]], list[str]]:
-    """The named models of a config.json as GPTConfig's arguments, and every problem in it."""
+    """The named models of a config.json, as GPTConfig's arguments; and every problem in it."""
     try:
         entries = read_json_object(path)
     except SettingsError as error:
@@ -291,28 +292,17 @@ def read_models(path: Path) -> tuple[dict[str, dict[str, Any]], list[str]]:
         if not isinstance(entry, dict):
             problems.append(f"{place} must be an object ({{...}}), not {type(entry).__name__}")
             continue
-        values, labels, faults, _ = translate_names(
-            [(place, entry)], [*MODEL_SETTINGS, "max_length"]
-        )
-        if "max_length" in values:  # the word for it outside of config.json
+        known = [*MODEL_SETTINGS, "max_length"]
+        values, labels, faults, _ = translate_names([(place, entry)], known)
+        if "max_length" in values:  # its name outside of config.json
             values["context_length"] = values.pop("max_length")
             labels["context_length"] = labels.pop("max_length")
-        faults += find_problems(
-            GPTConfig,
-            values,
-            lambda n, labels=labels, place=place: labels.get(n, place),
-        )
+        faults += find_problems(GPTConfig, values, labels.__getitem__)
         required = ("context_length", "emb_dim", "n_heads", "n_layers")
         faults += [f'{place} lacks "{field}"' for field in required if field not in values]
         problems += [fault if place in fault else f"{place}: {fault}" for fault in faults]
         models[name] = values
     return models, problems
-
-
-def _section(known: dict[str, Any], name: str) -> dict[str, Any]:
-    """A dict among the settings; what is no dict has been reported already."""
-    section = known.get(name, {})
-    return section if isinstance(section, dict) else {}
 
 
 def _read_sampling(given: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
@@ -330,39 +320,23 @@ def _choose_mode(run: RunSettings) -> tuple[str, str]:
     return "full", "QUICK_MODE and CUSTOM_MODE are False"
 
 
-def _choose_model(run: RunSettings, mode: str) -> tuple[str | None, str]:
+def _choose_model(run: RunSettings, mode: str) -> tuple[str, str]:
     if run.MODEL != "auto":
         return run.MODEL, f'MODEL = "{run.MODEL}"'
-    if mode == "quick":
-        return SMALL_MODEL, "quick mode's own"
-    if mode == "full":
-        return DEFAULT_MODEL, "full mode's own"
+    if mode != "custom":
+        return SMALL_MODEL if mode == "quick" else DEFAULT_MODEL, f"{mode} mode's own"
     if run.USE_SMALL:
         return SMALL_MODEL, "USE_SMALL is True"
     if run.USE_DEFAULT:
         return DEFAULT_MODEL, "USE_DEFAULT is True"
-    return None, "USE_SMALL and USE_DEFAULT are False"
+    return "", "USE_SMALL and USE_DEFAULT are False"
 
 
-def _about_missing_model(name: str | None, why: str, models: Iterable[str]) -> str:
-    """The line that says that no model is chosen, or one that config.json lacks."""
+def _about_missing_model(name: str, why: str, models: Iterable[str]) -> str:
     listed = ", ".join(models)
-    if name is None:
+    if not name:
         return f"custom mode has no model: {why}; set one to True, or MODEL to one of: {listed}"
     lower = {model.lower(): model for model in models}
     near = difflib.get_close_matches(name.lower(), lower, n=1)
     hint = f'; did you mean "{lower[near[0]]}"?' if near else ""
     return f'there is no model "{name}" ({why}) in config.json, only: {listed}{hint}'
-
-
-def _label_in(training: TrainingConfig, model_name: str):
-    """How a message names a model field: by the place that its value comes from."""
-
-    def label(name: str) -> str:
-        if name == "context_length" and training.max_length is not None:
-            return 'custom_params["max_length"]'
-        if name in training.model_overrides:
-            return f'model_overrides["{name}"]'
-        return f'config.json["{model_name}"]["{name}"]'
-
-    return label

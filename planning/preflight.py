@@ -1,4 +1,4 @@
-"""What is printed before a run begins: machine, text, model and training."""
+"""The lines that are printed before a run: machine, text, model and training."""
 
 from typing import Any
 
@@ -11,7 +11,6 @@ from planning.machine import Machine, why_no_gpu
 from planning.plan import RunPlan
 from text.documents import DataSpec
 from text.token_cache import TokenizedText
-from training_utils import TrainingConfig
 
 HOW_MANY = "torchrun --nproc-per-node 2 main.py uses two"
 
@@ -66,12 +65,14 @@ def show_training(record: RunRecord) -> None:
     for notice in record.adapted:
         say(f"Note: {notice}")
     purpose = ", for testing" if mode == "quick" else ""
-    epochs = f"{training.num_epochs} epoch{'s' * (training.num_epochs != 1)}"
+    length = f"{training.num_epochs} epoch{'s' * (training.num_epochs != 1)}"
     if training.max_steps is not None:
-        epochs = f"{training.max_steps} steps"
-    say(f"✓ Using {mode} training config ({epochs}{purpose})")
+        length = f"{training.max_steps} steps"
+    say(f"✓ Using {mode} training config ({length}{purpose})")
+    accumulation = training.gradient_accumulation_steps
+    batch = f"{accumulation} x " * (accumulation > 1) + f"{training.batch_size}"
     say(
-        f"  {record.total_steps:,} steps of {_batch_shown(training)} x {training.max_length} "
+        f"  {record.total_steps:,} steps of {batch} x {training.max_length} "
         f"tokens, learning rate {training.learning_rate:.3g} ({training.schedule}, "
         f"{training.warmup_steps} warm-up steps)"
     )
@@ -87,15 +88,8 @@ def show_windows(text: TokenizedText, windows: WindowPlan, model: GPTModel) -> N
     )
 
 
-def _batch_shown(training: TrainingConfig) -> str:
-    accumulation = training.gradient_accumulation_steps
-    return (
-        f"{training.batch_size}" if accumulation == 1 else f"{accumulation} x {training.batch_size}"
-    )
-
-
 def describe_text(report: dict[str, Any], plan: WindowPlan, n_parameters: int) -> list[str]:
-    """The report on the text in a few lines: what was read, its tokens, whether it will do."""
+    """Lines on the text: its files, its tokens, and whether it is enough for the model."""
     count = len(report["files"])
     lines = [
         f"{report['documents']:,} document{'s' * (report['documents'] != 1)} in {count:,} "
@@ -108,19 +102,17 @@ def describe_text(report: dict[str, Any], plan: WindowPlan, n_parameters: int) -
         "in both training and validation text": report["documents_on_both_sides"],
     }
     if any(aside.values()):
-        told = ", ".join(f"{number:,} {what}" for what, number in aside.items() if number)
-        lines.append(f"{told} (data.json in the run folder has more)")
+        counts = ", ".join(f"{number:,} {what}" for what, number in aside.items() if number)
+        lines.append(f"{counts} (data.json in the run folder has more)")
     per_parameter = plan.n_train / n_parameters
-    word = (
-        "the model can learn it by heart: watch the validation loss"
-        if per_parameter < 1
-        else "enough to learn more than the text itself"
-        if per_parameter >= 20  # the share at which compute is best spent (Hoffmann et al. 2022)
-        else "a few epochs are safe"
-    )
+    verdict = "a few epochs are safe"
+    if per_parameter < 1:
+        verdict = "the model can learn it by heart: watch the validation loss"
+    elif per_parameter >= 20:  # compute-optimal (Hoffmann et al. 2022)
+        verdict = "enough to learn more than the text itself"
     lines.append(
         f"{plan.n_tokens:,} tokens, {report['tokens_per_character']:.2f} a character, "
         f"{report['vocabulary_used'] / report['vocabulary']:.0%} of the vocabulary in use"
     )
-    lines.append(f"{per_parameter:.3g} training tokens a parameter: {word}")
+    lines.append(f"{per_parameter:.3g} training tokens a parameter: {verdict}")
     return lines

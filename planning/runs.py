@@ -1,9 +1,4 @@
-"""Which run goes on: candidates by their settings before the text is read, settled by the text.
-
-A run may go on where everything that its numbers depend on is as it was: model, training, seed,
-precision, tokenizer and text. What may change, and is recorded, is how long it is, how it is
-watched and which machine it uses.
-"""
+"""Which run is resumed: candidates by their settings, then settled by the text that is read."""
 
 import contextlib
 import secrets
@@ -13,29 +8,23 @@ from pathlib import Path
 
 from engine.errors import CheckpointError, ResourceError, RunFinished
 from engine.settings import shown
-from planning.decisions import (
-    RunRecord,
-    differences,
-    read_record,
-    read_run_file,
-    total_steps,
-)
+from planning.decisions import RunRecord, differences, read_record, read_run_file, total_steps
 from planning.plan import Asked
 from storage.files import DATA, SETTINGS, SUMMARY, FolderLock
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """A run that goes on if the text is its own."""
+    """A run that is resumed if it has this text."""
 
     path: Path
     record: RunRecord
-    tokenizer: str | None  # its fingerprint, as data.json has it
+    tokenizer: str | None  # its fingerprint, from data.json
     text: str | None  # sha256 of its tokens
     fault: str | None = None  # why data.json can't be read
 
     def differences(self, tokenizer: str, text: str) -> list[str]:
-        """What of the tokenizer and the text is not as it was."""
+        """How tokenizer and text differ, a line each."""
         if self.fault is not None:
             return [self.fault]
         pairs = {"tokenizer": (self.tokenizer, tokenizer), "text": (self.text, text)}
@@ -48,24 +37,24 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Candidates:
-    """The runs that may go on, the likeliest first, and the folder of a new one."""
+    """The runs that may be resumed, the likeliest first, and the folder of a new one."""
 
     folder: Path  # of a new run
     named: bool  # the user chose the folder, or the run
     run_id: str  # of a new run
     now: str
     runs: tuple[Candidate, ...] = ()
-    notes: tuple[str, ...] = ()  # to be said when training begins
+    notes: tuple[str, ...] = ()  # to print when training begins
 
     @property
     def likeliest(self) -> RunRecord | None:
-        """The record of the run that goes on unless the text is another; None begins a run."""
+        """The record of the run that is resumed unless the text differs; None: a new run."""
         return self.runs[0].record if self.runs else None
 
 
 @dataclass(frozen=True)
 class SettledRun:
-    """The folder that a run goes to, and the record of the run that goes on there."""
+    """The folder of a run, and the record of the one that is resumed there."""
 
     path: Path
     named: bool
@@ -82,18 +71,14 @@ def find_candidates(
     mode: str,
     data: object,
 ) -> Candidates:
-    """What a run with these settings may go on with, by RESUME and RUN_NAME.
+    """The runs that these settings may resume; data is settings.json's form of DATA.
 
-    data is what settings.json has of DATA. Raises CheckpointError with what differs where a named
-    run can't go on, RunFinished where it has nothing left to do, BusyError where another program
-    trains it.
+    For a named run, raises CheckpointError with what differs, RunFinished or BusyError.
     """
     now, run_id = time.strftime("%Y-%m-%d %H:%M:%S"), secrets.token_hex(8)
-    new = output_dir / f"{now.replace(' ', '_').replace(':', '-')}-{mode}"
     if isinstance(resume, str) and resume != "auto":
         path = _existing_run(resume)
-        return Candidates(path, True, run_id, now, (_continue_named(path, asked),))
-    if run_name is not None:
+    elif run_name is not None:
         path = output_dir / run_name
         if not _is_taken(path):
             return Candidates(path, True, run_id, now)
@@ -104,17 +89,15 @@ def find_candidates(
                 f"the folder {path} is already there, and {why}.\n"
                 "Choose another RUN_NAME, or move the folder away."
             )
-        return Candidates(path, True, run_id, now, (_continue_named(path, asked),))
-    runs, notes = _find_unfinished(output_dir, asked, data) if resume == "auto" else ([], [])
-    return Candidates(new, False, run_id, now, tuple(runs), tuple(notes))
+    else:
+        runs, notes = _find_unfinished(output_dir, asked, data) if resume == "auto" else ([], [])
+        path = output_dir / f"{now.replace(' ', '_').replace(':', '-')}-{mode}"
+        return Candidates(path, False, run_id, now, tuple(runs), tuple(notes))
+    return Candidates(path, True, run_id, now, (_continue_named(path, asked),))
 
 
 def settle_run(candidates: Candidates, tokenizer: str, text: str) -> SettledRun:
-    """The first candidate whose tokenizer and text are those at hand, or else a new run.
-
-    tokenizer is a fingerprint, text the sha256 of its tokens. Raises CheckpointError where a run
-    that was named has others.
-    """
+    """The first candidate with this tokenizer and text, or a new run; raises CheckpointError."""
     passed_over = []
     for run in candidates.runs:
         differing = run.differences(tokenizer, text)
@@ -128,11 +111,11 @@ def settle_run(candidates: Candidates, tokenizer: str, text: str) -> SettledRun:
 
 
 def newest_finished_run(output_dir: Path) -> Path:
-    """The folder of the run that was finished last; CheckpointError where there is none."""
+    """The folder of the run that finished last; CheckpointError if there is none."""
     finished = []
     for summary in output_dir.glob(f"*/{SUMMARY}"):
-        if (summary.parent / SETTINGS).is_file():  # else it is no run of this program
-            with contextlib.suppress(FileNotFoundError):  # made longer, it is unfinished again
+        if (summary.parent / SETTINGS).is_file():  # else it is no run
+            with contextlib.suppress(FileNotFoundError):  # it is being made longer
                 finished.append((summary.stat().st_mtime_ns, summary.parent))
     if not finished:
         begun = sorted(path.parent for path in output_dir.glob(f"*/{SETTINGS}"))
@@ -142,7 +125,7 @@ def newest_finished_run(output_dir: Path) -> Path:
 
 
 def _existing_run(resume: str) -> Path:
-    """The folder that RESUME names; CheckpointError where it is no run."""
+    """The folder that RESUME names; CheckpointError if it is no run."""
     path = Path(resume).expanduser()
     if path.is_file():
         raise CheckpointError(
@@ -173,13 +156,13 @@ def _continue_named(path: Path, asked: Asked) -> Candidate:
 
 
 def _candidate(path: Path, record: RunRecord) -> Candidate:
-    """A run with what its data.json says of the text; CheckpointError where that is damaged."""
+    """A run and what its data.json says of the text; CheckpointError if that is damaged."""
     data = read_run_file(path / DATA)
     return Candidate(path, record, data.get("tokenizer_id"), data.get("tokens_sha256"))
 
 
 def _has_more_to_do(path: Path, before: RunRecord, asked: Asked) -> bool:
-    """Whether a finished run is to be longer, or to have more patience than what ended it."""
+    """Whether a finished run gets more steps, or more patience if that ended it."""
     patience, had = asked.training.patience, before.training.patience
     is_more_patient = had is not None and (patience is None or patience > had)
     ended_early = read_run_file(path / SUMMARY).get("steps", 0) < before.total_steps
@@ -190,7 +173,7 @@ def _has_more_to_do(path: Path, before: RunRecord, asked: Asked) -> bool:
 def _find_unfinished(
     output_dir: Path, asked: Asked, data: object
 ) -> tuple[list[Candidate], list[str]]:
-    """The unfinished runs with these settings, newest first, and notes of those passed over."""
+    """The unfinished runs with these settings, newest first, and notes on others."""
     found, notes = [], []
     for file in output_dir.glob(f"*/{SETTINGS}"):
         if (file.parent / SUMMARY).exists():
@@ -198,13 +181,13 @@ def _find_unfinished(
         try:
             found.append((file.parent, read_record(file.parent)))
         except CheckpointError as error:
-            if (file.parent / "checkpoints").is_dir():  # else it is no run of this program
+            if (file.parent / "checkpoints").is_dir():  # else it is no run
                 notes.append(f"{error}: that run is passed over")
     found.sort(key=lambda run: (run[1].started, run[0].name), reverse=True)
     fitting = [(path, record) for path, record in found if not differences(record, asked)]
     if not fitting:
         notes += [_passed_over(path, differences(record, asked)) for path, record in found[:1]]
-    # stable: those that were begun with this DATA come first, the newest of them before all
+    # stable sort: runs with this DATA come first, the newest before all
     fitting.sort(key=lambda run: run[1].settings["DATA"] != data)
     candidates = []
     for path, record in fitting:
@@ -229,7 +212,7 @@ def _differs(path: Path, differing: list[str]) -> CheckpointError:
 
 
 def _is_taken(path: Path) -> bool:
-    """Whether a folder holds anything but what a start that was killed at once may leave."""
+    """Whether a folder holds more than the remains of a start that was killed at once."""
     try:
         return path.exists() and any(
             not entry.name.startswith(".") and entry.name not in (DATA, "tokenizer.json")

@@ -1,26 +1,22 @@
-"""The settings file: config_run.py as it is now, or another of its shape, as names and values."""
+"""Reads a settings file: config_run.py, or another Python file with the same names."""
 
-import dataclasses
 import difflib
 import importlib
 import runpy
 import sys
 import traceback
-from collections.abc import Iterable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 from engine.console import in_kernel, say
 from engine.errors import SettingsError
-from planning.plan import RunSettings
+from planning.plan import SETTING_NAMES
 
 
 def read_given_settings(path: str | Path | None) -> tuple[dict[str, Any], str]:
-    """The names that a settings file sets, and what messages call it; None reads config_run.
-
-    Raises SettingsError where there is no such file or it does not run, with the line at fault.
-    """
+    """The settings in a file, config_run.py for None, and its name for messages; SettingsError if
+    it is missing or does not run, with the line at fault."""
     place = "config_run.py" if path is None else str(path)
     if path is not None and not Path(path).is_file():
         raise SettingsError(
@@ -29,19 +25,15 @@ def read_given_settings(path: str | Path | None) -> tuple[dict[str, Any], str]:
         )
     try:
         given = _config_run() if path is None else _settings_among(runpy.run_path(str(path)))
-    except (Exception, SystemExit) as error:  # whatever a line of the user's own may raise
+    except (Exception, SystemExit) as error:  # the user's code may raise anything
         raise SettingsError(_about_settings_file(place, error)) from error
     if not given:
-        known = [f.name for f in dataclasses.fields(RunSettings)]
-        raise SettingsError(f"{place} sets nothing; it may set: {', '.join(known)}")
+        raise SettingsError(f"{place} sets nothing; it may set: {', '.join(SETTING_NAMES)}")
     return given, place
 
 
 def _config_run() -> dict[str, Any]:
-    """The settings of config_run: its file as it is now, but what a program has set on it stays.
-
-    Python imports a module once, and a notebook's kernel lives while its user edits the file.
-    """
+    """The settings in config_run's file as it is now, and those that a program has set on it."""
     was_imported = "config_run" in sys.modules
     module = importlib.import_module("config_run")
     file = Path(getattr(module, "__file__", None) or "config_run.py")
@@ -50,20 +42,20 @@ def _config_run() -> dict[str, Any]:
         return _settings_among(vars(module))
     source, earlier = file.read_bytes(), getattr(module, "_as_read", None)
     if earlier is None and not was_imported:
-        earlier = module._as_read = source, _shown_settings(vars(module))
+        earlier = vars(module)["_as_read"] = source, _shown_settings(vars(module))
     if earlier is None or earlier[0] != source:
         now = _settings_among(runpy.run_path(str(file)))
-        # of an import that nobody has seen, what differs from the file counts as a program's
+        # after an import by others, what differs from the file counts as set by a program
         before = _shown_settings(now) if earlier is None else earlier[1]
         _take_over(module, before, now, tell=earlier is not None or in_kernel())
-        module._as_read = source, _shown_settings(now)
+        vars(module)["_as_read"] = source, _shown_settings(now)
     return _settings_among(vars(module))
 
 
 def _take_over(
     module: ModuleType, before: dict[str, str], now: dict[str, Any], *, tell: bool
 ) -> None:
-    """Give a module a file's settings, but not where its value isn't what the file had before."""
+    """Set a module's settings to a file's, but keep those that differ from what it had before."""
     held, in_file = _shown_settings(vars(module)), _shown_settings(now)
     names = sorted(before.keys() | now.keys() | held.keys())
     by_hand = [name for name in names if held.get(name) != before.get(name)]
@@ -78,22 +70,18 @@ def _take_over(
 
 
 def _shown_settings(names: dict[str, Any]) -> dict[str, str]:
-    """Settings as text: what is changed inside of a value shows, too."""
+    """Settings as text, which shows changes inside a value."""
     return {name: repr(value) for name, value in _settings_among(names).items()}
 
 
 def _settings_among(names: dict[str, Any]) -> dict[str, Any]:
-    """What of a file's names are settings, or are meant to be.
-
-    It may have helpers of its own: lower-case names, functions, modules.
-    """
-    known = [f.name for f in dataclasses.fields(RunSettings)]
+    """The names that are settings, or misspelt ones; others are helpers of the file."""
     return {
         name: value
         for name, value in names.items()
-        if name in known
+        if name in SETTING_NAMES
         or (name.isupper() and not name.startswith("_") and not isinstance(value, ModuleType))
-        or _resembles(name, known)
+        or _resembles_setting(name)
     }
 
 
@@ -102,9 +90,9 @@ def _about_settings_file(place: str, error: BaseException) -> str:
     if isinstance(error, SyntaxError):
         where = f"{error.filename or place} line {error.lineno}"
         line = f"\n    {error.text.strip()}" if error.text else ""
-        advice = ""
-        if "unicodeescape" in error.msg:  # "C:\Users": the first letters of a sign's number
-            advice = '\nWrite a path as "C:/Users" or r"C:\\Users".'
+        # "C:\Users" begins a Unicode escape
+        is_path = "unicodeescape" in error.msg
+        advice = '\nWrite a path as "C:/Users" or r"C:\\Users".' if is_path else ""
         return f"{where} is not Python: {error.msg}{line}{advice}"
     if isinstance(error, ModuleNotFoundError) and error.name == "config_run":
         return "config_run.py is missing; restore it from the repository"
@@ -116,8 +104,6 @@ def _about_settings_file(place: str, error: BaseException) -> str:
     return f"{place} line {inside[-1].lineno} fails: {reason}\n    {inside[-1].line}"
 
 
-def _resembles(name: str, known: Iterable[str]) -> bool:
-    """Whether a lower-case name is likely to mean one of the settings."""
-    return not name.startswith("_") and bool(
-        difflib.get_close_matches(name.lower(), [k.lower() for k in known], n=1, cutoff=0.85)
-    )
+def _resembles_setting(name: str) -> bool:
+    known = [name.lower() for name in SETTING_NAMES]
+    return name[0] != "_" and bool(difflib.get_close_matches(name.lower(), known, cutoff=0.85))

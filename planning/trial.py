@@ -1,4 +1,4 @@
-"""What is found out by trying steps: whether compiling pays, and how many a time allows."""
+"""Decisions by timed steps: whether compiling pays, and the steps of a time budget."""
 
 import dataclasses
 import statistics
@@ -10,14 +10,10 @@ from torch.utils.data import DataLoader
 
 from data import WindowPlan
 from distributed.parallel import ALONE, Parallel
-from engine.compiling import (
-    compile_model,
-    is_repaid,
-    undo_compiling,
-    what_prevents_compiling,
-)
+from engine.compiling import compile_model, is_repaid, undo_compiling, what_prevents_compiling
 from engine.console import say
 from engine.devices import synchronize
+from engine.errors import first_line
 from engine.memory import OutOfStepMemory
 from engine.optim import EVALUATIONS, LONGEST_EVAL_FREQ, set_learning_rate
 from engine.randomness import random_state, set_random_state
@@ -29,15 +25,14 @@ from training.learner import Learner, steps_of_epoch, using_threads
 from training_utils import TrainingConfig
 
 TIMED_STEPS = 3
-# floating point operations of a run below which compiling can't pay on any machine, so that
-# nothing needs to be tried: 40 s of a slow one
+# floating point operations of a run, 40 s on a slow machine, below which compiling can't pay
 WORTH_A_TRIAL = 4e12
-EVALUATION_COST = 1 / 3  # of a training step, for as many tokens: it has no backward pass
+EVALUATION_COST = 1 / 3  # of a training step on as many tokens: no backward pass
 
 
 @dataclass(frozen=True)
 class Compiled:
-    """Whether training steps run compiled, and why; a run that goes on keeps it."""
+    """Whether training steps run compiled, and why."""
 
     on: bool
     reason: str
@@ -45,10 +40,7 @@ class Compiled:
 
 @dataclass
 class Trial:
-    """A run that is ready to train, tried without training it.
-
-    Where each rank has the whole model, its learner makes steps without the other ranks.
-    """
+    """Times steps of a run that is ready to train; a replicated model's without collectives."""
 
     learner: Learner
     loader: DataLoader
@@ -60,26 +52,15 @@ class Trial:
         cls, machine: Machine, model: GPTModel, optimizer: torch.optim.Optimizer, loader: DataLoader
     ) -> "Trial":
         """The trial of a run on a machine."""
-        shares_weights = machine.parallel.kind == "fsdp"
+        ranks = machine.parallel if machine.parallel.kind == "fsdp" else ALONE
         learner = Learner(
-            model,
-            optimizer,
-            machine.precision,
-            machine.parallel if shares_weights else ALONE,
-            micro_batch=machine.micro_batch,
+            model, optimizer, machine.precision, ranks, micro_batch=machine.micro_batch
         )
         return cls(learner, loader, machine.threads, machine.parallel)
 
     def learner_of_the_run(self) -> Learner:
-        """What the run itself makes its steps with, together with the other ranks."""
-        learner = self.learner
-        return Learner(
-            learner.model,
-            learner.optimizer,
-            learner.precision,
-            self.parallel,
-            micro_batch=learner.micro_batch,
-        )
+        """The learner that makes the run's steps, with all ranks."""
+        return dataclasses.replace(self.learner, parallel=self.parallel)
 
     @property
     def steps_per_epoch(self) -> int:
@@ -87,18 +68,16 @@ class Trial:
         return self.loader.batch_sampler.n_steps
 
     def step_seconds(self, *, may_halve: bool = True) -> float:
-        """The median time of an optimizer step here, after one that doesn't count.
+        """The median seconds of an optimizer step; restores weights, moments and generators.
 
-        Weights, moments and random numbers are afterwards what they were. Where memory runs out,
-        and may_halve, the learner's micro-batch is half as large from here on; else, and for a
-        single window, OutOfStepMemory is raised.
+        When memory runs out, halves the learner's micro-batch, or raises OutOfStepMemory.
         """
         if not may_halve:
             return self._step_seconds()
         return self.learner.in_smaller_parts(self._step_seconds, "a trial")
 
     def agreed(self, seconds: float) -> float:
-        """The mean of what the ranks have measured; all take the smallest micro-batch."""
+        """The ranks' mean; all take the smallest of their micro-batches. Collective."""
         self.learner.micro_batch = self.parallel.lowest(self.learner.micro_batch)
         return self.parallel.mean(seconds)
 
@@ -106,7 +85,7 @@ class Trial:
         learner, optimizer = self.learner, self.learner.optimizer
         random_before = random_state(learner.device)
         rates = [group["lr"] for group in optimizer.param_groups]
-        set_learning_rate(optimizer, 0.0)  # such a step changes no weight
+        set_learning_rate(optimizer, 0.0)  # so that no weight changes
         step = next(steps_of_epoch(self.loader, 0, 0, 1))
         seconds = []
         try:
@@ -125,11 +104,7 @@ class Trial:
         return statistics.median(seconds[1:])
 
     def compile(self, as_written: float | None) -> str | None:
-        """Compile the model's steps now, with a line that says so; returns what speaks against it.
-
-        That is a compiler's fault, a lack of memory, or steps that take no less than as_written
-        seconds: the model then runs as it is written, with the micro-batch that it had.
-        """
+        """Compile the model's steps; returns why it is eager again, None if it isn't."""
         say("Compiling the model's blocks: up to a minute, once ...")
         model, windows = self.learner.model, self.loader.batch_sampler.count_own(0)
         compile_model(
@@ -144,9 +119,8 @@ class Trial:
             seconds = self.step_seconds(may_halve=False)
         except OutOfStepMemory:
             failed = "compiled steps ran out of memory"
-        except Exception as error:  # compilers fail in ways of their own: the model runs without
-            reason = next(iter(str(error).splitlines()), "")[:200]
-            failed = f"{type(error).__name__}: {reason}"
+        except Exception as error:  # compilers raise errors of any type
+            failed = f"{type(error).__name__}: {first_line(error)[:200]}"
         seconds = self.agreed(seconds)
         if any(self.parallel.highest(failed is not None)):
             undo_compiling(model)
@@ -161,10 +135,7 @@ class Trial:
 def decide_compiling(
     requested: str | bool, trial: Trial, total_steps: int | None, budget_s: float | None
 ) -> Compiled:
-    """Turn COMPILE (True, False or "auto") into what this run does, and compile where it does.
-
-    The run has total_steps, or those that budget_s seconds allow.
-    """
+    """Apply COMPILE to a run of total_steps, or if that is None, of budget_s seconds."""
     if requested is False:
         return Compiled(False, "as set")
     model, device = trial.learner.model, trial.learner.device
@@ -175,12 +146,14 @@ def decide_compiling(
         return Compiled(False, "weights that lie in parts are gathered between the operations")
     reason, seconds = "as set", None
     if requested == "auto":
+        steps = total_steps or 0
         tokens = len(trial.loader.dataset[0][0]) * trial.loader.batch_sampler.step_size
         tokens //= trial.parallel.world
-        if budget_s is None and total_steps * tokens * model.flop_per_token() < WORTH_A_TRIAL:
+        if steps and steps * tokens * model.flop_per_token() < WORTH_A_TRIAL:
             return Compiled(False, "a run this short would not repay it")
         seconds = trial.agreed(trial.step_seconds())
-        steps = total_steps if budget_s is None else round(budget_s / seconds)
+        if budget_s is not None:
+            steps = round(budget_s / seconds)
         reason = f"{steps:,} steps of {seconds:.2g} s"
         if not is_repaid(seconds, steps, device):
             return Compiled(False, f"{reason} would not repay it")
@@ -190,14 +163,14 @@ def decide_compiling(
 
 
 def steps_in(budget_s: float, trial: Trial, training: TrainingConfig) -> int:
-    """How many optimizer steps, with their evaluations, take so many seconds; at least 1."""
+    """The optimizer steps that take budget_s seconds with their evaluations; at least 1."""
     seconds = trial.agreed(trial.step_seconds())
     batches = trial.loader.batch_sampler
-    batch_seconds = seconds * batches.batch_size / batches.step_size  # a step may have several
+    batch_seconds = seconds * batches.batch_size / batches.step_size  # gradient accumulation
     evaluation = 2 * training.eval_iter * batch_seconds * EVALUATION_COST
     per_step = evaluation / (training.eval_freq or LONGEST_EVAL_FREQ)
     steps = budget_s / (seconds + per_step)
-    n_evaluations = EVALUATIONS + 1  # the one before the first step, too
+    n_evaluations = EVALUATIONS + 1  # one before the first step
     if training.eval_freq is None and steps < LONGEST_EVAL_FREQ * n_evaluations:
         steps = (budget_s - n_evaluations * evaluation) / seconds
     return max(1, int(steps))
@@ -210,29 +183,24 @@ def try_out(
     trial: Trial,
     before: RunRecord | None,
 ) -> tuple[Compiled, TrainingConfig, list[str]]:
-    """What only a tried step tells: whether to compile, and the steps of a time budget.
-
-    Returns the hyper-parameters with every value, those that follow from the number of steps
-    too, and notices. A run that goes on keeps both decisions.
-    """
+    """Time steps to decide on compiling and complete the hyper-parameters; and notices."""
     requested, why = plan.run.COMPILE, None
     if requested == "auto" and before is not None:
         requested, why = before.compiled, "as when this run began"
     notices = []
-    has_budget = asked.time_budget_minutes is not None and asked.max_steps is None
+    minutes = asked.time_budget_minutes if asked.max_steps is None else None
     if asked.time_budget_minutes is not None and plan.training.max_steps is not None:
         notices.append("time_budget_minutes is not used: max_steps, where set, alone ends the run")
-    budget_s = 60 * asked.time_budget_minutes if has_budget else None
-    total_steps = None if has_budget else plan.count_steps(asked, trial.steps_per_epoch)
+    budget_s = None if minutes is None else 60 * minutes
+    total_steps = plan.count_steps(asked, trial.steps_per_epoch) if budget_s is None else None
     compiled = decide_compiling(requested, trial, total_steps, budget_s)
     if why is not None and compiled.on == requested:
         compiled = Compiled(compiled.on, why)
     elif requested is True and not compiled.on:
         notices.append(f"the model is not compiled: {compiled.reason}")
     say(f"Compile: {'on' if compiled.on else 'off'} ({compiled.reason})")
-    if has_budget:
+    if budget_s is not None:
         max_steps = steps_in(budget_s, trial, asked)
-        minutes = asked.time_budget_minutes
         notices.append(f"{max_steps:,} steps are expected to take {minutes:g} minutes")
         asked = dataclasses.replace(asked, max_steps=max_steps)
     total_steps = plan.count_steps(asked, trial.steps_per_epoch)

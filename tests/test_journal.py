@@ -317,23 +317,6 @@ def test_of_many_moments_the_first_the_last_and_evenly_spread_ones_are_kept(tmp_
         assert again.history.samples == whole.history.samples
 
 
-def test_samples_of_an_earlier_version_are_read_and_the_first_to_go(tmp_path):
-    journal = new_journal(tmp_path)
-    state = journal.state()
-    state["history"]["samples"] = [["Before training", "a\nb"], ["After epoch 1", "c"]]
-    journal.restore(json.loads(json.dumps(state)))
-    assert journal.steps_since_sample == 0
-    journal.note_sample("After epoch 2", ["d"])
-    assert samples_in(tmp_path) == (
-        "# What the model writes\n\n## Before training\n\n    a\n    b\n\n"
-        "## After epoch 1\n\n    c\n\n## After epoch 2\n\nStep 0\n\n    d\n"
-    )
-    journal.folder = None
-    note_epochs(journal, 3, MOST_MOMENTS)
-    labels = [moment.label for moment in journal.history.samples]
-    assert labels[:2] == ["Before training", "After epoch 2"]
-
-
 def test_an_evaluation_draws_the_picture_of_all_losses_with_a_star_at_the_best_one(
     tmp_path, monkeypatch, drawn
 ):

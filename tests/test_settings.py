@@ -265,7 +265,7 @@ TAKEN_TOO = {"DATA": (dict, list), "start_context": (list,), "RESUME": (bool,), 
 def test_value_of_a_wrong_type_or_no_finite_number_is_refused(cls):
     for name, hint in typing.get_type_hints(cls).items():
         base, is_optional = base_and_optional(hint)
-        for value in WRONG_TYPES[base]:
+        for value in WRONG_TYPES[typing.get_origin(base) or base]:
             if not isinstance(value, TAKEN_TOO.get(name, ())):
                 [problem] = problems_in(build, cls, **{name: value})
                 assert problem.startswith(f"{name} is {value!r} ({type(value).__name__}); it must ")

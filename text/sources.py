@@ -212,5 +212,3 @@ def _about_missing(path: Path, name: str) -> str:
 
 
 # --------------------------------------------------------------------------- reading documents
-
-

@@ -1,4 +1,4 @@
-"""What happened in a run: its numbers, its samples, the lines on the screen, the picture."""
+"""The record of a run: losses, samples, printed lines and the picture."""
 
 import json
 import math
@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from engine.console import RunBar, report, say, show_picture
-from engine.errors import NumericsError, ResourceError
+from engine.console import RunBar, report, say
+from engine.errors import NumericsError, ResourceError, first_line
 from engine.metrics import (
     TokenSize,
     as_duration,
@@ -25,10 +25,10 @@ from storage.tracking import MetricsFile, Trackers
 from visualize import render_losses
 
 PICTURE = "training_losses.png"
-FETCH_EVERY = 50  # steps whose losses stay on the device before they are read together
-MOST_MOMENTS, LAST_MOMENTS = 50, 10  # whose samples are kept, and how many of the last of all
+FETCH_EVERY = 50  # steps whose losses are fetched from the device in one copy
+MOST_MOMENTS, LAST_MOMENTS = 50, 10  # that samples.md keeps, and the last of them that always stay
 
-# what would move a terminal's cursor or turn the direction of writing
+# characters that move a terminal's cursor or change the writing direction
 _CONTROLS = re.compile("[\x00-\x08\x0e-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 
 
@@ -36,21 +36,21 @@ class Moment(NamedTuple):
     """What the model wrote at one moment of a run."""
 
     label: str
-    step: int | None  # whose weights wrote it; earlier versions kept none
+    step: int  # whose weights wrote it
     texts: list[str]  # one for each prompt
 
 
 @dataclass
 class History:
-    """What a run measured: evaluations by optimizer step, and the loss of every step."""
+    """What a run measured: its evaluations, by optimizer step, and the loss of every step."""
 
     steps: list[int] = field(default_factory=list)
     train_losses: list[float] = field(default_factory=list)
     val_losses: list[float] = field(default_factory=list)
     tokens_seen: list[int] = field(default_factory=list)
-    batch_losses: list[float] = field(default_factory=list)  # NaN: not known any more
+    batch_losses: list[float] = field(default_factory=list)  # NaN: unknown
     samples: list[Moment] = field(default_factory=list)  # at most MOST_MOMENTS
-    skipped: int = 0  # steps left out because a gradient was not finite
+    skipped: int = 0  # steps whose loss or gradient was not finite
     elapsed_s: float = 0.0
 
     @property
@@ -61,16 +61,15 @@ class History:
 
     @property
     def since_best(self) -> int:
-        """How many evaluations in a row have not been better than the best one."""
+        """The number of evaluations since the best one."""
         return len(self.steps) - 1 - self.best
 
 
 @dataclass
 class Journal:
-    """Records a run: prints its lines and, where it has a folder, keeps the files there current.
+    """Records a run: prints its lines and, with a folder, writes the files there.
 
-    Losses of single steps stay on the device until an evaluation, a log line, a checkpoint or
-    FETCH_EVERY steps fetch them together. What the disk refuses is said, and training goes on.
+    The losses of steps stay on the device until fetch(). A failed write is only a notice.
     """
 
     vocab_size: int
@@ -83,15 +82,15 @@ class Journal:
 
     def __post_init__(self) -> None:
         self._metrics = None if self.folder is None else MetricsFile(self.folder / "metrics.jsonl")
-        self.weights_of_step: int | None = None  # where the model has not the last step's
+        self.weights_of_step: int | None = None  # if the model has not the last step's weights
         self._bar = RunBar(self.total_steps)
-        self._is_told = True  # whether the last evaluation was printed
+        self._was_printed = True  # the last evaluation was printed
         self.steps = 0  # the last one that was noted
         self._tokens = 0
         self._pending: list[tuple[torch.Tensor, torch.Tensor, dict[str, Any]]] = []
         self._said: set[str] = set()
-        self._refused: set[Path] = set()  # files that the disk did not take when last tried
-        self._earlier_s = 0.0  # of a run that goes on
+        self._refused: set[Path] = set()  # files whose last write failed
+        self._earlier_s = 0.0  # of earlier processes
         self._first_step = 0  # of this process
         self._started_at = self._marked_at = time.perf_counter()
         self._marked_tokens = 0
@@ -99,10 +98,8 @@ class Journal:
 
     @property
     def elapsed_s(self) -> float:
-        """The time of the run so far, that of earlier processes included."""
+        """The seconds of the run so far, including earlier processes."""
         return self._earlier_s + time.perf_counter() - self._started_at
-
-    # ------------------------------------------------------------------------ single steps
 
     def step(
         self,
@@ -112,23 +109,26 @@ class Journal:
         n_tokens: int,
         learning_rate: float,
     ) -> list[dict[str, Any]]:
-        """Note a step, counted from 1; its loss and gradient norm are 0-d tensors on any device.
-
-        Returns what fetch() does, where it is time for that.
-        """
+        """Note a step, counted from 1; loss and norm are 0-d tensors. Returns rows fetched now."""
         self.steps = step
         self._tokens += n_tokens
         known = {"step": step, "train/lr": learning_rate, "train/tokens": self._tokens}
         self._pending.append((loss, grad_norm, known))
         self._bar.show(step)
-        is_told = self.log_every > 0 and step % self.log_every == 0
-        rows = self.fetch() if is_told or len(self._pending) == FETCH_EVERY else []
-        if is_told:
-            report(f"step {step}: batch loss {rows[-1]['train/loss']:.4f}{self._pace()}")
+        is_logged = self.log_every > 0 and step % self.log_every == 0
+        rows = self.fetch() if is_logged or len(self._pending) == FETCH_EVERY else []
+        if is_logged:
+            elapsed_s = time.perf_counter() - self._started_at
+            done, total = step - self._first_step, self.total_steps - self._first_step
+            left = as_duration(seconds_left(done, total, elapsed_s) or 0.0)
+            report(
+                f"step {step}: batch loss {rows[-1]['train/loss']:.4f}, {self._speed():,.0f} "
+                f"tokens/s, {left} left"
+            )
         return rows
 
     def fetch(self) -> list[dict[str, Any]]:
-        """Read the pending numbers from the device and log them; returns a row for each step."""
+        """Copy the pending numbers from the device and log them; returns a row per step."""
         if not self._pending:
             return []
         numbers = torch.stack(
@@ -143,36 +143,20 @@ class Journal:
         self._log(rows)
         return rows
 
-    def _pace(self) -> str:
-        """Tokens a second since the last evaluation and the time left, to end a line with."""
-        seconds = time.perf_counter() - self._started_at
-        left = seconds_left(
-            self.steps - self._first_step, self.total_steps - self._first_step, seconds
-        )
-        return f", {self._speed():,.0f} tokens/s, {as_duration(left or 0.0)} left"
-
     def _speed(self) -> float:
+        """Tokens per second since the last evaluation."""
         seconds = time.perf_counter() - self._marked_at
         return (self._tokens - self._marked_tokens) / max(seconds, 1e-9)
 
-    # ------------------------------------------------------------------------- evaluations
-
     def pause(self) -> list[dict[str, Any]]:
-        """Note that training rests for an evaluation: its time is not that of the tokens.
-
-        Returns what fetch() does.
-        """
+        """Stop the clock of the tokens per second for an evaluation; returns fetch()'s rows."""
         rows = self.fetch()
-        if self._tokens > self._marked_tokens:  # else an earlier process made the steps
+        if self._tokens > self._marked_tokens:  # else an earlier process measured it
             self._tokens_per_s = self._speed()
         return rows
 
     def evaluation(self, epoch: int | None, train_loss: float, val_loss: float) -> None:
-        """Note an evaluation after the steps so far, print it and draw the picture anew.
-
-        epoch is the one that ends here, counted from 1, or None. Raises NumericsError for a loss
-        that is not finite.
-        """
+        """Note an evaluation, ending `epoch` (from 1) unless None; NumericsError if not finite."""
         history, step = self.history, self.steps
         if not math.isfinite(train_loss + val_loss):
             raise NumericsError(
@@ -192,31 +176,23 @@ class Journal:
             row["val/bits_per_byte"] = bits_per_byte(val_loss, self.token_size)
         if step > 0:
             row["train/tok_per_sec"] = self._tokens_per_s
-        lines = self._lines_on_evaluation(epoch, train_loss, val_loss)
-        self._is_told = report(*lines, keep=step in (0, self.total_steps))
+        losses = f"Train loss {train_loss:.3f}, Val loss {val_loss:.3f}"
+        lines = [
+            f"step {step}: train loss {train_loss:.4f}, val loss {val_loss:.4f}, speed: "
+            f"{self._tokens_per_s:.2f} tokens/sec, time: {as_duration(history.elapsed_s)}"
+        ]
+        if step == 0:
+            lines = [f"Before training: {losses}"]
+        elif epoch is not None:
+            lines.append(f"Ep {epoch} (End Epoch): {losses}")
+        self._was_printed = report(*lines, keep=step in (0, self.total_steps))
         self._log([row])
         if self.folder is not None and step > 0:
             self.draw()
         self._marked_at, self._marked_tokens = time.perf_counter(), self._tokens
 
-    def _lines_on_evaluation(
-        self, epoch: int | None, train_loss: float, val_loss: float
-    ) -> list[str]:
-        losses = f"Train loss {train_loss:.3f}, Val loss {val_loss:.3f}"
-        if self.steps == 0:
-            return [f"Before training: {losses}"]
-        line = (
-            f"step {self.steps}: train loss {train_loss:.4f}, val loss {val_loss:.4f}, speed: "
-            f"{self._tokens_per_s:.2f} tokens/sec, time: {as_duration(self.elapsed_s)}"
-        )
-        return [line] if epoch is None else [line, f"Ep {epoch} (End Epoch): {losses}"]
-
     def draw(self) -> bool:
-        """Draw the losses anew, into the run's folder and the working directory.
-
-        False where matplotlib is missing or neither place takes the picture, which is said once;
-        and where there is no folder.
-        """
+        """Draw the losses into the run's folder and the working directory; False if neither."""
         if self.folder is None:
             return False
         history = self.history
@@ -235,42 +211,35 @@ class Journal:
         written = [self._try_to_write(path, png) for path in (self.folder / PICTURE, Path(PICTURE))]
         return any(written)
 
-    def show_picture(self) -> None:
-        """Show the picture as it was drawn last in a notebook's cell."""
-        if self.folder is not None:
-            show_picture(self.folder / PICTURE)
-
     def close(self) -> None:
-        """Close the trackers and leave the bar as it is: training is over here."""
+        """Close the trackers and the bar at the end of training."""
         self._bar.close()
         self.trackers.close()
 
     def leave_out(self, seconds: float) -> None:
-        """Leave a time out of the tokens a second: something else was done in it."""
+        """Exclude some seconds, which were not spent on steps, from the tokens per second."""
         self._marked_at += seconds
 
     def has_evaluated(self) -> bool:
         """Whether the model as it is now has been evaluated."""
         return self.history.steps[-1:] == [self.steps]
 
-    # ----------------------------------------------------------------------------- samples
-
     @property
     def steps_since_sample(self) -> int:
-        """The optimizer steps since the model wrote last."""
-        return self.steps - (self.history.samples[-1].step or 0 if self.history.samples else 0)
+        """The optimizer steps since the last sample."""
+        return self.steps - (self.history.samples[-1].step if self.history.samples else 0)
 
     def note_sample(self, label: str, texts: list[str], *, is_last: bool = False) -> None:
-        """Print what the model wrote, a line for each prompt, and keep it for samples.md.
+        """Print what the model wrote, a line per prompt, and add it to samples.md.
 
-        A notebook, which leaves out lines that come too fast, has those that are last.
+        A notebook, which drops lines that come too fast, always prints those that are last.
         """
         lines = []
         for number, text in enumerate(texts, start=1):
-            shown = "".join(c if c.isprintable() else " " for c in text)  # no control codes
+            shown = "".join(c if c.isprintable() else " " for c in text)  # no control characters
             name = label if len(texts) == 1 else f"{label}, prompt {number}"
             lines.append(f"{name}: {' '.join(shown.split())}")
-        report(*lines, keep=is_last or self._is_told)
+        report(*lines, keep=is_last or self._was_printed)
         step = self.steps if self.weights_of_step is None else self.weights_of_step
         self.history.samples.append(Moment(label, step, texts))
         _thin_out(self.history.samples)
@@ -280,10 +249,8 @@ class Journal:
             content = "\n\n".join(["# What the model writes", *pages]) + "\n"
             self._try_to_write(self.folder / "samples.md", content.encode("utf-8", "replace"))
 
-    # ------------------------------------------------------------------ leaving and coming back
-
     def state(self) -> dict[str, Any]:
-        """What a checkpoint keeps of the journal, as JSON; single losses are in metrics.jsonl."""
+        """The state that a checkpoint keeps, as JSON; the losses of steps are in metrics.jsonl."""
         self.fetch()
         self.trackers.flush()
         history = vars(self.history) | {"elapsed_s": self.elapsed_s}
@@ -297,12 +264,12 @@ class Journal:
         }
 
     def restore(self, state: dict[str, Any] | None) -> None:
-        """Go on from state(), None being the start; metrics.jsonl is cut back to what it was."""
+        """Resume from state(), None being the start; truncates metrics.jsonl to match."""
         n_bytes = state["metrics_bytes"] if state else 0
         rows = [] if self._metrics is None else self._metrics.cut(n_bytes)
         if state is None:
             return
-        samples = [_as_moment(*kept) for kept in state["history"].pop("samples")]
+        samples = [Moment(*kept) for kept in state["history"].pop("samples")]
         self.history = History(**state["history"], samples=samples)
         self.history.batch_losses = _losses_in(rows, state["steps"])
         self.steps = self._first_step = state["steps"]
@@ -317,14 +284,14 @@ class Journal:
             self.trackers.log(row)
 
     def _try_to_write(self, path: Path, content: bytes) -> bool:
-        """Write something that no run may end for; False where the disk refuses."""
-        # a viewer may hold its picture open for hours: that is waited for once
+        """Write a file whose failure must not end a run; False if the disk refuses it."""
+        # a viewer may hold the picture open for hours: wait for it only once
         patience_s = 0.0 if path in self._refused else PATIENCE_S
         try:
             write_atomically(path, content, patience_s=patience_s)
         except ResourceError as error:
             self._refused.add(path)
-            self._say_once(f"{str(error).splitlines()[0]} Training goes on")
+            self._say_once(f"{first_line(error)} Training goes on")
             return False
         self._refused.discard(path)
         return True
@@ -336,7 +303,7 @@ class Journal:
 
 
 def _losses_in(rows: list[bytes], n_steps: int) -> list[float]:
-    """The loss of each step by the lines of metrics.jsonl; NaN where there is none."""
+    """The loss of each step in the lines of metrics.jsonl; NaN where it has none."""
     losses = [math.nan] * n_steps
     for line in rows:
         try:
@@ -347,38 +314,23 @@ def _losses_in(rows: list[bytes], n_steps: int) -> list[float]:
     return losses
 
 
-def _as_moment(label: str, *rest: Any) -> Moment:
-    """A moment as a checkpoint keeps it; earlier versions kept a label and a single text."""
-    step, texts = rest if len(rest) == 2 else (None, [*rest])
-    return Moment(label, step, texts)
-
-
 def _thin_out(moments: list[Moment]) -> None:
-    """Take moments out until MOST_MOMENTS are left: the first, the last ones, and of those between
-    the ones that divide the run most evenly.
-
-    A run that goes on thins out as one that was never stopped: nothing else is looked at.
-    """
+    """Remove moments until MOST_MOMENTS are left: the first, the last ones, and an even spread."""
     while len(moments) > MOST_MOMENTS:
-        steps = [moment.step or 0 for moment in moments]
+        steps = [moment.step for moment in moments]
         between = range(1, len(moments) - LAST_MOMENTS)
         del moments[min(between, key=lambda i: steps[i + 1] - steps[i - 1])]
 
 
 def _as_section(moment: Moment, losses: dict[int, float]) -> str:
-    """A section of samples.md; losses are the evaluations by step."""
-    parts = [f"## {moment.label}"]
-    if moment.step is not None:
-        loss = losses.get(moment.step)
-        told = "" if loss is None else f", validation loss {loss:.3f}"
-        parts.append(f"Step {moment.step}{told}")
+    """A section of samples.md; losses are the validation losses by step."""
+    loss = losses.get(moment.step)
+    suffix = "" if loss is None else f", validation loss {loss:.3f}"
+    parts = [f"## {moment.label}", f"Step {moment.step}{suffix}"]
     for number, text in enumerate(moment.texts, start=1):
         if len(moment.texts) > 1:
             parts.append(f"Prompt {number}:")  # else two blocks would be read as one
-        parts.append(_as_quote(text))
+        # an indented block, in which Markdown has no meaning
+        lines = ["    " + _CONTROLS.sub("\ufffd", line) for line in text.splitlines()]
+        parts.append("\n".join(lines))
     return "\n\n".join(parts)
-
-
-def _as_quote(text: str) -> str:
-    """Text as an indented Markdown block, in which no character has a meaning."""
-    return "\n".join("    " + _CONTROLS.sub("\ufffd", line) for line in text.splitlines())

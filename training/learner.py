@@ -1,4 +1,4 @@
-"""One optimizer step and one evaluation: what the loop is made of."""
+"""One optimizer step and one evaluation: the parts of the training loop."""
 
 import contextlib
 import functools
@@ -6,6 +6,7 @@ import gc
 import itertools
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import KW_ONLY, dataclass
 from typing import NamedTuple, TypeVar
 
 import torch
@@ -25,46 +26,42 @@ from engine.precision import Precision
 from engine.randomness import random_state, set_random_state
 from generation import evaluating
 
+T = TypeVar("T")
 Batch = tuple[torch.Tensor, torch.Tensor]  # ids and targets, (B, T) each
 
 
-T = TypeVar("T")
-
-
 class Step(NamedTuple):
-    """What an optimizer step is made on."""
+    """The windows of an optimizer step."""
 
-    batches: list[Batch]  # this rank's windows; (0, T) where there is none for it
-    n_targets: int  # those of all ranks
-    n_windows: int  # those of the rank that has most
+    batches: list[Batch]  # this rank's; one of (0, T) where it has no window
+    n_targets: int  # of all ranks
+    n_windows: int  # of the rank that has most
 
 
+@dataclass(eq=False)
 class Learner:
     """Makes optimizer steps and evaluations of a model, in micro-batches that fit into memory.
 
-    micro_batch is the most windows that a forward pass takes; None: as many as a batch has. Where
-    memory runs out, it is halved, and the step or evaluation is made again: sums stay the same.
+    micro_batch is the most windows of a forward pass; 0 takes batches as they come. It is halved
+    when memory runs out, which changes results only by rounding.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        optimizer: torch.optim.Optimizer,
-        precision: Precision,
-        parallel: Parallel = ALONE,
-        *,
-        device: torch.device | None = None,
-        micro_batch: int | None = None,
-    ) -> None:
-        self.model, self.optimizer = model, optimizer
-        self.precision, self.scaler = precision, precision.scaler()
-        self.parallel = parallel
-        self.device = device or next(model.parameters()).device
-        self.micro_batch = micro_batch
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    precision: Precision
+    parallel: Parallel = ALONE
+    _: KW_ONLY
+    device: torch.device = None  # the model's
+    micro_batch: int = 0
+    on_smaller: Callable[[int], None] | None = None  # called with a halved micro-batch
+
+    def __post_init__(self) -> None:
+        self.device = self.device or next(self.model.parameters()).device
+        self.scaler = self.precision.scaler()
 
     @functools.cached_property
     def _replica(self) -> nn.Module:
-        """The model as a step calls it; all ranks make their first step together."""
+        """The model as a step calls it. Collective at a rank's first step."""
         return replica(self.model, self.parallel)
 
     def step(
@@ -74,17 +71,14 @@ class Learner:
         stop: StopSignals | None = None,
         label: str = "a step",
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """One optimizer step; its loss and gradient norm, those of all ranks, as 0-d tensors.
-
-        Raises what take_step() does, OutOfStepMemory only where the micro-batch can't be halved.
-        label is what a message calls the step.
-        """
+        """One optimizer step, named `label` in messages; returns and raises as take_step() does,
+        but OutOfStepMemory only where the micro-batch can't be halved."""
         return self.in_smaller_parts(lambda: self.try_step(step, max_grad_norm, stop), label)
 
     def try_step(
         self, step: Step, max_grad_norm: float, stop: StopSignals | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """One optimizer step, which is not made again where memory runs out."""
+        """step(), but not repeated when memory runs out."""
         return take_step(
             self._replica,
             micro_batches(step, self.micro_batch, self.device),
@@ -100,10 +94,8 @@ class Learner:
     def evaluate(
         self, loader: DataLoader, max_batches: int | None = None, stop: StopSignals | None = None
     ) -> float:
-        """The mean loss over a loader's text, or max_batches evenly spaced batches of it.
-
-        The ranks share them. Raises what mean_loss() does.
-        """
+        """The mean loss over a loader's text, or over max_batches evenly spaced batches of it;
+        raises as mean_loss() does. Collective."""
 
         def attempt() -> float:
             parts = evaluation_loader(loader, max_batches, self.parallel, self.micro_batch)
@@ -112,10 +104,10 @@ class Learner:
         return self.in_smaller_parts(attempt, "an evaluation")
 
     def in_smaller_parts(self, attempt: Callable[[], T], label: str) -> T:
-        """The result of an attempt, with a smaller micro-batch each time that memory runs out.
+        """The result of an attempt, repeated with half the micro-batch whenever memory runs out.
 
-        Raises OutOfStepMemory where a single window is too much, or other ranks are in the middle
-        of the same: then a restart of the job begins with a smaller one.
+        Raises OutOfStepMemory if a single window does not fit, or with several ranks: a restart of
+        the job then begins with the smaller micro-batch.
         """
         while True:
             try:
@@ -126,10 +118,12 @@ class Learner:
                     self.parallel.note("micro_batch", str(halved(before)))
                 if before == 1 or not self.parallel.is_alone:
                     raise
-            # out here the error is gone, and with it what it held of the attempt
+            # only here: until its handler ends, the error keeps the attempt's tensors alive
             gc.collect()
             release_memory(self.device)
             self.micro_batch = halved(before)
+            if self.on_smaller is not None:
+                self.on_smaller(self.micro_batch)
             if is_compiled(self.model):
                 compile_again(self.model, self.device, micro_batches=2)
             say(
@@ -138,11 +132,10 @@ class Learner:
             )
 
 
-def micro_batches(step: Step, size: int | None, device: torch.device) -> list[Batch]:
-    """A step's windows on a device, in micro-batches of at most `size` windows.
+def micro_batches(step: Step, size: int, device: torch.device) -> list[Batch]:
+    """A step's windows on a device, in micro-batches of at most `size` windows; 0: as they come.
 
-    None: as they come, where there is one rank. Of several, all have as many micro-batches: where
-    a rank has fewer windows, the last of them have no targets.
+    Micro-batches without targets make their number the same on all ranks.
     """
     batches = [
         (to_device(ids, device), to_device(targets, device)) for ids, targets in step.batches
@@ -166,15 +159,13 @@ def take_step(
     parallel: Parallel = ALONE,
     n_targets: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """One optimizer step on the micro-batches of a batch; its loss and gradient norm, 0-d tensors.
+    """One optimizer step with gradient accumulation; its loss and gradient norm, 0-d tensors.
 
-    The loss is the mean over all n_targets targets, None being those of the batches, whatever the
-    sizes of the micro-batches. Where ranks share the step, model is what replica() gives, and
-    n_targets counts those of all ranks. Where the loss or the gradient is not finite, weights and
-    moments stay as they were: with a fused optimizer the device decides that, and nobody waits for
-    it. Raises Stopped, with everything as it was before the step, where a signal has come and the
-    rest of the step would take long; and OutOfStepMemory, just so, where a micro-batch does not
-    fit.
+    The loss is the mean over n_targets targets, by default those of the batches. With several ranks
+    model is a replica() and n_targets counts all ranks' targets. A loss or gradient that is not
+    finite leaves weights and moments unchanged; fused optimizers check that without a sync. Raises
+    Stopped after a signal if the rest of the step would take long, and OutOfStepMemory, both with
+    the state from before the step.
     """
     scaler = scaler or precision.scaler()
     n_targets = n_targets or sum(targets.numel() for _, targets in batches)
@@ -183,28 +174,28 @@ def take_step(
     started_at = time.perf_counter()
     total = torch.zeros((), device=device)
     try:
-        with precision.autocast():  # it keeps each weight's cast for all micro-batches
+        with precision.autocast():  # one for all: it caches the casts of the weights
             for number, (ids, targets) in enumerate(batches):
                 if number > 0 and stop is not None:
                     stop.check_within_step(started_at, number / len(batches))
                 is_last = number == len(batches) - 1
                 with summing_up(model, parallel, now=is_last):
-                    # the ranks' gradients are summed up and divided by their number
+                    # the all-reduce averages gradients over the ranks
                     loss = batch_loss(model, ids, targets, precision, n_targets / parallel.world)
                     with torch.autocast(device.type, enabled=False):
                         scaler.scale(loss).backward()
                 total += loss.detach()
         total = parallel.sum(total) / parallel.world
     except (Stopped, MemoryError, RuntimeError) as error:
-        if isinstance(error, Stopped):  # by all ranks; of others the process ends
+        if isinstance(error, Stopped):  # on all ranks; after other errors the process ends
             flush_gradients(model, parallel, precision)
         optimizer.zero_grad()
         set_random_state(random_before, device)
         if is_out_of_memory(error):
             raise OutOfStepMemory(error, max(len(ids) for ids, _ in batches)) from error
         raise
-    # Where memory runs out below this line, smaller micro-batches are no help, for activations
-    # are gone by now, and weights may have changed: the error ends the run, and nothing is saved.
+    # An out-of-memory error below this line ends the run without a checkpoint: weights may have
+    # changed, and smaller micro-batches don't help, for the activations are already freed.
     return total, _update_weights(model, optimizer, scaler, max_grad_norm, total)
 
 
@@ -215,21 +206,21 @@ def _update_weights(
     max_grad_norm: float,
     loss: torch.Tensor,
 ) -> torch.Tensor:
-    """Clip the gradients and use them, unless they or the loss are not finite; their norm."""
+    """Clip the gradients and step, unless they or the loss are not finite; returns their norm."""
     scaler.unscale_(optimizer)  # first: clipping must see true gradients
     parameters = [p for p in model.parameters() if p.grad is not None]
     if max_grad_norm > 0:
         norm = full(nn.utils.clip_grad_norm_(parameters, max_grad_norm))
     else:
         norm = full(nn.utils.get_total_norm([p.grad for p in parameters]))
-    if scaler.is_enabled():  # it has looked for infinities itself
+    if scaler.is_enabled():  # it checks for infinities itself
         scaler.step(optimizer)
         scaler.update()
-    # Metal's fused kernels pay no heed to found_inf
+    # Metal's fused kernels ignore found_inf
     elif getattr(optimizer, "_step_supports_amp_scaling", False) and loss.device.type != "mps":
         optimizer.found_inf = (~(loss.isfinite() & norm.isfinite())).float()
         optimizer.step()
-        del optimizer.found_inf  # else a caller's own next step would be skipped too
+        del optimizer.found_inf  # else the optimizer's next step would be skipped too
     elif loss.isfinite() and norm.isfinite():
         optimizer.step()
     optimizer.zero_grad()
@@ -243,7 +234,7 @@ def batch_loss(
     precision: Precision,
     n_targets: float | None = None,
 ) -> torch.Tensor:
-    """The mean loss of a batch, (B, T) each, as a 0-d fp32 tensor; n_targets as in the loss."""
+    """The loss of a batch, (B, T) each, a 0-d fp32 tensor: the sum over n_targets or the mean."""
     with precision.autocast():
         return model(ids, targets, n_targets)
 
@@ -255,7 +246,7 @@ def count_steps(loader: DataLoader) -> int:
 
 
 def steps_of_epoch(loader: DataLoader, epoch: int, first: int, last: int) -> Iterator[Step]:
-    """Each step from first up to last of an epoch, all counted from 0."""
+    """The steps first to last - 1 of an epoch, all counted from 0."""
     batches = loader.batch_sampler
     if not isinstance(batches, WindowBatches):
         for ids, targets in itertools.islice(iter(loader), last - first):
@@ -275,7 +266,7 @@ def steps_of_epoch(loader: DataLoader, epoch: int, first: int, last: int) -> Ite
 
 
 def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """Move a batch without waiting for it where its memory is pinned."""
+    """Copy a batch to a device, asynchronously from pinned memory."""
     return tensor.to(device, non_blocking=device.type == "cuda")
 
 
@@ -288,17 +279,16 @@ def mean_loss(
     stop: StopSignals | None = None,
     parallel: Parallel = ALONE,
 ) -> float:
-    """The mean loss in nats over every target of the loader, each weighing the same.
+    """The mean loss in nats over every target of the ranks' loaders. Collective.
 
-    The loaders of several ranks are its parts, of any lengths. Raises Stopped where a signal has
-    come meanwhile, OutOfStepMemory where a batch does not fit, DataError for an empty loader.
+    Raises Stopped after a signal, OutOfStepMemory, and DataError for empty loaders.
     """
     total, count, n_windows = torch.zeros((), device=device), 0, 1
     try:
         with evaluating(model), whole(model, parallel):
             for ids, targets in loader:
                 if stop is not None and stop.has_come:
-                    break  # and not out of here: the other ranks wait below
+                    break  # raised below, where all ranks agree
                 n_windows = len(ids)
                 ids, targets = to_device(ids, device), to_device(targets, device)
                 loss = batch_loss(model, ids, targets, precision)
@@ -319,9 +309,9 @@ def mean_loss(
 
 @contextlib.contextmanager
 def using_threads(count: int) -> Iterator[None]:
-    """Let torch use so many threads, and then as many as before."""
+    """Let torch use `count` threads in here."""
     before = torch.get_num_threads()
-    if count != before:  # setting it, even to what it is, costs a new pool
+    if count != before:  # setting even the same number makes a new thread pool
         torch.set_num_threads(count)
     try:
         yield

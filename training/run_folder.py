@@ -1,4 +1,4 @@
-"""The folder that a run leaves: its files and its lock."""
+"""The folder of a run: its files and its lock."""
 
 import contextlib
 import dataclasses
@@ -28,22 +28,17 @@ if TYPE_CHECKING:
 
 @dataclass
 class RunFolder:
-    """A run's place on the disk; opened() makes or continues it, and nothing is there before."""
+    """A run's place on the disk; opened() creates it."""
 
     path: Path
     named: bool  # the user chose the folder
-    goes_on: bool  # an earlier start has begun the run
+    goes_on: bool  # an earlier process began the run
     record: "RunRecord"
     data: dict[str, Any]  # the report on the text
     tokenizer_file: Path
-    notes: list[str]  # to be said when training begins
-    _is_there: bool = False  # opened() has been here before
+    notes: list[str]  # to print when training begins
+    _is_there: bool = False  # opened() has created it
     _lock: FolderLock | None = None
-
-    @property
-    def run_id(self) -> str:
-        """What the run's checkpoints are known by."""
-        return self.record.run_id
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -52,11 +47,7 @@ class RunFolder:
 
     @contextlib.contextmanager
     def opened(self) -> Iterator[None]:
-        """Hold the folder's lock, within another opened() too; makes the folder where it is new.
-
-        Raises BusyError where another program holds it, ResourceError where the disk won't have
-        it.
-        """
+        """Hold the folder's lock, after creating a new folder; may be nested. Raises BusyError."""
         if self._lock is not None:
             yield
             return
@@ -74,7 +65,11 @@ class RunFolder:
                     "Start again to go on with it."
                 )
             remove_orphans(self.path)
-            self._write()
+            # the settings come last: a folder that has them is complete
+            write_atomically(self.path / "tokenizer.json", self.tokenizer_file.read_bytes())
+            write_json(self.path / DATA, self.data)
+            remove_file(self.path / SUMMARY)
+            write_json(self.path / SETTINGS, self.settings)
             self._lock, self._is_there = lock, True
             try:
                 yield
@@ -82,11 +77,7 @@ class RunFolder:
                 self._lock = None
 
     def note_micro_batch(self, n_windows: int) -> None:
-        """Keep in settings.json how many windows at a time there is memory for.
-
-        It is kept at once and not with the next checkpoint: the steps since the last one would
-        run out of memory again.
-        """
+        """Write a smaller micro-batch to settings.json, so that a resumed run begins with it."""
         change = {
             "at": time.strftime("%Y-%m-%d %H:%M:%S"),
             "micro_batch": [self.record.micro_batch, n_windows],
@@ -94,11 +85,4 @@ class RunFolder:
         self.record = dataclasses.replace(
             self.record, micro_batch=n_windows, changes=[*self.record.changes, change]
         )
-        write_json(self.path / SETTINGS, self.settings)
-
-    def _write(self) -> None:
-        # the settings come last: a folder that has them has everything
-        write_atomically(self.path / "tokenizer.json", self.tokenizer_file.read_bytes())
-        write_json(self.path / DATA, self.data)
-        remove_file(self.path / SUMMARY)
         write_json(self.path / SETTINGS, self.settings)
