@@ -328,10 +328,10 @@ def choose_next(
     """Sample one token a row from (B, V) logits; returns (B, 1).
 
     repetition_penalty divides the positive logits of tokens in recent, (B, n), and multiplies the
-    negative ones (Keskar et al. 2019). Then, at this temperature, top_k keeps the k likeliest
-    tokens; top_p the smallest set of likeliest ones whose probabilities sum to p (nucleus sampling,
-    Holtzman et al. 2019); min_p those with that share of the likeliest one's probability (Nguyen
-    et al. 2024). Temperature 0 is greedy. Raises NumericsError for logits that are not finite.
+    negative ones (Keskar et al. 2019). Of the full distribution at this temperature top_k keeps the
+    k likeliest tokens; top_p the fewest likeliest ones that sum to p (nucleus sampling, Holtzman et
+    al. 2019); min_p those with that share of the likeliest one's probability (Nguyen et al. 2024).
+    Temperature 0 is greedy. Raises NumericsError where the highest logit is not finite.
     """
     if recent is not None and repetition_penalty != 1:
         seen = logits.gather(1, recent)

@@ -300,7 +300,7 @@ class GatedMLP(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention, then an MLP, each behind a norm and beside a residual path."""
+    """Attention, then an MLP, each after a norm and added to a residual path."""
 
     def __init__(self, config: GPTConfig, layer: int) -> None:
         super().__init__()

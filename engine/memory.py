@@ -17,7 +17,7 @@ from engine.loss import chunk_rows, softmax_rows
 from engine.precision import Precision
 from engine.randomness import random_state, set_random_state
 
-# Activations are measured on such windows. A GPU's attention kernels round up to 128 positions.
+# the windows that activations are measured on; a GPU's attention kernels round up to 128 tokens
 PROBED_TOKENS = {"cpu": 16, "cuda": 512, "mps": 128, "xpu": 512}
 OPTIMIZER_BYTES = {"adamw": (8, 8), "muon": (4, 8)}  # a parameter of hidden matrices, of others
 ADVICE = (  # where a micro-batch of one window does not fit
@@ -62,8 +62,8 @@ class MemoryEstimate:
     activations: int  # independent of the micro-batch, such as autocast's copies of the weights
     window: int  # the activations of each window of the micro-batch
     head: int  # its logits and gradients, for the largest chunk of rows
-    gathered: int = 0  # unsharded weights during a step
-    whole: int = 0  # all weights, unsharded for an evaluation
+    gathered: int = 0  # by the all-gathers of a step
+    unsharded: int = 0  # all weights, gathered for an evaluation
 
     def activations_of(self, n_windows: int) -> int:
         """The activations of a micro-batch of n_windows."""
@@ -73,7 +73,7 @@ class MemoryEstimate:
         """The peak with micro-batches of n_windows, in a step or in an evaluation."""
         kept = self.weights + self.optimizer + self.best_weights
         step = self.gathered + self.gradients + self.head + self.activations_of(n_windows)
-        return kept + max(step, self.whole)
+        return kept + max(step, self.unsharded)
 
     def largest_fit(self, n_windows: int, room: int | None) -> int:
         """n_windows, halved until they fit into room bytes; 0 if one does not. None is no limit."""
@@ -88,7 +88,7 @@ class MemoryEstimate:
         windows = f"{n_windows} window{'s' * (n_windows != 1)}"
         uses = {
             "weights": self.weights,
-            "weights of others": max(self.gathered, self.whole),
+            "weights of others": max(self.gathered, self.unsharded),
             "gradients": self.gradients,
             "optimizer": self.optimizer,
             "best weights": self.best_weights,
@@ -118,14 +118,14 @@ def estimate_memory(
     """
     n_parameters = sum(p.numel() for p in model.parameters())
     weights = gradients = 4 * n_parameters
-    gathered = whole = 0
+    gathered = unsharded = 0
     if parts > 1:  # as distributed/sharding.py lays it out
         width = 4 if precision.name == "fp32" else 2
         block = max(sum(p.numel() for p in block.parameters()) for block in model.blocks)
         in_blocks = block * len(model.blocks)
         weights //= parts
         gathered = 2 * width * block + 4 * (n_parameters - in_blocks)  # one block is prefetched
-        whole = width * in_blocks + 4 * (n_parameters - in_blocks)
+        unsharded = width * in_blocks + 4 * (n_parameters - in_blocks)
         gradients = gradients if accumulates else gradients // parts + 4 * block
     hidden = sum(weight.numel() for weight, _ in model.hidden_matrices())
     of_hidden, of_others = OPTIMIZER_BYTES[optimizer]
@@ -144,7 +144,7 @@ def estimate_memory(
         window=window,
         head=head_bytes(model.head.weight, n_windows * n_tokens, precision),
         gathered=gathered,
-        whole=whole,
+        unsharded=unsharded,
     )
 
 
