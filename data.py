@@ -1,8 +1,9 @@
-"""Tokens to batches: sliding windows over a text, cut into training and validation."""
+"""Tokens to batches: sliding windows over a training and a validation text."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,22 +17,20 @@ from engine.errors import DataError
 from engine.metrics import TokenSize
 from text.tokenizer import GPT2Tokenizer, Tokenizer
 
-MIN_TOKENS = 4  # two to train on, a token and the one to guess, and two to validate on
+MIN_TOKENS = 4  # an input and its target to train on, and as many to validate on
 MEASURED_TOKENS = 1_000_000  # of the validation text, for characters and bytes a token
-LONGEST_TRAIN_SHARE = 0.95  # of a short text, so that a window fits
+LONGEST_TRAIN_SHARE = 0.95  # the most of a short text that is trained on, so that a window fits
 
 
 @dataclass
 class TokenSlice:
-    """A stretch of a token file; a loader's worker processes get its place, not its content."""
+    """Part of a token file; pickling it for a loader's worker copies no tokens."""
 
     path: Path
     dtype: str
     start: int
     stop: int
-
-    def __post_init__(self) -> None:
-        self._mapped: np.ndarray | None = None
+    _mapped: np.ndarray | None = field(default=None, init=False, compare=False)
 
     def __len__(self) -> int:
         return self.stop - self.start
@@ -39,32 +38,36 @@ class TokenSlice:
     def array(self) -> np.ndarray:
         """The tokens, mapped into memory at first use."""
         if self._mapped is None:
-            whole = np.memmap(self.path, dtype=self.dtype, mode="r")
-            self._mapped = whole[self.start : self.stop]
+            file = np.memmap(self.path, dtype=self.dtype, mode="r")
+            self._mapped = file[self.start : self.stop]
         return self._mapped
 
-    def __getstate__(self) -> dict:
+    def __getitem__(self, part: slice) -> "TokenSlice":
+        start, stop, _ = part.indices(len(self))
+        return replace(self, start=self.start + start, stop=self.start + stop)
+
+    def __getstate__(self) -> dict[str, Any]:
         return vars(self) | {"_mapped": None}
 
 
-class WindowDataset(Dataset):
-    """The windows of max_length tokens that start at 0, stride, 2 stride, ... of some tokens.
+Tokens = np.ndarray | TokenSlice
+Batch = tuple[torch.Tensor, torch.Tensor]  # ids and targets, (B, T) each
 
-    A window's targets are its tokens moved by one, so each takes max_length + 1 tokens. With
-    keep_tail the tokens after the last whole window form a last, shorter one.
+
+def _as_array(tokens: Tokens) -> np.ndarray:
+    return tokens.array() if isinstance(tokens, TokenSlice) else tokens
+
+
+class WindowDataset(Dataset):
+    """Windows of max_length tokens that start at 0, stride, 2 stride, ...; targets are one later.
+
+    With keep_tail the tokens after the last full window form a last, shorter one.
     """
 
     def __init__(
-        self,
-        tokens: np.ndarray | TokenSlice,
-        max_length: int,
-        stride: int,
-        *,
-        keep_tail: bool = False,
+        self, tokens: Tokens, max_length: int, stride: int, *, keep_tail: bool = False
     ) -> None:
-        self.tokens = tokens
-        self.max_length = max_length
-        self.stride = stride
+        self.tokens, self.max_length, self.stride = tokens, max_length, stride
         self.n_whole = max(0, (len(tokens) - 1 - max_length) // stride + 1)
         self.tail_start = self.n_whole * stride
         self.has_tail = keep_tail and self.tail_start < len(tokens) - 1
@@ -73,18 +76,15 @@ class WindowDataset(Dataset):
     def __len__(self) -> int:
         return self.n_whole + self.has_tail
 
-    def __getitem__(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def __getitem__(self, index: int) -> Batch:
         """The window's ids and targets, each (T,)."""
         if not 0 <= index < len(self):
             raise IndexError(index)
         ids, targets = self.__getitems__([index])
         return ids[0], targets[0]
 
-    def __getitems__(self, indices: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
-        """A batch by one gather: ids and targets, each (B, T) int64.
-
-        The tail has a length of its own, so it comes alone.
-        """
+    def __getitems__(self, indices: Sequence[int]) -> Batch:
+        """A batch by one gather: ids and targets, each (B, T) int64; the tail is its own batch."""
         starts = np.asarray(indices, dtype=np.int64)[:, None] * self.stride  # (B, 1)
         length = self.max_length + 1
         if self.has_tail and self.n_whole in indices:
@@ -92,19 +92,16 @@ class WindowDataset(Dataset):
             length = len(self.tokens) - self.tail_start
         if self._resident is not None:
             device = self._resident.device
-            # only the starts travel: for a copy of more than 64 KB the host waits for the GPU
+            # copies the starts only: a copy of more than 64 KB synchronizes with the GPU
             starts = torch.from_numpy(starts).to(device, non_blocking=True)
             window = self._resident[starts + torch.arange(length, device=device)].long()
         else:
-            window = torch.from_numpy(self.array()[starts + np.arange(length)].astype(np.int64))
+            array = _as_array(self.tokens)
+            window = torch.from_numpy(array[starts + np.arange(length)].astype(np.int64))
         return window[:, :-1], window[:, 1:]
 
-    def array(self) -> np.ndarray:
-        """All tokens."""
-        return self.tokens.array() if isinstance(self.tokens, TokenSlice) else self.tokens
-
     def without_overlap(self) -> "WindowDataset":
-        """Windows of the same tokens with the same length, none overlapping another."""
+        """Windows of the same tokens with the same length that do not overlap."""
         if self.stride >= self.max_length:
             return self
         apart = WindowDataset(self.tokens, self.max_length, self.max_length)
@@ -112,19 +109,17 @@ class WindowDataset(Dataset):
         return apart
 
     def move_to(self, device: torch.device) -> None:
-        """Keep the tokens on a device (4 bytes each) and gather batches there."""
-        self._resident = torch.from_numpy(self.array().astype(np.int32)).to(device)
+        """Copy the tokens to a device (4 bytes each) and gather batches there."""
+        self._resident = torch.from_numpy(_as_array(self.tokens).astype(np.int32)).to(device)
 
 
 class WindowBatches(Sampler):
-    """Which windows each batch holds: a pure function of (seed, epoch, step).
+    """The windows of each micro-batch: a pure function of (seed, epoch, step).
 
-    A step takes step_size windows (batch_size where None), of which each rank of parallel has an
-    equal share, and hands them out in parts of at most micro_batch (batch_size where None); an
-    epoch's last step may have fewer, and shares that differ by one. Iterating gives epoch 0, then
-    1, ...; start_at() chooses what comes next. With seed None the windows stay in order, and a
-    tail comes alone. With n_steps each step draws at random from all windows, whatever the others
-    hold.
+    A step takes step_size windows (None: batch_size), divided among parallel's ranks and then into
+    micro-batches of at most micro_batch windows (None: batch_size). An epoch's last step may have
+    fewer. Each iteration is the next epoch. With seed None the windows are in order; with n_steps
+    each step samples from all windows, with replacement.
     """
 
     def __init__(
@@ -139,37 +134,36 @@ class WindowBatches(Sampler):
         parallel: Parallel = ALONE,
     ) -> None:
         self._rank, self._world = parallel.rank, parallel.world
-        self.dataset = dataset
-        self.batch_size = batch_size
+        self.dataset, self.batch_size, self.seed = dataset, batch_size, seed
         self.micro_batch = micro_batch or batch_size
         self.step_size = step_size or batch_size
-        self.seed = seed
         self._is_random = n_steps is not None
         self.n_steps = n_steps or -(-dataset.n_whole // self.step_size)
         self._next_epoch = self._next_step = 0
 
     @property
     def per_step(self) -> int:
-        """The parts of a rank's share of a step; the last one of an epoch may have fewer."""
+        """A rank's micro-batches of a step; an epoch's last step may have fewer."""
         return -(-self.step_size // self._world // self.micro_batch)
 
     def count_windows(self, step: int) -> int:
-        """The windows of an epoch's step, counted from 0, of all ranks together."""
+        """The windows of an epoch's step, counted from 0, on all ranks."""
         if self._is_random:
             return self.step_size
         return min(self.step_size, self.dataset.n_whole - step * self.step_size)
 
     def count_own(self, step: int) -> int:
-        """The windows of this rank's share of a step."""
-        return len(self._share(range(self.count_windows(step))))
+        """The windows of a step on this rank."""
+        return len(range(self.count_windows(step))[self._share(step)])
 
     def count_largest(self, step: int) -> int:
-        """The windows of the largest share of a step."""
+        """The windows of a step on the rank that has the most."""
         return -(-self.count_windows(step) // self._world)
 
-    def _share(self, windows: Sequence[int]) -> Sequence[int]:
-        n = len(windows)
-        return windows[n * self._rank // self._world : n * (self._rank + 1) // self._world]
+    def _share(self, step: int) -> slice:
+        """This rank's share of a step's windows."""
+        n = self.count_windows(step)
+        return slice(n * self._rank // self._world, n * (self._rank + 1) // self._world)
 
     def __len__(self) -> int:
         if self.n_steps == 0:
@@ -180,37 +174,31 @@ class WindowBatches(Sampler):
     def __iter__(self) -> Iterator[list[int]]:
         epoch, first = self._next_epoch, self._next_step
         self._next_epoch, self._next_step = epoch + 1, 0
-        size = self.micro_batch
-        order = None if self._is_random else self._order(epoch)
+        n_whole, size = self.dataset.n_whole, self.step_size
+        dtype = np.uint32 if n_whole < 2**32 else np.int64  # every rank holds an epoch's order
+        order = np.arange(0 if self._is_random else n_whole, dtype=dtype)
+        if self.seed is not None:
+            np.random.default_rng((self.seed, epoch)).shuffle(order)
         for step in range(first, self.n_steps):
-            if order is None:
-                chooser = np.random.default_rng((self.seed, epoch, step))
-                windows = chooser.integers(self.dataset.n_whole, size=self.step_size)
-            else:
-                windows = order[step * self.step_size : (step + 1) * self.step_size]
-            windows = self._share(windows)
-            for start in range(0, len(windows), size):
-                yield windows[start : start + size].tolist()
+            windows = order[step * size : (step + 1) * size]
+            if self._is_random:
+                assert self.seed is not None, "n_steps comes with a seed"
+                generator = np.random.default_rng((self.seed, epoch, step))
+                windows = generator.integers(n_whole, size=size)
+            windows = windows[self._share(step)]
+            for start in range(0, len(windows), self.micro_batch):
+                yield windows[start : start + self.micro_batch].tolist()
         if self.dataset.has_tail:
-            yield [self.dataset.n_whole]
+            yield [n_whole]
 
     def start_at(self, epoch: int, step: int = 0) -> None:
-        """Let the next iteration be that of this epoch from this step on, counted from 0."""
+        """Start the next iteration at this epoch and this step of it, counted from 0."""
         self._next_epoch, self._next_step = epoch, step
-
-    def _order(self, epoch: int) -> np.ndarray:
-        if self.seed is None:
-            return np.arange(self.dataset.n_whole)
-        # 4 bytes a window, as a rule: every rank holds an epoch's order
-        n_whole = self.dataset.n_whole
-        order = np.arange(n_whole, dtype=np.uint32 if n_whole < 2**32 else np.int64)
-        np.random.default_rng((self.seed, epoch)).shuffle(order)
-        return order
 
 
 @dataclass(frozen=True)
 class WindowPlan:
-    """How a text of n_tokens is cut: training tokens come first, validation tokens after."""
+    """How a text of n_tokens is divided: training tokens first, then validation tokens."""
 
     n_tokens: int
     n_train: int
@@ -230,7 +218,7 @@ class WindowPlan:
 
     @property
     def n_unused(self) -> int:
-        """Training tokens after the last whole window, which no window reaches."""
+        """Training tokens after the last window."""
         return self.n_train - ((self.n_windows - 1) * self.stride + self.max_length + 1)
 
 
@@ -243,13 +231,11 @@ def plan_windows(
     train_ratio: float,
     n_train: int | None = None,
 ) -> tuple[WindowPlan, list[str]]:
-    """Cut a text so that there is at least one training and one validation batch.
+    """Divide a text so that there is at least one training and one validation batch.
 
-    stride None stands for max_length, whatever that becomes. n_train is given where documents or
-    a source of its own set the split; else train_ratio does.
-    Where the text is too short for what was asked, batch, stride, split and, last, max_length are
-    fitted to it, and a notice says so. Raises DataError where not even two training and two
-    validation tokens can be had.
+    stride None is the resulting max_length; n_train, if given, replaces train_ratio. A short text
+    changes batch_size, stride, split and, last, max_length, with notices. Raises DataError where
+    training or validation has fewer than two tokens.
     """
     if n_tokens < MIN_TOKENS:
         raise DataError(
@@ -265,7 +251,7 @@ def plan_windows(
     if n_train is None:
         asked = int(n_tokens * train_ratio)
         n_train = min(max(asked, 2), n_tokens - 2)
-        # a whole window is worth more than a long validation text, up to a point
+        # rather a full window than a long validation text
         if n_train <= max_length < min(n_tokens - 2, int(n_tokens * LONGEST_TRAIN_SHARE)):
             n_train = max_length + 1
         if n_train != asked:
@@ -297,7 +283,7 @@ def plan_windows(
 
 
 def make_loaders(
-    tokens: np.ndarray | TokenSlice,
+    tokens: Tokens,
     plan: WindowPlan,
     *,
     seed: int,
@@ -308,47 +294,39 @@ def make_loaders(
     micro_batch: int | None = None,
     parallel: Parallel = ALONE,
 ) -> tuple[DataLoader, DataLoader]:
-    """Training windows in a new order each epoch; validation windows in order, without overlap.
+    """Loaders of (ids, targets), each (B, T) int64, for training and for validation.
 
-    Batches are (ids, targets), each (B, T) int64. Every validation token but the first is a
-    target exactly once, so the last batch of validation may be a single shorter window. With
-    sampling "random" the training windows may start anywhere; an epoch has as many steps. A step
-    takes plan.batch_size * accumulation windows, in parts of micro_batch (None: plan.batch_size);
-    of several ranks each gets its share of them, and all of the validation windows.
-    On CUDA the tokens stay on the device where they take less than a tenth of its free memory,
-    and are pinned otherwise.
+    Training windows have a new order each epoch, or with sampling "random" start anywhere. A step
+    takes plan.batch_size * accumulation windows in micro-batches of micro_batch (None:
+    plan.batch_size); each rank gets its share of them, and all validation windows. Those do not
+    overlap, and the last one may be shorter.
     """
-    if isinstance(tokens, TokenSlice):
-        cut = tokens.start + plan.n_train
-        train_tokens, val_tokens = replace(tokens, stop=cut), replace(tokens, start=cut)
-    else:
-        train_tokens, val_tokens = tokens[: plan.n_train], tokens[plan.n_train :]
-    stride = 1 if sampling == "random" else plan.stride
-    train = WindowDataset(train_tokens, plan.max_length, stride)
-    val = WindowDataset(val_tokens, plan.max_length, plan.max_length, keep_tail=True)
+    length, stride = plan.max_length, 1 if sampling == "random" else plan.stride
+    train = WindowDataset(tokens[: plan.n_train], length, stride)
+    val = WindowDataset(tokens[plan.n_train :], length, length, keep_tail=True)
     step_size = plan.batch_size * accumulation
     n_steps = -(-plan.n_windows // step_size) if sampling == "random" else None
     pin_memory = device.type == "cuda"
+    # small texts stay on the GPU
     if pin_memory and num_workers == 0 and 4 * plan.n_tokens < free_memory(device) / 10:
         train.move_to(device)
         val.move_to(device)
         pin_memory = False
-    own = (n_steps, step_size, micro_batch)
-    return tuple(
-        DataLoader(
+
+    def load(batches: WindowBatches) -> DataLoader:
+        return DataLoader(
             batches.dataset,
             batch_sampler=batches,
             collate_fn=as_batch,
             num_workers=num_workers,
             worker_init_fn=defer_to_owner,
             pin_memory=pin_memory,
-            generator=torch.Generator().manual_seed(seed),  # else each epoch draws on torch's own
+            generator=torch.Generator().manual_seed(seed),  # else it draws on the global one
         )
-        for batches in (
-            WindowBatches(train, plan.batch_size, seed, *own, parallel=parallel),
-            WindowBatches(val, plan.batch_size, None, micro_batch=micro_batch),
-        )
-    )
+
+    size = plan.batch_size
+    batches = WindowBatches(train, size, seed, n_steps, step_size, micro_batch, parallel=parallel)
+    return load(batches), load(WindowBatches(val, size, None, micro_batch=micro_batch))
 
 
 def create_dataloader_v1(
@@ -361,12 +339,10 @@ def create_dataloader_v1(
     num_workers: int = 0,
     tokenizer: Tokenizer | None = None,
 ) -> DataLoader:
-    """A DataLoader over the sliding windows of a text of your own; the tokenizer is GPT-2's
-    where none is given.
+    """A DataLoader over the sliding windows of a text; the default tokenizer is GPT-2's.
 
-    Batches are (ids, targets), each (B, T) int64. The loader is never empty: for a short text the
-    window and the batch are made smaller, with a notice. shuffle draws on torch's global
-    generator. Raises DataError for a text of fewer than two tokens.
+    Batches are (ids, targets), each (B, T) int64. A short text makes the window and the batch
+    smaller, with a notice. Raises DataError for a text of fewer than two tokens.
     """
     tokenizer = tokenizer or GPT2Tokenizer()
     tokens = to_array(tokenizer.encode(text), tokenizer.vocab_size)
@@ -389,33 +365,24 @@ def create_dataloader_v1(
     )
 
 
-def measure_tokens(tokens: np.ndarray | TokenSlice, tokenizer: Tokenizer) -> TokenSize:
-    """How many characters and bytes a token stands for, by the first million of some tokens.
-
-    The end of a text is a token that has to be guessed, and stands for no character.
-    """
-    array = tokens.array() if isinstance(tokens, TokenSlice) else tokens
-    ids = array[:MEASURED_TOKENS]
+def measure_tokens(tokens: Tokens, tokenizer: Tokenizer) -> TokenSize:
+    """The mean characters and bytes of the first million tokens; an end of text has none."""
+    ids = _as_array(tokens[:MEASURED_TOKENS])
     text = tokenizer.decode(ids[ids != tokenizer.end_of_text_id].tolist())
     n_bytes = len(text.encode("utf-8", "replace"))
     return TokenSize(max(1, len(text)) / len(ids), max(1, n_bytes) / len(ids))
 
 
-def in_parts(
-    batches: list[tuple[torch.Tensor, torch.Tensor]], size: int
-) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """The windows of a step's micro-batches in parts of at most size windows.
-
-    They are cut as WindowBatches with that micro_batch would. All are of one length, (B, T) each.
-    """
+def in_parts(batches: list[Batch], size: int) -> list[Batch]:
+    """A step's micro-batches, (B, T) each, cut as by WindowBatches with micro_batch=size."""
     if all(len(ids) <= size for ids, _ in batches):
         return batches
     ids, targets = (torch.cat(tensors) for tensors in zip(*batches, strict=True))
     return list(zip(ids.split(size), targets.split(size), strict=True))
 
 
-def as_batch(items):
-    """Collate: a WindowDataset gives batches already; another dataset's items are stacked."""
+def as_batch(items: Any) -> Any:
+    """Collate: a WindowDataset's items are a batch already; another dataset's are stacked."""
     return items if isinstance(items, tuple) else default_collate(items)
 
 
@@ -432,25 +399,24 @@ def evaluation_loader(
 ) -> DataLoader:
     """A loader over the same windows in order: all of them, or max_batches evenly spaced batches.
 
-    It gives the same batches each time, in parts of at most micro_batch windows (None: as the
-    loader does), and leaves every random generator alone. Several ranks get a part of them each.
+    It gives the same micro-batches each time, of at most micro_batch windows (None: the loader's),
+    and uses no random generator. Each rank gets a share of them.
     """
     dataset = loader.dataset
     batch_size = loader.batch_size or loader.batch_sampler.batch_size
-    n_whole, n_items = len(dataset), len(dataset)
     if isinstance(dataset, WindowDataset):
         dataset = dataset.without_overlap()
-        n_whole, n_items = dataset.n_whole, len(dataset)
+    n_whole = getattr(dataset, "n_whole", len(dataset))
     batches = [range(i, min(i + batch_size, n_whole)) for i in range(0, n_whole, batch_size)]
-    batches += [range(i, i + 1) for i in range(n_whole, n_items)]  # a tail comes alone
+    batches += [range(i, i + 1) for i in range(n_whole, len(dataset))]  # the tail
     if max_batches is not None and max_batches < len(batches):
         chosen = np.linspace(0, len(batches) - 1, max_batches).round().astype(int)
         batches = [batches[i] for i in chosen]
     size = micro_batch or getattr(loader.batch_sampler, "micro_batch", batch_size)
-    parts = [batch[i : i + size] for batch in batches for i in range(0, len(batch), size)]
+    micro_batches = [batch[i : i + size] for batch in batches for i in range(0, len(batch), size)]
     return DataLoader(
         dataset,
-        batch_sampler=parallel.share_of(parts),
+        batch_sampler=parallel.share_of(micro_batches),
         collate_fn=loader.collate_fn,
         pin_memory=loader.pin_memory,
         generator=torch.Generator(),

@@ -1,14 +1,14 @@
-"""From a model to text: a prompt in, one token after the other out.
+"""Autoregressive generation with a KV cache: of token ids or of text, at once or as a stream.
 
-generate() and stream() take and give token ids, stream_text() text. All of them keep the keys and
-values of what was read, so that a token costs a step of one position. Where a text outgrows the
-model's context its newest half is read once more, which then serves for the other half.
+When a text outgrows the model's context, its newest half is computed again into a new cache,
+which has room for as many new tokens.
 """
 
 import contextlib
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
+from typing import Any
 
 import torch
 from torch import nn
@@ -20,13 +20,13 @@ from engine.weights import OneRowProducts
 from model import KVCache
 from text.tokenizer import Tokenizer
 
-# top_p looks at so many likeliest tokens first: sorting 50,000 logits costs milliseconds
+# the likeliest tokens that top_p tries first: sorting 50,000 logits takes milliseconds
 NUCLEUS = 1024
 
 
 @dataclass(frozen=True)
 class SamplingConfig:
-    """How many tokens are drawn, and how. Raises SettingsError with every wrong value."""
+    """How many tokens are sampled, and how. Raises SettingsError with every wrong value."""
 
     max_new_tokens: int = setting(50, minimum=1, maximum=100_000)
     temperature: float = setting(0.8, minimum=0, maximum=1e9)
@@ -42,18 +42,18 @@ class SamplingConfig:
 
 @dataclass(frozen=True)
 class Token:
-    """A token that was drawn, and the logarithm of the probability that the model gave it."""
+    """A sampled token and the natural logarithm of its probability."""
 
     id: int
-    logprob: float  # natural; before penalty, temperature and filters
+    logprob: float  # the model's, before penalty, temperature and filters
 
 
 @dataclass(frozen=True)
 class Piece:
-    """What a step adds to one of several texts: its token, and the characters that are whole."""
+    """What a step adds to one text: a token and the characters that are complete."""
 
     row: int
-    text: str  # empty while a character or a stop string may still be incomplete
+    text: str  # empty while a character or a possible stop string is incomplete
     token: Token
     finish: str | None = None  # "stop" or "length" in a row's last piece
 
@@ -65,13 +65,12 @@ def generate(
     max_new_tokens: int,
     num_samples: int = 1,
     end_of_text_id: int | None = None,
-    **options: float | torch.Generator | None,
+    **options: Any,
 ) -> torch.Tensor | list[list[int]]:
     """Continue token ids, (B, T) or B lists, by max_new_tokens each; options as in stream().
 
-    Returns the ids with what was added: for a tensor (B * num_samples, T + n), where rows that
-    came to end_of_text_id are filled up with it; for lists as many lists. Samples of one prompt
-    stand side by side.
+    Returns prompts and continuations as B * num_samples lists, or for a tensor as one of shape
+    (B * num_samples, T + n), padded with end_of_text_id. Samples of one prompt are adjacent.
     """
     if isinstance(ids, torch.Tensor) and ids.dim() != 2:
         raise SettingsError(f"ids has shape {tuple(ids.shape)}; generate() needs (B, T)")
@@ -81,7 +80,7 @@ def generate(
     rows = [list(prompt) for prompt in prompts for _ in range(num_samples)]
     if max_new_tokens != 0:
         options |= {"num_samples": num_samples, "end_of_text_id": end_of_text_id}
-        with evaluating(model):  # once: each step would else turn a model in training to and fro
+        with evaluating(model):  # else each step would switch the model's mode twice
             for tokens in stream(model, prompts, max_new_tokens=max_new_tokens, **options):
                 for row, token in zip(rows, tokens, strict=True):
                     if token is not None:
@@ -97,10 +96,7 @@ def generate(
 def generate_text_simple(
     model: nn.Module, idx: torch.Tensor, max_new_tokens: int, context_size: int
 ) -> torch.Tensor:
-    """Continue (B, T) ids greedily, plainly: each token from the newest context_size ones anew.
-
-    For any module that turns ids into (B, T, V) logits; generate() is much faster.
-    """
+    """Continue (B, T) ids greedily with any module of ids -> (B, T, V) logits; it has no cache."""
     with evaluating(model):
         for _ in range(max_new_tokens):
             logits = model(idx[:, -context_size:])[:, -1]  # (B, V)
@@ -123,15 +119,13 @@ def stream(
     end_of_text_id: int | None = None,
     generator: torch.Generator | None = None,
 ) -> Iterator[list[Token | None]]:
-    """Yield the next token of every row as it is drawn, None for a row that has ended.
+    """Yield the next token of every row at each step, None for a row that has ended.
 
-    Rows are the prompts, lists of token ids, each num_samples times. A row ends with
-    end_of_text_id, or after max_new_tokens. What shapes a draw is told in choose_next(); the
-    penalty is for the newest repetition_window tokens of a row. The generator, on the model's
-    device, makes draws repeatable. Raises SettingsError, at the first step, with every value that
-    makes no sense.
+    Rows are the prompts, lists of token ids, each num_samples times. choose_next() explains the
+    options; the penalty applies to the newest repetition_window tokens of a row. The generator is
+    on the model's device. Raises SettingsError with every wrong value, at the first step.
     """
-    given = {
+    sampling = {
         "max_new_tokens": max_new_tokens,
         "temperature": temperature,
         "top_k": top_k,
@@ -140,13 +134,13 @@ def stream(
         "repetition_penalty": repetition_penalty,
         "repetition_window": repetition_window,
     }
-    rows = Rows(model, prompts, given, num_samples, generator)
+    rows = Rows(model, prompts, sampling, num_samples, generator)
     for _ in range(max_new_tokens):
         tokens = rows.draw()
         yield tokens
         for row, token in enumerate(tokens):
             if token is not None and token.id == end_of_text_id:
-                rows.end(row)
+                rows.running.discard(row)
         if not rows.running:
             return
 
@@ -159,17 +153,16 @@ def stream_text(
     stop: str | Sequence[str] = (),
     num_samples: int = 1,
     generator: torch.Generator | None = None,
-    **sampling: float | None,
+    **sampling: Any,
 ) -> Iterator[Piece]:
-    """Continue texts, each num_samples times; yield what is new of each as it is drawn.
+    """Continue texts, each num_samples times; yield what each step adds to each text.
 
-    A prompt may also be token ids. sampling has the fields of SamplingConfig; those that are not
-    given have its defaults. A text ends before the first stop string, at the tokenizer's end of
-    text, or after max_new_tokens. An empty prompt begins as a document does: behind an end of
-    text. Raises SettingsError, at the first piece.
+    A prompt may also be token ids; an empty one becomes an end of text. sampling overrides the
+    fields of SamplingConfig(). A text ends before the first stop string, at an end of text, or
+    after max_new_tokens. Raises SettingsError at the first piece.
     """
     given = asdict(SamplingConfig()) | sampling
-    # a text is a sequence of texts, too: of its characters
+    # a str is a sequence of str too
     prompts = [prompts] if isinstance(prompts, str) else prompts
     stop = [stop] if isinstance(stop, str) else stop
     ids = [tokenizer.encode(p) if isinstance(p, str) else p for p in prompts]
@@ -178,61 +171,54 @@ def stream_text(
     decoders = [tokenizer.decoder() for _ in rows.running]
     held = [_HeldBack(stop) for _ in rows.running]
     for n_drawn in range(1, given["max_new_tokens"] + 1):
+        is_last = n_drawn == given["max_new_tokens"]
         for row, token in enumerate(rows.draw()):
             if token is None:
                 continue
             is_end = token.id == tokenizer.end_of_text_id
-            is_last = n_drawn == given["max_new_tokens"]
             text = "" if is_end else decoders[row].add(token.id)
             if is_end or is_last:
                 text += decoders[row].finish()
             text, stopped = held[row].add(text)
             finish = "stop" if is_end or stopped else "length" if is_last else None
             if finish is not None:
-                text += held[row].rest()
-                rows.end(row)
+                text += held[row].rest
+                rows.running.discard(row)
             yield Piece(row, text, token, finish)
         if not rows.running:
             return
 
 
 class _HeldBack:
-    """Lets text through up to the first stop string, and no part of one before it is known."""
+    """Passes text on up to the first stop string; holds back what may become one."""
 
     def __init__(self, stops: Sequence[str]) -> None:
         self._stops = [stop for stop in stops if stop]
-        self._held = ""
+        self.rest = ""  # what is held back
 
     def add(self, text: str) -> tuple[str, bool]:
-        """What may be shown now, and whether a stop string has come."""
-        text = self._held + text
-        # the one that is complete first, so that it does not matter how tokens cut the text
+        """The text that can be shown now, and whether a stop string is complete."""
+        text, self.rest = self.rest + text, ""
+        # the one that ends first, however the text is divided into tokens
         found = [(at + len(stop), at) for stop in self._stops if (at := text.find(stop)) >= 0]
         if found:
-            self._held = ""
             return text[: min(found)[1]], True
         longest = max(map(len, self._stops), default=1)
-        starts = range(max(0, len(text) - longest + 1), len(text))
-        cut = next(
-            (i for i in starts if any(stop.startswith(text[i:]) for stop in self._stops)), len(text)
-        )
-        self._held = text[cut:]
-        return text[:cut], False
-
-    def rest(self) -> str:
-        """What was held back and has not become a stop string."""
-        rest, self._held = self._held, ""
-        return rest
+        for cut in range(max(0, len(text) - longest + 1), len(text)):
+            if any(stop.startswith(text[cut:]) for stop in self._stops):
+                self.rest = text[cut:]
+                return text[:cut], False
+        return text, False
 
 
 class Rows:
-    """The texts of a batch and the model's cache of them; draws a token for each at a time."""
+    """The texts of a batch with the model's KV cache; each draw() adds a token to each."""
 
     def __init__(
         self,
         model: nn.Module,
         prompts: Sequence[Sequence[int]],
-        sampling: dict[str, float | None],
+        sampling: dict[str, Any],
         num_samples: int = 1,
         generator: torch.Generator | None = None,
     ) -> None:
@@ -253,22 +239,18 @@ class Rows:
         n_new = self._choice.pop("max_new_tokens")
         self._n_recent = self._choice.pop("repetition_window")
         self._limit = model.config.context_length
-        n_kept = max(self._limit + 1, self._n_recent)  # nothing older is looked at
+        n_kept = max(self._limit + 1, self._n_recent)  # older tokens have no effect
         self._texts = [list(prompt[-n_kept:]) for prompt in prompts]
-        self._seen_from = [0] * len(prompts)  # where the model's window of each text begins
+        self._seen_from = [0] * len(prompts)  # where the cached window of each text starts
         self._capacity = min(self._limit, max(map(len, prompts)) + n_new)
         self._cache: KVCache | None = None
         self._recorded: RecordedStep | None = None
-        self.running = set(range(len(prompts) * num_samples))
-
-    def end(self, row: int) -> None:
-        """Draw no more for a row."""
-        self.running.discard(row)
+        self.running = set(range(len(prompts) * num_samples))  # the caller discards ended rows
 
     @torch.no_grad()
     def draw(self) -> list[Token | None]:
-        """The next token of each row, None for those that have ended."""
-        with evaluating(self._model):  # for the step alone: between two, the caller may train
+        """The next token of each row, None for a row that has ended."""
+        with evaluating(self._model):  # only during the step: between steps the caller may train
             logits = self._next_logits().float()  # (rows, V)
         chosen = choose_next(
             logits, recent=self._recent(logits), generator=self._generator, **self._choice
@@ -280,24 +262,23 @@ class Rows:
         return [Token(*token) if row in self.running else None for row, token in enumerate(drawn)]
 
     def _next_logits(self) -> torch.Tensor:
-        """(rows, V) logits of what comes next."""
+        """(rows, V) logits of the next token."""
         lengths = [len(t) - first for t, first in zip(self._texts, self._seen_from, strict=True)]
         if self._cache is not None and max(lengths) <= self._limit:
-            return self._read([text[-1:] for text in self._texts])
+            return self._read([text[-1:] for text in self._texts], self._cache)
         for row, length in enumerate(lengths):
-            if length > self._limit:
-                # nobody reads on in a text that has ended
+            if length > self._limit:  # a text that has ended needs no context
                 kept = max(1, self._limit // 2) if row in self.running else 1
                 self._seen_from[row] = len(self._texts[row]) - kept
         windows = [t[first:] for t, first in zip(self._texts, self._seen_from, strict=True)]
         device = self._model.token_embedding.weight.device
-        # recorded with autocast, a step would hold casts of the weights that are dropped after it
+        # a graph recorded under autocast would read casts of the weights that are freed
         fixed = device.type == "cuda" and not torch.is_autocast_enabled("cuda")
-        # fixed ones in few sizes: compiled code is for one each
+        # few sizes of fixed caches, since torch.compile compiles for each
         capacity = min(self._limit, -(-self._capacity // 256) * 256) if fixed else self._capacity
         self._cache = KVCache([len(w) for w in windows], capacity, device, fixed=fixed)
         self._recorded = None
-        logits = self._read(windows)
+        logits = self._read(windows, self._cache)
         if self._copies > 1:
             self._cache.repeat(self._copies)
             logits = logits.repeat_interleave(self._copies, dim=0)
@@ -306,35 +287,29 @@ class Rows:
             self._copies = 1
         return logits
 
-    def _read(self, windows: list[list[int]]) -> torch.Tensor:
-        """(rows, V) logits after the newest tokens of each row, shorter ones padded in front."""
+    def _read(self, windows: list[list[int]], cache: KVCache) -> torch.Tensor:
+        """(rows, V) logits after the newest tokens of each row; short rows are padded in front."""
         longest = max(map(len, windows))
         padded = [[0] * (longest - len(window)) + window for window in windows]
-        ids = torch.tensor(padded, device=self._cache.device)
-        if self._cache.fixed and self._cache.filled > 0:
-            return self._replay(ids)
-        newest = self._cache.advance(longest)
+        ids, n_before = torch.tensor(padded, device=cache.device), cache.filled
+        newest = cache.advance(longest)
+        if cache.fixed and n_before > 0:
+            inputs = (ids, newest.columns)
+            self._recorded = self._recorded or RecordedStep(
+                lambda ids, columns: self._model.decode(ids, cache, columns), *inputs
+            )
+            return self._recorded(*inputs)
         is_one_row = ids.numel() == 1 and ids.device.type == "cpu"
         with OneRowProducts() if is_one_row else contextlib.nullcontext():
             return self._model.head(self._model.hidden(ids, newest)[:, -1])
 
-    def _replay(self, ids: torch.Tensor) -> torch.Tensor:
-        """The logits after the next column of a fixed cache, (rows, 1) ids, by a recorded step."""
-        columns = self._cache.advance(1).columns
-        if self._recorded is None:
-            cache = self._cache
-            self._recorded = RecordedStep(
-                lambda ids, columns: self._model.decode(ids, cache, columns), ids, columns
-            )
-        return self._recorded(ids, columns)
-
     def _recent(self, logits: torch.Tensor) -> torch.Tensor | None:
-        """(rows, n) newest tokens of each text, for the penalty; None where there is none."""
+        """(rows, n) newest tokens of each text for the repetition penalty; None without one."""
         if self._choice["repetition_penalty"] == 1:
             return None
         newest = [text[-self._n_recent :] for text in self._texts]
         longest = max(map(len, newest))
-        # a token counts once, so a shorter text may repeat its last
+        # a token counts once, so a shorter text can repeat its last one
         newest = [tokens + tokens[-1:] * (longest - len(tokens)) for tokens in newest]
         return torch.tensor(newest, device=logits.device)
 
@@ -350,15 +325,13 @@ def choose_next(
     recent: torch.Tensor | None = None,
     generator: torch.Generator | None = None,
 ) -> torch.Tensor:
-    """Draw one token a row from (B, V) logits; returns (B, 1).
+    """Sample one token a row from (B, V) logits; returns (B, 1).
 
-    First the logits of tokens in recent, (B, n), are divided by repetition_penalty where positive
-    and multiplied where negative (Keskar et al. 2019). Then, all of the distribution at this
-    temperature: top_k keeps the k likeliest tokens, all where k is above V; of those, top_p keeps
-    the smallest set of likeliest ones whose probabilities sum to at least p, never fewer than one
-    (nucleus sampling, Holtzman et al. 2019), and min_p those that have at least that share of the
-    likeliest one's probability (Nguyen et al. 2024). Temperature 0 takes the likeliest token.
-    Raises NumericsError where there is no likeliest one.
+    repetition_penalty divides the positive logits of tokens in recent, (B, n), and multiplies the
+    negative ones (Keskar et al. 2019). Of the full distribution at this temperature top_k keeps the
+    k likeliest tokens; top_p the fewest likeliest ones that sum to p (nucleus sampling, Holtzman et
+    al. 2019); min_p those with that share of the likeliest one's probability (Nguyen et al. 2024).
+    Temperature 0 is greedy. Raises NumericsError where the highest logit is not finite.
     """
     if recent is not None and repetition_penalty != 1:
         seen = logits.gather(1, recent)
@@ -367,9 +340,9 @@ def choose_next(
     highest = logits.amax(dim=-1, keepdim=True)
     if not highest.isfinite().all():
         raise NumericsError("the model's logits are not finite: there is no token to choose")
-    if temperature < torch.finfo(torch.float32).tiny or top_k == 1:  # fp32 may divide by it as 0
+    if temperature < torch.finfo(torch.float32).tiny or top_k == 1:  # fp32 may flush it to 0
         return logits.argmax(dim=-1, keepdim=True)
-    # the highest logit becomes 0 before the division, so that no temperature overflows
+    # subtracts the highest logit before the division, so that no temperature overflows
     logits, tokens = (logits - highest) / min(temperature, torch.finfo(torch.float32).max), None
     if top_k is not None and top_k < logits.shape[-1]:
         logits, tokens = logits.topk(top_k, dim=-1)  # both (B, k), likeliest first
@@ -378,8 +351,8 @@ def choose_next(
         if tokens is None:
             logits, tokens = _likeliest(logits, total, top_p)
         probabilities = (logits - total).exp()
-        before = probabilities.cumsum(dim=-1) - probabilities  # what likelier tokens sum to
-        before[:, 0] = -1.0  # the likeliest token stays even at top_p 0
+        before = probabilities.cumsum(dim=-1) - probabilities  # the sum of likelier tokens'
+        before[:, 0] = -1.0  # keeps the likeliest token even with top_p 0
         logits = logits.masked_fill(before >= top_p, -math.inf)
     if min_p > 0:
         logits = logits.masked_fill(logits < math.log(min_p), -math.inf)
@@ -388,36 +361,32 @@ def choose_next(
 
 
 def _draw(logits: torch.Tensor, generator: torch.Generator | None) -> torch.Tensor:
-    """(B, 1) indices drawn from (B, n) logits, one random number a row.
-
-    torch.multinomial takes one for each token, which for 50,000 of them is a millisecond.
-    """
+    """(B, 1) indices sampled from (B, n) logits."""
+    # one random number a row: torch.multinomial draws n, which takes a millisecond for 50,000
     wide = torch.float32 if logits.device.type == "mps" else torch.float64  # Metal has no fp64
     cumulative = logits.to(wide).softmax(dim=-1).cumsum(dim=-1)
-    point = (
-        torch.rand((len(logits), 1), dtype=wide, device=logits.device, generator=generator)
-        * cumulative[:, -1:]
-    )
-    # below the sum, whatever rounding does: at the end there may be tokens of no probability
-    return torch.searchsorted(cumulative, point * (1 - torch.finfo(wide).eps), right=True)
+    shape = (len(logits), 1)
+    point = torch.rand(shape, dtype=wide, device=logits.device, generator=generator)
+    # less than the sum, however it is rounded: the last tokens may have probability 0
+    point = point * cumulative[:, -1:] * (1 - torch.finfo(wide).eps)
+    return torch.searchsorted(cumulative, point, right=True)
 
 
 def _likeliest(
     logits: torch.Tensor, total: torch.Tensor, top_p: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The highest logits in order, and their tokens: enough of them for a probability of top_p."""
-    first = logits.topk(min(NUCLEUS, logits.shape[-1]), dim=-1)
-    if ((first.values.logsumexp(dim=-1, keepdim=True) - total).exp() >= top_p).all():
-        return first.values, first.indices
-    ordered = logits.sort(dim=-1, descending=True)
-    return ordered.values, ordered.indices
+    """The highest logits in order, enough for a probability of top_p, and their tokens."""
+    highest, tokens = logits.topk(min(NUCLEUS, logits.shape[-1]), dim=-1)
+    if ((highest.logsumexp(dim=-1, keepdim=True) - total).exp() >= top_p).all():
+        return highest, tokens
+    return logits.sort(dim=-1, descending=True)
 
 
 @contextlib.contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Put the model into evaluation mode, uncompiled, and leave it in the mode it had."""
+    """Put the model into evaluation mode, uncompiled, and restore its mode afterwards."""
     was_training = model.training
-    if was_training:
+    if was_training:  # setting a mode walks over all modules
         model.eval()
     try:
         with not_compiled() if is_compiled(model) else contextlib.nullcontext():
@@ -428,7 +397,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 def text_to_token_ids(text: str, tokenizer: Tokenizer) -> torch.Tensor:
-    """The token ids of a text as a batch of one, (1, T); SettingsError for an empty text."""
+    """The token ids of a text, (1, T). Raises SettingsError for an empty text."""
     ids = tokenizer.encode(text)
     if not ids:
         raise SettingsError("the text to go on from is empty; give the model a word to start with")
@@ -436,5 +405,5 @@ def text_to_token_ids(text: str, tokenizer: Tokenizer) -> torch.Tensor:
 
 
 def token_ids_to_text(ids: torch.Tensor, tokenizer: Tokenizer) -> str:
-    """The text of (T,) or (1, T) token ids; incomplete characters become U+FFFD."""
+    """The text of (T,) or (1, T) token ids; an incomplete character becomes U+FFFD."""
     return tokenizer.decode(ids.flatten().tolist())

@@ -1,10 +1,10 @@
-"""Data speed: preparing a text beside tiktoken alone, and batches beside the library datasets.
+"""Data speed: tokenizing a text compared with tiktoken alone, and batches with `datasets`.
 
     python -m benchmarks.data [megabytes] [rounds]
 
-Each figure is measured in a process of its own, the contenders in turn. The text is real text
-repeated with some of its words exchanged. tiktoken encodes it in memory, cut into documents, on
-all cores; preparing it also reads, decodes, hashes, splits and writes it.
+Each measurement has its own process, and the contenders take turns. The text is real text,
+repeated with some words swapped. tiktoken alone encodes documents in memory on all cores;
+preparing a text also reads, decodes, hashes, splits and writes it.
 """
 
 import importlib.util
@@ -86,7 +86,7 @@ def main(megabytes: int = 200, rounds: int = 3) -> None:
 
 
 def make_text(path: Path, size: int) -> None:
-    """Write size bytes of the sources' paragraphs in random order, some words exchanged."""
+    """Write size bytes of the sources' paragraphs in random order, with some words swapped."""
     chooser = random.Random(0)
     paragraphs = [
         paragraph
@@ -106,7 +106,7 @@ def make_text(path: Path, size: int) -> None:
 
 
 def in_a_process(part: str, text: Path, cache: Path | str) -> dict:
-    """Run one of the parts below in a process of its own and return what it measured."""
+    """Run one of PARTS in its own process and return its measurement."""
     done = subprocess.run(
         [sys.executable, "-m", "benchmarks.data", "--part", part, str(text), str(cache)],
         cwd=REPOSITORY,
@@ -117,22 +117,22 @@ def in_a_process(part: str, text: Path, cache: Path | str) -> dict:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-# ------------------------------------------------------------------- in processes of their own
+# ------------------------------------------------------------------------- in their own processes
 
 
 def measure_raw(text: Path, _: Path) -> dict:
-    """tiktoken's own batch call on all cores, on documents of 2,000 lines in memory."""
+    """tiktoken's batch encoding on all cores, of documents of 2,000 lines in memory."""
     lines = text.read_text(encoding="utf-8").splitlines(keepends=True)
     documents = ["".join(lines[i : i + 2000]) for i in range(0, len(lines), 2000)]
     encoding = GPT2Tokenizer()._encoding
     started_at = time.perf_counter()
-    encoding.encode_ordinary_batch(documents, num_threads=os.cpu_count())
+    encoding.encode_ordinary_batch(documents, num_threads=os.cpu_count() or 1)
     seconds = time.perf_counter() - started_at
     return {"seconds": seconds, "mb_per_s": text.stat().st_size / 1e6 / seconds}
 
 
 def measure_prepare(text: Path, cache: Path) -> dict:
-    """The whole preparation, or finding it again where the cache has it."""
+    """The preparation of a text, or its lookup where the cache has it."""
     before = peak_bytes() or math.nan
     started_at = time.perf_counter()
     tokenize(parse_data(str(text)), "gpt2", 0.9, cache)
@@ -145,7 +145,7 @@ def measure_prepare(text: Path, cache: Path) -> dict:
 
 
 def measure_loader(text: Path, cache: Path) -> dict:
-    """Shuffled batches of this project's loader."""
+    """Shuffled batches from this project's loader."""
     found = tokenize(parse_data(str(text)), "gpt2", 0.9, cache)
     plan, _ = plan_windows(
         found.n_tokens,
@@ -160,7 +160,7 @@ def measure_loader(text: Path, cache: Path) -> dict:
 
 
 def measure_datasets(text: Path, cache: Path) -> dict:
-    """Shuffled batches of the same windows from an Arrow table, by the library datasets."""
+    """Shuffled batches of the same windows from an Arrow table of `datasets`."""
     import datasets
 
     found = tokenize(parse_data(str(text)), "gpt2", 0.9, cache)
@@ -175,7 +175,7 @@ def measure_datasets(text: Path, cache: Path) -> dict:
 
 
 def batches_per_second(loader: torch.utils.data.DataLoader) -> float:
-    """How fast a loader gives its first BATCHES batches, the first left out."""
+    """The rate of a loader's first BATCHES batches, without the very first."""
     batches = iter(loader)
     next(batches)
     started_at, count = time.perf_counter(), 0

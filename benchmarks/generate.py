@@ -1,12 +1,12 @@
-"""Generation: tokens a second, and the wait for the first, beside transformers with its cache.
+"""Generation: tokens a second and time to the first token, compared with transformers.
 
     python -m benchmarks.generate [rounds]
 
-124M parameters with the same fresh weights, 64 tokens in, 128 out, greedily, one text and eight at
-a time; the contenders take turns, all in one process. The limit is what memory would allow that
-did nothing but read the weights of the products once a token; how fast it is read is measured in
-the same round. It ends with code 1 where our tokens in fp32 are not transformers' own, or bf16's
-logits are further from those of fp32 than they may be.
+A 124M model with fresh weights continues 64 tokens by 128, greedily, in batches of one and eight;
+the contenders take turns in one process. The limit is the rate at which memory could deliver the
+weights of the matrix products once for each token; its bandwidth is measured in the same round.
+The exit code is 1 if our fp32 tokens differ from transformers', or bf16's logits are too far from
+fp32's.
 """
 
 import statistics
@@ -34,28 +34,28 @@ from planning.plan import MODELS_FILE, read_models
 
 N_PROMPT, N_NEW = 64, 128
 BATCHES = (1, 8)
-N_READ = 1 << 28  # numbers of 4 bytes, far more than any cache of a processor
-N_COMPARED = 1024  # positions at which logits are held against those of fp32
-MOST_DIFFERENCE = 0.02  # of bf16's logits, by the standard deviation of fp32's
+N_READ = 1 << 28  # fp32 numbers, more than any processor's cache holds
+N_COMPARED = 1024  # positions whose logits are compared with fp32's
+MOST_DIFFERENCE = 0.02  # of bf16's logits, in standard deviations of fp32's
 BYTES = {"fp32": 4, "bf16": 2, "int8": 1}
 
-# (prompts of equal length, how many tokens to add) -> the ids that were added to each
+# (prompts of equal length, number of new tokens) -> the new ids of each
 Generate = Callable[[list[list[int]], int], list[list[int]]]
 
 
 @dataclass
 class Contender:
-    """Something that generates, and what was seen of it: seconds by batch, a round each."""
+    """A way to generate and its measurements: by batch size, the seconds of each round."""
 
     name: str
     weights: str
     generate: Generate
     first_s: dict[int, list[float]] = field(default_factory=lambda: {b: [] for b in BATCHES})
     all_s: dict[int, list[float]] = field(default_factory=lambda: {b: [] for b in BATCHES})
-    cold_first_s: float = 0.0  # in its first generation of all, ours before transformers'
+    cold_first_s: float = 0.0  # of its very first token; ours runs before transformers
 
     def measure(self, prompts: list[list[int]]) -> None:
-        """Time the first token, and a whole generation."""
+        """Time a first token, and a generation of N_NEW tokens."""
         for count, kept in ((1, self.first_s), (N_NEW, self.all_s)):
             began_at = time.perf_counter()
             self.generate(prompts, count)
@@ -110,7 +110,7 @@ def main(rounds: int = 5) -> None:
 
 
 def theirs(model: GPTModel, folder: Path, device: torch.device) -> Iterator[Contender]:
-    """transformers' GPT-2 with our weights, as it comes (fp32) and in bf16."""
+    """transformers' GPT-2 with our weights, in fp32 (its default) and in bf16."""
     from transformers import GPT2LMHeadModel
 
     save_for_transformers(model, folder)
@@ -139,7 +139,7 @@ def theirs(model: GPTModel, folder: Path, device: torch.device) -> Iterator[Cont
 
 
 def ours(model: GPTModel, device: torch.device) -> Iterator[Contender]:
-    """Our model with weights of each kind that the device has."""
+    """Our model with each kind of weights that the device supports."""
 
     def contender(kind: str) -> Contender:
         our_model = converted(model, kind, device)
@@ -155,19 +155,19 @@ def ours(model: GPTModel, device: torch.device) -> Iterator[Contender]:
 
 
 def kinds_on(device: torch.device) -> list[str]:
-    """The weights that load_run() offers on a device."""
+    """The kinds of weights that load_run() supports on a device."""
     return [kind for kind in BYTES if kind != "int8" or device.type == "cpu"]
 
 
 def converted(model: GPTModel, kind: str, device: torch.device) -> GPTModel:
-    """A copy of a model with weights of a kind, as load_run() makes it."""
+    """A copy of a model with this kind of weights, as load_run() makes it."""
     copy = deepcopy(model)
     convert_weights(copy, kind)
     return copy.to(device).eval()
 
 
 def memory_bandwidth(device: torch.device) -> float:
-    """Bytes a second at which a gigabyte is read, by the faster of two plain ways."""
+    """The bytes a second at which a gigabyte is read, by the faster of two reductions."""
     memory = torch.ones(N_READ, device=device)
     best = 0.0
     for read in (memory.sum, memory.amax):
@@ -179,7 +179,7 @@ def memory_bandwidth(device: torch.device) -> float:
 
 
 def compare(model: GPTModel, device: torch.device) -> dict[str, dict[str, float]]:
-    """How far logits are from those of fp32, by kind of weights, stepping through a text."""
+    """By kind of weights, the difference of decoding steps' logits from fp32's on one text."""
     ids = sample_tokens(N_COMPARED).tolist()
     exact = logits_of(converted(model, "fp32", device), ids)
     found = {}
@@ -194,7 +194,7 @@ def compare(model: GPTModel, device: torch.device) -> dict[str, dict[str, float]
 
 @torch.no_grad()
 def logits_of(model: nn.Module, ids: list[int]) -> torch.Tensor:
-    """(T, V) logits after each token of a text, a step of one position each."""
+    """(T, V) logits after each token of a text, by decoding steps of one position."""
     device = model.token_embedding.weight.device
     cache = KVCache([1], len(ids), device)
     rows = []
@@ -206,8 +206,7 @@ def logits_of(model: nn.Module, ids: list[int]) -> torch.Tensor:
 
 
 def row_of(contender: Contender, base: Contender, batch: int, reads: list[float]) -> dict:
-    """A line of the report; reads is how often a second memory could give a byte of each weight,
-    by round."""
+    """A row of the report; reads is the bandwidth in bytes of each weight a second, by round."""
     seconds = contender.all_s[batch]
     limits = [batch * per_s / BYTES[contender.weights] for per_s in reads]
     speeds = [batch * N_NEW / taken for taken in seconds]
@@ -228,7 +227,7 @@ def row_of(contender: Contender, base: Contender, batch: int, reads: list[float]
 
 
 def report(rows: list[dict], bandwidths: list[float], agreement: dict, same: bool) -> None:
-    """Print what was seen."""
+    """Print the measurements."""
     rates = ", ".join(f"{bandwidth / 1e9:.1f}" for bandwidth in bandwidths)
     say(f"memory is read at {rates} GB/s; {N_PROMPT} tokens in, {N_NEW} out")
     for row in rows:

@@ -1,13 +1,13 @@
-"""What a time of training teaches: validation loss against seconds and tokens, on two texts.
+"""Validation loss as a function of training time and tokens, on two texts.
 
     python -m benchmarks.learn [shakespeare] [shakespeare-30s] [ci]
 
-On tiny-shakespeare two sides train for the same time: GPT-2's form with AdamW, and Llama's with
-QK-norm and Muon. Each first tries the same number of learning rates, a factor of two apart, for a
-part of the time; the best one is then trained with three seeds. On ci, and for 30 s, the second
-trains alone, at one rate.
-Runs are the trainer's own, from a settings file to train(); losses are over the whole validation
-text. The time of training is without import, evaluation and compiling, which are printed.
+On tiny-shakespeare two sides train for the same time: GPT-2's architecture with AdamW, and Llama's
+with QK-norm and Muon. Each first tries the same number of learning rates, a factor of two apart,
+for a share of the time, then trains at the best one with three seeds. For 30 s, and on ci, only
+the second side trains, at one rate.
+Runs use the trainer itself, from a settings file to train(); losses are over the full validation
+text. Training time excludes import, evaluation and compiling, which are printed.
 """
 
 import contextlib
@@ -29,8 +29,8 @@ from training.learner import mean_loss
 
 TEXTS = Path(__file__).resolve().parents[2] / "shared" / "data"
 SEEDS = (1, 2, 3)
-SWEEP_SHARE = 0.15  # of the time, for each learning rate that is tried
-# a run's steps are counted beforehand, from a few that are timed: room for slower ones
+SWEEP_SHARE = 0.15  # of the time, for each learning rate of the sweep
+# the trainer plans a run's steps from a few timed ones: a margin for slower ones
 BUDGET_SHARE = 0.95
 MUON_RATES = (3e-3, 6e-3, 1.2e-2)
 ADAMW_RATES = (1.5e-3, 3e-3, 6e-3)
@@ -49,7 +49,7 @@ RESUME = False
 
 @dataclass(frozen=True)
 class Side:
-    """One way to train, and the learning rates that it may choose from."""
+    """A model with its settings, and the learning rates of its sweep."""
 
     name: str
     model: str  # of config.json
@@ -59,7 +59,7 @@ class Side:
 
 @dataclass(frozen=True)
 class Case:
-    """A text, a time of training, and the loss that is to be reached in it."""
+    """A text, a training time, and the loss to reach in it."""
 
     name: str
     text: str  # a file of TEXTS
@@ -71,7 +71,7 @@ class Case:
 
 
 def cases() -> dict[str, Case]:
-    """The recipes of docs/recipes.md, and GPT-2's form at the same size beside them."""
+    """The recipes of docs/recipes.md, and GPT-2's architecture at the same size."""
     batch = {"batch_size": 16, "sampling": "random", "eval_iter": 5, "schedule": "wsd"}
     small = {"n_layers": 6, "n_heads": 3, "emb_dim": 192, "tie_embeddings": True}
 
@@ -83,10 +83,10 @@ def cases() -> dict[str, Case]:
         )
 
     both = sides("llama-mini", small, 256)
-    # where little time is left every evaluation counts, and more, smaller steps learn more
+    # in a short run evaluations are costly, and more, smaller steps learn more
     short = both[0].custom_params | {"max_length": 128, "eval_iter": 2, "eval_freq": 100}
     alone = Side(both[0].name, both[0].model, short, (6e-3,))
-    # a text that is read four times in that time is learnt by heart without dropout
+    # four epochs of a text overfit without dropout
     shallow = short | {"model_overrides": {"n_layers": 4, "drop_rate": 0.1}}
     poems = Side(alone.name, alone.model, shallow, (1.2e-2,))
     listed = (
@@ -99,7 +99,7 @@ def cases() -> dict[str, Case]:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a run came to. seconds and tokens belong to the points of the curve."""
+    """The results of a run; seconds, tokens and losses are the points of its curve."""
 
     seed: int
     rate: float
@@ -109,11 +109,11 @@ class Outcome:
     steps: int
     seconds: list[float]
     tokens: list[int]
-    losses: list[float]  # each over some of the validation text
+    losses: list[float]  # each over part of the validation text
 
 
 def main(names: list[str]) -> None:
-    """Run the named cases (all without a name), print a table, write results and curves."""
+    """Run the named cases (all by default), print a table, write results and curves."""
     use_utf8()
     known = cases()
     if unknown := [name for name in names if name not in known]:
@@ -174,7 +174,7 @@ def measure(case: Case) -> dict:
 
 
 def run(case: Case, side: Side, rate: float, seed: int, share: float) -> Outcome:
-    """Train once, for a share of the case's time, in a folder that is then gone."""
+    """Train once, for a share of the case's time, in a temporary folder."""
     params = side.custom_params | {
         "learning_rate": rate,
         "time_budget_minutes": BUDGET_SHARE * share * case.seconds / 60,
@@ -225,7 +225,7 @@ def run(case: Case, side: Side, rate: float, seed: int, share: float) -> Outcome
 
 
 def draw(case: Case, row: dict, path: Path) -> None:
-    """Both sides' curves, every seed, against seconds and against tokens, as a PNG."""
+    """Plot the curves of all sides and seeds over seconds and over tokens, as a PNG."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(11, 4.2), layout="constrained")

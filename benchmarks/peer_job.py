@@ -1,6 +1,6 @@
-"""What a contender is told and what it reports: one JSON file each, read and written here.
+"""A contender's job and its report, one JSON file each.
 
-Imported in the peers' environment too, so it needs nothing of the project and numpy alone.
+The peers' environment imports it too, so it needs only numpy.
 """
 
 import json
@@ -15,10 +15,10 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Job:
-    """Steps to train on the windows of a token file, in their order.
+    """Steps to train on the windows of a token file, in order.
 
     tokens is a .npy of uint16; weights a folder in transformers' GPT-2 format; model the fields
-    of a GPTConfig; report the file to write. precision "auto" is the contender's own choice.
+    of a GPTConfig; report the file to write. precision "auto" is the contender's default.
     """
 
     tokens: str
@@ -45,25 +45,25 @@ class Job:
 
 
 def read_job(path: str) -> Job:
-    """The job of a file that peers.py wrote."""
+    """Read a job that peers.py wrote."""
     return Job(**json.loads(Path(path).read_text(encoding="utf-8")))
 
 
 class StepClock:
-    """Seconds from each mark to the next, so that no part of the loop is left out."""
+    """Times the steps from mark to mark, so that they include all of the loop."""
 
     def __init__(self) -> None:
         self._marks: list[float] = []
-        self.first_step_at: float | None = None  # by the wall clock, when the first step ended
+        self.first_step_at: float | None = None  # the wall clock at the end of the first step
 
     def mark(self) -> None:
-        """A step ends here and the next begins; the first mark begins the first step."""
+        """Mark the end of a step and the start of the next; the first mark starts the first."""
         self._marks.append(time.perf_counter())
         if len(self._marks) == 2:
             self.first_step_at = time.time()
 
     def seconds(self) -> list[float]:
-        """What each step took."""
+        """The duration of each step."""
         return [end - start for start, end in zip(self._marks, self._marks[1:], strict=False)]
 
 
@@ -77,10 +77,10 @@ def report(
     precision: str,
     versions: dict[str, str],
 ) -> None:
-    """Write what a contender measured.
+    """Write a contender's measurements.
 
-    losses has one entry a step, or none; in_products is N of 6N + 12LHQT: the parameters that
-    take part in products, each counted once.
+    losses has an entry for each step, or none; in_products is N of 6N + 12LHDT: the parameters of
+    matrix products, each counted once.
     """
     model = job.model
     attention = 12 * model["n_layers"] * model["emb_dim"] * job.max_length
@@ -98,10 +98,10 @@ def report(
 
 
 def peak_bytes() -> int | None:
-    """The most memory that this process has held, None on Windows."""
+    """The peak resident memory of this process; None on Windows."""
     status = Path("/proc/self/status")
     if status.exists():
-        # not getrusage: its figure begins with what the parent held when it started this process
+        # not getrusage, whose peak includes the parent's memory at the fork
         for line in status.read_text(encoding="ascii").splitlines():
             if line.startswith("VmHWM:"):
                 return int(line.split()[1]) * 1024

@@ -2,8 +2,8 @@
 
 python -m benchmarks.peer_litgpt JOB
 
-Its nearest model to GPT-2 has rotary positions and a vocabulary padded to a multiple of 64.
-Precision and compile are as it ships them.
+Its closest model to GPT-2 has rotary positions and a vocabulary padded to a multiple of 64.
+Precision and compiling are its defaults.
 """
 
 import csv
@@ -24,40 +24,40 @@ from benchmarks.peer_job import Job, StepClock, read_job, report
 
 
 class Windows(IterableDataset):
-    """The job's windows in their order; with a clock, each batch marks the end of a step."""
+    """The job's windows in order; with a clock, each batch marks the end of a step."""
 
     def __init__(self, job: Job, clock: StepClock | None) -> None:
         self.job, self.clock = job, clock
 
     def __iter__(self):
         for number, window in enumerate(self.job.windows()):
-            # litgpt asks for a batch when the step before has ended
+            # litgpt requests a batch at the end of the previous step
             if self.clock is not None and number % self.job.batch_size == 0:
                 self.clock.mark()
             yield torch.from_numpy(window)
 
 
 class Tokens(DataModule):
-    """The job's windows as litgpt takes them."""
+    """The job's windows as a litgpt DataModule."""
 
     def __init__(self, job: Job, clock: StepClock) -> None:
         super().__init__()
         self.job, self.clock = job, clock
 
     def connect(self, **_) -> None:
-        """Nothing is to be known of tokenizer and batch."""
+        """Ignore the tokenizer and the batch size."""
 
     def train_dataloader(self) -> DataLoader:
-        """Batches to train on."""
+        """The training batches."""
         return DataLoader(Windows(self.job, self.clock), batch_size=self.job.batch_size)
 
     def val_dataloader(self) -> DataLoader:
-        """Batches to validate on."""
+        """The validation batches."""
         return DataLoader(Windows(self.job, None), batch_size=self.job.batch_size)
 
 
 def nearest_model(shape: dict) -> Config:
-    """litgpt's configuration that comes nearest to a GPTConfig's fields."""
+    """litgpt's closest configuration to a GPTConfig's fields."""
     return Config(
         name="gpt2-like",
         block_size=shape["context_length"],
@@ -81,7 +81,7 @@ def main(job: Job) -> None:
         trained.append(build(config))
         return trained[-1]
 
-    # both lie outside the steps that are timed: the count of parameters, and 2 GB on the disk
+    # neither affects a timed step: the model for its parameter count, and no 2 GB checkpoint
     pretrain.GPT = keep_model
     pretrain.save_checkpoint = lambda *_: None
     config = nearest_model(job.model)

@@ -14,7 +14,7 @@ from model import GPTConfig
 
 
 def main(job: Job) -> None:
-    """Train as train.py does, with its own loader and step, and report."""
+    """Train with train.py's loader and step, and report."""
     device = torch.device(job.device)
     precision = choose_precision(job.precision, device)
     windows = WindowDataset(np.load(job.tokens, mmap_mode="r"), job.max_length, job.max_length)

@@ -15,7 +15,7 @@ from benchmarks.peer_job import Job, StepClock, read_job, report
 
 
 class Windows(IterableDataset):
-    """The windows in their order; a map-style dataset would be shuffled."""
+    """The windows in order; Trainer would shuffle a map-style dataset."""
 
     def __init__(self, job: Job) -> None:
         self.job = job
@@ -23,7 +23,7 @@ class Windows(IterableDataset):
     def __iter__(self):
         for window in self.job.windows():
             targets = torch.from_numpy(window[1:])
-            # shift_labels: as many targets as ids, where labels alone would leave out one
+            # shift_labels gives each id a target; labels alone would leave out one
             yield {
                 "input_ids": torch.from_numpy(window[:-1]),
                 "labels": targets,
@@ -32,7 +32,7 @@ class Windows(IterableDataset):
 
 
 class Clock(TrainerCallback):
-    """Marks where Trainer's steps begin and end."""
+    """Marks the start and the end of Trainer's steps."""
 
     def __init__(self) -> None:
         self.steps = StepClock()

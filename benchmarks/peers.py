@@ -1,13 +1,13 @@
-"""The 124M model's training beside transformers' Trainer and litgpt: speed, losses and memory.
+"""Training the 124M model, compared with transformers' Trainer and litgpt: speed, loss and memory.
 
 Run by python -m benchmarks.train --peers (both) or --memory (memory alone).
 
-The peers run in an environment of their own, cache/peers-venv, made from requirements-peers.txt
-and requirements-peers-no-deps.txt.
+The peers have their own environment, cache/peers-venv, made from requirements-peers.txt and
+requirements-peers-no-deps.txt.
 Each contender is a process that trains on the same tokens in the same shapes with the same
-optimizer settings, the contenders in turn. transformers starts from our weights: where its losses
-at steps 1, 10 and 50 are not ours its row is void. litgpt trains the nearest model that it has, so
-it is compared in 6N + 12LHQT a second, and its loss must fall.
+optimizer settings; they take turns. transformers starts from our weights, and its row is void if
+its losses at steps 1, 10 and 50 differ from ours. litgpt trains its closest model, so it is
+compared in 6N + 12LHDT a second, and its loss must fall.
 """
 
 import dataclasses
@@ -20,6 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -48,7 +49,7 @@ LEARNING_RATE = 1e-4
 
 @dataclass(frozen=True)
 class Contender:
-    """One row: the module that trains, in which precision, and what its losses are held to."""
+    """A row: the module that trains, its precision, and the check of its losses."""
 
     name: str
     module: str
@@ -57,7 +58,7 @@ class Contender:
 
 
 OURS = Contender("ours", "benchmarks.peer_ours")
-# what losses in fp32 are held against: bf16's own error is as large as the tolerance
+# the reference for losses in fp32, since bf16's error is as large as the tolerance
 OURS_FP32 = Contender("ours-fp32", "benchmarks.peer_ours", "fp32")
 PEERS = (
     Contender("transformers", "benchmarks.peer_transformers", "fp32"),
@@ -69,20 +70,20 @@ MEMORY_PEER = PEERS[1]
 
 @dataclass(frozen=True)
 class Race:
-    """What all contenders train: the model, the batch and how many steps."""
+    """The model, the batch and the steps of all contenders."""
 
     config: GPTConfig
     batch_size: int
     rounds: int = 3
     steps: int = 8  # in a round
-    warm_up: int = 3  # of them, left out
-    checked_steps: int = LOSS_STEPS[-1]  # in the run for the losses
+    warm_up: int = 3  # of them, not timed
+    checked_steps: int = LOSS_STEPS[-1]  # in the run that checks the losses
 
 
 def main(rounds: int, only: list[str] | None) -> None:
-    """Compare the speed in so many rounds (0: not at all), then the memory; write the results.
+    """Compare the speed in `rounds` rounds (0: skip it), then the memory; write the results.
 
-    only names the contenders to run beside ours, None for all.
+    only names the contenders to run besides ours, None for all.
     """
     known = [peer.name for peer in PEERS]
     if unknown := [name for name in only or () if name not in known]:
@@ -98,7 +99,7 @@ def main(rounds: int, only: list[str] | None) -> None:
         results = {"machine": machine(device)} | results
         say(f"written to {write_results('peers', device, results)}")
     if MEMORY_PEER in peers:
-        # two steps: from the second on the optimizer's moments are there
+        # two steps, since the optimizer allocates its moments in the first
         race = Race(GPTConfig(**shape | {"context_length": 1024}), batch_size=8, steps=2)
         with tempfile.TemporaryDirectory() as folder:
             results = compare_memory(race, device, Path(folder))
@@ -115,17 +116,19 @@ def compare_speed(race: Race, peers: list[Contender], device: torch.device, fold
     for contender in [*contenders, OURS_FP32] if needs_fp32 else contenders:
         say(f"{contender.name}: losses of {race.checked_steps} steps")
         checks[contender.name] = run(contender, race, race.checked_steps, device, folder, True)
-    reports = {contender.name: [] for contender in contenders}
-    rates, loads = [], []
+    reports: dict[str, list[dict]] = {contender.name: [] for contender in contenders}
+    calibrations, loads = [], []
     for number in range(race.rounds):
         loads.append(os.getloadavg()[0] if hasattr(os, "getloadavg") else None)
-        rates.append(calibrate(race, device))
+        calibrations.append(calibrate(race, device))
         say(f"round {number + 1} of {race.rounds}")
         for contender in contenders:
             if "failed" not in checks[contender.name]:
                 done = run(contender, race, race.steps, device, folder, False)
                 reports[contender.name].append(done)
-    rates = {name: statistics.median(rate[name] for rate in rates) for name in rates[0]}
+    rates = {
+        name: statistics.median(rates[name] for rates in calibrations) for name in calibrations[0]
+    }
     rows = [make_row(contender, race, checks, reports, rates) for contender in contenders]
     print_rows(rows, rates)
     return {
@@ -138,8 +141,8 @@ def compare_speed(race: Race, peers: list[Contender], device: torch.device, fold
 
 
 def calibrate(race: Race, device: torch.device) -> dict[str, float]:
-    """What this machine reaches now in bf16, in floating point operations a second: the best large
-    product, and the model's own products alone."""
+    """This machine's bf16 rates, in floating point operations a second: of the best large matrix
+    product, and of the model's own products."""
     n_tokens = race.batch_size * race.config.context_length
     return {
         "bf16": multiply_rate(torch.bfloat16, device),
@@ -154,10 +157,10 @@ def make_row(
     reports: dict[str, list[dict]],
     rates: dict[str, float],
 ) -> dict:
-    """The figures of a contender: medians over the rounds, with the least and the most.
+    """The results of a contender: medians over the rounds, with minimum and maximum.
 
-    "void" says why a row counts for nothing, None where it counts. "ratio" is how many times as
-    fast ours is, in tokens a second, or for another model in operations a second.
+    "void" is why a row does not count, None where it does. "ratio" is how many times as fast ours
+    is, in tokens a second, or for another model in operations a second.
     """
     check, done = checks[contender.name], reports[contender.name]
     failures = [report["failed"] for report in (check, *done) if "failed" in report]
@@ -199,29 +202,29 @@ def make_row(
 
 
 def median_step(report: dict, race: Race) -> float:
-    """The median time of a step of a round, in seconds, without those of warming up."""
+    """The median time of a round's steps after the warm-up, in seconds."""
     return statistics.median(report["step_s"][race.warm_up :])
 
 
-def spread(values) -> dict[str, float]:
-    """Median, least and most."""
+def spread(values: Iterable[float]) -> dict[str, float]:
+    """Median, minimum and maximum."""
     values = list(values)
     return {"median": statistics.median(values), "min": min(values), "max": max(values)}
 
 
 def disagreement(ours: list[float], theirs: list[float]) -> str | None:
-    """Why two runs are not the same training, None where they are: one loss a step each."""
+    """Why the losses of two runs, one a step, differ; None where they agree."""
     for step in LOSS_STEPS:
         if min(len(ours), len(theirs)) < step:
             return f"no loss of step {step} to compare"
         mine, other = ours[step - 1], theirs[step - 1]
-        if not abs(mine - other) <= LOSS_TOLERANCE:  # so that nan is no agreement
+        if not abs(mine - other) <= LOSS_TOLERANCE:  # nan does not agree
             return f"its loss of step {step} is {other:.3f}, ours {mine:.3f}"
     return None
 
 
 def not_falling(losses: list[float]) -> str | None:
-    """Why a run is no training, None where its loss falls."""
+    """Why a run's loss does not fall; None where it does."""
     if len(losses) < LOSS_STEPS[-1]:
         return f"no loss of step {LOSS_STEPS[-1]}"
     first, last = losses[0], losses[LOSS_STEPS[-1] - 1]
@@ -255,7 +258,7 @@ def print_rows(rows: list[dict], rates: dict[str, float]) -> None:
 
 
 def compare_memory(race: Race, device: torch.device, folder: Path) -> dict:
-    """The most memory that our steps and those of transformers' Trainer with bf16 take."""
+    """The peak memory of our steps and of transformers' Trainer in bf16."""
     write_inputs(race, folder)
     ours, theirs = (
         run(contender, race, race.steps, device, folder, True) for contender in (OURS, MEMORY_PEER)
@@ -288,11 +291,11 @@ def compare_memory(race: Race, device: torch.device, folder: Path) -> dict:
     return results
 
 
-# ------------------------------------------------------------------------------ running them
+# ------------------------------------------------------------------------------- running them
 
 
 def peers_python() -> Path:
-    """The Python of the peers' environment, made first where it is missing or out of date."""
+    """The Python of the peers' environment, which is created if missing or out of date."""
     place = usable_cache() / "peers-venv"
     python = place / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
     marker = place / "requirements.sha256"
@@ -316,9 +319,9 @@ def run(
     folder: Path,
     keep_losses: bool,
 ) -> dict:
-    """Let a contender train in a process of its own; returns its report.
+    """Train with a contender in its own process; returns its report.
 
-    The report is {"failed": reason} where a peer fails; where ours does, RuntimeError is raised.
+    It is {"failed": reason} where a peer fails. Raises RuntimeError where ours fails.
     """
     result = folder / "report.json"
     job = Job(
@@ -356,7 +359,7 @@ def run(
 
 
 def write_inputs(race: Race, folder: Path) -> None:
-    """Write what the contenders read: the tokens, and our fresh weights for transformers."""
+    """Write the contenders' inputs: the tokens, and our fresh weights for transformers."""
     most_steps = max(race.steps, race.checked_steps) + 1
     n_tokens = most_steps * race.batch_size * race.config.context_length + 1
     np.save(folder / "tokens.npy", sample_tokens(n_tokens))
@@ -364,7 +367,7 @@ def write_inputs(race: Race, folder: Path) -> None:
 
 
 def sample_tokens(count: int) -> np.ndarray:
-    """So many GPT-2 tokens of the repository's texts, over and over, as uint16."""
+    """`count` GPT-2 tokens of the repository's texts, repeated, as uint16."""
     tokenizer = GPT2Tokenizer()
     ids = [token for path in TEXTS for token in tokenizer.encode(path.read_text(encoding="utf-8"))]
     return np.fromiter(itertools.islice(itertools.cycle(ids), count), np.uint16, count)
@@ -373,7 +376,7 @@ def sample_tokens(count: int) -> np.ndarray:
 def save_for_transformers(model: GPTModel, folder: Path) -> None:
     """Write a model of the "gpt2" architecture as a folder that GPT2LMHeadModel reads.
 
-    Our qkv may have no bias and theirs has one, so it is 0; their matrices are (inputs, outputs).
+    A qkv bias that we lack is 0; their matrices are (inputs, outputs).
     """
     config = model.config
     settings = {
@@ -385,7 +388,7 @@ def save_for_transformers(model: GPTModel, folder: Path) -> None:
         "n_head": config.n_heads,
         "n_layer": config.n_layers,
         "n_inner": config.ff_dim,
-        "activation_function": {"gelu": "gelu_new", "relu": "relu"}[config.activation],
+        "activation_function": "gelu_new" if config.activation == "gelu" else config.activation,
         "tie_word_embeddings": config.tie_embeddings,
         "resid_pdrop": config.drop_rate,
         "embd_pdrop": config.drop_rate,

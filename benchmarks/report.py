@@ -1,4 +1,4 @@
-"""Where figures are kept: one JSON file for each benchmark and kind of device."""
+"""The results files: one JSON file for each benchmark and type of device."""
 
 import os
 import platform
@@ -12,7 +12,7 @@ RESULTS = Path(__file__).resolve().parent / "results"
 
 
 def machine(device: torch.device) -> dict:
-    """What figures depend on: device, cores, threads and versions."""
+    """What results depend on: device, cores, threads and versions."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
     return {
         "device": device.type,
@@ -25,7 +25,7 @@ def machine(device: torch.device) -> dict:
 
 
 def write_results(benchmark: str, device: torch.device, results: dict) -> Path:
-    """Write a benchmark's figures under benchmarks/results/ and return the file's path."""
+    """Write a benchmark's results under benchmarks/results/ and return the file's path."""
     make_folder(RESULTS)
     path = RESULTS / f"{benchmark}-{device.type}.json"
     write_json(path, results)

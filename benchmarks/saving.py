@@ -1,8 +1,8 @@
-"""What saving costs: a checkpoint of the 124M model, and the way from SIGTERM to saved and ended.
+"""The time to save a checkpoint of the 124M model, and from SIGTERM to a saved run's exit.
 
     python -m benchmarks.saving [rounds]
 
-The first is timed in this process and set against the default interval between checkpoints; the
+The first is timed in this process, as a share of the default interval between checkpoints; the
 second in runs of main.py (batches of 4 x 256 tokens), each stopped at another moment.
 """
 
@@ -40,7 +40,7 @@ custom_params = {"batch_size": 4, "max_length": 256, "eval_iter": 1, "start_cont
 
 
 def main(rounds: int = 5) -> None:
-    """Print both figures and write the results."""
+    """Print both times and write the results."""
     use_utf8()
     device = pick_device(None)
     with tempfile.TemporaryDirectory() as folder:
@@ -66,7 +66,7 @@ def main(rounds: int = 5) -> None:
 
 
 def time_saves(folder: Path, device: torch.device, rounds: int) -> tuple[list[float], int]:
-    """Seconds of each save of a 124M model with new best weights, and the bytes that one writes."""
+    """The seconds of each save of a 124M model with new best weights, and the bytes of one."""
     models, _ = read_models(MODELS_FILE)
     torch.manual_seed(0)
     config = GPTConfig(vocab_size=50257, **models["gpt2-124m"] | {"context_length": 256})
@@ -81,13 +81,15 @@ def time_saves(folder: Path, device: torch.device, rounds: int) -> tuple[list[fl
         began_at = time.perf_counter()
         store.save(step, model, optimizer, {"step": step}, best)
         seconds.append(time.perf_counter() - began_at)
-    newest = [store.newest(), *folder.glob(f"best/*{rounds}")]
-    n_bytes = sum(path.stat().st_size for place in newest for path in place.iterdir())
+    newest = store.newest()
+    assert newest is not None, "it has just been saved"
+    files = [*newest.iterdir(), *folder.glob(f"best/*{rounds}/*")]
+    n_bytes = sum(path.stat().st_size for path in files)
     return seconds, n_bytes
 
 
 def time_stop(folder: Path, seed: int) -> float:
-    """Seconds from SIGTERM, at a random moment of training, to the end of a run that has saved."""
+    """The seconds from SIGTERM, at a random moment of training, to the exit of the saved run."""
     folder.mkdir()
     (folder / "settings.py").write_text(SETTINGS, encoding="utf-8")
     process = subprocess.Popen(
@@ -97,8 +99,9 @@ def time_stop(folder: Path, seed: int) -> float:
         stderr=subprocess.DEVNULL,
         encoding="utf-8",
     )
+    assert process.stdout is not None, "it is a pipe"
     for line in process.stdout:
-        if line.startswith("Before training: a"):  # its sample, just before the first step
+        if line.startswith("Before training: a"):  # the sample just before the first step
             break
     time.sleep(random.Random(seed).uniform(4, 12))
     began_at = time.perf_counter()

@@ -1,12 +1,12 @@
-"""What training by several processes costs: their tokens a second beside those of one.
+"""The efficiency of several processes: their tokens a second divided by one process's.
 
     python -m benchmarks.scale [--ranks N] [--rounds N] [--kinds ddp fsdp]
 
-A 10.9M model of characters is trained by main.py itself, with gradient accumulation 4 and the
-same batch each time: by one process with all cores, and by N processes that share them (default
-2), in turn. Efficiency is the ranks' tokens a second divided by those of the one process, round by
-round; on GPUs, where each rank brings one of its own, by N times those. What counts is a run's last
-evaluation: it has the speed of the steps since the one before.
+main.py trains a 10.9M character model with gradient accumulation 4 and the same batch each time:
+on one process with all cores, and on N ranks that share them (default 2), in turn. Efficiency is
+the ranks' tokens a second divided by one process's, round by round; on GPUs, where each rank has
+its own, by N times that. A run's speed is the mean of its evaluations after the warm-up, each of
+which covers the steps since the one before.
 """
 
 import argparse
@@ -75,7 +75,7 @@ def main(arguments: list[str]) -> None:
 
 
 def train(name: str, ranks: int, speeds: list[float]) -> dict:
-    """Train once in a folder of its own, and add its tokens a second; returns settings.json."""
+    """Train once in a temporary folder, and append its tokens a second; returns settings.json."""
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder, "settings.py")
         kind = "auto" if name == "one" else name
@@ -84,7 +84,8 @@ def train(name: str, ranks: int, speeds: list[float]) -> dict:
         settings = SETTINGS.format(text=text, kind=kind, name=name, **counts)
         file.write_text(settings, encoding="utf-8")
         launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
-        command = [sys.executable, *(launcher if ranks > 1 else []), REPOSITORY / "main.py", file]
+        main_py = str(REPOSITORY / "main.py")
+        command = [sys.executable, *(launcher if ranks > 1 else []), main_py, str(file)]
         threads = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
         done = subprocess.run(
             command,
@@ -99,7 +100,7 @@ def train(name: str, ranks: int, speeds: list[float]) -> dict:
         rows = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
         measured = [json.loads(row) for row in rows if "train/tok_per_sec" in row]
         assert [row["step"] for row in measured] == [WARM_UP, 2 * WARM_UP, STEPS]
-        # the slowest of those after the warm-up would be the machine's fault, the fastest its luck
+        # the mean, since the slowest and the fastest are chance
         speeds.append(statistics.mean(row["train/tok_per_sec"] for row in measured[1:]))
         return json.loads((run / "settings.json").read_text(encoding="utf-8"))
 
@@ -107,7 +108,7 @@ def train(name: str, ranks: int, speeds: list[float]) -> dict:
 def describe(
     kind: str, ranks: int, speeds: list[float], of_one: list[float], times_one: int
 ) -> dict:
-    """A contender's figures, which are printed: tokens a second and efficiency, round by round."""
+    """Print and return a contender's tokens a second and efficiency, round by round."""
     by_round = [own / (times_one * one) for own, one in zip(speeds, of_one, strict=True)]
     efficiency = statistics.median(by_round)
     say(

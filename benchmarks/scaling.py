@@ -1,13 +1,13 @@
-"""Scaling, on paper: memory a rank and time a step on 1 to 1,024 GPUs, under DDP and FSDP2.
+"""A model of scaling: memory a rank and time a step on 1 to 1,024 GPUs, with DDP and FSDP2.
 
     python -m benchmarks.scaling [--recompute] [--device-results FILE] [--inside GB_S]
                                  [--between GB_S]
     python -m benchmarks.scaling --measure
 
-Parameters and work are counted on the real model, activations are measured. Without
---device-results the speed of a GPU is a published one, which nobody has measured here; --measure
-writes the file that replaces it, on a CPU or GPU. The network's terms are assumptions:
-Network and Assumptions have them all. docs/scaling.md shows the tables and says what they mean.
+Parameters and operations are counted on the real model, activations are measured. Without
+--device-results a GPU's speed is a published one, not measured here; --measure writes a file that
+replaces it, on a CPU or GPU. Network and Assumptions have what is assumed of the network.
+docs/scaling.md explains the tables.
 """
 
 import argparse
@@ -18,7 +18,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -30,9 +30,9 @@ from engine.console import say, use_utf8
 from engine.memory import (
     OPTIMIZER_BYTES,
     MemoryEstimate,
-    _head_bytes,
     available_memory,
     halved,
+    head_bytes,
     is_out_of_memory,
     measure_activations,
 )
@@ -45,8 +45,8 @@ PARALLEL = ("ddp", "fsdp")
 RANKS = (1, 2, 4, 8, 16, 64, 256, 1024)
 FP32, BF16 = 4, 2  # bytes
 GPU_BF16 = Precision("bf16", "assumed of every GPU here", "cuda")
-# what --measure times, as benchmarks/train.py does: windows, n_layers and n_tokens; a model cut in
-# depth has the speed of the whole one, but for the head's larger share
+# windows, n_layers and n_tokens that --measure times, as benchmarks/train.py does; a model with
+# fewer layers has the same speed, but for the head's larger share
 SIZES = {
     "cpu": {"124M": (4, 12, 256)},
     "cuda": {"124M": (32, 12, 1024), "1.5B": (16, 8, 1024), "7B": (4, 4, 4096)},
@@ -56,7 +56,7 @@ SIZES = {
 class Activations(NamedTuple):
     """Bytes that a model of one block keeps for its backward pass, and those of each further one.
 
-    fixed is there whatever the number of windows: weights in bf16, which FSDP2 doesn't keep.
+    fixed does not depend on the micro-batch: the weights in bf16, which FSDP2 does not keep.
     """
 
     fixed: int
@@ -66,14 +66,14 @@ class Activations(NamedTuple):
 
 
 class Case(NamedTuple):
-    """A model, and how many windows of its context one optimizer step takes over all ranks."""
+    """A model and the windows of an optimizer step on all ranks."""
 
     name: str
     config: GPTConfig
     n_windows: int
     published_mfu: float  # of an H100's dense bf16 peak, by 6N + 12LHDT
     source: str
-    kept: Activations | None = None  # None where it is not yet known
+    kept: Activations | None = None  # None if not measured yet
 
 
 def cases() -> list[Case]:
@@ -81,7 +81,8 @@ def cases() -> list[Case]:
     models, _ = read_models(MODELS_FILE)
     small = models["gpt2-124m"] | {"vocab_size": 50257, "drop_rate": 0.0}
     xl = small | {"n_layers": 48, "emb_dim": 1600, "n_heads": 25}
-    llama = {"vocab_size": 32000, "context_length": 4096, "emb_dim": 4096, "n_heads": 32}
+    llama: dict[str, Any] = {"vocab_size": 32000, "context_length": 4096}
+    llama |= {"emb_dim": 4096, "n_heads": 32}
     llama |= {"n_layers": 32, "architecture": "llama", "tie_embeddings": False}
     return [
         Case("124M", GPTConfig(**small), 512, 0.41, "llm.c, 124M on 8 H100"),
@@ -91,20 +92,20 @@ def cases() -> list[Case]:
 
 
 class Counts(NamedTuple):
-    """Parameters, and floating point operations a token, forward and backward."""
+    """Parameters, and a token's floating point operations, forward and backward."""
 
     parameters: int
-    block: int  # one block's Linear modules, the group that FSDP2 gathers in bf16
-    root: int  # all else, which it gathers in fp32
+    block: int  # one block's Linear modules, which FSDP2 all-gathers in bf16
+    root: int  # the others, which it all-gathers in fp32
     flop: float
     block_flop: float
     head_flop: float
-    head_weight: torch.Tensor  # on the meta device: its shape alone
+    head_weight: torch.Tensor  # on the meta device
 
 
 @functools.cache
 def count(config: GPTConfig) -> Counts:
-    """Count on the real model, which is built without memory for its weights."""
+    """Count on the real model, built on the meta device."""
     with torch.device("meta"):
         model = GPTModel(config)
     linear = [layer for layer in model.blocks[0].modules() if isinstance(layer, nn.Linear)]
@@ -117,11 +118,11 @@ def count(config: GPTConfig) -> Counts:
 
 
 def measure_few_layers(config: GPTConfig, device: torch.device) -> Activations:
-    """Measure a model of this width with one block, and with two; any weights will do."""
+    """Measure a model of this width with one block, and with two, whose weights are zeros."""
     measured = []
     for n_layers in (1, 2):
         with torch.device("meta"):
-            # a vocabulary of any size: nothing is kept of it beside the weights
+            # a small vocabulary: of it only the weights are kept
             model = GPTModel(replace(config, vocab_size=64, n_layers=n_layers))
         model.to_empty(device=device)
         for tensor in (*model.parameters(), *model.buffers()):
@@ -135,15 +136,15 @@ def measure_few_layers(config: GPTConfig, device: torch.device) -> Activations:
 
 @dataclass(frozen=True)
 class Assumptions:
-    """What neither a count nor a measurement gives."""
+    """What is neither counted nor measured."""
 
-    reserved: float = 4e9  # of a GPU's memory: CUDA, NCCL's buffers, gaps
-    launched_s: float = 90 * 5e-6  # kernels of a block, not compiled, and the host's time for each
-    # a parameter's bytes through memory: AdamW 28, the norm of the gradient 4, clipping it 8
+    reserved: float = 4e9  # of a GPU's memory: CUDA, NCCL's buffers, fragmentation
+    launched_s: float = 90 * 5e-6  # an uncompiled block's kernels times the launch time of each
+    # memory traffic of a parameter: AdamW 28, the norm of the gradient 4, clipping it 8
     once_bytes: float = 40.0
-    overlap: float = 0.9  # of a message beside computing; the rest of it holds the computing up
-    bucket: float = 25 * 2**20  # DDP's messages, in bytes
-    # the ranks' hosts agree on flags by gloo, which goes around all of them twice
+    overlap: float = 0.9  # the share of a message that overlaps with computation
+    bucket: float = 25 * 2**20  # the bytes of a DDP bucket
+    # gloo's all-reduce of flags, twice around the ring of ranks
     agree_hop_s: float = 30e-6
 
 
@@ -152,24 +153,24 @@ ASSUMED = Assumptions()
 
 @dataclass(frozen=True)
 class Network:
-    """Speeds that messages reach (nccl-tests: busbw) and the wait for each hop of one."""
+    """Bandwidths (busbw in nccl-tests) and the latencies of a hop."""
 
     name: str
-    inside: float  # B/s of each GPU to its neighbours in the node, in one direction
+    inside: float  # B/s of each GPU to others in its node, in one direction
     between: float  # B/s of each node to others, over all its adapters, in one direction
     inside_hop_s: float = 2e-6
     between_hop_s: float = 5e-6
     gpus_per_node: int = 8
 
     def all_reduce_s(self, size: float, ranks: int) -> float:
-        """Sum `size` bytes over all ranks, by ring or tree, whichever has the shorter way."""
+        """The time to all-reduce `size` bytes, by ring or tree, whichever has less latency."""
         nodes, inside = -(-ranks // self.gpus_per_node), min(ranks, self.gpus_per_node)
         tree_s = math.ceil(math.log2(inside)) * self.inside_hop_s
         tree_s += math.ceil(math.log2(nodes)) * self.between_hop_s
         return 2 * (self._moving_s(size, ranks) + min(self._ring_s(ranks), tree_s))
 
     def gather_s(self, size: float, ranks: int) -> float:
-        """All-gather, or reduce-scatter, of `size` bytes that no rank had, or has, alone."""
+        """The time to all-gather or reduce-scatter `size` bytes in total."""
         return self._moving_s(size, ranks) + self._ring_s(ranks)
 
     def _moving_s(self, size: float, ranks: int) -> float:
@@ -184,10 +185,10 @@ class Network:
 
 
 def networks(inside: float | None = None, between: float | None = None) -> list[Network]:
-    """The two that are assumed: NVLink within nodes, each 8 GPUs, at 80% of the links' rates.
+    """Two assumed networks of nodes with 8 GPUs and NVLink, at 80% of the links' rates.
 
-    The first has a 400 Gb/s adapter for each GPU, the second one of 100 Gb/s for all 8. What is
-    given, in B/s, stands in their place, and makes them one.
+    The first has a 400 Gb/s adapter for each GPU, the second one of 100 Gb/s for all 8. A given
+    bandwidth, in B/s, replaces the assumed one and leaves one network.
     """
     nvlink, fast, slow = 0.8 * 450e9, 0.8 * 8 * 50e9, 0.8 * 12.5e9
     if inside is not None or between is not None:
@@ -196,18 +197,18 @@ def networks(inside: float | None = None, between: float | None = None) -> list[
 
 
 class Device(NamedTuple):
-    """One GPU or CPU; flop_per_second has the cases whose speed is known."""
+    """A GPU or CPU; flop_per_second has the cases whose speed is known."""
 
     name: str
-    memory: float  # bytes that training may take
+    memory: float  # bytes for training
     flop_per_second: dict[str, float]
-    once_s_per_parameter: float  # clipping and optimizer, of each parameter that a rank has
-    launched_s: float  # the host's time to start the kernels of a block, forward and backward
+    once_s_per_parameter: float  # clipping and optimizer, for each parameter on a rank
+    launched_s: float  # the host's time to launch a block's kernels, forward and backward
     source: str
 
 
 def published_h100() -> Device:
-    """An H100 SXM of 80 GB, by its data sheet and what others have published of it."""
+    """An H100 SXM of 80 GB, by its data sheet and others' published results."""
     return Device(
         "H100 SXM, 80 GB",
         80e9 - ASSUMED.reserved,
@@ -220,8 +221,8 @@ def published_h100() -> Device:
 
 
 def read_results(path: Path) -> tuple[Device, list[Case]]:
-    """The device that --measure has seen, whose speeds have clipping and optimizer in them, and
-    the cases with their activations."""
+    """The device that --measure measured, whose speeds include clipping and optimizer, and the
+    cases with their activations."""
     results = json.loads(path.read_text(encoding="utf-8"))
     facts, memory = results["machine"], results["memory"]
     on_gpu = facts["device"] != "cpu"
@@ -239,13 +240,13 @@ def read_results(path: Path) -> tuple[Device, list[Case]]:
 
 
 class Plan(NamedTuple):
-    """How the ranks share a step."""
+    """How the ranks divide a step."""
 
     case: Case
     parallel: str  # "ddp" or "fsdp"
     ranks: int
     at_a_time: int  # windows of a micro-batch
-    recomputes: bool  # activation_checkpointing: blocks are computed again for the gradients
+    recomputes: bool  # activation_checkpointing
 
     @property
     def per_rank(self) -> int:
@@ -254,13 +255,14 @@ class Plan(NamedTuple):
 
     @property
     def accumulation(self) -> int:
-        """The micro-steps of a step."""
+        """The micro-batches of a step."""
         return -(-self.per_rank // self.at_a_time)
 
     def memory(self) -> MemoryEstimate:
-        """What a rank's GPU holds at the peak of a step, in parts."""
+        """The peak memory of a step on a rank's GPU, by use."""
         counts, kept, config = count(self.case.config), self.case.kept, self.case.config
-        # recomputed: what goes into each block is kept, and one block is computed once more
+        assert kept is not None, "read_results() has filled it in"
+        # recomputed: each block's input is kept, and one block's activations at a time
         further = 0 if self.recomputes else config.n_layers - 1
         into_blocks = config.n_layers * config.context_length * config.emb_dim * FP32
         window = kept.window + further * kept.window_block + self.recomputes * into_blocks
@@ -269,29 +271,29 @@ class Plan(NamedTuple):
         optimizer = OPTIMIZER_BYTES["adamw"][0] * counts.parameters
         if self.parallel == "fsdp":
             fixed, shard = 0, weights // self.ranks
-            # micro-steps before the last leave their gradients unsharded
+            # micro-batches before the last leave their gradients unsharded
             unsharded = FP32 * config.n_layers * counts.block if self.accumulation > 1 else 0
-            # beside the shards: two blocks in bf16 and the root in fp32; a block's gradient in
-            # bf16, and as the fp32 that is sent; the root's gradient
+            # besides the shards: two blocks in bf16 and the root in fp32; a block's gradient in
+            # bf16, and in fp32 for the reduce-scatter; the root's gradient
             weights = shard + 2 * BF16 * counts.block + FP32 * counts.root
             gradients = shard + unsharded + (BF16 + FP32) * counts.block + FP32 * counts.root
             optimizer //= self.ranks
         n_rows = self.at_a_time * config.context_length
-        head = _head_bytes(counts.head_weight, n_rows, GPU_BF16, torch.device("cuda"))
+        head = head_bytes(counts.head_weight, n_rows, GPU_BF16)
         return MemoryEstimate(weights, gradients, optimizer, 0, fixed, window, head)
 
     @property
     def total(self) -> int:
-        """The parts of memory together, in bytes."""
+        """The peak memory in bytes."""
         return self.memory().total(self.at_a_time)
 
 
 def make_plan(
     case: Case, parallel: str, ranks: int, room: float, *, recompute: bool = False
 ) -> tuple[Plan, bool]:
-    """The most windows at a time that fit into room bytes, and whether even one does.
+    """The plan with the largest micro-batch that fits into room bytes, and whether one does.
 
-    Blocks are computed again only where none fits otherwise, or where recompute says so.
+    Blocks are recomputed only where nothing fits otherwise, or where recompute is True.
     """
     for recomputes in (True,) if recompute else (False, True):
         plan = Plan(case, parallel, ranks, case.n_windows // ranks, recomputes)
@@ -303,25 +305,25 @@ def make_plan(
 
 
 class Pieces(NamedTuple):
-    """The pieces of a rank's step, in seconds; of a block, or of all else (root)."""
+    """The times that make up a rank's step, in seconds, of a block or of the root."""
 
     n_layers: int
     accumulation: int
     forward: float
     backward: float
-    head: float  # with its loss, both ways
+    head: float  # with its loss, forward and backward
     once: float  # clipping and optimizer
-    gather: float  # a block's weights
+    gather: float  # all-gather of a block's weights
     gather_root: float
-    reduce: float  # a block's gradients
+    reduce: float  # all-reduce or reduce-scatter of a block's gradients
     reduce_root: float
     launch: float  # the host's time for a block
     launch_backward: float
-    agree: float  # the host's, at the end
+    agree: float  # the hosts' all-reduce at the end
 
 
 def make_pieces(plan: Plan, device: Device, network: Network) -> Pieces:
-    """Take a step apart: work over speed, bytes over bandwidth, hops by their wait."""
+    """The times of a step: operations over speed, bytes over bandwidth, hops times latency."""
     counts, config, ranks = count(plan.case.config), plan.case.config, plan.ranks
     n_tokens = plan.per_rank * config.context_length / plan.accumulation
     token_s = n_tokens / device.flop_per_second[plan.case.name]
@@ -352,10 +354,10 @@ def make_pieces(plan: Plan, device: Device, network: Network) -> Pieces:
 
 
 def step_seconds(p: Pieces) -> float:
-    """A step by formula: of a block's computing and its messages, whichever takes longer.
+    """The time of a step, in which a block takes as long as its computation or its communication.
 
-    The first weights of each pass and the last gradients have nothing to hide behind. A GPU that
-    has less to do than its host waits for it.
+    The first all-gather of each pass and the last reduction overlap with nothing. A GPU that has
+    less to do than its host waits for it.
     """
 
     def blocks(computing: float, message: float) -> float:
@@ -370,7 +372,7 @@ def step_seconds(p: Pieces) -> float:
 
 
 def efficiency(plan: Plan, device: Device, seconds: float) -> float:
-    """One GPU's time for the whole step, had it the memory, by that of all ranks together."""
+    """One GPU's time for the step, had it the memory, divided by the ranks' total time."""
     case, counts = plan.case, count(plan.case.config)
     n_tokens = case.n_windows * case.config.context_length
     alone = n_tokens * counts.flop / device.flop_per_second[case.name]
@@ -378,7 +380,7 @@ def efficiency(plan: Plan, device: Device, seconds: float) -> float:
 
 
 def measure() -> None:
-    """Measure this machine's best device and write what --device-results reads."""
+    """Measure this machine's best device and write the file for --device-results."""
     device = pick_device(None)
     on_gpu = device.type == "cuda"
     memory = torch.cuda.mem_get_info(device)[1] if on_gpu else available_memory(device)
@@ -404,7 +406,7 @@ def measure() -> None:
 
 
 def describe_models(models: list[Case]) -> Iterator[list[str]]:
-    """The rows of a table of the models: GB are 10^9 bytes, of a rank that has it all."""
+    """The rows of a table of the models; GB are 10^9 bytes, on a single rank."""
     columns = "model, layers x width, parameters, windows x tokens a step, GFLOP a token"
     columns += ", weights + gradients + AdamW GB, activations a window GB, the same recomputed GB"
     yield columns.split(", ")
@@ -427,7 +429,7 @@ def describe_models(models: list[Case]) -> Iterator[list[str]]:
 def describe_steps(
     case: Case, device: Device, known: list[Network], *, recompute: bool
 ) -> Iterator[list[str]]:
-    """The rows of a model's table: one for each number of ranks and PARALLEL."""
+    """The rows of a model's table, one for each number of ranks and PARALLEL."""
     times = ", ".join(f"s a step at {network.name}, efficiency" for network in known)
     yield f"GPUs, PARALLEL, windows a GPU, at a time, GB a GPU, {times}".split(", ")
     for ranks in RANKS:
@@ -447,7 +449,7 @@ def describe_steps(
 
 
 def three_digits(number: float) -> str:
-    """A positive number with three digits that count."""
+    """A positive number with three significant digits."""
     return f"{number:,.{max(0, 2 - math.floor(math.log10(number)))}f}"
 
 

@@ -1,8 +1,8 @@
-"""Start-up: seconds from process start to the first optimizer step, beside a bare import torch.
+"""Start-up: seconds from process start to the first optimizer step, and to `import torch` alone.
 
     python -m benchmarks.startup [rounds]
 
-Both are measured in turn, each in a process of its own; the text is in the repository.
+Both are measured in turn, each in its own process; the text is in the repository.
 """
 
 import os
@@ -20,7 +20,7 @@ from engine.console import say, use_utf8
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 BARE = "import torch, time; print('at', time.time())"
-# the real program, stopped by a hook that torch calls after each optimizer step
+# the real program, which a hook ends after the first optimizer step
 FIRST_STEP = """
 import os, sys, time
 from torch.optim.optimizer import register_optimizer_step_post_hook
@@ -53,7 +53,7 @@ def main(rounds: int = 5) -> None:
 
 
 def seconds_to_line(code: str, folder: str) -> float:
-    """Run Python code in a new process; returns the seconds until it printed the line "at TIME"."""
+    """Run Python code in a new process; returns the seconds until it prints the line "at TIME"."""
     started_at = time.time()
     done = subprocess.run(
         [sys.executable, "-c", code],

@@ -1,8 +1,9 @@
-"""A training step to time, its work counted, and the rates that it is set against."""
+"""Training steps to time, and the matrix-product rates to compare them with."""
 
 import re
 import statistics
 import time
+from collections import Counter
 from collections.abc import Callable
 
 import torch
@@ -16,7 +17,7 @@ from model import GPTConfig, GPTModel
 from training.learner import take_step
 
 MULTIPLY_SHAPES = ((1024, 768, 3072), (1024, 3072, 768), (2048, 2048, 2048))  # rows, inner, columns
-# dense bf16 products with fp32 sums, FLOP/s by NVIDIA's data sheets; the first name that fits
+# dense bf16 FLOP/s with fp32 accumulation, by NVIDIA's data sheets; the first name that matches
 BF16_PEAKS = {
     "H100 PCIe": 756e12,
     "H100": 989e12,
@@ -26,12 +27,12 @@ BF16_PEAKS = {
     "RTX 4090": 165e12,
 }
 LEARNING_RATE, WEIGHT_DECAY = 1e-4, 0.1
-# the ids and targets of a batch, (B, T) each -> its loss, a 0-d tensor on the device
+# ids and targets of a batch, (B, T) each -> its loss, a 0-d tensor on the device
 Step = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 def fresh_model(config: GPTConfig, device: torch.device) -> GPTModel:
-    """A model with the weights of seed 0, the same in every process."""
+    """A model with the weights of seed 0, equal in every process."""
     torch.manual_seed(0)
     return GPTModel(config).to(device)
 
@@ -45,7 +46,7 @@ def prepare_step(
     weight_decay: float = WEIGHT_DECAY,
     compiled: bool = False,
 ) -> tuple[GPTModel, Step]:
-    """A fresh model and the step that the trainer takes with it, compiled or not."""
+    """A fresh model and the trainer's step for it, compiled or not."""
     prepare_processor()
     model = fresh_model(config, device)
     optimizer = build_adamw(model, learning_rate, weight_decay)
@@ -63,7 +64,7 @@ def prepare_step(
 def prepare_full_logits_step(
     config: GPTConfig, device: torch.device, precision: Precision
 ) -> tuple[GPTModel, Step]:
-    """The same with a plain loop around a plain loss: all logits at once, in autocast."""
+    """The same with a plain step and nn.CrossEntropyLoss on all logits, under autocast."""
     model = fresh_model(config, device)
     optimizer = build_adamw(model, LEARNING_RATE, WEIGHT_DECAY)
     criterion = nn.CrossEntropyLoss()
@@ -81,16 +82,15 @@ def prepare_full_logits_step(
 
 
 def median_seconds(work: Callable[[], object], device: torch.device, repeats: int) -> float:
-    """The median time of a piece of work, after two runs that don't count."""
+    """The median time of a function after two warm-up calls."""
     return median_seconds_in_turn([work], device, repeats)[0]
 
 
 def median_seconds_in_turn(
     pieces: list[Callable[[], object]], device: torch.device, repeats: int
 ) -> list[float]:
-    """The median time of each piece of work, one after the other in each of the repeats; the
-    first two of each don't count."""
-    times = [[] for _ in pieces]
+    """The median time of each function after two warm-up calls; they take turns."""
+    times: list[list[float]] = [[] for _ in pieces]
     for _ in range(repeats + 2):
         for work, taken in zip(pieces, times, strict=True):
             started_at = time.perf_counter()
@@ -103,9 +103,9 @@ def median_seconds_in_turn(
 
 def multiply_rate(dtype: torch.dtype, device: torch.device) -> float:
     """The best rate of a large matrix product, in floating point operations a second."""
-    shapes = MULTIPLY_SHAPES
+    shapes = [*MULTIPLY_SHAPES]
     if device.type == "cuda":
-        shapes = (*shapes, (8192, 8192, 8192))
+        shapes.append((8192, 8192, 8192))
     return max(product_rate(*shape, dtype, device) for shape in shapes)
 
 
@@ -123,19 +123,17 @@ def own_products_rate(config: GPTConfig, n_tokens: int, device: torch.device) ->
     """The rate of a model's own products in bf16, each alone, in floating point operations a
     second: every Linear's forward and two backward products on a batch of n_tokens."""
     with torch.device("meta"):
-        shapes = [
-            tuple(m.weight.shape) for m in GPTModel(config).modules() if isinstance(m, nn.Linear)
-        ]
+        layers = [m for m in GPTModel(config).modules() if isinstance(m, nn.Linear)]
+    shapes = Counter((layer.out_features, layer.in_features) for layer in layers)
     operations = seconds = 0.0
-    for shape in sorted(set(shapes)):
-        work = shapes.count(shape) * 3 * 2 * n_tokens * shape[0] * shape[1]
-        operations += work
-        seconds += shapes.count(shape) * linear_seconds(*shape, n_tokens, device)
+    for (columns, inner), count in sorted(shapes.items()):
+        operations += count * 3 * 2 * n_tokens * columns * inner
+        seconds += count * linear_seconds(columns, inner, n_tokens, device)
     return operations / seconds
 
 
 def linear_seconds(columns: int, inner: int, n_tokens: int, device: torch.device) -> float:
-    """The time of the three products of a Linear in bf16: output, and both gradients."""
+    """The time of a Linear's three products in bf16: its output and both gradients."""
     x, weight, gradient = (
         torch.randn(*shape, device=device, dtype=torch.bfloat16)
         for shape in ((n_tokens, inner), (columns, inner), (n_tokens, columns))

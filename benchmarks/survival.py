@@ -1,17 +1,17 @@
-"""Survival: what is left after kills, failing disks, power cuts and two owners of one folder.
+"""Survival of kills, disk errors, power cuts and two owners of one folder.
 
     python -m benchmarks.survival --kills 10000 --runs 20 --seed 0
 
 storm     processes that save through storage/files.py, killed at random moments (--kills)
-calls     every single call to the system failed once, and from there on (SQLite's method)
-power     the recorded writes cut off at every place, with what was not fsynced lost
-locks     the lock on a run folder under kills, forks and a crowd
-training  whole runs of main.py, killed and started again until they are done (--runs kills), held
-          against an undisturbed run, bit by bit
+calls     each system call fails once, or from then on (SQLite's method)
+power     the recorded writes, cut off at every point, without what was not fsynced
+locks     the lock on a run folder with kills, forks and many processes
+training  runs of main.py, killed and restarted until they are done (--runs kills), compared
+          bit by bit with an undisturbed run
 
---only names a part, --folder a disk to work on. Every failure is printed with the seed that chose
-it; the exit code is then 1. The figures go to benchmarks/results/ where all parts ran. Needs
-os.fork, so Linux or macOS. The faults themselves are in tests/faults/, for the tests too.
+--only names a part, --folder a disk to work on. Every failure is printed with its seed, and the
+exit code is then 1. If all parts ran, the results go to benchmarks/results/. It needs os.fork, so
+Linux or macOS. The faults are in tests/faults/, which the tests use too.
 """
 
 import argparse
@@ -54,7 +54,7 @@ SETTINGS = {
         "eval_freq": 7,
         "eval_iter": 2,
         "save_every": 5,
-        "learning_rate": 0.2,  # far too high: the best weights come early, and must be kept
+        "learning_rate": 0.2,  # far too high: the best weights come early and must be kept
         "schedule": "constant",
         "start_context": "the ",
         "model_overrides": {"emb_dim": 32, "n_heads": 2, "n_layers": 2, "drop_rate": 0.1},
@@ -69,8 +69,8 @@ SETTINGS = {
 
 
 def kill_training(kills: int, seed: int, folder: Path) -> dict[str, Any]:
-    """Kill runs of main.py in every phase, start them again until done, compare with one left
-    alone."""
+    """Kill runs of main.py in every phase, restart them until they are done, and compare them with
+    an undisturbed run."""
     import_what_runs_need()
     text = (REPOSITORY / "corpus" / "sample-en.txt").read_bytes()[:3000]
     board = PhaseBoard()
@@ -95,11 +95,13 @@ def kill_training(kills: int, seed: int, folder: Path) -> dict[str, Any]:
     mean_s = {phase: board.mean_s(phase) for phase in LATEST}
 
     chance = random.Random(seed)
-    hits, told, failures, n_runs = dict.fromkeys(PHASES, 0), [], [], 0
+    hits, n_runs = dict.fromkeys(PHASES, 0), 0
+    told: list[str] = []
+    failures: list[str] = []
     while len(told) < kills and not failures:
         n_runs += 1
-        work, killed_here, code = new_run(f"run-{n_runs}"), 0, None
-        while code is None:
+        work, killed_here = new_run(f"run-{n_runs}"), 0
+        while True:
             aim = min(PHASES, key=lambda phase: (hits[phase], chance.random()))
             if len(told) == kills or killed_here == MOST_KILLS_OF_A_RUN:
                 code = run_to_its_end(work, cache, board)
@@ -107,13 +109,14 @@ def kill_training(kills: int, seed: int, folder: Path) -> dict[str, Any]:
             nth = chance.randint(1, LATEST.get(aim, 1))
             delay_s = chance.random() * mean_s.get(aim, whole_s)
             code = run_and_kill(work, cache, board, aim, nth, delay_s)
-            if code is None:
-                killed_here += 1
-                hits[board.phase] += 1
-                for place in ("run", "run/checkpoints", "run/best"):
-                    if (work / place).is_dir():  # few kills leave something half written there
-                        (work / place / ".tmp-1-planted").write_bytes(b"half")
-                told.append(f"run {n_runs}: {board.phase}")
+            if code is not None:
+                break
+            killed_here += 1
+            hits[board.phase] += 1
+            for place in ("run", "run/checkpoints", "run/best"):
+                if (work / place).is_dir():  # few kills leave a partly written file there
+                    (work / place / ".tmp-1-planted").write_bytes(b"half")
+            told.append(f"run {n_runs}: {board.phase}")
         where = f"training: seed {seed}, run {n_runs}, {len(told)} kills so far"
         failures += [f"{where}: {fault}" for fault in _faults_of(work, code, expected)]
     counts = {"kills": len(told), "runs": n_runs, "phases": hits, "each_kill": told}
@@ -121,7 +124,7 @@ def kill_training(kills: int, seed: int, folder: Path) -> dict[str, Any]:
 
 
 def outcome(run: Path) -> dict[str, Any]:
-    """All that a finished run leaves but for times and names, by file."""
+    """All that a finished run leaves, but for times and names, by file."""
     last = max((run / "checkpoints").glob("step-*"))
     state = json.loads((last / "state.json").read_bytes())
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_bytes().splitlines()]
@@ -139,7 +142,7 @@ def outcome(run: Path) -> dict[str, Any]:
             for path in weights
         },
         "random": state.pop("random"),
-        # json's floats are exact: repr and back; hex only shows it
+        # exact, since JSON's floats are repr; hex only shows it
         "losses": [(row["step"], row["train/loss"].hex()) for row in steps],
         "steps": steps,
         "evaluations": [row for row in rows if "val/loss" in row],
@@ -166,7 +169,7 @@ def _faults_of(work: Path, code: int, expected: dict[str, Any]) -> Iterator[str]
         yield f"{leftovers(work / 'run')} are still there"
 
 
-# --------------------------------------------------------------------------------- together
+# -------------------------------------------------------------------------------- all parts
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -187,7 +190,7 @@ def main(arguments: list[str] | None = None) -> int:
     on_disk = tempfile.TemporaryDirectory(dir=options.folder)
     with on_disk as name, folder_in_memory() as memory:
         folder = Path(name)
-        # what imports torch comes last: a process is forked faster without it
+        # training imports torch and comes last: a process forks faster without it
         parts = {
             "storm": lambda: kill_storm(options.kills, options.seed, folder / "storm"),
             "calls": lambda: fail_every_call(memory / "calls"),

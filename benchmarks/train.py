@@ -1,17 +1,18 @@
-"""Training speed: tokens a second of three models, and their share of the matrix-multiply rate.
+"""Training speed: tokens a second of three models, and their share of the matrix-product rate.
 
     python -m benchmarks.train [quick] [char-10m] [gpt2-124m]
     python -m benchmarks.train --peers [--rounds N] [--only NAME ...]
     python -m benchmarks.train --memory
 
-The rate is measured in the same run, in fp32 and bf16, at the best of a few large shapes; and once
-more over the model's own matrix products, each run alone. Work is counted as 6N + 12LHDT floating
-point operations a token (Chowdhery et al. 2022, appendix B), N with the head and without
-positions. The quick model is also trained with full logits, in turn with the usual loss. --peers
-and --memory set the 124M model beside transformers and litgpt; see benchmarks/peers.py.
+The rate is measured in the same run, in fp32 and bf16, at the best of a few large shapes, and also
+over the model's own matrix products, each alone. A token counts as 6N + 12LHDT floating point
+operations (Chowdhery et al. 2022, appendix B), N with the head and without positions. The quick
+model also trains with full logits, in turn with the usual loss. --peers and --memory compare the
+124M model with transformers and litgpt; see benchmarks/peers.py.
 """
 
 import argparse
+import functools
 import math
 import sys
 from dataclasses import dataclass
@@ -38,7 +39,7 @@ from planning.plan import MODELS_FILE, read_models
 
 @dataclass(frozen=True)
 class Case:
-    """A model and the batch that it is trained on."""
+    """A model and its batch."""
 
     name: str
     config: GPTConfig
@@ -70,7 +71,7 @@ def cases(device: torch.device) -> list[Case]:
 
 
 def main(arguments: list[str]) -> None:
-    """Measure what the command line asks for."""
+    """Run the benchmarks that the command line names."""
     use_utf8()
     parser = argparse.ArgumentParser(prog="python -m benchmarks.train")
     parser.add_argument("cases", nargs="*", help="quick, char-10m, gpt2-124m; all without a name")
@@ -86,7 +87,7 @@ def main(arguments: list[str]) -> None:
 
 
 def measure_cases(names: list[str]) -> None:
-    """Measure the named cases (all without a name), print a table and write the results."""
+    """Measure the named cases (all by default), print a table and write the results."""
     device = pick_device(None)
     known = [case.name for case in cases(device)]
     if unknown := [name for name in names if name not in known]:
@@ -110,7 +111,7 @@ def measure_cases(names: list[str]) -> None:
 
 
 def describe(row: dict) -> None:
-    """Print the figures of a case."""
+    """Print the results of a case."""
     batch_size, max_length = row["batch"]
     say(
         f"{row['name']:10} {row['parameters']:>11,} parameters  "
@@ -126,7 +127,7 @@ def describe(row: dict) -> None:
 
 
 def measure(case: Case, device: torch.device, precision: Precision) -> dict:
-    """Train a case on random tokens; returns its figures."""
+    """Train a case on random tokens; returns its results."""
     model, step = prepare_step(case.config, device, precision)
     obstacle = what_prevents_compiling(device)
     shape = (case.batch_size, case.config.context_length)
@@ -136,8 +137,8 @@ def measure(case: Case, device: torch.device, precision: Precision) -> dict:
         _, steps["compiled"] = prepare_step(case.config, device, precision, compiled=True)
     if case.beside_full_logits:
         _, steps["full_logits"] = prepare_full_logits_step(case.config, device, precision)
-    work = [lambda step=step: step(ids, targets) for step in steps.values()]
-    seconds = dict(zip(steps, median_seconds_in_turn(work, device, case.steps), strict=True))
+    work = [functools.partial(step, ids, targets) for step in steps.values()]
+    seconds = dict(zip(steps, median_seconds_in_turn([*work], device, case.steps), strict=True))
     tokens = ids.numel()
     best = min(("as_written", "compiled"), key=lambda name: seconds.get(name, math.inf))
     flop_per_second = tokens * model.flop_per_token() / seconds[best]
@@ -155,7 +156,7 @@ def measure(case: Case, device: torch.device, precision: Precision) -> dict:
         "share_of_own_products": flop_per_second / own_products_rate(case.config, tokens, device),
     }
     if case.beside_full_logits:
-        # neither is compiled, so that the loss alone makes the difference
+        # both uncompiled, so that only the loss differs
         row["times_full_logits"] = seconds["full_logits"] / seconds["as_written"]
     return row
 

@@ -1,8 +1,4 @@
-"""Whether the model's blocks are compiled, and what to do where that fails.
-
-torch.compile turns the small operations between the products into a few kernels. It takes from
-seconds to minutes at the start, so it must be repaid by the steps that follow.
-"""
+"""torch.compile: whether it works and pays here, which regions it compiles, and CUDA graphs."""
 
 import contextlib
 import importlib.util
@@ -10,7 +6,7 @@ import os
 import shutil
 import sys
 import sysconfig
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -19,20 +15,19 @@ from torch import nn
 from engine.devices import cuda_capability
 from engine.errors import SettingsError
 
-# what was seen of 6- and 12-layer models: the share of a step's time that is saved, and the wait
+# measured on 6- and 12-layer models: the share of a step's time saved, seconds to compile
 CPU_SAVES, CPU_SECONDS = 0.15, 30.0
 GPU_SAVES, GPU_SECONDS = 0.3, 60.0
-# smaller models than this leave a GPU waiting for the host, which replayed graphs avoid
+# parameters; with fewer, a GPU waits for the host's kernel launches, which CUDA graphs avoid
 SMALL_MODEL = 30_000_000
 
 
 def what_prevents_compiling(device: torch.device) -> str | None:
-    """Why torch.compile can't work on this machine, or None."""
+    """Why torch.compile can't work on this device, or None."""
     if device.type == "mps":
         return "it is not dependable on Apple's GPUs"
     if device.type != "cpu":
-        capability = cuda_capability(device)
-        if capability is not None and capability < (7, 0):
+        if (cuda_capability(device) or (7, 0)) < (7, 0):
             return "Triton does not serve GPUs this old (compute capability below 7.0)"
         return None if importlib.util.find_spec("triton") else "Triton is not installed"
     if sys.platform == "win32":
@@ -45,37 +40,32 @@ def what_prevents_compiling(device: torch.device) -> str | None:
 
 
 def is_repaid(step_seconds: float, steps: int, device: torch.device) -> bool:
-    """Whether so many steps, which take so long without, save twice what compiling costs."""
-    on_cpu = device.type == "cpu"
-    saves, seconds = (CPU_SAVES, CPU_SECONDS) if on_cpu else (GPU_SAVES, GPU_SECONDS)
+    """Whether compiling saves twice its own time in steps that take step_seconds uncompiled."""
+    saves, seconds = (CPU_SAVES, CPU_SECONDS) if device.type == "cpu" else (GPU_SAVES, GPU_SECONDS)
     return steps * step_seconds * saves > 2 * seconds
 
 
 def compile_model(
     model: nn.Module, device: torch.device, *, micro_batches: int, is_alone: bool = True
 ) -> None:
-    """Compile the model's training steps, of so many micro-batches each, at the first of them.
+    """Compile the model's training steps; torch does so when the first one runs.
 
-    On a CPU each block is a region of its own: the code of one serves all. On a GPU the whole of
-    `hidden` is one region; but with other processes, gradients are reduced block by block while
-    the rest is computed. A small model with one micro-batch a step runs as CUDA graphs: of
-    several, each would overwrite the gradients of the one before (pytorch#169545).
+    On a CPU each block is its own region, and all share the compiled code. On a GPU `hidden` is
+    one region; with several ranks each block is, so that its all-reduce overlaps computation.
     """
     if device.type == "cpu" or not is_alone:
         for block in model.blocks:
             block.forward = torch.compile(block.forward, dynamic=False)
         return
     is_small = sum(p.numel() for p in model.parameters()) < SMALL_MODEL
+    # the CUDA graphs of several micro-batches overwrite each other's gradients (pytorch#169545)
     has_graphs = device.type == "cuda" and is_small and micro_batches == 1
     mode = "reduce-overhead" if has_graphs else "default"
     model.hidden = torch.compile(model.hidden, dynamic=False, mode=mode)
 
 
 def compile_decoding(model: nn.Module, device: torch.device) -> None:
-    """Have the model's steps of one position compiled, at the first for each number of texts.
-
-    Raises SettingsError where that can't work, or does not pay.
-    """
+    """Compile the decoding step. Raises SettingsError where that can't work or does not pay."""
     prevented = what_prevents_compiling(device)
     if device.type != "cuda" or prevented:
         why = prevented or f"on {device.type} a step is as fast as its weights are read"
@@ -84,30 +74,29 @@ def compile_decoding(model: nn.Module, device: torch.device) -> None:
 
 
 def is_compiled(model: nn.Module) -> bool:
-    """Whether compile_model() has been at a model."""
+    """Whether compile_model() has compiled a model."""
     blocks = getattr(model, "blocks", ())
     return "hidden" in model.__dict__ or any("forward" in block.__dict__ for block in blocks)
 
 
 def undo_compiling(model: nn.Module) -> None:
-    """Run the model as it is written again."""
+    """Run the model uncompiled again."""
     model.__dict__.pop("hidden", None)
     for block in model.blocks:
         block.__dict__.pop("forward", None)
 
 
 def compile_again(model: nn.Module, device: torch.device, *, micro_batches: int) -> None:
-    """Compile a compiled model's steps anew, in the same regions, for so many micro-batches."""
+    """Recompile a compiled model in the same regions, for steps of micro_batches micro-batches."""
     is_one_region = "hidden" in model.__dict__
     undo_compiling(model)
     compile_model(model, device, micro_batches=micro_batches, is_alone=is_one_region)
 
 
 class RecordedStep:
-    """A function of tensors on a GPU, recorded once and replayed: its kernels wait for no host.
+    """A function of CUDA tensors as a CUDA graph, recorded once and replayed.
 
-    The inputs' shapes stay the same, and so does the place of all else that it reads and writes;
-    what it returns is overwritten by the next call.
+    Shapes and the addresses of other tensors must not change. A call overwrites the last result.
     """
 
     def __init__(self, step: Callable[..., torch.Tensor], *inputs: torch.Tensor) -> None:
@@ -117,29 +106,26 @@ class RecordedStep:
             current, side = torch.cuda.current_stream(), torch.cuda.Stream()
             side.wait_stream(current)
             with torch.cuda.stream(side):
-                for _ in range(3):  # libraries choose their kernels, and compiled code is made
+                for _ in range(3):  # warm-up: libraries choose kernels, torch.compile compiles
                     step(*inputs)
             current.wait_stream(side)
             self._graph = torch.cuda.CUDAGraph()
-            # a loader's thread that pins memory meanwhile would else spoil the recording
+            # a loader's thread that pins memory would break the capture in any other mode
             with torch.cuda.graph(self._graph, stream=side, capture_error_mode="thread_local"):
                 self._output = step(*inputs)
 
     def __call__(self, *values: torch.Tensor) -> torch.Tensor:
-        """What the function gives for these values."""
-        for place, value in zip(self._inputs, values, strict=True):
-            if place is not value:
-                place.copy_(value)
+        """The function's result for these values."""
+        for static, value in zip(self._inputs, values, strict=True):
+            if static is not value:
+                static.copy_(value)
         self._graph.replay()
         return self._output
 
 
-@contextlib.contextmanager
-def not_compiled() -> Iterator[None]:
-    """Run compiled models as they are written: shapes that change would be compiled each."""
-    # the module that has it takes a second to import; where it isn't there, nothing is compiled
+def not_compiled() -> contextlib.AbstractContextManager:
+    """A context that runs compiled models eagerly: each new shape would be compiled again."""
+    # importing torch._dynamo takes a second; where it is not imported, nothing is compiled
     if "torch._dynamo" not in sys.modules:
-        yield
-        return
-    with torch.compiler.set_stance("force_eager"):
-        yield
+        return contextlib.nullcontext()
+    return torch.compiler.set_stance("force_eager")

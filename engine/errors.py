@@ -38,7 +38,7 @@ class ResourceError(PipelineError, RuntimeError):
 
 
 class LostRankError(ResourceError):
-    """A process of several that train together has ended, or does not answer."""
+    """Another rank of this run has ended or does not answer."""
 
 
 class BusyError(PipelineError):
@@ -48,13 +48,13 @@ class BusyError(PipelineError):
 
 
 class RunFinished(PipelineError):
-    """Not a failure: the run that was named has nothing left to do."""
+    """Not a failure: the named run is already complete."""
 
     exit_code = 0
 
 
 class Stopped(KeyboardInterrupt):
-    """Training was asked to stop, by Ctrl-C or another signal, and did so at a safe place."""
+    """A signal, such as Ctrl-C, asked training to stop, and it stopped after a whole step."""
 
     def __init__(self, signal_number: int, message: str = "") -> None:
         super().__init__(message)

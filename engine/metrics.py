@@ -1,4 +1,4 @@
-"""What a loss means, and how fast a run goes: perplexity, bits, tokens a second, time left."""
+"""A loss as perplexity or bits, and a run's time."""
 
 import math
 from dataclasses import dataclass
@@ -6,14 +6,14 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class TokenSize:
-    """How much text a token of the validation text stands for, on average."""
+    """The mean length of a token of the validation text."""
 
     characters: float
     bytes: float  # of UTF-8
 
 
 def perplexity(loss: float) -> float:
-    """The number of equally likely tokens that a loss (nats a token) amounts to; inf past e^700."""
+    """exp of a loss (nats a token); inf from 700 on, where it would overflow."""
     return math.inf if loss >= 700 else math.exp(loss)
 
 
@@ -28,7 +28,7 @@ def bits_per_byte(loss: float, size: TokenSize) -> float:
 
 
 def as_duration(seconds: float) -> str:
-    """Seconds as people read them: "0m 15.8s", "12m 3.0s", "3h 25m"."""
+    """Seconds as text: "0m 15.8s", "12m 3.0s", "3h 25m"."""
     minutes, rest = divmod(round(max(0.0, seconds), 1), 60)
     if minutes >= 60:
         return f"{int(minutes // 60)}h {int(minutes % 60)}m"
@@ -36,5 +36,5 @@ def as_duration(seconds: float) -> str:
 
 
 def seconds_left(steps_done: int, total_steps: int, elapsed_s: float) -> float | None:
-    """The time that the rest of a run takes at its mean pace; None before the first step."""
+    """The seconds that a run still takes at its mean speed; None before the first step."""
     return elapsed_s / steps_done * (total_steps - steps_done) if steps_done else None

@@ -1,9 +1,10 @@
-"""AdamW and Muon with their parameter groups; learning rates as pure functions of the step."""
+"""AdamW and Muon with their parameter groups; learning-rate schedules as pure functions."""
 
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import repeat
+from typing import Any
 
 import torch
 from torch import nn
@@ -18,46 +19,42 @@ BETAS, EPS = (0.9, 0.95), 1e-8  # AdamW's
 MOMENTUM = 0.95
 NEWTON_SCHULZ_STEPS = 5
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # of x, x^3 and x^5
-MUON_RMS = 0.2  # what AdamW's updates have as a rule, so that its learning rates serve both
-MOST_AT_ONCE = 2**22  # numbers in a stack of matrices: more is no faster and takes memory
+MUON_RMS = 0.2  # of an update, AdamW's usual one, so that both use the same learning rates
+MOST_AT_ONCE = 2**22  # elements in a stack of matrices: more is no faster and takes memory
 
 SCHEDULES = ("cosine", "wsd", "constant")
-FLOOR = 0.1  # a schedule that decays ends at this share of its peak
-# of a run's evaluations where nothing is set: how many, and the most steps between two of them
+FLOOR = 0.1  # the share of the peak at which a decaying schedule ends
+# a run's default evaluations, and the most steps between two of them
 EVALUATIONS, LONGEST_EVAL_FREQ = 10, 100
-MUON_TIMES_ADAMW = 2.5  # in the learning rate that is best for a model 192 wide
+MUON_TIMES_ADAMW = 2.5  # the ratio of their best learning rates at emb_dim 192
 WSD_DECAY_SHARE = 0.2  # of the run, at its end
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """A learning-rate plan: linear warm-up to peak, then kind, over total_steps optimizer steps.
-
-    decay_steps is what "wsd" keeps for its decay; the other kinds have none.
-    """
+    """A learning-rate schedule: linear warm-up to peak, then kind, over total_steps steps."""
 
     kind: str
     peak: float
     warmup_steps: int
     total_steps: int
-    decay_steps: int = 0
+    decay_steps: int = 0  # of "wsd" alone
 
 
 def learning_rate_at(step: int, schedule: Schedule) -> float:
     """The learning rate of optimizer step `step`, counted from 0.
 
-    Warm-up rises in equal parts and is never 0. Then "constant" stays at the peak; "cosine" falls
-    to FLOOR times the peak at the last step; "wsd" (warm-up, stable, decay; Hu et al. 2024,
-    "MiniCPM") stays at the peak and falls in a line to that floor over its last decay_steps. Past
-    the plan's end the rate stays where it was.
+    Warm-up is linear and never 0. Then "constant" stays at the peak; "cosine" falls to FLOOR times
+    the peak; "wsd" (warm-up, stable, decay; Hu et al. 2024, "MiniCPM") stays at the peak and falls
+    linearly to that floor in its last decay_steps. Beyond total_steps the last rate holds.
     """
     if step < schedule.warmup_steps:
         return schedule.peak * (step + 1) / (schedule.warmup_steps + 1)
     if schedule.kind == "constant":
         return schedule.peak
     if schedule.kind == "wsd":
-        to_go = max(0, schedule.total_steps - 1 - step)  # steps after this one
-        share = min(1.0, to_go / max(1, schedule.decay_steps))
+        steps_left = max(0, schedule.total_steps - 1 - step)  # after this one
+        share = min(1.0, steps_left / max(1, schedule.decay_steps))
         return schedule.peak * (FLOOR + (1 - FLOOR) * share)
     decay_steps = max(1, schedule.total_steps - 1 - schedule.warmup_steps)
     progress = min(1.0, (step - schedule.warmup_steps) / decay_steps)
@@ -65,18 +62,15 @@ def learning_rate_at(step: int, schedule: Schedule) -> float:
 
 
 def make_schedule(kind: str, peak: float, warmup_steps: int, total_steps: int) -> Schedule:
-    """The plan of a new run; the decay of "wsd" never reaches into the warm-up."""
-    decay_steps = 0
-    if kind == "wsd":
-        decay_steps = min(math.ceil(WSD_DECAY_SHARE * total_steps), total_steps - warmup_steps)
-    return Schedule(kind, peak, warmup_steps, total_steps, decay_steps)
+    """The schedule of a new run; the decay of "wsd" never overlaps the warm-up."""
+    decay_steps = min(math.ceil(WSD_DECAY_SHARE * total_steps), total_steps - warmup_steps)
+    return Schedule(kind, peak, warmup_steps, total_steps, decay_steps * (kind == "wsd"))
 
 
 def extend_schedule(schedule: Schedule, total_steps: int, step: int) -> Schedule:
-    """The plan of a run that is to have more steps than it was planned for, `step` of them done.
+    """The schedule of a run that is extended to total_steps after `step` steps.
 
-    The rates of the old plan stay as they were, and the added steps run at its last rate. Only
-    where the decay of "wsd" has not begun it moves to the new end.
+    The added steps run at its last rate; but a decay of "wsd" that has not begun moves to the end.
     """
     has_decayed = step > schedule.total_steps - schedule.decay_steps
     if schedule.kind != "wsd" or has_decayed or total_steps <= schedule.total_steps:
@@ -85,74 +79,55 @@ def extend_schedule(schedule: Schedule, total_steps: int, step: int) -> Schedule
 
 
 def default_learning_rate(emb_dim: int, optimizer: str = "adamw") -> float:
-    """A peak that suits a model of this width: for AdamW 6e-4 at 768, inversely to the width.
-
-    Narrower than 64, the rate of 64 holds. Rates of matrices scale like this from width to width
-    (Yang et al. 2022, "Tensor Programs V"). Muon bears more (benchmarks/learn.py).
-    """
+    """The default peak: for AdamW 6e-4 at emb_dim 768, proportional to 1 / max(emb_dim, 64)."""
+    # matrices' rates scale so with the width (Yang et al. 2022, "Tensor Programs V")
     return 6e-4 * 768 / max(emb_dim, 64) * MUON_TIMES_ADAMW ** (optimizer == "muon")
 
 
 def default_warmup_steps(total_steps: int) -> int:
-    """A tenth of the run, at most 100 steps."""
+    """A tenth of the run's steps, at most 100."""
     return min(100, total_steps // 10)
 
 
 def default_eval_freq(total_steps: int) -> int:
-    """Steps between evaluations: ten in a run, or one every 100 steps of a long one."""
+    """The default steps between evaluations: a tenth of the run's, at most 100."""
     return max(1, min(LONGEST_EVAL_FREQ, total_steps // EVALUATIONS))
 
 
 def build_optimizer(
     kind: str, model: nn.Module, learning_rate: float, weight_decay: float
 ) -> torch.optim.Optimizer:
-    """The optimizer that TrainingConfig.optimizer names, over the model's parameters.
-
-    "muon" needs a model that has hidden_matrices(), as GPTModel does.
-    """
+    """The optimizer that TrainingConfig.optimizer names, for the model's parameters."""
     build = {"adamw": build_adamw, "muon": build_muon}[kind]
     return build(model, learning_rate, weight_decay)
 
 
 def build_adamw(model: nn.Module, learning_rate: float, weight_decay: float) -> torch.optim.AdamW:
-    """AdamW over the model's parameters; only the weights of Linear layers decay.
-
-    Norms, biases and embeddings (a head tied to them too) are left alone by weight decay.
-    """
-    trained = [p for p in model.parameters() if p.requires_grad]
-    return torch.optim.AdamW(
-        _adamw_groups(model, trained, weight_decay),
-        lr=learning_rate,
-        betas=BETAS,
-        eps=EPS,
-        fused=_has_fused_adamw(trained),
-    )
+    """AdamW with weight decay for Linear layers' weights, but not a head tied to an embedding."""
+    groups = _adamw_groups(model, set(), weight_decay)
+    fused = _has_fused_adamw(model)
+    return torch.optim.AdamW(groups, lr=learning_rate, betas=BETAS, eps=EPS, fused=fused)
 
 
 def build_muon(model: nn.Module, learning_rate: float, weight_decay: float) -> "Muon":
-    """Muon for the matrices in the model's blocks, AdamW as build_adamw's for all the rest.
-
-    model.hidden_matrices() says which matrices those are.
-    """
+    """Muon for the model's hidden_matrices(), AdamW as in build_adamw() for the rest."""
     matrices = [(weight, rows) for weight, rows in model.hidden_matrices() if weight.requires_grad]
-    hidden = {weight for weight, _ in matrices}
-    trained = [p for p in model.parameters() if p.requires_grad]
-    rest = [p for p in trained if p not in hidden]
     precision = choose_precision("auto", next(model.parameters()).device)
     return Muon(
         matrices,
-        _adamw_groups(model, rest, weight_decay),
+        _adamw_groups(model, {weight for weight, _ in matrices}, weight_decay),
         learning_rate,
         weight_decay,
-        fused=_has_fused_adamw(trained),
+        fused=_has_fused_adamw(model),
         dtype=DTYPES[precision.name],
     )
 
 
 def _adamw_groups(
-    model: nn.Module, parameters: list[nn.Parameter], weight_decay: float
-) -> list[dict]:
-    """The parameters in two groups: weights of Linear layers, which decay, and the others."""
+    model: nn.Module, others: set[nn.Parameter], weight_decay: float
+) -> list[dict[str, Any]]:
+    """The trained parameters but others: weights of Linear layers, which decay, and the rest."""
+    parameters = [p for p in model.parameters() if p.requires_grad and p not in others]
     embeddings = {m.weight for m in model.modules() if isinstance(m, nn.Embedding)}
     decayed = {m.weight for m in model.modules() if isinstance(m, nn.Linear)} - embeddings
     return [
@@ -161,25 +136,23 @@ def _adamw_groups(
     ]
 
 
-def _has_fused_adamw(parameters: list[nn.Parameter]) -> bool:
-    return all(p.device.type in KINDS for p in parameters)
+def _has_fused_adamw(model: nn.Module) -> bool:
+    return all(p.device.type in KINDS for p in model.parameters() if p.requires_grad)
 
 
 class Muon(torch.optim.Optimizer):
-    """Muon for matrices (Jordan et al. 2024), and AdamW for the parameters that are none.
+    """Muon for matrices (Jordan et al. 2024), AdamW for the other parameters.
 
-    A matrix moves along its momentum made orthogonal, scaled to the size of AdamW's updates (Liu
-    et al. 2025, "Muon is scalable for LLM training"), so both take the same learning rate. Each
-    of `matrices` is a weight with the row counts of the matrices that are merged in it, which are
-    made orthogonal one by one. The iteration for that runs in dtype, over all matrices of one
-    shape together. Like a fused torch.optim.AdamW it obeys found_inf and grad_scale, where fused
-    is True: a bad step changes nothing, and the device decides that.
+    A matrix's update is its orthogonalized momentum with the rms of AdamW's updates (Liu et al.
+    2025, "Muon is scalable for LLM training"), so both take the same learning rate. `matrices` are
+    weights with the row counts of the matrices merged in them, orthogonalized one by one in dtype.
+    Where fused is True, a GradScaler's found_inf and grad_scale act on the device, as in AdamW.
     """
 
     def __init__(
         self,
         matrices: Sequence[tuple[nn.Parameter, tuple[int, ...]]],
-        adamw_groups: list[dict],
+        adamw_groups: list[dict[str, Any]],
         learning_rate: float,
         weight_decay: float,
         *,
@@ -191,14 +164,14 @@ class Muon(torch.optim.Optimizer):
             "rows": [rows for _, rows in matrices],
             "weight_decay": weight_decay,
         }
-        groups = [muon_group] + [group | {"fused": fused} for group in adamw_groups]
-        super().__init__(groups, {"lr": learning_rate})
+        others = [group | {"fused": fused} for group in adamw_groups]
+        super().__init__([muon_group, *others], {"lr": learning_rate})
         self._dtype = dtype
         self._step_supports_amp_scaling = fused
 
     @torch.no_grad()
     def step(self, closure: Callable[[], torch.Tensor] | None = None) -> torch.Tensor | None:
-        """One step along the parameters' gradients; returns what the closure does, if any."""
+        """One step of all parameters; returns the closure's loss, if any."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -215,11 +188,11 @@ class Muon(torch.optim.Optimizer):
         return loss
 
     def _move_by_adamw(
-        self, group: dict, parameters: list[nn.Parameter], found_inf: torch.Tensor | None
+        self, group: dict[str, Any], parameters: list[nn.Parameter], found_inf: torch.Tensor | None
     ) -> None:
         for p in parameters:
             if not self.state[p]:
-                # where it is not fused, AdamW reads the count on the host
+                # unfused AdamW reads the step count on the host
                 device = p.device if group["fused"] else "cpu"
                 self.state[p]["step"] = torch.zeros((), device=device)
                 self.state[p]["exp_avg"] = torch.zeros_like(p)
@@ -243,7 +216,7 @@ class Muon(torch.optim.Optimizer):
             maximize=False,
         )
 
-    def _move_matrices(self, group: dict, found_inf: torch.Tensor | None) -> None:
+    def _move_matrices(self, group: dict[str, Any], found_inf: torch.Tensor | None) -> None:
         of_shape: dict[torch.Size, list[tuple[torch.Tensor, ...]]] = {}
         for p, rows in zip(group["params"], group["rows"], strict=True):
             if p.grad is None:
@@ -251,7 +224,7 @@ class Muon(torch.optim.Optimizer):
             if not self.state[p]:
                 self.state[p]["momentum_buffer"] = torch.zeros_like(p)
             if hasattr(p, "full_tensor"):
-                self._move_parts(p, rows, group["lr"], group["weight_decay"], found_inf)
+                self._move_sharded(p, rows, group, found_inf)
                 continue
             merged = (p, p.grad, self.state[p]["momentum_buffer"])
             for matrix in zip(*(tensor.split(rows) for tensor in merged), strict=True):
@@ -259,79 +232,82 @@ class Muon(torch.optim.Optimizer):
         for shape, matrices in of_shape.items():
             count = max(1, MOST_AT_ONCE // shape.numel())
             for first in range(0, len(matrices), count):
-                stack = zip(*matrices[first : first + count], strict=True)
-                self._move_stack(*stack, group["lr"], group["weight_decay"], found_inf)
+                self._move_stack(matrices[first : first + count], group, found_inf)
 
     def _move_stack(
         self,
-        weights: Sequence[torch.Tensor],
-        grads: Sequence[torch.Tensor],
-        momenta: Sequence[torch.Tensor],
-        learning_rate: float,
-        weight_decay: float,
+        matrices: Sequence[tuple[torch.Tensor, ...]],
+        group: dict[str, Any],
         found_inf: torch.Tensor | None,
     ) -> None:
-        """Move matrices of one shape."""
-        decay = 1 - learning_rate * weight_decay
-        if found_inf is not None:
-            bad = found_inf.bool()
-            decay = torch.where(bad, 1.0, decay)
-            # a momentum that takes its gradient's place stays what it is
-            grads = [torch.where(bad, m, g) for m, g in zip(momenta, grads, strict=True)]
-        for_each("lerp_", momenta, grads, 1 - MOMENTUM)
-        ahead = for_each("lerp", grads, momenta, MOMENTUM)  # Nesterov's
+        """Update matrices of one shape, each (weight, gradient, momentum)."""
+        weights, grads, momenta = zip(*matrices, strict=True)
+        ahead, decay, keep = _nesterov(grads, momenta, group, found_inf)
         updates = orthogonalize(torch.stack(ahead), self._dtype)
-        if found_inf is not None:
-            updates *= ~bad
-        # the rms of an orthogonal matrix is 1 / sqrt(its longer side)
-        size = MUON_RMS * math.sqrt(max(updates.shape[1:]))
+        if keep is not None:
+            updates *= keep
+        alpha = -group["lr"] * _muon_scale(updates[0])
         for_each("mul_", weights, decay)
-        for_each("add_", weights, updates.unbind(), alpha=-learning_rate * size)
+        for_each("add_", weights, updates.unbind(), alpha=alpha)
 
-    def _move_parts(
+    def _move_sharded(
         self,
         p: nn.Parameter,
         rows: tuple[int, ...],
-        learning_rate: float,
-        weight_decay: float,
+        group: dict[str, Any],
         found_inf: torch.Tensor | None,
     ) -> None:
-        """Move a weight of which each rank has a part: every rank makes the whole orthogonal."""
+        """Update a sharded weight: every rank orthogonalizes the unsharded momentum."""
         from torch.distributed.tensor import distribute_tensor
 
-        momentum, grad = self.state[p]["momentum_buffer"], p.grad
-        decay = 1 - learning_rate * weight_decay
-        if found_inf is not None:
-            bad = found_inf.bool()
-            decay = torch.where(bad, 1.0, decay)
-            grad = torch.where(bad, momentum, grad)
-        momentum.lerp_(grad, 1 - MOMENTUM)
-        ahead = torch.lerp(grad, momentum, MOMENTUM)
-        if self._dtype == torch.bfloat16:  # half to gather; fp16 does not have its range
+        momenta = [self.state[p]["momentum_buffer"]]
+        (ahead,), decay, keep = _nesterov([p.grad], momenta, group, found_inf)
+        if self._dtype == torch.bfloat16:  # halves the all-gather; fp16 lacks the range
             ahead = ahead.to(self._dtype)
-        ahead = ahead.full_tensor()
-        sizes = [MUON_RMS * math.sqrt(max(matrix.shape)) for matrix in ahead.split(rows)]
-        parts = [
-            orthogonalize(matrix[None], self._dtype)[0].float() for matrix in ahead.split(rows)
-        ]
-        update = torch.cat([part * size for part, size in zip(parts, sizes, strict=True)])
-        if found_inf is not None:
-            update *= ~bad
-        # every rank has all of it, and takes its own part
+        update = torch.cat(
+            [
+                orthogonalize(matrix[None], self._dtype)[0].float() * _muon_scale(matrix)
+                for matrix in ahead.full_tensor().split(rows)
+            ]
+        )
+        if keep is not None:
+            update *= keep
+        # each rank cuts its own shard out of the update, without communication
         own = distribute_tensor(update, p.device_mesh, p.placements, src_data_rank=None)
         p.mul_(decay)
-        p.sub_(own * learning_rate)
+        p.sub_(own * group["lr"])
+
+
+def _nesterov(
+    grads: Sequence[torch.Tensor],
+    momenta: Sequence[torch.Tensor],
+    group: dict[str, Any],
+    found_inf: torch.Tensor | None,
+) -> tuple[Sequence[torch.Tensor], float | torch.Tensor, torch.Tensor | None]:
+    """Update the momenta; returns Nesterov's gradients, the weight decay's factor and a mask."""
+    # with found_inf nothing may change: the mask of the updates is False, the factor is 1
+    decay, keep = 1 - group["lr"] * group["weight_decay"], None
+    if found_inf is not None:
+        keep = ~found_inf.bool()
+        decay = torch.where(keep, decay, 1.0)
+        # lerp of a momentum with itself leaves it unchanged
+        grads = [torch.where(keep, g, m) for g, m in zip(grads, momenta, strict=True)]
+    for_each("lerp_", momenta, grads, 1 - MOMENTUM)
+    return for_each("lerp", grads, momenta, MOMENTUM), decay, keep
+
+
+def _muon_scale(matrix: torch.Tensor) -> float:
+    """What gives an orthogonal matrix, whose rms is 1 / sqrt(its longer side), MUON_RMS."""
+    return MUON_RMS * math.sqrt(max(matrix.shape))
 
 
 def for_each(
     name: str, tensors: Sequence[torch.Tensor], *others: object, **options: float
-) -> Sequence[torch.Tensor] | None:
-    """Call a method of every tensor; each list in `others` has one argument for every tensor.
-
-    That is one call, and few kernels on a GPU, where torch has it under its private name.
-    """
+) -> Sequence[torch.Tensor]:
+    """Call a method of every tensor; a list in `others` has an argument for each of them."""
+    # torch's private name for it launches fewer kernels; a DTensor, which comes alone, may lack it
     at_once = getattr(torch, f"_foreach_{name}", None)
-    if at_once is not None:
+    if at_once is not None and len(tensors) > 1:
         return at_once(tensors, *others, **options)
     columns = (other if isinstance(other, list | tuple) else repeat(other) for other in others)
     rows = zip(tensors, *columns, strict=False)
@@ -341,12 +317,10 @@ def for_each(
 def orthogonalize(matrices: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """(n, rows, columns) -> each matrix with its singular values brought near 1, as dtype.
 
-    A Newton-Schulz iteration in dtype, after each matrix was divided by its norm in fp32: what
-    fp16 would lose of a small gradient, it holds then. Its coefficients (Jordan et al. 2024)
-    hurry: values of 0.002 and more of the matrix's norm end between 0.68 and 1.21, not at 1. A
-    matrix of zeros stays one.
+    A Newton-Schulz iteration, whose coefficients (Jordan et al. 2024) trade accuracy for speed:
+    singular values above 0.002 of the norm end between 0.68 and 1.21. A zero matrix stays zero.
     """
-    # the norm is at least the largest singular value
+    # in fp32, since fp16 underflows; the norm is at least the largest singular value
     norms = torch.linalg.vector_norm(matrices, dim=(1, 2), keepdim=True, dtype=torch.float32)
     x = (matrices / norms.clamp(min=1e-7)).to(dtype)
     is_tall = x.shape[1] > x.shape[2]
@@ -360,6 +334,6 @@ def orthogonalize(matrices: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float) -> None:
-    """Give every parameter group this learning rate."""
+    """Set every parameter group's learning rate."""
     for group in optimizer.param_groups:
         group["lr"] = learning_rate

@@ -1,8 +1,4 @@
-"""Which number format the matrix products run in: the fastest one that the hardware has units for.
-
-That is bf16, or fp16 on NVIDIA's Volta and Turing GPUs, which have no other: its narrow range
-needs the loss to be scaled. fp32 is for all the rest.
-"""
+"""The number format of the matrix products: the fastest that the hardware has units for."""
 
 import contextlib
 from dataclasses import dataclass
@@ -18,34 +14,30 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 @dataclass(frozen=True)
 class Precision:
-    """The format of the matrix products and why it was chosen; weights are fp32 in all."""
+    """The format of the matrix products and why it was chosen; weights are always fp32."""
 
     name: str  # "bf16", "fp16" or "fp32"
     reason: str
     device_type: str
 
     def autocast(self) -> contextlib.AbstractContextManager:
-        """The context in which forward passes run."""
+        """The context of forward passes."""
         if self.name == "fp32":
             return contextlib.nullcontext()
         return torch.autocast(self.device_type, dtype=DTYPES[self.name])
 
     @property
     def scales_loss(self) -> bool:
-        """Whether the loss is scaled, so that small gradients survive the format's narrow range."""
+        """Whether the loss is scaled, so that small gradients do not underflow in fp16."""
         return self.name == "fp16"
 
     def scaler(self) -> torch.amp.GradScaler:
-        """What scales the loss of fp16, so that small gradients survive; else it does nothing."""
+        """The loss scaler, which does nothing but in fp16."""
         return torch.amp.GradScaler(self.device_type, enabled=self.scales_loss)
 
 
 def choose_precision(requested: str, device: torch.device) -> Precision:
-    """Turn PRECISION ("auto", "bf16", "fp16" or "fp32") into what this device runs.
-
-    "auto" is the fastest format of the device. Raises SettingsError for fp16 anywhere but on CUDA:
-    elsewhere it is slow, or wrong.
-    """
+    """The precision for a PRECISION setting. Raises SettingsError for "fp16" without CUDA."""
     if requested == "fp16" and device.type != "cuda":
         raise SettingsError(
             f'PRECISION = "fp16" needs a CUDA GPU, and this run is on {device.type}.\n'
@@ -54,18 +46,13 @@ def choose_precision(requested: str, device: torch.device) -> Precision:
     fastest, hardware = _fastest_format(device)
     if requested == "auto":
         return Precision(fastest, hardware, device.type)
-    reason = "as set"
-    if requested not in ("fp32", fastest):
-        reason = f"as set, but slow here: {hardware}"
-    return Precision(requested, reason, device.type)
+    slow = "" if requested in ("fp32", fastest) else f", but slow here: {hardware}"
+    return Precision(requested, f"as set{slow}", device.type)
 
 
 def keep_precision(name: str, device: torch.device) -> Precision:
-    """The precision of a run that goes on, with PRECISION = "auto": the one it was begun in.
-
-    A GPU without units for it emulates it at a fraction of the speed, so there the run goes on in
-    the fastest format that the GPU has. Numbers on GPUs are not bit for bit the same anyway.
-    """
+    """The precision of a resumed run with PRECISION = "auto": its own, or a GPU's fastest."""
+    # a GPU would only emulate a format that it lacks, and is not bit-equal anyway
     fastest, hardware = _fastest_format(device)
     if name in ("fp32", fastest):
         return Precision(name, "as when this run began", device.type)
@@ -75,31 +62,29 @@ def keep_precision(name: str, device: torch.device) -> Precision:
 
 
 def _fastest_format(device: torch.device) -> tuple[str, str]:
-    """The format whose products are fastest on this device, and what says so."""
+    """The format of the fastest matrix products on this device, and why."""
     if device.type == "cuda":
-        capability = cuda_capability(device)
-        if capability is None or capability >= (8, 0):  # AMD's GPUs for torch all have it
-            return "bf16", "this GPU has bf16 units"
-        if capability >= (7, 0):
+        capability = cuda_capability(device) or (8, 0)  # AMD's GPUs for torch all have bf16
+        if capability < (7, 0):
+            return "fp32", "this GPU has no bf16 or fp16 units"
+        if capability < (8, 0):
             return "fp16", "this GPU has fp16 units, but none for bf16"
-        return "fp32", "this GPU has no bf16 or fp16 units"
-    if device.type == "cpu":
+    elif device.type == "cpu":
         found = [name for name in ("amx_bf16", "avx512_bf16") if _cpu_capabilities().get(name)]
         if found:
             return "bf16", f"this CPU has {found[0]}"
         return "fp32", "this CPU has no bf16 units"
-    if device.type == "mps":
-        # before macOS 14 Metal has no bf16
+    elif device.type == "mps":
         if torch.backends.mps.is_macos_or_newer(14, 0):
             return "bf16", "this Mac has bf16"
         return "fp32", "bf16 needs macOS 14"
-    if xpu_has_bf16(device):
+    if device.type == "cuda" or xpu_has_bf16(device):
         return "bf16", "this GPU has bf16 units"
     return "fp32", "this GPU has no bf16 units"
 
 
 def _cpu_capabilities() -> dict[str, object]:
-    """What torch says of the processor's instruction sets."""
+    """The processor's instruction sets, as torch names them."""
     get_capabilities = getattr(torch.cpu, "get_capabilities", None)
     if get_capabilities is not None:
         return get_capabilities()

@@ -1,12 +1,12 @@
-"""Weights in fewer bits, for using a model: a step of one token is as fast as they are read.
+"""Quantized weights for inference, where a decoding step is as fast as the weights are read.
 
-Products read bf16 or int8 weights; what runs through the model stays fp32 between them. Only the
-nn.Linear layers are replaced, so embeddings and norms are as they were.
+The nn.Linear layers get bf16 or int8 weights; embeddings, norms and the residual stream stay fp32.
 """
 
 import contextlib
 import functools
 import threading
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -16,41 +16,38 @@ from engine.errors import SettingsError
 from engine.precision import choose_precision
 
 WEIGHTS = ("auto", "fp32", "bf16", "int8")
-# so many of the highest logits are computed once more: bf16 can't tell 20.0 from 20.1
+# of the highest logits, which are recomputed in fp32: bf16 can't tell 20.0 from 20.1
 EXACT_LOGITS = 32
-# the int8 kernel takes a row at a time, above this a product of bf16 weights is faster; and it
-# reads so many weights at once, past the end of a row that has not as many
+# the int8 kernel goes row by row: with more rows a bf16 product is faster. It reads INT8_WIDTH
+# weights at once, beyond the end of a row whose length is no multiple of that
 MOST_INT8_ROWS, INT8_WIDTH = 16, 64
 
 
 def choose_weights(requested: str, device: torch.device) -> str:
-    """Turn "auto" into "bf16" where tokens come faster with it, else "fp32".
-
-    They do on every CPU: a product of one row needs no bf16 units there. Raises SettingsError for
-    int8 anywhere but on a CPU: GPUs are slower with it at this size.
-    """
+    """What weights "auto" or a kind means here. Raises SettingsError for int8 on a GPU."""
     if requested not in WEIGHTS:
         listed = ", ".join(f'"{kind}"' for kind in WEIGHTS)
         raise SettingsError(f'weights is "{requested}"; it must be one of {listed}')
     if requested == "int8" and device.type != "cpu":
         raise SettingsError(f'weights "int8" are for CPUs, and this is {device.type}; use "bf16"')
-    if requested == "auto":
-        is_fast = device.type == "cpu" or choose_precision("auto", device).name == "bf16"
-        return "bf16" if is_fast else "fp32"
-    return requested
+    if requested != "auto":
+        return requested
+    # any CPU is faster: a product of one row needs no bf16 units
+    is_fast = device.type == "cpu" or choose_precision("auto", device).name == "bf16"
+    return "bf16" if is_fast else "fp32"
 
 
 @functools.cache
 def is_slow_in_bf16(device: torch.device) -> bool:
-    """Whether products of many rows are slow in bf16: on a CPU without units for it."""
+    """Whether bf16 products of many rows are slow: on a CPU without bf16 units."""
     return device.type == "cpu" and choose_precision("auto", device).name != "bf16"
 
 
 def convert_weights(model: nn.Module, kind: str) -> None:
-    """Replace the linear layers of a model, its head among them, by such of fewer bits."""
+    """Replace a model's linear layers and its head by quantized ones; "fp32" changes nothing."""
     if kind == "fp32":
         return
-    layer = {"bf16": Bf16Linear, "int8": Int8Linear}[kind]
+    layer = Bf16Linear if kind == "bf16" else Int8Linear
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
             if isinstance(child, nn.Linear):
@@ -59,16 +56,15 @@ def convert_weights(model: nn.Module, kind: str) -> None:
 
 
 class Bf16Linear(nn.Module):
-    """A linear layer whose weights and product are bf16: (..., in) -> (..., out) in bf16."""
+    """A linear layer with bf16 weights and products."""
 
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
         self.register_buffer("weight", linear.weight.detach().bfloat16())
-        bias = None if linear.bias is None else linear.bias.detach().bfloat16()
-        self.register_buffer("bias", bias)
+        self.register_buffer("bias", _bf16_bias(linear))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Any float format in, bf16 out."""
+        """(..., in) of any float format -> (..., out) in bf16."""
         if x.device.type == "cpu" and x.numel() > x.shape[-1] and is_slow_in_bf16(x.device):
             bias = None if self.bias is None else self.bias.float()
             return F.linear(x.float(), self.weight.float(), bias).bfloat16()
@@ -80,21 +76,20 @@ class Bf16Linear(nn.Module):
 
 
 class Int8Linear(nn.Module):
-    """A linear layer of int8 weights, each output with its own scale; the product is bf16."""
+    """A linear layer with int8 weights, a scale for each output, and bf16 products."""
 
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
         weight = linear.weight.detach()
         scale = (weight.abs().amax(dim=1) / 127).clamp(min=torch.finfo(torch.float32).tiny)
-        scale = scale.bfloat16()  # the kernel's format; rounded before the weights are
+        scale = scale.bfloat16()  # the kernel's format: the weights take the rounding into account
         weight = (weight / scale.float()[:, None]).round().clamp(-127, 127)
         self.register_buffer("weight", weight.to(torch.int8))
         self.register_buffer("scale", scale)
-        bias = None if linear.bias is None else linear.bias.detach().bfloat16()
-        self.register_buffer("bias", bias)
+        self.register_buffer("bias", _bf16_bias(linear))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Any float format in, bf16 out."""
+        """(..., in) of any float format -> (..., out) in bf16."""
         flat = x.bfloat16().flatten(0, -2)
         kernel = getattr(torch, "_weight_int8pack_mm", None)  # torch has no public name for it
         if kernel and len(flat) <= MOST_INT8_ROWS and flat.shape[1] % INT8_WIDTH == 0:
@@ -113,8 +108,12 @@ class Int8Linear(nn.Module):
         return self.weight[indices] * self.scale[indices].float()[..., None]
 
 
+def _bf16_bias(linear: nn.Linear) -> torch.Tensor | None:
+    return None if linear.bias is None else linear.bias.detach().bfloat16()
+
+
 class Head(nn.Module):
-    """The head in fewer bits, (B, C) -> (B, V) logits in fp32, the highest of them exact ones."""
+    """The quantized head: fp32 logits, of which the highest are recomputed in fp32."""
 
     def __init__(self, linear: Bf16Linear | Int8Linear) -> None:
         super().__init__()
@@ -129,27 +128,17 @@ class Head(nn.Module):
 
 
 class OneRowProducts(contextlib.AbstractContextManager):
-    """Where one row meets each weight: torch's own kernel reads bf16 twice as fast as oneDNN.
+    """A context without oneDNN: torch's own kernel multiplies one row by bf16 twice as fast."""
 
-    The switch is the whole process's: the first thread that enters turns oneDNN off, and the last
-    that leaves restores it.
-    """
-
+    # the switch is global: the last thread that leaves restores what the first one found
     _lock = threading.Lock()
-    _n_inside = 0
-    _was_enabled = True
+    _before: ClassVar[list[bool]] = []
 
     def __enter__(self) -> None:
-        cls = type(self)
-        with cls._lock:
-            if cls._n_inside == 0:
-                cls._was_enabled = torch.backends.mkldnn.enabled
-                torch.backends.mkldnn.enabled = False
-            cls._n_inside += 1
+        with self._lock:
+            self._before.append(torch.backends.mkldnn.enabled)
+            torch.backends.mkldnn.enabled = False
 
     def __exit__(self, *_: object) -> None:
-        cls = type(self)
-        with cls._lock:
-            cls._n_inside -= 1
-            if cls._n_inside == 0:
-                torch.backends.mkldnn.enabled = cls._was_enabled
+        with self._lock:
+            torch.backends.mkldnn.enabled = self._before.pop()
