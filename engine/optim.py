@@ -56,8 +56,8 @@ def learning_rate_at(step: int, schedule: Schedule) -> float:
         steps_left = max(0, schedule.total_steps - 1 - step)  # after this one
         share = min(1.0, steps_left / max(1, schedule.decay_steps))
         return schedule.peak * (FLOOR + (1 - FLOOR) * share)
-    decay_steps = max(1, schedule.total_steps - 1 - schedule.warmup_steps)
-    progress = min(1.0, (step - schedule.warmup_steps) / decay_steps)
+    last = max(schedule.warmup_steps, schedule.total_steps - 1)
+    progress = (min(step, last) - schedule.warmup_steps) / max(1, last - schedule.warmup_steps)
     return schedule.peak * (FLOOR + (1 - FLOOR) * 0.5 * (1 + math.cos(math.pi * progress)))
 
 

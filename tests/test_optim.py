@@ -89,6 +89,7 @@ def test_learning_rate_rises_in_equal_steps_is_never_zero_and_falls_to_its_floor
     steps_up = schedule.warmup_steps + 1
     assert rising == pytest.approx([schedule.peak * n / steps_up for n in range(1, steps_up)])
     assert falling == sorted(falling, reverse=True)
+    assert set(rates[schedule.total_steps :]) == {rates[schedule.total_steps - 1]}
     n_stable = falling.count(schedule.peak)
     n_after = schedule.total_steps - schedule.warmup_steps  # 1: the peak is the last step
     ends_low = schedule.kind == "wsd" or (schedule.kind == "cosine" and n_after > 1)
