@@ -532,7 +532,7 @@ def test_fp16_on_the_cpu_is_an_error_before_anything_is_read(settings_file):
 def test_a_tracker_that_is_not_installed_is_an_error_before_anything_is_read(
     settings_file, monkeypatch
 ):
-    monkeypatch.setitem(tracking.TRACKERS, "wandb", ("no_such_module", "wandb"))
+    monkeypatch.setattr(tracking.importlib.util, "find_spec", lambda name: None)
     change(settings_file, lines="TRACKING = ['wandb']\nDATA = 'not-there.txt'\n")
     with pytest.raises(SettingsError, match=r"pip install -r requirements\.txt wandb"):
         prepare_environment(settings_file)
