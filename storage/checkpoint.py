@@ -50,6 +50,7 @@ DTYPES = {  # their names in safetensors
     torch.int32: "I32",
     torch.uint8: "U8",
 }
+Tensors = dict[str, torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,7 @@ class BestWeights:
     """The weights with the lowest validation loss so far, by parameter name, in CPU memory."""
 
     step: int
-    weights: dict[str, torch.Tensor]
+    weights: Tensors
 
 
 class CheckpointStore:
@@ -97,34 +98,26 @@ class CheckpointStore:
         """
         weights = gathered(weights_of(model), self._parallel)
         moments = gathered(optimizer_tensors(model, optimizer), self._parallel)
-        self._parallel.on_main(lambda: self._commit(step, weights, moments, state, best))
 
-    def _commit(
-        self,
-        step: int,
-        weights: dict[str, torch.Tensor],
-        moments: dict[str, torch.Tensor],
-        state: dict[str, Any],
-        best: BestWeights | None,
-    ) -> None:
-        for name, value in weights.items():
-            if not torch.isfinite(value).all():
-                raise NumericsError(
-                    f"after step {step} the weights {name} are not finite: they are not saved."
-                )
-        new_best = {} if best is None or self._has(best) else best.weights
-        require_space(
-            self.checkpoints,
-            sum(value.nbytes for group in (weights, moments, new_best) for value in group.values()),
-            f"the checkpoint of step {step}",
-        )
-        self._write_best(best)
-        state = state | {"best_step": best and best.step}
-        with NewFolder(self.checkpoints / _name(step), self._facts(step)) as folder:
-            folder.write(WEIGHTS, safetensors_chunks(weights))
-            folder.write(OPTIMIZER, safetensors_chunks(moments))
-            folder.write(STATE, [to_json(state).encode("utf-8", "backslashreplace")])
-        self._prune(best)
+        def commit() -> None:
+            for name, value in weights.items():
+                if not torch.isfinite(value).all():
+                    raise NumericsError(
+                        f"after step {step} the weights {name} are not finite: they are not saved."
+                    )
+            new_best = {} if best is None or self._has(best) else best.weights
+            tensors = [*weights.values(), *moments.values(), *new_best.values()]
+            n_bytes = sum(value.nbytes for value in tensors)
+            require_space(self.checkpoints, n_bytes, f"the checkpoint of step {step}")
+            self._write_best(best)
+            content = to_json(state | {"best_step": best and best.step})
+            with NewFolder(self.checkpoints / _name(step), self._facts(step)) as folder:
+                folder.write(WEIGHTS, safetensors_chunks(weights))
+                folder.write(OPTIMIZER, safetensors_chunks(moments))
+                folder.write(STATE, [content.encode("utf-8", "backslashreplace")])
+            self._prune(best)
+
+        self._parallel.on_main(commit)
 
     def save_best(self, best: BestWeights | None) -> None:
         """Commit the best weights if they are not on the disk yet."""
@@ -239,8 +232,8 @@ class _Found:
 
     path: Path
     state: dict[str, Any]
-    weights: dict[str, torch.Tensor]
-    moments: dict[str, torch.Tensor]
+    weights: Tensors
+    moments: Tensors
     best: BestWeights | None = None
 
     def without_tensors(self) -> "_Found":
@@ -253,9 +246,7 @@ class _Unusable(Exception):
     """A checkpoint or best weights that can't be read, or belong elsewhere."""
 
 
-def read_weights(
-    run_folder: Path, run_id: str, which: str = "best"
-) -> tuple[int, dict[str, torch.Tensor]]:
+def read_weights(run_folder: Path, run_id: str, which: str = "best") -> tuple[int, Tensors]:
     """The step and the weights of a run's "best" or "last" saved weights; changes nothing.
 
     The run may be training in another process: if the files disappear during the read, it starts
@@ -323,7 +314,7 @@ def _read_state(path: Path) -> dict[str, Any]:
     return state
 
 
-def _read_model(path: Path, run_id: str) -> dict[str, torch.Tensor]:
+def _read_model(path: Path, run_id: str) -> Tensors:
     """The weights in a folder, verified; _Unusable if they can't be read."""
     _verify(path, run_id, WEIGHTS)
     with _unusable_where_unreadable(path):
@@ -382,15 +373,12 @@ def _best_step(path: Path) -> int | None:
         return None
 
 
-# -------------------------------------------------------------------------------- tensors
-
-
-def weights_of(model: nn.Module) -> dict[str, torch.Tensor]:
+def weights_of(model: nn.Module) -> Tensors:
     """The model's parameters by name; a shared one occurs once."""
     return {name: value.detach() for name, value in model.named_parameters()}
 
 
-def copy_weights(model: nn.Module, parallel: Parallel = ALONE) -> dict[str, torch.Tensor]:
+def copy_weights(model: nn.Module, parallel: Parallel = ALONE) -> Tensors:
     """A copy of the parameters in CPU memory; a collective: the main rank gets the copy."""
     own = weights_of(model)
     return {
@@ -400,7 +388,7 @@ def copy_weights(model: nn.Module, parallel: Parallel = ALONE) -> dict[str, torc
 
 
 def load_weights(
-    model: nn.Module, weights: dict[str, torch.Tensor], place: object, parallel: Parallel = ALONE
+    model: nn.Module, weights: Tensors, place: object, parallel: Parallel = ALONE
 ) -> None:
     """Set every parameter to the main rank's weights; a collective.
 
@@ -413,7 +401,7 @@ def load_weights(
             value.copy_(placed(weights.get(name), value, parallel))
 
 
-def assign_weights(model: nn.Module, weights: dict[str, torch.Tensor], place: object) -> None:
+def assign_weights(model: nn.Module, weights: Tensors, place: object) -> None:
     """Give a model on the "meta" device these parameters, without a copy.
 
     Raises CheckpointError, naming place, if names or shapes don't match, or one is not fp32.
@@ -423,9 +411,7 @@ def assign_weights(model: nn.Module, weights: dict[str, torch.Tensor], place: ob
     model.tie_head()
 
 
-def _check_names(
-    found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], place: object
-) -> None:
+def _check_names(found: Tensors, expected: Tensors, place: object) -> None:
     odd = sorted(found.keys() ^ expected.keys())
     odd += [
         name
@@ -439,9 +425,7 @@ def _check_names(
         )
 
 
-def optimizer_tensors(
-    model: nn.Module, optimizer: torch.optim.Optimizer
-) -> dict[str, torch.Tensor]:
+def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> Tensors:
     """The optimizer's state by "kind.parameter", say "exp_avg.head.weight"."""
     names = {parameter: name for name, parameter in model.named_parameters()}
     return {
@@ -454,7 +438,7 @@ def optimizer_tensors(
 def load_optimizer(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
-    tensors: dict[str, torch.Tensor],
+    tensors: Tensors,
     place: object,
     parallel: Parallel = ALONE,
 ) -> None:
@@ -484,7 +468,7 @@ def load_optimizer(
             raise CheckpointError(f"{place} does not fit the model: it lacks state of a parameter.")
 
     parallel.on_main(require_fit)
-    state: dict[int, dict[str, torch.Tensor]] = {}
+    state: dict[int, Tensors] = {}
     scalar = torch.zeros(())
     for key in parallel.broadcast(list(tensors)):
         kind, _, name = key.partition(".")
@@ -495,7 +479,7 @@ def load_optimizer(
     optimizer.load_state_dict({"state": state, "param_groups": groups})
 
 
-def safetensors_chunks(tensors: dict[str, torch.Tensor]) -> Iterator[bytes | memoryview]:
+def safetensors_chunks(tensors: Tensors) -> Iterator[bytes | memoryview]:
     """A safetensors file in chunks: its header, then each tensor, without a copy of CPU tensors.
 
     The library's own writer copies all tensors at once. Format: github.com/huggingface/safetensors.
@@ -519,7 +503,7 @@ def safetensors_chunks(tensors: dict[str, torch.Tensor]) -> Iterator[bytes | mem
             yield memoryview(flat.view(torch.uint8).numpy())
 
 
-def read_safetensors(path: Path) -> dict[str, torch.Tensor]:
+def read_safetensors(path: Path) -> Tensors:
     """The tensors of a safetensors file, in CPU memory.
 
     Raises SafetensorError for another format, OSError if the file can't be read.

@@ -93,7 +93,7 @@ class NewFile:
                     if self._durable:
                         os.fsync(self._file.fileno())
                     self._file.close()
-                    _move(os.replace, self._beside, self.path, self._patience_s)
+                    _patiently(os.replace, self._beside, self.path, patience_s=self._patience_s)
                     if self._durable:
                         _fsync_folder(self.path.parent)
         finally:
@@ -167,7 +167,7 @@ def rename_folder(source: StrPath, target: StrPath) -> bool:
     """
     with _writing(target):
         try:
-            _move(os.rename, source, target)
+            _patiently(os.rename, source, target)
         except OSError:
             if Path(target).is_dir():
                 return False
@@ -179,7 +179,7 @@ def rename_folder(source: StrPath, target: StrPath) -> bool:
 def rename_file(source: StrPath, target: StrPath) -> None:
     """Rename a file over another, atomically but not durably; ResourceError if the disk refuses."""
     with _writing(target):
-        _move(os.replace, source, target)
+        _patiently(os.replace, source, target)
 
 
 # ------------------------------------------------------------------------- sealed folders
@@ -225,7 +225,7 @@ class NewFolder:
                 self.write(MANIFEST, [_seal(self._facts | {"files": self._files})])
                 with _writing(self.path):
                     _fsync_folder(self._beside)
-                    _move(os.rename, self._beside, self.path)
+                    _patiently(os.rename, self._beside, self.path)
                     _fsync_folder(self.path.parent)
         finally:
             discard(self._beside)  # after the rename it no longer exists
@@ -304,7 +304,7 @@ def set_aside(path: StrPath) -> Path:
     names = (f".bad-{path.name}" + f"-{count}" * (count > 1) for count in itertools.count(1))
     aside = next(path.with_name(name) for name in names if not os.path.lexists(path.parent / name))
     with _writing(path):
-        _move(os.rename, path, aside)
+        _patiently(os.rename, path, aside)
         _fsync_folder(path.parent)
     return aside
 
@@ -317,7 +317,7 @@ def remove_folder(path: StrPath) -> bool:
     """
     doomed = Path(path).with_name(f".del-{os.getpid()}-{Path(path).name}")
     try:
-        _move(os.rename, path, doomed)
+        _patiently(os.rename, path, doomed)
     except FileNotFoundError:  # another process was faster
         return True
     except OSError:
@@ -329,7 +329,7 @@ def remove_folder(path: StrPath) -> bool:
 def remove_file(path: StrPath) -> None:
     """Remove a file if it exists; ResourceError if the disk refuses."""
     with _writing(path):
-        _patiently(Path(path).unlink, True)
+        _patiently(lambda file: Path(file).unlink(missing_ok=True), path)
 
 
 def discard(path: StrPath) -> None:
@@ -431,7 +431,7 @@ def _lock(handle: int) -> None:
         import msvcrt
 
         os.lseek(handle, 0, os.SEEK_SET)
-        msvcrt.locking(handle, msvcrt.LK_NBLCK, 1)  # type: ignore[attr-defined]  # on Linux
+        msvcrt.locking(handle, msvcrt.LK_NBLCK, 1)  # type: ignore[attr-defined]  # Windows only
     else:
         fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
@@ -440,9 +440,9 @@ def _lock(handle: int) -> None:
 
 
 def _patiently(
-    call: Callable[..., object], *arguments: Any, patience_s: float = PATIENCE_S
+    call: Callable[..., object], *paths: StrPath, patience_s: float = PATIENCE_S
 ) -> None:
-    """Retry a call for up to patience_s while Windows refuses it because a file is held open.
+    """Call os.rename or the like; retry for up to patience_s while Windows refuses.
 
     Windows neither renames, replaces nor removes an open file or a folder that holds one. Virus
     scanners and indexers open each new file for milliseconds, a viewer keeps its file for hours.
@@ -451,9 +451,12 @@ def _patiently(
     until, pause_s = time.monotonic() + patience_s, 0.01
     while True:
         try:
-            call(*arguments)
+            call(*paths)
             return
         except OSError as error:
+            if _is_held_open(error) and any(map(os.path.isdir, paths[1:])):  # retries can't help
+                reason = os.strerror(errno.EISDIR)
+                raise IsADirectoryError(errno.EISDIR, reason, str(paths[1])) from error
             left_s = until - time.monotonic()
             if not _is_held_open(error) or left_s <= 0:
                 raise
@@ -463,27 +466,6 @@ def _patiently(
 
 def _is_held_open(error: OSError) -> bool:
     return getattr(error, "winerror", None) in HELD_OPEN  # no other system sets it
-
-
-def _move(
-    rename: Callable[[StrPath, StrPath], None],
-    source: StrPath,
-    target: StrPath,
-    patience_s: float = PATIENCE_S,
-) -> None:
-    """Call os.rename or os.replace patiently."""
-
-    def attempt() -> None:
-        try:
-            rename(source, target)
-        except OSError as error:
-            # Windows says "access denied" if the target is a folder: a retry would not help
-            if _is_held_open(error) and os.path.isdir(target):
-                reason = os.strerror(errno.EISDIR)
-                raise IsADirectoryError(errno.EISDIR, reason, str(target)) from error
-            raise
-
-    _patiently(attempt, patience_s=patience_s)
 
 
 def is_portable_name(name: str) -> bool:

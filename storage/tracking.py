@@ -8,7 +8,7 @@ import os
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from engine.console import say
 from engine.errors import ResourceError, SettingsError, first_line
@@ -77,19 +77,6 @@ class MetricsFile:
             say(f"Note: {first_line(error)} Training goes on; the log has a gap")
 
 
-class Tracker(Protocol):
-    """A service that draws curves."""
-
-    def log(self, step: int, values: dict[str, float]) -> None:
-        """Record the metrics of a step."""
-
-    def flush(self) -> None:
-        """Write what is buffered in memory."""
-
-    def close(self) -> None:
-        """Write everything and end the session."""
-
-
 def check_trackers(names: Iterable[str]) -> None:
     """Raise SettingsError with the install command if a tracker's library is missing."""
     for name in names:
@@ -109,7 +96,7 @@ def open_trackers(
     One that can't be opened is reported and left out.
     """
     makers: dict[str, Any] = {"tensorboard": _TensorBoard, "wandb": _WeightsAndBiases}
-    opened: list[Tracker] = []
+    opened = []
     for name in names:
         try:
             opened.append(makers[name](folder, run_id, settings, step))
@@ -125,7 +112,7 @@ def _say_left_out(kind: type, error: Exception) -> None:
 class Trackers:
     """Several trackers as one; one that fails is reported and left out from then on."""
 
-    def __init__(self, trackers: list[Tracker]) -> None:
+    def __init__(self, trackers: "list[Tracker]") -> None:
         self._trackers = trackers
 
     def log(self, row: dict[str, Any]) -> None:
@@ -142,7 +129,7 @@ class Trackers:
         self._each(lambda tracker: tracker.close())
         self._trackers = []
 
-    def _each(self, act: Callable[[Tracker], None]) -> None:
+    def _each(self, act: "Callable[[Tracker], None]") -> None:
         for tracker in list(self._trackers):
             try:
                 act(tracker)
@@ -201,6 +188,9 @@ class _WeightsAndBiases:
 
     def close(self) -> None:
         self._run.finish()
+
+
+Tracker = _TensorBoard | _WeightsAndBiases
 
 
 def _has_account(wandb: Any) -> bool:
