@@ -1,7 +1,7 @@
-"""How settings are checked: names, spellings, types and ranges, every problem at once.
+"""Checks of settings: names, spellings, types and ranges, with all problems in one error.
 
 A settings dataclass declares each field with `setting(...)` and calls `check(self)` in its
-`__post_init__`. Rules that join two fields go into a method `conflicts(values) -> list[str]`.
+`__post_init__`. A method `conflicts(values) -> list[str]` checks fields against each other.
 """
 
 import dataclasses
@@ -10,6 +10,7 @@ import itertools
 import json
 import math
 import numbers
+import operator
 import types
 import typing
 from collections.abc import Callable, Iterable, Mapping
@@ -20,8 +21,8 @@ from engine.errors import SettingsError
 
 T = TypeVar("T")
 
-# the model fields that a user may set; vocab_size comes from the tokenizer, context_length is
-# called max_length, and tests hold this list against GPTConfig
+# the fields of GPTConfig that a user may set, as a test checks; vocab_size comes from the
+# tokenizer, and context_length is called max_length
 MODEL_SETTINGS = (
     "emb_dim",
     "n_heads",
@@ -40,7 +41,7 @@ MODEL_SETTINGS = (
     "zero_init",
 )
 
-# other systems' spellings of our names
+# other systems' names for our settings
 ALIASES = {
     "epochs": "num_epochs",
     "max_iters": "max_steps",
@@ -66,7 +67,7 @@ ALIASES = {
     "tain_data_ratio": "train_ratio",
 }
 
-# other systems' names for what is set in another place here
+# settings of other systems, and how to set them here
 ELSEWHERE = {
     "use_amp": 'set PRECISION = "auto", "bf16", "fp16" or "fp32" in config_run.py',
     "resume_from": "set RESUME in config_run.py to the run's folder",
@@ -83,14 +84,14 @@ ELSEWHERE = {
 
 @dataclasses.dataclass(frozen=True)
 class Rule:
-    """What values a field takes, beyond its type."""
+    """Which values of its type a field accepts."""
 
     minimum: float | None = None
     maximum: float | None = None
     above: float | None = None
     below: float | None = None
-    choices: tuple | None = None
-    most_items: int | None = None  # of a list, which then may not be empty
+    choices: tuple[str, ...] | None = None
+    most_items: int | None = None  # of a list, which must not be empty
 
 
 def setting(
@@ -98,9 +99,9 @@ def setting(
 ) -> Any:
     """A dataclass field with a Rule; a mutable default is copied for each object.
 
-    on_resume says what another value means for a run that goes on: "fixed", it is refused;
-    "free", it is taken and recorded; "numeric", it is recorded and changes the last digits.
-    None: the field is compared in another way, or is no part of the run.
+    on_resume says what happens to another value in a resumed run: "fixed" refuses it, "free"
+    accepts it, and "numeric" accepts it though it changes the last digits of the results. None: the
+    field is compared elsewhere, or is not part of the run.
     """
     metadata = {"rule": Rule(**rule), "on_resume": on_resume}
     if isinstance(default, dict | list):
@@ -109,37 +110,33 @@ def setting(
 
 
 def names_on_resume(cls: type, *kinds: str) -> tuple[str, ...]:
-    """The fields of a settings dataclass whose on_resume is one of these kinds."""
+    """The names of the fields whose on_resume is one of these kinds."""
     return tuple(f.name for f in dataclasses.fields(cls) if f.metadata.get("on_resume") in kinds)
 
 
 def check(instance: Any) -> None:
-    """Raise SettingsError with every problem of a settings object, one a line.
+    """Raise SettingsError with every problem of a settings object, one per line.
 
-    Numbers of other libraries, such as NumPy's, become Python's own; lists and dicts become the
-    object's own, so that what was checked is what is kept.
+    Converts numbers of other libraries, such as NumPy's, to Python's, and copies lists and dicts,
+    so that nobody changes them after the check.
     """
     values = {f.name: getattr(instance, f.name) for f in dataclasses.fields(instance)}
     raise_if_any(find_problems(type(instance), values), type(instance).__name__)
     for name, value in values.items():
         if isinstance(value, numbers.Real) and not isinstance(value, bool):
             plain = int(value) if isinstance(value, numbers.Integral) else float(value)
-            object.__setattr__(instance, name, plain)  # frozen against everything but this
+            object.__setattr__(instance, name, plain)  # it is frozen
         elif isinstance(value, list | dict):
             object.__setattr__(instance, name, value.copy())
 
 
 def find_problems(
-    cls: type,
-    values: Mapping[str, Any],
-    label: Callable[[str], str] = str,
-    *,
-    joined: bool = True,
+    cls: type, values: Mapping[str, Any], label: Callable[[str], str] = str, *, joined: bool = True
 ) -> list[str]:
-    """Every type, range and cross-field problem of values, as lines that begin with label(name).
+    """Every type, range and cross-field problem of values, as lines that start with label(name).
 
-    values may leave fields out. Rules that join fields are judged where the fields themselves
-    are right, with the defaults for what was left out; not at all where joined is False.
+    values may omit fields. If the fields have no problem of their own, and `joined`, cls.conflicts
+    checks them against each other, with defaults for omitted ones.
     """
     hints = typing.get_type_hints(cls)
     fields = {f.name: f for f in dataclasses.fields(cls)}
@@ -157,10 +154,9 @@ def find_problems(
 
 
 def from_json(cls: type[T], value: Any, place: str) -> T:
-    """Rebuild a settings object from what dataclasses.asdict() and JSON made of it.
+    """Rebuild a settings object, also a nested one, from the JSON of its dataclasses.asdict().
 
-    Fields that are settings objects themselves are rebuilt as well. No field may be missing, and
-    no other may be there. Raises SettingsError with the problems; place says where the value is.
+    Raises SettingsError, naming place, for missing, unknown and wrong fields.
     """
     if not isinstance(value, dict):
         raise_if_any([f"it is {shown(value)}; it must be {_KINDS[dict]}"], place)
@@ -169,24 +165,21 @@ def from_json(cls: type[T], value: Any, place: str) -> T:
     unknown = (name for name in value if name not in hints)  # a damaged file may have millions
     problems += [f"{shown(name)} is unknown" for name in itertools.islice(unknown, 3)]
     raise_if_any(problems, place)
-    nested = {name for name, hint in hints.items() if dataclasses.is_dataclass(hint)}
-    return cls(
-        **{
-            name: from_json(hint, value[name], f'{place}["{name}"]')
-            if name in nested
-            else value[name]
-            for name, hint in hints.items()
-        }
-    )
+    nested = {
+        name: from_json(hint, value[name], f'{place}["{name}"]')
+        for name, hint in hints.items()
+        if isinstance(hint, type) and dataclasses.is_dataclass(hint)
+    }
+    return cls(**(value | nested))
 
 
 def translate_names(
     given: Iterable[tuple[str, Mapping[str, Any]]], known: Iterable[str]
 ) -> tuple[dict[str, Any], dict[str, str], list[str], list[str]]:
-    """Bring dicts of settings, each with the name of its place, to this project's spelling.
+    """Translate dicts of settings, each with the name of its place, to this project's names.
 
-    Returns the values by proper name, the label under which each was given, the problems
-    (unknown names, one setting with two values) and the notices (spellings translated).
+    Returns the values by name, the label of each, the problems (unknown names, two values for one
+    setting) and the notices (translated names).
     """
     known = list(known)
     values: dict[str, Any] = {}
@@ -214,7 +207,7 @@ def translate_names(
 
 
 def unknown_name(label: str, name: Any, known: Iterable[str]) -> str:
-    """The line that says that a name is unknown and which known one comes nearest."""
+    """The message for an unknown name, with the most similar known one."""
     known = sorted(known)
     aliases = [spelling for spelling in ALIASES if ALIASES[spelling] in known]
     names = {spelling.lower(): spelling for spelling in [*aliases, *known]}
@@ -226,18 +219,18 @@ def unknown_name(label: str, name: Any, known: Iterable[str]) -> str:
 
 
 def raise_if_any(problems: list[str], where: str) -> None:
-    """Raise one SettingsError for all problems: a header with the place, then a line for each."""
+    """Raise one SettingsError for all problems: a header with the place, then one line each."""
     if problems:
         count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
-        lines = [problem.replace("\n", "\\n") for problem in problems]  # from a name, say
+        lines = [problem.replace("\n", "\\n") for problem in problems]  # a name may contain one
         raise SettingsError("\n  ".join([f"{count} in {where}:", *lines]))
 
 
-def read_json_object(path: Path) -> dict:
+def read_json_object(path: Path) -> dict[str, Any]:
     """Read a JSON file that a user edits; its top level must be an object.
 
-    Raises SettingsError with line and column where it is no JSON, names a key twice, is not
-    UTF-8 or can't be read. A byte-order mark is accepted.
+    Accepts a byte-order mark. Raises SettingsError for an unreadable file, text that is not UTF-8,
+    invalid JSON (with line and column) and duplicate keys.
     """
     try:
         text = path.read_text(encoding="utf-8").removeprefix("\ufeff")
@@ -252,49 +245,37 @@ def read_json_object(path: Path) -> dict:
         raise SettingsError(
             f"{path} is not valid JSON: line {error.lineno} column {error.colno}: {error.msg}"
         ) from None
-    except (RecursionError, ValueError):  # ValueError: thousands of digits
+    except (RecursionError, ValueError):  # ValueError: a number of thousands of digits
         raise SettingsError(
             f"{path} can't be read: nested too deeply, or a number is too long"
         ) from None
-    except _DuplicateKey as error:
+    except KeyError as error:
         raise SettingsError(f'{path} names "{error.args[0]}" twice; keep one of them') from None
     if not isinstance(value, dict):
         raise SettingsError(f"{path} must hold an object ({{...}}), not {type(value).__name__}")
     return value
 
 
-class _DuplicateKey(Exception):
-    pass
-
-
-def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict:
-    result = {}
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    result: dict[str, Any] = {}
     for key, value in pairs:
         if key in result:
-            raise _DuplicateKey(key)
+            raise KeyError(key)
         result[key] = value
     return result
 
 
 def _fault(value: Any, hint: Any, rule: Rule) -> str | None:
-    """What is wrong with a value, as the end of a sentence, or None."""
+    """What is wrong with a value, as the end of a sentence; None if it is valid."""
     allowed = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
     if value is None and type(None) in allowed:
         return None
     if not any(_is_a(value, kind) for kind in allowed):
         return f"is {shown(value)} ({type(value).__name__}); it must be {_describe(allowed, rule)}"
-    in_range = (
-        not isinstance(value, numbers.Number)
-        or isinstance(value, bool)
-        or (
-            _is_finite(value)
-            and (rule.minimum is None or value >= rule.minimum)
-            and (rule.maximum is None or value <= rule.maximum)
-            and (rule.above is None or value > rule.above)
-            and (rule.below is None or value < rule.below)
-        )
-    )
-    if not in_range:
+    is_number = isinstance(value, numbers.Number) and not isinstance(value, bool)
+    if is_number and not (
+        _is_finite(value) and all(holds(value, limit) for _, holds, limit in _limits(rule))
+    ):
         return f"is {shown(value)}; it must be {_describe(allowed, rule)}"
     if rule.choices is not None and value not in rule.choices:
         near = difflib.get_close_matches(str(value).lower(), map(str, rule.choices), n=1)
@@ -307,8 +288,8 @@ def _fault(value: Any, hint: Any, rule: Rule) -> str | None:
     return None
 
 
-def _fault_in_texts(texts: list, allowed: tuple, rule: Rule) -> str | None:
-    """What is wrong with a list of texts, or with the first of them that is none."""
+def _fault_in_texts(texts: list[Any], allowed: tuple[Any, ...], rule: Rule) -> str | None:
+    """What is wrong with a list of texts, or with its first bad item."""
     if not texts or (rule.most_items is not None and len(texts) > rule.most_items):
         count = "empty" if not texts else f"a list of {len(texts):,}"
         return f"is {count}; it must be {_describe(allowed, rule)}"
@@ -322,10 +303,10 @@ def _fault_in_texts(texts: list, allowed: tuple, rule: Rule) -> str | None:
 
 
 def shown(value: Any) -> str:
-    """A value as an error message shows it: not more than a line of it."""
+    """A value as an error message shows it, on one line."""
     try:
         text = repr(value)
-    except ValueError:  # a whole number of thousands of digits
+    except ValueError:  # an integer of thousands of digits
         return "a very long number"
     return text if len(text) <= 80 else f"{text[:60]}... ({len(text):,} characters)"
 
@@ -333,26 +314,32 @@ def shown(value: Any) -> str:
 def _is_finite(value: Any) -> bool:
     try:
         return math.isfinite(value)
-    except OverflowError:  # a whole number that no float can hold
+    except OverflowError:  # an integer beyond the range of floats
         return False
 
 
-def _default(field: dataclasses.Field) -> Any:
+def _default(field: dataclasses.Field[Any]) -> Any:
     if field.default_factory is not dataclasses.MISSING:
         return field.default_factory()
     return None if field.default is dataclasses.MISSING else field.default
 
 
 def _is_a(value: Any, kind: Any) -> bool:
-    if kind is bool:
-        return isinstance(value, bool)
-    if isinstance(value, bool):
-        return False
-    if kind is int:
-        return isinstance(value, numbers.Integral)
-    if kind is float:
-        return isinstance(value, numbers.Real)
-    return isinstance(value, typing.get_origin(kind) or kind)
+    if kind is bool or isinstance(value, bool):
+        return kind is bool and isinstance(value, bool)
+    numeric = {int: numbers.Integral, float: numbers.Real}
+    return isinstance(value, numeric.get(kind) or typing.get_origin(kind) or kind)
+
+
+def _limits(rule: Rule) -> list[tuple[str, Callable[[Any, Any], bool], float]]:
+    """The limits of a rule: how a message says it, and what holds for the value and the limit."""
+    limits = (
+        ("at least", operator.ge, rule.minimum),
+        ("above", operator.gt, rule.above),
+        ("at most", operator.le, rule.maximum),
+        ("below", operator.lt, rule.below),
+    )
+    return [(words, holds, limit) for words, holds, limit in limits if limit is not None]
 
 
 _KINDS = {
@@ -367,20 +354,11 @@ _KINDS = {
 }
 
 
-def _describe(allowed: tuple, rule: Rule) -> str:
+def _describe(allowed: tuple[Any, ...], rule: Rule) -> str:
     if rule.choices is not None:
         words = [f'"{choice}"' for choice in rule.choices]
     else:
-        limits = [
-            f"{word} {_plain(limit)}"
-            for word, limit in (
-                ("at least", rule.minimum),
-                ("above", rule.above),
-                ("at most", rule.maximum),
-                ("below", rule.below),
-            )
-            if limit is not None
-        ]
+        limits = [f"{said} {_plain(limit)}" for said, _, limit in _limits(rule)]
         kinds = [kind for kind in allowed if kind is not type(None)]
         kind = " or ".join(_KINDS.get(kind) or _KINDS[typing.get_origin(kind)] for kind in kinds)
         if rule.most_items is not None:

@@ -11,9 +11,9 @@ import os
 import re
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -21,7 +21,7 @@ from engine.console import printable, tell
 from engine.errors import PipelineError, SettingsError
 from engine.settings import unknown_name
 from exchange.saved_run import LoadedRun
-from generation import stream_text
+from generation import Piece, stream_text
 from scripts.options import (
     add_run_options,
     add_sampling_options,
@@ -73,20 +73,20 @@ def main() -> int:
 
 @dataclass
 class Turn:
-    """What the user wrote, and what the model added to it."""
+    """What the user wrote, and the model's answer."""
 
     words: str
     answer: str = ""
 
 
 class Chat:
-    """A conversation: its turns, and how the next answer is drawn."""
+    """A conversation: its turns, and the sampling of the next answer."""
 
     def __init__(self, run: LoadedRun, sampling: dict[str, Any], stop: list[str], seed: int):
         self.turns: list[Turn] = []
         self.sampling = sampling
         self._run, self._stop, self._seed = run, stop, seed
-        self._commands = {
+        self._commands: dict[str, Callable[[str], str]] = {
             "/retry": lambda _: "there is no answer yet",
             "/reset": self._reset,
             "/set": self._set,
@@ -95,7 +95,7 @@ class Chat:
         }
 
     def take(self, line: str) -> bool:
-        """Answer a line, or do what it orders; returns whether the conversation goes on."""
+        """Answer a line or run its command; returns whether the conversation continues."""
         name, _, rest = line.rstrip().partition(" ")
         if name == "/quit":
             return False
@@ -114,17 +114,16 @@ class Chat:
         return True
 
     def answer(self) -> None:
-        """Draw the last turn's answer and show it as it comes; Ctrl-C ends it where it is."""
+        """Draw the last turn's answer and stream it; Ctrl-C ends it."""
         turn = self.turns[-1]
         turn.answer = ""
-        generator = torch.Generator(device=self._run.device).manual_seed(self._seed)
+        run = self._run
+        generator = torch.Generator(device=run.device).manual_seed(self._seed)
         self._seed += 1
-        model, tokenizer = self._run.model, self._run.tokenizer
         options = self.sampling | {"stop": self._stop, "generator": generator}
         try:
-            with contextlib.closing(
-                stream_text(model, tokenizer, [self.prompt()], **options)
-            ) as pieces:
+            stream = stream_text(run.model, run.tokenizer, [self.prompt()], **options)
+            with contextlib.closing(cast(Generator[Piece, None, None], stream)) as pieces:
                 for piece in pieces:
                     turn.answer += piece.text
                     write(piece.text)
@@ -136,7 +135,7 @@ class Chat:
         write("\n")
 
     def prompt(self) -> str:
-        """The text that the next answer goes on from: the last turn, and what fits before it."""
+        """The prompt of the next answer: the last turn, and the turns before it that fit."""
         context = self._run.model.config.context_length
         most = context - min(self.sampling["max_new_tokens"], context // 2)
         text = self.turns[-1].words
@@ -152,7 +151,7 @@ class Chat:
         return "forgotten"
 
     def _set(self, values: str) -> str:
-        """Change the sampling as "name=value name=value" says, all of it or nothing."""
+        """Change the sampling by "name=value name=value", or nothing if one is wrong."""
         pairs = [pair.partition("=") for pair in re.sub(r"\s*=\s*", "=", values).split()]
         changes = read_sampling({name.replace("-", "_"): value for name, _, value in pairs})
         self.sampling |= changes
@@ -162,7 +161,7 @@ class Chat:
         )
 
     def _save(self, name: str) -> str:
-        """Write the conversation as Markdown, the user's words as quotations."""
+        """Write the conversation as Markdown, with the user's turns as quotations."""
         path = os.path.expanduser(name or time.strftime("chat-%Y-%m-%d_%H-%M-%S.md"))
         if not self.turns:
             raise SettingsError("there is nothing to save yet")
@@ -176,19 +175,20 @@ class Chat:
 
 
 def read_lines() -> Iterator[str]:
-    """The lines of standard input, to its end; two Ctrl-C in a row end it, too.
+    """The lines of standard input, until its end or two Ctrl-C in a row.
 
-    In a terminal with a mark before each, and Python's line editing where it is there.
+    A terminal gets a prompt mark, and line editing if Python has readline.
     """
     if sys.stdin is None:
         return
     is_terminal = sys.stdin.isatty()
-    sys.stdin.reconfigure(encoding=None if is_terminal else "utf-8", errors="replace")
+    stdin: Any = sys.stdin  # a TextIOWrapper, though its declared type is TextIO
+    stdin.reconfigure(encoding=None if is_terminal else "utf-8", errors="replace")
     if is_terminal:
-        with contextlib.suppress(ImportError):  # Windows has its own
+        with contextlib.suppress(ImportError):  # Windows' terminal has line editing of its own
             import readline  # noqa: F401
     mark = "> " if is_terminal and sys.stdout is not None and sys.stdout.isatty() else ""
-    was_interrupted = False
+    n_interrupts = 0
     while True:
         try:
             line = input(mark)
@@ -197,12 +197,12 @@ def read_lines() -> Iterator[str]:
                 write("\n")
             return
         except KeyboardInterrupt:
-            if was_interrupted:
+            n_interrupts += 1
+            if n_interrupts == 2:
                 return
-            was_interrupted = True
             tell("\n(Ctrl-C once more, or /quit, ends the conversation)")
             continue
-        was_interrupted = False
+        n_interrupts = 0
         yield whole(line)
 
 

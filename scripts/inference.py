@@ -1,7 +1,7 @@
 """Continue a text with a trained model:  python -m scripts.inference --prompt "Once upon a time"
 
-Standard output gets nothing but the result: each prompt and what the model adds to it, without
-control characters, which a terminal might obey. With --json they are there, escaped.
+Standard output gets the results only: each prompt and its continuation, without control
+characters, which a terminal would obey. --json keeps them, escaped.
 """
 
 import argparse
@@ -32,15 +32,15 @@ from scripts.options import (
 )
 from storage.files import to_json
 
-ROWS_AT_ONCE = 8  # texts of several prompts in one batch: each takes memory
+MOST_ROWS = 8  # samples in one batch, unless one prompt has more
 MOST_SAMPLES = 100
 MOST_BYTES = 16 << 20  # of a prompt file; a model reads the newest few thousand
-# JSON may hold these as they are, but a terminal obeys some, and others end a line for some
+# valid in JSON, but a terminal obeys some of them, and some programs take others for a line end
 _UNSAFE_IN_JSON = re.compile("[\x7f-\x9f\u2028\u2029\ud800-\udfff]")
 
 
 def main() -> int:
-    """Read options and prompts, load the run, print its continuations; returns 0."""
+    """Read the options and prompts, load the run and print its continuations; returns 0."""
     arguments = _parser().parse_args()
     prompts = read_prompts(arguments)
     _check(arguments, len(prompts))
@@ -59,9 +59,10 @@ def main() -> int:
         write("\n")
         return 0
     facts = {"seed": seed, "run": str(run.path), "step": run.step}
-    for first in range(0, len(prompts), _prompts_at_once(arguments)):
-        some = prompts[first : first + _prompts_at_once(arguments)]
-        for row, sample in enumerate(continue_texts(run, some, options)):
+    batch = max(1, MOST_ROWS // arguments.num_samples)
+    for first in range(0, len(prompts), batch):
+        samples = continue_texts(run, prompts[first : first + batch], options)
+        for row, sample in enumerate(samples):
             if arguments.json:
                 write(to_json_line(sample | facts))
             else:
@@ -73,14 +74,6 @@ def main() -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = new_parser(__doc__)
-    _add_prompt_options(parser)
-    _add_result_options(parser)
-    add_run_options(parser)
-    add_sampling_options(parser)
-    return parser
-
-
-def _add_prompt_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("prompts (without one, standard input is read)")
     group.add_argument(
         "--prompt",
@@ -98,9 +91,6 @@ def _add_prompt_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--lines", action="store_true", help="each line of the file or input is a prompt"
     )
-
-
-def _add_result_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("the result")
     group.add_argument(
         "--num-samples",
@@ -119,10 +109,13 @@ def _add_result_options(parser: argparse.ArgumentParser) -> None:
         help="a JSON object a text and line: prompt, text, finish_reason, tokens with their "
         "probabilities, seed, run, step",
     )
+    add_run_options(parser)
+    add_sampling_options(parser)
+    return parser
 
 
 def _check(arguments: argparse.Namespace, n_prompts: int) -> None:
-    """Raise SettingsError with every option that is wrong or does not go with the others."""
+    """Raise SettingsError with every wrong option and combination of options."""
     problems = []
     if not 1 <= arguments.num_samples <= MOST_SAMPLES:
         problems.append(f"--num-samples is {arguments.num_samples}; it must be 1 to {MOST_SAMPLES}")
@@ -133,12 +126,8 @@ def _check(arguments: argparse.Namespace, n_prompts: int) -> None:
     raise_if_any(problems, "the options")
 
 
-def _prompts_at_once(arguments: argparse.Namespace) -> int:
-    return max(1, ROWS_AT_ONCE // arguments.num_samples)
-
-
 def _headline(number: int, n_prompts: int, n_samples: int) -> str:
-    """What stands above text number of all, from 0; nothing where there is only one."""
+    """The line above a sample, which is numbered from 0; empty if there is only one."""
     prompt, sample = divmod(number, n_samples)
     parts = [f"prompt {prompt + 1} of {n_prompts}"] if n_prompts > 1 else []
     parts += [f"sample {sample + 1} of {n_samples}"] if n_samples > 1 else []
@@ -146,15 +135,11 @@ def _headline(number: int, n_prompts: int, n_samples: int) -> str:
     return f"{gap}--- {', '.join(parts)} ---\n" if parts else ""
 
 
-# -------------------------------------------------------------------------------- prompts
-
-
 def read_prompts(arguments: argparse.Namespace) -> list[str]:
-    """The texts to go on from: --prompt, then --prompt-file; without both, standard input.
+    """The prompts of --prompt, then those of --prompt-file; without both, of standard input.
 
-    A file is one prompt, without the end of its last line; with --lines, every line that is not
-    blank is one. Raises SettingsError where there is no prompt, DataError for one that can't be
-    read.
+    A file is one prompt, without its last line end; with --lines, every line that is not blank is
+    one. Raises SettingsError if there is no prompt, DataError if one can't be read.
     """
     file = arguments.prompt_file
     if file is None and not arguments.prompt and sys.stdin is not None and not sys.stdin.isatty():
@@ -179,7 +164,7 @@ def read_prompts(arguments: argparse.Namespace) -> list[str]:
 
 
 def _read_file(file: str, name: str) -> str:
-    """The text of a file, or of standard input for "-"; name is what messages call it."""
+    """The text of a file, or of standard input for "-"; messages call it name."""
     try:
         if file != "-":
             with open(file, "rb") as opened:
@@ -201,19 +186,18 @@ def _read_file(file: str, name: str) -> str:
     return text.removeprefix("\ufeff")
 
 
-# --------------------------------------------------------------------------------- results
-
-
 def continue_texts(
     run: LoadedRun, prompts: list[str], options: dict[str, Any]
 ) -> list[dict[str, Any]]:
-    """Continue prompts as one batch; a dict for each sample, those of a prompt side by side.
+    """Continue prompts as one batch; returns a dict for each sample, in the order of the prompts.
 
-    It has prompt, text, finish_reason ("stop" or "length") and tokens: id, text (the characters
-    that it completes, None for none) and probability, each.
+    It has prompt, text, finish_reason ("stop" or "length") and tokens. Each token has id, text (the
+    characters that it completes, or None) and probability.
     """
     rows = [prompt for prompt in prompts for _ in range(options["num_samples"])]
-    samples = [{"prompt": prompt, "text": "", "finish_reason": "", "tokens": []} for prompt in rows]
+    samples: list[dict[str, Any]] = [
+        {"prompt": prompt, "text": "", "finish_reason": "", "tokens": []} for prompt in rows
+    ]
     decoders = [run.tokenizer.decoder() for _ in rows]
     for piece in stream_text(run.model, run.tokenizer, prompts, **options):
         sample, decoder = samples[piece.row], decoders[piece.row]
@@ -227,16 +211,15 @@ def continue_texts(
             {
                 "id": piece.token.id,
                 "text": text or None,
-                "probability": min(1.0, math.exp(piece.token.logprob)),  # rounding may pass 1
+                "probability": min(1.0, math.exp(piece.token.logprob)),  # rounding may exceed 1
             }
         )
     return samples
 
 
 def to_json_line(value: dict[str, Any]) -> str:
-    """A dict as a line of JSON that is one line, and harmless, wherever it is shown."""
-    line = _UNSAFE_IN_JSON.sub(lambda match: f"\\u{ord(match[0]):04x}", to_json(value))
-    return f"{line}\n"
+    """A dict as one line of JSON that a terminal can show safely."""
+    return _UNSAFE_IN_JSON.sub(lambda match: f"\\u{ord(match[0]):04x}", to_json(value)) + "\n"
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
-"""What the programs around a finished run share: options, the run, text on a terminal, exits."""
+"""What the programs for finished runs share: options, the run, output, exit codes."""
 
 import argparse
+import contextlib
 import dataclasses
 import errno
 import os
@@ -34,17 +35,15 @@ _MEANING = {
 }
 
 
-# -------------------------------------------------------------------------------- options
-
-
 class Parser(argparse.ArgumentParser):
-    """An ArgumentParser whose flags may have underscores, and whose errors are SettingsErrors."""
+    """An ArgumentParser that takes underscores in flags, and raises SettingsError."""
 
-    def parse_args(self, args: list[str] | None = None, namespace: Any = None) -> Any:
-        """The arguments; SettingsError for a flag that is unknown, with the nearest known one."""
+    def parse_args(self, args: list[str] | None = None) -> Any:  # type: ignore[override]
+        """The arguments; SettingsError for an unknown flag, with the most similar known one."""
+        # mypy's complaint: no program needs the second argument of argparse's method
         given = sys.argv[1:] if args is None else args
         given = [re.sub(r"^--\w+(?==|$)", lambda m: m[0].replace("_", "-"), a) for a in given]
-        parsed, rest = self.parse_known_args(given, namespace)
+        parsed, rest = self.parse_known_args(given)
         if rest:
             name = rest[0].partition("=")[0]
             if not name.startswith("-"):
@@ -54,12 +53,12 @@ class Parser(argparse.ArgumentParser):
         return parsed
 
     def error(self, message: str) -> NoReturn:
-        """Raise SettingsError in place of an exit with the whole usage."""
+        """Raise SettingsError, where argparse prints the usage and exits."""
         raise SettingsError(f"{message}\n{self.prog} --help lists the options.")
 
 
-def new_parser(description: str) -> argparse.ArgumentParser:
-    """A parser whose flags work with dashes and with underscores; abbreviations do not."""
+def new_parser(description: str | None) -> argparse.ArgumentParser:
+    """A Parser for `python -m scripts.NAME`, without abbreviated flags."""
     spec = getattr(sys.modules["__main__"], "__spec__", None)
     name = getattr(spec, "name", "")
     return Parser(
@@ -71,7 +70,7 @@ def new_parser(description: str) -> argparse.ArgumentParser:
 
 
 def add_run_options(parser: argparse.ArgumentParser) -> None:
-    """--run, --which, --weights, --device and --compile: whose weights are used, and how."""
+    """Add --run, --which, --weights, --device and --compile: what load() takes."""
     group = parser.add_argument_group("the run")
     group.add_argument(
         "--run", metavar="RUN", help="a run's folder, or its name in OUTPUT_DIR (newest finished)"
@@ -98,20 +97,20 @@ def add_run_options(parser: argparse.ArgumentParser) -> None:
 
 
 def add_sampling_options(parser: argparse.ArgumentParser) -> None:
-    """A flag for each field of SamplingConfig, None where it is not given, and --seed."""
+    """Add a flag for each field of SamplingConfig, and --seed; None if not given."""
     group = parser.add_argument_group("sampling (what is not given is as the run has it)")
     for name, field in _FIELDS.items():
         can_be_none = "None" in str(field.type)
         group.add_argument(
-            _flag(name),
+            flag_of(name),
             metavar="N" if "int" in str(field.type) else "X",
             help=_MEANING[name] + ('; "none" for no limit' if can_be_none else ""),
         )
     group.add_argument("--seed", metavar="N", help="the same seed draws the same text (random)")
 
 
-def add_stop_option(parser: argparse.ArgumentParser) -> None:
-    """--stop, which may be repeated: a list of texts, empty where it is not given."""
+def add_stop_option(parser: argparse._ActionsContainer) -> None:
+    """Add --stop, which may be repeated: a list of texts, empty if not given."""
     parser.add_argument(
         "--stop",
         metavar="TEXT",
@@ -123,15 +122,12 @@ def add_stop_option(parser: argparse.ArgumentParser) -> None:
 
 
 def sampling_of(arguments: argparse.Namespace, run: LoadedRun) -> dict[str, Any]:
-    """All fields of SamplingConfig: those that were given, the run's own for the others.
-
-    Raises SettingsError with every wrong value.
-    """
+    """All fields of SamplingConfig, from the options or the run; SettingsError for problems."""
     return dataclasses.asdict(run.sampling) | _given_sampling(arguments)
 
 
 def seed_of(arguments: argparse.Namespace) -> int:
-    """The seed that was given, or one drawn by the system; SettingsError for a wrong one."""
+    """The seed of the options, or a random one; SettingsError if it is invalid."""
     if arguments.seed is None:
         return secrets.randbelow(HIGHEST_SEED + 1)
     raise_if_any(_seed_problems(arguments.seed), "the options")
@@ -139,7 +135,7 @@ def seed_of(arguments: argparse.Namespace) -> int:
 
 
 def read_sampling(texts: dict[str, str]) -> dict[str, Any]:
-    """Values of SamplingConfig from text, by name; SettingsError with every wrong name or value."""
+    """Fields of SamplingConfig parsed from texts; SettingsError for wrong names and values."""
     problems = [unknown_name(name, name, _FIELDS) for name in texts if name not in _FIELDS]
     known = {name: _value(name, text) for name, text in texts.items() if name in _FIELDS}
     raise_if_any(problems + find_problems(SamplingConfig, known), "the sampling settings")
@@ -147,9 +143,9 @@ def read_sampling(texts: dict[str, str]) -> dict[str, Any]:
 
 
 def _given_sampling(arguments: argparse.Namespace) -> dict[str, Any]:
-    given = {name: getattr(arguments, name) for name in _FIELDS}
-    given = {name: _value(name, text) for name, text in given.items() if text is not None}
-    problems = find_problems(SamplingConfig, given, _flag) + _seed_problems(arguments.seed)
+    texts = {name: getattr(arguments, name) for name in _FIELDS}
+    given = {name: _value(name, text) for name, text in texts.items() if text is not None}
+    problems = find_problems(SamplingConfig, given, flag_of) + _seed_problems(arguments.seed)
     raise_if_any(problems, "the options")
     return given
 
@@ -163,15 +159,12 @@ def _seed_problems(text: str | None) -> list[str]:
 
 
 def _value(name: str, text: str) -> int | float | str | None:
-    """What a text stands for; the text itself where it is no number, for the check to refuse."""
+    """A text as a number or None; the text itself if it is neither, for the check to refuse."""
     if text.lower() == "none":
         return None
-    kinds = (int, float) if "int" in str(_FIELDS[name].type) else (float,)
-    for kind in kinds:
-        try:
+    for kind in (int, float) if "int" in str(_FIELDS[name].type) else (float,):
+        with contextlib.suppress(ValueError):
             return kind(text)
-        except ValueError:
-            continue
     return text
 
 
@@ -181,20 +174,17 @@ def _stop_text(text: str) -> str:
     return whole(text)
 
 
-def _flag(name: str) -> str:
+def flag_of(name: str) -> str:
+    """The flag of an option's name."""
     return "--" + name.replace("_", "-")
 
 
-# -------------------------------------------------------------------------------- the run
-
-
 def load(arguments: argparse.Namespace) -> LoadedRun:
-    """Load the run that the options name; wrong sampling options are told before the wait.
+    """Load the run that the options name, after a check of the sampling options.
 
     Raises what load_run() raises, SettingsError for an option.
     """
-    if hasattr(arguments, "seed"):
-        _given_sampling(arguments)
+    _given_sampling(arguments)
     device = arguments.device
     if fault := find_device_fault(device):
         raise SettingsError(f"--device is {shown(device)}; it {fault}")
@@ -206,30 +196,27 @@ def load(arguments: argparse.Namespace) -> LoadedRun:
         compiled=arguments.compile,
     )
     threads = default_threads()
-    if threads != torch.get_num_threads():  # setting it, even to what it is, costs a new pool
+    if threads != torch.get_num_threads():  # setting it, even to the same, makes a new thread pool
         torch.set_num_threads(threads)
     return run
 
 
 def describe(run: LoadedRun) -> str:
-    """One line: the run, the step of its weights, what they are and where."""
+    """One line: the run, the step and the format of its weights, and the device."""
     return f"{run.path}, step {run.step}, {run.weights} weights on {run.device}"
 
 
-# ------------------------------------------------------------------- text on a terminal
-
-
 def whole(text: str) -> str:
-    """A text from the command line or a console, U+FFFD in place of what was not UTF-8 in it."""
+    """A text from the command line or a terminal, with U+FFFD for bytes that were not UTF-8."""
     return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
 
 
 def write(text: str) -> None:
-    """Write text to standard output now, without control characters.
+    """Write text to standard output without control characters, and flush.
 
-    Raises BrokenPipeError where nobody reads it any more, ResourceError where it can't be kept.
+    Raises BrokenPipeError if the reader has gone, ResourceError for another failure.
     """
-    if sys.stdout is None:  # closed before the program began
+    if sys.stdout is None:  # closed before the program started
         raise BrokenPipeError
     try:
         sys.stdout.write(printable(text))
@@ -241,14 +228,10 @@ def write(text: str) -> None:
         raise ResourceError(f"can't write to standard output: {reason}.") from None
 
 
-# ---------------------------------------------------------------------------------- exits
-
-
 def run_program(main: Callable[[], int]) -> NoReturn:
-    """Run a program and exit: with its code, or that of the failure, which is told in words.
+    """Run a program and exit with its code, or print its error and exit with that of the error.
 
-    Ctrl-C ends with 130, a pipe that nobody reads any more quietly with 0. GPT_DEBUG=1 shows
-    where a failure came from.
+    The code for Ctrl-C is 130, and 0 for a broken pipe. GPT_DEBUG=1 shows tracebacks.
     """
     use_utf8()
     try:
@@ -263,12 +246,12 @@ def run_program(main: Callable[[], int]) -> NoReturn:
     except (PipelineError, MemoryError, RuntimeError) as error:
         code = report_failure(error, "Ask for less at a time, or try --weights int8.")
     finally:
-        _drop_what_nobody_reads()
+        _flush_or_discard()
     sys.exit(code)
 
 
-def _drop_what_nobody_reads() -> None:
-    """Empty the buffers of closed pipes and full disks: Python would complain at its end."""
+def _flush_or_discard() -> None:
+    """Flush the output; discard it if that fails, else Python would report it at exit."""
     for stream in (sys.stdout, sys.stderr):
         try:
             if stream is not None:

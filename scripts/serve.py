@@ -1,7 +1,7 @@
 """Serve a trained model on this machine:  python -m scripts.serve
 
-A page at / to talk to it, and OpenAI's API at /v1 for programs. It listens on this machine alone
-unless --host and --token say otherwise.
+It has a page at / for people, and OpenAI's API at /v1 for programs. Only this machine can connect
+unless --host and --token allow others.
 """
 
 import argparse
@@ -19,6 +19,7 @@ from exchange.saved_run import LoadedRun
 from scripts.options import (
     add_run_options,
     add_sampling_options,
+    flag_of,
     load,
     new_parser,
     run_program,
@@ -26,13 +27,13 @@ from scripts.options import (
     seed_of,
 )
 
-BACKLOG = 2048  # connections that wait to be accepted
-# exact, as in requirements-dev.txt: guard.py and app.py extend classes inside uvicorn
+BACKLOG = 2048  # connections that may wait to be accepted
+# exact, as in requirements-dev.txt: guard.py and app.py extend internal classes of uvicorn
 INSTALL = "pip install starlette==1.10.0 uvicorn==0.54.0"
 
 
 def main() -> int:
-    """Read the options, take the port, load the run, serve it until Ctrl-C; returns 0."""
+    """Read the options, bind the port, load the run and serve it until Ctrl-C; returns 0."""
     arguments = _options()
     for library in ("starlette", "uvicorn"):
         if find_spec(library) is None:
@@ -70,7 +71,7 @@ def _options() -> argparse.Namespace:
 
 
 def _checked(arguments: argparse.Namespace) -> argparse.Namespace:
-    """The options with numbers for their texts; SettingsError with every wrong one."""
+    """The options with their numbers parsed; SettingsError with every wrong one."""
     problems = []
     for name, least, most in (
         ("port", 0, 65_535),
@@ -80,12 +81,11 @@ def _checked(arguments: argparse.Namespace) -> argparse.Namespace:
         text = getattr(arguments, name)
         number = int(text) if re.fullmatch("[0-9]{1,6}", text) else -1
         if not least <= number <= most:
-            flag = "--" + name.replace("_", "-")
             allowed = f"it must be a whole number from {least} to {most}"
-            problems.append(f"{flag} is {shown(text)}; {allowed}")
+            problems.append(f"{flag_of(name)} is {shown(text)}; {allowed}")
         setattr(arguments, name, number)
     token = arguments.token
-    if token is not None and not re.fullmatch("[!-~]{8,}", token):  # nor is it shown
+    if token is not None and not re.fullmatch("[!-~]{8,}", token):  # and it stays secret
         problems.append("--token must be 8 or more ASCII letters, digits or signs without blanks")
     if arguments.host == "localhost":
         arguments.host = "127.0.0.1"
@@ -99,7 +99,7 @@ def _checked(arguments: argparse.Namespace) -> argparse.Namespace:
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """A socket that listens; ResourceError where the port is taken, naming one that is free."""
+    """A listening socket; ResourceError if the port is taken, with a free one."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
         return socket.create_server((host, port), family=family, backlog=BACKLOG)
@@ -109,14 +109,13 @@ def listen(host: str, port: int) -> socket.socket:
                 free = other.getsockname()[1]
             reason = "is in use" if error.errno == errno.EADDRINUSE else "is not for this user"
             raise ResourceError(f"port {port} {reason}. Try --port {free}.") from None
-        reason = error.strerror or error
-        raise ResourceError(f"can't listen on {shown(host)}: {reason}.") from None
+        raise ResourceError(f"can't listen on {shown(host)}: {error.strerror or error}.") from None
 
 
 def known_as(host: str, listener: socket.socket) -> str:
-    """What clients call the address: the host as it was asked for, or that it is every one."""
+    """The host as given, or the wildcard address that it stands for, as "0" does."""
     bound = listener.getsockname()[0]
-    return bound if bound in ("0.0.0.0", "::") else host  # "0", say, stands for every address
+    return bound if bound in ("0.0.0.0", "::") else host
 
 
 async def _serve(arguments: argparse.Namespace, run: LoadedRun, listener: socket.socket) -> None:
@@ -148,7 +147,7 @@ async def _serve(arguments: argparse.Namespace, run: LoadedRun, listener: socket
         f"http://{bracketed(host)}:{port}/ serves {served.model}, step {run.step}, "
         f"{run.weights} weights (Ctrl-C ends it)"
     )
-    # it tells of every client that has gone
+    # it would report every client that disconnects
     logging.getLogger("asyncio").setLevel(logging.ERROR)
     try:
         await Server(app, writer, greeting).serve(sockets=[listener])

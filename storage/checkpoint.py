@@ -1,9 +1,9 @@
-"""What is saved of a run, and how it is found again: weights, optimizer, best weights, the rest.
+"""The checkpoints of a run: saved, found again and loaded.
 
-A checkpoint is a sealed folder checkpoints/step-NNNNNNNN with model.safetensors (fp32 weights),
-optimizer.safetensors and state.json, random generators included. The best weights stand apart, in
-best/step-NNNNNNNN; a checkpoint names the one that was the best then. Nothing in them can run
-code, and nothing is loaded before its sha256 was compared.
+A checkpoint is a folder checkpoints/step-NNNNNNNN with model.safetensors (fp32 weights),
+optimizer.safetensors and state.json, which has the random generators too. The best weights have
+their own folder best/step-NNNNNNNN, and each checkpoint names the step of its best weights. No
+file can run code, and none is loaded before its sha256 is verified.
 """
 
 import contextlib
@@ -13,7 +13,7 @@ import os
 import re
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -38,11 +38,11 @@ from storage.files import (
     verify_folder,
 )
 
-FORMAT = 1  # of a checkpoint; one with a higher number is from a newer version
+FORMAT = 1  # of a checkpoint; no other is read
 WEIGHTS, OPTIMIZER, STATE = "model.safetensors", "optimizer.safetensors", "state.json"
 MOST_STATE_BYTES = 1 << 28
-SAVING_SHARE = 0.02  # of a run's time, at most, where saves are made by the clock
-DTYPES = {  # safetensors' names for them
+SAVING_SHARE = 0.02  # of a run's time, at most, if saves are made by time
+DTYPES = {  # their names in safetensors
     torch.float32: "F32",
     torch.float16: "F16",
     torch.bfloat16: "BF16",
@@ -50,6 +50,7 @@ DTYPES = {  # safetensors' names for them
     torch.int32: "I32",
     torch.uint8: "U8",
 }
+Tensors = dict[str, torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -57,14 +58,14 @@ class BestWeights:
     """The weights with the lowest validation loss so far, by parameter name, in CPU memory."""
 
     step: int
-    weights: dict[str, torch.Tensor]
+    weights: Tensors
 
 
 class CheckpointStore:
     """The checkpoints of one run folder. The caller holds the folder's lock.
 
-    Where several ranks train, all of them make the same calls together; the main one alone reads
-    and writes, and what it finds or fails at is every rank's.
+    All methods but newest() are collectives: every rank calls them. Only the main rank reads and
+    writes; all ranks get its result, or raise its error.
     """
 
     def __init__(
@@ -90,77 +91,70 @@ class CheckpointStore:
         state: dict[str, Any],
         best: BestWeights | None,
     ) -> None:
-        """Commit a checkpoint and remove those that are older than the last `keep`.
+        """Commit a checkpoint and remove all but the newest `keep`.
 
-        Raises NumericsError for weights that are not finite, ResourceError where the disk won't
-        take it; what was there stays as it was.
+        Raises NumericsError for weights that are not finite, ResourceError if the disk refuses;
+        the old checkpoints are then unchanged.
         """
         weights = gathered(weights_of(model), self._parallel)
         moments = gathered(optimizer_tensors(model, optimizer), self._parallel)
-        self._parallel.on_main(lambda: self._commit(step, weights, moments, state, best))
 
-    def _commit(
-        self,
-        step: int,
-        weights: dict[str, torch.Tensor],
-        moments: dict[str, torch.Tensor],
-        state: dict[str, Any],
-        best: BestWeights | None,
-    ) -> None:
-        bad = [name for name, value in weights.items() if not torch.isfinite(value).all()]
-        if bad:
-            raise NumericsError(
-                f"after step {step} the weights {bad[0]} are not finite: they are not saved."
-            )
-        new_best = best.weights if self._is_new(best) else {}
-        require_space(
-            self.checkpoints,
-            sum(value.nbytes for group in (weights, moments, new_best) for value in group.values()),
-            f"the checkpoint of step {step}",
-        )
-        self._write_best(best)
-        state = state | {"best_step": None if best is None else best.step}
-        with NewFolder(self.checkpoints / _name(step), self._facts(step)) as folder:
-            folder.write(WEIGHTS, safetensors_chunks(weights))
-            folder.write(OPTIMIZER, safetensors_chunks(moments))
-            folder.write(STATE, [to_json(state).encode("utf-8", "backslashreplace")])
-        self._prune(best)
+        def commit() -> None:
+            for name, value in weights.items():
+                if not torch.isfinite(value).all():
+                    raise NumericsError(
+                        f"after step {step} the weights {name} are not finite: they are not saved."
+                    )
+            new_best = {} if best is None or self._has(best) else best.weights
+            tensors = [*weights.values(), *moments.values(), *new_best.values()]
+            n_bytes = sum(value.nbytes for value in tensors)
+            require_space(self.checkpoints, n_bytes, f"the checkpoint of step {step}")
+            self._write_best(best)
+            content = to_json(state | {"best_step": best and best.step})
+            with NewFolder(self.checkpoints / _name(step), self._facts(step)) as folder:
+                folder.write(WEIGHTS, safetensors_chunks(weights))
+                folder.write(OPTIMIZER, safetensors_chunks(moments))
+                folder.write(STATE, [content.encode("utf-8", "backslashreplace")])
+            self._prune(best)
+
+        self._parallel.on_main(commit)
 
     def save_best(self, best: BestWeights | None) -> None:
-        """Commit the best weights where they are not on the disk yet."""
+        """Commit the best weights if they are not on the disk yet."""
         self._parallel.on_main(lambda: self._write_best(best))
 
     def _write_best(self, best: BestWeights | None) -> None:
-        if self._is_new(best):
+        if best is not None and not self._has(best):
             with NewFolder(self.best / _name(best.step), self._facts(best.step)) as folder:
                 folder.write(WEIGHTS, safetensors_chunks(best.weights))
 
-    def _is_new(self, best: BestWeights | None) -> bool:
-        return best is not None and not (self.best / _name(best.step)).exists()
+    def _has(self, best: BestWeights) -> bool:
+        return (self.best / _name(best.step)).exists()
 
     def restore(
         self, model: nn.Module, optimizer: torch.optim.Optimizer
     ) -> tuple[dict[str, Any], BestWeights | None] | None:
-        """Load the newest checkpoint that is whole; returns its state and the best weights then.
+        """Load the newest intact checkpoint; returns its state and its best weights.
 
-        A damaged one is named and set aside, and the one before is tried. None where none was
-        ever made. Raises CheckpointError where every one is bad, or one is from a newer version.
+        A damaged one is reported and set aside, and the one before it is tried. Returns None for a
+        run without checkpoints. Raises CheckpointError if all are damaged, or if one has another
+        FORMAT.
         """
         found = self._parallel.on_main(lambda: self._read_newest(model))
-        shared = self._parallel.broadcast(None if found is None else found.without_tensors())
-        if shared is None:
-            return None
+        shared = self._parallel.broadcast(found and found.without_tensors())
         found = found or shared
+        if found is None:
+            return None
         load_weights(model, found.weights, found.path, self._parallel)
         load_optimizer(model, optimizer, found.moments, found.path, self._parallel)
         return found.state, found.best
 
     def _read_newest(self, model: nn.Module) -> "_Found | None":
         bad = [f"{path} was set aside before" for path in sorted(self.checkpoints.glob(".bad-*"))]
-        for path in sorted(self.checkpoints.glob("[!.]*")):
-            if path not in self._newest_first():
-                say(f"Note: {path} is no checkpoint; it is left alone")
-        for path in self._newest_first():
+        newest_first = _newest_first(self.checkpoints)
+        for path in sorted(set(self.checkpoints.glob("[!.]*")) - set(newest_first)):
+            say(f"Note: {path} is no checkpoint; it is left alone")
+        for path in newest_first:
             try:
                 found = self._read(path, model)
             except _Unusable as error:
@@ -168,9 +162,9 @@ class CheckpointStore:
                 say(f"Note: {error}; it is set aside as {aside.name}")
                 bad.append(str(error))
                 continue
-            for step, later in _steps_in(self.best):
-                if step > int(path.name[5:]):  # it is done again, and not always to the last bit
-                    remove_folder(later)
+            for best in _newest_first(self.best):
+                if _step_of(best) > _step_of(path):  # a GPU repeats this step with other bits
+                    remove_folder(best)
             if found.state["best_step"] is not None:
                 found.best = self._read_best(found.state["best_step"], model)
             return found
@@ -183,9 +177,9 @@ class CheckpointStore:
         return None
 
     def require_room(self, model: nn.Module) -> None:
-        """Raise ResourceError where the disk can't take what a run that begins will keep."""
+        """Raise ResourceError if the disk has no room for the checkpoints of a new run."""
         size = sum(value.nbytes for value in weights_of(model).values())
-        # weights, two moments of each, and best weights that each checkpoint may have of its own
+        # each checkpoint has weights, two moments and perhaps best weights of its own
         n_bytes = 4 * size * (self._keep + 1)
         what = f"keeping {self._keep} checkpoints and a new one"
 
@@ -197,13 +191,10 @@ class CheckpointStore:
 
     def newest(self) -> Path | None:
         """The newest checkpoint's folder, unverified."""
-        return next(iter(self._newest_first()), None)
+        return next(iter(_newest_first(self.checkpoints)), None)
 
     def _facts(self, step: int) -> dict[str, Any]:
         return {"format": FORMAT, "run_id": self._run_id, "step": step}
-
-    def _newest_first(self) -> list[Path]:
-        return _newest_first(self.checkpoints)
 
     def _read(self, path: Path, model: nn.Module) -> "_Found":
         _verify(path, self._run_id, WEIGHTS, OPTIMIZER, STATE)
@@ -217,7 +208,7 @@ class CheckpointStore:
     def _read_best(self, step: int, model: nn.Module) -> BestWeights | None:
         path = self.best / _name(step)
         try:
-            weights = _read_best(path, self._run_id)
+            weights = _read_model(path, self._run_id)
         except _Unusable as error:
             where = f", set aside as {set_aside(path).name}" if path.exists() else ""
             say(f"Note: the best weights are lost ({error}{where}); later ones take their place")
@@ -226,57 +217,52 @@ class CheckpointStore:
         return BestWeights(step, weights)
 
     def _prune(self, best: BestWeights | None) -> None:
-        newest_first = self._newest_first()
+        newest_first = _newest_first(self.checkpoints)
         for path in newest_first[self._keep :]:
             remove_folder(path)
-        named = {_best_step(path) for path in newest_first[: self._keep]}
-        named.add(best.step if best is not None else None)
-        needed = {_name(step) for step in named if step is not None}
-        for _, path in _steps_in(self.best):
-            if path.name not in needed:
+        needed = {_best_step(path) for path in newest_first[: self._keep]} | {best and best.step}
+        for path in _newest_first(self.best):
+            if _step_of(path) not in needed:
                 remove_folder(path)
 
 
 @dataclass
 class _Found:
-    """What a checkpoint holds; on other ranks than the main one without its tensors."""
+    """What a checkpoint holds; only the main rank has its tensors."""
 
     path: Path
     state: dict[str, Any]
-    weights: dict[str, torch.Tensor]
-    moments: dict[str, torch.Tensor]
+    weights: Tensors
+    moments: Tensors
     best: BestWeights | None = None
 
     def without_tensors(self) -> "_Found":
-        best = None if self.best is None else BestWeights(self.best.step, {})
-        return _Found(self.path, self.state, {}, {}, best)
+        return replace(
+            self, weights={}, moments={}, best=self.best and replace(self.best, weights={})
+        )
 
 
 class _Unusable(Exception):
-    """A checkpoint that is set aside."""
+    """A checkpoint or best weights that can't be read, or belong elsewhere."""
 
 
-def read_weights(
-    run_folder: Path, run_id: str, which: str = "best"
-) -> tuple[int, dict[str, torch.Tensor]]:
-    """A run's weights with the step they are from: the "best" so far, or the "last" ones.
+def read_weights(run_folder: Path, run_id: str, which: str = "best") -> tuple[int, Tensors]:
+    """The step and the weights of a run's "best" or "last" saved weights; changes nothing.
 
-    Before the first evaluation the best are the last. For a program beside the one that trains:
-    it changes nothing, and begins anew where what it was reading has been removed for something
-    newer. Where weights are damaged it says so and takes those saved before, or the last where
-    there are no best ones before. Raises CheckpointError where none can be read, SettingsError.
+    The run may be training in another process: if the files disappear during the read, it starts
+    again with the newest ones. Falls back from damaged weights to earlier ones, with a notice, and
+    from "best" to the checkpoints. Raises CheckpointError if none can be read, SettingsError for
+    another `which`.
     """
     if which not in ("best", "last"):
         raise SettingsError(f'which is {shown(which)}; it must be "best" or "last"')
-    # the best of a finished run may be newer than its last checkpoint's record of them
+    # the best weights of a finished run may be newer than its last checkpoint
     places = [run_folder / "best"] * (which == "best") + [run_folder / "checkpoints"]
     bad: dict[Path, str] = {}
     while found := [path for place in places for path in _newest_first(place) if path not in bad]:
         path = found[0]
         try:
-            _verify(path, run_id, WEIGHTS, others=False)
-            with _unusable_where_unreadable(path):
-                return int(path.name[5:]), read_safetensors(path / WEIGHTS)
+            return _step_of(path), _read_model(path, run_id)
         except _Unusable as error:
             if os.path.lexists(path):
                 tell(f"Note: {error}; what was saved before serves instead")
@@ -289,10 +275,13 @@ def read_weights(
     )
 
 
-def _verify(path: Path, run_id: str, *files: str, others: bool = True) -> None:
-    """Raise _Unusable for a folder that is not whole, or not what its place says."""
+def _verify(path: Path, run_id: str, *files: str) -> None:
+    """Raise _Unusable if a file is damaged, or the manifest names another run or step.
+
+    Raises CheckpointError for another FORMAT.
+    """
     try:
-        facts = verify_folder(path, files, others=others)
+        facts = verify_folder(path, files, others=False)
     except CheckpointError as error:
         raise _Unusable(str(error)) from None
     if facts.get("format") != FORMAT:
@@ -316,7 +305,7 @@ def _unusable_where_unreadable(path: Path) -> Iterator[None]:
 
 
 def _read_state(path: Path) -> dict[str, Any]:
-    """A checkpoint's state.json; ValueError where it lacks what it should have."""
+    """A checkpoint's state.json; ValueError if it is no such state."""
     if (path / STATE).stat().st_size > MOST_STATE_BYTES:
         raise ValueError(f"{STATE} is too long")
     state = json.loads((path / STATE).read_bytes())
@@ -325,7 +314,8 @@ def _read_state(path: Path) -> dict[str, Any]:
     return state
 
 
-def _read_best(path: Path, run_id: str) -> dict[str, torch.Tensor]:
+def _read_model(path: Path, run_id: str) -> Tensors:
+    """The weights in a folder, verified; _Unusable if they can't be read."""
     _verify(path, run_id, WEIGHTS)
     with _unusable_where_unreadable(path):
         return read_safetensors(path / WEIGHTS)
@@ -333,10 +323,10 @@ def _read_best(path: Path, run_id: str) -> dict[str, torch.Tensor]:
 
 @dataclass
 class SaveClock:
-    """When the next checkpoint is due: every so many steps, or by time.
+    """Tells when the next checkpoint is due: every `every` steps, or by time.
 
-    By time means every so many minutes, but rarer where another save, taken to be as long as the
-    last, would bring saving above SAVING_SHARE of the time so far.
+    By time it is due after `minutes`, but not before another save as slow as the last one fits
+    into SAVING_SHARE of the run's time.
     """
 
     every: int | None  # optimizer steps
@@ -355,7 +345,7 @@ class SaveClock:
         return now - self._last_at >= 60 * self.minutes and share <= SAVING_SHARE
 
     def note(self, began_at: float) -> None:
-        """Note that a save, begun at this time.monotonic(), is done."""
+        """Note the end of a save that began at this time.monotonic()."""
         self._last_at = time.monotonic()
         self._last_s = self._last_at - began_at
         self._spent_s += self._last_s
@@ -365,37 +355,31 @@ def _name(step: int) -> str:
     return f"step-{step:08d}"
 
 
+def _step_of(path: Path) -> int:
+    return int(path.name.removeprefix("step-"))
+
+
 def _newest_first(folder: Path) -> list[Path]:
-    return [path for _, path in sorted(_steps_in(folder), reverse=True)]
-
-
-def _steps_in(folder: Path) -> list[tuple[int, Path]]:
-    """What stands under a step's name in a folder, with the step; nothing where it has gone."""
-    return [
-        (int(path.name[5:]), path)
-        for path in folder.glob("step-*")
-        if re.fullmatch(r"step-\d{8,}", path.name)
-    ]
+    """The step-NNNNNNNN in a folder, newest first; none if the folder doesn't exist."""
+    found = [path for path in folder.glob("step-*") if re.fullmatch(r"step-\d{8,}", path.name)]
+    return sorted(found, key=_step_of, reverse=True)
 
 
 def _best_step(path: Path) -> int | None:
-    """The step whose weights were the best when a checkpoint was made."""
+    """The step of a checkpoint's best weights."""
     try:
         return json.loads((path / STATE).read_bytes())["best_step"]
-    except (OSError, ValueError, KeyError, TypeError):  # damaged: it will be found out on resume
+    except (OSError, ValueError, KeyError, TypeError):  # damaged: restore() reports it
         return None
 
 
-# -------------------------------------------------------------------------------- tensors
-
-
-def weights_of(model: nn.Module) -> dict[str, torch.Tensor]:
-    """The model's parameters by name, one that is shared only once."""
+def weights_of(model: nn.Module) -> Tensors:
+    """The model's parameters by name; a shared one occurs once."""
     return {name: value.detach() for name, value in model.named_parameters()}
 
 
-def copy_weights(model: nn.Module, parallel: Parallel = ALONE) -> dict[str, torch.Tensor]:
-    """A copy of the parameters in CPU memory; of several ranks the main one gets it, together."""
+def copy_weights(model: nn.Module, parallel: Parallel = ALONE) -> Tensors:
+    """A copy of the parameters in CPU memory; a collective: the main rank gets the copy."""
     own = weights_of(model)
     return {
         name: value.to("cpu", copy=value is own[name])
@@ -404,14 +388,11 @@ def copy_weights(model: nn.Module, parallel: Parallel = ALONE) -> dict[str, torc
 
 
 def load_weights(
-    model: nn.Module,
-    weights: dict[str, torch.Tensor],
-    place: object,
-    parallel: Parallel = ALONE,
+    model: nn.Module, weights: Tensors, place: object, parallel: Parallel = ALONE
 ) -> None:
-    """Set every parameter, on several ranks by the main one's weights, together.
+    """Set every parameter to the main rank's weights; a collective.
 
-    Raises CheckpointError, naming place, where names or shapes don't match, or one is not fp32.
+    Raises CheckpointError, naming place, if names or shapes don't match, or one is not fp32.
     """
     current = weights_of(model)
     parallel.on_main(lambda: _check_names(weights, current, place))
@@ -420,19 +401,17 @@ def load_weights(
             value.copy_(placed(weights.get(name), value, parallel))
 
 
-def assign_weights(model: nn.Module, weights: dict[str, torch.Tensor], place: object) -> None:
-    """Give a model that was built on the "meta" device its parameters, uncopied.
+def assign_weights(model: nn.Module, weights: Tensors, place: object) -> None:
+    """Give a model on the "meta" device these parameters, without a copy.
 
-    Raises CheckpointError, naming place, where names or shapes don't match, or one is not fp32.
+    Raises CheckpointError, naming place, if names or shapes don't match, or one is not fp32.
     """
     _check_names(weights, weights_of(model), place)
-    model.load_state_dict(weights, strict=False, assign=True)  # a shared one has one name here
+    model.load_state_dict(weights, strict=False, assign=True)  # weights name a shared one once
     model.tie_head()
 
 
-def _check_names(
-    found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], place: object
-) -> None:
+def _check_names(found: Tensors, expected: Tensors, place: object) -> None:
     odd = sorted(found.keys() ^ expected.keys())
     odd += [
         name
@@ -446,10 +425,8 @@ def _check_names(
         )
 
 
-def optimizer_tensors(
-    model: nn.Module, optimizer: torch.optim.Optimizer
-) -> dict[str, torch.Tensor]:
-    """The optimizer's state as "kind.parameter" (say "exp_avg.head.weight") -> tensor."""
+def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> Tensors:
+    """The optimizer's state by "kind.parameter", say "exp_avg.head.weight"."""
     names = {parameter: name for name, parameter in model.named_parameters()}
     return {
         f"{kind}.{names[parameter]}": value
@@ -461,38 +438,37 @@ def optimizer_tensors(
 def load_optimizer(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
-    tensors: dict[str, torch.Tensor],
+    tensors: Tensors,
     place: object,
     parallel: Parallel = ALONE,
 ) -> None:
-    """Set the optimizer's state; its settings stay as they are, for they come from the run's own.
+    """Set the optimizer's state, but not its settings, to the main rank's tensors; a collective.
 
-    On several ranks it is the main one's tensors that count, together. Raises CheckpointError,
-    naming place, for state that has no place in the model, or that only some of its parameters
-    have.
+    Raises CheckpointError, naming place, for state of unknown parameters or of another shape, and
+    if only some of the parameters have state.
     """
-    parameters = dict(model.named_parameters())
     order = [p for group in optimizer.param_groups for p in group["params"]]
     index = {parameter: i for i, parameter in enumerate(order)}
+    parameters = {name: p for name, p in model.named_parameters() if p in index}
 
     def require_fit() -> None:
         kinds: dict[int, set[str]] = {i: set() for i in range(len(order))}
         for key, value in tensors.items():
             kind, _, name = key.partition(".")
             parameter = parameters.get(name)
-            # a moment of another size would be read past its end
-            if parameter not in index or value.shape != (() if kind == "step" else parameter.shape):
+            # torch reads past the end of a moment that is too small
+            if parameter is None or value.shape != (() if kind == "step" else parameter.shape):
                 raise CheckpointError(
                     f"{place} does not fit the model: {key[:80]} has no place in it."
                 )
             kinds[index[parameter]].add(kind)
-        # Muon and AdamW have no kind in common: where two parameters share one, they share all
+        # Muon and AdamW have no kind in common: two parameters share all kinds or none
         of_any = {frozenset(found) for found in kinds.values()}
         if tensors and (frozenset() in of_any or any(a & b for a, b in combinations(of_any, 2))):
             raise CheckpointError(f"{place} does not fit the model: it lacks state of a parameter.")
 
     parallel.on_main(require_fit)
-    state: dict[int, dict[str, torch.Tensor]] = {}
+    state: dict[int, Tensors] = {}
     scalar = torch.zeros(())
     for key in parallel.broadcast(list(tensors)):
         kind, _, name = key.partition(".")
@@ -503,14 +479,13 @@ def load_optimizer(
     optimizer.load_state_dict({"state": state, "param_groups": groups})
 
 
-def safetensors_chunks(tensors: dict[str, torch.Tensor]) -> Iterator[bytes | memoryview]:
-    """A safetensors file in pieces: its header, then each tensor's memory, never copied on CPUs.
+def safetensors_chunks(tensors: Tensors) -> Iterator[bytes | memoryview]:
+    """A safetensors file in chunks: its header, then each tensor, without a copy of CPU tensors.
 
-    The library's own writer takes a second copy of everything, and hashes and fsyncs nothing.
-    Format: github.com/huggingface/safetensors.
+    The library's own writer copies all tensors at once. Format: github.com/huggingface/safetensors.
     """
     header, start = {}, 0
-    # wide numbers first, as the library does, so that each tensor is aligned
+    # the widest dtypes first, as the library does, so that each tensor is aligned
     ordered = sorted(tensors.items(), key=lambda item: (-item[1].itemsize, item[0]))
     for name, value in ordered:
         header[name] = {
@@ -528,22 +503,19 @@ def safetensors_chunks(tensors: dict[str, torch.Tensor]) -> Iterator[bytes | mem
             yield memoryview(flat.view(torch.uint8).numpy())
 
 
-def read_safetensors(path: Path) -> dict[str, torch.Tensor]:
+def read_safetensors(path: Path) -> Tensors:
     """The tensors of a safetensors file, in CPU memory.
 
-    Raises SafetensorError for a file that is none, OSError for one that can't be read.
+    Raises SafetensorError for another format, OSError if the file can't be read.
     """
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
-            # cloned: what the library gives may be the file itself, mapped into memory
+            # cloned: the library may return memory that is mapped from the file
             return {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
-    except AttributeError as error:  # the library asks torch for the format by its name
+    except AttributeError as error:  # the library looks up the dtype in torch by name
         raise SafetensorError(f"not fp32, and this torch has no {error.name}") from error
     except RuntimeError:
         if path.exists():
             raise
-        # the library opens a file twice, and this one was removed in between
+        # the library opens the file twice, and it was removed in between
         raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path)) from None
-
-
-# ---------------------------------------------------------------------- random generators

@@ -185,7 +185,7 @@ def test_a_missing_settings_file_is_named():
     "changes", [{"PRECISION": "fp16", "DEVICE": "cpu"}, {"TRACKING": ["wandb"]}], ids=str
 )
 def test_what_can_not_be_had_is_an_error_before_anything_is_read(monkeypatch, changes):
-    monkeypatch.setitem(tracking.TRACKERS, "wandb", ("no_such_module", "wandb"))
+    monkeypatch.setattr(tracking.importlib.util, "find_spec", lambda name: None)
     said = r'(needs a CUDA GPU.*PRECISION = "auto"|pip install -r requirements\.txt wandb)'
     with pytest.raises(SettingsError, match=f"(?s){said}"):
         prepare(DATA="not-there.txt", **changes)

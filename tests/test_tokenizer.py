@@ -121,7 +121,7 @@ def theirs(files) -> dict:
 @pytest.fixture(scope="module")
 def oracle(tmp_path_factory) -> tiktoken.Encoding:
     """tiktoken.get_encoding("gpt2"), its two files made from the one in this repository."""
-    ranks = tokenizer_module._read_ranks(GPT2_FILE, GPT2_SHA256)
+    ranks = tokenizer_module.read_ranks(GPT2_FILE, GPT2_SHA256)
     symbol = byte_symbols()
 
     def shown(token: bytes) -> str:

@@ -210,7 +210,7 @@ def test_a_tracker_that_cannot_be_opened_is_said_and_the_others_go_on(
 def nothing_installed(tmp_path, monkeypatch):
     """A Python that finds no module but its own, and those of a folder, which it returns."""
     monkeypatch.setattr(sys, "path", [str(tmp_path)])
-    for module, _ in tracking.TRACKERS.values():
+    for module in tracking.TRACKERS:
         monkeypatch.delitem(sys.modules, module, raising=False)
     importlib.invalidate_caches()
     return tmp_path

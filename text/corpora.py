@@ -1,4 +1,4 @@
-"""Named texts and addresses: what lies in this repository, and what is fetched once and checked."""
+"""Texts by name or URL: from this repository, or downloaded once and verified."""
 
 import hashlib
 import ipaddress
@@ -9,6 +9,7 @@ import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 from urllib.parse import urljoin, urlsplit
 
 from engine.errors import DataError, PipelineError
@@ -21,43 +22,38 @@ from storage.files import (
     write_json,
 )
 
+GITHUB = "https://raw.githubusercontent.com/"
 REPOSITORY = Path(__file__).resolve().parent.parent
-CONNECT_TIMEOUT_S = 3.0  # for one connection attempt
-ANSWER_DEADLINE_S = 5.5  # name resolution, connection and the first bytes together
-DOWNLOAD_DEADLINE_S = 60.0  # for the whole file, and a second more for each SLOWEST_BYTES of it
+CONNECT_TIMEOUT_S = 3.0  # of one connection attempt
+ANSWER_DEADLINE_S = 5.5  # for name resolution, connection and the first bytes
+DOWNLOAD_DEADLINE_S = 60.0  # for a file, and one second more for every SLOWEST_BYTES of it
 SLOWEST_BYTES = 50_000
-TRIES = 3  # of a server that answers "busy"; an unreachable one is tried once
+TRIES = 3  # if a server answers that it is busy; an unreachable one is tried once
 MAX_REDIRECTS = 5
-LONGEST_NAME = 60  # characters of a file's; a system may allow 255 bytes, and 260 for a path
-DISK_SHARE = 0.9  # of what is free: a file without end must not fill the disk
+LONGEST_NAME = 60  # characters; systems allow 255 bytes for a name, or 260 for a path
+DISK_SHARE = 0.9  # of the free space that a download may fill
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """A text by name: a file in corpus/, or an address with the sha256 of what lies there."""
+    """A text by name: a file in corpus/, or a URL with the sha256 of its content."""
 
     file_name: str
     url: str | None = None
     sha256: str | None = None
-    stand_in: str | None = None  # the corpus to use where the address can't be reached
+    stand_in: str | None = None  # the corpus to use if the download fails
 
 
 CORPORA = {
     "the-verdict": Corpus(
         file_name="the-verdict.txt",
-        url=(
-            "https://raw.githubusercontent.com/rasbt/LLMs-from-scratch/main/"
-            "ch02/01_main-chapter-code/the-verdict.txt"
-        ),
+        url=GITHUB + "rasbt/LLMs-from-scratch/main/ch02/01_main-chapter-code/the-verdict.txt",
         sha256="b41e41a68f0398a3154ae69e2e4c0e2694e17fe0d66730536837f1b01935b31f",
         stand_in="sample-en",
     ),
     "tiny-shakespeare": Corpus(
         file_name="tiny-shakespeare.txt",
-        url=(
-            "https://raw.githubusercontent.com/karpathy/char-rnn/master/"
-            "data/tinyshakespeare/input.txt"
-        ),
+        url=GITHUB + "karpathy/char-rnn/master/data/tinyshakespeare/input.txt",
         sha256="86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed",
     ),
     "sample-en": Corpus("sample-en.txt"),
@@ -67,25 +63,25 @@ CORPORA = {
 
 
 class DownloadError(DataError):
-    """A file that could not be fetched whole and right."""
+    """A download that failed, or gave another file."""
 
 
 def corpus_path(name: str, cache: Path, stand_in: bool | None = None) -> tuple[Path, str | None]:
-    """The file of a named corpus, made or fetched into the cache folder at first use.
+    """The file of a named corpus, made or downloaded into the cache folder at first use.
 
-    Returns the path and, where its stand-in takes its place, the line that says so. With stand_in
-    True it does, where there is one, with False never, with None where the text can't be had.
-    Raises DataError where the text can't be had and nothing may stand in.
+    Returns the path and, if it is that of the corpus's stand-in, a notice. stand_in True takes the
+    stand-in if there is one, False never does, None does if the download fails. Raises DataError
+    if the download fails and no stand-in may be used.
     """
     corpus = CORPORA[name]
     if stand_in and corpus.stand_in is not None:
         instead, _ = corpus_path(corpus.stand_in, cache)
         return instead, f"corpus/{instead.name} stands in for {name}, as when this run began"
+    path = cache / "corpora" / corpus.file_name
     if name == "dummy":
-        return _dummy(cache / "corpora" / corpus.file_name), None
+        return _dummy(path), None
     if corpus.url is None:
         return REPOSITORY / "corpus" / corpus.file_name, None
-    path = cache / "corpora" / corpus.file_name
     if path.is_file() and hashlib.sha256(path.read_bytes()).hexdigest() == corpus.sha256:
         return path, None
     try:
@@ -97,26 +93,23 @@ def corpus_path(name: str, cache: Path, stand_in: bool | None = None) -> tuple[P
                 f"elsewhere and save it as {path}."
             ) from error
         instead, _ = corpus_path(corpus.stand_in, cache)
-        return (
-            instead,
-            f"{name} can't be had ({error}): corpus/{instead.name} stands in for it",
-        )
+        return instead, f"{name} can't be had ({error}): corpus/{instead.name} stands in for it"
     return path, None
 
 
 def fetch_address(url: str, cache: Path) -> Path:
-    """The file at an http(s) address, fetched into the cache folder at first use.
+    """The file at an http(s) URL, downloaded into the cache folder at first use.
 
-    It is kept under a name of its own; delete that to fetch the address anew. Raises DataError.
+    Delete the cached file to download it again. Raises DataError.
     """
     folder = cache / "downloads" / hashlib.sha256(url.encode("utf-8")).hexdigest()[:16]
-    sidecar = folder.with_suffix(".json")  # beside it: the file itself may have any name
+    sidecar = folder.with_suffix(".json")  # not in the folder: the file may have any name
     try:
         path = folder / _file_name(urlsplit(url).path)
         if path.is_file() and sidecar.is_file():
             return path
         sha256 = download(url, path)
-    except (DownloadError, ValueError) as error:  # ValueError: urlsplit's, for what is no address
+    except (DownloadError, ValueError) as error:  # ValueError: urlsplit's, for an invalid URL
         raise DownloadError(
             f"{url} can't be had: {error}.\nWithout a network, download it elsewhere and set DATA "
             "to the file."
@@ -126,14 +119,14 @@ def fetch_address(url: str, cache: Path) -> Path:
 
 
 def _file_name(address: str) -> str:
-    """The last part of an address's path, as a file may be called on every system."""
+    """A file name from the path of a URL, valid on every system."""
     last = RESERVED.sub("_", address.rpartition("/")[2]).rstrip(". ")
-    last = last[-LONGEST_NAME:]  # its end tells what it is
+    last = last[-LONGEST_NAME:]  # keeps the suffix
     return last if is_portable_name(last) else f"index{last}"
 
 
 def _dummy(path: Path) -> Path:
-    """Random words, the same each time: for trying the machinery, not for learning anything."""
+    """A file of random words, the same each time, for quick trials."""
     if not path.is_file():
         chooser = random.Random(0)
         letters = "abcdefghijklmnopqrstuvwxyz"
@@ -144,15 +137,11 @@ def _dummy(path: Path) -> Path:
     return path
 
 
-# -------------------------------------------------------------------------------- downloads
-
-
 def download(url: str, path: Path, sha256: str | None = None) -> str:
-    """Fetch an address into a file, which appears whole, right and durable, or not at all.
+    """Download a URL into a file, which appears complete and durable, or not at all.
 
-    An unreachable server is given up on after one attempt, within 6 s with name resolution; one
-    that answers 429 or 5xx is asked again, TRIES times in all. Returns the sha256 of what came;
-    raises DownloadError, also where it is not the sha256 that was wanted.
+    Gives up on an unreachable server within 6 s, and after TRIES answers of 429 or 5xx. Returns
+    the sha256 of the content; raises DownloadError, also if it is not the expected sha256.
     """
     make_folder(path.parent)
     for attempt in range(TRIES):
@@ -169,20 +158,24 @@ def download(url: str, path: Path, sha256: str | None = None) -> str:
 
 
 def _get(url: str, path: Path, sha256: str | None) -> tuple[int, str, str]:
-    """One request, in a thread: name resolution has no time limit of its own to set.
+    """Make one request, in a thread: name resolution has no timeout.
 
-    Returns status, sha256 of the body and the address that gave it, after redirects.
+    Returns the status, the body's sha256 and the URL after redirects.
     """
-    answers: queue.Queue = queue.Queue()
+    answers: queue.Queue[Any] = queue.Queue()  # "alive", then _save()'s result or exception
     stop = threading.Event()
-    transfer = threading.Thread(
-        target=_transfer, args=(url, path, sha256, answers, stop), daemon=True
-    )
-    transfer.start()
+
+    def transfer() -> None:
+        try:
+            answers.put(_save(url, path, sha256, answers, stop))
+        except Exception as error:  # _get() raises it
+            answers.put(error)
+
+    threading.Thread(target=transfer, daemon=True).start()
     host = urlsplit(url).hostname
     try:
         answer = answers.get(timeout=ANSWER_DEADLINE_S)
-        while answer == "alive":  # the transfer keeps its own deadline, and reads stop after 5 s
+        while answer == "alive":  # _save() has a deadline of its own, and reads time out after 5 s
             answer = answers.get(timeout=DOWNLOAD_DEADLINE_S)
     except queue.Empty:
         raise DownloadError(f"{host} does not answer") from None
@@ -195,28 +188,11 @@ def _get(url: str, path: Path, sha256: str | None) -> tuple[int, str, str]:
     return answer
 
 
-def _transfer(
-    url: str,
-    path: Path,
-    sha256: str | None,
-    answers: queue.Queue,
-    stop: threading.Event,
-) -> None:
-    """Put "alive" at each sign of life, then (status, sha256, address) or an exception."""
-    try:
-        answers.put(_save(url, path, sha256, answers, stop))
-    except Exception as error:  # for the thread that waits; none is lost here
-        answers.put(error)
-
-
 def _save(
-    url: str,
-    path: Path,
-    sha256: str | None,
-    answers: queue.Queue,
-    stop: threading.Event,
+    url: str, path: Path, sha256: str | None, answers: queue.Queue[Any], stop: threading.Event
 ) -> tuple[int, str, str]:
-    import requests  # 0.06 s that only a download needs to spend
+    """Download a URL into a file, with an "alive" into answers for every chunk."""
+    import requests  # takes 0.06 s
 
     started_at = time.monotonic()
     for _ in range(MAX_REDIRECTS):
@@ -230,6 +206,7 @@ def _save(
     else:
         raise DownloadError(f"{urlsplit(url).hostname} redirects in a circle")
     answers.put("alive")
+    host = urlsplit(url).hostname
     digest, received = hashlib.sha256(), 0
     room = DISK_SHARE * shutil.disk_usage(path.parent).free
     with response, NewFile(path) as file:
@@ -239,33 +216,25 @@ def _save(
             received += len(chunk)
             allowed_s = DOWNLOAD_DEADLINE_S + received / SLOWEST_BYTES
             if stop.is_set() or time.monotonic() - started_at > allowed_s:
-                raise DownloadError(f"{urlsplit(url).hostname} is too slow")
+                raise DownloadError(f"{host} is too slow")
             if received > room:
-                raise DownloadError(f"{urlsplit(url).hostname} sends more than the disk can take")
+                raise DownloadError(f"{host} sends more than the disk can take")
             if response.status_code == 200:
-                _refuse_web_page(received == len(chunk), chunk, path, url)
+                is_page = chunk[:64].lstrip().lower().startswith((b"<!doc", b"<html"))
+                if is_page and received == len(chunk) and path.suffix not in (".html", ".htm"):
+                    raise DownloadError(f"{host} sent a web page, not the text")
                 file.write(chunk)
-        wrong = sha256 is not None and digest.hexdigest() != sha256
-        if response.status_code != 200 or wrong:
+        if response.status_code != 200 or sha256 not in (None, digest.hexdigest()):
             file.discard()
     return response.status_code, digest.hexdigest(), url
 
 
-def _refuse_web_page(is_first: bool, chunk: bytes, path: Path, url: str) -> None:
-    lead = chunk[:64].lstrip().lower()
-    if is_first and path.suffix not in (".html", ".htm") and lead.startswith((b"<!doc", b"<html")):
-        raise DownloadError(f"{urlsplit(url).hostname} sent a web page, not the text")
-
-
 def _redirected(url: str, location: str) -> str:
-    """Where a redirect leads; DownloadError where a page must not be able to send us there."""
+    """The target of a redirect; DownloadError if it is less secure or in the local network."""
     target = urljoin(url, location)
     before, after = urlsplit(url), urlsplit(target)
     refusal = f"{before.hostname} redirects to {after.scheme}://{after.hostname or ''}"
-    if after.scheme not in ("http", "https") or (before.scheme, after.scheme) == (
-        "https",
-        "http",
-    ):
+    if after.scheme not in ("http", "https") or (before.scheme, after.scheme) == ("https", "http"):
         raise DownloadError(f"{refusal}, which is not followed")
     if _is_inside(after.hostname) and not _is_inside(before.hostname):
         raise DownloadError(f"{refusal}, an address of this machine's own network")
@@ -273,7 +242,7 @@ def _redirected(url: str, location: str) -> str:
 
 
 def _is_inside(host: str | None) -> bool:
-    """Whether a host is given as an address of this machine or its network."""
+    """Whether a host is "localhost" or an IP address of this machine or its network."""
     try:
         address = ipaddress.ip_address(host or "")
     except ValueError:
@@ -286,15 +255,13 @@ def _reason(url: str, error: Exception) -> str:
     import requests
 
     host = urlsplit(url).hostname
-    exceptions = requests.exceptions
-    if isinstance(error, exceptions.ProxyError):
-        return f"the proxy set in {urlsplit(url).scheme.upper()}_PROXY does not let {host} through"
-    if isinstance(error, exceptions.SSLError):
-        return f"the certificate of {host} is not trusted; see REQUESTS_CA_BUNDLE"
-    if isinstance(error, exceptions.ConnectTimeout | exceptions.ReadTimeout):
-        return f"{host} does not answer"
-    if isinstance(error, exceptions.ChunkedEncodingError):
-        return f"{host} broke off in the middle"
-    if isinstance(error, exceptions.ConnectionError):
-        return f"no connection to {host}"
-    return f"{host}: {type(error).__name__}: {error}"
+    proxy, kinds = f"{urlsplit(url).scheme.upper()}_PROXY", requests.exceptions
+    reasons = (
+        (kinds.ProxyError, f"the proxy set in {proxy} does not let {host} through"),
+        (kinds.SSLError, f"the certificate of {host} is not trusted; see REQUESTS_CA_BUNDLE"),
+        ((kinds.ConnectTimeout, kinds.ReadTimeout), f"{host} does not answer"),
+        (kinds.ChunkedEncodingError, f"{host} broke off in the middle"),
+        (kinds.ConnectionError, f"no connection to {host}"),
+        (Exception, f"{host}: {type(error).__name__}: {error}"),
+    )
+    return next(reason for kind, reason in reasons if isinstance(error, kind))

@@ -1,4 +1,4 @@
-"""Anything that DATA names, streamed as documents: files, folders, addresses, data sets."""
+"""What DATA names, as files and splits to read: files, folders, URLs, corpora, datasets."""
 
 import codecs
 import os
@@ -13,15 +13,14 @@ from engine.settings import unknown_name
 from text.corpora import CORPORA, corpus_path, fetch_address
 from text.documents import DataSpec, Part, ReadingReport
 
-TEXT_SUFFIXES = (".txt", ".md")
-INVALID_NAME = 123  # Windows' number for a path with signs that no name may hold, such as *
+INVALID_NAME = 123  # Windows' error code for a path with a reserved character, such as *
 WIKITEXT_2 = "hf:Salesforce/wikitext:wikitext-2-raw-v1"
 
 
 def parse_data(data: Any) -> DataSpec:
-    """Bring DATA's forms to one: text, a list of texts, or a dict with path, val, field, encoding.
+    """The DataSpec of DATA: a name, a list of names, or a dict with path, val, field, encoding.
 
-    Raises SettingsError that says what is wrong with it.
+    Raises SettingsError.
     """
     if not isinstance(data, dict):
         return DataSpec(train=_names(data, "DATA"))
@@ -35,14 +34,13 @@ def parse_data(data: Any) -> DataSpec:
         if not isinstance(data.get(key, "x"), str) or not data.get(key, "x"):
             raise SettingsError(f'DATA["{key}"] is {data[key]!r}; it must be text in quotes')
     encoding = data.get("encoding")
-    if encoding is not None:
-        try:
-            "".encode(encoding)  # unlike codecs.lookup, it refuses what is no text encoding
-        except (LookupError, ValueError):
-            raise SettingsError(
-                f'DATA["encoding"] is {encoding!r}, which Python does not know; '
-                'usual ones are "utf-8", "gb18030", "big5", "latin-1", "utf-16"'
-            ) from None
+    try:
+        "".encode(encoding or "utf-8")  # unlike codecs.lookup, it refuses codecs that are not text
+    except (LookupError, ValueError):
+        raise SettingsError(
+            f'DATA["encoding"] is {encoding!r}, which Python does not know; '
+            'usual ones are "utf-8", "gb18030", "big5", "latin-1", "utf-16"'
+        ) from None
     return DataSpec(
         train=_names(data["path"], 'DATA["path"]'),
         val=_names(data["val"], 'DATA["val"]') if "val" in data else (),
@@ -63,15 +61,12 @@ def _names(value: Any, label: str) -> tuple[str, ...]:
     return names
 
 
-# ------------------------------------------------------------------------------ what to read
-
-
 def find_parts(names: Iterable[str], cache: Path, report: ReadingReport) -> list[Part]:
-    """Turn names into the files and splits to read, in a fixed order; fetches what is far away.
+    """The files and splits to read, in a fixed order; downloads what is not on this machine.
 
-    A name is a corpus, an address, "hf:dataset:configuration", a file, a folder or a pattern
-    with *. Hidden and binary files of folders and patterns go into report.passed_over. Raises
-    DataError where a name stands for nothing.
+    A name is a corpus, a URL, "hf:dataset:configuration", a file, a folder or a pattern with *.
+    report.passed_over lists the hidden and binary files of folders and patterns. Raises DataError
+    for a name that matches nothing.
     """
     parts: list[Part] = []
     for name in names:
@@ -95,9 +90,8 @@ def _parts_of(name: str, cache: Path, report: ReadingReport) -> list[Part]:
             report.stood_in = True
         return [Part(path.name, path)]
     if name.startswith(("http://", "https://")):
-        path = fetch_address(name, cache)
-        return [Part(name, path)]
-    path = Path(os.path.expanduser(name))  # unlike Path's, it lets the home of nobody be
+        return [Part(name, fetch_address(name, cache))]
+    path = Path(os.path.expanduser(name))  # unlike Path.expanduser, it ignores unknown users
     kind = _kind(path)
     if kind == "missing" and any(letter in name for letter in "*?["):
         return _readable(_matches(path, report), path.parent, report)
@@ -105,7 +99,7 @@ def _parts_of(name: str, cache: Path, report: ReadingReport) -> list[Part]:
         raise DataError(_about_missing(path, name))
     if kind == "folder":
         return _readable(_walk(path, report), path, report)
-    if kind == "other":  # a pipe or a device might never end
+    if kind == "other":  # a pipe or a device may never end
         raise DataError(f"{path} is no regular file.\nDATA takes files, folders and addresses.")
     return [Part(path.name, path)]
 
@@ -125,7 +119,7 @@ def _kind(path: Path) -> str:
 
 
 def _matches(pattern: Path, report: ReadingReport) -> list[Path]:
-    """The files that a pattern matches, sorted; ** enters neither hidden folders nor links."""
+    """The files that a pattern matches, sorted; hidden folders are reported instead."""
     parts = pattern.parts
     fixed = next(i for i, part in enumerate(parts) if any(letter in part for letter in "*?["))
     rest = [part if part == "**" else re.sub(r"\*+", "*", part) for part in parts[fixed:]]
@@ -154,7 +148,7 @@ def _walk(folder: Path, report: ReadingReport) -> Iterator[Path]:
             path = Path(root, name)
             if name.startswith("."):
                 report.passed_over.append({"name": str(path), "reason": "hidden"})
-            elif path.is_symlink():  # it may lead round in a circle
+            elif path.is_symlink():  # it may form a cycle
                 report.passed_over.append({"name": str(path), "reason": "link to a folder"})
             else:
                 entered.append(name)
@@ -163,7 +157,7 @@ def _walk(folder: Path, report: ReadingReport) -> Iterator[Path]:
 
 
 def _readable(paths: Iterable[Path], base: Path, report: ReadingReport) -> list[Part]:
-    """The text files among those of a folder or pattern; the others are reported."""
+    """The text files among some paths; the others are reported."""
     parts = []
     for path in paths:
         if path.name.startswith("."):
@@ -201,7 +195,7 @@ def _why_nothing(report: ReadingReport) -> str:
 
 def _about_missing(path: Path, name: str) -> str:
     message = f"there is no file {path} (looked for in {Path.cwd()})."
-    if not name.isprintable():  # as "C:\new\texts" is, with a line end and a tab
+    if not name.isprintable():  # such as "C:\new\texts", with a line feed and a tab
         return (
             f"there is no file {name!r}.\n"
             r'In Python "\" and a letter may be a sign of its own: write "C:/texts" or r"C:\texts".'
@@ -209,6 +203,3 @@ def _about_missing(path: Path, name: str) -> str:
     if not any(sign in name for sign in "/\\."):
         return f"{message}\n{unknown_name('The corpus name ' + repr(name), name, CORPORA)}"
     return f"{message}\nDATA takes a path, a pattern, an address or one of: {', '.join(CORPORA)}."
-
-
-# --------------------------------------------------------------------------- reading documents

@@ -1,9 +1,8 @@
-"""Text made into tokens once: one flat array on disk, found again as long as nothing differs.
+"""The token cache: each text is tokenized once, into a flat array on disk.
 
 An entry is a folder cache/tokens/<id>/ with tokens.bin, tokenizer.json and entry.json, which has
-the hashes of the other two; the folder appears by one rename. Its id is a hash of all that it was
-made from. Beside it, found-<id>.json remembers for a request (names and options) which files it
-stood for and which entry they led to.
+the hashes of the other two. Its id is a hash of all that it was made from, and it appears by one
+rename. The file found-<id>.json records the files and the entry of a request (names and options).
 """
 
 import collections
@@ -14,8 +13,8 @@ import os
 import re
 import time
 from array import array
-from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -37,6 +36,7 @@ from storage.files import (
 )
 from text.documents import (
     DataSpec,
+    Documents,
     Part,
     ReadingReport,
     dataset_fingerprint,
@@ -47,11 +47,11 @@ from text.documents import (
 from text.sources import find_parts
 from text.tokenizer import Tokenizer, make_tokenizer, restore_tokenizer
 
-FORMAT = 1  # of an entry; with another number every entry is made anew
-CHUNK = 1 << 20  # characters that a core encodes at a time
+FORMAT = 1  # of an entry; no other is read
+CHUNK = 1 << 20  # characters to encode in one task
 MOST_UNCUT = 1 << 26  # characters without a place to cut; a text has one in each sentence
-BLOCK = 16 << 20  # bytes of tokens that share a hash
-HASH_SPLIT_FROM = 20  # documents; of fewer, validation is cut off the end
+BLOCK = 16 << 20  # bytes of tokens per hash
+HASH_SPLIT_FROM = 20  # documents; the validation tokens of fewer are the last ones
 ORPHAN_AGE_S = 24 * 3600
 
 
@@ -62,45 +62,36 @@ class TokenizedText:
     path: Path
     dtype: str  # "uint16" or "uint32"
     n_tokens: int
-    n_train: int | None  # None: training and validation are still to be cut by position
+    n_train: int | None  # None: the caller splits training and validation by position
     tokenizer: Tokenizer
     tokenizer_file: Path
-    sha256: str  # of the tokens and where they are cut
-    stood_in: bool  # a stand-in was read in place of what DATA names
+    sha256: str  # of the tokens and n_train
+    stood_in: bool  # whether a stand-in was read in place of what DATA names
     report: dict[str, Any]  # what was read, for data.json
-    notices: list[str]  # what the user must know of how the text was had
+    notices: list[str]  # to print in every run
 
 
 def tokenize(
-    spec: DataSpec,
-    tokenizer: str,
-    train_ratio: float,
-    cache: Path,
-    *,
-    stand_in: bool | None = None,
+    spec: DataSpec, tokenizer: str, train_ratio: float, cache: Path, *, stand_in: bool | None = None
 ) -> TokenizedText:
-    """The tokens of what DATA asks for, from the cache where nothing has changed since.
+    """Tokenize DATA, or find its tokens in the cache if nothing has changed.
 
-    tokenizer is TOKENIZER's value. stand_in tells whether a text with a stand-in is to be that
-    stand-in: True, False, or None for only where the text itself can't be had. Raises DataError
-    for what can't be read, SettingsError for a library that is missing, ResourceError where the
-    cache can't be written.
+    tokenizer is TOKENIZER's value; stand_in is that of corpus_path(). Raises DataError for data
+    that can't be read, SettingsError for a missing library, ResourceError if the cache can't be
+    written.
     """
     report = ReadingReport(stand_in=stand_in)
     train = find_parts(spec.train, cache, report)
     val = find_parts(spec.val, cache, report) if spec.val else validation_parts(train)
     tokens_folder = cache / "tokens"
     make_folder(tokens_folder)
-    request = {
-        "format": FORMAT,
-        "spec": asdict(spec),
-        "tokenizer": tokenizer,
-        "train_ratio": train_ratio,
-    }
-    parts = [*train, *val]
+    texts = [*train, *val]
+    parts, tokenizer_kind = texts, tokenizer
     if tokenizer.endswith(".json"):
-        parts.append(Part(tokenizer, Path(tokenizer).expanduser()))
-    found_path = tokens_folder / f"found-{_hash_of(request)}.json"
+        parts = [*texts, Part(tokenizer, Path(tokenizer).expanduser())]
+        tokenizer_kind = "json"
+    request = _hash_of([FORMAT, asdict(spec), tokenizer, train_ratio])
+    found_path = tokens_folder / f"found-{request}.json"
     state = [_state_of(part) for part in parts]
     entry_id = _recall(found_path, state)
     if entry_id is None:
@@ -108,13 +99,9 @@ def tokenize(
             dataset_fingerprint(part) if part.path is None else file_sha256(part.path)
             for part in parts
         ]
-        how = [
-            "json" if tokenizer.endswith(".json") else tokenizer,
-            spec.field,
-            spec.encoding,
-        ]
-        # what a file is read as; what it is called doesn't matter
-        kinds = ["".join(Path(part.name).suffixes).lower() for part in [*train, *val]]
+        how = [tokenizer_kind, spec.field, spec.encoding]
+        # of a file's name only the suffixes matter
+        kinds = ["".join(Path(part.name).suffixes).lower() for part in texts]
         entry_id = _hash_of([FORMAT, how, train_ratio, len(train), content, kinds])
     folder = tokens_folder / entry_id
     text = _open_entry(folder, report)
@@ -124,57 +111,45 @@ def tokenize(
         assert text is not None, f"{folder} was written and can't be read"
     write_json(found_path, {"state": state, "entry": entry_id})
     text.report["passed_over"] = report.passed_over
-    for told, part in zip(text.report["files"], [*train, *val], strict=True):
+    for file, part in zip(text.report["files"], texts, strict=True):
         if part.path is not None:
-            _tell_anew(text.report, told, part)
+            _rename(text.report, file, part)
     return text
 
 
-def _tell_anew(report: dict[str, Any], told: dict[str, Any], part: Part) -> None:
-    """Let an entry's report name a file as it is called now: it may have been another then."""
-    before = f"{told['name']}: "
+def _rename(report: dict[str, Any], file: dict[str, Any], part: Part) -> None:
+    """Update the name of a file in a cached report: it may have been renamed since."""
+    before = f"{file['name']}: "
     report["notes"] = [
         f"{part.name}: {note.removeprefix(before)}" if note.startswith(before) else note
         for note in report["notes"]
     ]
-    told |= {"name": part.name, "path": str(part.path)}
+    file |= {"name": part.name, "path": str(part.path)}
 
 
 def _hash_of(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:24]
 
 
-def _state_of(part: Part) -> list:
-    """What changes when a part does, at no cost: path, size and time of a file."""
+def _state_of(part: Part) -> list[Any]:
+    """What changes if a part does, and is cheap to get: a file's path, size and time."""
     if part.path is None:
         return [part.name, dataset_fingerprint(part)]
     facts = os.stat(part.path) if part.path.exists() else None
-    return [
-        str(part.path.resolve()),
-        facts and facts.st_size,
-        facts and facts.st_mtime_ns,
-    ]
+    return [str(part.path.resolve()), facts and facts.st_size, facts and facts.st_mtime_ns]
 
 
-def _recall(found_path: Path, state: list) -> str | None:
-    """The entry that a request led to, where its files look the same as then."""
+def _recall(found_path: Path, state: list[list[Any]]) -> str | None:
+    """The entry of an earlier request, if its files have the same state."""
     try:
         found = json.loads(found_path.read_bytes())
         return found["entry"] if found["state"] == state else None
-    except (
-        OSError,
-        ValueError,
-        KeyError,
-        TypeError,
-    ):  # missing or damaged: it is only a shortcut
+    except (OSError, ValueError, KeyError, TypeError):  # missing or damaged: it only saves time
         return None
 
 
-# ----------------------------------------------------------------------------------- reading
-
-
 def _open_entry(folder: Path, reading: ReadingReport) -> TokenizedText | None:
-    """An entry as it was made; None where there is none. A damaged one is removed, and said."""
+    """An entry, or None if there is none; a damaged one is reported and removed."""
     if not folder.is_dir():
         return None
     try:
@@ -196,6 +171,7 @@ def _open_entry(folder: Path, reading: ReadingReport) -> TokenizedText | None:
                 "End the programs that have a file in it open, or remove it yourself."
             )
         return None
+    content = json.dumps([entry["block_sha256"], entry["n_train"]])
     return TokenizedText(
         path=folder / "tokens.bin",
         dtype=entry["dtype"],
@@ -203,9 +179,7 @@ def _open_entry(folder: Path, reading: ReadingReport) -> TokenizedText | None:
         n_train=entry["n_train"],
         tokenizer=restore_tokenizer(entry["tokenizer_kind"], tokenizer_json),
         tokenizer_file=folder / "tokenizer.json",
-        sha256=hashlib.sha256(
-            json.dumps([entry["block_sha256"], entry["n_train"]]).encode()
-        ).hexdigest(),
+        sha256=hashlib.sha256(content.encode()).hexdigest(),
         stood_in=reading.stood_in,
         report=entry["report"],
         notices=reading.notices,
@@ -213,7 +187,7 @@ def _open_entry(folder: Path, reading: ReadingReport) -> TokenizedText | None:
 
 
 def _block_hashes(path: Path) -> list[str]:
-    """The sha256 of each BLOCK of a file, computed on all cores."""
+    """The sha256 of each BLOCK of a file, in parallel."""
 
     def block_hash(start: int) -> str:
         with path.open("rb") as file:
@@ -223,9 +197,6 @@ def _block_hashes(path: Path) -> list[str]:
     starts = range(0, path.stat().st_size, BLOCK)
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         return list(pool.map(block_hash, starts))
-
-
-# ---------------------------------------------------------------------------------- building
 
 
 def _build_entry(
@@ -261,21 +232,21 @@ def _build_entry(
             "report": _report_of(report, sides, n_tokens, tokenizer, description),
         }
         write_json(temporary / "entry.json", {"sha256": _hash_of(entry), "entry": entry})
-        rename_folder(temporary, folder)  # where another process was first, its entry stays
+        rename_folder(temporary, folder)  # if another process was faster, its entry stays
     finally:
         discard(temporary)
 
 
 def _remove_orphans(tokens_folder: Path) -> None:
-    """Remove what a build left that was killed; a younger one may still be running."""
+    """Remove what killed builds left; a younger folder may belong to a running one."""
     for orphan in [*tokens_folder.glob(".tmp-*"), *tokens_folder.glob(".del-*")]:
-        with contextlib.suppress(FileNotFoundError):  # its own process was quicker
+        with contextlib.suppress(FileNotFoundError):  # another process was faster
             if time.time() - orphan.stat().st_mtime > ORPHAN_AGE_S:
                 discard(orphan)
 
 
 def _texts(parts: list[Part], spec: DataSpec) -> Iterator[str]:
-    """The text of all documents in chunks, for making a tokenizer."""
+    """The text of all documents in chunks, to make a tokenizer from."""
     report = ReadingReport()
     with ByteProgress("Reading", _size_of(parts)) as progress:
         for chunk, _ in cut_into_chunks(read_documents(parts, spec, report)):
@@ -285,52 +256,39 @@ def _texts(parts: list[Part], spec: DataSpec) -> Iterator[str]:
 
 @dataclass
 class _Side:
-    """The documents of one side, training or validation, as they stand in the token file."""
+    """The training or the validation documents in the token file; positions are in tokens."""
 
-    start: int  # in tokens, as all places here
     stop: int
-    ends: array  # behind each document's last token; then comes an end-of-text, but at stop
-    digests: array  # of each document's text
-    counts: np.ndarray  # how often each token occurs
+    ends: "array[int]"  # of each document; an end-of-text separates it from the next
+    digests: "array[int]"  # of each document's text
+    counts: np.ndarray  # (V,) how often each token occurs
 
 
 def _write_tokens(
-    path: Path,
-    tokenizer: Tokenizer,
-    sides: list[list[Part]],
-    spec: DataSpec,
-    report: ReadingReport,
+    path: Path, tokenizer: Tokenizer, sides: list[list[Part]], spec: DataSpec, report: ReadingReport
 ) -> list[_Side]:
     """Write the tokens of all documents in order, with an end-of-text between those of a side."""
-    end_of_text = np.array([tokenizer.end_of_text_id], dtype=_dtype_for(tokenizer))
-    workers = os.cpu_count() or 1
     position, written = 0, []
     with (
         NewFile(path, durable=False) as file,
-        ThreadPoolExecutor(workers) as pool,
+        ThreadPoolExecutor(os.cpu_count()) as pool,
         ByteProgress("Tokenizing", sum(map(_size_of, sides))) as progress,
     ):
         for parts in sides:
-            side = _Side(position, position, array("Q"), array("Q"), np.zeros(tokenizer.vocab_size))
+            ends, digests, counts = array("Q"), array("Q"), np.zeros(tokenizer.vocab_size)
             open_digests: list[bytes] = []
-            for batch in _encode(read_documents(parts, spec, report), tokenizer, pool, workers):
-                side.counts += batch.counts
+            for batch in _encode(read_documents(parts, spec, report), tokenizer, pool):
+                counts += batch.counts
                 for n_ids, digest, is_last in batch.chunks:
                     open_digests.append(digest)
-                    if side.ends and len(open_digests) == 1:
-                        position += 1  # for the end-of-text before this document
                     position += n_ids
                     if is_last:
-                        side.ends.append(position)
-                        side.digests.append(_join_digests(open_digests))
+                        ends.append(position)
+                        digests.append(_join_digests(open_digests))
                         open_digests = []
-                if batch.begins_document and position > side.start + len(batch.ids):
-                    file.write(memoryview(end_of_text).cast("B"))
-                    side.counts[tokenizer.end_of_text_id] += 1
-                file.write(memoryview(batch.ids).cast("B"))
+                file.write(batch.ids.data.cast("B"))
                 progress.show(report.bytes_read)
-            side.stop = position
-            written.append(side)
+            written.append(_Side(position, ends, digests, counts))
     return written
 
 
@@ -340,51 +298,49 @@ def _dtype_for(tokenizer: Tokenizer) -> str:
 
 @dataclass
 class _Batch:
-    """Some chunks as tokens, with an end-of-text between documents."""
+    """The tokens of some chunks, with an end-of-text before each document but the first."""
 
     ids: np.ndarray
-    begins_document: bool
-    chunks: list[tuple[int, bytes, bool]]  # tokens, digest of the text, is the document's last
+    chunks: list[tuple[int, bytes, bool]]  # tokens, the end-of-text included; digest; is last
     counts: np.ndarray
 
 
 def _encode(
-    documents: Iterable[tuple[str, bool]],
-    tokenizer: Tokenizer,
-    pool: ThreadPoolExecutor,
-    workers: int,
+    documents: Documents, tokenizer: Tokenizer, pool: ThreadPoolExecutor
 ) -> Iterator[_Batch]:
-    """Encode chunks on all cores, in order; only a few are in memory at a time."""
-    pending: collections.deque = collections.deque()
-    begins_document = True
-    cut = whole_documents if tokenizer.kind == "foreign" else cut_into_chunks
+    """Encode documents in parallel, in order; only a few batches are in memory."""
+    pending: collections.deque[Future[_Batch]] = collections.deque()
+    follows_document = False
+    # where a foreign tokenizer could cut is unknown
+    cut = _join_pieces if tokenizer.kind == "foreign" else cut_into_chunks
     for chunks in _batches(cut(documents)):
-        pending.append(pool.submit(_encode_batch, tokenizer, chunks, begins_document))
-        begins_document = chunks[-1][1]
-        if len(pending) > 2 * workers:
+        pending.append(pool.submit(_encode_batch, tokenizer, chunks, follows_document))
+        follows_document = chunks[-1][1]
+        if len(pending) > 2 * (os.cpu_count() or 1):
             yield pending.popleft().result()
     while pending:
         yield pending.popleft().result()
 
 
 def _encode_batch(
-    tokenizer: Tokenizer, chunks: list[tuple[str, bool]], begins_document: bool
+    tokenizer: Tokenizer, chunks: list[tuple[str, bool]], follows_document: bool
 ) -> _Batch:
     end_of_text = np.array([tokenizer.end_of_text_id])
     parts, facts = [], []
-    for number, (text, is_last) in enumerate(chunks):
-        if number and chunks[number - 1][1]:
-            parts.append(end_of_text)
-        parts.append(tokenizer.encode_array(text))
+    for text, is_last in chunks:
+        ids = tokenizer.encode_array(text)
+        parts += [end_of_text, ids] if follows_document else [ids]
         digest = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest()
-        facts.append((len(parts[-1]), digest, is_last))
+        facts.append((len(ids) + follows_document, digest, is_last))
+        follows_document = is_last
     ids = np.concatenate(parts).astype(_dtype_for(tokenizer))
-    return _Batch(ids, begins_document, facts, np.bincount(ids, minlength=tokenizer.vocab_size))
+    return _Batch(ids, facts, np.bincount(ids, minlength=tokenizer.vocab_size))
 
 
-def _batches(chunks: Iterator[tuple[str, bool]]) -> Iterator[list[tuple[str, bool]]]:
-    """Put short documents together, so that each task is worth its while."""
-    batch, characters = [], 0
+def _batches(chunks: Documents) -> Iterator[list[tuple[str, bool]]]:
+    """Group short documents, so that a task takes longer than its overhead."""
+    batch: list[tuple[str, bool]] = []
+    characters = 0
     for chunk, is_last in chunks:
         batch.append((chunk, is_last))
         characters += len(chunk)
@@ -396,14 +352,13 @@ def _batches(chunks: Iterator[tuple[str, bool]]) -> Iterator[list[tuple[str, boo
 
 
 def _join_digests(digests: list[bytes]) -> int:
-    whole = digests[0]
+    joined = digests[0]
     if len(digests) > 1:
-        whole = hashlib.blake2b(b"".join(digests), digest_size=8).digest()
-    return int.from_bytes(whole, "big")
+        joined = hashlib.blake2b(b"".join(digests), digest_size=8).digest()
+    return int.from_bytes(joined, "big")
 
 
-def whole_documents(documents: Iterable[tuple[str, bool]]) -> Iterator[tuple[str, bool]]:
-    """Each document in one piece, for a tokenizer of which nothing is known."""
+def _join_pieces(documents: Documents) -> Documents:
     held = []
     for piece, is_last in documents:
         held.append(piece)
@@ -412,15 +367,12 @@ def whole_documents(documents: Iterable[tuple[str, bool]]) -> Iterator[tuple[str
             held = []
 
 
-def cut_into_chunks(
-    documents: Iterable[tuple[str, bool]],
-) -> Iterator[tuple[str, bool]]:
-    """Cut the pieces of documents anew, into chunks of about CHUNK characters.
+def cut_into_chunks(documents: Documents) -> Documents:
+    """Rearrange documents in pieces into chunks of about CHUNK characters.
 
-    Where a cut lies depends on the document's text alone, and it is at a place where GPT-2's
-    pattern begins a new word whatever came before: the tokens of the chunks are those of the
-    whole document. A text without such a place stays in one chunk; DataError where that grows
-    past MOST_UNCUT.
+    The cuts depend on the document's text alone. They are where GPT-2's pattern starts a new word
+    in any context, so the tokens of the chunks are those of the document. A text without such a
+    place stays in one chunk; DataError if that is longer than MOST_UNCUT.
     """
     held, size, searched = [], 0, 0
     for piece, is_last in documents:
@@ -449,11 +401,11 @@ def cut_into_chunks(
 
 
 def find_cut(text: str, start: int, near: int, searched: int = 0) -> int | None:
-    """The last place to cut a text after start and up to near, else the first one behind near.
+    """The last place to cut a text after start and up to near, else the first one after near.
 
-    Such a place is between a letter or digit and a blank or punctuation mark: a word of GPT-2's
-    pattern ends there, and nothing that it matches behind depends on what is before. Places below
-    `searched` are known to be none.
+    That is between a letter or digit and a space or punctuation mark: a word of GPT-2's pattern
+    ends there, and its later matches don't depend on the text before. There is none below
+    `searched`.
     """
     reach = 4096
     while searched < near:
@@ -475,20 +427,12 @@ def _size_of(parts: list[Part]) -> int:
     return sum(part.path.stat().st_size for part in parts if part.path)
 
 
-# --------------------------------------------------------------------------------- splitting
-
-
 def _arrange(
-    folder: Path,
-    sides: list[_Side],
-    tokenizer: Tokenizer,
-    train_ratio: float,
-    *,
-    has_val: bool,
+    folder: Path, sides: list[_Side], tokenizer: Tokenizer, train_ratio: float, *, has_val: bool
 ) -> int | None:
-    """Make tokens.bin of all.bin, training tokens first; returns how many those are.
+    """Make tokens.bin of all.bin, training tokens first; returns the number of those.
 
-    None where they are still to be cut by position: one text, or few documents.
+    Returns None if the caller is to split them by position: for one text, or few documents.
     """
     train = sides[0]
     is_val = None if has_val else choose_validation(train.digests, train_ratio)
@@ -498,7 +442,7 @@ def _arrange(
     dtype = np.dtype(_dtype_for(tokenizer))
     end_of_text = np.array([tokenizer.end_of_text_id], dtype=dtype).tobytes()
     ends = np.frombuffer(train.ends, dtype=np.uint64).astype(np.int64)
-    starts = np.concatenate(([train.start], ends[:-1] + 1))
+    starts = np.concatenate(([0], ends[:-1] + 1))
     sizes = []
     with (
         (folder / "all.bin").open("rb") as source,
@@ -506,7 +450,7 @@ def _arrange(
     ):
         for chosen in (~is_val, is_val):
             size = 0
-            # neighbours are one stretch, with the ends of text between them
+            # copy adjacent documents as one, with the end-of-text between them
             first = np.flatnonzero(chosen & ~np.concatenate(([False], chosen[:-1])))
             last = np.flatnonzero(chosen & ~np.concatenate((chosen[1:], [False])))
             for start, stop in zip(starts[first].tolist(), ends[last].tolist(), strict=True):
@@ -528,9 +472,10 @@ def _copy(source: BinaryIO, file: NewFile, start: int, stop: int) -> None:
         start += len(block)
 
 
-def choose_validation(digests: array, train_ratio: float) -> np.ndarray | None:
-    """Which documents validate, by a hash of their text: whatever the seed, and equal documents on
-    one side. None for few documents, or where all are equal.
+def choose_validation(digests: "array[int]", train_ratio: float) -> np.ndarray | None:
+    """Which documents are for validation, by the hashes of their texts, for any seed the same.
+
+    Returns None for few documents, or if all are equal.
     """
     if len(digests) < HASH_SPLIT_FROM:
         return None
@@ -546,13 +491,10 @@ def choose_validation(digests: array, train_ratio: float) -> np.ndarray | None:
 
 
 def _report_of(
-    report: ReadingReport,
-    sides: list[_Side],
-    n_tokens: int,
-    tokenizer: Tokenizer,
-    description: str,
+    report: ReadingReport, sides: list[_Side], n_tokens: int, tokenizer: Tokenizer, description: str
 ) -> dict[str, Any]:
-    digests = np.concatenate([np.frombuffer(side.digests, dtype=np.uint64) for side in sides])
+    train, val = (np.frombuffer(side.digests, dtype=np.uint64) for side in sides)
+    digests = np.concatenate([train, val])
     return {
         "files": report.files,
         "passed_over": report.passed_over,
@@ -560,10 +502,7 @@ def _report_of(
         "documents": report.documents,
         "empty_documents": report.empty_documents,
         "duplicate_documents": len(digests) - len(np.unique(digests)),
-        # only where validation has a source of its own: else equal documents are on one side
-        "documents_on_both_sides": len(
-            np.intersect1d(*(np.frombuffer(side.digests, dtype=np.uint64) for side in sides))
-        ),
+        "documents_on_both_sides": len(np.intersect1d(train, val)),
         "bytes": report.bytes_read,
         "characters": report.characters,
         "tokens": n_tokens,

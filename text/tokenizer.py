@@ -1,4 +1,4 @@
-"""Text to token ids and back: GPT-2's BPE, characters, a BPE of one's own, files from elsewhere."""
+"""Text to token ids and back: GPT-2's BPE, a trained BPE, characters, any tokenizer.json."""
 
 import codecs
 import errno
@@ -9,7 +9,7 @@ import re
 import stat
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import tiktoken
@@ -18,93 +18,49 @@ from tiktoken_ext.openai_public import r50k_pat_str
 from engine.errors import DataError, SettingsError
 from text.tokenizer_file import (
     END_OF_TEXT,
-    _byte_level_json,
-    _check_tokenizer_tree,
-    _ranks_of,
-    _read_ranks,
-    _tokenizer_json,
+    byte_level_json,
     byte_symbols,
+    check_tokenizer_tree,
+    ranks_of,
+    read_ranks,
+    tokenizer_json,
 )
 
-ASSETS = Path(__file__).resolve().parent.parent / "assets"
-GPT2_FILE = ASSETS / "gpt2.tiktoken"
+GPT2_FILE = Path(__file__).resolve().parent.parent / "assets" / "gpt2.tiktoken"
 GPT2_SHA256 = "306cd27f03c1a714eca7108e03d66b7dc042abe8c258b44c199a7ed9838dd930"
 GPT2_FINGERPRINT = "bpe-120d137cc5382960"
-# what files from elsewhere call the token that ends a document
-END_NAMES = (
-    END_OF_TEXT,
-    "</s>",
-    "<eos>",
-    "<|end_of_text|>",
-    "<|im_end|>",
-    "[SEP]",
-    "<eot>",
-)
+# what other tokenizers call the token that ends a document
+END_NAMES = (END_OF_TEXT, "</s>", "<eos>", "<|end_of_text|>", "<|im_end|>", "[SEP]", "<eot>")
 
 MAX_TRAINED_VOCABULARY = 100_000
-TRAINING_CHARACTERS = 64_000_000  # a trained BPE looks at so many; more change it no further
+TRAINING_CHARACTERS = 64_000_000  # to train a BPE on; more make no difference
 MAX_TOKENIZER_FILE = 128 << 20
-MOST_MERGE_STEPS = 50_000_000  # for finding what tokens were merged from; GPT-2's take 3 million
+MOST_MERGE_STEPS = 50_000_000  # to find the merges of a vocabulary; GPT-2's takes 3 million
 
-# \s of the GPT-2 pattern; Python's own \s has four control characters more
+# \s of GPT-2's pattern; Python's \s has four more control characters
 _BLANK = "\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"
-# tried once a run and without stepping back: the search stays linear
+# the lookbehind and the possessive quantifier keep the search linear
 _LONG_BLANKS = re.compile(f"(?<![{_BLANK}])[{_BLANK}]{{100000,}}+(?=.)", re.DOTALL)
 
 
-class Tokenizer(Protocol):
-    """What the other rooms use of a tokenizer."""
-
-    name: str
-    vocab_size: int
-    end_of_text_id: int
-    kind: str  # "gpt2", "bpe", "char" or "foreign", for restore_tokenizer
-    fingerprint: str  # equal for tokenizers that give the same ids
-
-    def encode(self, text: str) -> list[int]:
-        """The ids of a text; nothing in a text is a control token."""
-
-    def encode_array(self, text: str) -> np.ndarray:
-        """The same ids as an integer array; threads may call it at once."""
-
-    def decode(self, ids: Iterable[int]) -> str:
-        """The text of ids; incomplete characters become U+FFFD."""
-
-    def decoder(self) -> "Decoder":
-        """A decoder for ids that come in one by one."""
-
-    def to_json(self) -> str:
-        """The tokenizer as the text of a tokenizer.json, which other libraries read."""
-
-
-class Decoder(Protocol):
-    """Turns ids into text as they come in; a character is shown when it is whole, never half."""
-
-    def add(self, token: int) -> str:
-        """The characters that this token completes."""
-
-    def finish(self) -> str:
-        """What is left at the end, as decode() shows it."""
-
-
 class ByteTokens:
-    """A tokenizer whose every token stands for some bytes: decoding, whole and in a stream."""
+    """What the tokenizers share whose tokens stand for bytes."""
 
     def token_bytes(self, token: int) -> bytes:
-        """The bytes that a token stands for."""
+        """The bytes of a token."""
         raise NotImplementedError
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text of ids; incomplete characters become U+FFFD."""
+        """The text of ids; invalid and incomplete UTF-8 becomes U+FFFD."""
         return b"".join(self.token_bytes(int(token)) for token in ids).decode("utf-8", "replace")
 
     def decoder(self) -> "ByteDecoder":
-        """A decoder for ids that come in one by one."""
+        """A decoder for ids that arrive one by one."""
         return ByteDecoder(self.token_bytes)
 
 
 class ByteDecoder:
-    """The Decoder of tokens that stand for bytes."""
+    """Decodes bytes as they arrive, and returns complete characters only."""
 
     def __init__(self, token_bytes: Callable[[int], bytes]) -> None:
         self._token_bytes = token_bytes
@@ -115,12 +71,15 @@ class ByteDecoder:
         return self._characters.decode(self._token_bytes(token))
 
     def finish(self) -> str:
-        """What is left at the end, as decode() shows it."""
+        """The incomplete rest, as decode() shows it."""
         return self._characters.decode(b"", final=True)
 
 
 class BPETokenizer(ByteTokens):
-    """Byte-level BPE with GPT-2's pre-tokenizer, run by tiktoken; ids are ranks, then the end."""
+    """Byte-level BPE with GPT-2's pre-tokenizer, run by tiktoken.
+
+    The ids are the ranks, which ranks has in order; end-of-text is last.
+    """
 
     kind = "bpe"
 
@@ -141,15 +100,12 @@ class BPETokenizer(ByteTokens):
         )
 
     def encode(self, text: str) -> list[int]:
-        """The ids of a text; "<|endoftext|>" inside it is text like any other."""
-        return [
-            token
-            for part in _cut_long_blanks(text)
-            for token in self._encoding.encode_ordinary(part)
-        ]
+        """The ids of a text; "<|endoftext|>" in it is text, and lone surrogates become U+FFFD."""
+        parts = _cut_long_blanks(text)
+        return [token for part in parts for token in self._encoding.encode_ordinary(part)]
 
     def encode_array(self, text: str) -> np.ndarray:
-        """The same ids as an array; the work is done without Python's lock."""
+        """The ids of a text without lone surrogates as an array; releases Python's global lock."""
         parts = [
             self._encoding.encode_to_numpy(part, disallowed_special=())
             for part in _cut_long_blanks(text)
@@ -157,18 +113,18 @@ class BPETokenizer(ByteTokens):
         return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
     def token_bytes(self, token: int) -> bytes:
-        """The bytes that a token stands for."""
+        """The bytes of a token."""
         return self._encoding.decode_single_token_bytes(token)
 
     def to_json(self) -> str:
         """The tokenizer as the text of a tokenizer.json (half a second for GPT-2's)."""
-        return json.dumps(_byte_level_json(self._ranks), ensure_ascii=False)
+        return json.dumps(byte_level_json(self._ranks), ensure_ascii=False)
 
 
 class CharTokenizer(ByteTokens):
-    """A token for each character of a text; any other character goes as its UTF-8 bytes.
+    """A token for each of some characters; all other characters are encoded as UTF-8 bytes.
 
-    Ids: the characters in code point order, then the 256 bytes, then end-of-text.
+    The ids are the characters in code point order, the 256 bytes, and end-of-text.
     """
 
     kind = "char"
@@ -190,7 +146,7 @@ class CharTokenizer(ByteTokens):
         return self.encode_array(text).tolist()
 
     def encode_array(self, text: str) -> np.ndarray:
-        """The same ids as an int32 array."""
+        """The ids of a text as an int32 array."""
         codes = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), dtype=np.uint32)
         ids = self._id_of_code[codes]
         unseen = np.flatnonzero(ids < 0)
@@ -198,16 +154,14 @@ class CharTokenizer(ByteTokens):
             return ids
         parts, start = [], 0
         for at in unseen.tolist():
-            encoded = text[at].encode("utf-8", "replace")  # half of a character becomes "?"
-            parts += [
-                ids[start:at],
-                np.frombuffer(encoded, np.uint8) + np.int32(self.first_byte_id),
-            ]
+            encoded = text[at].encode("utf-8", "replace")  # a lone surrogate becomes "?"
+            byte_ids = np.frombuffer(encoded, np.uint8) + np.int32(self.first_byte_id)
+            parts += [ids[start:at], byte_ids]
             start = at + 1
         return np.concatenate([*parts, ids[start:]])
 
     def token_bytes(self, token: int) -> bytes:
-        """The bytes that a token stands for."""
+        """The bytes of a token."""
         if token < self.first_byte_id:
             return self.itos[token].encode("utf-8")
         if token < self.end_of_text_id:
@@ -217,29 +171,15 @@ class CharTokenizer(ByteTokens):
         raise KeyError(token)
 
     def to_json(self) -> str:
-        """The tokenizer as the text of a tokenizer.json: a BPE without merges, with bytes to
-        fall back on."""
-        vocabulary = self.stoi | {
-            f"<0x{byte:02X}>": self.first_byte_id + byte for byte in range(256)
-        }
-        decoder = {
-            "type": "Sequence",
-            "decoders": [{"type": "ByteFallback"}, {"type": "Fuse"}],
-        }
-        return json.dumps(
-            _tokenizer_json(
-                vocabulary,
-                merges=[],
-                byte_fallback=True,
-                pre_tokenizer=None,
-                decoder=decoder,
-            ),
-            ensure_ascii=False,
-        )
+        """The tokenizer as the text of a tokenizer.json: a BPE without merges."""
+        bytes_ = {f"<0x{byte:02X}>": self.first_byte_id + byte for byte in range(256)}
+        decoder = {"type": "Sequence", "decoders": [{"type": "ByteFallback"}, {"type": "Fuse"}]}
+        tree = tokenizer_json(self.stoi | bytes_, [], pre_tokenizer=None, decoder=decoder)
+        return json.dumps(tree, ensure_ascii=False)
 
 
 class ForeignTokenizer:
-    """A tokenizer.json from elsewhere, run by the library that defines the format."""
+    """Any other tokenizer.json, run by the library that defines the format."""
 
     kind = "foreign"
 
@@ -249,40 +189,39 @@ class ForeignTokenizer:
         self.fingerprint = fingerprint
         self.vocab_size = tokenizer.get_vocab_size()
         ends = (tokenizer.token_to_id(name) for name in END_NAMES)
-        self.end_of_text_id = next((end for end in ends if end is not None), None)
-        if self.end_of_text_id is None:  # it gets one of its own, behind all others
-            self.end_of_text_id = self.vocab_size
-            self.vocab_size += 1
+        end = next((end for end in ends if end is not None), None)
+        self.end_of_text_id: int = self.vocab_size if end is None else end
+        self.vocab_size += end is None  # then the last id is an end-of-text of its own
 
     def encode(self, text: str) -> list[int]:
-        """The ids of a text, without tokens that the file would add around it."""
+        """The ids of a text, without the special tokens that the file adds around it."""
         return self._tokenizer.encode(text, add_special_tokens=False).ids
 
     def encode_array(self, text: str) -> np.ndarray:
-        """The same ids as an array."""
+        """The ids of a text as an array."""
         return np.array(self.encode(text), dtype=np.uint32)
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text of ids; incomplete characters become U+FFFD."""
+        """The text of ids; invalid and incomplete UTF-8 becomes U+FFFD."""
         known = [int(i) for i in ids if i < self._tokenizer.get_vocab_size()]
         return self._tokenizer.decode(known, skip_special_tokens=False)
 
     def decoder(self) -> "ForeignDecoder":
-        """A decoder for ids that come in one by one."""
+        """A decoder for ids that arrive one by one."""
         return ForeignDecoder(self.decode)
 
     def to_json(self) -> str:
-        """The file, as the library writes it."""
+        """The tokenizer as the text of a tokenizer.json, as the library writes it."""
         return self._tokenizer.to_str()
 
 
 class ForeignDecoder:
-    """The Decoder of tokens that may be joined: the newest ones are decoded again each time."""
+    """Decodes tokens whose text depends on their neighbors: decodes the newest ones each time."""
 
     def __init__(self, decode: Callable[[list[int]], str]) -> None:
         self._decode = decode
         self._window: list[int] = []
-        self._shown = ""  # what of the window's text was given out
+        self._shown = ""  # the text of the window that add() has returned
 
     def add(self, token: int) -> str:
         """The characters that this token completes."""
@@ -298,11 +237,12 @@ class ForeignDecoder:
         return new
 
     def finish(self) -> str:
-        """What is left at the end, as decode() shows it."""
+        """The incomplete rest, as decode() shows it."""
         return self._decode(self._window)[len(self._shown) :]
 
 
-# ---------------------------------------------------------------------------------- building
+# kind is for restore_tokenizer(); fingerprint is equal for tokenizers that give the same ids
+Tokenizer = BPETokenizer | CharTokenizer | ForeignTokenizer
 
 
 def _fingerprint(kind: str, content: bytes) -> str:
@@ -310,17 +250,17 @@ def _fingerprint(kind: str, content: bytes) -> str:
 
 
 def _cut_long_blanks(text: str) -> list[str]:
-    """Cut very long runs of blanks before their last one: the ids stay what they are.
+    """Cut very long runs of white space before their last character, which changes no ids.
 
-    GPT-2's pattern takes a run's last blank with the word behind it, and tiktoken's matcher runs
-    out of stack when it steps back from a million blanks.
+    GPT-2's pattern joins that character to the next word, and tiktoken's matcher overflows its
+    stack when it backtracks over a million characters.
     """
     cuts = [match.end() - 1 for match in _LONG_BLANKS.finditer(text)]
     return [text[i:j] for i, j in itertools.pairwise([0, *cuts, len(text)])]
 
 
 def find_tokenizer_fault(name: str) -> str | None:
-    """What is wrong with a value of TOKENIZER, as the end of a sentence, or None."""
+    """What is wrong with a value of TOKENIZER, as the end of a sentence; None if it is valid."""
     if name in ("gpt2", "char", "auto") or name.endswith(".json"):
         return None
     if trained := re.fullmatch(r"bpe:(\d{1,9})", name):
@@ -335,31 +275,30 @@ def find_tokenizer_fault(name: str) -> str | None:
 
 
 class GPT2Tokenizer(BPETokenizer):
-    """GPT-2's tokenizer (50,257 tokens), token for token as tiktoken's own "gpt2".
+    """GPT-2's tokenizer, with the 50,257 ids of tiktoken's "gpt2".
 
-    Raises DataError where its file is missing or altered.
+    Raises DataError if its file is missing or altered.
     """
 
     kind = "gpt2"
 
     def __init__(self) -> None:
-        super().__init__("GPT-2", _read_ranks(GPT2_FILE, GPT2_SHA256))
+        super().__init__("GPT-2", read_ranks(GPT2_FILE, GPT2_SHA256))
 
 
 def make_tokenizer(name: str, texts: Callable[[], Iterable[str]]) -> tuple[Tokenizer, str]:
-    """The tokenizer that TOKENIZER names; texts() gives the text that it may be made from.
+    """The tokenizer that TOKENIZER names, and a short description of it.
 
-    Returns it with a few words on what it is. Raises DataError and SettingsError.
+    texts() streams the text to make it from. Raises DataError and SettingsError.
     """
+    tokenizer: Tokenizer
     if name == "auto":
         name, why = choose_tokenizer(texts())
         tokenizer, _ = make_tokenizer(name, texts)
         return tokenizer, f"{tokenizer.name}; chosen because {why}"
-    if name == "gpt2":
-        tokenizer = GPT2Tokenizer()
-    elif name == "char":
+    if name == "char":
         tokenizer = CharTokenizer(set().union(*map(set, texts())))
-    elif name.endswith(".json"):
+    elif name == "gpt2" or name.endswith(".json"):
         tokenizer = load_tokenizer(name)
     else:
         tokenizer = train_bpe(texts(), int(name.removeprefix("bpe:")))
@@ -367,13 +306,9 @@ def make_tokenizer(name: str, texts: Callable[[], Iterable[str]]) -> tuple[Token
 
 
 def choose_tokenizer(texts: Iterable[str]) -> tuple[str, str]:
-    """For "auto": the TOKENIZER that suits a text, and why."""
-    sample, characters = [], 0
-    for text in texts:
-        sample.append(text[: 1_000_000 - characters])
-        characters += len(sample[-1])
-        if characters >= 1_000_000:
-            break
+    """What TOKENIZER = "auto" means for a text, and why."""
+    sample = list(_at_most(texts, 1_000_000))
+    characters = sum(map(len, sample))
     gpt2 = GPT2Tokenizer()
     rate = sum(len(gpt2.encode_array(text)) for text in sample) / max(1, characters)
     if rate <= 0.5:
@@ -382,7 +317,7 @@ def choose_tokenizer(texts: Iterable[str]) -> tuple[str, str]:
     if characters < 200_000:
         return "char", f"{why}, and the text is too short to train one on"
     try:
-        import tokenizers  # noqa: F401 (asked for here, used in train_bpe)
+        import tokenizers  # noqa: F401 (used in train_bpe)
     except ImportError:
         return "char", f"{why} (pip install tokenizers for one trained on the text)"
     return "bpe:4096", why
@@ -391,8 +326,8 @@ def choose_tokenizer(texts: Iterable[str]) -> tuple[str, str]:
 def train_bpe(texts: Iterable[str], vocab_size: int) -> BPETokenizer:
     """Train a byte-level BPE with GPT-2's pre-tokenizer; the same text gives the same ranks.
 
-    vocab_size counts the 256 bytes and end-of-text; a small text may yield fewer. Raises
-    SettingsError where the library tokenizers is missing.
+    vocab_size includes the 256 bytes and end-of-text; a small text may yield fewer tokens. Raises
+    SettingsError if the library tokenizers is missing.
     """
     try:
         from tokenizers import Tokenizer as Trainable
@@ -404,13 +339,11 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> BPETokenizer:
     trainable = Trainable(models.BPE())
     trainable.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
     trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size - 1,
-        initial_alphabet=sorted(byte_symbols()),
-        show_progress=False,
+        vocab_size=vocab_size - 1, initial_alphabet=sorted(byte_symbols()), show_progress=False
     )
     trainable.train_from_iterator(_at_most(texts, TRAINING_CHARACTERS), trainer)
     trained = json.loads(trainable.to_str())["model"]
-    return BPETokenizer(f"BPE of {len(trained['vocab']) + 1:,} tokens", _ranks_of(trained["vocab"]))
+    return BPETokenizer(f"BPE of {len(trained['vocab']) + 1:,} tokens", ranks_of(trained["vocab"]))
 
 
 def _at_most(texts: Iterable[str], characters: int) -> Iterator[str]:
@@ -422,9 +355,9 @@ def _at_most(texts: Iterable[str], characters: int) -> Iterator[str]:
 
 
 def load_tokenizer(name: str | Path) -> Tokenizer:
-    """GPT-2's tokenizer for "gpt2", else the one in a tokenizer.json: a run's, or from elsewhere.
+    """GPT-2's tokenizer for "gpt2", else that of a tokenizer.json, of a run or of other origin.
 
-    Raises DataError where the file is missing, damaged or contradicts itself.
+    Raises DataError if the file is missing, damaged or inconsistent.
     """
     if name == "gpt2":
         return GPT2Tokenizer()
@@ -433,30 +366,29 @@ def load_tokenizer(name: str | Path) -> Tokenizer:
         found = path.stat()
         if not stat.S_ISREG(found.st_mode):  # a pipe or device may never end
             raise OSError(errno.EINVAL, "it is no regular file")
-        size = found.st_size
-        content = path.read_bytes() if size <= MAX_TOKENIZER_FILE else b""
+        if found.st_size > MAX_TOKENIZER_FILE:
+            raise DataError(
+                f"{path} is too large to be a tokenizer.json: {found.st_size:,} bytes, "
+                f"at most {MAX_TOKENIZER_FILE:,}."
+            )
+        content = path.read_bytes()
     except OSError as error:
         raise DataError(
             f"can't read the tokenizer {path}: {error.strerror or error}.\n"
             "TOKENIZER names it in the settings."
         ) from error
-    if size > MAX_TOKENIZER_FILE:
-        raise DataError(
-            f"{path} is too large to be a tokenizer.json: {size:,} bytes, "
-            f"at most {MAX_TOKENIZER_FILE:,}."
-        )
     try:
         tree = json.loads(content)
     except (ValueError, RecursionError) as error:
         raise DataError(f"the tokenizer {path} is not valid JSON: {error}.") from error
-    _check_tokenizer_tree(tree, path)
-    # in time that grows with the square of a token's length, which a hostile file may choose
+    check_tokenizer_tree(tree, path)
+    # a hostile file may choose long tokens, and the time grows with the square of their length
     n_steps = sum(len(token) ** 2 for token in tree["model"]["vocab"] if isinstance(token, str))
     for kind in ("bpe", "char") if n_steps <= MOST_MERGE_STEPS else ("char",):
         try:
             own = restore_tokenizer(kind, content)
             same = json.loads(own.to_json()) == tree
-        except (AttributeError, KeyError, TypeError, ValueError, AssertionError):  # made otherwise
+        except (AttributeError, KeyError, TypeError, ValueError, AssertionError):  # of another kind
             continue
         if same:
             return GPT2Tokenizer() if own.fingerprint == GPT2_FINGERPRINT else own
@@ -464,9 +396,9 @@ def load_tokenizer(name: str | Path) -> Tokenizer:
 
 
 def restore_tokenizer(kind: str, content: bytes, path: Path | None = None) -> Tokenizer:
-    """The tokenizer of this kind (Tokenizer.kind) whose to_json() the bytes are.
+    """The tokenizer of a kind ("gpt2", "bpe", "char" or "foreign") from its to_json() in UTF-8.
 
-    Only a file from elsewhere, "foreign", may come from a user, at the path named in messages.
+    path is what messages call a "foreign" one. Raises DataError and SettingsError for that one.
     """
     if kind == "gpt2":
         return GPT2Tokenizer()
@@ -476,7 +408,7 @@ def restore_tokenizer(kind: str, content: bytes, path: Path | None = None) -> To
     vocabulary = {token: i for token, i in vocabulary.items() if token != END_OF_TEXT}
     if kind == "char":
         return CharTokenizer([token for token in vocabulary if len(token) == 1])
-    return BPETokenizer(f"BPE of {len(vocabulary) + 1:,} tokens", _ranks_of(vocabulary))
+    return BPETokenizer(f"BPE of {len(vocabulary) + 1:,} tokens", ranks_of(vocabulary))
 
 
 def _load_foreign(content: bytes, path: Path | None) -> ForeignTokenizer:
@@ -486,17 +418,13 @@ def _load_foreign(content: bytes, path: Path | None) -> ForeignTokenizer:
         raise SettingsError(f"{path} needs a library: pip install tokenizers") from None
     try:
         tokenizer = tokenizers.Tokenizer.from_buffer(content)
-    except Exception as error:  # the library raises plain Exception for whatever is wrong
+    except Exception as error:  # the library raises plain Exception
         raise DataError(f"the tokenizer {path} can't be used: {error}.") from error
-    tokenizer.no_truncation()  # some files cut or fill up whatever they encode
+    tokenizer.no_truncation()
     tokenizer.no_padding()
-    tokenizer.encode_special_tokens = True  # in a text they are text
+    tokenizer.encode_special_tokens = True  # a special token's name in a text is text
     name = path.parent.name or path.stem if path else "tokenizer.json"
+    fingerprint = _fingerprint("json", tokenizer.to_str().encode("utf-8"))
     return ForeignTokenizer(
-        tokenizer,
-        f"{name}, {tokenizer.get_vocab_size():,} tokens",
-        _fingerprint("json", tokenizer.to_str().encode("utf-8")),
+        tokenizer, f"{name}, {tokenizer.get_vocab_size():,} tokens", fingerprint
     )
-
-
-# --------------------------------------------------------------------------------- byte level

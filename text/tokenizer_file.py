@@ -1,4 +1,4 @@
-"""A tokenizer.json: written for every reader of the format, and read without trust."""
+"""Files of tokenizers: tokenizer.json written and checked, .tiktoken read."""
 
 import binascii
 import hashlib
@@ -13,8 +13,8 @@ END_OF_TEXT = "<|endoftext|>"
 MAX_MERGES = 2_000_000
 
 
-def _check_tokenizer_tree(tree: Any, path: Path) -> None:
-    """Raise DataError for a tokenizer.json whose ids can't be those of one vocabulary."""
+def check_tokenizer_tree(tree: Any, path: Path) -> None:
+    """Raise DataError for a tokenizer.json without a vocabulary of distinct ids 0, 1, 2, ..."""
     fault = None
     model = tree.get("model") if isinstance(tree, dict) else None
     if not isinstance(model, dict) or not isinstance(model.get("vocab"), dict | list):
@@ -46,8 +46,8 @@ def _check_tokenizer_tree(tree: Any, path: Path) -> None:
         )
 
 
-def _ranks_of(vocabulary: dict[str, int]) -> dict[bytes, int]:
-    """Ranks by bytes of a byte-level vocabulary, in order; the ids must be 0, 1, 2, ..."""
+def ranks_of(vocabulary: dict[str, int]) -> dict[bytes, int]:
+    """The ranks of a byte-level vocabulary by bytes, in order; ValueError if it is none."""
     byte_of = {symbol: byte for byte, symbol in enumerate(byte_symbols())}
     ranks = {
         bytes(byte_of[symbol] for symbol in token): rank
@@ -59,37 +59,28 @@ def _ranks_of(vocabulary: dict[str, int]) -> dict[bytes, int]:
     return ranks
 
 
-def _byte_level_json(ranks: dict[bytes, int]) -> dict:
+def byte_level_json(ranks: dict[bytes, int]) -> dict[str, Any]:
+    """A tokenizer.json's content for a byte-level BPE; ranks are in order."""
     symbols = dict(enumerate(byte_symbols()))
     shown = {token: token.decode("latin-1").translate(symbols) for token in ranks}
-    vocabulary = {
-        shown[token]: rank for token, rank in sorted(ranks.items(), key=lambda item: item[1])
-    }
+    vocabulary = {shown[token]: rank for token, rank in ranks.items()}
     merges = [[shown[left], shown[right]] for left, right in merge_pairs(ranks)]
-    byte_level = {
-        "type": "ByteLevel",
-        "add_prefix_space": False,
-        "trim_offsets": True,
-        "use_regex": True,
-    }
-    return _tokenizer_json(
-        vocabulary,
-        merges,
-        byte_fallback=False,
-        pre_tokenizer=byte_level,
-        decoder=byte_level,
-    )
+    byte_level: dict[str, Any] = {"type": "ByteLevel", "add_prefix_space": False}
+    byte_level |= {"trim_offsets": True, "use_regex": True}
+    return tokenizer_json(vocabulary, merges, pre_tokenizer=byte_level, decoder=byte_level)
 
 
-def _tokenizer_json(
+def tokenizer_json(
     vocabulary: dict[str, int],
     merges: list[list[str]],
     *,
-    byte_fallback: bool,
-    pre_tokenizer: dict | None,
-    decoder: dict,
-) -> dict:
-    """A tokenizer.json's content, in the format of Hugging Face tokenizers; the end comes last."""
+    pre_tokenizer: dict[str, Any] | None,
+    decoder: dict[str, Any],
+) -> dict[str, Any]:
+    """A tokenizer.json's content, in the format of Hugging Face tokenizers; end-of-text is last.
+
+    Without a pre-tokenizer, characters outside the vocabulary fall back to bytes.
+    """
     end_of_text_id = len(vocabulary)
     special = {
         "id": end_of_text_id,
@@ -116,7 +107,7 @@ def _tokenizer_json(
             "continuing_subword_prefix": "",
             "end_of_word_suffix": "",
             "fuse_unk": False,
-            "byte_fallback": byte_fallback,
+            "byte_fallback": pre_tokenizer is None,
             "ignore_merges": False,
             "vocab": vocabulary | {END_OF_TEXT: end_of_text_id},
             "merges": merges,
@@ -125,13 +116,12 @@ def _tokenizer_json(
 
 
 def merge_pairs(ranks: dict[bytes, int]) -> list[tuple[bytes, bytes]]:
-    """The two parts that each token of more than a byte was merged from, by rank.
+    """The pairs that the tokens of two or more bytes were merged from, in the order of ranks.
 
-    The last merge that byte-pair encoding makes inside a token, using tokens of lower rank only,
-    is the one that created it.
+    Encode a token by the tokens of lower rank: the last merge is the one that created it.
     """
     pairs = []
-    for token, rank in sorted(ranks.items(), key=lambda item: item[1]):
+    for token, rank in ranks.items():
         if len(token) == 1:
             continue
         parts = [token[i : i + 1] for i in range(len(token))]
@@ -142,7 +132,7 @@ def merge_pairs(ranks: dict[bytes, int]) -> list[tuple[bytes, bytes]]:
             i = merged.index(best)
             parts[i : i + 2] = [parts[i] + parts[i + 1]]
             del merged[i]
-            for j in (i - 1, i):  # the neighbours alone are other pairs now
+            for j in (i - 1, i):  # only the pairs beside it have changed
                 if 0 <= j < len(merged):
                     merged[j] = ranks.get(parts[j] + parts[j + 1], rank)
         pairs.append((parts[0], parts[1]))
@@ -150,15 +140,15 @@ def merge_pairs(ranks: dict[bytes, int]) -> list[tuple[bytes, bytes]]:
 
 
 def byte_symbols() -> list[str]:
-    """The printable character by which byte-level BPE files write each byte (GPT-2's table)."""
+    """The printable character for each byte in byte-level BPE files: GPT-2's table."""
     shown = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1)]
     shown += range(ord("®"), ord("ÿ") + 1)
     hidden = [byte for byte in range(256) if byte not in shown]
     return [chr(byte) if byte in shown else chr(256 + hidden.index(byte)) for byte in range(256)]
 
 
-def _read_ranks(path: Path, sha256: str) -> dict[bytes, int]:
-    """Parse a .tiktoken file (a base64 token and its rank a line) whose hash is known."""
+def read_ranks(path: Path, sha256: str) -> dict[bytes, int]:
+    """Parse a .tiktoken file: a base64 token and its rank per line; DataError if altered."""
     restore = "Restore it from the repository (git checkout -- assets)."
     try:
         content = path.read_bytes()

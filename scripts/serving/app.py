@@ -1,4 +1,4 @@
-"""The server's answers: OpenAI's endpoints, the page and its facts."""
+"""The server's endpoints: OpenAI's API, the page and its files."""
 
 import json
 import socket
@@ -17,8 +17,8 @@ from engine.console import say
 from engine.errors import PipelineError
 from exchange.saved_run import LoadedRun
 from generation import Piece
-from scripts.serving.guard import Guard, Refused, TimedProtocol, report, send_refusal, to_json
-from scripts.serving.protocol import Answer, Served, check_model_name, read_order
+from scripts.serving.guard import Guard, Refused, TimedProtocol, json_response, report, to_json
+from scripts.serving.protocol import Answer, Served, check_model, read_order
 from scripts.serving.writer import Job, Writer, watched
 
 MOST_BODY_BYTES = 1_000_000
@@ -33,7 +33,7 @@ FILES = {
 
 
 def as_refusal(error: Exception) -> Refused:
-    """What a client is told of an error."""
+    """The refusal that tells a client of an error."""
     if isinstance(error, Refused):
         return error
     if isinstance(error, PipelineError):
@@ -41,23 +41,13 @@ def as_refusal(error: Exception) -> Refused:
     return Refused(500, f"the server failed ({type(error).__name__})")
 
 
-class JSONResponse(Response):
-    """JSON, whatever characters it has."""
-
-    media_type = "application/json"
-
-    def render(self, content: Any) -> bytes:
-        """The bytes of the body."""
-        return to_json(content)
-
-
 class EventStream:
-    """An answer as server-sent events, chunk by chunk, while it is written."""
+    """An answer as server-sent events, one per chunk."""
 
     def __init__(self, writer: Writer, job: Job, answer: Answer) -> None:
         self._writer, self._job, self._answer = writer, job, answer
 
-    async def __call__(self, scope: dict, receive: Callable, send: Callable) -> None:
+    async def __call__(self, scope: Any, receive: Callable, send: Callable) -> None:
         async def send_event(data: bytes) -> None:
             body = b"data: " + data + b"\n\n"
             await send({"type": "http.response.body", "body": body, "more_body": True})
@@ -71,7 +61,7 @@ class EventStream:
                 await send_event(b"[DONE]")
             except ClientDisconnect:
                 return
-            except Exception as error:  # the status is sent, so the stream tells it
+            except Exception as error:  # the status is sent already, so the stream has the error
                 if not isinstance(error, Refused | PipelineError):
                     report(error)
                 await send_event(to_json(as_refusal(error).body()))
@@ -81,15 +71,14 @@ class EventStream:
         for chunk in self._answer.opening():
             yield chunk
         async for piece in self._job.pieces():
-            chunk = self._answer.chunk(piece)
-            if chunk is not None:
-                yield chunk
+            if (added := self._answer.chunk(piece)) is not None:
+                yield added
         for chunk in self._answer.closing(self._job.n_prompt_tokens):
             yield chunk
 
 
 async def read_body(request: Request) -> bytes:
-    """The body of a request; Refused, with 413, as soon as it is known to be too long."""
+    """The body of a request; Refused, with 413, as soon as it is too long."""
     too_long = Refused(413, f"the body is too long: {MOST_BODY_BYTES} bytes at most")
     if int(request.headers.get("content-length", 0)) > MOST_BODY_BYTES:
         raise too_long
@@ -106,9 +95,11 @@ class Application:
 
     def __init__(self, run: LoadedRun, served: Served, writer: Writer) -> None:
         self._run, self._served, self._writer = run, served, writer
+        self._facts = {"id": served.model, "object": "model", "created": served.created}
+        self._facts["owned_by"] = "you"
 
     def guarded(self, *, host: str, port: int, token: str | None) -> Guard:
-        """The whole as an ASGI application for an address."""
+        """The guarded ASGI application for an address."""
         app = Starlette(
             routes=[
                 *(Route(path, self.file) for path in FILES),
@@ -142,28 +133,24 @@ class Application:
         async with watched(self._writer, job, request.receive):
             async for piece in job.pieces():
                 rows[piece.row].append(piece)
-        return JSONResponse(answer.whole(rows, job.n_prompt_tokens))
+        return json_response(answer.whole(rows, job.n_prompt_tokens))
 
     async def models(self, request: Request) -> Response:
-        """/v1/models: the run."""
-        return JSONResponse({"object": "list", "data": [self._model()]})
+        """/v1/models: the run as the only model."""
+        return json_response({"object": "list", "data": [self._facts]})
 
     async def model(self, request: Request) -> Response:
         """/v1/models/NAME: the run, by any of its names."""
-        check_model_name(request.path_params["name"], self._served)
-        return JSONResponse(self._model())
-
-    def _model(self) -> dict[str, Any]:
-        created, name = self._served.created, self._served.model
-        return {"id": name, "object": "model", "created": created, "owned_by": "you"}
+        check_model(request.path_params["name"], self._served)
+        return json_response(self._facts)
 
     async def file(self, request: Request) -> Response:
-        """The page and what belongs to it."""
+        """The page and its files."""
         name, media_type = FILES[request.url.path]
         return Response((HERE / name).read_bytes(), media_type=media_type)
 
     async def picture(self, request: Request) -> Response:
-        """The run's losses as a picture, which a run that is being trained draws anew."""
+        """The picture of the run's losses; read each time, for the run may be training."""
         try:
             picture = (self._run.path / "training_losses.png").read_bytes()
         except FileNotFoundError:
@@ -171,7 +158,7 @@ class Application:
         return Response(picture, media_type="image/png")
 
     async def run_facts(self, request: Request) -> Response:
-        """What the page tells of the run, and where its controls begin."""
+        """What the page shows of the run, and the defaults of its controls."""
         run, served = self._run, self._served
         summary, data = self._facts_in("summary.json"), self._facts_in("data.json")
         names = [Path(file["name"]).name for file in data.get("files", [])]
@@ -192,36 +179,31 @@ class Application:
             "seed": served.seed,
             "answer_limit": served.answer_limit,
         }
-        return JSONResponse(facts)
+        return json_response(facts)
 
     def _facts_in(self, name: str) -> dict[str, Any]:
-        """A JSON file of the run; nothing where it is not there yet."""
+        """A JSON file of the run; empty if it doesn't exist yet."""
         try:
             return json.loads((self._run.path / name).read_bytes())
         except FileNotFoundError:
             return {}
 
-    async def refuse(self, request: Request, error: Exception) -> Any:
-        """The answer to what went wrong, in OpenAI's shape."""
-        if isinstance(error, HTTPException):  # of the router
+    async def refuse(self, request: Request, error: Exception) -> Response:
+        """The answer for an error, in OpenAI's shape."""
+        if isinstance(error, HTTPException):  # the router's
             method, path = request.method, request.url.path
             said = f"there is no {method} {path} here; see /v1/models, /v1/completions, "
             said += "/v1/chat/completions and the page at /"
             error = Refused(error.status_code, said, headers=error.headers)
-        refusal = as_refusal(error)
-
-        async def answer(scope: dict, receive: Callable, send: Callable) -> None:
-            await send_refusal(refusal, send)
-
-        return answer
+        return as_refusal(error).response()
 
     async def nobody(self, request: Request, error: Exception) -> Response:
-        """What is sent where the client has gone: nothing that anybody reads."""
+        """A response for a client that has disconnected; nobody reads it."""
         return Response(status_code=400)
 
 
 class Server(uvicorn.Server):
-    """uvicorn's, which says when it is ready, and ends what is being written when it ends."""
+    """uvicorn's server; it announces when it is ready, and cancels all jobs at shutdown."""
 
     def __init__(self, app: Guard, writer: Writer, greeting: str) -> None:
         self._writer, self._greeting = writer, greeting
@@ -233,7 +215,7 @@ class Server(uvicorn.Server):
                 lifespan="off",
                 log_config=None,
                 log_level="error",
-                access_log=False,  # it would have what clients put into addresses
+                access_log=False,  # it would contain the clients' URLs
                 proxy_headers=False,
                 server_header=False,
                 timeout_graceful_shutdown=SECONDS_TO_END,
@@ -241,11 +223,11 @@ class Server(uvicorn.Server):
         )
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """Accept connections, and say so."""
+        """Accept connections, and announce it."""
         await super().startup(sockets=sockets)
         say(self._greeting)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        """End what is being written, then everything."""
+        """Cancel all jobs, then shut down."""
         self._writer.stop()
         await super().shutdown(sockets=sockets)

@@ -1,28 +1,31 @@
-"""What stands before the server's answers: who may ask, from where, how much and how slowly."""
+"""The server's protection: who may connect, from which site, how many and how slowly."""
 
 import asyncio
 import hmac
 import ipaddress
 import json
+import math
+import operator
 import os
 import socket
 import traceback
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable, Mapping, MutableMapping
 from pathlib import Path
 from typing import Any
 
+from starlette.responses import Response
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from engine.console import complain
 from engine.settings import shown
 
 EVERYWHERE = ("0.0.0.0", "::")
-# the page itself asks for the token, so it is shown without one
+# no token is needed for the page, which asks for it
 PUBLIC = ("/", "/page.css", "/page.js", "/icon.svg")
 
 MOST_CONNECTIONS = 200  # macOS allows a program 256 open files
-REQUEST_SECONDS = 15.0  # for a whole request to come in
-STALLED_SECONDS = 30.0  # for a client to read on
+REQUEST_SECONDS = 15.0  # for a request to arrive
+STALLED_SECONDS = 30.0  # for a client to continue reading
 
 HEADERS = {
     "content-security-policy": (
@@ -40,7 +43,7 @@ HEADERS = {
 
 
 class Refused(Exception):
-    """A request that is not carried out, with the status and the error that its answer has."""
+    """A request that is refused, with the status and the error of the answer."""
 
     def __init__(
         self,
@@ -49,11 +52,11 @@ class Refused(Exception):
         *,
         param: str | None = None,
         code: str | None = None,
-        headers: dict[str, str] | None = None,
+        headers: Mapping[str, str] | None = None,
     ) -> None:
         super().__init__(message)
         self.status, self.param, self.code = status, param, code
-        self.headers = headers or {}
+        self.headers = headers
 
     def body(self) -> dict[str, Any]:
         """The error in OpenAI's shape."""
@@ -62,15 +65,26 @@ class Refused(Exception):
         error = {"message": str(self), "type": kind, "param": self.param, "code": self.code}
         return {"error": error}
 
+    def response(self) -> Response:
+        """The answer that refuses."""
+        return json_response(self.body(), self.status, self.headers)
+
 
 def to_json(value: Any) -> bytes:
-    """JSON as UTF-8; half of a surrogate pair, which UTF-8 can't hold, stays an escape."""
+    """JSON as UTF-8; a lone surrogate, which UTF-8 can't encode, is escaped."""
     text = json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
     return text.encode("utf-8", "backslashreplace")
 
 
+def json_response(
+    content: Any, status: int = 200, headers: Mapping[str, str] | None = None
+) -> Response:
+    """A JSON answer; Starlette's own JSONResponse fails on lone surrogates."""
+    return Response(to_json(content), status, headers, "application/json")
+
+
 def report(error: Exception) -> None:
-    """Say on standard error what failed and where, and nothing of what was asked or written."""
+    """Print to standard error what failed and where, but nothing of the request or the answer."""
     if os.environ.get("GPT_DEBUG") == "1":
         complain("".join(traceback.format_exception(error)))
         return
@@ -82,22 +96,21 @@ def report(error: Exception) -> None:
 
 
 def own_names(host: str, port: int) -> set[str]:
-    """What the Host header may be for a server at this address, in lower case."""
-    names = {"localhost", "127.0.0.1", "[::1]"}
-    names.add(bracketed(host.lower()))
+    """The Host headers, in lower case, that mean a server at this address."""
+    names = {"localhost", "127.0.0.1", "[::1]", bracketed(host.lower())}
     if host in EVERYWHERE:
         names.add(socket.gethostname().lower())
     return {f"{name}:{port}" for name in names} | (names if port == 80 else set())
 
 
 def bracketed(host: str) -> str:
-    """A host as it stands in an address, where IPv6 needs brackets."""
+    """A host as in a URL, where IPv6 addresses have brackets."""
     return f"[{host}]" if ":" in host else host
 
 
 def _is_address(host: str, port: int) -> bool:
-    """Whether a Host header is an IP address with this port: no foreign name can stand for it."""
-    if port == 80 and ":" not in host.rpartition("]")[2]:  # browsers leave it out
+    """Whether a Host header is an IP address, not a name, with this port."""
+    if port == 80 and ":" not in host.rpartition("]")[2]:  # browsers omit it
         host += ":80"
     name, _, given_port = host.rpartition(":")
     try:
@@ -108,11 +121,10 @@ def _is_address(host: str, port: int) -> bool:
 
 
 class Guard:
-    """The outermost ASGI application: passes on what may be asked, and secures every answer.
+    """The outermost ASGI application: refuses foreign requests, and adds security headers.
 
-    The Host must be a name of this server, so that no foreign name that is made to point here can
-    read it (DNS rebinding); an Origin must be its own; the token, where there is one, must be
-    right for all but the page's files.
+    The Host must be a name of this server, against DNS rebinding. An Origin must be the server's
+    own. If there is a token, all but the page's files require it.
     """
 
     def __init__(self, app: Callable, *, host: str, port: int, token: str | None) -> None:
@@ -121,25 +133,25 @@ class Guard:
         self._token = token.encode() if token else None
 
     async def __call__(self, scope: dict[str, Any], receive: Callable, send: Callable) -> None:
-        async def secured(message: dict[str, Any]) -> None:
+        async def secured(message: MutableMapping[str, Any]) -> None:
             if message["type"] == "http.response.start":
                 given = list(message.get("headers", ()))
                 added = [(name.encode(), value.encode()) for name, value in HEADERS.items()]
-                message = message | {"headers": given + added}
+                message = {**message, "headers": given + added}
             await send(message)
 
         try:
             self.check(scope)
         except Refused as refusal:
-            await send_refusal(refusal, secured)
+            await refusal.response()(scope, receive, secured)
             return
         try:
             await self._app(scope, receive, secured)
-        except Exception as error:  # answered already, or too late for an answer
+        except Exception as error:  # Starlette has answered it, or the answer has started
             report(error)
 
     def check(self, scope: dict[str, Any]) -> None:
-        """Raise Refused for a request that is not from here or not for here."""
+        """Raise Refused for a request with a foreign Host or Origin, or without the token."""
         headers = {name: value.decode("latin-1") for name, value in scope["headers"]}
         host = headers.get(b"host", "").lower()
         anywhere = self._host in EVERYWHERE and _is_address(host, self._port)
@@ -163,31 +175,23 @@ class Guard:
             )
 
 
-async def send_refusal(refusal: Refused, send: Callable[[dict], Awaitable[None]]) -> None:
-    """Answer with a refusal."""
-    body = to_json(refusal.body())
-    headers = {"content-type": "application/json", "content-length": str(len(body))}
-    raw = [(name.encode(), value.encode()) for name, value in (headers | refusal.headers).items()]
-    await send({"type": "http.response.start", "status": refusal.status, "headers": raw})
-    await send({"type": "http.response.body", "body": body})
-
-
 class TimedProtocol(H11Protocol):
-    """uvicorn's HTTP/1.1 with limits for clients that send slowly, read slowly, or are many.
+    """uvicorn's HTTP/1.1 with limits for slow senders, slow readers and many connections.
 
-    A request must be in after REQUEST_SECONDS, its body too. Of more than MOST_CONNECTIONS the
-    one that has been sending its request for longest makes room.
+    A request with its body must arrive within REQUEST_SECONDS. Beyond MOST_CONNECTIONS, the
+    connection that has been sending its request for longest is aborted.
     """
 
-    def connection_made(self, transport: asyncio.Transport) -> None:
+    expecting_since = math.inf  # the loop's time; infinite while no request is arriving
+
+    def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
         self._timers: dict[str, asyncio.TimerHandle] = {}
         self._expect_request()
         if len(self.connections) > MOST_CONNECTIONS:
-            expecting = [other for other in self.connections if other.expecting_since is not None]
-            oldest = min(expecting, key=lambda other: other.expecting_since)
+            oldest: Any = min(self.connections, key=operator.attrgetter("expecting_since"))
             oldest.transport.abort()
-            self.connections.discard(oldest)  # its own farewell comes a moment later
+            self.connections.discard(oldest)  # connection_lost() is called a moment later
 
     def connection_lost(self, error: Exception | None) -> None:
         super().connection_lost(error)
@@ -197,7 +201,7 @@ class TimedProtocol(H11Protocol):
     def handle_events(self) -> None:
         super().handle_events()
         if self.cycle is not None and not self.cycle.more_body and not self.cycle.response_complete:
-            self.expecting_since = None
+            self.expecting_since = math.inf
             self._timers["request"].cancel()
 
     def on_response_complete(self) -> None:
@@ -215,16 +219,16 @@ class TimedProtocol(H11Protocol):
 
     def send_400_response(self, msg: str) -> None:
         if self.cycle is not None and self.cycle.response_started:
-            self.transport.abort()  # an answer was under way: there is no place for another
+            self.transport.abort()  # an answer has started, and can't be replaced
         else:
             super().send_400_response(msg)
 
     def _expect_request(self) -> None:
-        self.expecting_since: float | None = self.loop.time()
+        self.expecting_since = self.loop.time()
         self._set_timer("request", REQUEST_SECONDS, self._end)
 
     def _end(self) -> None:
-        """Close, and where what was sent is not even read, cut off."""
+        """Close the connection; abort it if the client does not read the rest."""
         self.transport.close()
         self._set_timer("request", STALLED_SECONDS, self.transport.abort)
 

@@ -1,24 +1,24 @@
-"""OpenAI's protocol: a request's JSON is checked into an Order, and answers get their shapes."""
+"""OpenAI's protocol: requests are checked, and answers get their shapes."""
 
 import dataclasses
 import json
 import time
 import uuid
-from collections.abc import Callable, Sequence
-from typing import Any, NoReturn
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeGuard
 
 from engine.settings import find_problems, shown, unknown_name
 from generation import Piece, SamplingConfig
 from scripts.serving.guard import Refused
-from text.tokenizer import Tokenizer
+from text.tokenizer import ForeignTokenizer, Tokenizer
 
 MOST_ROWS = 16  # texts that a request may ask for: prompts times n
 MOST_STOPS = 16
-MOST_PROBLEMS = 8  # that a refusal tells: a hostile request has any number of them
+MOST_PROBLEMS = 8  # in one refusal: a hostile request may have any number
 LONGEST_STOP = 1000
 LENGTHS = ("max_tokens", "max_completion_tokens")
-# these would change the text, so they must say that they don't
-NEUTRAL: dict[str, tuple] = {
+# unsupported parameters, with the values that change nothing
+NEUTRAL: dict[str, tuple[Any, ...]] = {
     "frequency_penalty": (0,),
     "presence_penalty": (0,),
     "best_of": (1,),
@@ -33,7 +33,7 @@ NEUTRAL: dict[str, tuple] = {
     "response_format": ({"type": "text"},),
     "modalities": (["text"],),
 }
-# these are about accounts and storage, and change nothing here
+# parameters about accounts and storage, which are ignored
 WITHOUT_EFFECT = (
     "user",
     "metadata",
@@ -51,7 +51,7 @@ ROLES = ("system", "developer", "user", "assistant")
 
 @dataclasses.dataclass(frozen=True)
 class Served:
-    """What is served, and what a request that says nothing else gets."""
+    """The model that is served, and the defaults of a request."""
 
     model: str  # the name of the run
     aliases: tuple[str, ...]
@@ -65,7 +65,7 @@ class Served:
 
 @dataclasses.dataclass(frozen=True)
 class Order:
-    """What a request asks for, checked."""
+    """A request, checked."""
 
     is_chat: bool
     prompts: list[str | list[int]]
@@ -78,15 +78,15 @@ class Order:
     include_usage: bool
 
 
-# ------------------------------------------------------------------------------- requests
-
-
 def read_order(body: bytes, served: Served, *, is_chat: bool) -> Order:
-    """Check a request's body; Refused with every wrong value, or for another model."""
+    """Check a request's body; Refused for wrong values, or for another model."""
     given = parse_object(body)
     fields = _Fields(given)
-    _check_model(given.get("model"), served)
-    prompts = [_chat_prompt(fields)] if is_chat else _prompts(fields, served.tokenizer.vocab_size)
+    check_model(given.get("model"), served)
+    if is_chat:
+        prompts: list[str | list[int]] = [_chat_prompt(fields)]
+    else:
+        prompts = _prompts(fields, served.tokenizer.vocab_size)
     n = fields.take("n", 1, _whole_number(1, MOST_ROWS), f"a whole number from 1 to {MOST_ROWS}")
     if len(prompts) * n > MOST_ROWS and not fields.problems:
         rows = f"{len(prompts)} prompts with n = {n}" if n > 1 else f"{len(prompts)} prompts"
@@ -96,7 +96,7 @@ def read_order(body: bytes, served: Served, *, is_chat: bool) -> Order:
         "seed", served.seed, _whole_number(-(2**63), 2**63 - 1), "a whole number of 64 bits"
     )
     stream = fields.take("stream", False, _is_bool, "true or false")
-    options = fields.take("stream_options", {}, _is_object, "an object")
+    options = fields.take("stream_options", {}, lambda v: isinstance(v, dict), "an object")
     include_usage = options.get("include_usage") or False
     if not _is_bool(include_usage):
         fields.wrong("stream_options", "include_usage must be true or false")
@@ -104,22 +104,21 @@ def read_order(body: bytes, served: Served, *, is_chat: bool) -> Order:
         logprobs = fields.take("logprobs", False, _is_bool, "true or false")
     else:
         only_zero = "0: of the drawn token alone, of no others"
-        asked = fields.take("logprobs", None, lambda v: v is False or v == 0, only_zero)
-        logprobs = asked is not None and asked is not False
+        logprobs = fields.take("logprobs", False, lambda v: v is False or v == 0, only_zero)
+        logprobs = logprobs is not False
     sampling = _sampling(fields, served)
     for name, allowed in NEUTRAL.items():
         listed = " or ".join(shown(value) for value in allowed)
         said = f"{listed} or left out: this server does not support it"
-        fields.take(name, None, lambda value, allowed=allowed: value in allowed, said)
-    fields.check_names()
+        fields.take(name, None, allowed.__contains__, said)
     fields.refuse_if_wrong()
     return Order(is_chat, prompts, n, stop, seed, sampling, logprobs, stream, include_usage)
 
 
 def parse_object(body: bytes) -> dict[str, Any]:
-    """The JSON object in a request's body; Refused where it is none."""
+    """The JSON object in a request's body; Refused if it is none."""
     try:
-        value = json.loads(body.decode("utf-8"), parse_constant=_no_constant)
+        value = json.loads(body.decode("utf-8"), parse_constant=int)  # int() refuses "NaN"
     except UnicodeDecodeError as error:
         raise Refused(400, f"the body is not UTF-8 (byte {error.start})") from None
     except json.JSONDecodeError as error:
@@ -133,12 +132,8 @@ def parse_object(body: bytes) -> dict[str, Any]:
     return value
 
 
-def _no_constant(name: str) -> NoReturn:
-    raise ValueError(name)
-
-
 class _Fields:
-    """The parameters of a request, taken one by one; keeps what is wrong with them."""
+    """The parameters of a request, and their problems."""
 
     def __init__(self, given: dict[str, Any]) -> None:
         self.given = given
@@ -146,7 +141,7 @@ class _Fields:
         self._known = {"model", *WITHOUT_EFFECT}
 
     def take(self, name: str, default: Any, is_right: Callable[[Any], bool], allowed: str) -> Any:
-        """A parameter's value; the default where it is left out, null or wrong."""
+        """A parameter's value, or the default if it is missing, null or wrong."""
         self._known.add(name)
         value = self.given.get(name)
         if value is None:
@@ -156,19 +151,22 @@ class _Fields:
         self.wrong(name, f"{name} is {shown(value)}; it must be {allowed}")
         return default
 
+    def require(self, name: str, default: Any, is_right: Callable[[Any], bool], said: str) -> Any:
+        """A parameter's value, which must not be missing or null; the default if it is wrong."""
+        if self.given.get(name) is None:
+            self.wrong(name, f"{name} is missing; it must be {said}")
+        return self.take(name, default, is_right, said)
+
     def wrong(self, name: str, message: str) -> None:
-        """Note that a parameter can't be used."""
+        """Record a problem with a parameter."""
         if len(self.problems) < MOST_PROBLEMS:
             self.problems.append((name, message))
 
-    def check_names(self) -> None:
-        """Note the parameters that nobody has taken; null ones say nothing."""
+    def refuse_if_wrong(self) -> None:
+        """Raise Refused for the problems, with parameters that were not taken among them."""
         unknown = [n for n in self.given if n not in self._known and self.given[n] is not None]
         for name in unknown[:MOST_PROBLEMS]:
             self.wrong(name, unknown_name(shown(name), name[:100], self._known))
-
-    def refuse_if_wrong(self) -> None:
-        """Raise Refused where anything was noted."""
         if self.problems:
             message = "; ".join(message for _, message in self.problems)
             raise Refused(400, message, param=self.problems[0][0])
@@ -178,16 +176,12 @@ def _is_bool(value: Any) -> bool:
     return isinstance(value, bool)
 
 
-def _is_object(value: Any) -> bool:
-    return isinstance(value, dict)
-
-
 def _whole_number(least: int, most: int) -> Callable[[Any], bool]:
     return lambda v: isinstance(v, int) and not isinstance(v, bool) and least <= v <= most
 
 
-def _is_text(value: Any) -> bool:
-    """Whether a value is text that UTF-8 can hold: JSON may have half of a surrogate pair."""
+def _is_text(value: Any) -> TypeGuard[str]:
+    """Whether a value is text without lone surrogates, which JSON may have."""
     if not isinstance(value, str):
         return False
     try:
@@ -197,22 +191,18 @@ def _is_text(value: Any) -> bool:
     return True
 
 
-def _check_model(name: Any, served: Served) -> None:
+def check_model(name: Any, served: Served) -> None:
+    """Raise Refused, with 404, if no model of this name is served."""
     if not isinstance(name, str):
         message = f"model is {shown(name)}; it must be text, such as {shown(served.model)}"
         raise Refused(400, message, param="model")
-    check_model_name(name, served)
-
-
-def check_model_name(name: str, served: Served) -> None:
-    """Raise Refused, with 404, for the name of a model that is not served."""
     if name != served.model and name not in served.aliases:
         message = f"the model {shown(name)} does not exist; this server has {shown(served.model)}"
         raise Refused(404, message, param="model", code="model_not_found")
 
 
 def _prompts(fields: _Fields, vocab_size: int) -> list[str | list[int]]:
-    """The prompts of a completion: a text, a list of texts, token ids, or lists of them."""
+    """The prompts of a completion, given as a text, token ids, or a list of either."""
     is_id = _whole_number(0, vocab_size - 1)
 
     def are_ids(value: Any) -> bool:
@@ -224,19 +214,17 @@ def _prompts(fields: _Fields, vocab_size: int) -> list[str | list[int]]:
         return _is_text(value) or are_ids(value)
 
     allowed = f"text, token ids from 0 to {vocab_size - 1}, or a list of either"
-    if fields.given.get("prompt") is None:
-        fields.wrong("prompt", f"prompt is missing; it must be {allowed}")
-    prompt = fields.take("prompt", "", is_right, allowed)
+    prompt = fields.require("prompt", "", is_right, allowed)
     return [prompt] if _is_text(prompt) or are_ids(prompt) else prompt
 
 
 def _chat_prompt(fields: _Fields) -> str:
-    """The contents of a conversation joined with blank lines: a base model has no template."""
-    allowed = "a list of one or more messages"
-    if fields.given.get("messages") is None:
-        fields.wrong("messages", f"messages is missing; it must be {allowed}")
-    messages = fields.take(
-        "messages", [], lambda value: isinstance(value, list) and len(value) > 0, allowed
+    """A conversation's contents, separated by blank lines: a base model has no chat template."""
+    messages = fields.require(
+        "messages",
+        [],
+        lambda v: isinstance(v, list) and len(v) > 0,
+        "a list of one or more messages",
     )
     contents = []
     for i, message in enumerate(messages):
@@ -247,7 +235,7 @@ def _chat_prompt(fields: _Fields) -> str:
 
 
 def _content(fields: _Fields, place: str, message: Any) -> str:
-    """The text of a message; of one in parts, those joined with blank lines too."""
+    """The text of a message; of a message in parts, the parts separated by blank lines."""
     if not isinstance(message, dict) or message.get("role") not in ROLES:
         roles = ", ".join(ROLES)
         fields.wrong("messages", f'{place} must be an object whose "role" is one of {roles}')
@@ -257,9 +245,9 @@ def _content(fields: _Fields, place: str, message: Any) -> str:
         return ""
     if _is_text(content):
         return content
-    parts = content if isinstance(content, list) else [None]
+    parts: list[Any] = content if isinstance(content, list) else [None]
     if not all(
-        _is_object(p) and p.get("type") == "text" and _is_text(p.get("text")) for p in parts
+        isinstance(p, dict) and p.get("type") == "text" and _is_text(p.get("text")) for p in parts
     ):
         said = 'must be text, or a list of parts {"type": "text", "text": ...}'
         fields.wrong("messages", f"{place}.content is {shown(content)}; it {said}")
@@ -283,11 +271,11 @@ def _stop_strings(fields: _Fields) -> list[str]:
 
 
 def _sampling(fields: _Fields, served: Served) -> dict[str, Any]:
-    """All fields of SamplingConfig; null lifts top_k and top_p, and leaves others as they are."""
+    """All fields of SamplingConfig; null switches top_k and top_p off, and keeps the others."""
     limit = served.answer_limit
     allowed = f"a whole number from 1 to {limit}, the most that this server writes at once"
-    lengths = [fields.take(name, None, _whole_number(1, limit), allowed) for name in LENGTHS]
-    lengths = {length for length in lengths if length is not None}
+    lengths = {fields.take(name, None, _whole_number(1, limit), allowed) for name in LENGTHS}
+    lengths.discard(None)
     if len(lengths) > 1:
         fields.wrong(LENGTHS[0], f"{' and '.join(LENGTHS)} differ; give one of them")
     given = {}
@@ -298,7 +286,7 @@ def _sampling(fields: _Fields, served: Served) -> dict[str, Any]:
         if field.name in fields.given:
             value = fields.given[field.name]
             if field.name == "top_k" and not _is_bool(value) and value in (0, -1):
-                value = None  # so say other servers
+                value = None  # as on other servers
             if value is not None or "None" in str(field.type):
                 given[field.name] = value
     for problem in find_problems(SamplingConfig, given):
@@ -307,11 +295,8 @@ def _sampling(fields: _Fields, served: Served) -> dict[str, Any]:
     return served.sampling | given | {"max_new_tokens": length}
 
 
-# -------------------------------------------------------------------------------- answers
-
-
 class Answer:
-    """The shapes of one answer: whole, or as the chunks of a stream."""
+    """The shapes of one answer: a single object, or the chunks of a stream."""
 
     def __init__(self, order: Order, served: Served) -> None:
         self._order, self._tokenizer = order, served.tokenizer
@@ -324,24 +309,22 @@ class Answer:
             "model": served.model,
             "system_fingerprint": served.fingerprint,
         }
-        self._lengths = [0] * (len(order.prompts) * order.n)  # characters given, a row each
+        self._lengths = [0] * (len(order.prompts) * order.n)  # characters sent of each row
         self._n_drawn = 0
 
     def whole(self, rows: Sequence[Sequence[Piece]], n_prompt_tokens: int) -> dict[str, Any]:
-        """The answer that is not streamed, from the pieces of each row."""
+        """The answer without streaming, from the pieces of each row."""
         choices = []
         for row, pieces in enumerate(rows):
             self._n_drawn += len(pieces)
             text = "".join(piece.text for piece in pieces)
-            said = {"message": {"role": "assistant", "content": text}}
-            choice = {"index": row, **(said if self._order.is_chat else {"text": text})}
-            choice["logprobs"] = self._logprobs(pieces)
-            choice["finish_reason"] = pieces[-1].finish
-            choices.append(choice)
+            message = {"message": {"role": "assistant", "content": text}}
+            said = message if self._order.is_chat else {"text": text}
+            choices.append(self._choice(row, said, self._logprobs(pieces), pieces[-1].finish))
         return self._head | {"choices": choices, "usage": self.usage(n_prompt_tokens)}
 
     def chunk(self, piece: Piece) -> dict[str, Any] | None:
-        """What a piece adds to a stream; None where it would add nothing."""
+        """The chunk for a piece; None if it would be empty."""
         self._n_drawn += 1
         logprobs = self._logprobs([piece])
         if not piece.text and piece.finish is None and logprobs is None:
@@ -350,20 +333,20 @@ class Answer:
         return self._chunk([self._choice(piece.row, said, logprobs, piece.finish)])
 
     def opening(self) -> list[dict[str, Any]]:
-        """The chunks before the first piece: of a conversation, who speaks."""
+        """The chunks before the first piece: the role in a conversation."""
         if not self._order.is_chat:
             return []
         said = {"delta": {"role": "assistant", "content": ""}}
         return [self._chunk([self._choice(row, said)]) for row in range(len(self._lengths))]
 
     def closing(self, n_prompt_tokens: int) -> list[dict[str, Any]]:
-        """The chunks after the last piece: the usage where it was asked for."""
+        """The chunks after the last piece: the usage if it was requested."""
         if not self._order.include_usage:
             return []
         return [self._chunk([]) | {"usage": self.usage(n_prompt_tokens)}]
 
     def usage(self, n_prompt_tokens: int) -> dict[str, int]:
-        """The tokens that were read and drawn, the end of text among them."""
+        """The numbers of prompt and drawn tokens, including end-of-text."""
         return {
             "prompt_tokens": n_prompt_tokens,
             "completion_tokens": self._n_drawn,
@@ -375,12 +358,16 @@ class Answer:
         return self._head | {"choices": choices} | usage
 
     def _choice(
-        self, row: int, said: dict, logprobs: dict | None = None, finish: str | None = None
+        self,
+        row: int,
+        said: Mapping[str, Any],
+        logprobs: dict[str, Any] | None = None,
+        finish: str | None = None,
     ) -> dict[str, Any]:
         return {"index": row, **said, "logprobs": logprobs, "finish_reason": finish}
 
     def _logprobs(self, pieces: Sequence[Piece]) -> dict[str, Any] | None:
-        """The log-probabilities of drawn tokens in the endpoint's shape, where asked for."""
+        """The log-probabilities of drawn tokens in the endpoint's shape, if requested."""
         if not self._order.logprobs:
             return None
         texts = [self._tokenizer.decode([piece.token.id]) for piece in pieces]
@@ -399,6 +386,6 @@ class Answer:
         return named | {"top_logprobs": None, "text_offset": offsets}
 
     def _bytes(self, piece: Piece) -> list[int] | None:
-        """The bytes of a token, where its tokenizer has such."""
-        token_bytes = getattr(self._tokenizer, "token_bytes", None)
-        return None if token_bytes is None else list(token_bytes(piece.token.id))
+        if isinstance(self._tokenizer, ForeignTokenizer):  # its tokens have no bytes
+            return None
+        return list(self._tokenizer.token_bytes(piece.token.id))

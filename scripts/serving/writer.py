@@ -1,9 +1,10 @@
-"""What writes for the server: a queue of orders and a thread that carries out one at a time."""
+"""The server's queue of orders, and the thread that generates their texts one by one."""
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Generator
 from concurrent.futures import Future, ThreadPoolExecutor
+from typing import cast
 
 import torch
 from starlette.requests import ClientDisconnect
@@ -18,17 +19,17 @@ RETRY_SECONDS = 2
 
 
 class Job:
-    """An order in the queue, and what comes out of it."""
+    """An order in the queue, and its results."""
 
     def __init__(self, order: Order) -> None:
-        self.order: Order | None = order
+        self.order: Order | None = order  # None once it is cancelled in the queue
         self.n_prompt_tokens = 0
-        self.cancelled = False  # looked at between two tokens
-        self.future: Future | None = None
+        self.cancelled = False  # checked between two tokens
+        self.future: Future[None] | None = None
         self.events: asyncio.Queue[Piece | Exception | None] = asyncio.Queue()
 
     async def pieces(self) -> AsyncIterator[Piece]:
-        """The pieces as they are drawn; raises what went wrong, or that the client has gone."""
+        """The pieces as they are drawn; raises an error of the thread, or ClientDisconnect."""
         while (event := await self.events.get()) is not None:
             if isinstance(event, Exception):
                 raise event
@@ -38,16 +39,16 @@ class Job:
 
 
 class Writer:
-    """Carries orders out in a thread, one at a time; a limited number may wait."""
+    """Generates the texts of orders in a thread, one by one; a limited number may wait."""
 
     def __init__(self, run: LoadedRun, queue_limit: int) -> None:
         self._run, self._queue_limit = run, queue_limit
         self._jobs: set[Job] = set()
-        # what prepare_processor() says of small numbers holds for the thread that calls it
+        # prepare_processor() sets the handling of denormal numbers for its own thread only
         self._thread = ThreadPoolExecutor(1, "generation", initializer=prepare_processor)
 
     def submit(self, order: Order) -> Job:
-        """Queue an order; Refused, with 429, where too many wait already."""
+        """Queue an order; Refused, with 429, if too many are waiting."""
         if len(self._jobs) > self._queue_limit:
             raise Refused(
                 429,
@@ -62,14 +63,14 @@ class Writer:
         return job
 
     def cancel(self, job: Job) -> None:
-        """End a job between two tokens, or before its first."""
+        """Stop a job after its current token, or remove it from the queue."""
         job.cancelled = True
-        if job.future.cancel():  # it was still waiting, and its order is carried out by nobody
-            job.order = None
+        if job.future is not None and job.future.cancel():  # it was in the queue
+            job.order = None  # frees the prompts
             self._end(job)
 
     def stop(self) -> None:
-        """End all jobs; those who wait for one are told why."""
+        """Cancel all jobs; their clients get an error."""
         for job in list(self._jobs):
             job.events.put_nowait(Refused(503, "the server is being stopped"))
             self.cancel(job)
@@ -83,20 +84,21 @@ class Writer:
         job.events.put_nowait(None)
 
     def _write(self, job: Job, loop: asyncio.AbstractEventLoop) -> None:
-        """Draw a job's text, in the thread."""
+        """Generate a job's text; runs in the thread."""
         try:
             with contextlib.closing(self._pieces(job)) as pieces:
                 for piece in pieces:
                     if job.cancelled:
                         break
                     loop.call_soon_threadsafe(job.events.put_nowait, piece)
-        except Exception as error:  # the one who asked gets to know
+        except Exception as error:  # job.pieces() raises it
             loop.call_soon_threadsafe(job.events.put_nowait, error)
         finally:
             loop.call_soon_threadsafe(self._end, job)
 
-    def _pieces(self, job: Job) -> Iterator[Piece]:
+    def _pieces(self, job: Job) -> Generator[Piece, None, None]:
         order, tokenizer, device = job.order, self._run.tokenizer, self._run.device
+        assert order is not None, "a cancelled job never runs"
         prompts = [tokenizer.encode(p) if isinstance(p, str) else p for p in order.prompts]
         prompts = [prompt or [tokenizer.end_of_text_id] for prompt in prompts]
         job.n_prompt_tokens = sum(map(len, prompts))
@@ -105,20 +107,14 @@ class Writer:
             generator.seed()
         else:
             generator.manual_seed(order.seed)
-        return stream_text(
-            self._run.model,
-            tokenizer,
-            prompts,
-            stop=order.stop,
-            num_samples=order.n,
-            generator=generator,
-            **order.sampling,
-        )
+        options = order.sampling | {"stop": order.stop, "num_samples": order.n}
+        pieces = stream_text(self._run.model, tokenizer, prompts, generator=generator, **options)
+        return cast(Generator[Piece, None, None], pieces)
 
 
 @contextlib.asynccontextmanager
 async def watched(writer: Writer, job: Job, receive: Callable) -> AsyncIterator[None]:
-    """Cancel a job when its client goes, and in any case at the end."""
+    """Cancel a job when its client disconnects, and at the end of the block."""
 
     async def watch() -> None:
         while (await receive())["type"] != "http.disconnect":
