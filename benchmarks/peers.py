@@ -32,6 +32,7 @@ from benchmarks.peer_job import Job
 from benchmarks.report import machine, write_results
 from benchmarks.steps import fresh_model, multiply_rate, own_products_rate
 from engine.console import say
+from engine.precision import DTYPES, choose_precision
 from environment import pick_device, usable_cache
 from model import GPTConfig, GPTModel
 from planning.plan import MODELS_FILE, read_models
@@ -141,12 +142,13 @@ def compare_speed(race: Race, peers: list[Contender], device: torch.device, fold
 
 
 def calibrate(race: Race, device: torch.device) -> dict[str, float]:
-    """This machine's bf16 rates, in floating point operations a second: of the best large matrix
-    product, and of the model's own products."""
+    """This machine's rates in the precision it trains in, in floating point operations a second:
+    of the best large matrix product, and of the model's own products."""
     n_tokens = race.batch_size * race.config.context_length
+    dtype = DTYPES[choose_precision("auto", device).name]
     return {
-        "bf16": multiply_rate(torch.bfloat16, device),
-        "own_products": own_products_rate(race.config, n_tokens, device),
+        "large_products": multiply_rate(dtype, device),
+        "own_products": own_products_rate(race.config, n_tokens, dtype, device),
     }
 
 
@@ -187,7 +189,7 @@ def make_row(
         "peak_bytes": max(report["peak_bytes"] or 0 for report in done) or None,
         "versions": check["versions"],
     }
-    row["share_of_bf16_rate"] = row["flop_per_second"] / rates["bf16"]
+    row["share_of_large_products"] = row["flop_per_second"] / rates["large_products"]
     row["share_of_own_products"] = row["flop_per_second"] / rates["own_products"]
     if contender is not OURS:
         our_reports = reports[OURS.name]
@@ -234,7 +236,7 @@ def not_falling(losses: list[float]) -> str | None:
 def print_rows(rows: list[dict], rates: dict[str, float]) -> None:
     """Print the comparison as a table."""
     say(
-        f"bf16 products: {rates['bf16'] / 1e9:,.0f} GFLOP/s at best, "
+        f"products: {rates['large_products'] / 1e9:,.0f} GFLOP/s at best, "
         f"{rates['own_products'] / 1e9:,.0f} over the model's own"
     )
     for row in rows:
@@ -243,8 +245,9 @@ def print_rows(rows: list[dict], rates: dict[str, float]) -> None:
             say(
                 f"{row['name']:18} {row['precision']:10} {speed['median']:8,.0f} tokens/s "
                 f"({speed['min']:,.0f} to {speed['max']:,.0f})  "
-                f"{row['flop_per_second'] / 1e9:6,.0f} GFLOP/s, {row['share_of_bf16_rate']:.0%} of "
-                f"bf16, {row['share_of_own_products']:.0%} of own products"
+                f"{row['flop_per_second'] / 1e9:6,.0f} GFLOP/s, "
+                f"{row['share_of_large_products']:.0%} of the best products, "
+                f"{row['share_of_own_products']:.0%} of its own"
             )
             say(f"{'':18} losses {', '.join(f'{loss:.3f}' for loss in row['losses'].values())}")
         if row["void"] is not None:

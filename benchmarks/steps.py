@@ -119,23 +119,27 @@ def product_rate(
     return 2 * rows * inner * columns / seconds
 
 
-def own_products_rate(config: GPTConfig, n_tokens: int, device: torch.device) -> float:
-    """The rate of a model's own products in bf16, each alone, in floating point operations a
-    second: every Linear's forward and two backward products on a batch of n_tokens."""
+def own_products_rate(
+    config: GPTConfig, n_tokens: int, dtype: torch.dtype, device: torch.device
+) -> float:
+    """The rate of a model's own products, each alone, in floating point operations a second:
+    every Linear's forward and two backward products on a batch of n_tokens."""
     with torch.device("meta"):
         layers = [m for m in GPTModel(config).modules() if isinstance(m, nn.Linear)]
     shapes = Counter((layer.out_features, layer.in_features) for layer in layers)
     operations = seconds = 0.0
     for (columns, inner), count in sorted(shapes.items()):
         operations += count * 3 * 2 * n_tokens * columns * inner
-        seconds += count * linear_seconds(columns, inner, n_tokens, device)
+        seconds += count * linear_seconds(columns, inner, n_tokens, dtype, device)
     return operations / seconds
 
 
-def linear_seconds(columns: int, inner: int, n_tokens: int, device: torch.device) -> float:
-    """The time of a Linear's three products in bf16: its output and both gradients."""
+def linear_seconds(
+    columns: int, inner: int, n_tokens: int, dtype: torch.dtype, device: torch.device
+) -> float:
+    """The time of a Linear's three products: its output and both gradients."""
     x, weight, gradient = (
-        torch.randn(*shape, device=device, dtype=torch.bfloat16)
+        torch.randn(*shape, device=device, dtype=dtype)
         for shape in ((n_tokens, inner), (columns, inner), (n_tokens, columns))
     )
     products = (lambda: x @ weight.T, lambda: gradient @ weight, lambda: gradient.T @ x)

@@ -92,14 +92,17 @@ def measure_cases(names: list[str]) -> None:
     known = [case.name for case in cases(device)]
     if unknown := [name for name in names if name not in known]:
         sys.exit(f"unknown: {', '.join(unknown)}; known are: {', '.join(known)}")
-    rates = {name: multiply_rate(DTYPES[name], device) for name in ("fp32", "bf16")}
+    precision = choose_precision("auto", device)
+    # without units for bf16 its rate says nothing, and takes minutes to measure
+    formats = dict.fromkeys(("fp32", precision.name))
+    rates = {name: multiply_rate(DTYPES[name], device) for name in formats}
     for name, rate in rates.items():
         say(f"matrix multiply, {name}: {rate / 1e9:,.0f} GFLOP/s")
     rows = []
     for case in cases(device):
         if names and case.name not in names:
             continue
-        row = measure(case, device, choose_precision("auto", device))
+        row = measure(case, device, precision)
         for name, rate in rates.items():
             row[f"share_of_{name}_rate"] = row["flop_per_second"] / rate
         if device.type == "cuda" and (peak := bf16_peak(torch.cuda.get_device_name(device))):
@@ -112,12 +115,13 @@ def measure_cases(names: list[str]) -> None:
 
 def describe(row: dict) -> None:
     """Print the results of a case."""
+    share = row[f"share_of_{row['precision']}_rate"]
     batch_size, max_length = row["batch"]
     say(
         f"{row['name']:10} {row['parameters']:>11,} parameters  "
         f"{batch_size} x {max_length}  {row['precision']}  {row['faster'].replace('_', ' ')}  "
         f"{row['tokens_per_second']:>8,.0f} tokens/s  "
-        f"{row['share_of_fp32_rate']:.0%} of fp32, {row['share_of_bf16_rate']:.0%} of bf16, "
+        f"{share:.0%} of {row['precision']} products, "
         f"{row['share_of_own_products']:.0%} of its own products alone"
     )
     if "share_of_bf16_peak" in row:
@@ -153,7 +157,8 @@ def measure(case: Case, device: torch.device, precision: Precision) -> dict:
         "not_compiled_because": obstacle,
         "tokens_per_second": tokens / seconds[best],
         "flop_per_second": flop_per_second,
-        "share_of_own_products": flop_per_second / own_products_rate(case.config, tokens, device),
+        "share_of_own_products": flop_per_second
+        / own_products_rate(case.config, tokens, DTYPES[precision.name], device),
     }
     if case.beside_full_logits:
         # both uncompiled, so that only the loss differs

@@ -49,6 +49,11 @@ CPU = torch.device("cpu")
 TINY = GPTConfig(vocab_size=100, context_length=16, emb_dim=8, n_heads=2, n_layers=3)
 
 
+@pytest.fixture(autouse=True)
+def small_products(monkeypatch):
+    monkeypatch.setattr(benchmarks.steps, "MULTIPLY_SHAPES", ((256, 256, 256),))
+
+
 @pytest.fixture
 def results(tmp_path, monkeypatch):
     """A folder for the figures, so that the published ones stay as they are."""
@@ -72,7 +77,9 @@ def test_work_is_counted_with_the_head_and_without_lookups(monkeypatch):
     # a model's own products are three of every linear layer and of the head
     weights = 100 * 8 + 3 * (8 * 24 + 8 * 8 + 8 * 32 + 32 * 8)
     products = 3 * (1 + 3 * 4)
-    assert own_products_rate(TINY, 5, CPU) == pytest.approx(3 * 2 * 5 * weights / (0.5 * products))
+    assert own_products_rate(TINY, 5, torch.bfloat16, CPU) == pytest.approx(
+        3 * 2 * 5 * weights / (0.5 * products)
+    )
 
 
 def test_pieces_of_work_take_turns_and_the_first_two_runs_do_not_count(monkeypatch):
@@ -228,13 +235,13 @@ def test_a_ratio_is_taken_round_by_round_without_the_warm_up(same_model, ratio):
         "ours": [run_of(s, 100) for s in (1.0, 2.0, 4.0)],
         "peer": [run_of(s, 200) for s in (2.0, 4.0, 12.0)],  # twice the work a token
     }
-    rates = {"bf16": 3200.0, "own_products": 6400.0}
+    rates = {"large_products": 3200.0, "own_products": 6400.0}
     row = make_row(peer, race, checks, reports, rates)
     assert row["void"] is None
     assert row["ratio"] == {"median": ratio, "min": ratio, "max": 1.5 * ratio}
     assert row["tokens_per_second"] == {"median": 16.0, "min": 64 / 12, "max": 32.0}
     assert row["flop_per_second"] == 3200.0
-    assert (row["share_of_bf16_rate"], row["share_of_own_products"]) == (1.0, 0.5)
+    assert (row["share_of_large_products"], row["share_of_own_products"]) == (1.0, 0.5)
     assert row["losses"] == {"1": LOSSES[0], "10": LOSSES[9], "50": LOSSES[49]}
     checks["peer"]["losses"] = LOSSES[::-1]
     assert make_row(peer, race, checks, reports, rates)["void"] is not None
@@ -243,7 +250,7 @@ def test_a_ratio_is_taken_round_by_round_without_the_warm_up(same_model, ratio):
     checks = {name: run_of(1.0, 100, LOSSES) for name in ("ours-fp32", "peer")}
     checks["ours"] = run_of(1.0, 100, LOSSES[::-1])
     reports = {name: [run_of(1.0, 100)] for name in ("ours", "peer")}
-    rates = {"bf16": 1.0, "own_products": 1.0}
+    rates = {"large_products": 1.0, "own_products": 1.0}
     assert make_row(peer, race, checks, reports, rates)["void"] is None
     checks["ours-fp32"] = checks["ours"]
     assert make_row(peer, race, checks, reports, rates)["void"] is not None
@@ -256,7 +263,7 @@ def test_a_peer_that_fails_is_a_void_row_with_its_last_line(tmp_path, monkeypatc
     assert "no_such_peer" in failed["failed"]
     row = make_row(missing, Race(TINY, 2), {"missing": failed}, {"missing": []}, {})
     assert row == {"name": "missing", "void": failed["failed"]}
-    benchmarks.peers.print_rows([row], {"bf16": 1.0, "own_products": 1.0})
+    benchmarks.peers.print_rows([row], {"large_products": 1.0, "own_products": 1.0})
     assert f"void: {failed['failed']}" in capsys.readouterr().out
     # our own failure is raised and no row
     broken = dataclasses.replace(OURS, module="benchmarks.no_such_peer")
