@@ -9,7 +9,7 @@ V vocabulary.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -104,6 +104,12 @@ class GPTConfig:
             for name, usual in defaults.items()
             if values[name] not in usual
         ]
+
+
+# what a user may set: the tokenizer gives vocab_size, and context_length is called max_length
+MODEL_SETTINGS = tuple(
+    field.name for field in fields(GPTConfig) if field.name not in ("vocab_size", "context_length")
+)
 
 
 class RotaryTable(nn.Module):

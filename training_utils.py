@@ -6,7 +6,6 @@ from typing import Any, Self
 
 from engine.optim import OPTIMIZERS, SCHEDULES
 from engine.settings import (
-    MODEL_SETTINGS,
     check,
     find_problems,
     raise_if_any,
@@ -14,6 +13,7 @@ from engine.settings import (
     shown,
     translate_names,
 )
+from model import MODEL_SETTINGS
 
 QUICK_MODE_STEPS = 200  # the most steps of quick mode's epoch
 

@@ -21,26 +21,6 @@ from engine.errors import SettingsError
 
 T = TypeVar("T")
 
-# the fields of GPTConfig that a user may set, as a test checks; vocab_size comes from the
-# tokenizer, and context_length is called max_length
-MODEL_SETTINGS = (
-    "emb_dim",
-    "n_heads",
-    "n_layers",
-    "ff_dim",
-    "drop_rate",
-    "attention_drop_rate",
-    "qkv_bias",
-    "activation",
-    "positions",
-    "tie_embeddings",
-    "architecture",
-    "n_kv_heads",
-    "qk_norm",
-    "rope_theta",
-    "zero_init",
-)
-
 # other systems' names for our settings
 ALIASES = {
     "epochs": "num_epochs",

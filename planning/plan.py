@@ -14,7 +14,6 @@ from engine.devices import find_device_fault
 from engine.errors import SettingsError
 from engine.precision import PRECISIONS
 from engine.settings import (
-    MODEL_SETTINGS,
     check,
     find_problems,
     raise_if_any,
@@ -25,7 +24,7 @@ from engine.settings import (
     unknown_name,
 )
 from generation import SamplingConfig
-from model import GPTConfig
+from model import MODEL_SETTINGS, GPTConfig
 from storage.files import RESERVED, is_portable_name
 from storage.tracking import TRACKERS
 from text.sources import parse_data

@@ -13,9 +13,9 @@ import sys
 
 import pytest
 
-from engine.settings import MODEL_SETTINGS
 from environment import read_given_settings
 from generation import SamplingConfig
+from model import MODEL_SETTINGS
 from planning.plan import RunSettings, resolve_settings
 from tests.conftest import REPOSITORY
 from tests.programs import OFFLINE

@@ -19,13 +19,12 @@ from engine.errors import SettingsError
 from engine.settings import (
     ALIASES,
     ELSEWHERE,
-    MODEL_SETTINGS,
     names_on_resume,
     read_json_object,
     shown,
 )
 from generation import SamplingConfig
-from model import GPTConfig
+from model import MODEL_SETTINGS, GPTConfig
 from planning.decisions import differences
 from planning.plan import MODELS_FILE, RunSettings, resolve_settings
 from tests.conftest import REPOSITORY
