@@ -117,9 +117,6 @@ def in_a_process(part: str, text: Path, cache: Path | str) -> dict:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-# ------------------------------------------------------------------------- in their own processes
-
-
 def measure_raw(text: Path, _: Path) -> dict:
     """tiktoken's batch encoding on all cores, of documents of 2,000 lines in memory."""
     lines = text.read_text(encoding="utf-8").splitlines(keepends=True)

@@ -294,9 +294,6 @@ def compare_memory(race: Race, device: torch.device, folder: Path) -> dict:
     return results
 
 
-# ------------------------------------------------------------------------------- running them
-
-
 def peers_python() -> Path:
     """The Python of the peers' environment, which is created if missing or out of date."""
     place = usable_cache() / "peers-venv"

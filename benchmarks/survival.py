@@ -47,25 +47,12 @@ SETTINGS = {
     "DATA": "text.txt",
     "TOKENIZER": "char",
     "CUSTOM_MODE": True,
-    "custom_params": {
-        "max_steps": 40,
-        "batch_size": 4,
-        "max_length": 32,
-        "eval_freq": 7,
-        "eval_iter": 2,
-        "save_every": 5,
-        "learning_rate": 0.2,  # far too high: the best weights come early and must be kept
-        "schedule": "constant",
-        "start_context": "the ",
-        "model_overrides": {"emb_dim": 32, "n_heads": 2, "n_layers": 2, "drop_rate": 0.1},
-    },
+    # a learning rate far too high: the best weights come early and must be kept
+    "custom_params": {"max_steps": 40, "learning_rate": 0.2, "schedule": "constant"}
+    | {"batch_size": 4, "max_length": 32, "eval_freq": 7, "eval_iter": 2, "save_every": 5}
+    | {"emb_dim": 32, "n_heads": 2, "n_layers": 2, "drop_rate": 0.1, "start_context": "the "},
     "sampling_params": {"max_new_tokens": 20},
-    "DEVICE": "cpu",
-    "PRECISION": "fp32",
-    "SEED": 1,
-    "OUTPUT_DIR": ".",
-    "RUN_NAME": "run",
-}
+} | {"DEVICE": "cpu", "PRECISION": "fp32", "SEED": 1, "OUTPUT_DIR": ".", "RUN_NAME": "run"}
 
 
 def kill_training(kills: int, seed: int, folder: Path) -> dict[str, Any]:
@@ -167,9 +154,6 @@ def _faults_of(work: Path, code: int, expected: dict[str, Any]) -> Iterator[str]
         yield f"steps are missing or twice: {[step for step, _ in found['losses']]}"
     if leftovers(work / "run"):
         yield f"{leftovers(work / 'run')} are still there"
-
-
-# -------------------------------------------------------------------------------- all parts
 
 
 def main(arguments: list[str] | None = None) -> int:
