@@ -178,11 +178,11 @@ def test_torchrun_restarts_a_job_that_goes_on_with_its_own_run_also_where_resume
     left = (before / "settings.json").read_bytes()
     # a rank is lost before the job has a folder of its own, and another one later
     early = """
-def pick_device(*arguments):
+def find_machine(*arguments):
     if rank == 1 and attempt == "0":
         fail("SIGKILL")
-    return really_pick_device(*arguments)
-really_pick_device, environment.pick_device = environment.pick_device, pick_device
+    return really_find_machine(*arguments)
+really_find_machine, environment.find_machine = environment.find_machine, find_machine
 """
     more = fails(1, 6, "SIGKILL", attempt=1) + early
     job = run(tmp_path, more, code=0, options=("--max-restarts=2",))
