@@ -79,7 +79,7 @@ def find_machine(plan: RunPlan, parallel: Parallel = ALONE) -> Machine:
     """The device and precision of a new run; raises as pick_device() and choose_precision() do."""
     device = pick_device(plan.run.DEVICE, parallel)
     precision = choose_precision(plan.run.PRECISION, device)
-    parallel.require_same(device=device.type, precision=precision.name)
+    parallel.require_same(device=device.type)
     return Machine(device, parallel, precision)
 
 
@@ -404,6 +404,7 @@ def decide_machine(
     """
     device, parallel, night = machine.device, machine.parallel, plan.run.NIGHT_MODE
     machine = decide_precision(machine, plan.run.PRECISION, before)
+    parallel.require_same(precision=machine.precision.name)  # a resumed run's may be one for all
     most = _largest_micro_batch(asked, windows, parallel)
     micro_batch, about_memory = decide_micro_batch(night, device, most, parallel, before)
     threads, about_threads = decide_threads(night, device, parallel, before)

@@ -9,16 +9,19 @@ import sys
 import pytest
 import torch
 
+from data import plan_windows
 from distributed.parallel import ALONE, Parallel
 from engine.precision import choose_precision
 from planning import machine
 from planning.decisions import KeptPrecision, RunRecord
 from planning.machine import (
     Machine,
+    decide_machine,
     decide_micro_batch,
     decide_precision,
     decide_threads,
     decide_workers,
+    find_machine,
     has_kernels,
     pip_line,
     why_no_gpu,
@@ -262,3 +265,18 @@ def test_auto_keeps_the_precision_of_a_run_that_goes_on(
     found = Machine(CPU, ALONE, choose_precision(requested, CPU))
     decided = decide_precision(found, requested, before)
     assert (decided.precision.name, decided.notices) == (expected, notices)
+
+
+def test_ranks_compare_the_precision_that_the_run_goes_on_in_not_that_of_a_new_one(monkeypatch):
+    """Processors of two kinds may go on together with a run that began in fp32."""
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": True})
+    parallel, compared = Parallel(), []
+    monkeypatch.setattr(parallel, "require_same", lambda **values: compared.append(values))
+    plan = resolve_settings({"DEVICE": "cpu"}, "config_run.py")
+    before = dataclasses.replace(RECORD, precision=KeptPrecision("fp32", "x"))
+    windows, _ = plan_windows(999, max_length=8, stride=8, batch_size=4, train_ratio=0.9)
+    found = find_machine(plan, parallel)
+    assert found.precision.name == "bf16"
+    decided = decide_machine(found, plan, plan.training, windows, before)
+    assert decided.precision.name == "fp32"
+    assert compared == [{"device": "cpu"}, {"precision": "fp32"}]
