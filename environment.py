@@ -4,7 +4,6 @@ import dataclasses
 import gc
 import sys
 import tempfile
-import traceback
 import weakref
 from dataclasses import dataclass
 from pathlib import Path
@@ -154,11 +153,10 @@ def _free_earlier_runs() -> None:
     if not in_kernel():
         return
     errors = [getattr(sys, "last_value", None)] if _earlier_models else []
-    for error in errors:  # a failed cell keeps the local variables of its functions
+    for error in errors:  # a failed cell keeps its functions' frames, and they their closures
         if error is not None and error.__traceback__ is not None:
-            traceback.clear_frames(error.__traceback__)
-            for frame, _ in traceback.walk_tb(error.__traceback__):
-                len(frame.f_locals)  # up to Python 3.12 a copy, which reading renews
+            error.__traceback__.tb_next = None  # the kernel too holds the first entry, its own
+            error.__traceback__ = None
             errors += [e for e in (error.__cause__, error.__context__) if e not in errors]
     if "torch._inductor.compile_fx" in sys.modules:
         torch.compiler.reset()  # compiled steps hold memory
