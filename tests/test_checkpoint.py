@@ -1,5 +1,6 @@
 """Checkpoints: exact when whole, refused and named when not, and never more than was asked for."""
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -109,8 +110,10 @@ class Saved:
 
 @pytest.fixture
 def quick_disk(monkeypatch):
-    """No fsync: these tests damage files, and do not cut the power."""
+    """No fsync, for these tests do not cut the power, and no threads for files this small."""
     monkeypatch.setattr(os, "fsync", lambda handle: None)
+    serial = contextlib.nullcontext(SimpleNamespace(map=map))
+    monkeypatch.setattr(storage, "ThreadPoolExecutor", lambda n_threads: serial)
 
 
 @pytest.fixture(scope="module")

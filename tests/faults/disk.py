@@ -186,12 +186,12 @@ def fail_each_call(folder: Path, start: str, mode: str, error: int) -> tuple[lis
         checkpoints = {".tmp-1-step-00000007": half, ".del-1-step-00000001": half}
         run = {"checkpoints": checkpoints, ".tmp-1-settings.json": b"{"}
         write_tree({"run": run}, prepared)
-    failures: list[str] = []
+    before, failures = observed(prepared), []
     disk, k = None, 0
     while disk is None or disk.failed:
         k += 1
         shutil.copytree(prepared, now)
-        before, raised = observed(now), None
+        raised = None
         disk = Disk(now, functools.partial(FAILING[mode], k), error)
         try:
             with disk.in_use():

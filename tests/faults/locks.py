@@ -93,7 +93,7 @@ def second_lock_in_a_process_leaves_the_first(folder: Path) -> bool:
     return refused and held and refusal(folder) == ""
 
 
-def exactly_one_of_a_crowd_wins(folder: Path, n: int = 20) -> bool:
+def exactly_one_of_a_crowd_wins(folder: Path, n: int = 12) -> bool:
     """Whether of n processes that start at once one gets the lock and all others are refused."""
     gate, opened = os.pipe()
     results, result = os.pipe()
