@@ -80,7 +80,7 @@ def test_a_trained_models_logits_choices_and_texts_stay_those_of_fp32():
     with torch.enable_grad():
         optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
         generator = seeded(0)
-        for _ in range(150):
+        for _ in range(100):
             starts = torch.randint(len(ids) - 33, (8, 1), generator=generator)
             batch = ids[starts + torch.arange(33)]
             loss = F.cross_entropy(model(batch[:, :-1]).flatten(0, 1), batch[:, 1:].flatten())
