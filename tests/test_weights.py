@@ -11,16 +11,7 @@ from torch import nn
 from engine import weights
 from engine.errors import SettingsError
 from engine.precision import Precision
-from engine.weights import (
-    EXACT_LOGITS,
-    WEIGHTS,
-    Bf16Linear,
-    Head,
-    Int8Linear,
-    OneRowProducts,
-    choose_weights,
-    convert_weights,
-)
+from engine.weights import Bf16Linear, Head, Int8Linear, choose_weights, convert_weights
 from generation import generate, stream
 from model import GPTConfig, GPTModel
 from tests.conftest import REPOSITORY
@@ -228,7 +219,7 @@ def test_without_bf16_units_products_of_many_rows_are_fp32_ones(monkeypatch, kin
 
 
 @both_kinds
-@pytest.mark.parametrize("vocab_size", [EXACT_LOGITS - 9, EXACT_LOGITS, 700])
+@pytest.mark.parametrize("vocab_size", [weights.EXACT_LOGITS - 9, weights.EXACT_LOGITS, 700])
 @pytest.mark.parametrize("n_rows", [1, 20])
 def test_the_highest_logits_are_exact(kind, vocab_size, n_rows):
     torch.manual_seed(0)
@@ -237,8 +228,8 @@ def test_the_highest_logits_are_exact(kind, vocab_size, n_rows):
     found = head(x)
     assert found.shape == (n_rows, 1, vocab_size) and found.dtype == torch.float32
     expected = x.double() @ all_rows(head.linear).double().T
-    n_exact = min(EXACT_LOGITS, vocab_size) // 2  # bf16 may mistake who is among the last of them
-    highest = expected.topk(n_exact, dim=-1)
+    # bf16 may mistake who is among the last of them
+    highest = expected.topk(min(weights.EXACT_LOGITS, vocab_size) // 2, dim=-1)
     near = found.gather(-1, highest.indices).double()
     assert (near - highest.values).abs().max() < 1e-5
     assert torch.equal(found.argmax(-1), expected.argmax(-1))
@@ -248,7 +239,7 @@ def test_the_highest_logits_are_exact(kind, vocab_size, n_rows):
 
 
 def test_weights_are_those_asked_for_or_fit_the_hardware(monkeypatch):
-    assert [choose_weights(kind, CPU) for kind in WEIGHTS[1:]] == ["fp32", "bf16", "int8"]
+    assert [choose_weights(kind, CPU) for kind in weights.WEIGHTS[1:]] == ["fp32", "bf16", "int8"]
     for device in map(torch.device, ("cuda", "mps")):
         with pytest.raises(SettingsError, match=f'for CPUs, and this is {device}; use "bf16"'):
             choose_weights("int8", device)
@@ -261,7 +252,7 @@ def test_weights_are_those_asked_for_or_fit_the_hardware(monkeypatch):
     for requested in ("int4", "BF16", "", "fp16"):
         with pytest.raises(SettingsError, match=f'weights is "{requested}"') as caught:
             choose_weights(requested, CPU)
-        assert all(f'"{kind}"' in str(caught.value) for kind in WEIGHTS)
+        assert all(f'"{kind}"' in str(caught.value) for kind in weights.WEIGHTS)
 
 
 @pytest.fixture
@@ -274,13 +265,14 @@ def mkldnn_enabled():
 
 
 def test_products_of_one_row_are_torchs_own_inside_alone(mkldnn_enabled):
-    with pytest.raises(KeyError), OneRowProducts():
-        with OneRowProducts():
+    with pytest.raises(KeyError), weights.OneRowProducts():
+        with weights.OneRowProducts():
             assert not mkldnn_enabled()
         assert not mkldnn_enabled()
         raise KeyError
     assert mkldnn_enabled()
-    first, second = OneRowProducts(), OneRowProducts()  # of threads that come and go in turn
+    # of threads that come and go in turn
+    first, second = weights.OneRowProducts(), weights.OneRowProducts()
     first.__enter__()
     second.__enter__()
     first.__exit__()
@@ -288,7 +280,7 @@ def test_products_of_one_row_are_torchs_own_inside_alone(mkldnn_enabled):
     second.__exit__()
     assert mkldnn_enabled()
     torch.backends.mkldnn.enabled = False  # what was turned off before stays so
-    with OneRowProducts():
+    with weights.OneRowProducts():
         assert not mkldnn_enabled()
     assert not mkldnn_enabled()
 
