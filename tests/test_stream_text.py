@@ -129,14 +129,14 @@ def first_complete(text: str, stops: list[str]) -> int | None:
     return None
 
 
-@settings(max_examples=100, derandomize=True, deadline=None, database=None)
+@settings(max_examples=60, derandomize=True, deadline=None, database=None)
 @example(["abc"], ["b", "abc"])
 @example(["a", "ab", "abc"], ["aab", "bc"])
 @example(["ab", "abab", "c"], ["ababc"])  # the true one begins inside a false one
 @example(["ab", "c"], ["", "bca", "cab"])  # which come to nothing
 @example(["abc"], [""])
 @given(
-    st.lists(st.text("abc", min_size=1, max_size=3), min_size=1, max_size=10),
+    st.lists(st.text("abc", min_size=1, max_size=3), min_size=1, max_size=8),
     st.lists(st.text("abc", max_size=4), max_size=3),
 )
 def test_how_tokens_cut_a_text_changes_nothing_and_nothing_is_held_too_long(by_kind, cut, stops):

@@ -122,7 +122,7 @@ def chunks_of(documents, size: int, most: int = token_cache.MOST_UNCUT) -> list[
         return list(cut_into_chunks(documents))
 
 
-@settings(max_examples=100, derandomize=True, deadline=None, database=None)
+@settings(max_examples=80, derandomize=True, deadline=None, database=None)
 @given(TEXTS, st.sampled_from([16, 50, 1000]), st.lists(st.integers(0, 1000), max_size=8))
 @example("word " * 500, 16, [])
 @example("'s, 'saw. I'll, 'LL." * 9, 16, [])
@@ -155,14 +155,11 @@ def test_a_text_with_places_to_cut_is_cut_about_every_chunk_and_another_refused(
 
 
 def test_letters_and_digits_of_unicode_can_be_cut_off_from_what_follows(by_kind):
-    alike = [range(0x3400, 0xA000), range(0xAC00, 0xE000), range(0x20000, 0x110000)]
-    letters = [
-        chr(code)
-        for code in range(0x110000)
-        if (code % 64 == 0 or not any(code in block for block in alike))
-        and not 0xD800 <= code < 0xE000
-        and token_cache._CUT.match(chr(code) + ".")
-    ]
+    # of the large blocks, whose letters are alike, every 64th
+    all_of = [range(0x3400), range(0xA000, 0xAC00), range(0xE000, 0x20000)]
+    some_of = [range(0x3400, 0xA000, 64), range(0xAC00, 0xD800, 64), range(0x20000, 0x110000, 64)]
+    characters = map(chr, itertools.chain(*all_of, *some_of))
+    letters = [char for char in characters if token_cache._CUT.match(f"{char}.")]
     assert len(letters) > 20_000
     encode = by_kind["gpt2"].encode
     # what follows must begin anew: a mark and the letter behind it, as in the whole text
@@ -173,7 +170,7 @@ def test_letters_and_digits_of_unicode_can_be_cut_off_from_what_follows(by_kind)
         assert encode("".join(f"{letter}{mark}." for letter in some)) == expected
 
 
-@settings(max_examples=100, derandomize=True, deadline=None, database=None)
+@settings(max_examples=60, derandomize=True, deadline=None, database=None)
 @given(
     st.lists(st.tuples(st.integers(1, 9000), st.sampled_from("ab_")), max_size=5),
     st.integers(0, 20_000),
@@ -272,7 +269,7 @@ def test_the_order_of_documents_and_files_moves_none_to_the_other_side(
         assert sides_of(build(*files, ratio=0.8)) == (train, held_out)
 
 
-@settings(max_examples=100, derandomize=True, deadline=None, database=None)
+@settings(max_examples=50, derandomize=True, deadline=None, database=None)
 @given(
     st.lists(st.integers(0, 2**64 - 1), min_size=20, max_size=60),
     st.floats(0, 1, exclude_min=True, exclude_max=True),
@@ -305,7 +302,8 @@ def test_validation_texts_of_their_own_are_what_is_validated_on(tmp_path, build,
 
 
 def test_a_text_without_any_text_is_an_error_and_leaves_no_entry(tmp_path, build, cache):
-    for name, content in itertools.product(("char", "bpe:500", "auto"), ("", " \n\t\n")):
+    blank = " \n\t\n"
+    for name, content in [("char", ""), ("char", blank), ("bpe:500", ""), ("auto", blank)]:
         with pytest.raises(DataError, match=r"a\.txt is empty"):
             build(write_text(tmp_path / "a.txt", content), name=name)
     assert os.listdir(cache / "tokens") == []
