@@ -219,7 +219,7 @@ def test_too_few_tokens_are_an_error_that_names_the_minimum():
             plan(100, n_train=n_train)
 
 
-def test_random_crops_are_a_function_of_seed_epoch_and_step():
+def test_random_crops_are_a_function_of_seed_epoch_and_step_and_start_anywhere():
     train, _ = loaders(400, sampling="random")
     expected = epoch_starts(train, 1)
     assert len({str(batch) for batch in expected}) == len(expected) == len(loaders(400)[0])
@@ -229,9 +229,7 @@ def test_random_crops_are_a_function_of_seed_epoch_and_step():
     short = WindowBatches(train.dataset, 4, seed=5, n_steps=2)
     short.start_at(1)
     assert list(short) == expected[:2]  # whatever the others hold
-
-
-def test_random_crops_are_windows_of_training_tokens_from_the_first_to_the_last_place():
+    # windows of training tokens from the first to the last place
     train, val = loaders(40, sampling="random", changes={"train_ratio": 0.5, "stride": 3})
     found = [pair for _ in range(60) for pair in pairs_of(train)]
     assert len(found) == 60 * 4

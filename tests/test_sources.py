@@ -16,8 +16,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 
 from engine.errors import DataError, PipelineError, SettingsError
 from text import documents as reader
@@ -25,7 +23,12 @@ from text.corpora import CORPORA
 from text.documents import DataSpec, Part, ReadingReport, read_documents
 from text.sources import find_parts, parse_data
 
-POEMS = ["Once upon a time.\n", "从前，𠮷野家。", 'He said "no",\nand left.\t']
+POEMS = [
+    "Once upon a time.\n",
+    "从前，𠮷野家。",
+    'He said "no",\nand\r\nleft.\t',
+    "\x85\u2028é\ufeff",
+]
 
 
 def read(data) -> tuple[list[str], ReadingReport]:
@@ -77,10 +80,9 @@ def parquet(texts: list, column: str = "text") -> bytes:
     return file.getvalue()
 
 
-def table(texts: list[str], delimiter: str, **dialect) -> bytes:
+def table(texts: list[str], delimiter: str) -> bytes:
     file = io.StringIO()
-    rows = csv.writer(file, delimiter=delimiter, **dialect)
-    rows.writerows([["id", "text"], *enumerate(texts)])
+    csv.writer(file, delimiter=delimiter).writerows([["id", "text"], *enumerate(texts)])
     return file.getvalue().encode()
 
 
@@ -97,6 +99,7 @@ FORMATS = {
 }
 COMPRESSORS = {"": bytes, ".gz": gzip.compress, ".zst": zstd}
 both_archives = pytest.mark.parametrize("compressed", [".gz", ".zst"])
+MARK = b"\xef\xbb\xbf"
 AMOUNTS = 1, 5, 1 << 20  # of bytes to read at a time
 
 
@@ -138,24 +141,36 @@ def test_data_that_can_not_be_meant_is_a_settings_error():
 @pytest.mark.parametrize("compressed", COMPRESSORS)
 def test_each_row_of_a_file_is_a_document_and_a_text_file_is_one(workdir, monkeypatch, compressed):
     compress = COMPRESSORS[compressed]
-    for suffix, content in FORMATS.items():
-        assert documents(save(f"x{suffix}{compressed}", compress(content))) == POEMS
-    monkeypatch.setattr(reader, "READ_BYTES", 1 << 10)
     # which hardly compresses
-    letters = random.Random(5).choices([chr(code) for code in range(0x4E00, 0x9FFF)], k=5000)
+    letters = random.Random(5).choices([chr(code) for code in range(0x4E00, 0x9FFF)], k=500)
     text = "one\r\ntwo\rthree\n\n" + "".join(letters)
-    for suffix in (".txt", ".md", "", ".TXT"):
-        assert documents(save(f"x{suffix}{compressed}", compress(text.encode()))) == [text]
+    for amount in AMOUNTS:
+        monkeypatch.setattr(reader, "READ_BYTES", amount)
+        for suffix, content in FORMATS.items():
+            for mark in (b"", MARK):
+                save(f"x{suffix}{compressed}", compress(mark + content))
+                assert documents(f"x{suffix}{compressed}") == POEMS
+        for suffix in (".txt", ".md", "", ".TXT"):
+            assert documents(save(f"x{suffix}{compressed}", compress(text.encode()))) == [text]
+        # files joined end to end are one
+        save(f"x.txt{compressed}", b"".join(map(compress, (b"one", b"", b" end"))))
+        assert documents(f"x.txt{compressed}") == ["one end"]
 
 
-def test_rows_of_a_parquet_file_are_documents(workdir):
-    content = parquet(POEMS * 400)
-    texts, report = read(save("poems.parquet", content))
+def test_rows_of_a_parquet_file_are_documents_where_it_is_intact_and_text(workdir):
+    whole = parquet(POEMS * 400)
+    texts, report = read(save("x.parquet", whole))
     assert texts == POEMS * 400
-    assert report.files[0]["sha256"] == hashlib.sha256(content).hexdigest()
+    assert report.files[0]["sha256"] == hashlib.sha256(whole).hexdigest()
     save("x.parquet", parquet(POEMS, "body"))
     assert documents({"path": "x.parquet", "field": "body"}) == POEMS
-    assert 'no column "text" (has: id, body)' in refusal("x.parquet")
+    for content, told in [
+        (parquet(POEMS, "body"), 'has no column "text" (has: id, body)'),
+        (parquet(["one", None]), 'row 2: "text" is NoneType'),
+        (parquet([1]), 'row 1: "text" is int'),
+        *((broken, "is no intact parquet file") for broken in (b"", b"PAR1" * 5, whole[:-9])),
+    ]:
+        assert refusal(save("x.parquet", content)).startswith(f"x.parquet {told}")
 
 
 def test_documents_without_text_are_counted_and_left_out(workdir):
@@ -248,7 +263,7 @@ def test_folder_or_file_of_it_that_may_not_be_read_is_refused(
     assert f"can't read {Path(path)}: Permission denied" in refusal("library")
 
 
-def test_missing_file_is_refused_with_where_it_was_looked_for(workdir):
+def test_missing_file_is_refused_with_where_it_was_looked_for_or_the_nearest_name(workdir):
     save("x.txt", b"one")
     for name in ("poems.txt", "~nobody-of-this-name/x.txt", "x.txt/y.txt"):
         message = refusal(name)
@@ -261,9 +276,6 @@ def test_missing_file_is_refused_with_where_it_was_looked_for(workdir):
         assert repr(name) in message and r'write "C:/texts" or r"C:\texts"' in message
     for name in ("a\0b.txt", "x" * 5000):
         assert "can't read " in refusal(name)
-
-
-def test_mistyped_name_is_refused_with_the_nearest_or_all(workdir):
     for name in ("the-verdct", "The-Verdict", "the-verdict2"):
         assert 'did you mean "the-verdict"?' in refusal(name)
     message = refusal("epoch")  # near "epochs", which is a setting and no text
@@ -303,7 +315,6 @@ def read_as(encoding: str, why: str = "as set") -> list[str]:
 
 BY_MARK = "by its byte-order mark"
 CRLF = ["x.txt: lines end in CRLF; kept as they are"]
-MARK = b"\xef\xbb\xbf"
 PACKED = [gzip.compress(text.encode(), mtime=0) for text in ("从前", "", " end")]
 READ = [  # DATA, a file's content, its documents and the notes on it
     ("x.txt", MARK + b"one", ["one"], read_as("utf-8", BY_MARK)),
@@ -347,49 +358,6 @@ def test_text_is_read_exactly_but_for_one_byte_order_mark(
         assert (found, report.notes) == (texts, notes)
         assert report.files == [entry | {"documents": len(texts)}]
         assert reader.file_sha256(Path(name)) == sha256
-
-
-def test_zstd_files_joined_end_to_end_are_one(workdir, monkeypatch):
-    save("x.txt.zst", zstd("从前".encode()) + zstd(b"") + zstd(b" end"))
-    for amount in AMOUNTS:
-        monkeypatch.setattr(reader, "READ_BYTES", amount)
-        assert documents("x.txt.zst") == ["从前 end"]
-
-
-LETTERS = st.text(st.sampled_from("ab \t\r\n\"',春𠮷é\ufeff\u2028\x85"), max_size=30)
-
-
-@settings(
-    max_examples=80,
-    derandomize=True,
-    deadline=None,
-    database=None,
-    suppress_health_check=list(HealthCheck),
-)
-@given(
-    suffix=st.sampled_from([".txt", ".jsonl", ".json", ".csv", ".tsv"]),
-    texts=st.lists(LETTERS, max_size=4),
-    mark=st.booleans(),
-    eol=st.sampled_from(["\n", "\r\n"]),
-)
-def test_documents_do_not_depend_on_how_much_is_read_at_a_time(workdir, suffix, texts, mark, eol):
-    if suffix == ".txt":
-        texts = [eol.join(texts)]
-    cells = {"lineterminator": eol, "quoting": csv.QUOTE_ALL}
-    content = {
-        ".txt": texts[0].encode() if texts else b"",
-        ".jsonl": json_lines([{"text": text} for text in texts]).replace(b"\n", eol.encode()),
-        ".json": json.dumps(texts, ensure_ascii=False, indent=2).replace("\n", eol).encode(),
-        ".csv": table(texts, ",", **cells),
-        ".tsv": table(texts, "\t", **cells),
-    }[suffix]
-    save(f"x{suffix}", MARK + content if mark or content.startswith(MARK) else content)
-    for amount in (1, 7, 64, 1 << 20):
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(reader, "READ_BYTES", amount)
-            found, report = read(f"x{suffix}")
-        assert found == [text for text in texts if text.strip()]
-        assert report.empty_documents == sum(not text.strip() for text in texts)
 
 
 def fourth(line: bytes) -> bytes:
@@ -500,17 +468,6 @@ def test_json_array_of_many_elements_takes_time_in_proportion(workdir, monkeypat
         return time.process_time() - started_at
 
     assert needed_s(40_000) < 4 * 40 * max(needed_s(1000), 0.02)
-
-
-def test_parquet_that_is_damaged_or_no_text_is_refused(workdir):
-    for texts, told in [
-        (["one", None], 'row 2: "text" is NoneType'),
-        ([1], 'row 1: "text" is int'),
-    ]:
-        assert refusal(save("x.parquet", parquet(texts))).startswith(f"x.parquet {told}")
-    for content in (b"", b"one two three", b"PAR1" * 5, parquet(POEMS)[:-9]):
-        told = refusal(save("x.parquet", content))
-        assert told.startswith("x.parquet is no intact parquet file")
 
 
 @both_archives
