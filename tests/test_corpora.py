@@ -140,21 +140,19 @@ def failure(url: str, folder: Path) -> str:
     return str(caught.value)
 
 
-@pytest.mark.parametrize("name", [WITH_STAND_IN, WITHOUT])
-def test_download_is_kept_and_asked_for_once(tmp_path, serve, name):
+def test_download_is_kept_and_asked_for_once(tmp_path, serve):
     server = serve(OK)
-    for stand_in in (None, False, None):
-        path, notice = corpus_path(name, tmp_path, stand_in)
-        assert (path, notice) == (tmp_path / "corpora" / CORPORA[name].file_name, None)
-        assert path.read_bytes() == GOOD
-    assert server.requests == 1
-    assert files_in(tmp_path) == [str(Path("corpora") / CORPORA[name].file_name)]
+    for n_fetched, name in enumerate((WITH_STAND_IN, WITHOUT), start=1):
+        file = tmp_path / "corpora" / CORPORA[name].file_name
+        for stand_in in (None, False, None):
+            assert corpus_path(name, tmp_path, stand_in) == (file, None)
+            assert file.read_bytes() == GOOD
+        assert server.requests == len(files_in(tmp_path)) == n_fetched
     # a stand-in that is asked for is given without a request, to a text that has one
-    path, notice = corpus_path(name, tmp_path, True)
-    assert (path == SAMPLE) == (name == WITH_STAND_IN) == bool(notice)
-    if notice:
-        assert notice == "corpus/sample-en.txt stands in for the-verdict, as when this run began"
-    assert server.requests == 1
+    notice = "corpus/sample-en.txt stands in for the-verdict, as when this run began"
+    assert corpus_path(WITH_STAND_IN, tmp_path, True) == (SAMPLE, notice)
+    assert corpus_path(WITHOUT, tmp_path, True) == (file, None)
+    assert server.requests == 2
 
 
 def test_stand_in_takes_the_place_of_a_text_that_can_not_be_had_where_it_may(tmp_path, serve):
@@ -382,26 +380,26 @@ def test_known_hash_is_that_of_the_verdict(shared_data):
     assert hashlib.sha256(content).hexdigest() == CORPORA["the-verdict"].sha256
 
 
-@pytest.mark.parametrize(("name", "smallest"), [("sample-en", 20_000), ("sample-zh", 10_000)])
-def test_sample_texts_need_no_network_and_are_rich(tmp_path, monkeypatch, name, smallest):
+def test_sample_texts_need_no_network_and_are_rich(tmp_path, monkeypatch):
     monkeypatch.setattr(corpora, "_get", None)
-    for stand_in in (True, False, None):
-        path, notice = corpus_path(name, tmp_path, stand_in)
-        assert (path, notice) == (REPOSITORY / "corpus" / f"{name}.txt", None)
-    content = path.read_bytes()
-    text = content.decode("utf-8")
-    assert smallest <= len(content) <= 30_000
-    assert text.endswith("\n")
-    assert b"\r" not in content and b"\xef\xbb\xbf" not in content
-    assert len(lzma.compress(content)) >= 0.35 * len(content)
-    if name == "sample-zh":
-        assert len(re.findall(r"[\u4e00-\u9fff]", text)) > 0.7 * len(text)
-    else:
-        sentences = re.split(r"(?<=[.!?])[\"'”’)]*\s+", text)
-        words = [tuple(re.findall(r"[\w'’]+", sentence.lower())) for sentence in sentences]
-        counts = Counter(sentence for sentence in words if len(sentence) >= 4)
-        assert len(counts) > 100
-        assert [" ".join(sentence) for sentence, n in counts.items() if n > 1] == []
+    texts = []
+    for name, smallest in (("sample-en", 20_000), ("sample-zh", 10_000)):
+        for stand_in in (True, False, None):
+            path, notice = corpus_path(name, tmp_path, stand_in)
+            assert (path, notice) == (REPOSITORY / "corpus" / f"{name}.txt", None)
+        content = path.read_bytes()
+        assert smallest <= len(content) <= 30_000
+        assert content.endswith(b"\n")
+        assert b"\r" not in content and b"\xef\xbb\xbf" not in content
+        assert len(lzma.compress(content)) >= 0.35 * len(content)
+        texts.append(content.decode("utf-8"))
+    english, chinese = texts
+    assert len(re.findall(r"[\u4e00-\u9fff]", chinese)) > 0.7 * len(chinese)
+    sentences = re.split(r"(?<=[.!?])[\"'”’)]*\s+", english)
+    words = [tuple(re.findall(r"[\w'’]+", sentence.lower())) for sentence in sentences]
+    counts = Counter(sentence for sentence in words if len(sentence) >= 4)
+    assert len(counts) > 100
+    assert [" ".join(sentence) for sentence, n in counts.items() if n > 1] == []
 
 
 def test_dummy_text_is_the_same_each_time_and_everywhere(tmp_path, monkeypatch):

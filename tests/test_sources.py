@@ -447,10 +447,7 @@ def test_json_elements_may_be_longer_than_what_is_read_at_a_time(workdir, monkey
     save("x.json", json.dumps([{"id": [1, {}], "text": text} for text in texts]).encode())
     assert documents("x.json") == texts
     assert len(decodings) < 40  # not one for each of the pieces, which are hundreds
-
-
-def test_broken_json_element_is_found_without_reading_on(workdir, monkeypatch):
-    monkeypatch.setattr(reader, "READ_BYTES", 64)
+    # what is broken is found without reading on
     save("x.json", b'["one", oops, ' + b'"word", ' * 1000 + b'"end"]')
     report = ReadingReport()
     with pytest.raises(DataError, match="element 2"):
@@ -467,7 +464,7 @@ def test_json_array_of_many_elements_takes_time_in_proportion(workdir, monkeypat
         assert len(documents("x.json")) == count
         return time.process_time() - started_at
 
-    assert needed_s(40_000) < 4 * 40 * max(needed_s(1000), 0.02)
+    assert needed_s(40_000) < 4 * 40 * max(needed_s(1000), 0.01)
 
 
 @both_archives
@@ -515,7 +512,7 @@ NOISE, LONG = os.urandom(200_000).hex().encode(), b"word " * 400_000
         ("x.txt", lambda: LONG, 1),
         ("x.txt.gz", lambda: gzip.compress(NOISE) + gzip.compress(LONG), 1),
         ("x.txt.zst", lambda: zstd(NOISE) + zstd(LONG * 25), 25),
-        ("x.jsonl", lambda: b'{"text": "' + LONG + b'"}\n', 10),
+        ("x.jsonl", lambda: b'{"text": "' + LONG + b'"}\n', 12),
         ("empty.txt", lambda: b"\n" * 30_000, 1),
         ("empty.jsonl", lambda: b"\n" * 30_000, 1),
         ("empty.csv", lambda: b"text\n" + b"\n" * 30_000, 1),

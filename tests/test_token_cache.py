@@ -128,6 +128,7 @@ def chunks_of(documents, size: int, most: int = token_cache.MOST_UNCUT) -> list[
 @example("'s, 'saw. I'll, 'LL." * 9, 16, [])
 @example("x" * 5000 + " y", 1000, [])
 @example(" " * 3000, 50, [])
+@example("a_. _, b_ " * 9, 16, [])
 @example("x" * 20 + " y z", 16, [20])  # what may end a word comes with the next piece
 def test_chunks_have_the_tokens_of_the_whole_text_in_whatever_pieces_it_comes(
     by_kind, text, size, stops
@@ -378,11 +379,15 @@ def test_the_report_names_the_files_as_they_are_now(tmp_path, build):
     assert (entry["name"], entry["path"]) == ("c.txt", str(second / "c.txt"))
 
 
-def test_a_file_is_known_by_path_size_and_time(tmp_path, build, monkeypatch):
+def test_a_file_is_known_by_path_size_and_time(tmp_path, build, cache, monkeypatch):
     path = write_text(tmp_path / "a.txt", "abcabc")
     made = build(path)
     with monkeypatch.context() as patch:
         patch.setattr(token_cache, "read_documents", never_read)
+        [found] = (cache / "tokens").glob("found-*.json")
+        for content in (b"", b"[]", b"{}", b"\xff", b'{"state": 1, "entry": 2}'):
+            found.write_bytes(content)  # damaged, it costs a look at the text
+            assert build(path).path == made.path
         os.utime(path, (1, 1))  # its content is looked at
         assert build(path).path == made.path
         patch.setattr(token_cache, "file_sha256", never_read)  # and remembered by its new time
@@ -429,17 +434,6 @@ def test_each_request_has_an_entry_of_its_own_for_which_the_text_is_not_read_aga
     assert (changed.path in paths, changed.tokenizer.kind) == (False, "char")
     monkeypatch.setattr(token_cache, "FORMAT", token_cache.FORMAT + 1)
     assert tokenize(*requests[0], cache).path not in paths
-
-
-def test_a_damaged_memory_of_a_request_costs_no_more_than_a_look_at_the_text(
-    build, cache, story, monkeypatch
-):
-    made = build(story)
-    [found] = (cache / "tokens").glob("found-*.json")
-    monkeypatch.setattr(token_cache, "read_documents", never_read)
-    for content in (b"", b"[]", b"{}", b"\xff", b'{"state": 1, "entry": 2}'):
-        found.write_bytes(content)
-        assert build(story).path == made.path
 
 
 @pytest.mark.parametrize("name", ["tokens.bin", "tokenizer.json", "entry.json"])

@@ -152,19 +152,10 @@ def test_vocabulary_and_ids_equal_tiktokens_and_halves_of_characters_are_replace
     assert ours.end_of_text_id == oracle.eot_token == 50256
     expected = [oracle.decode_single_token_bytes(token) for token in range(50257)]
     assert [ours.token_bytes(token) for token in range(50257)] == expected
-    for text in TEXTS.values():
+    for text in (*TEXTS.values(), *SAMPLES):
         assert ours.encode(text) == oracle.encode(text, disallowed_special=())
     assert ours.decode(ours.encode("𠮷")[:1]) == "\ufffd"
     assert ours.decode(ours.encode("a\ud800b")) == "a\ufffdb"
-
-
-def test_real_texts_have_tiktokens_ids(ours, oracle, shared_data):
-    for name in ("the-verdict.txt", "ci.txt", "wikitext-2/valid.txt", "tinyshakespeare.txt"):
-        text = (shared_data / name).read_bytes().decode("utf-8")[:50_000]
-        ids = ours.encode(text)
-        assert ids == oracle.encode(text, disallowed_special=())
-        assert ours.decode(ids) == text
-        assert name != "the-verdict.txt" or len(ids) == 5145
 
 
 def test_an_altered_or_missing_vocabulary_is_refused_with_the_remedy(tmp_path, monkeypatch):
