@@ -39,3 +39,15 @@ def write_settings(folder: Path, text: str, tokens: int = 300, **settings) -> st
     lines = [f"{name} = {value!r}\n" for name, value in values.items()]
     (folder / "settings.py").write_text("".join(lines), encoding="utf-8")
     return "settings.py"
+
+
+def everything_in(folder: Path | str) -> dict[str, tuple[int, bytes | None]]:
+    """Each file and folder below one but the cache and settings.py: time of change and content."""
+    return {
+        path.relative_to(folder).as_posix(): (
+            path.stat().st_mtime_ns,
+            path.read_bytes() if path.is_file() else None,
+        )
+        for path in Path(folder).rglob("*")
+        if path.name != "settings.py" and "cache" not in path.relative_to(folder).parts
+    }

@@ -330,6 +330,8 @@ def test_a_record_that_lacks_anything_or_has_a_value_of_another_kind_is_refused(
             damaged = holder = json.loads(whole)
             for name in above:
                 holder = holder[name]
+            if instead == {} and isinstance(holder[last], str | int | float):
+                continue  # no more than [[17]] tells
             del holder[last]
             if instead is not None:
                 holder[last] = instead
