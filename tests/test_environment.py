@@ -167,6 +167,16 @@ def test_what_can_not_be_had_is_an_error_before_anything_is_read(monkeypatch, ch
         prepare(DATA="not-there.txt", **changes)
 
 
+@pytest.mark.parametrize(
+    ("has_it", "said"), [(True, "bf16 (this CPU has amx_bf16)"), (False, "fp32 (")]
+)
+def test_bf16_or_fp32_is_chosen_by_the_hardware_and_printed(monkeypatch, capsys, has_it, said):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": has_it})
+    env = prepare(max_steps=1)
+    assert env.run.record.precision.name == env.precision.name == said[:4]
+    assert f"Precision: {said}" in capsys.readouterr().out
+
+
 def test_what_is_not_as_it_was_asked_for_is_said(capsys):
     env = prepare(num_epochs=1, warmup_steps=5000, num_workers=1000)
     assert env.train_config.warmup_steps == env.run.record.total_steps - 1
