@@ -6,15 +6,8 @@ from argparse import Namespace
 
 import pytest
 
-from engine.errors import (
-    BusyError,
-    CheckpointError,
-    DataError,
-    NumericsError,
-    ResourceError,
-    SettingsError,
-    Stopped,
-)
+from engine import errors
+from engine.errors import DataError, SettingsError, Stopped
 from scripts import options
 
 DIGITS = "9" * 5000
@@ -27,31 +20,32 @@ def failing(error: BaseException):
     return main
 
 
+CODES = {"Settings": 2, "Data": 3, "Checkpoint": 4, "Numerics": 5, "Resource": 6, "Busy": 7}
+
+
 @pytest.mark.parametrize(
-    ("main", "code", "said"),
+    ("error", "code", "said"),
     [
-        (failing(SettingsError("what")), 2, "\nSettingsError: what\n"),
-        (failing(DataError("what")), 3, "\nDataError: what\n"),
-        (failing(CheckpointError("what")), 4, "\nCheckpointError: what\n"),
-        (failing(NumericsError("what")), 5, "\nNumericsError: what\n"),
-        (failing(ResourceError("what")), 6, "\nResourceError: what\n"),
-        (failing(BusyError("what")), 7, "\nBusyError: what\n"),
-        (failing(DataError("\x1b[31ma\x07 line\n2")), 3, "\nDataError: [31ma line\n2\n"),
-        (failing(MemoryError()), 6, "out of memory"),
-        (failing(RuntimeError("DefaultCPUAllocator: can't allocate memory")), 6, "out of memory"),
-        (failing(KeyboardInterrupt()), 130, "\nStopped.\n"),
-        (failing(Stopped(15)), 143, ""),
-        (failing(BrokenPipeError()), 0, ""),
-        (lambda: 3, 3, ""),
+        *(
+            (getattr(errors, f"{name}Error")("what"), code, f"\n{name}Error: what\n")
+            for name, code in CODES.items()
+        ),
+        (DataError("\x1b[31ma\x07 line\n2"), 3, "\nDataError: [31ma line\n2\n"),
+        (MemoryError(), 6, "out of memory"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory"), 6, "out of memory"),
+        (KeyboardInterrupt(), 130, "\nStopped.\n"),
+        (Stopped(15), 143, ""),
+        (BrokenPipeError(), 0, ""),
+        (None, 3, ""),
     ],
 )
-def test_a_program_ends_with_its_code_and_in_words(main, code, said, monkeypatch, capsys):
+def test_a_program_ends_with_its_code_and_in_words(error, code, said, monkeypatch, capsys):
     monkeypatch.delenv("GPT_DEBUG", raising=False)
     with pytest.raises(SystemExit) as exit:
-        options.run_program(main)
+        options.run_program(failing(error) if error else lambda: 3)
     assert exit.value.code == code
-    error = capsys.readouterr().err
-    assert error == said if said.startswith("\n") else said in error
+    printed = capsys.readouterr().err
+    assert printed == said if said.startswith("\n") else said in printed
 
 
 def test_an_error_that_nobody_expected_or_that_is_debugged_keeps_its_traceback(monkeypatch):

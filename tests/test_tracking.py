@@ -29,9 +29,6 @@ needs_wandb = pytest.mark.skipif(
 )
 
 
-# ------------------------------------------------------------------------------ metrics.jsonl
-
-
 @pytest.fixture
 def metrics(tmp_path) -> MetricsFile:
     return MetricsFile(tmp_path / "metrics.jsonl")
@@ -152,9 +149,6 @@ def test_after_a_full_disk_the_log_has_a_gap_and_whole_lines(metrics):
     assert rows_in(metrics) == [*ROWS[:2], *ROWS[4:]]
 
 
-# ----------------------------------------------------------------------------------- trackers
-
-
 class Notebook:
     """A tracker that fails where it is told to."""
 
@@ -235,9 +229,6 @@ def test_a_tracker_without_its_library_is_refused_with_the_install_command(nothi
     check_trackers([name])
 
 
-# -------------------------------------------------------------------------------- TensorBoard
-
-
 def curves(folder) -> dict[str, list[tuple[int, float]]]:
     """What TensorBoard shows: (step, value) of each curve."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -273,8 +264,6 @@ def test_tensorboard_shows_each_value_once_at_its_step_after_a_resume_too(tmp_pa
             "val/loss": [(4, 8.0), (8, 16.0), (12, 24.0)],
         }
 
-
-# --------------------------------------------------------------------------- Weights & Biases
 
 TRACK_WITH_WANDB = f"""
 import sys
