@@ -131,7 +131,7 @@ import runpy, sys
 from pathlib import Path
 import environment, text.corpora
 environment.CACHE, text.corpora.REPOSITORY = Path("cache").resolve(), Path.cwd()
-sys.argv = {arguments!r}
+sys.stdin, sys.argv = open(0), {arguments!r}  # a fork's old stdin is partly read
 if sys.argv[0] == "-m":
     del sys.argv[0]
     runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
