@@ -48,34 +48,32 @@ def with_tqdm(request, monkeypatch) -> bool:
     return request.param
 
 
-@pytest.mark.parametrize("terminal", [True, False])
-def test_say_shows_what_the_console_has_a_code_for(terminal, with_tqdm, consoles, monkeypatch):
-    for encoding, shown in (
-        ("ascii", "? caf? ?? a?b"),
-        ("cp1252", "? café ?? a?b"),
-        ("gbk", "? café 春江 a?b"),
-        ("utf-8", "✓ café 春江 a?b"),
-    ):
-        out, _ = consoles(encoding, terminal=terminal)
-        say("✓ café 春江 a\ud800b")
-        say()
-        assert out.shown() == f"{shown}\n\n"
+def test_a_console_is_shown_what_it_has_a_code_for_and_no_control_character(
+    with_tqdm, consoles, monkeypatch
+):
+    hostile = "a\x1b[2Jb\r\x07\x00\x7f\x9b3mc\td\ne\xa0é"
+    plain = "a[2Jb3mc\td\ne\xa0é\n"  # newline and tab stay
+    for terminal in (True, False):
+        for encoding, shown in (
+            ("ascii", "? caf? ?? a?b"),
+            ("cp1252", "? café ?? a?b"),
+            ("gbk", "? café 春江 a?b"),
+            ("utf-8", "✓ café 春江 a?b"),
+        ):
+            out, _ = consoles(encoding, terminal=terminal)
+            say("✓ café 春江 a\ud800b")
+            say()
+            assert out.shown() == f"{shown}\n\n"
+        out, err = consoles("utf-8", terminal=terminal)
+        say(hostile)
+        assert out.shown() == plain
+        tell(hostile)
+        assert err.shown() == plain
+        complain(hostile)
+        assert err.shown() == f"{plain}\n{plain}"
     monkeypatch.setattr(sys, "stdout", io.StringIO())  # which has no encoding
     say("✓ 春江")
     assert sys.stdout.getvalue() == "✓ 春江\n"
-
-
-@pytest.mark.parametrize("terminal", [True, False])
-def test_control_characters_reach_no_console_but_newline_and_tab(terminal, with_tqdm, consoles):
-    out, err = consoles("utf-8", terminal=terminal)
-    hostile = "a\x1b[2Jb\r\x07\x00\x7f\x9b3mc\td\ne\xa0é"
-    plain = "a[2Jb3mc\td\ne\xa0é\n"
-    say(hostile)
-    assert out.shown() == plain
-    tell(hostile)
-    assert err.shown() == plain
-    complain(hostile)
-    assert err.shown() == f"{plain}\n{plain}"
 
 
 def test_use_utf8_lets_every_character_through(consoles):

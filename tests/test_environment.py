@@ -56,23 +56,20 @@ def begin_run(**changes: Any) -> RuntimeEnv:
     return env
 
 
-@pytest.mark.parametrize(
-    ("there", "expected"),
-    [(("mps", "cuda"), "mps"), (("cuda", "xpu"), "cuda"), (("xpu",), "xpu"), ((), "cpu")],
-)
-def test_the_best_device_is_taken_in_the_order_mps_cuda_xpu_cpu(monkeypatch, there, expected):
-    counts = {"cpu": 1} | {kind: int(kind in there) for kind in ("mps", "cuda", "xpu")}
-    monkeypatch.setattr(planning.machine, "_count_devices", lambda: counts)
+def test_the_best_device_is_taken_in_the_order_mps_cuda_xpu_cpu(monkeypatch):
     monkeypatch.setattr(planning.machine, "_ready", lambda device: device)
-    assert pick_device(None).type == expected
+    for there in (["mps", "cuda"], ["cuda", "xpu"], ["xpu"], []):
+        counts = {"cpu": 1} | {kind: int(kind in there) for kind in ("mps", "cuda", "xpu")}
+        monkeypatch.setattr(planning.machine, "_count_devices", lambda counts=counts: counts)
+        assert pick_device(None).type == (there or ["cpu"])[0]
 
 
-@pytest.mark.parametrize("name", ["cuda", "cuda:1", "mps", "xpu"])
-def test_a_device_that_is_not_there_is_never_replaced(monkeypatch, name):
+def test_a_device_that_is_not_there_is_never_replaced(monkeypatch):
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(ResourceError, match=r"(?s)no such device.*Available here: cpu;"):
-        pick_device(name)
+    for name in ("cuda", "cuda:1", "mps", "xpu"):
+        with pytest.raises(ResourceError, match=r"(?s)no such device.*Available here: cpu;"):
+            pick_device(name)
 
 
 @pytest.mark.parametrize("stray", [None, "parameter", "buffer", "optimizer state", "batch"])
@@ -233,16 +230,6 @@ def threads(monkeypatch):
     return torch.set_num_threads  # the fixture one_thread sets it back
 
 
-def test_night_mode_leaves_half_of_the_threads_to_others_and_says_so(capsys, threads):
-    threads(4)
-    assert prepare().run.record.threads == 4
-    assert "night mode" not in capsys.readouterr().out
-    env = prepare(NIGHT_MODE=True)
-    assert env.run.record.threads == 2
-    assert "Note: night mode: 2 of 4 threads" in capsys.readouterr().out
-    assert torch.get_num_threads() == 4  # it is training that is to be slow
-
-
 @pytest.fixture
 def compiler(monkeypatch):
     """A compiler that does nothing."""
@@ -295,6 +282,9 @@ def test_a_run_that_goes_on_keeps_what_auto_came_to_or_records_the_change(
 
 
 def test_a_time_budget_becomes_the_steps_of_the_run_which_keeps_them(step_seconds, capsys):
+    assert prepare(time_budget_minutes=2, max_steps=9).run.record.total_steps == 9
+    said = "Note: time_budget_minutes is not used: max_steps, where set, alone ends the run"
+    assert said in capsys.readouterr().out
     step_seconds(0.5)
     before = begin_run(time_budget_minutes=2)
     # every four steps two batches are evaluated, at a third of a step's time each
@@ -309,12 +299,6 @@ def test_a_time_budget_becomes_the_steps_of_the_run_which_keeps_them(step_second
     assert env.run.goes_on and env.run.notes == []
     assert env.run.record.total_steps == expected and env.train_config == before.train_config
     assert "are expected to take" not in capsys.readouterr().out
-
-
-def test_max_steps_wins_over_a_time_budget_and_that_is_said(step_seconds, capsys):
-    assert prepare(time_budget_minutes=2, max_steps=9).run.record.total_steps == 9
-    said = "Note: time_budget_minutes is not used: max_steps, where set, alone ends the run"
-    assert said in capsys.readouterr().out
 
 
 def test_a_run_whose_steps_are_tried_is_the_run_that_it_would_be_and_is_not_written(
@@ -346,9 +330,15 @@ def test_preparing_writes_nothing_where_a_run_is_unfinished(workdir):
     assert everything_in(folder.parent) == before
 
 
-def test_a_run_that_goes_on_keeps_its_threads_unless_they_are_set_from_outside(
-    threads, monkeypatch
+def test_night_mode_halves_the_threads_and_a_run_that_goes_on_keeps_its_own(
+    threads, monkeypatch, capsys
 ):
+    threads(4)
+    assert prepare().run.record.threads == 4
+    assert "night mode" not in capsys.readouterr().out
+    assert prepare(NIGHT_MODE=True).run.record.threads == 2
+    assert "Note: night mode: 2 of 4 threads" in capsys.readouterr().out
+    assert torch.get_num_threads() == 4  # it is training that is to be slow
     threads(3)
     begin_run()
     threads(2)

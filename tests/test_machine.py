@@ -141,9 +141,8 @@ def cores(monkeypatch):
     return monkeypatch
 
 
-@pytest.mark.parametrize(
-    ("night", "device", "before", "expected"),
-    [
+def test_threads_are_the_usual_ones_half_at_night_or_those_of_the_run_that_goes_on(cores):
+    for night, device, before, expected in (
         (False, CPU, None, 4),
         (True, CPU, None, 2),
         (True, GPU, None, 4),
@@ -153,22 +152,18 @@ def cores(monkeypatch):
         (True, CPU, kept(night=True), 3),
         (False, CPU, kept(ranks=2), 4),
         (False, CPU, kept(threads=99), 8),
-    ],
-)
-def test_threads_are_the_usual_ones_half_at_night_or_those_of_the_run_that_goes_on(
-    cores, night, device, before, expected
-):
-    threads, notices = machine.decide_threads(night, device, ALONE, before)
-    assert threads == expected
-    halved = night and device == CPU
-    assert notices == [f"night mode: {expected} of 4 threads"] * halved
-    cores.setattr(machine, "threads_are_set", lambda _: True)
-    assert machine.decide_threads(night, device, ALONE, before)[0] == (2 if halved else 4)
+    ):
+        halved = night and device == CPU
+        notices = [f"night mode: {expected} of 4 threads"] * halved
+        assert machine.decide_threads(night, device, ALONE, before) == (expected, notices)
+        with cores.context() as patch:
+            patch.setattr(machine, "threads_are_set", lambda _: True)
+            assert machine.decide_threads(night, device, ALONE, before)[0] == (2 if halved else 4)
 
 
-@pytest.mark.parametrize(
-    ("night", "device", "before", "expected"),
-    [
+def test_the_micro_batch_is_the_whole_half_at_night_or_that_of_the_run_that_goes_on(cores):
+    said = "night mode: half of the memory, 4 windows at a time instead of 8"
+    for night, device, before, expected in (
         (False, CPU, None, 8),
         (True, CPU, None, 8),
         (True, GPU, None, 4),
@@ -177,15 +172,10 @@ def test_threads_are_the_usual_ones_half_at_night_or_those_of_the_run_that_goes_
         (True, GPU, kept(micro_batch=3), 4),
         (True, GPU, kept(night=True, micro_batch=3), 3),
         (False, GPU, kept(micro_batch=3, ranks=2), 8),
-    ],
-)
-def test_the_micro_batch_is_the_whole_half_at_night_or_that_of_the_run_that_goes_on(
-    cores, night, device, before, expected
-):
-    found, notices = machine.decide_micro_batch(night, device, 8, ALONE, before)
-    assert found == expected
-    said = "night mode: half of the memory, 4 windows at a time instead of 8"
-    assert notices == [said] * (night and device == GPU)
+    ):
+        notices = [said] * (night and device == GPU)
+        found = machine.decide_micro_batch(night, device, 8, ALONE, before)
+        assert found == (expected, notices)
 
 
 def test_a_micro_batch_that_failed_before_torchrun_started_again_is_not_tried_again(cores):

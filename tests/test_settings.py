@@ -31,12 +31,12 @@ MODEL_ENTRY = {"context_length": 16, "emb_dim": 64, "n_heads": 4, "n_layers": 1}
 COMPLETED_BY = {TrainingConfig: {}, RunSettings: {}, SamplingConfig: {}}
 COMPLETED_BY[GPTConfig] = MODEL_ENTRY | {"vocab_size": 10}
 
+FROM_ONE_ON = ("num_epochs", "max_steps", "batch_size", "stride", "eval_freq", "eval_iter")
+FROM_ONE_ON += ("patience", "save_every")
 LIMITS = {  # of each class -> of each name: what is refused, what is taken; the last is no default
     TrainingConfig: {
-        "num_epochs": ([0], [1, 5]),
-        "max_steps": ([0], [1, 7]),
+        **dict.fromkeys(FROM_ONE_ON, ([0], [1, 7])),
         "time_budget_minutes": ([0, 0.0, 1_000_001], [1e-9, 1_000_000, 2.5]),
-        "batch_size": ([0], [1, 2]),
         "gradient_accumulation_steps": ([0, 1_000_001], [1, 1_000_000, 4]),
         "optimizer": (["sgd", "AdamW", ""], ["adamw", "muon"]),
         "learning_rate": ([0, 0.0, 10.1, 1e308], [1e-12, 1, 10, 0.002]),
@@ -45,13 +45,8 @@ LIMITS = {  # of each class -> of each name: what is refused, what is taken; the
         "weight_decay": ([-1e-9, 1, 1.0], [0, 0.999, 0.2]),
         "max_grad_norm": ([-1e-9], [0, 1e308, 2, 0.5]),
         "max_length": ([0, 1_000_001], [1, 1_000_000, 32]),
-        "stride": ([0], [1, 16]),
         "sampling": (["shuffle", ""], ["random"]),
         "train_ratio": ([0, 0.0, 1, 1.0], [0.001, 0.999, 0.8]),
-        "eval_freq": ([0], [1, 11]),
-        "eval_iter": ([0], [1, 4]),
-        "patience": ([0], [1, 3]),
-        "save_every": ([0], [1, 6]),
         "save_minutes": ([0, 0.0], [1e-9, 600, 0.5]),
         "keep_checkpoints": ([0, 1, 1001], [2, 1000, 3]),
         "start_context": (["", " \n", [], ["a"] * 17], ["春", ["a"] * 16, ["Once", "春江"]]),

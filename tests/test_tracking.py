@@ -344,16 +344,10 @@ def test_wandb_goes_online_with_an_account_alone_and_training_goes_on_whatever_i
     pytest.importorskip("wandb")
     key, failed = {"WANDB_API_KEY": "0" * 40}, "Note: WeightsAndBiases failed and is left out"
     with pretended_wandb() as (address, connections):
-        base = {"WANDB_BASE_URL": f"http://{address}"}
-        forced = base | key | {"WANDB_MODE": "offline"}
-        printed = track_with_wandb(
-            tmp_path,
-            {
-                "my run": base,
-                "forced": forced,
-                "short key": {"WANDB_API_KEY": "short", "WANDB_MODE": ""},
-            },
-        )
+        sessions = {"my run": {"WANDB_BASE_URL": f"http://{address}"}}
+        sessions["forced"] = key | {"WANDB_MODE": "offline"}
+        sessions["short key"] = {"WANDB_API_KEY": "short", "WANDB_MODE": ""}
+        printed = track_with_wandb(tmp_path, sessions)
     assert printed[:2] == ["my run went on", "forced went on"]
     assert printed[2].startswith(failed) and printed[-1] == "short key went on"
     assert connections == []
