@@ -57,7 +57,10 @@ def test_an_edited_config_run_counts_at_the_next_reading_a_mistake_until_it_is_m
 def test_what_a_program_has_set_wins_over_an_edited_file_and_is_told(
     config_file, capsys, is_read_before
 ):
-    config_file.write_text("SEED = 1\nDATA = 'a'\ncustom_params = {}\n", encoding="utf-8")
+    def edit(text: str) -> None:
+        config_file.write_text(text, encoding="utf-8")
+
+    edit("SEED = 1\nDATA = 'a'\ncustom_params = {}\n")
     import config_run
 
     if is_read_before:
@@ -66,16 +69,15 @@ def test_what_a_program_has_set_wins_over_an_edited_file_and_is_told(
     config_run.custom_params["batch_size"] = 3  # the object stays the same
     assert given() == {"SEED": 5, "DATA": "a", "custom_params": {"batch_size": 3}}
     assert capsys.readouterr().out == ""
-    config_file.write_text("SEED = 9\nDATA = 'b'\ncustom_params = {}\n", encoding="utf-8")
+    edit("SEED = 9\nDATA = 'b'\ncustom_params = {}\n")
     assert given() == {"SEED": 5, "DATA": "b", "custom_params": {"batch_size": 3}}
-    note = "Note: as this program has set them, not as config_run.py: SEED, custom_params\n"
-    assert capsys.readouterr().out == note
-    config_file.write_text("SEED = 5\nDATA = 'b'\n", encoding="utf-8")
+    note = "Note: as this program has set them, not as config_run.py: "
+    assert capsys.readouterr().out == f"{note}SEED, custom_params\n"
+    edit("SEED = 5\nDATA = 'b'\n")
     assert given() == {"SEED": 5, "DATA": "b", "custom_params": {"batch_size": 3}}
-    config_file.write_text("SEED = 6\nDATA = 'b'\n", encoding="utf-8")
+    edit("SEED = 6\nDATA = 'b'\n")
     assert given()["SEED"] == 6  # the program's value was the file's own by then
-    note = "Note: as this program has set them, not as config_run.py: custom_params\n"
-    assert capsys.readouterr().out == 2 * note
+    assert capsys.readouterr().out == f"{note}custom_params\n" * 2
 
 
 def test_in_a_kernel_it_is_told_where_nobody_knows_which_file_was_imported(
@@ -86,9 +88,8 @@ def test_in_a_kernel_it_is_told_where_nobody_knows_which_file_was_imported(
 
     config_file.write_text("SEED = 2\nDATA = 'a'\n", encoding="utf-8")
     assert given() == {"SEED": 1, "DATA": "a"}
-    assert "Note: as this program has set them, not as config_run.py: SEED\n" in (
-        capsys.readouterr().out
-    )
+    note = "Note: as this program has set them, not as config_run.py: SEED\n"
+    assert note in capsys.readouterr().out
 
 
 def code_without_comments(source: str) -> str:
