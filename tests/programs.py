@@ -8,14 +8,17 @@ TINY = {"num_epochs": 1, "batch_size": 2, "max_length": 16, "eval_freq": 5, "eva
 TINY |= {"model_overrides": {"emb_dim": 8, "n_heads": 2, "n_layers": 1}}
 
 
-def write_settings(folder: Path, text: str = "river bell " * 50, **settings) -> str:
-    """A tiny custom run on a text, and settings of the caller's own."""
-    (folder / "text.txt").write_text(text, encoding="utf-8")
+def write_settings(folder: Path, text: str | None = "river bell " * 50, **settings) -> None:
+    """Write a tiny custom run on a text; names in lower case go into custom_params."""
+    if text is not None:
+        (folder / "text.txt").write_text(text, encoding="utf-8")
+    params = {name: value for name, value in settings.items() if name.islower()}
     values = {"DATA": "text.txt", "TOKENIZER": "char", "PRECISION": "fp32", "CUSTOM_MODE": True}
-    values |= {"custom_params": TINY} | settings
+    values |= {name: value for name, value in settings.items() if name not in params}
+    values["sampling_params"] = params.pop("sampling_params", {})
+    values["custom_params"] = TINY | params
     lines = [f"{name} = {value!r}\n" for name, value in values.items()]
     (folder / "settings.py").write_text("".join(lines), encoding="utf-8")
-    return "settings.py"
 
 
 def everything_in(folder: Path | str) -> dict[str, tuple[int, bytes | None]]:

@@ -17,12 +17,9 @@ from environment import RuntimeEnv, check_devices, pick_device, prepare_environm
 from model import GPTConfig, GPTModel
 from planning import trial
 from storage import tracking
-from tests.programs import everything_in
+from tests.programs import everything_in, write_settings
 
 TEXT = "The ferry crosses the river at dawn, and the bell rings twice for bread. " * 12
-SETTINGS = {"DATA": "text.txt", "TOKENIZER": "char", "CUSTOM_MODE": True}
-CUSTOM = {"num_epochs": 2, "batch_size": 2, "max_length": 16, "eval_freq": 4, "eval_iter": 1}
-MODEL = {"model_overrides": {"emb_dim": 16, "n_heads": 2, "n_layers": 1}}
 
 
 @pytest.fixture(autouse=True)
@@ -31,15 +28,9 @@ def text(workdir):
     (workdir / "text.txt").write_text(TEXT, encoding="utf-8")
 
 
-def prepare(own: str = "", **changes: Any) -> RuntimeEnv:
-    """A small custom run with changes: settings in capitals, others of custom_params.
-
-    own is what stands before them in the file.
-    """
-    settings = SETTINGS | {name: changes.pop(name) for name in [*changes] if name.isupper()}
-    settings["custom_params"] = CUSTOM | MODEL | changes
-    lines = [own, *(f"{name} = {value!r}" for name, value in settings.items())]
-    Path("settings.py").write_text("\n".join(lines), encoding="utf-8")
+def prepare(**changes: Any) -> RuntimeEnv:
+    """A small custom run with changes."""
+    write_settings(Path(), None, **{"num_epochs": 2, "eval_freq": 4} | changes)
     return prepare_environment("settings.py")
 
 
@@ -143,15 +134,15 @@ def test_a_mistake_in_a_settings_file_is_named_with_its_place(workdir, line, sai
 
 
 def test_a_settings_file_may_compute_and_takes_numbers_of_other_libraries():
-    own = "import math\nimport numpy as np\nfrom fractions import Fraction\n"
-    own += "SEED = np.int64(5)\ndef half(n):\n    return n // 2\n"
-    env = prepare(own)
-    assert type(env.run.record.asked.seed) is int and env.run.record.asked.seed == 5
-    text = Path("settings.py").read_text("utf-8")
+    write_settings(Path(), None, num_epochs=2)
+    text = "import math\nimport numpy as np\nfrom fractions import Fraction\n"
+    text += "def half(n):\n    return n // 2\n" + Path("settings.py").read_text("utf-8")
     computed = "'num_epochs': half(np.int32(6)), 'learning_rate': Fraction(1, 100)"
-    Path("settings.py").write_text(text.replace("'num_epochs': 2", computed), "utf-8")
-    training = prepare_environment("settings.py").train_config
-    assert (training.num_epochs, training.learning_rate) == (3, 0.01)
+    text = text.replace("'num_epochs': 2", computed) + "SEED = np.int64(5)\n"
+    Path("settings.py").write_text(text, "utf-8")
+    env = prepare_environment("settings.py")
+    assert type(env.run.record.asked.seed) is int and env.run.record.asked.seed == 5
+    assert (env.train_config.num_epochs, env.train_config.learning_rate) == (3, 0.01)
 
 
 @pytest.mark.parametrize(
@@ -169,7 +160,7 @@ def test_what_can_not_be_had_is_an_error_before_anything_is_read(monkeypatch, ch
 )
 def test_bf16_or_fp32_is_chosen_by_the_hardware_and_printed(monkeypatch, capsys, has_it, said):
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": has_it})
-    env = prepare(max_steps=1)
+    env = prepare(PRECISION="auto", max_steps=1)
     assert env.run.record.precision.name == env.precision.name == said[:4]
     assert f"Precision: {said}" in capsys.readouterr().out
 

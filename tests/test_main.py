@@ -21,7 +21,7 @@ import training.learner
 from engine.errors import ResourceError
 from tests.conftest import REPOSITORY
 from tests.forking import CAN_FORK, fork
-from tests.programs import TINY, write_settings
+from tests.programs import write_settings
 
 CHECKPOINT_FILES = {"model.safetensors", "optimizer.safetensors", "state.json", "manifest.json"}
 
@@ -46,10 +46,10 @@ def names_in(folder: Path) -> set[str]:
 
 @pytest.fixture
 def start(workdir, capsys, no_pictures):
-    """Run a tiny program, with custom_params and settings of a test's own; what it printed."""
+    """Run a tiny program with settings of a test's own; what it printed."""
 
-    def run(code: int = 0, params: dict | None = None, **settings):
-        write_settings(workdir, custom_params=TINY | (params or {}), **settings)
+    def run(code: int = 0, **settings):
+        write_settings(workdir, **settings)
         assert main.main(["settings.py"]) == code
         return capsys.readouterr()
 
@@ -74,8 +74,9 @@ def test_a_run_on_chinese_text_writes_readable_samples_of_each_prompt(workdir, s
     (workdir / "val.txt").write_text(text[:200], encoding="utf-8")
     prompts = ["春江", "往事"]
     printed = start(
-        params={"start_context": prompts, "sampling": "random"},
         text=text,
+        start_context=prompts,
+        sampling="random",
         RUN_NAME="春江 one",
         DATA={"path": "text.txt", "val": "val.txt"},
         sampling_params={"max_new_tokens": 30, "temperature": 1.0},
@@ -115,7 +116,7 @@ def test_the_last_samples_heed_every_limit_and_end_where_the_model_ends_its_text
     monkeypatch.setattr(train, "generate", generate)
     sampling = {"max_new_tokens": 8, "temperature": 1.5, "min_p": 0.1, "top_k": 3, "top_p": None}
     sampling |= {"repetition_penalty": 2.0, "repetition_window": 7}
-    printed = start(params={"start_context": "river"}, sampling_params=sampling).out
+    printed = start(start_context="river", sampling_params=sampling).out
     samples = re.findall(r"^(Greedy|Top-. \(.+\)): (.*)$", printed, re.MULTILINE)
     assert samples == [(label, "riverriv") for label in ("Greedy", "Top-k (3)", "Top-p (all)")]
     same = {name: value for name, value in sampling.items() if not name.startswith("top_")}
@@ -152,7 +153,7 @@ def test_bad_input_ends_with_its_exit_code_and_help(workdir, start, settings, co
 
 @pytest.mark.parametrize("n_words", [1, 9])
 def test_a_text_shorter_than_a_window_or_a_batch_is_trained_on_and_said(workdir, start, n_words):
-    printed = start(params={"batch_size": 64}, text="rivers bell " * n_words).out
+    printed = start(batch_size=64, text="rivers bell " * n_words).out
     assert "Note: batch_size is lowered from 64" in printed
     assert ("Note: max_length is lowered from 16" in printed) == (n_words == 1)
     assert summary_in(workdir)["steps"] == 1
@@ -206,11 +207,11 @@ def test_a_diverging_run_ends_with_5_and_names_the_last_good_checkpoint(
 ):
     with monkeypatch.context() as patch:
         spoil_losses(patch, lambda step: True)
-        assert "No checkpoint was made yet." in start(5, {"max_steps": 30}, RUN_NAME="one").err
-    params = {"max_steps": 30, "save_every": 2}
+        assert "No checkpoint was made yet." in start(5, max_steps=30, RUN_NAME="one").err
+    settings = {"RUN_NAME": "one", "max_steps": 30, "save_every": 2}
     with monkeypatch.context() as patch:
         spoil_losses(patch, lambda step: step > 6)
-        error = start(5, params, RUN_NAME="one").err
+        error = start(5, **settings).err
     assert "training diverged" in error
     assert "begin a run with a third of it" in error
     named = workdir / re.search(r"The last good one: (\S+)", error)[1]
@@ -218,7 +219,7 @@ def test_a_diverging_run_ends_with_5_and_names_the_last_good_checkpoint(
     assert not (only_run(workdir) / "summary.json").exists()
     weights = safetensors.torch.load_file(named / "model.safetensors")
     assert all(value.isfinite().all() for value in weights.values())
-    assert "Resuming" in start(0, params, RUN_NAME="one").out
+    assert "Resuming" in start(**settings).out
 
 
 def test_without_matplotlib_and_tqdm_a_run_trains_and_a_step_that_is_not_finite_is_skipped(
@@ -227,7 +228,7 @@ def test_without_matplotlib_and_tqdm_a_run_trains_and_a_step_that_is_not_finite_
     for library in ("matplotlib", "tqdm"):
         monkeypatch.setitem(sys.modules, library, None)
     spoil_losses(monkeypatch, lambda step: step == 3)
-    printed = start(params={"max_steps": 8})
+    printed = start(max_steps=8)
     assert "matplotlib is not installed: no picture" in printed.out
     assert re.search(r"^Epoch 1: 8/\d+$", printed.err, re.MULTILINE)
     assert not (workdir / "training_losses.png").exists()
@@ -250,7 +251,7 @@ def test_without_matplotlib_and_tqdm_a_run_trains_and_a_step_that_is_not_finite_
 def test_memory_that_runs_out_is_said_with_what_to_change_and_the_checkpoint_is_kept(
     workdir, start, monkeypatch, error, where, calls
 ):
-    params = {"max_steps": 8, "eval_freq": 4, "save_every": 2}
+    settings = {"max_steps": 8, "eval_freq": 4, "save_every": 2}
     real, count = getattr(training.learner, where), itertools.count(1)
 
     def run_out(*arguments, **options):
@@ -260,14 +261,14 @@ def test_memory_that_runs_out_is_said_with_what_to_change_and_the_checkpoint_is_
 
     with monkeypatch.context() as patch:
         patch.setattr(training.learner, where, run_out)
-        message = start(6, params).err
+        message = start(6, **settings).err
     assert "out of memory" in message
     assert "Set a smaller batch_size and, for the same step, more gradient_accumulation" in message
     assert "Traceback" not in message
     newest = max((only_run(workdir) / "checkpoints").iterdir())
     assert newest.name == "step-00000004"  # with an evaluation on the same step, the save is first
     assert names_in(newest) == CHECKPOINT_FILES
-    assert "4 of 8 steps are done" in start(0, params).out
+    assert "4 of 8 steps are done" in start(**settings).out
 
 
 @pytest.mark.skipif(os.name == "nt", reason="POSIX signals")
@@ -317,7 +318,8 @@ def test_a_disk_without_room_is_told_before_training_each_time(workdir, start, m
 
 def test_a_run_that_patience_ended_goes_on_with_more_patience(workdir, start):
     impatient = {"max_steps": 12, "eval_freq": 1, "learning_rate": 5.0, "patience": 1}
-    start(params=impatient, RUN_NAME="one")
+    impatient["RUN_NAME"] = "one"
+    start(**impatient)
     before = summary_in(workdir)
     assert before["steps"] < 12
     (loss,) = (
@@ -326,9 +328,8 @@ def test_a_run_that_patience_ended_goes_on_with_more_patience(workdir, start):
         if row.get("val/loss") is not None and row["step"] == before["weights_of_step"]
     )
     assert before["final_train_loss"] == loss
-    printed = start(params=impatient | {"max_steps": 15}, RUN_NAME="one").out
-    assert "patience goes on with it" in printed
-    start(params=impatient | {"patience": None}, RUN_NAME="one")
+    assert "patience goes on with it" in start(**impatient | {"max_steps": 15}).out
+    start(**impatient | {"patience": None})
     assert summary_in(workdir)["steps"] == 12
 
 
@@ -349,7 +350,7 @@ def test_what_a_run_had_in_memory_is_free_once_main_returns(start, monkeypatch):
     before = signal.getsignal(signal.SIGINT)
     for error, code in ((ResourceError, 6), (signal.SIGINT, 130), (None, 0)):
         monkeypatch.setattr(training.learner, "take_step", ending_by(error))
-        start(code, {"max_steps": 3})
+        start(code, max_steps=3)
         gc.collect()
         assert models and not any(model() for model in models)
         assert signal.getsignal(signal.SIGINT) is before
@@ -366,7 +367,7 @@ def test_an_interrupt_in_another_thread_than_the_main_one_ends_with_130_too(star
     monkeypatch.setattr(training.learner, "take_step", take_step)
     for code in (130, 0):
         run = threading.Thread(
-            target=lambda code=code: printed.append(start(code, {"max_steps": 5, "save_every": 1}))
+            target=lambda code=code: printed.append(start(code, max_steps=5, save_every=1))
         )
         run.start()
         run.join()

@@ -24,23 +24,18 @@ import environment
 import main
 import train
 from engine.errors import Stopped
-from planning.plan import RunSettings
 from storage.files import FolderLock
 from tests.conftest import REPOSITORY
 from tests.hostile import Canary
-from tests.programs import everything_in
+from tests.programs import everything_in, write_settings
 from text.corpora import CORPORA
 from text.tokenizer import train_bpe
 from training import journal, learner
 
 TEXT = "the river carries the bell and the bell carries the river " * 12
 STEPS, STOPPED_AT = 8, 3
-PARAMS = {"max_steps": STEPS, "batch_size": 2, "max_length": 16, "eval_freq": 4, "eval_iter": 1}
-PARAMS |= {"start_context": "the"}
-PARAMS |= {"model_overrides": {"emb_dim": 8, "n_heads": 2, "n_layers": 1}}
-SETTINGS = {"DATA": "text.txt", "TOKENIZER": "char", "CUSTOM_MODE": True}
+SETTINGS = {"max_steps": STEPS, "eval_freq": 4, "start_context": "the"}
 SETTINGS |= {"sampling_params": {"max_new_tokens": 3}}
-OWN = {field.name for field in dataclasses.fields(RunSettings)}  # the rest is custom_params'
 
 
 class Outcome(NamedTuple):
@@ -51,15 +46,6 @@ class Outcome(NamedTuple):
     err: str
 
 
-def write_settings(**settings) -> None:
-    """Write settings.py; what is no setting of its own goes into custom_params, None nowhere."""
-    ours = {name: value for name, value in settings.items() if name in OWN}
-    params = {name: value for name, value in settings.items() if name not in OWN}
-    values = SETTINGS | {"custom_params": PARAMS | params} | ours
-    lines = [f"{name} = {value!r}\n" for name, value in values.items() if value is not None]
-    Path("settings.py").write_text("".join(lines), encoding="utf-8")
-
-
 @pytest.fixture
 def start(workdir, monkeypatch, capsys):
     """Start the program with settings, and stop it by Ctrl-C after some steps where asked."""
@@ -68,7 +54,7 @@ def start(workdir, monkeypatch, capsys):
     (workdir / "text.txt").write_text(TEXT, encoding="utf-8")
 
     def run(stop_after: int | None = None, **settings) -> Outcome:
-        write_settings(**settings)
+        write_settings(workdir, None, **SETTINGS | settings)
         done = 0
 
         def step(*arguments, **options):
@@ -227,7 +213,7 @@ def test_a_run_killed_between_its_last_save_and_the_summary_finishes_with_nothin
 
 @pytest.mark.parametrize("name", [None, "one"])
 def test_a_script_that_was_stopped_trains_the_same_environment_to_its_end(start, monkeypatch, name):
-    write_settings(RUN_NAME=name)
+    write_settings(Path(), None, **SETTINGS, RUN_NAME=name)
     env = environment.prepare_environment("settings.py")
     real, done = learner.take_step, []
 

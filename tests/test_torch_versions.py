@@ -18,7 +18,7 @@ from model import GPTConfig, attention_kernel
 from storage.checkpoint import read_safetensors
 from tests.conftest import train_in
 from tests.hostile import project_trees
-from tests.programs import TINY, write_settings
+from tests.programs import write_settings
 
 CPU = torch.device("cpu")
 # what torch 2.13 has and 2.7 has not, of the modules that are used or may come to be
@@ -126,10 +126,10 @@ def oldest_torch(monkeypatch):
 
 
 def test_the_oldest_torch_trains_saves_loads_and_generates(oldest_torch, no_pictures, tmp_path):
-    params = TINY | {"max_steps": 2, "eval_freq": 2, "optimizer": "muon", "start_context": "river"}
-    params["model_overrides"] = {"n_heads": 1, "n_layers": 1, "emb_dim": 64, "drop_rate": 0.1}
-    settings = {"DEVICE": "cpu", "PRECISION": "auto", "COMPILE": False, "RUN_NAME": "tiny"}
-    settings |= {"custom_params": params, "sampling_params": {"max_new_tokens": 3}}
+    settings = {"max_steps": 2, "eval_freq": 2, "optimizer": "muon", "start_context": "river"}
+    settings["model_overrides"] = {"n_heads": 1, "n_layers": 1, "emb_dim": 64, "drop_rate": 0.1}
+    settings |= {"DEVICE": "cpu", "PRECISION": "auto", "COMPILE": False, "RUN_NAME": "tiny"}
+    settings |= {"sampling_params": {"max_new_tokens": 3}}
     write_settings(tmp_path, "the river carries the bell " * 20, **settings)
     run = train_in(tmp_path, (tmp_path / "settings.py").read_text(encoding="utf-8"))
     assert json.loads((run / "summary.json").read_text(encoding="utf-8"))["steps"] == 2
