@@ -94,10 +94,10 @@ def test_without_a_terminal_the_bar_is_drawn_once_at_the_end_and_without_tqdm_as
         assert err.shown() == f"Epoch 1: 100%|{full * 30}| 9/9\n"
         assert out.shown() == ""
     monkeypatch.setitem(sys.modules, "tqdm", None)
-    for terminal in (True, False):
+    for terminal, first in ((True, 0), (False, 0), (False, 6)):  # 6: of work that goes on
         out, err = consoles("ascii", terminal=terminal)
-        assert list(track(iter("abc"), 3, "Epoch 1")) == ["a", "b", "c"]
-        assert (out.shown(), err.shown()) == ("", "Epoch 1: 3/3\n")
+        assert list(track(iter("abc"), first + 3, "Epoch 1", first)) == ["a", "b", "c"]
+        assert (out.shown(), err.shown()) == ("", f"Epoch 1: {first + 3}/{first + 3}\n")
 
 
 def test_on_a_terminal_the_bar_moves_from_where_it_was_and_ends_full(consoles):

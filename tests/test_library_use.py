@@ -14,7 +14,7 @@ config_run.custom_params = {
     "batch_size": 4,
     "learning_rate": 5e-3,
     "weight_decay": 0.1,
-    "eval_freq": 10,
+    "eval_freq": 20,
     "eval_iter": 2,
     "max_length": 32,
     "stride": 32,
@@ -58,7 +58,7 @@ if __name__ == "__main__":
 
 def test_a_script_sets_config_run_prepares_and_trains_and_makes_a_loader_of_a_string(tmp_path):
     story = (REPOSITORY / "corpus" / "sample-en.txt").read_text(encoding="utf-8")
-    (tmp_path / "story.txt").write_text(story[:6000], encoding="utf-8")
+    (tmp_path / "story.txt").write_text(story[:4000], encoding="utf-8")
     (tmp_path / "mine.py").write_text(SCRIPT, encoding="utf-8")
     code = "import runpy\nrunpy.run_path('mine.py', run_name='__main__')"
     script = Program(tmp_path, 1, code, env={"PYTHONPATH": str(REPOSITORY)})
