@@ -81,6 +81,8 @@ def test_auto_finds_unfinished_runs_the_newest_first_but_those_with_this_data_be
     keep("2026-01-02", settings={**RECORD.settings, "DATA": "my.txt"})
     keep("2026-01-04", steps=3)
     keep("2026-01-05", plan=plan_of(SEED=1))
+    Path("runs/other-program").mkdir()
+    Path("runs/other-program/settings.json").write_text('{"editor": "vim"}', encoding="utf-8")
     assert found() == ["2026-01-03", "2026-01-01", "2026-01-02"]
     assert found(data="my.txt") == ["2026-01-02", "2026-01-03", "2026-01-01"]
     assert find().notes == () and not find().named and find().folder.name.endswith("-custom")
@@ -112,17 +114,13 @@ def test_damaged_files_of_a_run_are_named_and_auto_passes_over_it(content):
             find("two")
 
 
-def test_settings_of_other_programs_are_none_of_our_business():
-    Path("runs/other").mkdir(parents=True)
-    Path("runs/other/settings.json").write_text('{"editor": "vim"}', encoding="utf-8")
-    assert find().runs == find().notes == ()
-
-
-def test_a_free_name_begins_a_run_and_one_that_is_taken_goes_on():
+def test_a_free_name_begins_a_run_and_one_that_is_taken_goes_on_unless_it_is_in_use():
     assert (find("one").folder, find("one").named, find("one").runs) == (Path("runs/one"), True, ())
     run = keep("one")
     for arguments in ({"run_name": "one"}, {"resume": "runs/one"}):
         assert find(**arguments).folder == find(**arguments).runs[0].path == run
+        with FolderLock(run), pytest.raises(BusyError, match="is in use by process"):
+            find(**arguments)
     with pytest.raises(CheckpointError, match="runs/one is already there, and RESUME is False"):
         find("one", resume=False)
 
@@ -155,13 +153,6 @@ def test_other_settings_refuse_a_named_run_with_every_difference():
             "  train_ratio: 0.9 then, 0.8 now",
             "  total steps: 3 then, 2 now (more is possible, less is not)",
         ]
-
-
-def test_a_run_that_another_program_trains_is_refused():
-    with FolderLock(keep("one")):
-        for arguments in ({"run_name": "one"}, {"resume": "runs/one"}):
-            with pytest.raises(BusyError, match="is in use by process"):
-                find(**arguments)
 
 
 @pytest.mark.parametrize(
