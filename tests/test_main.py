@@ -297,6 +297,7 @@ def test_a_second_lost_worker_does_not_spoil_the_report_on_the_first(start, monk
         signal.signal(signal.SIGCHLD, before)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not CAN_FORK, reason="needs a fork and /dev/full")
 def test_output_that_nobody_can_take_does_not_end_a_run(tmp_path):
     write_settings(tmp_path)
