@@ -295,6 +295,7 @@ class Screen:
         os.close(self._theirs)
 
 
+@pytest.mark.slow
 @ON_POSIX
 def test_ctrl_c_in_a_real_terminal_ends_the_answer_and_then_the_program(tiny_run, tmp_path):
     options = ("--weights", "fp32", "--max-new-tokens", "100000")

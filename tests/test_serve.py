@@ -657,6 +657,7 @@ def client_of(process: Program) -> Client:
     return Client(int(re.match(GREETING, process.out)[1]), TOKEN)
 
 
+@pytest.mark.slow
 @ON_POSIX
 def test_ctrl_c_in_mid_stream_ends_it_cleanly_and_no_prompt_or_token_was_ever_printed(process):
     secret, client = "a-planted-prompt", client_of(process)
