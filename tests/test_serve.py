@@ -384,8 +384,8 @@ def test_with_a_token_nothing_but_the_page_is_shown_without_it(run, tmp_path):
 
         def status(path: str, authorization: str | None, **body) -> int:
             headers = {} if authorization is None else {"Authorization": authorization}
-            method = "POST" if body else "GET"
-            answer = requests.request(method, server.url + path, headers=headers, json=body)
+            options = {"headers": headers, "json": body, "timeout": 60}
+            answer = requests.request("POST" if body else "GET", server.url + path, **options)
             if answer.status_code == 401:
                 assert answer.headers["www-authenticate"] == "Bearer"
                 assert answer.json()["error"]["code"] == "invalid_api_key"
@@ -402,9 +402,8 @@ def test_with_a_token_nothing_but_the_page_is_shown_without_it(run, tmp_path):
         facts = server.get("/run.json").json()
         assert (facts["final_val_loss"], facts["text"]) == (None, [])
         assert (facts["sampling"]["temperature"], facts["seed"]) == (5, 3)
-        assert (
-            server.post(prompt=ENDLESS, temperature=0).json()["usage"]["completion_tokens"] == 100
-        )
+        usage = server.post(prompt=ENDLESS, temperature=0).json()["usage"]
+        assert usage["completion_tokens"] == 100
         seeds = ({}, {}, {"seed": 4}, {"seed": 4, "temperature": 5})
         answers = [server.post(prompt="The", max_tokens=20, **seed).json() for seed in seeds]
         three, again, four, same = (answer["choices"] for answer in answers)
