@@ -545,7 +545,7 @@ def test_senders_and_readers_have_a_time_but_not_long_answers_and_kept_connectio
     head = f"POST /v1/completions HTTP/1.1\r\nHost: localhost:{server.port}\r\n".encode()
     body = head + b"Content-Length: 100\r\n\r\n{"
     with contextlib.ExitStack() as stack:
-        slow = [stack.enter_context(server.connect()) for _ in range(20)]
+        slow = [sock, *(stack.enter_context(server.connect()) for _ in range(20))]
         for i, connection in enumerate(slow):  # half send their head bit by bit, half their body
             connection.sendall(body if i % 2 else head)
         server.let_pass(guard.REQUEST_SECONDS - 5)
