@@ -17,35 +17,35 @@ POEM = "春江潮水连海平，海上明月共潮生。"
 # what the model has by heart: wide characters, joined emoji, and orders to a terminal
 STORY = f"The ferry crossed.\n{POEM}\n👩‍🚀😀 \x1b[31mred\x1b[0m\x07\x9b1m end."
 SHOWN = f"The ferry crossed.\n{POEM}\n👩‍🚀😀 [31mred[0m1m end."
-SETTINGS = """
+ENDLESS = "啦la " * 16  # goes on like this, and fills the context alone
+CONTEXT = 48  # in characters
+SETTINGS = f"""
 CUSTOM_MODE = True
-DATA = {"path": "train.jsonl", "val": "val.jsonl"}
+DATA = {{"path": "train.jsonl", "val": "val.jsonl"}}
 TOKENIZER = "char"
-custom_params = {
+custom_params = {{
     "max_steps": 180,
     "batch_size": 8,
-    "max_length": 48,
+    "max_length": {CONTEXT},
     "learning_rate": 0.01,
     "warmup_steps": 5,
     "eval_freq": 180,
     "eval_iter": 1,
     "start_context": "The",
-    "model_overrides": {"n_heads": 2, "n_layers": 2, "emb_dim": 32, "drop_rate": 0.0},
-}
-sampling_params = {"max_new_tokens": 100, "temperature": 0.0}
+    "model_overrides": {{"n_heads": 2, "n_layers": 2, "emb_dim": 32, "drop_rate": 0.0}},
+}}
+sampling_params = {{"max_new_tokens": 100, "temperature": 0.0}}
 DEVICE = "cpu"
 PRECISION = "fp32"
 RUN_NAME = "tiny"
 COMPILE = False
 """
 ON_POSIX = pytest.mark.skipif(os.name == "nt", reason="Windows has neither SIGINT nor ptys")
-
-
 _trained: list[Path] = []
 
 
 def tiny_run(factory: pytest.TempPathFactory) -> Path:
-    """A run that has STORY by heart, and "啦la 啦la ..." without an end; trained once a session.
+    """A run that has STORY by heart, and ENDLESS without an end; trained once a session.
 
     By heart is what any processor's rounding leaves the likeliest: what follows on other prompts
     is for a test to compute.
@@ -63,8 +63,9 @@ def _train(folder: Path) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(sys.modules, "matplotlib.figure", None)  # drawing takes longer than training
         run = train_in(folder, SETTINGS)
+    (run / "training_losses.png").write_bytes(b"a picture")
     loaded = environment.load_run(run, weights="fp32")
-    for text in (STORY, "啦la " * 16):
+    for text in (STORY, ENDLESS):
         ids = loaded.tokenizer.encode(text)
         # from the beginning, as prompts of the tests have it, and in the middle after 24 tokens
         windows = [(9, ids[:48]), *((24, ids[at : at + 48]) for at in range(len(ids) - 47))]
@@ -74,6 +75,15 @@ def _train(folder: Path) -> Path:
             of_next = probabilities[range(known - 1, 47), window[known:]]
             assert of_next.min() > 0.6, f"not by heart: {of_next.min():.2f}"
     return run
+
+
+def program(name: str, *arguments: str, first: str = "") -> str:
+    """The code of a process that is scripts/NAME.py, after what a test does to its streams."""
+    streams = "sys.stdin, sys.stdout, sys.stderr = open(0), open(1, 'w'), open(2, 'w')"
+    return (
+        f"import os, sys\n{first}\n{streams}\nsys.argv = {['program', *arguments]!r}\n"
+        f"from scripts import {name}, options\noptions.run_program({name}.main)"
+    )
 
 
 class Terminal(io.TextIOWrapper):

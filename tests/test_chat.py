@@ -1,14 +1,14 @@
 """The conversation in a terminal: turns, commands, Ctrl-C, and what reaches the screen."""
 
-import contextlib
 import dataclasses
 import io
 import os
 import re
 import select
-import subprocess
+import signal
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -16,10 +16,9 @@ from generation import SamplingConfig, stream_text
 from scripts import chat
 from scripts.options import run_program
 from tests import by_heart
-from tests.by_heart import ON_POSIX, SHOWN, Done, Terminal
-from tests.conftest import REPOSITORY
+from tests.by_heart import CONTEXT, ON_POSIX, SHOWN, Done, Terminal
+from tests.launching import Program, wait_until
 
-CONTEXT = 48  # of the tiny run, in characters
 HOT = ("--temperature", "5", "--top-k", "none", "--top-p", "none", "--max-new-tokens", "12")
 
 
@@ -67,12 +66,7 @@ def remarks(done: Done) -> list[str]:
     return done.err.splitlines()[4:]
 
 
-# ----------------------------------------------------------------------------------- turns
-
-
-def test_answers_are_all_of_standard_output_and_the_beginning_tells_what_talks(
-    talk, drawn, tiny_run
-):
+def test_answers_are_all_of_standard_output_below_what_tells_who_talks(talk, drawn, tiny_run):
     done = talk("The ferry", "", "   ", "啦la 啦la", options=("--max-new-tokens", "8", "--seed=5"))
     first, second = (call["answer"] for call in drawn)
     assert (done.code, done.out) == (0, f"{first}\n{second}\n")
@@ -86,8 +80,7 @@ def test_answers_are_all_of_standard_output_and_the_beginning_tells_what_talks(
 
 
 def test_an_answer_ends_at_the_end_of_text_or_a_stop_string_and_may_have_no_text(talk):
-    done = talk("The ferry")
-    assert "The ferry" + done.out == SHOWN + "\n"
+    assert "The ferry" + talk("The ferry").out == SHOWN + "\n"
     done = talk("The ferry", options=("--stop", "海", "--stop", "平"))
     assert done.out == " crossed.\n春江潮水连\n"
     done = talk("The ferry", options=("--stop", " cross"))
@@ -95,9 +88,7 @@ def test_an_answer_ends_at_the_end_of_text_or_a_stop_string_and_may_have_no_text
     assert "/retry draws again" in done.err
 
 
-def test_turns_are_joined_with_blank_lines_and_half_characters_are_made_whole(
-    talk, drawn, monkeypatch
-):
+def test_turns_are_joined_with_blank_lines_in_whole_characters(talk, drawn, monkeypatch):
     talk("The", "二", " /set is text", options=("--max-new-tokens", "2"))
     first, second, third = drawn
     assert first["prompt"] == "The"
@@ -116,7 +107,7 @@ def test_turns_are_joined_with_blank_lines_and_half_characters_are_made_whole(
     assert poem.endswith("\n\n春江")
 
 
-def test_the_oldest_turns_make_room_for_the_answer(talk, drawn):
+def test_the_oldest_turns_make_room_for_the_answer_up_to_half_of_the_context(talk, drawn):
     lines = [f"turn {i}" for i in range(9)]
     talk(*lines, options=("--max-new-tokens", "6", "--stop", "\x00"))
     turns = [f"{line}{call['answer']}".rstrip() for line, call in zip(lines, drawn, strict=True)]
@@ -126,9 +117,7 @@ def test_the_oldest_turns_make_room_for_the_answer(talk, drawn):
         assert len(call["prompt"]) <= CONTEXT - 6
         assert first == 0 or len("\n\n".join([*turns[first - 1 : i], lines[i]])) > CONTEXT - 6
     assert 0 < len(drawn[-1]["prompt"].split("\n\n")) < 9
-
-
-def test_an_answer_is_given_half_of_the_context_at_most(talk, drawn):
+    drawn.clear()
     turn, fits = "The ferry crossed", "12345"
     assert len(f"{turn}\n\n{fits}") == CONTEXT // 2
     talk(turn, fits, "/reset", turn, fits + "6", options=("--max-new-tokens", "999", "--stop", "."))
@@ -141,9 +130,6 @@ def test_a_turn_that_is_longer_than_the_context_is_answered(talk, drawn):
     assert len("啦la " * 9) >= CONTEXT // 2
     assert done.out.startswith("la 啦la\n")
     assert drawn[1]["prompt"] == "short"
-
-
-# -------------------------------------------------------------------------------- commands
 
 
 def test_retry_draws_the_last_answer_again_with_another_seed(talk, drawn):
@@ -166,18 +152,12 @@ def test_reset_forgets_all_that_was_said(talk, drawn):
 
 
 def test_set_changes_what_it_names_for_the_next_answer(talk, drawn):
-    done = talk(
-        "A",
-        "/set temperature=0.5 top_k=none max-new-tokens = 3",
-        "B",
-        "/set top_k = 7",
-        "C",
-    )
+    lines = ("A", "/set temperature=0.5 top_k=none max-new-tokens = 3", "B", "/set top_k = 7", "C")
+    done = talk(*lines)
     before, after, last = drawn
-    assert (after["temperature"], after["top_k"], after["max_new_tokens"]) == (0.5, None, 3)
-    changed = {"temperature", "top_k", "max_new_tokens"}
-    same = {field.name for field in dataclasses.fields(SamplingConfig)} - changed
-    assert {name: before[name] for name in same} == {name: after[name] for name in same}
+    changed = {"temperature": 0.5, "top_k": None, "max_new_tokens": 3}
+    names = [field.name for field in dataclasses.fields(SamplingConfig)]
+    assert {n: after[n] for n in names} == {n: before[n] for n in names} | changed
     assert (last["temperature"], last["top_k"]) == (0.5, 7)
     assert remarks(done) == ["temperature = 0.5", "top_k = none", "max_new_tokens = 3", "top_k = 7"]
 
@@ -193,44 +173,31 @@ def test_a_wrong_set_is_told_and_changes_nothing(talk):
         "top_k=5 run=x": "run is unknown",
     }
     done = talk(*(f"/set {values}" for values in wrong), "/set", options=("--top-p", "none"))
-    errors, settings = remarks(done)[:-7], remarks(done)[-7:]
-    for said in (*wrong.values(), "top_k is 0"):
-        assert said in "\n".join(errors)
-    assert settings == [
-        "max_new_tokens = 100",
-        "temperature = 0.0",
-        "top_k = 50",
-        "top_p = none",
-        "min_p = 0.0",
-        "repetition_penalty = 1.0",
-        "repetition_window = 64",
-    ]
+    errors, settings = "\n".join(remarks(done)[:-7]), dict.fromkeys(remarks(done)[-7:])
+    assert all(said in errors for said in (*wrong.values(), "top_k is 0"))
+    own = dataclasses.asdict(SamplingConfig(max_new_tokens=100, temperature=0.0, top_p=None))
+    assert [*settings] == [f"{name} = {value}".lower() for name, value in own.items()]
 
 
 def test_save_writes_the_conversation_as_it_was_and_never_over_a_file(talk, tmp_path):
     done = talk(
         *("/save early.md", "The ferry", "/save my talk.md", "二", "/save my talk.md", "/save"),
+        *("/save no/such/folder/x.md", "/save ."),
         options=("--max-new-tokens", "6"),
     )
-    assert remarks(done)[:3] == [
-        "there is nothing to save yet",
-        "saved to my talk.md",
-        "my talk.md is there already; name another file",
-    ]
-    saved = (tmp_path / "my talk.md").read_text(encoding="utf-8")
-    assert saved == "# tiny, step 180\n\n> The ferry\n\n cross\n"
     (named,) = tmp_path.glob("chat-*.md")
-    assert remarks(done)[3] == f"saved to {named.name}"
+    early, saved, again, by_date, nowhere, *_, folder = remarks(done)
+    assert early == "there is nothing to save yet"
+    assert saved == "saved to my talk.md"
+    assert again == "my talk.md is there already; name another file"
+    assert by_date == f"saved to {named.name}"
+    assert nowhere.startswith("can't write")
+    assert folder.startswith(". is there already")
+    text = (tmp_path / "my talk.md").read_text(encoding="utf-8")
+    assert text == "# tiny, step 180\n\n> The ferry\n\n cross\n"
     assert "\n\n> 二\n\n" in named.read_text(encoding="utf-8")
     assert not (tmp_path / "early.md").exists()
-
-
-def test_a_saved_conversation_has_no_control_characters_and_a_wrong_place_is_told(talk, tmp_path):
-    done = talk("The ferry", "/save no/such/folder/x.md", "/save .", "/save talk.md")
-    first, *_, last = remarks(done)
-    assert first.startswith("can't write")
-    assert ". is there already" in done.err
-    assert (done.code, last) == (0, "saved to talk.md")
+    talk("The ferry", "/save talk.md")  # without the control characters of the answer
     text = (tmp_path / "talk.md").read_text(encoding="utf-8")
     assert text == f"# tiny, step 180\n\n> The ferry\n\n{SHOWN.removeprefix('The ferry')}\n"
 
@@ -243,21 +210,6 @@ def test_help_tells_every_command_and_an_unknown_one_the_nearest(talk):
     assert near == '/rest is unknown; did you mean "/reset"?'
     assert unknown.startswith("/usr/bin is unknown; known are: /help, /quit")
     assert (done.code, done.out) == (0, "")
-
-
-def test_a_wrong_option_ends_with_its_code_before_anything_is_said(talk):
-    for options, code in (
-        (("--top-k", "0"), 2),
-        (("--prompt", "a"), 2),
-        (("--run", "nowhere"), 4),
-        (("--help",), 0),
-    ):
-        done = talk("The ferry", options=options)
-        assert done.code == code
-        assert bool(done.out) == (code == 0)
-
-
-# ---------------------------------------------------------------------------------- Ctrl-C
 
 
 def test_ctrl_c_ends_an_answer_whose_part_stays_in_the_history(talk, monkeypatch):
@@ -279,15 +231,15 @@ def test_ctrl_c_ends_an_answer_whose_part_stays_in_the_history(talk, monkeypatch
 
 
 @pytest.mark.parametrize(
-    ("events", "answers"),
+    ("events", "answers", "hints"),
     [
-        ([KeyboardInterrupt, KeyboardInterrupt, "The ferry"], 0),
-        ([KeyboardInterrupt, "The ferry", KeyboardInterrupt, "A", EOFError], 2),
-        (["The ferry", EOFError, "A"], 1),
+        ([KeyboardInterrupt, KeyboardInterrupt, "The ferry"], 0, 1),
+        ([KeyboardInterrupt, "The ferry", KeyboardInterrupt, "A", EOFError], 2, 2),
+        (["The ferry", EOFError, "A"], 1, 0),
     ],
 )
 def test_two_ctrl_c_in_a_row_at_the_prompt_end_it_and_one_says_how(
-    talk, drawn, monkeypatch, events, answers
+    talk, drawn, monkeypatch, events, answers, hints
 ):
     coming = iter(events)
 
@@ -300,25 +252,17 @@ def test_two_ctrl_c_in_a_row_at_the_prompt_end_it_and_one_says_how(
     monkeypatch.setattr("builtins.input", read)
     done = talk(stdin=Terminal(), options=("--max-new-tokens", "1"))
     assert (done.code, len(drawn)) == (0, answers)
-    hints = events[: events.index(EOFError) if EOFError in events else 1].count(KeyboardInterrupt)
     assert done.err.count("/quit, ends the conversation") == hints
 
 
 class Screen:
-    """A program in a terminal of its own, and what it has shown there."""
+    """The program in a terminal of its own, and what it has shown there."""
 
-    def __init__(self, *command: str) -> None:
-        self._ours, theirs = os.openpty()
-        command = [sys.executable, *command]
-        start = f"import os; os.login_tty(0); os.execv({sys.executable!r}, {command!r})"
-        self.process = subprocess.Popen(
-            [sys.executable, "-c", start],
-            stdin=theirs,
-            stdout=theirs,
-            stderr=theirs,
-            env=os.environ | {"PYTHONPATH": str(REPOSITORY), "TERM": "dumb"},
-        )
-        os.close(theirs)
+    def __init__(self, folder: Path, *arguments: str) -> None:
+        self._ours, self._theirs = os.openpty()
+        first = f"os.login_tty(os.open({os.ttyname(self._theirs)!r}, os.O_RDWR))"
+        code = by_heart.program("chat", *arguments, first=first)
+        self.program = Program(folder, 0, code, env={"TERM": "dumb"})
         self._shown = b""
 
     def type(self, text: str) -> None:
@@ -328,48 +272,51 @@ class Screen:
         self.wait_for("> ")
         self.type("x")  # readline shows the mark before it listens, and this when it does
         self.wait_for("x")
-        time.sleep(0.2)
+        if sys.platform == "linux":
+            stat = Path(f"/proc/{self.program.pid}/stat")
+            wait_until(lambda: stat.read_text().rpartition(")")[2].split()[0] == "S")
+        else:
+            time.sleep(0.2)
         self.type("\x03")
 
-    def wait_for(self, text: str, within_s: float = 60) -> str:
+    def wait_for(self, text: str) -> str:
         """What was shown since the last call, up to this text and with it."""
-        ends_at = time.monotonic() + within_s
         while text.encode() not in self._shown:
-            ready, _, _ = select.select([self._ours], [], [], max(0, ends_at - time.monotonic()))
-            assert ready, f"{text!r} did not come, but {self._shown.decode(errors='replace')!r}"
+            ready, _, _ = select.select([self._ours], [], [], 60)
+            assert ready, f"{text!r} did not come, but {self._shown!r}; {self.program.err}"
             self._shown += os.read(self._ours, 65536)
         before, _, self._shown = self._shown.partition(text.encode())
         return before.decode(errors="replace") + text
 
     def close(self) -> None:
-        self.process.kill()
-        self.process.wait()
+        if self.program.process.poll() is None:
+            self.program.send(signal.SIGKILL)
         os.close(self._ours)
+        os.close(self._theirs)
 
 
 @pytest.mark.slow
 @ON_POSIX
-def test_ctrl_c_in_a_real_terminal_ends_the_answer_and_then_the_program(tiny_run):
-    command = ("-m", "scripts.chat", "--run", str(tiny_run), "--max-new-tokens", "100000")
-    with contextlib.closing(Screen(*command)) as screen:
-        talk_and_interrupt(screen)
-
-
-def talk_and_interrupt(screen: Screen) -> None:
-    screen.wait_for("> ")
-    screen.type("The ferry\n")
-    shown = screen.wait_for(" end.").replace("\r\n", "\n")
-    assert SHOWN.removeprefix("The ferry") in shown
-    assert "\x1b[31m" not in shown
-    screen.wait_for("> ")
-    screen.type("啦la 啦la 啦la\n")  # which has no end
-    screen.wait_for("啦la 啦la 啦la 啦la 啦la")
-    screen.type("\x03")
-    assert "�" not in screen.wait_for("(stopped)")
-    screen.wait_for("> ")
-    screen.type("/set top_k=3\n")
-    screen.wait_for("top_k = 3\r\n")
-    screen.press_ctrl_c_at_the_mark()
-    screen.wait_for("/quit, ends the conversation)")
-    screen.press_ctrl_c_at_the_mark()
-    assert screen.process.wait(timeout=30) == 0
+def test_ctrl_c_in_a_real_terminal_ends_the_answer_and_then_the_program(tiny_run, tmp_path):
+    options = ("--weights", "fp32", "--max-new-tokens", "100000")
+    screen = Screen(tmp_path, "--run", str(tiny_run), *options)
+    try:
+        screen.wait_for("> ")
+        screen.type("The ferry\n")
+        shown = screen.wait_for(" end.").replace("\r\n", "\n")
+        assert SHOWN.removeprefix("The ferry") in shown
+        assert "\x1b[31m" not in shown
+        screen.wait_for("> ")
+        screen.type("啦la 啦la 啦la\n")  # which has no end
+        screen.wait_for("啦la 啦la 啦la 啦la 啦la")
+        screen.type("\x03")
+        assert "�" not in screen.wait_for("(stopped)")
+        screen.wait_for("> ")
+        screen.type("/set top_k=3\n")
+        screen.wait_for("top_k = 3\r\n")
+        screen.press_ctrl_c_at_the_mark()
+        screen.wait_for("/quit, ends the conversation)")
+        screen.press_ctrl_c_at_the_mark()
+        screen.program.ends_with(0)
+    finally:
+        screen.close()

@@ -1,25 +1,22 @@
 """Continuing texts from the command line: what is printed, what is drawn, how it fails."""
 
+import contextlib
 import dataclasses
 import io
-import json
 import os
 import re
 import signal
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-import torch
 
-import environment
-from generation import SamplingConfig, generate, stream_text
+from generation import SamplingConfig, stream_text
 from scripts import inference
 from scripts.options import run_program
 from tests import by_heart
-from tests.by_heart import ON_POSIX, POEM, SHOWN, STORY, Done, Terminal
-from tests.conftest import REPOSITORY
+from tests.by_heart import ENDLESS, ON_POSIX, POEM, SHOWN, STORY, Done, Terminal
+from tests.launching import Program
 
 
 @pytest.fixture(scope="module")
@@ -61,19 +58,6 @@ def batches(monkeypatch) -> list[tuple[list[str], dict]]:
     return calls
 
 
-def start(tiny_run: Path, *arguments: str | bytes, **options) -> subprocess.Popen:
-    """Run the program as a process of its own."""
-    return subprocess.Popen(
-        [sys.executable, "-m", "scripts.inference", "--run", str(tiny_run), *arguments],
-        cwd=tiny_run.parent.parent,
-        env=os.environ | {"PYTHONPATH": str(REPOSITORY)},
-        **{"stdin": subprocess.DEVNULL, "stdout": -1, "stderr": -1} | options,
-    )
-
-
-# ------------------------------------------------------------------------- what is printed
-
-
 def test_prompt_and_continuation_are_all_of_standard_output(infer, tiny_run, monkeypatch):
     done = infer("--prompt", "The ferry")
     assert (done.code, done.out) == (0, SHOWN + "\n")
@@ -105,28 +89,16 @@ def test_json_tells_finish_tokens_seed_run_and_step(infer, tiny_run):
     assert (sample["seed"], sample["run"], sample["step"]) == (7, str(tiny_run), 180)
     assert "".join(token["text"] or "" for token in sample["tokens"]) == sample["text"]
     assert sample["tokens"][-1]["text"] is None  # the end of the text
+    assert all(0.6 < token["probability"] <= 1 for token in sample["tokens"])
     (sample,) = infer("--prompt", "The ferry", "--json", "--max-new-tokens", "5").samples
     assert (sample["text"], sample["finish_reason"]) == (" cros", "length")
     (sample,) = infer("--prompt=The ferry", "--stop", "海上", "--stop", "水连", "--json").samples
     assert (sample["text"], sample["finish_reason"]) == (" crossed.\n春江潮", "stop")
 
 
-def test_a_token_s_probability_is_the_model_s_and_bytes_have_text_where_they_complete_one(
-    infer, tiny_run
-):
-    run = environment.load_run(tiny_run, weights="fp32")
-    free = ("--json", "--seed", "2", "--weights", "fp32", "--top-k", "none", "--top-p", "none")
-    (sample,) = infer(
-        *("--prompt", "The ferry", "--temperature", "3", "--max-new-tokens", "20", *free)
-    ).samples
-    ids = run.tokenizer.encode("The ferry")
-    for token in sample["tokens"]:
-        probabilities = run.model(torch.tensor([ids]))[0, -1].softmax(0)
-        assert token["probability"] == pytest.approx(probabilities[token["id"]].item(), rel=1e-3)
-        ids.append(token["id"])
-    (sample,) = infer(
-        *("--prompt", "春", "--temperature", "1e9", "--max-new-tokens", "300", *free)
-    ).samples
+def test_a_token_has_text_where_its_bytes_complete_a_character(infer):
+    free = ("--json", "--seed=2", "--weights=fp32", "--top-k=none", "--top-p=none")
+    (sample,) = infer("--prompt=春", "--temperature=1e9", "--max-new-tokens=100", *free).samples
     texts = [token["text"] for token in sample["tokens"]]
     assert "".join(text or "" for text in texts) == sample["text"]
     assert None in texts[:-1]  # bytes that begin a character
@@ -136,14 +108,12 @@ def test_a_token_s_probability_is_the_model_s_and_bytes_have_text_where_they_com
 def test_several_samples_and_prompts_have_headlines(infer):
     done = infer("--prompt", "The ferry", "--prompt", POEM[:4], "--num-samples", "2")
     headlines = [f"--- prompt {p} of 2, sample {s} of 2 ---" for p in (1, 2) for s in (1, 2)]
-    poem = SHOWN[SHOWN.index(POEM) :]
-    parts = [
-        f"{line}\n{text}\n"
-        for line, text in zip(headlines, [SHOWN, SHOWN, poem, poem], strict=True)
-    ]
+    texts = [SHOWN, SHOWN, *[SHOWN[SHOWN.index(POEM) :]] * 2]
+    parts = [f"{line}\n{text}\n" for line, text in zip(headlines, texts, strict=True)]
     assert done.out == "\n".join(parts)
-    assert infer("--prompt", "a", "--num-samples", "2").out.startswith("--- sample 1 of 2 ---\n")
-    assert infer("--prompt", "a", "--prompt", "b").out.startswith("--- prompt 1 of 2 ---\n")
+    short = ("--prompt", "a", "--max-new-tokens", "1")
+    assert infer(*short, "--num-samples", "2").out.startswith("--- sample 1 of 2 ---\n")
+    assert infer(*short, "--prompt", "b").out.startswith("--- prompt 1 of 2 ---\n")
 
 
 def test_help_names_every_option_and_ends_with_0(infer):
@@ -156,17 +126,13 @@ def test_help_names_every_option_and_ends_with_0(infer):
         assert re.search(rf"^  --{option.replace('_', '-')}\b", done.out, re.MULTILINE), option
 
 
-# ---------------------------------------------------------------------------- what is drawn
-
-
 def test_one_seed_draws_one_text_and_another_another(infer):
-    hot = ("--prompt", "The", "--json", "--temperature", "5", "--num-samples", "2")
-    first, again, other = (infer(*hot, "--seed", seed).samples for seed in ("1", "1", "2"))
+    hot = ("--prompt=The", "--json", "--temperature=5", "--max-new-tokens=20")
+    first, again, other = (infer(*hot, "--num-samples=2", f"--seed={n}").samples for n in (1, 1, 2))
     assert first == again
     assert [s["text"] for s in first] != [s["text"] for s in other]
     assert first[0]["text"] != first[1]["text"]
-    hot = ("--prompt", "The", "--json", "--temperature", "5")  # and one that was drawn is told
-    (first,), (other,) = infer(*hot).samples, infer(*hot).samples
+    (first,), (other,) = infer(*hot).samples, infer(*hot).samples  # one that was drawn is told
     assert first["seed"] != other["seed"]
     assert infer(*hot, "--seed", str(first["seed"])).samples == [first]
 
@@ -189,22 +155,12 @@ def test_every_sampling_option_reaches_the_model(infer, batches):
     assert unchanged == dataclasses.asdict(SamplingConfig(max_new_tokens=100, temperature=0.0))
 
 
-def test_prompts_of_different_lengths_are_a_batch_and_equal_each_alone(infer, batches):
-    prompts = ["The ferry", POEM[:3], "T", "啦la 啦"]
-    together = infer(*(f"--prompt={p}" for p in prompts), "--json", "--weights", "fp32").samples
-    assert len(batches) == 1
-    for prompt, sample in zip(prompts, together, strict=True):
-        (alone,) = infer("--prompt", prompt, "--json", "--weights", "fp32").samples
-        assert alone["text"] == sample["text"]
-
-
 def test_no_more_than_eight_texts_of_prompts_are_drawn_at_once(infer, batches):
     prompts = [f"prompt {i}" for i in range(11)]
-    flags = [f"--prompt={prompt}" for prompt in prompts]
-    short = ("--json", "--max-new-tokens", "1")
+    flags = [*(f"--prompt={prompt}" for prompt in prompts), "--json", "--max-new-tokens=1"]
     for samples, sizes in (1, [8, 3]), (3, [2, 2, 2, 2, 2, 1]), (20, [1] * 11):
         batches.clear()
-        done = infer(*flags, *short, "--num-samples", str(samples))
+        done = infer(*flags, "--num-samples", str(samples))
         assert [len(batch) for batch, _ in batches] == sizes
         assert [s["prompt"] for s in done.samples] == [p for p in prompts for _ in range(samples)]
 
@@ -220,24 +176,9 @@ def test_any_prompt_is_gone_on_from(infer, batches):
     assert samples[0]["text"][:6] in (STORY[:6], "啦la 啦l")
 
 
-def test_a_megabyte_is_gone_on_from_as_its_end_is(infer, tiny_run):
-    text = "The ferry crossed. " * 55_000 + "The ferry"
-    (sample,) = infer("--json", stdin=text.encode()).samples
-    assert len(sample["prompt"]) == len(text) > 1_000_000
-    run = environment.load_run(tiny_run)
-    ids = generate(run.model, [run.tokenizer.encode(text[-100:])], max_new_tokens=8, temperature=0)
-    drawn = [token["id"] for token in sample["tokens"][:8]]
-    assert drawn == ids[0][-8:]
-
-
-# ---------------------------------------------------------------------- where prompts are from
-
-
 def test_prompts_are_flags_whole_files_without_their_last_line_end_or_each_line(infer, tmp_path):
-    whole, lines = (
-        "\ufeffThe ferry\r\n\r\ncrossed\r\n".encode(),
-        "T\r\n\n  \nA\u2028B\n 春江".encode(),
-    )
+    whole = "\ufeffThe ferry\r\n\r\ncrossed\r\n".encode()
+    lines = "T\r\n\n  \nA\u2028B\n 春江".encode()
     file = tmp_path / "prompt.txt"
     file.write_bytes(whole)
     for flags, stdin, prompts in (
@@ -261,22 +202,21 @@ def test_prompts_are_flags_whole_files_without_their_last_line_end_or_each_line(
 
 def test_a_source_of_prompts_that_cannot_be_read_is_named(infer, tmp_path, monkeypatch):
     monkeypatch.setattr(inference, "MOST_BYTES", 100)
-    for number, (content, said) in enumerate(
-        (
-            (b"caf\xe9 and more", r"not UTF-8: byte 3 is 0xe9"),
-            (b"cut \xe6\x98", r"not UTF-8: byte 4"),
-            ("春".encode("utf-16"), "not UTF-8: byte 0 is 0xff"),
-            (b"x" * 101, "more than 0 MB"),
-            (None, "No such file"),
-        )
+    file = tmp_path / "prompt.txt"
+    for content, said in (
+        (b"caf\xe9 and more", r"prompt.txt is not UTF-8: byte 3 is 0xe9"),
+        (b"cut \xe6\x98", r"prompt.txt is not UTF-8: byte 4"),
+        ("春".encode("utf-16"), "prompt.txt is not UTF-8: byte 0 is 0xff"),
+        (b"x" * 101, "prompt.txt has more than 0 MB"),
+        (None, "can't read .*prompt.txt: No such file"),
     ):
-        file = tmp_path / f"prompt-{number}.txt"
-        if content is not None:
+        if content is None:
+            file.unlink()
+        else:
             file.write_bytes(content)
         done = infer("--prompt-file", str(file))
         assert (done.code, done.out) == (3, "")
         assert done.err.startswith("\nDataError: ")
-        assert file.name in done.err
         assert re.search(said, done.err)
     for arguments, stdin, said in (
         ([], b"\xff", "standard input is not UTF-8: byte 0"),
@@ -289,46 +229,29 @@ def test_a_source_of_prompts_that_cannot_be_read_is_named(infer, tmp_path, monke
         assert re.search(said, done.err)
 
 
-# ------------------------------------------------------------------------------- how it fails
+def test_what_is_wrong_is_said_in_words_with_its_code_before_a_run_is_read(infer, monkeypatch):
+    def fails(arguments: str, code: int, *said: str) -> None:
+        done = infer("--prompt", "a", *arguments.split())
+        assert (done.code, done.out) == (code, "")
+        assert all(words in done.err for words in said), done.err
+        assert "Traceback" not in done.err
 
-
-@pytest.mark.parametrize(
-    ("arguments", "code", "said"),
-    [
-        (["--num-samples", "101"], 2, ["--num-samples is 101; it must be 1 to 100"]),
-        (["--stop", ""], 2, ["--stop", "empty"]),
-        (["--stream", "--num-samples", "2"], 2, ["--stream shows a single text"]),
-        (["--stream", "--prompt", "b"], 2, ["--stream shows a single text"]),
-        (["--stream", "--json"], 2, ["--stream and --json"]),
-        (["--lines"], 2, ["--lines is for --prompt-file"]),
-        (
-            ["--temperature", "-1", "--top_k=0", "--seed", "-1"],
-            2,
-            ["3 problems", "--temperature is -1.0", "--top-k is 0", "--seed is '-1'"],
-        ),
-        (["--which", "worst"], 2, ["--which", "best", "last"]),
-        (["--weights", "int4"], 2, ["--weights", "int8"]),
-        (["--device", "tpu"], 2, ["--device is 'tpu'", "cuda"]),
-        (["--promt", "b"], 2, ['did you mean "--prompt"', "--help"]),
-        (["two", "words"], 2, ["'two'", "quotes"]),
-        (["--device", "cuda:99"], 6, ["no such device"]),
-        (["--run", "no-such-run"], 4, ["no-such-run"]),
-    ],
-    ids=lambda value: "-".join(value).strip("-")[:40] if isinstance(value, list) else "",
-)
-def test_what_is_wrong_is_said_in_words_with_its_code(infer, arguments, code, said):
-    done = infer("--prompt", "a", *arguments)
-    assert (done.code, done.out) == (code, "")
-    assert all(words in done.err for words in said), done.err
-    assert "Traceback" not in done.err
-
-
-def test_a_wrong_option_is_told_before_a_run_is_read(infer, monkeypatch):
+    fails("--run no-such-run", 4, "no-such-run")
+    fails("--device cuda:99", 6, "no such device")
     monkeypatch.setattr("scripts.options.load_run", lambda *_, **__: pytest.fail("read a run"))
-    assert infer("--prompt", "a", "--top-k", "0").code == 2
-
-
-# ---------------------------------------------------------------------------------- streaming
+    fails("--num-samples 101", 2, "--num-samples is 101; it must be 1 to 100")
+    fails("--stop=", 2, "--stop", "empty")
+    fails("--stream --num-samples 2", 2, "--stream shows a single text")
+    fails("--stream --prompt b", 2, "--stream shows a single text")
+    fails("--stream --json", 2, "--stream and --json")
+    fails("--lines", 2, "--lines is for --prompt-file")
+    three = ("3 problems", "--temperature is -1.0", "--top-k is 0", "--seed is '-1'")
+    fails("--temperature -1 --top_k=0 --seed -1", 2, *three)
+    fails("--which worst", 2, "--which", "best", "last")
+    fails("--weights int4", 2, "--weights", "int8")
+    fails("--device tpu", 2, "--device is 'tpu'", "cuda")
+    fails("--promt b", 2, 'did you mean "--prompt"', "--help")
+    fails("two words", 2, "'two'", "quotes")
 
 
 def test_a_stream_shows_a_character_when_it_is_drawn_and_never_half_of_one(infer, monkeypatch):
@@ -340,47 +263,36 @@ def test_a_stream_shows_a_character_when_it_is_drawn_and_never_half_of_one(infer
     assert all(len(piece) <= 1 for piece in written[1:])
 
 
-@pytest.mark.slow
 @ON_POSIX
-def test_ctrl_c_ends_a_stream_with_130_and_no_traceback(tiny_run):
-    process = start(
-        tiny_run, "--prompt", "啦la 啦la 啦la", "--stream", "--max-new-tokens", "100000", bufsize=0
-    )
-    shown = b""
-    while len(shown) < 200:  # which is long before its end
-        shown += (piece := process.stdout.read(200))
-        assert piece, process.stderr.read().decode()
-    process.send_signal(signal.SIGINT)
-    rest, error = process.communicate(timeout=60)
-    assert process.returncode == 130
-    assert (shown + rest).decode().startswith("啦la 啦la 啦la 啦la 啦la")
-    assert error.decode().endswith("\nStopped.\n")
-    assert b"Traceback" not in error
+def test_closed_pipes_and_full_disks_end_it_with_their_code(infer, monkeypatch):
+    def closed_pipe() -> io.TextIOBase:
+        there, here = os.pipe()
+        os.close(there)
+        return open(here, "w", encoding="utf-8")
+
+    streams = [("stdout", closed_pipe(), 0, "", ""), ("stderr", closed_pipe(), 0, SHOWN + "\n", "")]
+    if os.path.exists("/dev/full"):  # only Linux has it
+        full = open("/dev/full", "w", encoding="utf-8")  # noqa: SIM115
+        streams.append(("stdout", full, 6, "", "No space left"))
+    for name, stream, code, out, said in streams:
+        with monkeypatch.context() as patch:
+            patch.setattr(sys, name, stream)
+            done = infer("--prompt", "The ferry", "--weights", "fp32")
+        assert (done.code, done.out) == (code, out)
+        assert said in done.err and "Traceback" not in done.err
+        # as at the end of an interpreter, where an error of standard output would be shown
+        with contextlib.suppress(OSError) if name == "stderr" else contextlib.nullcontext():
+            stream.close()
 
 
 @pytest.mark.slow
 @ON_POSIX
-def test_bytes_of_the_command_line_closed_pipes_and_full_disks_are_handled(tiny_run):
-    jobs = [
-        start(tiny_run, "--prompt", b"caf\xe9", "--json", "--max-new-tokens", "1"),
-        start(tiny_run, "--prompt", "The ferry", "--num-samples", "3"),
-        start(tiny_run, "--prompt", "The ferry"),
-    ]
-    jobs[1].stdout.close()
-    jobs[2].stderr.close()
-    if full := os.path.exists("/dev/full"):  # only Linux has it
-        with open("/dev/full", "wb") as disk:
-            jobs.append(start(tiny_run, "--prompt", "The ferry", stdout=disk))
-    out, error = jobs[0].communicate(timeout=300)
-    assert jobs[0].returncode == 0, error
-    assert json.loads(out)["prompt"] == "caf\ufffd"
-    error = jobs[1].stderr.read().decode()
-    assert jobs[1].wait(timeout=300) == 0
-    assert len(error.splitlines()) == 1  # the run that is used
-    assert jobs[2].stdout.read().decode() == SHOWN + "\n"
-    assert jobs[2].wait(timeout=300) == 0
-    if full:
-        error = jobs[3].communicate(timeout=300)[1].decode()
-        assert jobs[3].returncode == 6
-        assert "No space left" in error
-        assert "Traceback" not in error and "Exception" not in error
+def test_ctrl_c_ends_a_stream_with_130_and_no_traceback(tiny_run, tmp_path):
+    options = ("--weights", "fp32", "--prompt", ENDLESS, "--stream", "--max-new-tokens", "100000")
+    code = by_heart.program("inference", "--run", str(tiny_run), *options)
+    program = Program(tmp_path, 0, code)
+    program.until(lambda: len(program.out) > 100)  # which is long before its end
+    program.send(signal.SIGINT)
+    program.ends_with(130)
+    assert program.out.startswith(ENDLESS + "啦la 啦la")
+    assert program.err.endswith("\nStopped.\n")

@@ -4,7 +4,6 @@ import dataclasses
 import json
 import math
 import warnings
-from pathlib import Path
 
 import pytest
 import torch
@@ -16,18 +15,16 @@ from engine.errors import SettingsError
 from engine.optim import build_adamw
 from engine.precision import Precision
 from model import Dropout, GPTConfig, GPTModel, attend, attention_kernel
+from tests.conftest import REPOSITORY
 
-CONFIGURATIONS = json.loads(
-    (Path(__file__).resolve().parent.parent / "config.json").read_text(encoding="utf-8")
-)
-GPT2_VOCABULARY = 50_257
+CONFIGURATIONS = json.loads((REPOSITORY / "config.json").read_text(encoding="utf-8"))
 LLAMA = {"architecture": "llama", "n_heads": 4}
 SHARED_HEADS = LLAMA | {"n_kv_heads": 2}
 QWEN3 = SHARED_HEADS | {"qk_norm": True}
 FORMS = {"gpt2": {}, "llama": LLAMA, "shared heads": SHARED_HEADS, "qwen3": QWEN3}
 SHAPE = {"vocab_size": 31, "context_length": 12, "emb_dim": 24, "n_heads": 3, "n_layers": 2}
 all_forms = pytest.mark.parametrize("form", FORMS)
-tied_or_not = pytest.mark.parametrize("tie_embeddings", [True, False], ids=["tied", "untied"])
+gpt2_and_qwen3 = pytest.mark.parametrize("form", ["gpt2", "qwen3"])
 
 
 def new_model(**changes) -> GPTModel:
@@ -45,27 +42,23 @@ def tiny_model(**changes) -> GPTModel:
     return model.eval()
 
 
+def seeded(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
 def random_ids(model: GPTModel, *shape: int) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(1)
-    return torch.randint(model.config.vocab_size, shape, generator=generator)
-
-
-# ------------------------------------------------------------------ size
+    return torch.randint(model.config.vocab_size, shape, generator=seeded(1))
 
 
 def test_shipped_models_have_their_parameters_with_the_tied_head_counted_once():
-    embeddings = 50_257 * 768 + 1024 * 768
-    attention = 768 * (3 * 768) + 768 * 768 + 768  # qkv has no bias
-    mlp = 768 * 3072 + 3072 + 3072 * 768 + 768
-    norms = 2 * (768 + 768)
-    assert embeddings + 12 * (attention + mlp + norms) + 2 * 768 == 124_412_160
-    for name, expected in (("small", 6_540_800), ("gpt2-124m", 124_412_160)):
+    without_qkv_biases = 124_439_808 - 12 * 3 * 768  # OpenAI's has them
+    for name, expected in (("small", 6_540_800), ("gpt2-124m", without_qkv_biases)):
         with torch.device("meta"):
-            model = GPTModel(GPTConfig(vocab_size=GPT2_VOCABULARY, **CONFIGURATIONS[name]))
+            model = GPTModel(GPTConfig(vocab_size=50_257, **CONFIGURATIONS[name]))
         assert model.count_parameters() == expected
 
 
-@tied_or_not
+@pytest.mark.parametrize("tie_embeddings", [True, False], ids=["tied", "untied"])
 @pytest.mark.parametrize(
     ("changes", "in_a_block"),
     [
@@ -86,13 +79,50 @@ def test_parameters_and_operations_are_those_counted_by_hand(changes, in_a_block
     assert model.flop_per_token() == 6 * worked_with + 12 * 2 * 24 * 12
 
 
-# ------------------------------------------------------------------ values
+def as_gpt2(model: GPTModel, transformers, folder) -> nn.Module:
+    save_for_transformers(model, folder)
+    return transformers.GPT2LMHeadModel.from_pretrained(folder)
 
 
-def assert_logits_equal(model: GPTModel, theirs: nn.Module, ids: torch.Tensor) -> None:
-    expected = theirs.eval()(ids).logits
-    assert expected.std() > 0.5  # a comparison of near-zeros would prove nothing
-    torch.testing.assert_close(model(ids), expected, rtol=0, atol=1e-4)
+def as_llama(model: GPTModel, transformers, folder) -> nn.Module:
+    """transformers' Llama, or with qk_norm its Qwen3, with the weights of ours."""
+    config = model.config
+    name = "Qwen3" if config.qk_norm else "Llama"
+    settings = getattr(transformers, f"{name}Config")(
+        vocab_size=config.vocab_size,
+        max_position_embeddings=config.context_length,
+        hidden_size=config.emb_dim,
+        num_attention_heads=config.n_heads,
+        num_key_value_heads=config.n_kv_heads,
+        head_dim=config.emb_dim // config.n_heads,
+        num_hidden_layers=config.n_layers,
+        intermediate_size=config.ff_dim,
+        rms_norm_eps=1e-6,
+        rope_parameters={"rope_type": "default", "rope_theta": config.rope_theta},
+        tie_word_embeddings=config.tie_embeddings,
+        attention_bias=False,
+    )
+    theirs = getattr(transformers, f"{name}ForCausalLM")(settings)
+    state = {
+        "model.embed_tokens": model.token_embedding,
+        "model.norm": model.final_norm,
+        "lm_head": model.head,
+    }
+    state = {f"{name}.weight": module.weight for name, module in state.items()}
+    for i, block in enumerate(model.blocks):
+        attention = block.attention
+        q, k, v = attention.qkv.weight.split(attention.qkv_rows)
+        gate, up = block.mlp.gate_up.weight.chunk(2)
+        parts = {"self_attn.q_proj": q, "self_attn.k_proj": k, "self_attn.v_proj": v}
+        parts |= {"self_attn.o_proj": attention.out_proj.weight}
+        parts |= {"mlp.gate_proj": gate, "mlp.up_proj": up, "mlp.down_proj": block.mlp.down.weight}
+        parts |= {"input_layernorm": block.attention_norm.weight}
+        parts |= {"post_attention_layernorm": block.mlp_norm.weight}
+        if config.qk_norm:
+            parts |= {f"self_attn.{n}": getattr(attention, n).weight for n in ("q_norm", "k_norm")}
+        state |= {f"model.layers.{i}.{name}.weight": part for name, part in parts.items()}
+    theirs.load_state_dict(state, strict=True)  # none of theirs is missing, none of ours left over
+    return theirs
 
 
 @pytest.mark.parametrize(
@@ -101,16 +131,23 @@ def assert_logits_equal(model: GPTModel, theirs: nn.Module, ids: torch.Tensor) -
         {},
         {"tie_embeddings": False, "qkv_bias": True},
         {"tie_embeddings": False, "activation": "relu", "ff_dim": 40},
+        LLAMA | {"tie_embeddings": False, "rope_theta": 100.0},
+        LLAMA | {"n_kv_heads": 1},
+        QWEN3 | {"tie_embeddings": False, "n_kv_heads": 4},
+        QWEN3 | {"rope_theta": 100.0},
+        QWEN3 | {"context_length": 600, "n_layers": 1},  # rotary positions far into a long context
     ],
     ids=str,
 )
 @torch.no_grad()
-def test_logits_equal_transformers_gpt2(changes, tmp_path):
+def test_logits_equal_those_of_transformers_gpt2_llama_and_qwen3(changes, tmp_path):
     transformers = pytest.importorskip("transformers")
     model = tiny_model(**changes)
-    save_for_transformers(model, tmp_path)
-    theirs = transformers.GPT2LMHeadModel.from_pretrained(tmp_path)
-    assert_logits_equal(model, theirs, random_ids(model, 3, 12))
+    as_theirs = as_llama if "architecture" in changes else as_gpt2
+    ids = random_ids(model, 2, model.config.context_length)
+    expected = as_theirs(model, transformers, tmp_path).eval()(ids).logits
+    assert expected.std() > 0.5  # a comparison of near-zeros would prove nothing
+    torch.testing.assert_close(model(ids), expected, rtol=0, atol=1e-4)
 
 
 @torch.no_grad()
@@ -129,72 +166,6 @@ def test_sines_are_positions_like_learned_ones_and_embeddings_are_scaled_up_to_t
     torch.testing.assert_close(model(ids), learned(ids), rtol=0, atol=1e-4)
 
 
-def as_llama(model: GPTModel) -> nn.Module:
-    """transformers' Llama, or with qk_norm its Qwen3, with the weights of ours."""
-    transformers = pytest.importorskip("transformers")
-    config = model.config
-    name = "Qwen3" if config.qk_norm else "Llama"
-    theirs = getattr(transformers, f"{name}ForCausalLM")(
-        getattr(transformers, f"{name}Config")(
-            vocab_size=config.vocab_size,
-            max_position_embeddings=config.context_length,
-            hidden_size=config.emb_dim,
-            num_attention_heads=config.n_heads,
-            num_key_value_heads=config.n_kv_heads,
-            head_dim=config.emb_dim // config.n_heads,
-            num_hidden_layers=config.n_layers,
-            intermediate_size=config.ff_dim,
-            rms_norm_eps=1e-6,
-            rope_parameters={"rope_type": "default", "rope_theta": config.rope_theta},
-            tie_word_embeddings=config.tie_embeddings,
-            attention_bias=False,
-        )
-    )
-    state = {
-        "model.embed_tokens.weight": model.token_embedding.weight,
-        "model.norm.weight": model.final_norm.weight,
-        "lm_head.weight": model.head.weight,
-    }
-    for i, block in enumerate(model.blocks):
-        q, k, v = block.attention.qkv.weight.split(block.attention.qkv_rows)
-        gate, up = block.mlp.gate_up.weight.chunk(2)
-        parts = {
-            "input_layernorm": block.attention_norm.weight,
-            "post_attention_layernorm": block.mlp_norm.weight,
-            "self_attn.q_proj": q,
-            "self_attn.k_proj": k,
-            "self_attn.v_proj": v,
-            "self_attn.o_proj": block.attention.out_proj.weight,
-            "mlp.gate_proj": gate,
-            "mlp.up_proj": up,
-            "mlp.down_proj": block.mlp.down.weight,
-        }
-        if config.qk_norm:
-            parts["self_attn.q_norm"] = block.attention.q_norm.weight
-            parts["self_attn.k_norm"] = block.attention.k_norm.weight
-        state |= {f"model.layers.{i}.{name}.weight": part for name, part in parts.items()}
-    theirs.load_state_dict(state, strict=True)  # none of theirs is missing, none of ours left over
-    return theirs.eval()
-
-
-@pytest.mark.parametrize(
-    "changes",
-    [
-        LLAMA | {"tie_embeddings": False, "rope_theta": 100.0},
-        LLAMA | {"n_kv_heads": 1},
-        QWEN3 | {"tie_embeddings": False, "n_kv_heads": 4},
-        QWEN3 | {"rope_theta": 100.0},
-        QWEN3 | {"context_length": 600, "n_layers": 1},  # rotary positions far into a long context
-    ],
-    ids=str,
-)
-@torch.no_grad()
-def test_logits_equal_those_of_transformers_llama_and_qwen3(changes):
-    model = tiny_model(**changes)
-    ids = random_ids(model, 2, model.config.context_length)
-    assert_logits_equal(model, as_llama(model), ids)
-
-
 @pytest.mark.parametrize(
     "changes", [*FORMS.values(), {"positions": "sinusoidal"}], ids=[*FORMS, "sinusoidal"]
 )
@@ -211,13 +182,8 @@ def test_a_position_sees_nothing_of_later_tokens_or_other_rows(changes):
         assert (after[:, t:] != before[:, t:]).any(dim=-1).all()
     alone = torch.cat([model(row[None]) for row in ids])
     torch.testing.assert_close(before, alone, rtol=0, atol=1e-5)
-
-
-def test_an_input_longer_than_the_context_is_refused():
-    model = tiny_model(context_length=8)
-    assert model(random_ids(model, 1, 8)).shape == (1, 8, 31)
-    with pytest.raises(ValueError, match="9 token ids, but the model's context_length is 8"):
-        model(random_ids(model, 1, 9))
+    with pytest.raises(ValueError, match="13 token ids, but the model's context_length is 12"):
+        model(random_ids(model, 1, 13))
 
 
 @torch.no_grad()
@@ -232,68 +198,52 @@ def test_under_autocast_logits_stay_near_those_of_fp32():
     assert (found - expected).norm() < 0.02 * expected.norm()
 
 
-# ------------------------------------------------------------------ the shape
-
-
-@pytest.mark.parametrize(
-    ("changes", "expected"),
-    [
-        ({}, {"ff_dim": 256, "activation": "gelu", "positions": "learned", "n_kv_heads": 4}),
-        (
-            {"architecture": "llama"},  # 8/3 x 64 is 171: up to the next multiple of 64
-            {"ff_dim": 192, "activation": "swiglu", "positions": "rope", "n_kv_heads": 4},
-        ),
-        ({"architecture": "llama", "emb_dim": 96}, {"ff_dim": 256}),  # 8/3 x 96 to the letter
-        ({"architecture": "llama", "ff_dim": 100, "n_kv_heads": 1}, {"ff_dim": 100}),
-    ],
-    ids=str,
-)
-def test_what_is_left_out_is_the_architectures_own(changes, expected):
+def test_what_is_left_out_is_the_architectures_own():
     shape = {"vocab_size": 31, "context_length": 8, "emb_dim": 64, "n_heads": 4, "n_layers": 1}
-    config = GPTConfig(**shape | changes)
-    assert {name: getattr(config, name) for name in expected} == expected
-    assert GPTConfig(**dataclasses.asdict(config)) == config  # as settings.json gives it back
+    gpt2 = {"ff_dim": 256, "activation": "gelu", "positions": "learned", "n_kv_heads": 4}
+    # 8/3 x 64 is 171: up to the next multiple of 64
+    llama = {"ff_dim": 192, "activation": "swiglu", "positions": "rope", "n_kv_heads": 4}
+    for changes, expected in (
+        ({}, gpt2),
+        (LLAMA, llama),
+        (LLAMA | {"emb_dim": 96}, llama | {"ff_dim": 256}),  # 8/3 x 96 to the letter
+        (LLAMA | {"ff_dim": 100, "n_kv_heads": 1}, llama | {"ff_dim": 100, "n_kv_heads": 1}),
+    ):
+        config = GPTConfig(**shape | changes)
+        assert {name: getattr(config, name) for name in expected} == expected
+        assert GPTConfig(**dataclasses.asdict(config)) == config  # as settings.json gives it back
+    # a number of shared heads that shares none is no mistake
+    assert GPTConfig(**shape, n_kv_heads=4) == GPTConfig(**shape)
 
 
-IN_GPT2, IN_LLAMA = (f'; where architecture is "{a}" it must be' for a in ("gpt2", "llama"))
-MUST_BE_EVEN = " must be even: rotary positions turn pairs"
-LLAMA_ONLY = '; it may be set where architecture is "llama" only'
-
-
-@pytest.mark.parametrize(
-    ("changes", "problem"),
-    [
+def test_a_shape_that_no_model_can_have_is_refused_with_what_it_may_be():
+    in_gpt2, in_llama = (f'; where architecture is "{a}" it must be' for a in ("gpt2", "llama"))
+    llama_only = '; it may be set where architecture is "llama" only'
+    shape = {"vocab_size": 9, "context_length": 8, "emb_dim": 24, "n_heads": 4, "n_layers": 1}
+    for changes, problem in (
         ({"emb_dim": 60, "n_heads": 8}, "emb_dim (60) must be a multiple of n_heads (8)"),
-        (LLAMA | {"emb_dim": 36}, f"emb_dim (36) / n_heads (4){MUST_BE_EVEN}"),
+        (
+            LLAMA | {"emb_dim": 36},
+            "emb_dim (36) / n_heads (4) must be even: rotary positions turn pairs",
+        ),
         (
             {"emb_dim": 33, "n_heads": 3, "positions": "sinusoidal"},
             'emb_dim (33) must be even where positions is "sinusoidal"',
         ),
-        ({"positions": "rope"}, f'positions is "rope"{IN_GPT2} "learned" or "sinusoidal"'),
-        ({"activation": "swiglu"}, f'activation is "swiglu"{IN_GPT2} "gelu" or "relu"'),
-        (LLAMA | {"positions": "learned"}, f'positions is "learned"{IN_LLAMA} "rope"'),
-        (LLAMA | {"activation": "gelu"}, f'activation is "gelu"{IN_LLAMA} "swiglu"'),
+        ({"positions": "rope"}, f'positions is "rope"{in_gpt2} "learned" or "sinusoidal"'),
+        ({"activation": "swiglu"}, f'activation is "swiglu"{in_gpt2} "gelu" or "relu"'),
+        (LLAMA | {"positions": "learned"}, f'positions is "learned"{in_llama} "rope"'),
+        (LLAMA | {"activation": "gelu"}, f'activation is "gelu"{in_llama} "swiglu"'),
         (LLAMA | {"n_kv_heads": 3}, "n_heads (4) must be a multiple of n_kv_heads (3)"),
         (LLAMA | {"n_kv_heads": 8}, "n_heads (4) must be a multiple of n_kv_heads (8)"),
-        (LLAMA | {"qkv_bias": True}, f"qkv_bias is True{IN_LLAMA} False"),
-        ({"n_kv_heads": 2}, f"n_kv_heads is 2{LLAMA_ONLY}"),
-        ({"qk_norm": True}, f"qk_norm is True{LLAMA_ONLY}"),
-        ({"rope_theta": 500.0}, f"rope_theta is 500.0{LLAMA_ONLY}"),
-    ],
-    ids=lambda value: value if isinstance(value, str) else "",
-)
-def test_a_shape_that_no_model_can_have_is_refused_with_what_it_may_be(changes, problem):
-    shape = {"vocab_size": 9, "context_length": 8, "emb_dim": 24, "n_heads": 4, "n_layers": 1}
-    with pytest.raises(SettingsError) as caught:
-        GPTConfig(**shape | changes)
-    assert str(caught.value).split("\n")[1:] == [f"  {problem}"]
-
-
-def test_a_number_of_shared_heads_that_shares_none_is_no_mistake():
-    assert tiny_model(n_kv_heads=3).config == tiny_model().config
-
-
-# ------------------------------------------------------------------ initial weights
+        (LLAMA | {"qkv_bias": True}, f"qkv_bias is True{in_llama} False"),
+        ({"n_kv_heads": 2}, f"n_kv_heads is 2{llama_only}"),
+        ({"qk_norm": True}, f"qk_norm is True{llama_only}"),
+        ({"rope_theta": 500.0}, f"rope_theta is 500.0{llama_only}"),
+    ):
+        with pytest.raises(SettingsError) as caught:
+            GPTConfig(**shape | changes)
+        assert str(caught.value).split("\n")[1:] == [f"  {problem}"]
 
 
 @pytest.mark.parametrize(
@@ -305,7 +255,8 @@ def test_a_number_of_shared_heads_that_shares_none_is_no_mistake():
     ],
     ids=str,
 )
-def test_initial_weights_are_those_of_gpt2(changes):
+@torch.no_grad()
+def test_initial_weights_are_those_of_gpt2_and_guess_uniformly(changes):
     model = new_model(vocab_size=300, context_length=128, emb_dim=128, **{"n_heads": 4} | changes)
     residual_std = 0.02 / math.sqrt(2 * model.config.n_layers)
     for name, value in model.named_parameters():
@@ -319,6 +270,9 @@ def test_initial_weights_are_those_of_gpt2(changes):
             assert value.std().item() == pytest.approx(expected, rel=0.03), name
             assert abs(value.mean().item()) < 0.05 * expected, name
     assert (model.head.weight is model.token_embedding.weight) == model.config.tie_embeddings
+    logits = model(random_ids(model, 2, 128))
+    loss = logits.logsumexp(-1) - logits.mean(-1)  # the mean over every possible target
+    assert loss.mean().item() == pytest.approx(math.log(300), rel=0.02)
 
 
 @pytest.mark.parametrize("zero_init", [True, False])
@@ -336,22 +290,11 @@ def test_with_zero_init_alone_each_block_begins_as_the_identity(form, zero_init)
     assert {*map(id, zeros)} == ({*map(id, projections)} if zero_init else set())
 
 
-@torch.no_grad()
-def test_initial_loss_is_that_of_a_uniform_guess():
-    model = new_model(vocab_size=GPT2_VOCABULARY, **CONFIGURATIONS["small"]).eval()
-    logits = model(random_ids(model, 1, 64))
-    loss = logits.logsumexp(-1) - logits.mean(-1)  # the mean over every possible target
-    assert loss.mean().item() == pytest.approx(math.log(GPT2_VOCABULARY), rel=0.02)
-
-
-# ------------------------------------------------------------------ learning
-
-
 @pytest.mark.parametrize(
     "changes",
     [
         {"tie_embeddings": False, "activation": "relu", "positions": "sinusoidal"},
-        {"architecture": "llama", "n_kv_heads": 1, "qk_norm": True, "zero_init": True},
+        LLAMA | {"n_kv_heads": 1, "qk_norm": True, "zero_init": True},
     ],
     ids=str,
 )
@@ -359,15 +302,15 @@ def test_one_batch_is_learnt_by_heart(changes):
     model = new_model(vocab_size=40, context_length=16, emb_dim=32, **{"n_heads": 2} | changes)
     window = random_ids(model, 4, 17)
     optimizer = build_adamw(model, learning_rate=1e-2, weight_decay=0.0)
-    for _ in range(60):
+    for _ in range(50):
         loss = F.cross_entropy(model(window[:, :-1]).flatten(0, 1), window[:, 1:].flatten())
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    assert loss.item() < 0.05
+    assert loss.item() < 0.1
 
 
-@pytest.mark.parametrize("form", ["gpt2", "qwen3"])
+@gpt2_and_qwen3
 @pytest.mark.parametrize("rates", [{"drop_rate": 0.5}, {"attention_drop_rate": 0.5}])
 @torch.no_grad()
 def test_dropout_acts_in_training_mode_only(rates, form):
@@ -402,24 +345,20 @@ def test_elements_that_share_a_random_number_are_dropped_independently():
 
 
 @torch.no_grad()
-def test_embeddings_and_both_residual_paths_are_dropped_at_the_rate_asked_for():
+def test_embeddings_both_residual_paths_and_attention_are_dropped_at_the_rate_asked_for():
     model = tiny_model(context_length=512, n_layers=1, drop_rate=0.7).train()
     block, seen = model.blocks[0], {}
     block.register_forward_pre_hook(lambda _, args: seen.update(start=args[0]))
     block.mlp_norm.register_forward_pre_hook(lambda _, args: seen.update(middle=args[0]))
     block.register_forward_hook(lambda _, args, out: seen.update(end=out))
     model(random_ids(model, 2, 512))
-    added = [seen["start"], seen["middle"] - seen["start"], seen["end"] - seen["middle"]]
-    for part in added:
+    for part in (seen["start"], seen["middle"] - seen["start"], seen["end"] - seen["middle"]):
         assert (part == 0).float().mean().item() == pytest.approx(0.7, abs=0.03)
 
-
-@torch.no_grad()
-def test_attention_is_dropped_at_the_rate_asked_for():
     attention = tiny_model(n_heads=1, attention_drop_rate=0.7).blocks[0].attention
     attention.out_proj.weight.copy_(torch.eye(24))
     attention.out_proj.bias.zero_()
-    x = torch.randn(1, 1, 24, generator=torch.Generator().manual_seed(2)).expand(4000, -1, -1)
+    x = torch.randn(1, 1, 24, generator=seeded(2)).expand(4000, -1, -1)
     kept = attention.eval()(x, None)[0, 0]  # one position sees only itself: this is its value
     dropped = attention.train()(x, None)[:, 0]  # each row is all zeros, or the value / 0.3
     is_zero = (dropped == 0).all(dim=-1)
@@ -427,31 +366,26 @@ def test_attention_is_dropped_at_the_rate_asked_for():
     torch.testing.assert_close(dropped[~is_zero], (kept / 0.3).expand_as(dropped[~is_zero]))
 
 
-# ------------------------------------------------------------------ activation checkpointing
-
-
 def gradients_and_kept(model: GPTModel, checkpointing: bool, autocast: bool) -> tuple[list, int]:
     """The gradients of a batch, and how many numbers the forward pass kept for them."""
-    kept = 0
+    kept: list[int] = []
 
     def keep(tensor):
-        nonlocal kept
-        kept += tensor.numel()
+        kept.append(tensor.numel())
         return tensor
 
     torch.manual_seed(7)  # the dropout's
     model.train().zero_grad()
     model.activation_checkpointing = checkpointing
-    ids = random_ids(model, 3, 12)
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
-            loss = model(ids).float().logsumexp(-1).mean()
-        by_forward = kept
+            loss = model(random_ids(model, 3, 12)).float().logsumexp(-1).mean()
+        by_forward = sum(kept)
         loss.backward()
     return [p.grad for p in model.parameters()], by_forward
 
 
-@pytest.mark.parametrize("form", ["gpt2", "qwen3"])
+@gpt2_and_qwen3
 @pytest.mark.parametrize(
     ("rate", "autocast"), [(0.0, False), (0.3, False), (0.3, True)], ids=["fp32", "drop", "bf16"]
 )
@@ -469,18 +403,17 @@ def test_activation_checkpointing_is_for_gradients_alone(monkeypatch):
     model.activation_checkpointing = True
     monkeypatch.setattr("model.checkpoint", lambda *args, **_: calls.append(args) or args[1])
     for training in (True, False):
-        calls.clear()
-        with torch.no_grad():
-            model.train(training)(random_ids(model, 1, 4))
-        assert calls == []
-        model(random_ids(model, 1, 4))
-        assert len(calls) == 2
+        for gradients in (False, True):
+            calls.clear()
+            with torch.set_grad_enabled(gradients):
+                model.train(training)(random_ids(model, 1, 4))
+            assert len(calls) == (2 if gradients else 0)
 
 
 @pytest.mark.parametrize("n_kv_heads", [4, 2])
 def test_plain_products_attend_as_the_kernel_does(n_kv_heads):
     """On a CPU in bf16, where gradients are wanted; both against fp64."""
-    generator = torch.Generator().manual_seed(0)
+    generator = seeded(0)
     shapes = [(2, heads, 24, 16) for heads in (4, n_kv_heads, n_kv_heads)]
     inputs = [torch.randn(shape, generator=generator).bfloat16() for shape in shapes]
     upstream = torch.randn(shapes[0], generator=generator)
@@ -502,8 +435,6 @@ def test_plain_products_attend_as_the_kernel_does(n_kv_heads):
 
 @pytest.mark.parametrize(("rate", "expected"), [(0.0, "flash attention"), (0.1, "math")])
 def test_the_attention_kernel_is_named(rate, expected):
-    config = GPTConfig(
-        vocab_size=9, context_length=64, emb_dim=64, n_heads=2, n_layers=1, attention_drop_rate=rate
-    )
+    config = GPTConfig(**SHAPE | {"emb_dim": 192}, attention_drop_rate=rate)
     precision = Precision("bf16", "as set", "cpu")
     assert attention_kernel(config, precision, torch.device("cpu")) == expected

@@ -3,16 +3,19 @@
 import json
 import re
 import shutil
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 import environment
+from tests import by_heart
+from tests.by_heart import ENDLESS
 from tests.conftest import REPOSITORY
-from tests.serving import LONG, Server, continued, train_story
+from tests.launching import wait_until
+from tests.serving import LONG, Server, continued
 
+pytestmark = pytest.mark.slow
 NAMES = ("chromium", "chromium-browser", "google-chrome")
 CHROMIUM = next(filter(None, map(shutil.which, NAMES)), None)
 HOSTILE = "<img src=x onerror=alert(1)> </script><script>alert(2)</script> javascript:alert(3)"
@@ -36,7 +39,10 @@ CONTRAST = """
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory) -> Path:
-    return train_story(tmp_path_factory.mktemp("page"), draws=True)
+    copy = tmp_path_factory.mktemp("page") / "tiny"
+    shutil.copytree(by_heart.tiny_run(tmp_path_factory), copy)
+    shutil.copy(REPOSITORY / "docs" / "training_losses.png", copy)
+    return copy
 
 
 @pytest.fixture(scope="module")
@@ -61,24 +67,25 @@ def server(run, browser) -> Iterator[Server]:
 def open_page(browser, server):
     """Opens the page; at the end nothing was asked of any other host, and nothing was wrong."""
     asked, wrong, contexts = [], [], []
-    expected: list[str] = []  # what a test may find in the console
 
     def open_page(url: str = server.url, **options):
-        options = {"locale": "en-US"} | options
-        context = browser.new_context(**options)
+        context = browser.new_context(**{"locale": "en-US"} | options)
         contexts.append(context)
+        context.set_default_timeout(120_000)
         context.add_init_script(
             "addEventListener('securitypolicyviolation', (e) => console.error(e.blockedURI))"
         )
         page = context.new_page()
-        page.expected = expected
         page.on("request", lambda request: asked.append(request.url))
         page.on("console", lambda m: m.type in ("error", "warning") and wrong.append(m.text))
         page.on("pageerror", lambda error: wrong.append(str(error)))
         page.on("dialog", lambda dialog: (wrong.append(dialog.message), dialog.dismiss()))
         page.goto(url)
+        if not expected:
+            page.wait_for_selector("#picture img[src^=blob]", state="attached")
         return page
 
+    expected = open_page.expected = []  # what a test may find in the console
     yield open_page
     for context in contexts:
         context.close()
@@ -91,8 +98,7 @@ def open_page(browser, server):
 @pytest.fixture
 def page(open_page):
     page = open_page()
-    page.wait_for_selector("#picture img:visible")
-    set_controls(page, temperature="0", max_tokens="60")
+    set_controls(page, max_tokens="20")
     return page
 
 
@@ -112,7 +118,9 @@ def answers(page) -> list[str]:
     return page.locator(".assistant .text").all_text_contents()
 
 
-def wait_until_written(page) -> None:
+def click(page, button: str) -> None:
+    """Click, and wait until what that asks for is written."""
+    page.locator(button).click()
     page.wait_for_selector("#retry:visible")
 
 
@@ -120,46 +128,34 @@ def asked(page, text: str) -> dict:
     """Say something, and wait for its answer; the body of the request."""
     with page.expect_request("**/v1/chat/completions") as request:
         say(page, text)
-    wait_until_written(page)
+    page.wait_for_selector("#retry:visible")
     return json.loads(request.value.post_data)
 
 
-# ------------------------------------------------------------------------ the conversation
-
-
-@pytest.mark.slow
 def test_a_conversation_goes_on_from_all_that_was_said_and_is_written_anew_or_cleared(page, run):
     model = environment.load_run(run, weights="fp32", device="cpu")
     asked(page, "The ferry")
-    first = continued(model, "The ferry", max_new_tokens=60)
+    first = continued(model, "The ferry")
     assert answers(page) == [first]
-    assert re.match(r"60 tokens · \d+ tokens/s", page.locator(".note").inner_text())
-    messages = asked(page, "Its bell")["messages"]
-    whole = f"The ferry\n\n{first}\n\nIts bell"
-    second = continued(model, whole, max_new_tokens=60)
+    assert re.match(r"20 tokens · \d+ tokens/s", page.locator(".note").inner_text())
+    messages = asked(page, ENDLESS)["messages"]
+    whole = f"The ferry\n\n{first}\n\n{ENDLESS}"
+    second = continued(model, whole)
     assert answers(page) == [first, second]
     assert [m["role"] for m in messages] == ["user", "assistant", "user"]
     assert messages[1]["content"] == first
     set_controls(page, max_tokens="10")
-    page.locator("#retry").click()
-    page.get_by_text("10 tokens").wait_for()
+    click(page, "#retry")
     assert answers(page) == [first, second[:10]]
-    page.locator("#more").click()
-    while len(answers(page)[1]) <= 10:  # the page's policy bars playwright's own waiting
-        time.sleep(0.02)
-    wait_until_written(page)
-    assert answers(page)[1].startswith(second[:10])
-    assert len(answers(page)[1]) <= 20
+    click(page, "#more")
+    more = continued(model, f"{whole}\n\n{second[:10]}", max_new_tokens=10)
+    assert answers(page) == [first, second[:10] + more]
     page.locator("#clear").click()
     assert answers(page) == []
     assert page.locator("#welcome").is_visible()
     assert page.locator("#retry").is_hidden()
-
-
-@pytest.mark.slow
-def test_of_a_long_conversation_the_newest_part_is_sent(page):
-    text = "😀" * 150_000 + "."  # the cut falls into the middle of a character
-    (message,) = asked(page, text)["messages"]
+    # of a long conversation the newest part is sent; the cut falls into the middle of a character
+    (message,) = asked(page, "😀" * 150_000 + ".")["messages"]
     assert message["content"] == "😀" * 99_999 + "."
     (answer,) = answers(page)
     contents = [m["content"] for m in asked(page, "Its bell")["messages"]]
@@ -168,7 +164,6 @@ def test_of_a_long_conversation_the_newest_part_is_sent(page):
     assert page.locator(".problem").count() == 0
 
 
-@pytest.mark.slow
 def test_hostile_text_of_the_user_and_of_the_model_is_shown_as_text(page):
     def answer(route) -> None:
         chunks = [{"choices": [{"index": 0, "delta": {"content": HOSTILE}, "finish_reason": None}]}]
@@ -184,37 +179,33 @@ def test_hostile_text_of_the_user_and_of_the_model_is_shown_as_text(page):
     assert page.locator("#log img, #log script, #log a").count() == 0
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("way", ["Escape", "button"])
-def test_an_answer_is_stopped_in_the_middle_and_what_was_written_stays(page, server, way):
+def test_an_answer_is_stopped_in_the_middle_and_what_was_written_stays(page, server):
     set_controls(page, max_tokens=str(LONG))
-    say(page, "The ferry")
-    while len("".join(answers(page))) <= 50:
-        time.sleep(0.02)
-    if way == "Escape":
-        page.keyboard.press("Escape")
-    else:
-        page.locator("#stop").click()
-    page.wait_for_selector("#send:visible")
-    assert server.is_idle_soon()
-    (text,) = answers(page)
-    assert 50 < len(text) < LONG
-    assert page.locator(".assistant .note").inner_text() == "stopped"
-    time.sleep(0.3)
-    assert answers(page) == [text]
-    assert page.evaluate("document.activeElement.id") == "prompt"
+    for n, way in enumerate(("Escape", "button")):
+        say(page, ENDLESS)
+        wait_until(lambda n=n: len("".join(answers(page)[n:])) > 50)
+        if way == "Escape":
+            page.keyboard.press("Escape")
+        else:
+            page.locator("#stop").click()
+        page.wait_for_selector("#send:visible")
+        assert server.has_cancelled()
+        text = answers(page)[n]
+        assert 50 < len(text) < LONG
+        assert page.locator(".assistant .note").nth(n).inner_text() == "stopped"
+        assert server.is_alive() and answers(page)[n] == text
+        assert page.evaluate("document.activeElement.id") == "prompt"
 
 
-@pytest.mark.slow
 def test_a_server_with_a_token_asks_for_it_and_a_refusal_or_a_lost_server_is_shown(open_page, run):
-    options = ("--token", "open-sesame", "--answer-limit", "200")
-    with Server(run, *options) as server:
+    token = "open-sesame"
+    with Server(run, "--token", token, "--answer-limit", "200", token=token) as server:
+        open_page.expected += ["401 (Unauth", "400 (Bad Request)", "ERR_CONNECTION_REFUSED"]
         page = open_page(server.url)
-        page.expected += ["401 (Unauth", "400 (Bad Request)", "ERR_CONNECTION_REFUSED"]
         page.locator("#token").fill("wrong")
         page.keyboard.press("Enter")
         page.get_by_text("That is not the token.").wait_for()
-        page.locator("#token").fill("open-sesame")
+        page.locator("#token").fill(token)
         page.keyboard.press("Enter")
         page.wait_for_selector("#picture img:visible")
         assert page.locator("#ask").is_hidden()
@@ -225,22 +216,33 @@ def test_a_server_with_a_token_asks_for_it_and_a_refusal_or_a_lost_server_is_sho
         note = page.locator(".note.problem")
         note.wait_for()
         assert "from 1 to 200" in note.inner_text()
-        server.process.kill()
-        server.process.wait()
-        page.locator("#retry").click()
-        page.get_by_text("The server does not answer.").wait_for()
+    page.locator("#retry").click()
+    page.get_by_text("The server does not answer.").wait_for()
 
 
-# ------------------------------------------------------------------- controls and facts
-
-
-@pytest.mark.slow
-def test_controls_begin_with_the_runs_values_and_are_what_is_asked_for(open_page):
+def test_the_run_is_shown_and_its_controls_are_what_is_asked_for(open_page, run):
     page = open_page()
-    page.wait_for_selector("#facts dd")
-    begun = {"temperature": "0.7", "top_k": "50", "top_p": "0.9", "min_p": "0", "seed": ""}
-    begun |= {"repetition_penalty": "1", "max_tokens": "20"}
-    assert {name: page.locator(f"#{name}").input_value() for name in begun} == begun
+    assert page.get_by_text("This model continues text").is_visible()
+    assert page.get_by_text("joined with blank lines").is_visible()
+    image = page.locator("#picture img")
+    assert image.evaluate("(img) => img.decode().then(() => img.naturalWidth)") > 100
+    assert "loss" in image.get_attribute("alt")
+    summary = json.loads((run / "summary.json").read_text(encoding="utf-8"))
+    shown = page.locator("#facts").inner_text()
+    for fact in (f"{summary['parameters']:,}", f"{summary['final_val_loss']:.3f}", "train.jsonl"):
+        assert fact in shown
+    assert page.locator("#name").inner_text() == page.title() == "tiny"
+    page.locator("#picture").click()
+    assert page.locator("#large img").is_visible()
+    page.keyboard.press("Escape")
+    assert page.locator("#large").is_hidden()
+
+    def controls() -> dict[str, str]:
+        return {name: page.locator(f"#{name}").input_value() for name in begun}
+
+    begun = {"temperature": "0", "top_k": "50", "top_p": "0.9", "min_p": "0", "seed": ""}
+    begun |= {"repetition_penalty": "1", "max_tokens": "100"}
+    assert controls() == begun
     chosen = {"temperature": "0.35", "top_k": "3", "top_p": "0.5", "min_p": "0.1", "seed": "5"}
     chosen |= {"repetition_penalty": "1.2", "max_tokens": "7"}
     set_controls(page, **chosen)
@@ -250,34 +252,11 @@ def test_controls_begin_with_the_runs_values_and_are_what_is_asked_for(open_page
     set_controls(page, top_k="")
     assert asked(page, "The ferry")["top_k"] is None
     page.locator("#reset").click()
-    assert {name: page.locator(f"#{name}").input_value() for name in begun} == begun
+    assert controls() == begun
 
 
-@pytest.mark.slow
-def test_the_picture_and_the_facts_of_the_run_and_what_the_model_does_are_shown(page, run):
-    assert page.get_by_text("This model continues text").is_visible()
-    assert page.get_by_text("joined with blank lines").is_visible()
-    picture = page.locator("#picture img")
-    assert picture.evaluate("(img) => img.decode().then(() => img.naturalWidth)") > 100
-    assert "loss" in picture.get_attribute("alt")
-    summary = json.loads((run / "summary.json").read_text(encoding="utf-8"))
-    shown = page.locator("#facts").inner_text()
-    for fact in (f"{summary['parameters']:,}", f"{summary['final_val_loss']:.3f}", "text.txt"):
-        assert fact in shown
-    assert page.locator("#name").inner_text() == page.title() == "tiny"
-    page.locator("#picture").click()
-    assert page.locator("#large img").is_visible()
-    page.keyboard.press("Escape")
-    assert page.locator("#large").is_hidden()
-
-
-# ------------------------------------------------------------------------------- for all
-
-
-@pytest.mark.slow
 def test_all_of_it_works_with_the_keyboard_alone_and_has_names_that_are_read_out(open_page):
     page = open_page()
-    page.wait_for_selector("#picture img:visible")
     assert page.evaluate("document.activeElement.id") == "prompt"
     page.keyboard.type("The")
     page.keyboard.press("Shift+Enter")
@@ -291,7 +270,7 @@ def test_all_of_it_works_with_the_keyboard_alone_and_has_names_that_are_read_out
     assert page.locator("#prompt").input_value() == "The\nferry"
     assert page.locator(".message").count() == 0
     page.keyboard.press("Enter")
-    wait_until_written(page)
+    page.wait_for_selector("#retry:visible")
     assert page.locator(".user .text").text_content() == "The\nferry"
     reached = {}
     for _ in range(25):
@@ -311,7 +290,7 @@ def test_all_of_it_works_with_the_keyboard_alone_and_has_names_that_are_read_out
     assert all(frame for name, frame in reached.items() if name)
     page.locator("#retry").focus()
     page.keyboard.press("Enter")
-    wait_until_written(page)
+    page.wait_for_selector("#retry:visible")
     assert page.evaluate("document.activeElement.id") == "prompt"
     nameless = page.evaluate(
         """() => [...document.querySelectorAll("button, input, textarea, aside, [role=log], img")]
@@ -326,27 +305,30 @@ def test_all_of_it_works_with_the_keyboard_alone_and_has_names_that_are_read_out
     assert page.locator(".assistant").text_content().startswith("The model: ")
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_light_and_dark_are_both_readable(open_page, scheme):
-    page = open_page(color_scheme=scheme)
-    page.wait_for_selector("#facts dd")
+def test_light_and_dark_are_both_readable(page):
     asked(page, "The ferry")
-    ground = page.evaluate("getComputedStyle(document.body).backgroundColor")
-    assert (sum(map(int, re.findall(r"\d+", ground)[:3])) > 384) == (scheme == "light")
     parts = ["#name", "#summary", ".user .text", ".assistant .text", ".note", "#keys", "#send"]
     parts += ["#retry", "#facts dt", "#facts dd", "label[for=top_k]", "#top_k", ".field output"]
-    contrasts = dict(zip(parts, page.evaluate(CONTRAST, parts), strict=True))
-    assert {part: contrast for part, contrast in contrasts.items() if contrast < 4.5} == {}
+    for scheme in ("light", "dark"):
+        page.emulate_media(color_scheme=scheme)
+        ground = page.evaluate("getComputedStyle(document.body).backgroundColor")
+        assert (sum(map(int, re.findall(r"\d+", ground)[:3])) > 384) == (scheme == "light")
+        contrasts = dict(zip(parts, page.evaluate(CONTRAST, parts), strict=True))
+        assert {part: contrast for part, contrast in contrasts.items() if contrast < 4.5} == {}
 
 
-@pytest.mark.slow
-def test_a_phone_scrolls_in_one_direction_only(open_page):
-    page = open_page(viewport={"width": 360, "height": 640}, has_touch=True, is_mobile=True)
-    page.wait_for_selector("#facts dd", state="attached")
+def test_a_phone_gets_a_chinese_page_that_scrolls_in_one_direction_only(open_page):
+    phone = {"viewport": {"width": 360, "height": 640}, "has_touch": True, "is_mobile": True}
+    page = open_page(locale="zh-CN", **phone)
     wide = "() => document.scrollingElement.scrollWidth > innerWidth || scrollX > 0"
     assert not page.evaluate(wide)
-    asked(page, "W" * 300)
+    assert page.evaluate("document.documentElement.lang") == "zh-CN"
+    assert page.locator("#send").inner_text() == "发送"
+    assert page.locator("#prompt").get_attribute("placeholder") == "写个开头……"
+    assert page.locator("#log").get_attribute("aria-label") == "对话"
+    assert page.get_by_text("续写").is_visible()
+    asked(page, "W" * 300 + ENDLESS)
+    assert page.get_by_text("100 个词元").is_visible()
     assert not page.evaluate(wide)
     assert page.locator("#log").evaluate("(log) => log.scrollWidth <= log.clientWidth")
     for button in ("#send", "#retry", "#more", "#clear", "#toggle"):
@@ -362,27 +344,3 @@ def test_a_phone_scrolls_in_one_direction_only(open_page):
     assert page.locator("#panel").evaluate("(panel) => panel.scrollWidth <= panel.clientWidth")
     page.locator("#toggle").tap()
     assert page.locator("#prompt").is_visible()
-
-
-@pytest.mark.slow
-def test_a_chinese_browser_gets_a_chinese_page(open_page):
-    page = open_page(locale="zh-CN")
-    page.wait_for_selector("#facts dd")
-    assert page.evaluate("document.documentElement.lang") == "zh-CN"
-    assert page.locator("#send").inner_text() == "发送"
-    assert page.locator("#prompt").get_attribute("placeholder") == "写个开头……"
-    assert page.locator("#log").get_attribute("aria-label") == "对话"
-    assert page.get_by_text("续写").is_visible()
-    say(page, "春江")
-    page.get_by_text("20 个词元").wait_for()
-
-
-def test_both_languages_have_every_string_that_the_page_shows():
-    script = (REPOSITORY / "scripts" / "serving" / "page.js").read_text(encoding="utf-8")
-    markup = (REPOSITORY / "scripts" / "serving" / "page.html").read_text(encoding="utf-8")
-    english, chinese = re.findall(r"\n  (?:en|zh): \{\n(.*?)\n  \},", script, re.DOTALL)
-    names = re.findall(r"^    (\w+):", english, re.MULTILINE)
-    assert names == re.findall(r"^    (\w+):", chinese, re.MULTILINE)
-    used = set(re.findall(r'data-(?:text|label|alt|placeholder)="(\w+)"', markup))
-    used |= set(re.findall(r"strings\.(\w+)", script)) | {"user", "assistant"}
-    assert used == set(names)
