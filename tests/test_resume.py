@@ -4,7 +4,6 @@ import copy
 import json
 import math
 import os
-import shutil
 import subprocess
 import sys
 
@@ -13,6 +12,7 @@ import torch
 
 import train
 from distributed import signals as stopping
+from engine.compiling import what_prevents_compiling
 from storage.checkpoint import load_weights, read_safetensors
 from tests.conftest import REPOSITORY
 from tests.resuming import (
@@ -248,10 +248,9 @@ def test_another_process_folder_and_hash_seed_give_the_same_numbers(bench):
 
 @pytest.mark.slow
 @pytest.mark.skipif(
-    not (shutil.which("g++") or shutil.which("clang++")),
-    reason="torch.compile needs a C++ compiler, and there is none",
+    what_prevents_compiling(torch.device("cpu")) is not None, reason="needs a C++ compiler"
 )
-def test_a_compiled_run_resumes_exactly(bench, monkeypatch):
+def test_a_compiled_run_resumes_exactly_and_learns_what_an_uncompiled_one_does(bench, monkeypatch):
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(bench.folder / "compiled"))
     session = Bench.session
 
@@ -260,6 +259,13 @@ def test_a_compiled_run_resumes_exactly(bench, monkeypatch):
         return session(run)
 
     monkeypatch.setattr(Bench, "session", as_a_process_of_its_own)
-    check_stops(bench, [13], COMPILE=True)
+    model = {"emb_dim": 16, "n_heads": 2, "n_layers": 1}  # without dropout, whose numbers differ
+    check_stops(bench, [13], COMPILE=True, model_overrides=model)
     assert bench.env.run.record.compiled
     assert bench.env.run.record.changes == []
+    assert list((bench.folder / "compiled").rglob("*.so"))
+    runs = [uninterrupted(bench, COMPILE=on, model_overrides=model) for on in (True, False)]
+    compiled, plain = (
+        [float.fromhex(row["train/loss"]) for row in of_steps(run["rows"])] for run in runs
+    )
+    assert compiled == pytest.approx(plain, abs=1e-3)

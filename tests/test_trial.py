@@ -178,21 +178,16 @@ def large_steps(n: float) -> int:
     return int(n * WORTH_A_TRIAL / (BATCH * CONTEXT * tiny_model().flop_per_token()))
 
 
-@pytest.mark.parametrize(
-    ("requested", "obstacle", "steps", "reason"),
-    [
+def test_where_the_answer_is_known_nothing_is_tried(compiler, monkeypatch):
+    monkeypatch.setattr(Trial, "step_seconds", None)
+    for requested, obstacle, steps, reason in (
         (False, None, 10**9, "as set"),
         ("auto", None, large_steps(0.99), "a run this short would not repay it"),
         ("auto", "no compiler", 10**9, "no compiler"),
         (True, "no compiler", 10**9, "no compiler"),
-    ],
-)
-def test_where_the_answer_is_known_nothing_is_tried(
-    compiler, monkeypatch, requested, obstacle, steps, reason
-):
-    monkeypatch.setattr(Trial, "step_seconds", None)
-    monkeypatch.setattr(trial, "what_prevents_compiling", lambda device: obstacle)
-    assert decide_compiling(requested, new_trial(), steps, None) == Compiled(False, reason)
+    ):
+        monkeypatch.setattr(trial, "what_prevents_compiling", lambda device, x=obstacle: x)
+        assert decide_compiling(requested, new_trial(), steps, None) == Compiled(False, reason)
     assert compiler == []
 
 
