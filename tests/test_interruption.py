@@ -20,7 +20,7 @@ import pytest
 from storage.files import verify_folder
 from tests.launching import STEPS, Program, launching, wait_until
 
-pytestmark = pytest.mark.skipif(os.name == "nt", reason="POSIX signals")
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(os.name == "nt", reason="POSIX signals")]
 
 HOLD = """
 steps = []
@@ -94,7 +94,6 @@ def saved_steps(program: Program, run: Path) -> int:
     return step
 
 
-@pytest.mark.slow
 def test_signals_at_any_time_save_and_the_last_start_finishes(launch, run):
     done, chance = 0, random.Random(1)
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
@@ -144,7 +143,6 @@ storage.NewFolder.write = slow_write
 """
 
 
-@pytest.mark.slow
 def test_a_second_ctrl_c_while_it_saves_stops_at_once_with_the_checkpoint_before(
     launch, launch_held, run
 ):
@@ -185,7 +183,6 @@ def test_ctrl_c_in_a_download_that_hangs_leaves_nothing(launch, tmp_path):
 WORKERS = {"num_workers": 2, "stride": 1}
 
 
-@pytest.mark.slow
 def test_a_signal_to_the_whole_group_saves_and_leaves_no_worker_behind(launch, launch_held, run):
     done = 0
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -200,7 +197,6 @@ def test_a_signal_to_the_whole_group_saves_and_leaves_no_worker_behind(launch, l
     assert_finishes(launch(**WORKERS), done)
 
 
-@pytest.mark.slow
 def test_a_worker_that_is_killed_ends_the_run_with_6_and_a_word(launch, launch_held, run):
     program = launch_held(25, save_every=20, **WORKERS)
     worker = max(program.living())
@@ -223,7 +219,6 @@ def test_an_error_of_ours_ends_a_run_that_has_workers(launch):
     wait_until(lambda: not program.living())
 
 
-@pytest.mark.slow
 def test_a_second_program_in_the_same_folder_exits_7_and_names_the_first(
     launch, launch_held, tmp_path
 ):
@@ -265,7 +260,6 @@ def on_a_small_disk(size: str, then: str = "true") -> str:
     return SMALL_DISK.replace("SIZE", size).replace("THEN", then)
 
 
-@pytest.mark.slow
 @needs_mounts
 def test_a_disk_that_is_full_ends_the_run_with_6_and_keeps_the_checkpoint_before(launch, tmp_path):
     # two checkpoints of 1.6 MB of weights and twice as much of moments do not fit
@@ -287,7 +281,6 @@ def test_a_disk_that_is_full_ends_the_run_with_6_and_keeps_the_checkpoint_before
     assert "Resuming disk/one: 5 of 20 steps are done" in again.out
 
 
-@pytest.mark.slow
 @needs_mounts
 def test_a_read_only_disk_is_told_before_training(launch, launch_held, tmp_path):
     stopped = launch_held(2, OUTPUT_DIR="disk")

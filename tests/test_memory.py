@@ -179,6 +179,7 @@ print(size.total(N_WINDOWS), held("VmHWM") - before)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not CAN_FORK, reason="reads /proc")
 @pytest.mark.parametrize(
     ("n_windows", "n_tokens", "saves", "precision"),
@@ -491,6 +492,7 @@ train(env)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not CAN_FORK, reason="other systems don't heed the limit")
 def test_a_limit_on_memory_is_lived_with(bench):
     # some 0.3 MB a window: an evaluation fits, a step with 512 at a time does not

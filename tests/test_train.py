@@ -64,10 +64,12 @@ OPTIMIZERS = {
 }
 
 
-@pytest.fixture(autouse=True)
-def short_samples(monkeypatch):
-    """To write what a sample has takes longer than all the steps."""
-    monkeypatch.setattr(train, "SAMPLE_TOKENS", 3)
+@pytest.fixture(autouse=True, scope="module")
+def short_samples():
+    """To write a whole sample takes longer than an epoch."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "SAMPLE_TOKENS", 3)
+        yield
 
 
 def run(total_steps: int, *, n_batches=5, **options) -> Trainer:
