@@ -85,6 +85,15 @@ def fork(code: str, folder: Path, environment: dict[str, str], out: Path, err: P
     return Forked(_ask(**request))
 
 
+def run_fork(code: str, folder: Path) -> str:
+    """Run code in a folder to its end, which must be a good one; what it prints."""
+    out, err = folder / "fork-out", folder / "fork-err"
+    out.touch(), err.touch()
+    process = fork(code, folder, dict(os.environ), out, err)
+    assert process.wait() == 0, err.read_text(encoding="utf-8")
+    return out.read_text(encoding="utf-8")
+
+
 def _ask(**request) -> int | None:
     template = _template()
     template.stdin.write(json.dumps(request, default=str) + "\n")

@@ -29,18 +29,16 @@ from engine.optim import (
     set_learning_rate,
 )
 from engine.precision import choose_precision, keep_precision
-from model import GPTConfig, GPTModel
+from model import GPTModel
 from tests.conftest import HostReads
-from tests.letters import assert_the_same, everything
+from tests.letters import CPU, assert_the_same, everything, tiny_model
 
-CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
+CUDA = torch.device("cuda", 0)
 both_kinds = pytest.mark.parametrize("kind", OPTIMIZERS)
 
-# ---------------------------------------------------------------------------- learning rates
 
-
-def planned_rates(schedule: Schedule, total_steps: int | None = None) -> list[float]:
-    return [learning_rate_at(step, schedule) for step in range(total_steps or schedule.total_steps)]
+def rates_of(schedule: Schedule, n_steps: int) -> list[float]:
+    return [learning_rate_at(step, schedule) for step in range(n_steps)]
 
 
 @pytest.mark.parametrize(
@@ -66,24 +64,27 @@ def test_cosine_equals_torchs():
     schedule = Schedule("cosine", peak=0.5, warmup_steps=0, total_steps=40)
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.5)
     theirs = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=39, eta_min=0.05)
-    for rate in planned_rates(schedule):
+    for rate in rates_of(schedule, 40):
         assert rate == pytest.approx(theirs.get_last_lr()[0])
         optimizer.step()
         theirs.step()
 
 
+few = settings(max_examples=50, derandomize=True, deadline=None, database=None)
+
+
 @st.composite
 def new_plans(draw) -> Schedule:
-    total_steps = draw(st.integers(1, 300))
+    total_steps = draw(st.integers(1, 60))
     warmup_steps = draw(st.integers(0, total_steps - 1))
     kind = draw(st.sampled_from(SCHEDULES))
     return make_schedule(kind, draw(st.floats(1e-9, 10)), warmup_steps, total_steps)
 
 
-@settings(max_examples=100, derandomize=True, deadline=None, database=None)
+@few
 @given(new_plans())
 def test_learning_rate_rises_in_equal_steps_is_never_zero_and_falls_to_its_floor(schedule):
-    rates = planned_rates(schedule, schedule.total_steps + 10)
+    rates = rates_of(schedule, schedule.total_steps + 10)
     assert all(0 < rate <= schedule.peak for rate in rates)
     rising, falling = rates[: schedule.warmup_steps], rates[schedule.warmup_steps :]
     steps_up = schedule.warmup_steps + 1
@@ -100,9 +101,6 @@ def test_learning_rate_rises_in_equal_steps_is_never_zero_and_falls_to_its_floor
         assert n_stable > 0
 
 
-# ----------------------------------------------------- a run that is to be longer than planned
-
-
 @pytest.mark.parametrize(
     ("kind", "done", "moves"),
     [(kind, done, False) for kind in ("cosine", "constant") for done in (0, 60)]
@@ -111,26 +109,26 @@ def test_learning_rate_rises_in_equal_steps_is_never_zero_and_falls_to_its_floor
 )
 def test_a_longer_run_keeps_its_old_rates_and_adds_steps_at_the_last_one(kind, done, moves):
     old = make_schedule(kind, 1.0, 5, 60)  # of wsd steps 0 to 47 are before the decay of 12
-    rates = planned_rates(old)
+    rates = rates_of(old, 60)
     expected = rates + [1.0 if kind == "constant" else FLOOR] * 30
     if moves:
         assert rates[47] == 1.0 > rates[48]
         expected = rates[:48] + [1.0] * 30 + [1 - 0.9 * (i + 1) / 12 for i in range(12)]
-    assert planned_rates(extend_schedule(old, 90, done), 90) == pytest.approx(expected)
+    assert rates_of(extend_schedule(old, 90, done), 90) == pytest.approx(expected)
     for shorter in (1, 59, 60):
         assert extend_schedule(old, shorter, 0) == old
 
 
-@settings(max_examples=100, derandomize=True, deadline=None, database=None)
+@few
 @given(new_plans(), st.lists(st.tuples(st.integers(0, 99), st.integers(0, 40)), max_size=4))
 def test_however_often_a_run_is_made_longer_done_steps_keep_their_rates(schedule, extensions):
     done, rates = 0, []
     for percent, added in [*extensions, (100, 0)]:
         upto = max(done, schedule.total_steps * percent // 100)
-        rates += [learning_rate_at(step, schedule) for step in range(done, upto)]
+        rates += rates_of(schedule, upto)[done:]
         done = upto
         longer = extend_schedule(schedule, schedule.total_steps + added, done)
-        assert [learning_rate_at(step, longer) for step in range(done)] == rates
+        assert rates_of(longer, done) == rates
         assert (longer.peak, longer.warmup_steps) == (schedule.peak, schedule.warmup_steps)
         schedule = longer
     falling = rates[schedule.warmup_steps :]
@@ -147,16 +145,21 @@ def test_defaults_fall_with_the_width_and_are_a_tenth_of_the_run():
     assert [default_warmup_steps(total) for total in totals] == [0, 0, 1, 100, 100]
 
 
-# --------------------------------------------------------------------------------------- AdamW
-
-
-def tiny_model(**settings) -> GPTModel:
-    torch.manual_seed(0)
-    config = {"vocab_size": 20, "context_length": 8, "emb_dim": 8, "n_heads": 2, "n_layers": 2}
-    return GPTModel(GPTConfig(**config | settings))
-
-
 LLAMA = {"architecture": "llama", "n_heads": 4, "n_kv_heads": 2, "ff_dim": 12, "qk_norm": True}
+
+
+def step_with_random_gradients(*pairs: tuple[nn.Module, torch.optim.Optimizer], n_steps=3) -> None:
+    """Take the same steps with each module, whose parameters are in one order, by its optimizer."""
+    for seed in range(n_steps):
+        for module, optimizer in pairs:
+            set_gradients(module, seed)
+            optimizer.step()
+
+
+def set_gradients(module: nn.Module, seed: int) -> None:
+    torch.manual_seed(seed)
+    for p in module.parameters():
+        p.grad = torch.randn_like(p)
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -195,45 +198,24 @@ def test_adamw_is_fused_on_the_cpu_and_equals_the_plain_one():
     assert fused.defaults["fused"] is True
     for group in plain.param_groups:
         group["fused"] = False
-    for seed in range(3):
-        for model, optimizer in ((fused_model, fused), (plain_model, plain)):
-            set_gradients(model, seed)
-            optimizer.step()
-    for ours, theirs in zip(fused_model.parameters(), plain_model.parameters(), strict=True):
-        torch.testing.assert_close(ours, theirs)
+    step_with_random_gradients((fused_model, fused), (plain_model, plain))
+    torch.testing.assert_close(fused_model.state_dict(), plain_model.state_dict())
 
-
-# ---------------------------------------------------------------------------------------- Muon
 
 SHAPES = [(6, 6), (6, 6), (6, 6), (4, 9), (9, 4), (4, 9)]
 
 
-def random_matrices(*shapes: tuple[int, int]) -> list[nn.Parameter]:
+def random_matrices(*shapes: tuple[int, int]) -> nn.ParameterList:
     torch.manual_seed(0)
-    return [nn.Parameter(torch.randn(shape)) for shape in shapes]
+    return nn.ParameterList(torch.randn(shape) for shape in shapes)
 
 
-def muon_of(matrices: list, dtype: torch.dtype = torch.float32, learning_rate=0.1) -> Muon:
-    """Muon over matrices, each a parameter or a parameter and the rows merged in it."""
-    pairs = [m if isinstance(m, tuple) else (m, m.shape[:1]) for m in matrices]
-    return Muon(pairs, [], learning_rate, weight_decay=0.2, dtype=dtype)
-
-
-def step_with_random_gradients(*optimizers: torch.optim.Optimizer, n_steps: int = 3) -> None:
-    """Let each optimizer take the same steps; the numbers of their parameters are in one order."""
-    for step in range(n_steps):
-        for optimizer in optimizers:
-            generator = torch.Generator().manual_seed(step)
-            for group in optimizer.param_groups:
-                for p in group["params"]:
-                    p.grad = torch.randn(p.shape, generator=generator)
-            optimizer.step()
-
-
-def set_gradients(model: nn.Module, seed: int) -> None:
-    torch.manual_seed(seed)
-    for p in model.parameters():
-        p.grad = torch.randn_like(p)
+def with_muon(
+    matrices: nn.ParameterList, dtype: torch.dtype = torch.float32, rows=None
+) -> tuple[nn.ParameterList, Muon]:
+    """Matrices and Muon over them; rows are those of the matrices merged in each."""
+    pairs = [(matrix, rows or matrix.shape[:1]) for matrix in matrices]
+    return matrices, Muon(pairs, [], learning_rate=0.1, weight_decay=0.2, dtype=dtype)
 
 
 def model_and_muon(**settings) -> tuple[GPTModel, Muon]:
@@ -247,7 +229,8 @@ def test_steps_equal_those_of_torchs_muon_in_fp32_and_but_for_rounding_in_bf16(m
 
     def moved(shapes, dtype):
         ours, theirs = random_matrices(*shapes), random_matrices(*shapes)
-        step_with_random_gradients(muon_of(ours, dtype), torch.optim.Muon(theirs, **options))
+        torchs = torch.optim.Muon(theirs.parameters(), **options)
+        step_with_random_gradients(with_muon(ours, dtype), (theirs, torchs))
         return zip(ours, theirs, random_matrices(*shapes), strict=True)
 
     for our, their, start in moved([(32, 32), (32, 32), (16, 64), (64, 16)], torch.bfloat16):
@@ -262,44 +245,50 @@ def test_steps_equal_those_of_torchs_muon_in_fp32_and_but_for_rounding_in_bf16(m
 @pytest.mark.parametrize("rows", [(6, 6, 6), (6, 4, 4), (14, 14)], ids=str)
 def test_matrices_merged_in_a_weight_move_as_by_themselves(rows):
     apart = random_matrices(*[(n, 6) for n in rows])
-    merged = nn.Parameter(torch.cat([p.detach() for p in apart]))
-    by_itself = nn.Parameter(merged.detach().clone())
-    optimizers = muon_of(apart), muon_of([(merged, rows)]), muon_of([by_itself])
+    merged, one = (nn.ParameterList([torch.cat([*apart]).detach()]) for _ in range(2))
+    pairs = with_muon(apart), with_muon(merged, rows=rows), with_muon(one)
     for _ in range(3):
-        merged.grad = by_itself.grad = torch.randn(sum(rows), 6)
-        for p, grad in zip(apart, merged.grad.split(rows), strict=True):
+        merged[0].grad = one[0].grad = torch.randn(sum(rows), 6)
+        for p, grad in zip(apart, merged[0].grad.split(rows), strict=True):
             p.grad = grad
-        for optimizer in optimizers:
+        for _, optimizer in pairs:
             optimizer.step()
-    torch.testing.assert_close(merged, torch.cat(apart), rtol=1e-6, atol=1e-6)
-    assert not torch.allclose(merged, by_itself, atol=0.01)
+    torch.testing.assert_close(merged[0], torch.cat([*apart]), rtol=1e-6, atol=1e-6)
+    assert not torch.allclose(merged[0], one[0], atol=0.01)
 
 
-@pytest.mark.parametrize(("most", "largest"), [(71, 1), (72, 2), (10**6, 3)])
-def test_matrices_move_the_same_however_many_are_taken_at_once(monkeypatch, most, largest):
-    together, parts = random_matrices(*SHAPES), random_matrices(*SHAPES)
-    step_with_random_gradients(muon_of(together))
-    counts, real = [], engine.optim.orthogonalize
-    monkeypatch.setattr(
-        engine.optim,
-        "orthogonalize",
-        lambda stack, *rest: counts.append(len(stack)) or real(stack, *rest),
-    )
-    monkeypatch.setattr(engine.optim, "MOST_AT_ONCE", most)
-    step_with_random_gradients(muon_of(parts))
-    assert max(counts) == largest
-    assert sum(counts) == 3 * len(SHAPES)  # steps times matrices
-    for one, other in zip(together, parts, strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-6)
+@pytest.fixture
+def stacks(monkeypatch):
+    """The shape and the type of each stack that is orthogonalized."""
+    seen, real = [], engine.optim.orthogonalize
+
+    def noting(stack, dtype):
+        seen.append((*stack.shape, dtype))
+        return real(stack, dtype)
+
+    monkeypatch.setattr(engine.optim, "orthogonalize", noting)
+    return seen
+
+
+def test_matrices_move_the_same_however_many_are_taken_at_once(monkeypatch, stacks):
+    together = random_matrices(*SHAPES)
+    step_with_random_gradients(with_muon(together))
+    for most, largest in ((71, 1), (72, 2), (10**6, 3)):
+        stacks.clear()
+        monkeypatch.setattr(engine.optim, "MOST_AT_ONCE", most)
+        step_with_random_gradients(with_muon(parts := random_matrices(*SHAPES)))
+        counts = [count for count, *_ in stacks]
+        assert max(counts) == largest
+        assert sum(counts) == 3 * len(SHAPES)  # steps times matrices
+        torch.testing.assert_close([*together], [*parts], rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("shape", [(3, 16, 16), (2, 8, 40), (2, 40, 8)], ids=str)
+@pytest.mark.parametrize("shape", [(3, 16, 16), (3, 8, 40), (3, 40, 8)], ids=str)
 def test_orthogonalized_matrices_keep_their_directions_and_get_values_near_one(shape, dtype):
     torch.manual_seed(0)
-    # which do not matter, and which fp16 does not hold
-    scales = torch.tensor([1e-6, 1.0, 1e6])[: shape[0], None, None]
-    matrices = torch.randn(shape) * scales
+    # scales do not matter, and fp16 does not hold these
+    matrices = torch.randn(shape) * torch.tensor([1e-6, 1.0, 1e6])[:, None, None]
     found = orthogonalize(matrices, dtype)
     assert (found.dtype, found.shape) == (dtype, shape)
     left, values, right = torch.linalg.svd(matrices, full_matrices=False)
@@ -330,25 +319,21 @@ def test_a_stack_is_orthogonalized_one_by_one_on_squares_of_the_shorter_side(mon
 @pytest.mark.parametrize("config", [{"qkv_bias": True}, LLAMA], ids=["gpt2", "llama"])
 @pytest.mark.parametrize("tied", [False, True])
 def test_muon_moves_the_matrices_of_the_blocks_and_nothing_else(tied, config):
-    model, optimizer = model_and_muon(tie_embeddings=tied, **config)
+    model, optimizer = model_and_muon(tie_embeddings=tied, n_layers=2, **config)
+    names = {p: name for name, p in model.named_parameters()}
     muon_group, *others = optimizer.param_groups
-    named = {
-        id(p): name
-        for name, p in model.named_parameters()
-        if name.startswith("blocks.") and p.dim() == 2
-    }
-    assert len(named) == 8  # four products in each block
-    assert {id(p) for p in muon_group["params"]} == set(named)
     assert all("rows" not in group for group in others)
-    rows = {
-        named[id(p)]: rows for p, rows in zip(muon_group["params"], muon_group["rows"], strict=True)
-    }
-    expected = {"attention.out_proj.weight": (8,)} | (
-        {"attention.qkv.weight": (8, 4, 4), "mlp.gate_up.weight": (12, 12), "mlp.down.weight": (8,)}
+    pairs = zip(muon_group["params"], muon_group["rows"], strict=True)
+    rows = {names[p]: rows for p, rows in pairs}
+    expected = {"attention.out_proj": (16,)} | (
+        {"attention.qkv": (16, 8, 8), "mlp.gate_up": (12, 12), "mlp.down": (16,)}
         if config is LLAMA
-        else {"attention.qkv.weight": (8, 8, 8), "mlp.0.weight": (32,), "mlp.2.weight": (8,)}
+        else {"attention.qkv": (16, 16, 16), "mlp.0": (64,), "mlp.2": (16,)}
     )
-    assert rows == {f"blocks.{i}.{name}": of for i in (0, 1) for name, of in expected.items()}
+    blocks = (0, 1)
+    assert rows == {
+        f"blocks.{i}.{name}.weight": of for i in blocks for name, of in expected.items()
+    }
 
 
 @pytest.mark.parametrize("fused", [True, False])
@@ -358,10 +343,7 @@ def test_parameters_that_are_no_hidden_matrices_move_by_adamw(fused):
     adamw = build_adamw(by_adamw, 1e-2, 0.1)
     for group in muon.param_groups[1:]:
         group["fused"] = fused
-    for seed in range(3):
-        for model, optimizer in ((by_adamw, adamw), (by_muon, muon)):
-            set_gradients(model, seed)
-            optimizer.step()
+    step_with_random_gradients((by_adamw, adamw), (by_muon, muon))
     matrices = {id(weight) for weight, _ in by_muon.hidden_matrices()}
     for name, p in by_muon.named_parameters():
         theirs = by_adamw.get_parameter(name)
@@ -382,27 +364,24 @@ def test_muon_moves_a_matrix_about_as_far_as_adamw_does_and_none_without_a_gradi
         if name in left_out:
             assert rms == 0 and p not in optimizer.state
         elif p.dim() == 2 and name.startswith("blocks"):
-            assert rms == pytest.approx(0.2 * 1e-2, rel=0.15), name
+            assert rms == pytest.approx(0.2 * 1e-2, rel=0.2), name
         else:
             assert rms > 0
 
 
-@pytest.mark.parametrize("bad_at", [0, 2])
 @pytest.mark.parametrize("number", [float("nan"), float("inf")])
-def test_a_bad_step_of_muon_changes_nothing_and_is_as_if_it_had_not_been(number, bad_at):
+def test_a_bad_step_of_muon_changes_nothing_and_is_as_if_it_had_not_been(number):
     (model, optimizer), (twin, its_optimizer) = model_and_muon(), model_and_muon()
-    for seed in range(4):
-        if seed == bad_at:
-            before = everything(model, optimizer)
-            set_gradients(model, seed)
-            for p in model.parameters():
-                p.grad.view(-1)[0] = number
-            optimizer.found_inf = torch.tensor(1.0)
-            optimizer.step()
-            found = everything(model, optimizer)
-            kept = {name: value for name, value in found.items() if name in before}
-            assert_the_same(kept, before)
-            assert all(not found[name].any() for name in found.keys() - before.keys())
+    for seed in range(3):
+        before = everything(model, optimizer)
+        set_gradients(model, seed)
+        for p in model.parameters():
+            p.grad.view(-1)[0] = number
+        optimizer.found_inf = torch.tensor(1.0)
+        optimizer.step()
+        found = everything(model, optimizer)
+        assert_the_same({name: found[name] for name in before}, before)
+        assert all(not found[name].any() for name in found.keys() - before.keys())
         set_gradients(model, seed)
         optimizer.found_inf = torch.tensor(0.0)
         with HostReads() as reads:
@@ -430,35 +409,10 @@ def test_muon_obeys_a_gradient_scaler(unscaled_before):
         scaler.update()
         assert_the_same(everything(model, optimizer), good)
     assert scaler.get_scale() == 2.0
-
-
-def test_muon_calls_a_closure_with_gradients_and_returns_its_loss():
-    model, optimizer = model_and_muon()
+    optimizer.zero_grad()
     assert optimizer.step() is None
-    loss = optimizer.step(lambda: model(torch.arange(8).view(1, 8)).square().mean())
+    loss = optimizer.step(lambda: model(ids).square().mean())  # a closure has gradients
     assert loss.requires_grad and loss.item() > 0
-
-
-def test_muon_learns_to_repeat_what_it_read_in_fewer_steps_than_adamw():
-    losses = {}
-    for kind in OPTIMIZERS:
-        model = tiny_model(context_length=16, emb_dim=32)
-        optimizer = build_optimizer(kind, model, 2e-2, 0.1)
-        losses[kind] = []
-        for _ in range(60):
-            ids = torch.randint(20, (16, 8)).repeat(1, 2)  # (B, 16), its halves the same
-            logits = model(ids[:, :-1])[:, 8:]
-            loss = nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 9:].flatten())
-            losses[kind].append(loss.item())
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-    assert losses["muon"][0] == losses["adamw"][0]
-    last = {kind: sum(values[-5:]) / 5 for kind, values in losses.items()}
-    assert last["muon"] < 1.5 < last["adamw"] < losses["adamw"][0]
-
-
-# ----------------------------------------------------------------------------------- precision
 
 
 @pytest.fixture
@@ -469,16 +423,6 @@ def cpu_has(monkeypatch):
         found = dict.fromkeys(names, True) | {"avx512_f": True}
         missing = {name: False for name in ("avx512_bf16", "amx_bf16") if name not in names}
         monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: found | missing, raising=False)
-
-    return install
-
-
-@pytest.fixture
-def capability(monkeypatch):
-    """Give CUDA devices this compute capability."""
-
-    def install(version):
-        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: version)
 
     return install
 
@@ -502,25 +446,20 @@ def test_auto_takes_bf16_where_the_processor_has_it(cpu_has, monkeypatch):
     assert product_dtype(forced) == torch.bfloat16
     # older torch is asked by its private names
     monkeypatch.delattr(torch.cpu, "get_capabilities")
-    for avx512, amx in ((True, False), (False, True), (False, False)):
-        monkeypatch.setattr(
-            torch.cpu, "_is_avx512_bf16_supported", lambda has=avx512: has, raising=False
-        )
-        monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda has=amx: has, raising=False)
-        assert choose_precision("auto", CPU).name == ("bf16" if avx512 or amx else "fp32")
+    asked = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+    for units in ((True, False), (False, True), (False, False)):
+        for name, has in zip(asked, units, strict=True):
+            monkeypatch.setattr(torch.cpu, name, lambda has=has: has, raising=False)
+        assert choose_precision("auto", CPU).name == ("bf16" if any(units) else "fp32")
 
 
-def test_muon_iterates_in_bf16_where_the_processor_has_it(cpu_has, monkeypatch):
-    used, real = [], engine.optim.orthogonalize
-    monkeypatch.setattr(
-        engine.optim, "orthogonalize", lambda stack, dtype: used.append(dtype) or real(stack, dtype)
-    )
+def test_muon_iterates_in_bf16_where_the_processor_has_it(cpu_has, stacks):
     for units, dtype in ((["amx_bf16"], torch.bfloat16), ([], torch.float32)):
         cpu_has(*units)
         model, optimizer = model_and_muon()
         set_gradients(model, 0)
         optimizer.step()
-        assert used[-1] == dtype
+        assert stacks[-1][-1] == dtype
         assert {p.dtype for p in model.parameters()} == {torch.float32}
 
 
@@ -532,10 +471,10 @@ def test_instruction_sets_are_looked_up_by_names_that_torch_knows():
     assert {"avx512_bf16", "amx_bf16"} <= torch.cpu.get_capabilities().keys()
 
 
-def test_auto_takes_the_fastest_format_that_a_gpu_has(monkeypatch, capability):
+def test_auto_takes_the_fastest_format_that_a_gpu_has(monkeypatch):
     names = {(6, 1): "fp32", (7, 0): "fp16", (7, 5): "fp16", (8, 0): "bf16", (12, 0): "bf16"}
     for version, name in names.items():
-        capability(version)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, v=version: v)
         assert choose_precision("auto", CUDA).name == name
     for is_newer, name in ((True, "bf16"), (False, "fp32")):
         monkeypatch.setattr(
@@ -557,23 +496,20 @@ def test_auto_takes_the_fastest_format_that_a_gpu_has(monkeypatch, capability):
     ],
 )
 def test_a_run_that_goes_on_keeps_its_precision_unless_a_gpu_would_emulate_it(
-    cpu_has, capability, version, begun_in, name, reason
+    cpu_has, monkeypatch, version, begun_in, name, reason
 ):
     cpu_has()
-    capability(version)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: version)
     kept = keep_precision(begun_in, CPU if version is None else CUDA)
     assert kept.name == name and reason in kept.reason
 
 
-@pytest.mark.parametrize("device", ["cpu", "mps"])
-def test_fp16_anywhere_but_on_cuda_is_refused_with_what_to_do(device):
-    said = f'"fp16" needs a CUDA GPU, and this run is on {device}.\nSet PRECISION = "auto".'
-    with pytest.raises(SettingsError, match=said):
-        choose_precision("fp16", torch.device(device))
-
-
-def test_only_the_loss_of_fp16_is_scaled(monkeypatch, capability):
-    capability((7, 5))
+def test_fp16_is_for_cuda_alone_and_its_loss_alone_is_scaled(monkeypatch):
+    for device in ("cpu", "mps"):
+        said = f'"fp16" needs a CUDA GPU, and this run is on {device}.\nSet PRECISION = "auto".'
+        with pytest.raises(SettingsError, match=said):
+            choose_precision("fp16", torch.device(device))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
     monkeypatch.setattr(torch.cuda.amp.common, "amp_definitely_not_available", lambda: False)
     for name in ("bf16", "fp32", "fp16"):
         precision = choose_precision(name, torch.device("cuda"))

@@ -1,8 +1,8 @@
 """The loop and its steps on a model so small that every number can be checked."""
 
 import ast
+import inspect
 import itertools
-import json
 import math
 import os
 import re
@@ -19,14 +19,14 @@ from torch.utils.data import DataLoader
 
 import engine.loss
 import train
-from data import WindowDataset, evaluation_loader
+from data import WindowDataset
 from engine.console import say
-from engine.errors import NumericsError, SettingsError, Stopped
+from engine.errors import CheckpointError, NumericsError, SettingsError, Stopped
 from engine.optim import Schedule, build_adamw, build_optimizer, learning_rate_at
 from engine.precision import Precision
 from model import GPTModel
 from storage.checkpoint import CheckpointStore, SaveClock
-from tests.conftest import REPOSITORY, HostReads
+from tests.conftest import HostReads
 from tests.letters import (
     BATCH,
     CONTEXT,
@@ -41,6 +41,7 @@ from tests.letters import (
     tiny_loaders,
     tiny_model,
 )
+from tests.resuming import rows_of
 from train import (
     MOST_HALVINGS,
     MOST_SKIPPED,
@@ -63,6 +64,14 @@ OPTIMIZERS = {
 }
 
 
+@pytest.fixture(autouse=True, scope="module")
+def short_samples():
+    """To write a whole sample takes longer than an epoch."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "SAMPLE_TOKENS", 3)
+        yield
+
+
 def run(total_steps: int, *, n_batches=5, **options) -> Trainer:
     """A run of the loop, options being those of new_trainer(); the trainer that it leaves."""
     trainer = new_trainer(total_steps, **options)
@@ -75,35 +84,24 @@ def history_of(*arguments, **options) -> History:
 
 
 class Pretending(Trainer):
-    """A trainer whose steps and samples do nothing, for what the loop counts."""
+    """A trainer that neither trains nor evaluates nor writes, for what the loop counts."""
 
     def step(self, _):
         return torch.tensor(1.0), torch.tensor(1.0)
 
+    def evaluate(self, _):
+        return 1.0
 
-def rows_of(folder) -> list[dict]:
-    lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    return [json.loads(line) for line in lines]
+    def sample(self, label):
+        self.journal.note_sample(label, ["abc"])
 
 
 def state_of(trainer: Trainer) -> dict[str, torch.Tensor]:
     return everything(trainer.learner.model, trainer.learner.optimizer)
 
 
-def note_gradients(optimizer: torch.optim.Optimizer) -> list[list[torch.Tensor]]:
-    """A list that will hold copies of the gradients that each step used."""
-    noted = []
-    optimizer.register_step_pre_hook(
-        lambda used, *_: noted.append([p.grad.clone() for p in used.param_groups[0]["params"]])
-    )
-    return noted
-
-
 def length(gradients: list[torch.Tensor]) -> float:
     return math.sqrt(sum((gradient.double() ** 2).sum().item() for gradient in gradients))
-
-
-# ------------------------------------------------------------------ the loop
 
 
 @pytest.mark.parametrize(
@@ -128,7 +126,6 @@ def test_evaluations_fall_on_step_0_every_eval_freq_and_each_epochs_end(
 
 
 def test_train_model_simple_is_the_same_loop_clips_at_1_and_writes_nothing(workdir, capsys):
-
     def long_gradients():
         model = tiny_model(tie_embeddings=False)
         with torch.no_grad():
@@ -138,6 +135,8 @@ def test_train_model_simple_is_the_same_loop_clips_at_1_and_writes_nothing(workd
     losses, prompts = [], ["abc", "h"]
     for epochs, limit, options in ((0, 1.0, {}), (2, 1.0, {}), (2, 0.0, {"max_grad_norm": 0.0})):
         model, optimizer = long_gradients()
+        for parameter in model.parameters():  # what a caller left behind is not trained on
+            parameter.grad = torch.full_like(parameter, 100.0)
         found = train_model_simple(
             model, *tiny_loaders(), optimizer, "cpu", epochs, 3, 2, prompts, Letters(), **options
         )
@@ -154,15 +153,8 @@ def test_train_model_simple_is_the_same_loop_clips_at_1_and_writes_nothing(workd
     assert list(workdir.iterdir()) == []
 
 
-def test_gradients_that_a_caller_left_behind_are_not_trained_on():
-    model = tiny_model()
-    for parameter in model.parameters():
-        parameter.grad = torch.full_like(parameter, 100.0)
-    assert history_of(3, model=model).batch_losses == history_of(3).batch_losses
-
-
 def test_training_lowers_the_loss_down_to_that_of_the_noise():
-    history = history_of(150, n_batches=150, eval_iter=20)
+    history = history_of(120, n_batches=120, eval_iter=10)
     assert history.batch_losses[0] == pytest.approx(math.log(8), rel=0.05)
     assert history.train_losses[0] == pytest.approx(math.log(8), rel=0.05)
     # the letter before leaves 1.04 nats, and no letters leave less than the toss, ln 2
@@ -171,67 +163,52 @@ def test_training_lowers_the_loss_down_to_that_of_the_noise():
 
 
 def test_evaluating_more_often_does_not_change_the_training():
-    often = run(8, model=tiny_model(drop_rate=0.2), eval_freq=1, eval_iter=100)
-    rarely = run(8, model=tiny_model(drop_rate=0.2), eval_freq=100, eval_iter=1)
+    often = run(6, model=tiny_model(drop_rate=0.2), eval_freq=1, eval_iter=100)
+    rarely = run(6, model=tiny_model(drop_rate=0.2), eval_freq=100, eval_iter=1)
     assert often.journal.history.batch_losses == rarely.journal.history.batch_losses
     assert_the_same(state_of(often), state_of(rarely))
 
 
-def test_steps_equal_a_loop_written_out_by_hand_whatever_the_global_seed():
-    found = run(10, max_grad_norm=0.0)
-    model = tiny_model()
-    torch.manual_seed(5)
-    optimizer = build_adamw(model, learning_rate=1e-2, weight_decay=0.1)
-    loader, _ = tiny_loaders()
-    losses = []
-    for ids, targets in itertools.chain(loader, loader):  # the second epoch has an order of its own
-        loss = F.cross_entropy(model(ids).flatten(0, 1), targets.flatten())
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
-    assert found.journal.history.batch_losses == pytest.approx(losses, rel=1e-6)
-    for name, value in model.state_dict().items():
-        torch.testing.assert_close(found.learner.model.state_dict()[name], value)
+@pytest.mark.parametrize("kind", ["fused AdamW", "SGD"])
+def test_steps_equal_a_loop_written_out_by_hand_whatever_the_global_seed(
+    kind, tmp_path, no_pictures
+):
+    """With the schedule's rates, and gradients cut to max_grad_norm, which cuts nothing at 0."""
+    schedule = Schedule("cosine", peak=1e-2, warmup_steps=3, total_steps=10)
 
+    def by_hand(max_grad_norm: float) -> tuple[GPTModel, list[tuple[float, float, float]]]:
+        """The trained model, and each step's loss, gradient norm and learning rate."""
+        model, rows = tiny_model(), []
+        torch.manual_seed(5)
+        optimizer = OPTIMIZERS[kind](model)
+        loader, _ = tiny_loaders()
+        # the second epoch has an order of its own
+        for step, (ids, targets) in enumerate(itertools.chain(loader, loader)):
+            optimizer.zero_grad()
+            loss = F.cross_entropy(model(ids).flatten(0, 1), targets.flatten())
+            loss.backward()
+            norm = length([p.grad for p in model.parameters()])
+            for p in model.parameters():
+                p.grad *= min(1.0, (max_grad_norm or math.inf) / norm)
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate_at(step, schedule)
+            optimizer.step()
+            rows.append((loss.item(), norm, group["lr"]))
+        return model, rows
 
-def test_each_step_has_the_learning_rate_of_the_schedule(tmp_path, no_pictures):
-    schedule = Schedule("cosine", peak=3e-3, warmup_steps=3, total_steps=8)
-    model = tiny_model()
-    optimizer = build_adamw(model, learning_rate=1.0, weight_decay=0.1)
-    used = []
-    optimizer.register_step_post_hook(
-        lambda stepped, *_: used.append([group["lr"] for group in stepped.param_groups])
-    )
-    run(8, model=model, optimizer=optimizer, folder=tmp_path, schedule=schedule)
-    expected = [learning_rate_at(step, schedule) for step in range(8)]
-    assert len(set(expected)) > 3
-    assert used == [[rate, rate] for rate in expected]
-    assert [row["train/lr"] for row in rows_of(tmp_path) if "train/lr" in row] == expected
-
-
-def test_gradients_are_cut_to_max_grad_norm_and_0_never_cuts(tmp_path, no_pictures):
-    def norms(max_grad_norm: float) -> tuple[list[float], list[float]]:
-        """The lengths that each step used, and those that metrics.jsonl tells."""
+    norms = sorted(norm for _, norm, _ in by_hand(0.0)[1])
+    for max_grad_norm in (0.0, norms[5], 1e6):  # the second is above some, below others
+        expected_model, expected = by_hand(max_grad_norm)
         model = tiny_model()
-        optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
-        gradients = note_gradients(optimizer)
-        (tmp_path / "metrics.jsonl").unlink(missing_ok=True)
-        run(5, model=model, optimizer=optimizer, max_grad_norm=max_grad_norm, folder=tmp_path)
-        told = [row["train/grad_norm"] for row in rows_of(tmp_path) if "train/grad_norm" in row]
-        return [length(step) for step in gradients], told
-
-    uncut, told = norms(0.0)
-    assert told == pytest.approx(uncut)
-    assert norms(1e6)[0] == pytest.approx(uncut)
-    limit = sorted(uncut)[2]  # above some, below others
-    cut, told = norms(limit)
-    assert cut == pytest.approx([min(norm, limit) for norm in uncut], rel=1e-3)
-    assert told == pytest.approx(uncut)  # what there was before the cut
-    assert min(uncut) < limit < max(uncut)
-
-
-# ------------------------------------------------------------------ accumulation
+        plan = {"schedule": schedule, "max_grad_norm": max_grad_norm, "folder": tmp_path}
+        found = run(10, model=model, optimizer=OPTIMIZERS[kind](model), **plan)
+        told = [row for row in rows_of(tmp_path) if "train/lr" in row]
+        (tmp_path / "metrics.jsonl").unlink()
+        names = ("train/loss", "train/grad_norm", "train/lr")  # the norm is that before the cut
+        for row, numbers in zip(told, expected, strict=True):
+            assert [row[name] for name in names] == pytest.approx(numbers, rel=1e-4)
+        assert found.journal.history.batch_losses == [row["train/loss"] for row in told]
+        torch.testing.assert_close(model.state_dict(), expected_model.state_dict())
 
 
 @pytest.mark.parametrize(
@@ -274,10 +251,9 @@ def test_the_loss_of_micro_batches_of_unequal_shapes_is_the_mean_over_targets(ti
     monkeypatch.setattr(engine.loss, "chunk_rows", lambda hidden, vocab_size: 10)
     ids = torch.randint(8, (5, CONTEXT), generator=torch.Generator().manual_seed(0))
     batches = [(ids[:3], ids[:3] // 2), (ids[3:4, :5], ids[3:4, :5]), (ids[4:], ids[4:])]
-    model = tiny_model(tie_embeddings=tied)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
-    noted = note_gradients(optimizer)
-    loss, norm = take_step(model, batches, optimizer, FP32, 0.0)
+    stepped, model = tiny_model(tie_embeddings=tied), tiny_model(tie_embeddings=tied)
+    optimizer = torch.optim.SGD(stepped.parameters(), lr=1.0)
+    loss, norm = take_step(stepped, batches, optimizer, FP32, 0.0)
     total = sum(
         F.cross_entropy(model(x).flatten(0, 1), y.flatten(), reduction="sum") for x, y in batches
     )
@@ -285,7 +261,8 @@ def test_the_loss_of_micro_batches_of_unequal_shapes_is_the_mean_over_targets(ti
     expected.backward()
     assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
     by_hand = [p.grad for p in model.parameters()]
-    torch.testing.assert_close(noted, [by_hand], rtol=0, atol=1e-6)
+    moved = [p - q for p, q in zip(model.parameters(), stepped.parameters(), strict=True)]
+    torch.testing.assert_close(moved, by_hand, rtol=0, atol=1e-6)
     assert norm.item() == pytest.approx(length(by_hand), rel=1e-5)
 
 
@@ -299,9 +276,6 @@ def test_the_loop_counts_steps_and_tokens_of_whole_steps():
     assert found.steps == expected.steps == [0, 3, 6, 7]
     assert found.tokens_seen == expected.tokens_seen == [n * CONTEXT for n in (0, 13, 26, 32)]
     assert found.batch_losses == pytest.approx(expected.batch_losses, abs=1e-4)
-
-
-# ------------------------------------------------------------------ numbers gone bad
 
 
 def spoil_loss(model: GPTModel, wanted=lambda: True):
@@ -318,37 +292,35 @@ def spoil_gradient(model: GPTModel, wanted=lambda: True):
     )
 
 
-@pytest.mark.parametrize("max_grad_norm", [1.0, 0.0])
+@pytest.mark.parametrize("precision", [FP32, FP16], ids=["fp32", "fp16"])
 @pytest.mark.parametrize("kind", OPTIMIZERS)
-def test_a_step_with_a_bad_number_changes_nothing(kind, max_grad_norm):
+def test_a_step_with_a_bad_number_changes_nothing_but_halves_the_scale_of_fp16(kind, precision):
     first, second, third = itertools.islice(tiny_loaders()[0], 3)
-
-    def subject():
-        model = tiny_model()
-        optimizer = OPTIMIZERS[kind](model)
-
-        def step(*batches):
-            return take_step(model, list(batches), optimizer, FP32, max_grad_norm)
-
-        step(first)
-        return model, optimizer, step
-
-    model, optimizer, step = subject()
-    before = everything(model, optimizer)
-    for spoil, batches in itertools.product((spoil_loss, spoil_gradient), ([second], [first] * 2)):
+    model, twin, scaler = tiny_model(), tiny_model(), precision.scaler()
+    optimizers = [OPTIMIZERS[kind](each) for each in (model, twin)]
+    for each, optimizer in zip((model, twin), optimizers, strict=True):
+        take_step(each, [first], optimizer, precision, 1.0, scaler=scaler)
+    before, scale = everything(model, optimizers[0]), scaler.get_scale()
+    assert (scale > 1) == (precision is FP16)
+    for spoil, batches, max_grad_norm in itertools.product(
+        (spoil_loss, spoil_gradient), ([second], [first, first]), (1.0, 0.0)
+    ):
         spoiling = spoil(model)
-        loss, norm = step(*batches)
+        loss, norm = take_step(
+            model, batches, optimizers[0], precision, max_grad_norm, scaler=scaler
+        )
         spoiling.remove()
         assert math.isfinite(loss) == (spoil is spoil_gradient)
         assert not math.isfinite(norm)
-        assert_the_same(everything(model, optimizer), before)
+        scale = scale / 2 if precision is FP16 else scale
+        assert scaler.get_scale() == scale
+        assert_the_same(everything(model, optimizers[0]), before)
         assert all(parameter.grad is None for parameter in model.parameters())
-    twin_model, twin_optimizer, _ = subject()
-    for stepped, its_optimizer in ((model, optimizer), (twin_model, twin_optimizer)):
+    for each, optimizer in zip((model, twin), optimizers, strict=True):
         ids, targets = third  # a step of the caller's own
-        F.cross_entropy(stepped(ids).flatten(0, 1), targets.flatten()).backward()
-        its_optimizer.step()
-    assert_the_same(everything(model, optimizer), everything(twin_model, twin_optimizer))
+        F.cross_entropy(each(ids).flatten(0, 1), targets.flatten()).backward()
+        optimizer.step()
+    assert_the_same(everything(model, optimizers[0]), everything(twin, optimizers[1]))
     assert not torch.equal(model.head.weight, before["token_embedding.weight"])
 
 
@@ -369,30 +341,14 @@ def test_with_a_fused_optimizer_nobody_waits_for_the_numbers():
 
 
 @pytest.mark.parametrize("kind", OPTIMIZERS)
-def test_fp16_scales_the_loss_and_not_the_gradients_and_halves_the_scale_for_a_bad_step(kind):
-    scaler = FP16.scaler()
-    assert scaler.is_enabled()
-    model = tiny_model()
-    optimizer = OPTIMIZERS[kind](model)
-    first, second, third = itertools.islice(tiny_loaders()[0], 3)
-    loss, norm = take_step(model, [first, second], optimizer, FP16, 1e-3, scaler=scaler)
-    twin = tiny_model()
-    expected = take_step(twin, [first, second], OPTIMIZERS[kind](twin), FP32, 1e-3)
-    assert (loss.item(), norm.item()) == pytest.approx([x.item() for x in expected], rel=0.01)
+def test_fp16_scales_the_loss_and_not_the_gradients(kind):
+    model, twin = tiny_model(), tiny_model()
+    batches = list(itertools.islice(tiny_loaders()[0], 2))
+    found = take_step(model, batches, OPTIMIZERS[kind](model), FP16, 1e-3)
+    expected = take_step(twin, batches, OPTIMIZERS[kind](twin), FP32, 1e-3)
+    assert [x.item() for x in found] == pytest.approx([x.item() for x in expected], rel=0.01)
     if kind == "SGD":  # which moves by the gradient's length, so it was cut unscaled
-        torch.testing.assert_close(list(model.parameters()), list(twin.parameters()))
-
-    scale, before = scaler.get_scale(), everything(model, optimizer)
-    for halved, spoil in ((2, spoil_loss), (4, spoil_gradient)):
-        spoiling = spoil(model)
-        take_step(model, [second, third], optimizer, FP16, 1.0, scaler=scaler)
-        spoiling.remove()
-        assert scaler.get_scale() == scale / halved
-        assert_the_same(everything(model, optimizer), before)
-    take_step(model, [third], optimizer, FP16, 1.0, scaler=scaler)
-    assert scaler.get_scale() == scale / 4
-    assert not torch.equal(model.head.weight, before["token_embedding.weight"])
-    assert all(value.isfinite().all() for value in everything(model, optimizer).values())
+        torch.testing.assert_close(model.state_dict(), twin.state_dict())
 
 
 GOOD, NAN, INF = 1.0, math.nan, math.inf
@@ -410,7 +366,7 @@ class Counted:
         self.skipped.look_at(row, self.history)
 
 
-def test_a_step_with_a_bad_number_is_counted_and_said(capsys):
+def test_skipped_steps_are_counted_and_said_and_too_many_in_a_row_stop_the_run(capsys):
     for loss, norm in ((NAN, NAN), (INF, NAN), (-INF, GOOD), (GOOD, INF), (GOOD, NAN)):
         run = Counted()
         run.step()
@@ -421,22 +377,17 @@ def test_a_step_with_a_bad_number_is_counted_and_said(capsys):
             f"Note: step 2: the loss is {loss:.4g} and the gradient's norm {norm:.4g}: the step "
             "is skipped (1 so far)\n"
         )
-
-
-def test_too_many_skipped_in_a_row_stop_the_run_and_a_good_one_resets_the_row():
     run = Counted()
     for _ in range(3):
         for _ in range(MOST_SKIPPED - 1):
             run.step(NAN, NAN)
         run.step()
     assert run.history.skipped == 3 * (MOST_SKIPPED - 1)
-    with pytest.raises(NumericsError) as caught:
+    told = f"step {4 * MOST_SKIPPED}: the loss is 1 and (?s:.)*The learning rate was 0.01; begin a"
+    with pytest.raises(NumericsError, match=told) as caught:
         for _ in range(MOST_SKIPPED):
             run.step(GOOD, INF)
-    assert run.steps == 4 * MOST_SKIPPED
-    assert caught.value.exit_code == 5
-    assert str(caught.value).startswith(f"step {run.steps}: the loss is 1 and the gradient's")
-    assert "The learning rate was 0.01; begin a run with a third of it" in str(caught.value)
+    assert (run.steps, caught.value.exit_code) == (4 * MOST_SKIPPED, 5)
 
 
 def test_overflows_that_only_lower_the_loss_scale_are_neither_counted_nor_told(capsys):
@@ -467,39 +418,18 @@ def test_the_row_of_skipped_steps_outlasts_an_interruption(tmp_path, no_pictures
         training_loop(again, *tiny_loaders())
 
 
-def test_a_run_goes_on_past_a_bad_step_that_is_counted_said_and_null(tmp_path, no_pictures, capsys):
-    trainer = new_trainer(8, folder=tmp_path, eval_freq=2)
-    spoil_loss(trainer.learner.model, lambda: trainer.journal.steps == 2)
-    training_loop(trainer, *tiny_loaders())
-    history = trainer.journal.history
-    assert history.skipped == 1
-    [note] = [line for line in capsys.readouterr().out.splitlines() if "skipped" in line]
-    assert note.startswith("Note: step 3: the loss is ")
-    norms = {row["step"]: row["train/grad_norm"] for row in rows_of(tmp_path) if "train/lr" in row}
-    assert [step for step, norm in norms.items() if norm is None] == [3]
-    assert len(norms) == len(history.batch_losses) == 8
-    assert all(parameter.isfinite().all() for parameter in trainer.learner.model.parameters())
-    assert history.val_losses[-1] < history.val_losses[0]
-
-
-@pytest.mark.parametrize(("log_every", "ends_at"), [(1, 13), (0, 15)])
-def test_a_run_whose_steps_are_all_bad_ends_and_names_the_step(log_every, ends_at):
-    trainer = new_trainer(100, log_every=log_every)
-    spoil_gradient(trainer.learner.model, lambda: trainer.journal.steps >= 3)
-    with pytest.raises(NumericsError, match=f"step 13: .* as {MOST_SKIPPED - 1} times in a row"):
-        training_loop(trainer, *tiny_loaders())
-    assert trainer.journal.steps == ends_at  # where the numbers were looked at next
-    assert all(parameter.isfinite().all() for parameter in trainer.learner.model.parameters())
-
-
-def test_weights_that_the_last_step_spoils_stop_the_run_too():
+def test_a_run_whose_steps_are_all_bad_or_whose_weights_are_spoilt_ends_and_names_the_step():
+    for log_every, ends_at in ((1, 13), (0, 15)):  # where the numbers are looked at next
+        trainer = new_trainer(100, log_every=log_every)
+        spoil_gradient(trainer.learner.model, lambda t=trainer: t.journal.steps >= 3)
+        with pytest.raises(NumericsError, match=f"step 13: .* as {MOST_SKIPPED - 1} times in a"):
+            training_loop(trainer, *tiny_loaders())
+        assert trainer.journal.steps == ends_at
+        assert all(parameter.isfinite().all() for parameter in trainer.learner.model.parameters())
     model = tiny_model()
-    optimizer = torch.optim.SGD(model.parameters(), lr=math.inf)
     with pytest.raises(NumericsError, match="after step 1 the training loss is nan"):
-        run(1, model=model, optimizer=optimizer)
+        run(1, model=model, optimizer=torch.optim.SGD(model.parameters(), lr=math.inf))
 
-
-# ------------------------------------------------------------------ leaving and coming back
 
 RATES = Schedule("cosine", peak=1e-2, warmup_steps=2, total_steps=12)
 
@@ -513,14 +443,7 @@ class NotingStore(CheckpointStore):
 
 
 def saving_trainer(
-    folder: Path,
-    total_steps: int,
-    save_every: int,
-    *,
-    kind=Trainer,
-    precision=FP32,
-    log_every=0,
-    **plan,
+    folder: Path, total_steps: int, save_every: int, *, kind=Trainer, precision=FP32, **plan
 ) -> Trainer:
     """A trainer that goes on from what the folder has."""
     folder.mkdir(exist_ok=True)
@@ -529,9 +452,9 @@ def saving_trainer(
     optimizer = build_adamw(model, learning_rate=1e-2, weight_decay=0.1)
     trainer = kind(
         Learner(model, optimizer, precision),
-        Journal(8, total_steps, log_every, folder),
+        Journal(8, total_steps, plan.pop("log_every", 0), folder),
         Letters(),
-        new_plan(total_steps, **({"schedule": RATES} | plan)),
+        new_plan(total_steps, schedule=RATES, **plan),
         Saving(None, NotingStore(folder, "some run", keep=2), SaveClock(save_every, minutes=5)),
     )
     trainer.restore()
@@ -609,7 +532,18 @@ def test_the_loss_scale_of_fp16_is_found_again_or_new_after_another_precision(
     assert (again.journal.steps, again.learner.scaler.get_scale()) == (4, 2.0**16)
 
 
-# ------------------------------------------------------------------ patience
+def test_a_checkpoint_that_lacks_a_part_of_the_state_is_named(tmp_path, monkeypatch, no_pictures):
+    training_loop(saving_trainer(tmp_path, 2, save_every=9), *tiny_loaders())
+    restore = CheckpointStore.restore
+    for part in ("steps", "journal", "random", "scaler", "schedule", "total_steps"):
+
+        def lacking(store, *arguments, part=part):
+            state, best = restore(store, *arguments)
+            return {name: value for name, value in state.items() if name != part}, best
+
+        monkeypatch.setattr(CheckpointStore, "restore", lacking)
+        with pytest.raises(CheckpointError, match=f"step-00000002 can't be gone on .*'{part}'"):
+            saving_trainer(tmp_path, 2, save_every=9)
 
 
 def scripted(val_losses: list[float], base: type[Trainer] = Trainer) -> type[Trainer]:
@@ -666,42 +600,29 @@ def test_the_best_weights_are_kept_over_worse_evaluations_and_interruptions(
     assert trainer.journal.weights_of_step == 4
 
 
-# ------------------------------------------------------------------ the mean loss
-
-
-@torch.no_grad()
-def test_mean_loss_weighs_every_target_the_same():
-    model = tiny_model(drop_rate=0.5)
-    for parameter in model.parameters():
-        parameter.add_(torch.randn_like(parameter))
+@pytest.mark.parametrize("training", [True, False])
+def test_mean_loss_weighs_every_target_the_same_and_leaves_mode_and_generator(training):
+    model = tiny_model(drop_rate=0.5).eval()
     _, loader = tiny_loaders()
     sums, counts = [], []
-    model.eval()
-    for ids, targets in loader:
-        log_probabilities = model(ids).double().log_softmax(-1)
-        sums.append(-log_probabilities.gather(-1, targets[..., None]).sum().item())
-        counts.append(targets.numel())
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter))
+        for ids, targets in loader:
+            log_probabilities = model(ids).double().log_softmax(-1)
+            sums.append(-log_probabilities.gather(-1, targets[..., None]).sum().item())
+            counts.append(targets.numel())
     assert counts == [16, 4]
-    assert mean_loss(model, loader, CPU, FP32) == pytest.approx(sum(sums) / 20, rel=1e-6)
     mean_of_means = sum(s / n for s, n in zip(sums, counts, strict=True)) / 2
     assert abs(mean_of_means - sum(sums) / 20) > 0.01  # the two can be told apart
-
-
-@pytest.mark.parametrize("training", [True, False])
-def test_mean_loss_leaves_mode_and_generator_as_found_and_is_what_the_loop_reports(training):
-    model = tiny_model(drop_rate=0.5).train(training)
+    model.train(training)
     state = torch.get_rng_state()
-    expected = [
-        [mean_loss(model, evaluation_loader(loader, 2), CPU, FP32)] for loader in tiny_loaders()
-    ]
+    assert mean_loss(model, loader, CPU, FP32) == pytest.approx(sum(sums) / 20, rel=1e-6)
     assert model.training == training
     assert torch.equal(torch.get_rng_state(), state)
     assert all(parameter.grad is None for parameter in model.parameters())
-    history = history_of(0, model=model)
-    assert [history.train_losses, history.val_losses] == expected  # so there is no dropout
-
-
-# ------------------------------------------------------------------ what is printed
+    # what the loop reports; its evaluations are of two batches
+    assert history_of(0, model=model).val_losses == pytest.approx([sum(sums) / 20], rel=1e-6)
 
 
 def test_lines_are_printed_in_the_order_of_events_and_checkpoints_come_before_evaluations(
@@ -744,20 +665,30 @@ def test_lines_are_printed_in_the_order_of_events_and_checkpoints_come_before_ev
     assert bars == ["Epoch 1: 100%|| 5/5", "Epoch 2: 100%|| 2/2"]
 
 
-def test_several_prompts_are_continued_in_one_batch_as_each_would_be_alone(monkeypatch):
+def test_prompts_are_continued_in_one_batch_as_alone_and_of_a_very_long_one_the_end_is_shown(
+    monkeypatch,
+):
     batches, real = [], train.generate
     monkeypatch.setattr(
         train, "generate", lambda model, ids, **o: batches.append(ids) or real(model, ids, **o)
     )
-    prompts = ["abc", "h", "gfedcba" * 4]  # the last one is longer than the model's context
-    together = history_of(5, prompts=prompts).samples
-    assert len(batches) == 2  # before training, and after the epoch
-    assert [len(ids) for ids in batches] == [3, 3]
-    for i, prompt in enumerate(prompts):
-        alone = history_of(5, prompts=[prompt]).samples
-        for moment, expected in zip(together, alone, strict=True):
-            assert [moment.texts[i]] == expected.texts
-            assert moment.texts[i].startswith(prompt) and len(moment.texts[i]) == len(prompt) + 30
+
+    def sampled(*prompts: str) -> list[str]:
+        trainer, left_out = new_trainer(0, prompts=prompts), []
+        trainer.journal.leave_out = left_out.append
+        with monkeypatch.context() as patch:
+            patch.setattr(train, "time", SimpleNamespace(monotonic=iter([10.0, 13.5]).__next__))
+            trainer.sample("Before training")
+        assert left_out == [3.5]  # a sample's time is not that of the tokens
+        return trainer.journal.history.samples[0].texts
+
+    prompts = ["abc", "h", "gfedcba" * 4, "ab" * 5000]  # two are longer than the model's context
+    *texts, long = together = sampled(*prompts)
+    assert [len(ids) for ids in batches] == [4]
+    assert together == [text for prompt in prompts for text in sampled(prompt)]
+    for text, prompt in zip(texts, prompts[:3], strict=True):
+        assert text.startswith(prompt) and len(text) == len(prompt) + 3
+    assert long.startswith("…") and "ab" * 400 in long and len(long) == 1 + 1000
 
 
 def test_a_sample_ends_at_the_end_of_text_and_the_others_go_on():
@@ -780,81 +711,42 @@ def test_a_sample_ends_at_the_end_of_text_and_the_others_go_on():
     assert all(text.startswith(prompt) for text, prompt in zip(ended, prompts, strict=True))
 
 
-def test_of_a_very_long_prompt_the_end_is_shown():
-    trainer = new_trainer(0, prompts=["ab" * 5000, "abc"])
-    trainer.sample("Before training")
-    long, short = trainer.journal.history.samples[0].texts
-    assert (len(short), len(long)) == (3 + 30, 1 + 1000)
-    assert long.startswith("…") and "ab" * 400 in long
-
-
-@pytest.mark.parametrize(
-    ("total_steps", "n_batches", "expected"),
-    [
-        # in long epochs at evaluations a hundred steps apart or more
-        (260, 250, ["Before training", "After step 120", "After step 240", "After epoch 1"]),
-        # and about ten in a run of one epoch, however long it is
-        (2000, 2000, ["Before training", *(f"After step {n}" for n in range(200, 2000, 200))]),
-    ],
-)
-def test_samples_come_at_epochs_ends_and_in_long_ones_at_evaluations(
-    total_steps, n_batches, expected
-):
-    history = history_of(
-        total_steps, n_batches=n_batches, eval_freq=40, eval_iter=1, kind=Pretending
-    )
-    last = f"After epoch {-(-total_steps // n_batches)}"
-    assert [moment.label for moment in history.samples] == [*expected, last]
-
-
-def test_the_time_of_a_sample_is_not_that_of_the_tokens(monkeypatch):
-    trainer, left_out = new_trainer(5), []
-    monkeypatch.setattr(trainer.journal, "leave_out", left_out.append)
-    monkeypatch.setattr(train, "time", SimpleNamespace(monotonic=iter([10.0, 13.5]).__next__))
-    trainer.sample("Before training")
-    assert left_out == [3.5]
-
-
-# ------------------------------------------------------------------ what is kept
+def test_samples_come_at_epochs_ends_and_in_long_ones_at_evaluations(monkeypatch):
+    monkeypatch.setattr(train, "SAMPLE_EVERY", 10)
+    for total_steps, n_batches, within in (
+        (26, 25, (12, 24)),  # in long epochs at evaluations ten steps apart or more
+        (200, 200, range(20, 200, 20)),  # and about ten in a run of one epoch, however long
+    ):
+        history = history_of(total_steps, n_batches=n_batches, eval_freq=4, kind=Pretending)
+        expected = ["Before training", *(f"After step {step}" for step in within)]
+        expected += [f"After epoch {epoch + 1}" for epoch in range(-(-total_steps // n_batches))]
+        assert [moment.label for moment in history.samples] == expected
 
 
 def test_the_loop_is_short_and_leaves_files_and_ranks_to_others():
-    tree = ast.parse((REPOSITORY / "train.py").read_text(encoding="utf-8"))
-    (loop,) = (
-        node
-        for node in tree.body
-        if isinstance(node, ast.FunctionDef) and node.name == "training_loop"
-    )
-    assert loop.end_lineno - loop.lineno + 1 < 80
-    names = {node.id for node in ast.walk(loop) if isinstance(node, ast.Name)}
-    names |= {node.attr for node in ast.walk(loop) if isinstance(node, ast.Attribute)}
+    source = inspect.getsource(training_loop)
+    assert len(source.splitlines()) < 80
+    nodes = list(ast.walk(ast.parse(source)))
+    names = {node.id for node in nodes if isinstance(node, ast.Name)}
+    names |= {node.attr for node in nodes if isinstance(node, ast.Attribute)}
     assert "journal" in names
     foreign = re.compile("rank|world|path|folder|open|write|file|fsync|json", re.IGNORECASE)
     assert [name for name in names if foreign.search(name)] == []
 
 
-def train_simply(start_context, loaders=None, epochs=1) -> tuple[list[float], ...]:
-    model = tiny_model()
-    optimizer = build_adamw(model, learning_rate=1e-2, weight_decay=0.0)
-    loaders = loaders or tiny_loaders()
-    return train_model_simple(
-        model, *loaders, optimizer, CPU, epochs, 100, 2, start_context, Letters()
-    )
-
-
-def test_an_ordinary_loader_trains_too():
+def test_an_ordinary_loader_trains_too_and_a_wrong_start_context_is_refused_at_once(capsys):
     tokens = (np.arange(200) % 8).astype(np.uint16)
     pairs = list(WindowDataset(tokens, CONTEXT, CONTEXT))
     loader = DataLoader(pairs, batch_size=4, shuffle=True)
-    train_losses, val_losses, tokens_seen = train_simply("abc", (loader, loader), epochs=8)
+    model = tiny_model()
+    optimizer = build_adamw(model, learning_rate=1e-2, weight_decay=0.0)
+    arguments = (model, loader, loader, optimizer, CPU, 8, 100, 2)
+    for start_context in ("", [], ["abc", ""], 5, None):
+        with pytest.raises(SettingsError, match="problem in train_model_simple") as caught:
+            train_model_simple(*arguments, start_context, Letters())
+        assert "\n  start_context " in str(caught.value)
+    assert capsys.readouterr().out == ""
+    train_losses, val_losses, tokens_seen = train_model_simple(*arguments, "abc", Letters())
     assert tokens_seen == [epoch * len(pairs) * CONTEXT for epoch in range(9)]
     assert train_losses[-1] < 0.5 * train_losses[0]
     assert val_losses == pytest.approx(train_losses)
-
-
-def test_a_wrong_start_context_in_a_script_is_refused_before_anything_is_done(capsys):
-    for start_context in ("", [], ["abc", ""], 5, None):
-        with pytest.raises(SettingsError, match="problem in train_model_simple") as caught:
-            train_simply(start_context)
-        assert "\n  start_context " in str(caught.value)
-    assert capsys.readouterr().out == ""
