@@ -19,8 +19,8 @@ CAN_FORK = sys.platform == "linux"
 
 TEMPLATE = """
 import json, os, sys
-import torch._dynamo, tqdm  # the first optimizer imports it
-import environment, main, train
+import main  # before torch, for which it sets some variables
+import environment, torch._dynamo, tqdm, train  # the first optimizer imports the second
 
 def next_program():
     # in each fork: the request that it is for

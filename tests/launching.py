@@ -1,4 +1,4 @@
-"""Runs of main.py that tests launch and let fail, each a process with real signals and a folder."""
+"""Programs that tests launch and let fail, each a process with real signals and a folder."""
 
 import contextlib
 import os
@@ -12,6 +12,7 @@ from pathlib import Path
 from tests.conftest import REPOSITORY
 from tests.forking import CAN_FORK, fork
 
+NET_S = 300.0  # after which a program hangs; nothing is expected to come near it
 STEPS = 60
 PARAMS = {
     "max_steps": STEPS,
@@ -43,7 +44,7 @@ sys.exit(main.main(["settings.py"]))
 
 
 class Program:
-    """A run in a process group of its own, its output in files.
+    """A program in a process group of its own, its output in files of its folder.
 
     With a prefix or with streams of a test's own it is a fresh interpreter, and else a fork.
     """
@@ -57,6 +58,8 @@ class Program:
         environment |= options.pop("env", {})
         with open(self._out, "wb") as out, open(self._err, "wb") as err:
             if CAN_FORK and not prefix and not options:
+                # what was imported before needn't be collected: a fork would take a second to end
+                code = f"import gc\ngc.freeze()\n{code}"
                 self.process = fork(code, folder, environment, self._out, self._err)
             else:
                 self.process = subprocess.Popen(
@@ -71,11 +74,11 @@ class Program:
 
     @property
     def out(self) -> str:
-        return self._out.read_text(encoding="utf-8")
+        return self._out.read_text(encoding="utf-8", errors="replace")
 
     @property
     def err(self) -> str:
-        return self._err.read_text(encoding="utf-8")
+        return self._err.read_text(encoding="utf-8", errors="replace")
 
     def until(self, happened: Callable[[], object]) -> None:
         """Wait for something that the program does."""
@@ -88,24 +91,39 @@ class Program:
     def send(self, number: int) -> None:
         os.kill(self.pid, number)
 
-    def ends_with(self, code: int, within_s: float = 60.0) -> None:
+    def ends_with(self, code: int, within_s: float = NET_S) -> None:
         assert self.process.wait(within_s) == code, self.out + self.err
         assert "Traceback" not in self.err
         assert "Exception" not in self.err
-        wait_until(lambda: not self.living(), within_s=15)  # no orphans
+        wait_until(lambda: not self.living())  # no orphans
 
     def living(self) -> list[int]:
-        """The processes of its group that are still there."""
+        """The processes that are still there of its group, and those that write to its output."""
         found = []
-        for stat in Path("/proc").glob("[0-9]*/stat"):
+        for place in Path("/proc").glob("[0-9]*"):
             with contextlib.suppress(OSError):
-                state, _, group = stat.read_text().rpartition(")")[2].split()[:3]
-                if int(group) == self.pid and state != "Z":
-                    found.append(int(stat.parent.name))
+                stat = (place / "stat").read_text(errors="replace")
+                state, _, group = stat.rpartition(")")[2].split()[:3]
+                is_ours = int(group) == self.pid or os.readlink(place / "fd" / "1") == str(
+                    self._out
+                )
+                if is_ours and state != "Z":
+                    found.append(int(place.name))
         return found
 
+    def end(self) -> None:
+        """Kill what is left of it."""
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(self.pid, signal.SIGKILL)
+        while living := self.living():
+            for pid in living:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+            time.sleep(0.01)
+        self.process.wait()
 
-def wait_until(happened: Callable[[], object], within_s: float = 60.0) -> None:
+
+def wait_until(happened: Callable[[], object], within_s: float = NET_S) -> None:
     deadline = time.monotonic() + within_s
     while not happened():
         assert time.monotonic() < deadline, "it never happened"
@@ -137,6 +155,4 @@ def launching(folder: Path) -> Iterator[Callable[..., Program]]:
 
     yield start
     for program in programs:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(program.pid, signal.SIGKILL)
-        program.process.wait()
+        program.end()

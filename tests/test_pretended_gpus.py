@@ -5,22 +5,25 @@ Runs on them are in test_pretended_runs.py.
 
 import contextlib
 import io
+import itertools
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from torch import distributed
 
 import main
+from distributed import parallel
+from distributed.parallel import Parallel
 from engine.devices import free_memory, limit_memory
-from engine.errors import ResourceError
+from engine.errors import ResourceError, SettingsError
 from engine.precision import choose_precision
 from planning.machine import pick_device
 from tests.pretend.machines import (
     ARCHITECTURES,
     CARDS,
-    CPU_BUILD_BESIDE_A_GPU,
     GB,
     XPU_MACHINE,
     Machine,
@@ -43,6 +46,7 @@ PRECISIONS = {
     (12, 0): ("bf16", ["13.0"]),
 }
 DRIVER_TOO_OLD = cuda_machine((8, 6), cuda="13.0", driver_too_old=True)
+NO_TEXT, NO_DEVICE = 3, 6  # the exit codes of run_main where a device was found, and was not
 
 
 @pytest.fixture
@@ -52,65 +56,59 @@ def pretend(tmp_path) -> Iterator:
         yield lambda machine: undo.enter_context(pretended(machine, tmp_path))
 
 
-def run_main(folder: Path, settings: str = "") -> tuple[int, str]:
+def run_main(folder: Path, device: str | None = None) -> tuple[int, str]:
     """The exit code and the output of main.py, with a text that ends it where it would be read."""
-    (folder / "settings.py").write_text(f'DATA = "no-such-file.txt"\n{settings}\n')
+    (folder / "settings.py").write_text(f'DATA = "no-such-file.txt"\nDEVICE = {device!r}\n')
     said = io.StringIO()
     with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
         code = main.main(["settings.py"])
     return code, said.getvalue()
 
 
-NO_TEXT = 3  # the exit code of run_main where a device was found
+def cuda_cases() -> Iterator[tuple]:
+    for capability, cuda in itertools.product(PRECISIONS, ARCHITECTURES):
+        machine, name = cuda_machine(capability, cuda=cuda), CARDS[capability].name
+        precision, builds = PRECISIONS[capability]
+        if cuda in builds:
+            yield machine, None, NO_TEXT, [f"GPU: {name}\n", f"Precision: {precision} ("]
+        else:
+            serves = {"12.6": "/cu126", "13.0": "/cu130"}[builds[0]]
+            yield machine, None, NO_DEVICE, [name, "pip install ", serves]
 
 
-@pytest.mark.parametrize("capability", CARDS)
-@pytest.mark.parametrize("cuda", ARCHITECTURES)
-def test_a_cuda_gpu_is_used_where_the_build_has_kernels_for_it(
-    capability, cuda, pretend, workdir, recwarn
+def cases_without_cuda() -> Iterator[tuple]:
+    """Builds of torch without CUDA beside a GPU, each with the build that serves it."""
+    for capability, serves in (((8, 6), "/cu130"), ((6, 1), "/cu126")):
+        machine = Machine("cpu", (CARDS[capability],), has_nvidia_smi=True)
+        yield machine, None, NO_TEXT, ["Device: CPU", CARDS[capability].name, serves]
+        yield machine, "cuda", NO_DEVICE, [serves]
+
+
+CASES = [
+    *cuda_cases(),
+    *cases_without_cuda(),
+    (DRIVER_TOO_OLD, None, NO_TEXT, ["Device: CPU", "driver"]),
+    (DRIVER_TOO_OLD, "cuda", NO_DEVICE, ["driver"]),
+    (cuda_machine((8, 0), (9, 0)), None, NO_TEXT, ["one of 2 GPUs is used"]),
+    (cuda_machine((8, 0), (9, 0)), "cuda:1", NO_TEXT, [f"GPU: {CARDS[9, 0].name}\n"]),
+    (mac(14), None, NO_TEXT, ["Device: MPS\nGPU: Apple Silicon\n"]),
+    (mac(15), None, NO_TEXT, ["Device: MPS\nGPU: Apple Silicon\n"]),
+    (XPU_MACHINE, None, NO_TEXT, [f"GPU: {XPU_MACHINE.cards[0].name}\n"]),
+]
+
+
+@pytest.mark.parametrize(("machine", "device", "code", "words"), CASES, ids=str)
+def test_the_program_uses_the_gpu_or_says_in_four_lines_what_serves_it(
+    machine, device, code, words, pretend, workdir, recwarn
 ):
-    pretend(cuda_machine(capability, cuda=cuda))
-    code, said = run_main(workdir)
-    expected, builds = PRECISIONS[capability]
-    if cuda in builds:
-        assert code == NO_TEXT
-        assert f"GPU: {CARDS[capability].name}\n" in said
-        assert f"Precision: {expected} (" in said
-        return
-    assert code == 6
-    error = said[said.index("ResourceError") :]
-    assert len(error.splitlines()) <= 4
-    assert CARDS[capability].name in error
-    serves = {"12.6": "cu126", "13.0": "cu130"}[builds[0]]
-    assert "pip install " in error and f"/{serves}" in error
-
-
-@pytest.mark.parametrize("capability", [(8, 6), (6, 1)])
-def test_a_build_without_cuda_beside_a_gpu_names_the_one_that_serves_it(
-    capability, pretend, workdir
-):
-    pretend(Machine("cpu", (CARDS[capability],), has_nvidia_smi=True))
-    serves = "cu126" if capability < (7, 5) else "cu130"
-    code, said = run_main(workdir)
-    assert code == NO_TEXT
-    assert "Device: CPU" in said
-    assert CARDS[capability].name in said and f"/{serves}" in said
-    code, said = run_main(workdir, 'DEVICE = "cuda"')
-    assert code == 6
-    assert f"/{serves}" in said
-
-
-def test_a_driver_too_old_for_the_build_is_named(pretend, workdir, recwarn):
-    pretend(DRIVER_TOO_OLD)
-    assert not torch.cuda.is_available()
-    code, said = run_main(workdir)
-    assert code == NO_TEXT
-    assert "Device: CPU" in said
-    assert "driver" in said
-    code, said = run_main(workdir, 'DEVICE = "cuda"')
-    assert code == 6
-    assert "driver" in said
-    assert len(said[said.index("ResourceError") :].splitlines()) <= 4
+    pretend(machine)
+    assert torch.cuda.is_available() == (machine.kind == "cuda" and not machine.driver_too_old)
+    ended_with, said = run_main(workdir, device)
+    assert ended_with == code, said
+    if code == NO_DEVICE:
+        said = said[said.index("ResourceError") :]
+        assert len(said.splitlines()) <= 4
+    assert [word for word in words if word not in said] == []
 
 
 def test_no_gpu_is_made_up_where_there_is_none(pretend, workdir):
@@ -135,37 +133,14 @@ def test_of_two_gpus_each_has_its_own_memory_and_index(pretend):
         pick_device("cuda:2")
 
 
-def test_one_of_two_gpus_is_used_and_said_to_be(pretend, workdir):
-    pretend(cuda_machine((8, 0), (9, 0)))
-    assert "one of 2 GPUs is used" in run_main(workdir)[1]
-    assert f"GPU: {CARDS[9, 0].name}" in run_main(workdir, 'DEVICE = "cuda:1"')[1]
+@pytest.mark.parametrize(("machine", "name"), [(mac(15), "mps"), (XPU_MACHINE, "xpu:0")])
+def test_the_memory_of_other_gpus_is_known_too(machine, name, pretend):
+    pretend(machine)
+    assert pick_device(None) == pick_device(name[:3]) == torch.device(name)
+    assert free_memory(torch.device(name)) == 16 * GB
 
 
-@pytest.mark.parametrize("macos", [14, 15])
-def test_a_mac_is_used_with_its_gpu(macos, pretend, workdir):
-    pretend(mac(macos))
-    code, said = run_main(workdir)
-    assert code == NO_TEXT
-    assert "Device: MPS\nGPU: Apple Silicon\n" in said
-    device = pick_device("mps")
-    assert free_memory(device) == 16 * GB
-
-
-def test_an_intel_gpu_is_used(pretend, workdir):
-    pretend(XPU_MACHINE)
-    code, said = run_main(workdir)
-    assert code == NO_TEXT
-    assert f"GPU: {XPU_MACHINE.cards[0].name}\n" in said
-    assert pick_device("xpu") == torch.device("xpu:0")
-    assert free_memory(torch.device("xpu:0")) == 16 * GB
-
-
-@pytest.mark.parametrize(
-    "machine",
-    [cuda_machine((7, 5)), DRIVER_TOO_OLD, mac(15), XPU_MACHINE, CPU_BUILD_BESIDE_A_GPU],
-    ids=str,
-)
-def test_nothing_is_left_of_a_pretended_machine(machine, tmp_path, workdir, recwarn):
+def test_nothing_is_left_of_a_pretended_machine(tmp_path, workdir, recwarn):
     def facts() -> list:
         modules = ["_C", "cuda", "cuda.graphs", "mps", "backends.mps", "xpu", "version"]
         return [dict(vars(sys.modules[f"torch.{name}"])) for name in modules]
@@ -173,10 +148,54 @@ def test_nothing_is_left_of_a_pretended_machine(machine, tmp_path, workdir, recw
     with pretended(Machine("cpu"), tmp_path):  # what torch imports at first use is there by now
         run_main(workdir)
     before = facts()
-    with pretended(machine, tmp_path):
-        run_main(workdir)
-    after = facts()
-    for module_before, module_after in zip(before, after, strict=True):
-        assert module_before.keys() == module_after.keys()
-        changed = [n for n, value in module_before.items() if module_after[n] is not value]
-        assert changed == []
+    beside_a_gpu = Machine("cpu", (CARDS[8, 6],), has_nvidia_smi=True)
+    for machine in (cuda_machine((7, 5)), DRIVER_TOO_OLD, mac(15), XPU_MACHINE, beside_a_gpu):
+        with pretended(machine, tmp_path):
+            run_main(workdir)
+        for module_before, module_after in zip(before, facts(), strict=True):
+            assert module_before.keys() == module_after.keys()
+            changed = [n for n, value in module_before.items() if module_after[n] is not value]
+            assert changed == [], machine
+
+
+# ----------------------------------------------------------------------------- several ranks
+
+
+@pytest.mark.parametrize("requested", [None, "cuda"])
+def test_each_rank_of_a_machine_takes_its_own_gpu(pretend, requested):
+    pretend(cuda_machine(*[(9, 0)] * 4))
+    for i in range(4):  # the second machine of two
+        rank = Parallel(4 + i, 8, local_rank=i, local_world=4)
+        assert pick_device(requested, rank) == torch.device("cuda", i)
+        assert torch.cuda.current_device() == i
+
+
+def test_ranks_without_gpus_of_their_own_train_on_the_cpu_or_are_told_why_not(pretend):
+    of_two = Parallel(1, 2, 1, 2)
+    pretend(cuda_machine((9, 0), (9, 0)))
+    assert pick_device("cpu", of_two) == torch.device("cpu")
+    assert torch.cuda.current_device() == 0  # left alone
+    for requested in ("mps", "cuda:1"):  # one device for several ranks
+        with pytest.raises(SettingsError, match=r'started 2 processes.\nSet DEVICE to "cuda"'):
+            pick_device(requested, of_two)
+    with pytest.raises(ResourceError, match="started 3 processes here, and there are 2 GPUs"):
+        pick_device(None, Parallel(2, 3, 2, 3))
+    pretend(mac(15))
+    assert pick_device(None, of_two) == torch.device("cpu")
+    with pytest.raises(ResourceError, match="no such device"):
+        pick_device("cuda", of_two)
+
+
+def test_ranks_meet_over_gloo_where_torch_has_no_nccl(pretend, monkeypatch):
+    pretend(cuda_machine((8, 6)))  # as on Windows: a GPU, and no NCCL for any
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setenv("MASTER_PORT", "0")  # any that is free
+    monkeypatch.setattr(distributed, "is_nccl_available", lambda: False)
+    store, _, group = parallel._meet(0, 1, timeout_s=60)
+    try:
+        ranks = Parallel(0, 2, store=store, group=group)
+        assert ranks.sum(torch.ones(2)).tolist() == [1, 1]
+        assert ranks.highest(3) == [3]
+        assert distributed.get_backend() == "gloo"
+    finally:
+        distributed.destroy_process_group()

@@ -92,11 +92,11 @@ def test_a_pretended_windows_refuses_what_is_open_and_lacks_what_windows_lacks(t
 
 
 def test_a_pretended_windows_refuses_fresh_files_and_a_share_of_the_others(tmp_path):
-    with windows(fresh_s=0.05, refused_share=0) as files:
+    with windows(fresh_s=3600, refused_share=0) as files:
         (tmp_path / "file").write_bytes(b"x")
         with pytest.raises(PermissionError):
             os.rename(tmp_path / "file", tmp_path / "other")
-        time.sleep(0.06)
+        os.utime(tmp_path / "file", (0, 0))  # written long ago
         os.rename(tmp_path / "file", tmp_path / "other")
         assert files.refused == [("rename", str(tmp_path / "file"))]
     with windows(fresh_s=0, refused_share=0.5, seed=1) as files:
@@ -196,6 +196,14 @@ pretended = windows(seed={seed})
 files = pretended.__enter__()
 atexit.register(lambda: Path("refused").write_text(str(len(files.refused)), encoding="ascii"))
 """
+UNTIL_KILLED = """
+calls = []
+def stuck_step(*arguments, **options):
+    calls.append(1)
+    time.sleep(10**6 * (len(calls) > {steps}))
+    return slow_step(*arguments, **options)
+learner.take_step = stuck_step
+"""
 STEPS = 5
 RUN = {"max_steps": STEPS, "save_every": 1}
 
@@ -215,18 +223,19 @@ def test_a_run_killed_at_a_random_step_and_started_again_ends_as_an_undisturbed_
     killed_at = chooser.randrange(1, STEPS - 1)
     with launching(tmp_path / "linux") as start_on_linux, launching(tmp_path / "windows") as start:
         undisturbed = start_on_linux(**RUN)
-        killed = start(ON_WINDOWS.format(seed=1), **RUN)
+        killed = start(ON_WINDOWS.format(seed=1) + UNTIL_KILLED.format(steps=killed_at + 1), **RUN)
         checkpoints = tmp_path / "windows" / "runs" / "one" / "checkpoints"
         killed.until((checkpoints / f"step-{killed_at:08d}").exists)
         time.sleep(chooser.uniform(0, 0.2))
         killed.send(9)  # as TerminateProcess ends one
-        assert killed.process.wait(10) == -9
+        assert killed.process.wait() == -9
         resumed = start(ON_WINDOWS.format(seed=2), **RUN)
         resumed.ends_with(0)
         undisturbed.ends_with(0)
     assert "Resuming runs/one: " in resumed.out
     assert state_of(tmp_path / "windows") == state_of(tmp_path / "linux")
     n_refused = int((tmp_path / "windows" / "refused").read_text(encoding="ascii"))
-    assert n_refused > STEPS - killed_at  # each checkpoint was fresh
+    # each checkpoint was fresh; killed_at + 1 may be there by then
+    assert n_refused >= STEPS - killed_at - 1
     left = [path.name for path in (tmp_path / "windows").rglob(".*")]
     assert not [name for name in left if name.startswith((".tmp-", ".del-"))]

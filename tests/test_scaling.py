@@ -1,13 +1,25 @@
-"""The calculator of benchmarks/scaling.py counts right; docs/scaling.md shows what it prints."""
+"""The calculator of benchmarks/scaling.py counts right; docs/scaling.md shows what it prints.
 
+Its other commands are torchrun's, and a SLURM script that saves and comes back.
+"""
+
+import functools
 import json
 import math
+import os
 import random
 import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
 from dataclasses import asdict, replace
 
 import pytest
 import torch
+from torch.distributed.run import get_args_parser
 
 import benchmarks.report
 from benchmarks import scaling
@@ -30,6 +42,8 @@ from benchmarks.scaling import (
     step_seconds,
     three_digits,
 )
+from distributed.parallel import Parallel
+from distributed.sharding import build_in_parts, summing_up
 from engine.memory import estimate_memory
 from engine.precision import Precision
 from model import GPTConfig, GPTModel
@@ -52,9 +66,17 @@ def read(name: str) -> str:
     return (REPOSITORY / name).read_text(encoding="utf-8")
 
 
+def fences(text: str) -> list[str]:
+    return re.findall(r"^```bash\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+
+
+@functools.cache
+def kept_by(architecture: str) -> Activations:
+    return measure_few_layers(SMALL[architecture], CPU)
+
+
 def small_case(architecture: str = "gpt2", n_windows: int = 8) -> Case:
-    config = SMALL[architecture]
-    return Case("small", config, n_windows, 0.4, "nobody", measure_few_layers(config, CPU))
+    return Case("small", SMALL[architecture], n_windows, 0.4, "nobody", kept_by(architecture))
 
 
 @pytest.fixture(scope="module")
@@ -126,6 +148,67 @@ def test_the_calculators_commands_are_understood(capsys):
     assert "100 Gb/s" not in printed
 
 
+# ------------------------------------------------------------------------------------- torchrun
+
+
+def test_both_languages_have_the_same_commands_and_sections():
+    english, chinese = map(read, DOCS)
+    assert fences(english) == fences(chinese) and len(fences(english)) == 5
+    assert english.count("\n## ") == chinese.count("\n## ")
+    assert english.count("\n|") == chinese.count("\n|")
+    assert english.count("\n- ") == chinese.count("\n- ")
+
+
+def test_torchrun_knows_every_option_of_its_commands():
+    lines = "\n".join(fences(read(DOCS[0]))).replace("\\\n", " ").splitlines()
+    words = [shlex.split(line, comments=True) for line in lines]
+    commands = [line[line.index("torchrun") + 1 :] for line in words if "torchrun" in line]
+    assert len(commands) == 3
+    for command in commands:
+        asked = get_args_parser().parse_args([part for part in command if part != "&"])
+        assert asked.nproc_per_node == "8"
+        assert asked.training_script == "main.py"
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="SLURM's scripts are bash")
+@pytest.mark.parametrize("in_time", [True, False])
+def test_the_slurm_script_saves_and_comes_back_when_its_time_is_over(tmp_path, in_time):
+    """The script itself, with SLURM's commands and torchrun replaced by ones that note calls."""
+    (script,) = (block for block in fences(read(DOCS[0])) if block.startswith("#!/bin/bash"))
+    log, pid = tmp_path / "log", tmp_path / "pid"
+    ending = "exit 0" if in_time else "while :; do sleep 0.05; done"
+    programs = {
+        "srun": 'while [ "$1" != torchrun ]; do shift; done\nexec "$@"',
+        "torchrun": f"trap 'echo signalled >> {log}; sleep 0.1; echo saved >> {log}; exit 1' TERM\n"
+        f'echo "$@" >> {log}\necho $$ > {pid}.new\nmv {pid}.new {pid}\n{ending}',
+        "scancel": f'echo "scancel $*" >> {log}\nkill -TERM "$(cat {pid})"',
+        "scontrol": f'if [ "$1" = show ]; then printf "a17\\na18\\n"; else echo "$*" >> {log}; fi',
+    }
+    for name, body in programs.items():
+        (tmp_path / name).write_text(f"#!/bin/bash\n{body}\n", encoding="utf-8")
+        (tmp_path / name).chmod(0o755)
+    (tmp_path / "job.sh").write_text(script, encoding="utf-8")
+    slurm = {"SLURM_JOB_ID": "77", "SLURM_JOB_NUM_NODES": "2", "SLURM_JOB_NODELIST": "a[17-18]"}
+    job = subprocess.Popen(
+        [shutil.which("bash"), str(tmp_path / "job.sh")],
+        env=os.environ | slurm | {"PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}"},
+    )
+    try:
+        while job.poll() is None and not pid.exists():
+            time.sleep(0.01)
+        if not in_time:
+            job.send_signal(signal.SIGTERM)
+        code = job.wait(timeout=300)
+    finally:
+        job.kill()
+    started, *rest = log.read_text(encoding="utf-8").splitlines()
+    assert "--nnodes 2 --nproc-per-node 8" in started and "--rdzv-endpoint a17:29500" in started
+    if in_time:
+        assert (code, rest) == (0, [])
+    else:
+        assert rest == ["scancel --signal=TERM 77.0", "signalled", "saved", "requeue 77"]
+
+
 # ------------------------------------------------------------------------------------- counting
 
 
@@ -174,16 +257,6 @@ def test_fsdp_divides_what_lasts_and_keeps_gradients_whole_between_micro_steps()
     assert two["activations"] == 0
 
 
-@pytest.fixture
-def two_ranks():
-    """A process group of two, of which this process is one and nobody the other."""
-    from torch.testing._internal.distributed.fake_pg import FakeStore
-
-    torch.distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
-    yield
-    torch.distributed.destroy_process_group()
-
-
 class NotedMessages:
     """Stands in for FSDP2's all-gather or reduce-scatter, and notes how much each moves."""
 
@@ -197,12 +270,13 @@ class NotedMessages:
         self.sizes.append(max(output_tensor.nbytes, input_tensor.nbytes))
 
 
-def test_fsdp_sends_the_messages_that_the_formula_counts(two_ranks):
+def test_fsdp_sends_the_messages_that_the_formula_counts(request):
     from torch.distributed.fsdp import FSDPModule
+    from torch.testing._internal.distributed.fake_pg import FakeStore
 
-    from distributed.parallel import Parallel
-    from distributed.sharding import build_in_parts, summing_up
-
+    # of two processes this one is the first, and nobody the other
+    torch.distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
+    request.addfinalizer(torch.distributed.destroy_process_group)
     parallel = Parallel(rank=0, world=2, store=torch.distributed.HashStore())
     parallel.kind, config = "fsdp", SMALL["gpt2"]
     model = build_in_parts(lambda: GPTModel(config), parallel, BF16, CPU)

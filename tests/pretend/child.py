@@ -31,7 +31,8 @@ def on_pretended(*machines: Machine) -> Callable[[Callable], Callable]:
         @pytest.mark.slow
         @functools.wraps(test)
         def in_child(tmp_path, pytestconfig):
-            cache = Path(pytestconfig.cache.mkdir("pretended"))
+            keeps = hasattr(pytestconfig, "cache")  # not with -p no:cacheprovider
+            cache = Path(pytestconfig.cache.mkdir("pretended")) if keeps else tmp_path
             library = build_guard(cache)
             place = f"tests.{Path(test.__code__.co_filename).stem}:{test.__qualname__}"
             paths = [str(REPOSITORY), os.environ.get("PYTHONPATH", "")]

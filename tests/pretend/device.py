@@ -21,6 +21,15 @@ from typing import Any
 
 from tests.pretend.machines import Calls, Machine, forget
 
+
+class _Torch:
+    """torch, imported where it is used for the first time: start() comes before."""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(importlib.import_module("torch"), name)
+
+
+torch = _Torch()
 # a copy from memory that is not pinned is staged behind the work of the stream above this size
 MOST_STAGED = 64 * 1024
 KEYS = {"cuda": "CUDA", "mps": "MPS", "xpu": "XPU"}
@@ -67,8 +76,6 @@ class Kernels:
 
     def register(self) -> None:
         """Make these torch's kernels for the machine's kind of device."""
-        import torch
-
         self.ops = torch.ops.pretended
         key = KEYS[self.machine.kind]
         # a Library takes back what it has registered when it is gone
@@ -83,8 +90,6 @@ class Kernels:
 
     def run(self, op: Any, *args: Any, **kwargs: Any) -> Any:
         """An operation: on the CPU, in the memory of its tensors, with its device's generator."""
-        import torch
-
         name = op._schema.name.removeprefix("aten::")
         self.operations.add(name)
         if name in READ_BY_THE_HOST:
@@ -98,8 +103,6 @@ class Kernels:
 
     def copy_(self, to: Any, source: Any, non_blocking: bool = False) -> Any:
         """Between two devices of any kinds, or within one."""
-        import torch
-
         pair = [to, source]
         if source.device.type == "cpu" and to.device.type != "cpu":
             waits = not (non_blocking and source.is_pinned())
@@ -116,7 +119,6 @@ class Kernels:
 
     def attention_kernel(self, query: Any, *args: Any, **kwargs: Any) -> int:
         """The SDPBackend that torch would take: flash from capability 8.0 in half precision."""
-        import torch
         from torch.nn.attention import SDPBackend
 
         if self.machine.kind != "cuda":
@@ -150,8 +152,6 @@ class _HostCall:
     """An operation with the host's stand-ins for its arguments."""
 
     def __init__(self, kernels: Kernels, op: Any, args: tuple, kwargs: dict) -> None:
-        import torch
-
         self.kernels, self.op, self.name = kernels, op, op._schema.name.removeprefix("aten::")
         self.device: Any = None
         self.given: dict[int, Any] = {}  # id of a host's tensor -> the device's
@@ -166,8 +166,6 @@ class _HostCall:
         self.kwargs = {name: self._to_host(arg, name) for name, arg in kwargs.items()}
 
     def _to_host(self, value: Any, name: str) -> Any:
-        import torch
-
         if isinstance(value, torch.Tensor):
             return self._tensor_to_host(value, name)
         if isinstance(value, list | tuple):
@@ -182,8 +180,6 @@ class _HostCall:
         return torch.tensor(value) if is_number and name in self.tensor_names else value
 
     def _tensor_to_host(self, tensor: Any, name: str) -> Any:
-        import torch
-
         if tensor.device.type == "cpu":
             if tensor.dim() > 0:
                 raise DeviceFault(
@@ -229,8 +225,6 @@ class _HostCall:
 
     def __call__(self) -> Any:
         """The operation on the host; again with the same tensors where it is replayed."""
-        import torch
-
         if torch.Tag.nondeterministic_seeded not in self.op.tags:
             return self.op(*self.args, **self.kwargs)
         own = self.generator or _default_generator(self.device)
@@ -243,8 +237,6 @@ class _HostCall:
             torch.set_rng_state(before)
 
     def _to_device(self, value: Any) -> Any:
-        import torch
-
         if isinstance(value, torch.Tensor):
             if id(value) in self.given:
                 return self.given[id(value)]
@@ -264,8 +256,6 @@ class _HostCall:
 def _attention(
     q, k, v, attn_mask=None, dropout_p=0.0, is_causal=False, *, scale=None, enable_gqa=False
 ):
-    import torch
-
     if attn_mask is not None and attn_mask.dtype == torch.bool:
         attn_mask = torch.zeros_like(attn_mask, dtype=q.dtype).masked_fill(~attn_mask, -math.inf)
     attention = torch.ops.aten._scaled_dot_product_attention_math
@@ -288,8 +278,6 @@ def _tensor_names(op: Any) -> frozenset[str]:
 
 
 def _default_generator(device: Any) -> Any:
-    import torch
-
     if device.type == "mps":
         return torch.mps._get_default_mps_generator()
     module = getattr(torch, device.type)
@@ -305,8 +293,6 @@ def _stream_calls(kernels: Kernels) -> dict[str, Any]:
 
     class StreamBase:
         def __new__(cls, priority=0, stream_id=0, device_index=0, device_type=1, **kwargs):
-            import torch
-
             self = super().__new__(cls)
             self.stream_id, self.device_index, self.device_type = stream_id, device_index, 1
             self.device, self.cuda_stream = torch.device("cuda", device_index), stream_id
@@ -350,8 +336,6 @@ def _stream_calls(kernels: Kernels) -> dict[str, Any]:
             kernels.recording = None
 
         def replay(self):
-            import torch
-
             with torch._C._AutoDispatchBelowAutograd():
                 for call, results in self.calls:
                     _copy_into(results, call(), kernels)
@@ -381,8 +365,6 @@ def _stream_calls(kernels: Kernels) -> dict[str, Any]:
 
 def _copy_into(results: Any, new: Any, kernels: Kernels) -> None:
     """Put new numbers where a recorded operation has left its results; in-place ones are there."""
-    import torch
-
     if isinstance(results, torch.Tensor):
         place = kernels.on_host(results)
         if place.data_ptr() != new.data_ptr():
@@ -433,40 +415,26 @@ class _CallsWithDevices(Calls):
     """The C calls of a machine whose devices are there, as guard.cpp has them."""
 
     def allocated(self, index: int) -> int:
-        import torch
-
         return torch.ops.pretended.allocated(index)
 
     def peak(self, index: int) -> int:
-        import torch
-
         return torch.ops.pretended.peak(index)
 
     def reset_peak(self, index: int) -> None:
-        import torch
-
         torch.ops.pretended.reset_peak(index)
 
     def set_fraction(self, fraction: float, index: int) -> None:
-        import torch
-
         super().set_fraction(fraction, index)
         size = self.machine.visible[index].memory
         torch.ops.pretended.set_limit(index, int(fraction * size))
 
     def make_generator(self, index: int) -> Any:
-        import torch
-
         return torch.Generator(torch.device(self.machine.kind, index))
 
     def get_device(self) -> int:
-        import torch
-
         return torch.accelerator.current_device_index()
 
     def set_device(self, index: int) -> None:
-        import torch
-
         torch.accelerator.set_device_index(index)
 
 

@@ -26,21 +26,19 @@ class Card:
     memory: int = 16 * GB
 
 
-CARDS = {
-    card.capability: card
-    for card in (
-        Card("Tesla P100-PCIE-16GB", (6, 0)),
-        Card("NVIDIA GeForce GTX 1080", (6, 1), 8 * GB),
-        Card("Tesla V100-SXM2-16GB", (7, 0)),
-        Card("Tesla T4", (7, 5)),
-        Card("NVIDIA A100-SXM4-40GB", (8, 0), 40 * GB),
-        Card("NVIDIA GeForce RTX 3090", (8, 6), 24 * GB),
-        Card("NVIDIA GeForce RTX 4090", (8, 9), 24 * GB),
-        Card("NVIDIA H100 80GB HBM3", (9, 0), 80 * GB),
-        Card("NVIDIA B200", (10, 0), 180 * GB),
-        Card("NVIDIA GeForce RTX 5090", (12, 0), 32 * GB),
-    )
-}
+LISTED = (
+    Card("Tesla P100-PCIE-16GB", (6, 0)),
+    Card("NVIDIA GeForce GTX 1080", (6, 1), 8 * GB),
+    Card("Tesla V100-SXM2-16GB", (7, 0)),
+    Card("Tesla T4", (7, 5)),
+    Card("NVIDIA A100-SXM4-40GB", (8, 0), 40 * GB),
+    Card("NVIDIA GeForce RTX 3090", (8, 6), 24 * GB),
+    Card("NVIDIA GeForce RTX 4090", (8, 9), 24 * GB),
+    Card("NVIDIA H100 80GB HBM3", (9, 0), 80 * GB),
+    Card("NVIDIA B200", (10, 0), 180 * GB),
+    Card("NVIDIA GeForce RTX 5090", (12, 0), 32 * GB),
+)
+CARDS = {card.capability: card for card in LISTED}
 
 # what torch.cuda.get_arch_list() says in the wheels that people have
 ARCHITECTURES = {
@@ -89,7 +87,6 @@ def mac(major: int) -> Machine:
 
 
 XPU_MACHINE = Machine("xpu", (Card("Intel(R) Arc(TM) A770 Graphics"),))
-CPU_BUILD_BESIDE_A_GPU = Machine("cpu", (CARDS[8, 6],), has_nvidia_smi=True)
 
 
 # torch.xpu.memory names these when it is imported
@@ -99,6 +96,13 @@ XPU_CLASSES = (
     "_xpu_beginAllocateCurrentThreadToPool",
     "_xpu_endAllocateToPool",
     "_xpu_releasePool",
+)
+
+
+# torch.cuda and its users look for this beginning
+ABOUT_THE_DRIVER = (
+    "CUDA initialization: The NVIDIA driver on your system is too old (found version 11040). "
+    "Please update your GPU driver."
 )
 
 
@@ -118,9 +122,7 @@ class Calls:
         """The bytes that tensors take on a card; none can be there."""
         return 0
 
-    def peak(self, index: int) -> int:
-        """The most bytes that tensors have taken on a card since reset_peak()."""
-        return 0
+    peak = allocated  # the most since reset_peak()
 
     def reset_peak(self, index: int) -> None:
         """Let the peak be what is taken now."""
@@ -137,50 +139,41 @@ class Calls:
         calls = {"cpu": dict, "cuda": self._cuda, "mps": self._mps, "xpu": self._xpu}
         return calls[self.machine.kind]()
 
+    def _of_indexed(self, kind: str) -> dict[str, Any]:
+        """What torch asks of CUDA and of XPU alike."""
+        calls = {
+            "getDeviceCount": self._count,
+            "getDevice": self.get_device,
+            "setDevice": self.set_device,
+            "exchangeDevice": self.exchange_device,
+            "maybeExchangeDevice": self.exchange_device,
+            "emptyCache": lambda: None,
+            "isInBadFork": lambda: False,
+            "getCurrentRawStream": lambda index: 0,
+            "memoryStats": self.memory_stats,
+            "resetPeakMemoryStats": self.reset_peak,
+            "getMemoryFraction": self.get_fraction,
+            "setMemoryFraction": self.set_fraction,
+        }
+        return {f"_has_{kind}": True} | {f"_{kind}_{name}": call for name, call in calls.items()}
+
     def _cuda(self) -> dict[str, Any]:
-        cudart = SimpleNamespace(cudaMemGetInfo=self.memory_info)
-        return {
-            "_has_cuda": True,
-            "_cudart": cudart,
+        return self._of_indexed("cuda") | {
+            "_cudart": SimpleNamespace(cudaMemGetInfo=self.memory_info),
             "_cuda_init": self._cuda_init,
-            "_cuda_getDeviceCount": self._count,
             "_cuda_getArchFlags": lambda: ARCHITECTURES[self.machine.cuda],
-            "_cuda_getDevice": self.get_device,
-            "_cuda_setDevice": self.set_device,
-            "_cuda_exchangeDevice": self.exchange_device,
-            "_cuda_maybeExchangeDevice": self.exchange_device,
             "_cuda_synchronize": lambda: None,
-            "_cuda_emptyCache": lambda: None,
             "_host_emptyCache": lambda: None,
-            "_cuda_isInBadFork": lambda: False,
-            "_cuda_getCurrentRawStream": lambda index: 0,
-            "_cuda_memoryStats": self.memory_stats,
-            "_cuda_resetPeakMemoryStats": self.reset_peak,
-            "_cuda_getMemoryFraction": self.get_fraction,
-            "_cuda_setMemoryFraction": self.set_fraction,
         }
 
     def _xpu(self) -> dict[str, Any]:
-        return {
-            "_has_xpu": True,
+        return self._of_indexed("xpu") | {
             "_XpuDeviceProperties": SimpleNamespace,
             **dict.fromkeys(XPU_CLASSES, SimpleNamespace),
             "_xpu_init": self._xpu_init,
-            "_xpu_getDeviceCount": self._count,
             "_xpu_getArchFlags": lambda: "",
-            "_xpu_getDevice": self.get_device,
-            "_xpu_setDevice": self.set_device,
-            "_xpu_exchangeDevice": self.exchange_device,
-            "_xpu_maybeExchangeDevice": self.exchange_device,
             "_xpu_synchronize": lambda index: None,
-            "_xpu_emptyCache": lambda: None,
-            "_xpu_isInBadFork": lambda: False,
-            "_xpu_getCurrentRawStream": lambda index: 0,
-            "_xpu_memoryStats": self.memory_stats,
-            "_xpu_resetPeakMemoryStats": self.reset_peak,
             "_xpu_getMemoryInfo": self.memory_info,
-            "_xpu_getMemoryFraction": self.get_fraction,
-            "_xpu_setMemoryFraction": self.set_fraction,
         }
 
     def _mps(self) -> dict[str, Any]:
@@ -202,21 +195,14 @@ class Calls:
 
     def _count(self) -> int:
         if self.machine.driver_too_old:
-            warnings.warn(self._about_the_driver(), stacklevel=2)
+            warnings.warn(ABOUT_THE_DRIVER, stacklevel=2)
         return len(self.machine.visible)
-
-    def _about_the_driver(self) -> str:
-        # torch.cuda and its users look for this beginning
-        return (
-            "CUDA initialization: The NVIDIA driver on your system is too old (found version "
-            "11040). Please update your GPU driver."
-        )
 
     def _cuda_init(self) -> None:
         import torch
 
         if self.machine.driver_too_old:
-            raise RuntimeError(self._about_the_driver())
+            raise RuntimeError(ABOUT_THE_DRIVER)
         torch.cuda.default_generators = self.generators()
         torch.cuda._get_device_properties = self._properties
 
@@ -244,7 +230,6 @@ class Calls:
         return {name: {"all": sizes} for name in ("allocated_bytes", "reserved_bytes")}
 
     def get_fraction(self, index: int) -> float:
-        """The share of a card's memory that this process may take."""
         return self._fractions[index]
 
     def set_fraction(self, fraction: float, index: int) -> None:
@@ -253,22 +238,19 @@ class Calls:
 
     def _properties(self, index: int) -> SimpleNamespace:
         card = self.machine.visible[index]
-        major, minor = card.capability
         return SimpleNamespace(
             name=card.name,
-            major=major,
-            minor=minor,
+            major=card.capability[0],
+            minor=card.capability[1],
             total_memory=card.memory,
             multi_processor_count=40,
             has_bfloat16_conversions=self.machine.kind == "xpu",
         )
 
     def get_device(self) -> int:
-        """The current card's index."""
         return self.current
 
     def set_device(self, index: int) -> None:
-        """Make another card the current one."""
         self.current = index
 
     def exchange_device(self, index: int) -> int:
