@@ -97,7 +97,7 @@ def _loss_and_gradients(
             return _in_chunks(*given, gradients=gradients, by_kernel=True)
         except _KernelError as error:
             _kernel_failed = True
-            say(f"The loss is slower than it could be, as its Triton kernel fails here: {error}")
+            say(f"The Triton kernel of the loss fails here; slower operations replace it: {error}")
     return _in_chunks(*given, gradients=gradients, by_kernel=False)
 
 
@@ -110,6 +110,7 @@ def _in_chunks(
     gradients: bool,
     by_kernel: bool,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
+    """_loss_and_gradients() with the softmax by the Triton kernel or by torch's operations."""
     device_type, dtype = hidden.device.type, hidden.dtype
     if torch.is_autocast_enabled(device_type):
         dtype = torch.get_autocast_dtype(device_type)
