@@ -27,13 +27,13 @@ from benchmarks import train
 from benchmarks.report import RESULTS, machine, write_results
 from benchmarks.steps import BF16_PEAKS
 from engine.console import say, use_utf8
+from engine.errors import is_out_of_memory
 from engine.memory import (
     OPTIMIZER_BYTES,
     MemoryEstimate,
     available_memory,
     halved,
     head_bytes,
-    is_out_of_memory,
     measure_activations,
 )
 from engine.precision import Precision, choose_precision

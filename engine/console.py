@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, TextIO
 
-from engine.errors import PipelineError, ResourceError, first_line
+from engine.errors import PipelineError, ResourceError, first_line, is_out_of_memory
 
 # control characters but newline and tab, and those that change the direction of writing
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
@@ -94,8 +94,6 @@ def report_failure(
     Reraises an unexpected error, and every error with GPT_DEBUG=1. memory_advice says what to do
     when memory ran out, kept what is saved; is_told(message) is whether this process prints it.
     """
-    from engine.memory import is_out_of_memory  # imports torch, which storage/ does without
-
     if os.environ.get("GPT_DEBUG") == "1":
         raise
     if is_out_of_memory(error):

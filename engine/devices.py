@@ -1,5 +1,6 @@
 """Devices by name, and the only place for calls that differ between CUDA, MPS, XPU and CPUs."""
 
+import contextlib
 import functools
 import re
 import sys
@@ -25,6 +26,13 @@ def with_index(device: torch.device | str) -> torch.device:
     if device.type in INDEXED and device.index is None:
         return torch.device(device.type, gpu_module(device).current_device())
     return device
+
+
+def as_current(device: torch.device) -> contextlib.AbstractContextManager:
+    """A context in which a device is the current one of its kind, where there may be several."""
+    if device.type not in INDEXED:
+        return contextlib.nullcontext()
+    return gpu_module(device).device(device)
 
 
 def device_name(device: torch.device) -> str | None:

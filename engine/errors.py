@@ -1,5 +1,15 @@
 """One exception for each kind of expected failure; only programs turn them into exit codes."""
 
+import re
+
+# What a RuntimeError says where memory ran out: in the allocators of CUDA, XPU, Metal and NCCL, of
+# CPUs (Linux and macOS; Windows; C++), in Metal's for one tensor, and in CUDA's libraries. A word
+# such as "allocate" alone is in other messages too.
+_OUT_OF_MEMORY = re.compile(
+    "out of memory|DefaultCPUAllocator: (can't allocate|not enough) memory|std::bad_alloc"
+    "|Invalid buffer size: |(CUBLAS|CUDNN|CUSOLVER|CUSPARSE|HIPBLAS)_STATUS_ALLOC_FAILED"
+)
+
 
 class PipelineError(Exception):
     """An expected failure: its message says what, where, what was allowed and what to do."""
@@ -65,3 +75,10 @@ class Stopped(KeyboardInterrupt):
 def first_line(error: BaseException) -> str:
     """The first line of an error's message; its type's name where there is none."""
     return next(iter(str(error).splitlines()), type(error).__name__)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an exception says that memory ran out, on any device; a PipelineError never does."""
+    if isinstance(error, RuntimeError) and not isinstance(error, PipelineError):
+        return _OUT_OF_MEMORY.search(str(error)) is not None
+    return isinstance(error, MemoryError)

@@ -9,11 +9,19 @@ import math
 import torch
 from torch import Tensor
 
-from engine.devices import total_memory
+from engine.compiling import what_prevents_compiling
+from engine.console import say
+from engine.devices import INDEXED, total_memory
+from engine.errors import first_line, is_out_of_memory
 
 GPU_CHUNK_ROWS = 8192
 GPU_CHUNK_SHARE = 16  # a chunk's fp32 logits take at most 1 / this of a GPU's memory
 FP16_LIFT = 2.0**6  # scales probabilities, since fp16 loses digits of the small ones
+_kernel_failed = False
+
+
+class _KernelError(Exception):
+    """The Triton kernel does not compile or start here."""
 
 
 def chunk_rows(hidden: Tensor, vocab_size: int) -> int:
@@ -29,7 +37,12 @@ def chunk_rows(hidden: Tensor, vocab_size: int) -> int:
 
 
 def softmax_rows(hidden: Tensor, vocab_size: int) -> int:
-    """The rows of logits (N, V) in one fp32 softmax; on a CPU few enough for its cache."""
+    """The rows of logits (N, V) in one fp32 softmax; on a CPU few enough for its cache.
+
+    0 where a kernel computes it from logits of any format.
+    """
+    if _has_kernel(hidden.device):
+        return 0
     return GPU_CHUNK_ROWS if hidden.device.type != "cpu" else max(16, 2**20 // vocab_size)
 
 
@@ -67,27 +80,45 @@ class _HeadLoss(torch.autograd.Function):
         return d_hidden, d_weight, None, None
 
 
+def _has_kernel(device: torch.device) -> bool:
+    """Whether the softmax is left to the Triton kernel: until it fails, where Triton compiles."""
+    is_served = device.type in INDEXED and not what_prevents_compiling(device)
+    return is_served and not _kernel_failed
+
+
 def _loss_and_gradients(
     hidden: Tensor, weight: Tensor, targets: Tensor, n_targets: float, *, gradients: bool
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """The loss of hidden (N, D), weight (V, D) and targets (N,), and both gradients."""
+    global _kernel_failed
+    given = (hidden, weight, targets, n_targets)
+    if _has_kernel(hidden.device):
+        try:
+            return _in_chunks(*given, gradients=gradients, by_kernel=True)
+        except _KernelError as error:
+            _kernel_failed = True
+            say(f"The Triton kernel of the loss fails here; slower operations replace it: {error}")
+    return _in_chunks(*given, gradients=gradients, by_kernel=False)
+
+
+def _in_chunks(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    n_targets: float,
+    *,
+    gradients: bool,
+    by_kernel: bool,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """_loss_and_gradients() with the softmax by the Triton kernel or by torch's operations."""
     device_type, dtype = hidden.device.type, hidden.dtype
     if torch.is_autocast_enabled(device_type):
         dtype = torch.get_autocast_dtype(device_type)
     with torch.autocast(device_type, enabled=False):
         rows, head = hidden.detach().to(dtype), weight.detach().to(dtype)
         V, N = len(head), len(rows)
-        n_chunks = max(1, -(-N // chunk_rows(rows, V)))
-        largest = max(1, -(-N // n_chunks))  # equal chunks: no small one at the end
-        # one buffer for all chunks: allocating costs more than the arithmetic. Padding V with
-        # zeros to a multiple of 64 speeds up the product for the head's gradient. Before macOS 15
-        # Metal does not write an `out` with gaps between its rows (pytorch#104832)
-        is_dense = dtype == torch.float32 or device_type == "mps"
-        width = V if is_dense else -(-V // 64) * 64
-        padded = rows.new_empty(largest, width)
-        padded[:, V:] = 0
-        at_once = largest if dtype == torch.float32 else min(largest, softmax_rows(rows, V))
-        buffer = padded if dtype == torch.float32 else torch.empty(at_once, V, device=rows.device)
+        padded, buffer = _buffers(rows, V, by_kernel=by_kernel)
+        largest, at_once = len(padded), len(buffer)
         total = torch.zeros((), device=hidden.device)
         d_hidden = torch.empty_like(rows[: N * gradients])
         d_weight = part = None
@@ -100,11 +131,14 @@ def _loss_and_gradients(
             logits = d_logits[:, :V]
             torch.mm(x, head.T, out=logits)
             for start in range(0, len(x), at_once):
-                block, target = logits[start : start + at_once], y[start : start + at_once]
-                p, losses = _softmax_minus_target(block, target, buffer)
+                block = slice(start, start + at_once)
+                if by_kernel:
+                    losses = _softmax_by_kernel(d_logits[block], y[block], V, lift)
+                else:
+                    p, losses = _softmax_minus_target(logits[block], y[block], buffer)
+                    if gradients and p.dtype != dtype:
+                        logits[block].copy_(p if lift == 1 else p.mul_(lift))
                 total += losses.sum()
-                if gradients and p.dtype != block.dtype:
-                    block.copy_(p if lift == 1 else p.mul_(lift))
             if gradients:
                 if device_type == "mps":  # nor an `out` that starts inside its storage
                     d_hidden[first : first + largest] = torch.mm(logits, head)
@@ -123,6 +157,26 @@ def _loss_and_gradients(
     return total / n_targets, d_hidden, d_weight
 
 
+def _buffers(rows: Tensor, V: int, *, by_kernel: bool) -> tuple[Tensor, Tensor]:
+    """Buffers for a chunk's logits, of width V or padded, and for those in one fp32 softmax.
+
+    They are the same where the softmax works in place. All chunks use them: allocating costs more
+    than the arithmetic.
+    """
+    n_chunks = max(1, -(-len(rows) // chunk_rows(rows, V)))
+    largest = max(1, -(-len(rows) // n_chunks))  # equal chunks: no small one at the end
+    is_fp32 = rows.dtype == torch.float32
+    # padding V with zeros to a multiple of 64 speeds up the product for the head's gradient. The
+    # plain softmax in place would copy a padded buffer, and before macOS 15 Metal does not write
+    # an `out` with gaps between its rows (pytorch#104832)
+    is_dense = rows.device.type == "mps" or (is_fp32 and not by_kernel)
+    padded = rows.new_empty(largest, V if is_dense else -(-V // 64) * 64)
+    padded[:, V:] = 0
+    if is_fp32 or by_kernel:
+        return padded, padded
+    return padded, torch.empty(min(largest, softmax_rows(rows, V)), V, device=rows.device)
+
+
 def _softmax_minus_target(logits: Tensor, target: Tensor, buffer: Tensor) -> tuple[Tensor, Tensor]:
     """The gradient of some rows' logits, (N, V) in the buffer, and the rows' losses, (N, 1).
 
@@ -137,3 +191,16 @@ def _softmax_minus_target(logits: Tensor, target: Tensor, buffer: Tensor) -> tup
     log_sum = highest - p.amax(1, keepdim=True).log()
     p.scatter_(1, target, (of_target - log_sum).expm1())
     return p, log_sum - of_target
+
+
+def _softmax_by_kernel(logits: Tensor, target: Tensor, V: int, scale: float) -> Tensor:
+    """The losses of rows of V logits and padding, which become their gradient times scale."""
+    try:
+        from engine.loss_kernel import softmax_minus_target_  # imports Triton
+
+        logits[:, V:] = -math.inf
+        return softmax_minus_target_(logits, target[:, 0], scale)
+    except Exception as error:  # compilers raise errors of any type
+        if is_out_of_memory(error):
+            raise
+        raise _KernelError(f"{type(error).__name__}: {first_line(error)}") from error

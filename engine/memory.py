@@ -1,9 +1,8 @@
-"""Memory: what a training step needs, what the device has, and which errors say it ran out."""
+"""Memory: what a training step needs and what the device has."""
 
 import contextlib
 import ctypes
 import os
-import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +11,7 @@ import torch
 from torch import nn
 
 from engine.devices import free_memory
-from engine.errors import PipelineError, first_line
+from engine.errors import first_line
 from engine.loss import chunk_rows, softmax_rows
 from engine.precision import Precision
 from engine.randomness import random_state, set_random_state
@@ -24,13 +23,6 @@ ADVICE = (  # where a micro-batch of one window does not fit
     "Set activation_checkpointing to True, a smaller max_length, n_layers or emb_dim, or another "
     "MODEL."
 )
-# What a RuntimeError says where memory ran out: in the allocators of CUDA, XPU, Metal and NCCL, of
-# CPUs (Linux and macOS; Windows; C++), in Metal's for one tensor, and in CUDA's libraries. A word
-# such as "allocate" alone is in other messages too.
-_OUT_OF_MEMORY = re.compile(
-    "out of memory|DefaultCPUAllocator: (can't allocate|not enough) memory|std::bad_alloc"
-    "|Invalid buffer size: |(CUBLAS|CUDNN|CUSOLVER|CUSPARSE|HIPBLAS)_STATUS_ALLOC_FAILED"
-)
 
 
 class OutOfStepMemory(MemoryError):
@@ -40,15 +32,6 @@ class OutOfStepMemory(MemoryError):
         super().__init__(first_line(error))
         self.n_windows = n_windows  # of the micro-batch
         self.where = where
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an exception says that memory ran out, on any device; a PipelineError never does."""
-    return isinstance(error, MemoryError | torch.OutOfMemoryError) or (
-        isinstance(error, RuntimeError)
-        and not isinstance(error, PipelineError)
-        and _OUT_OF_MEMORY.search(str(error)) is not None
-    )
 
 
 @dataclass(frozen=True)

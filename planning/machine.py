@@ -27,14 +27,13 @@ from engine.devices import (
     limit_memory,
     with_index,
 )
-from engine.errors import ResourceError, SettingsError, first_line
+from engine.errors import ResourceError, SettingsError, first_line, is_out_of_memory
 from engine.memory import (
     ADVICE,
     as_bytes,
     available_memory,
     estimate_memory,
     halved,
-    is_out_of_memory,
 )
 from engine.precision import DTYPES, Precision, choose_precision, keep_precision
 from engine.processor import default_threads, threads_are_set

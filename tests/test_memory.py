@@ -15,13 +15,12 @@ import torch
 import planning.machine
 import train
 from engine import memory
-from engine.errors import ResourceError
+from engine.errors import ResourceError, is_out_of_memory
 from engine.memory import (
     MemoryEstimate,
     OutOfStepMemory,
     available_memory,
     estimate_memory,
-    is_out_of_memory,
     measure_activations,
 )
 from engine.precision import Precision

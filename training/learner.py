@@ -20,8 +20,8 @@ from distributed.signals import StopSignals
 from engine.compiling import compile_again, is_compiled
 from engine.console import say
 from engine.devices import release_memory
-from engine.errors import DataError, Stopped
-from engine.memory import OutOfStepMemory, halved, is_out_of_memory
+from engine.errors import DataError, Stopped, is_out_of_memory
+from engine.memory import OutOfStepMemory, halved
 from engine.precision import Precision
 from engine.randomness import random_state, set_random_state
 from generation import evaluating
