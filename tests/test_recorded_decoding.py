@@ -33,7 +33,7 @@ from tests.pretend.device import Kernels, watching
 from tests.pretend.machines import cuda_machine
 
 CPU, DEVICE = torch.device("cpu"), torch.device("cuda:0")
-V, CONTEXT, N_NEW = 31, 8, 10
+V, CONTEXT, N_NEW = 31, 8, 9
 # one text; several; of unequal lengths; of which one is longer than the context
 PROMPTS = ([[1, 2, 3]], [[1, 2, 3], [4, 5, 6]], [[7], [8, 9, 10, 11], list(range(11))])
 SAMPLINGS: tuple[dict[str, Any], ...] = (
@@ -83,6 +83,22 @@ def test_given_points_a_row_without_a_likeliest_token_gives_minus_one_and_others
     for sampling in ({}, *filtered):
         chosen = choose_next(logits, points=points, **sampling)
         assert chosen.tolist() == [[-1]] * 4 + [[2]]
+
+
+@pytest.mark.parametrize("sampling", SAMPLINGS, ids=str)
+def test_a_seed_gives_the_tokens_that_its_generator_chooses_from_full_passes(sampling):
+    model, prompt, one, other = tiny_model(), [1, 2], seeded(7), seeded(7)
+    options = dict(sampling)
+    window = options.pop("repetition_window", 64)
+    text = list(prompt)
+    with torch.no_grad():
+        for _ in range(CONTEXT - len(prompt)):
+            recent = torch.tensor([text[-window:]])
+            logits = model(torch.tensor([text]))[:, -1]
+            text.append(choose_next(logits, recent=recent, generator=one, **options).item())
+    n_new = CONTEXT - len(prompt)
+    assert generate(model, [prompt], max_new_tokens=n_new, generator=other, **sampling) == [text]
+    assert torch.equal(one.get_state(), other.get_state())
 
 
 # ------------------------------------------------------------------ what is kept, and for how long
@@ -257,19 +273,21 @@ def check_that_graphs_give_what_eager_steps_do() -> None:
 
 
 def check_that_one_recording_serves_many_requests(kernels: Kernels) -> None:
-    """Prompts of one shape, in any mode of the calls between; one read for each token."""
-    model = tiny_model(DEVICE)
-    for sampling in ({"temperature": 0.0}, {"top_p": 0.9, "repetition_penalty": 1.2}):
-        with counted() as recorded, watching(kernels) as seen:
-            for request in range(21):
-                drawn(model, [[request, 1], [2] * (1 + request % 3)], request, 5, **sampling)
-        assert len(recorded) == 2  # with padding, and without
-        assert [wait.what for wait in seen] == ["read"] * 21 * 5
-        assert {wait.stack[-1] for wait in seen} == {"Rows.draw"}
+    """Prompts of one shape; and the host waits once for each token."""
+    model, options = tiny_model(DEVICE), {"n": 4, "top_p": 0.9, "repetition_penalty": 1.2}
+    with counted() as recorded, watching(kernels) as seen:
+        for request in range(21):
+            drawn(model, [[request, 1], [2] * (1 + request % 3)], request, **options)
+    assert len(recorded) == 2  # with padding, and without
+    assert [wait.what for wait in seen] == ["read"] * 21 * 4
+    assert {wait.stack[-1] for wait in seen} == {"Rows.draw"}
     with counted() as recorded:
-        for _ in range(3):
+        for _ in range(2):
             generate(model, [[1, 2], [3]], max_new_tokens=5, temperature=0.0, num_samples=2)
-    assert len(recorded) == 1
+        with torch.inference_mode():  # whose tensors can't be written outside it
+            drawn(model, [[1, 2], [3]], n=3)
+        drawn(model, [[1, 2], [3]], n=3)
+    assert len(recorded) == 3
 
 
 def check_streams_that_take_turns() -> None:
@@ -352,20 +370,18 @@ def check_what_memory_is_for(kernels: Kernels) -> None:
     model = tiny_model(DEVICE)
     gc.collect()
     before = torch.cuda.memory_allocated(0)
-    drawn(model, [[1]] * 50)
-    gc.collect()
+    torch.cuda.reset_peak_memory_stats(0)
+    expected = drawn(model, [[1]] * 50)
+    peak = torch.cuda.max_memory_allocated(0)
     kept = torch.cuda.memory_allocated(0) - before
     assert kept > 50 * CONTEXT * 16 * 4
     model.train()
-    gc.collect()
     assert torch.cuda.memory_allocated(0) == before
-    model.eval()
-    torch.cuda.reset_peak_memory_stats(0)
-    drawn(model, [[1]] * 50)
-    room = torch.cuda.max_memory_allocated(0) + kept // 2
-    kernels.ops.set_limit(0, room)
-    expected = drawn(model, [[2, 3]] * 51, temperature=0.0, n=3)
-    assert len(expected) == 3
+    drawn(model.eval(), [[1]] * 49)
+    kernels.ops.set_limit(0, peak + kept // 2)
+    with counted() as recorded:
+        assert drawn(model, [[1]] * 50) == expected
+    assert len(recorded) == 1
     kernels.ops.set_limit(0, kernels.machine.cards[0].memory)
 
 
