@@ -9,7 +9,6 @@ V vocabulary.
 """
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import Any, Self
 
@@ -416,9 +415,10 @@ class GPTModel(nn.Module):
             free_steps(self)
         return super().train(mode)
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        free_steps(self)  # to(), float() and the like come here
-        return super()._apply(fn, recurse)
+    def to(self, *args: Any, **kwargs: Any) -> Self:
+        """As in nn.Module. The memory of recorded decoding steps does not stay behind."""
+        free_steps(self)
+        return super().to(*args, **kwargs)
 
     def tie_head(self) -> None:
         """Share the embedding's weights with the head if config.tie_embeddings."""

@@ -105,10 +105,10 @@ def compile_again(model: nn.Module, device: torch.device, *, micro_batches: int)
 class RecordedStep:
     """A step that is repeated on a CUDA device, as a CUDA graph: recorded once, then replayed.
 
-    The step takes the state, some tensors, and returns a result and the next state, which
-    overwrites the last one. It may read and write other tensors, whose addresses must not change;
-    it must give the same when it is repeated with the same state. A call overwrites the last
-    result. Where recording fails, the step runs uncaptured, and a line says so once.
+    A step takes the tensors of the state and returns a result and the next state, which
+    overwrites the last. It may use other tensors at addresses that do not change. Recording runs
+    it several times with one state: it must give the same each time. A call overwrites the last
+    result. Where recording fails, steps run eagerly, and one line says so.
     """
 
     _has_complained: ClassVar[bool] = False
@@ -119,12 +119,12 @@ class RecordedStep:
         self._is_refused = False
 
     def restart(self, *state: torch.Tensor) -> None:
-        """Set the state."""
+        """Overwrite the state."""
         for tensor, value in zip(self._state, state, strict=True):
             tensor.copy_(value)
 
     def __call__(self, step: Step) -> torch.Tensor:
-        """The step's result; recording takes the step of the first call, and keeps no other."""
+        """The result of the step, or of the recorded one, which is that of the first call."""
         if self._graph is None and not self._is_refused:
             self._record(step)
         if self._graph is None:
@@ -152,7 +152,7 @@ class RecordedStep:
                     with capture:
                         self._result = self._run(step)
                     self._graph = graph
-                except Exception as error:  # one of the step itself comes again, uncaptured
+                except Exception as error:  # a fault of the step itself comes again, eagerly
                     self._is_refused = True
                     self._complain(error)
             current.wait_stream(side)
@@ -179,21 +179,16 @@ _keeping = threading.RLock()  # the garbage collector may close a stream of text
 
 def weight_addresses(model: nn.Module) -> tuple[tuple[int, torch.dtype], ...]:
     """Where each parameter and buffer is; a recorded step reads them there."""
-    return tuple(
-        (tensor.data_ptr(), tensor.dtype)
-        for module in model.modules()
-        for tensors in (module._parameters, module._buffers)  # half the time of parameters()
-        for tensor in tensors.values()
-        if tensor is not None
-    )
+    tensors = (*model.parameters(), *model.buffers())
+    return tuple((tensor.data_ptr(), tensor.dtype) for tensor in tensors)
 
 
 def keep_step(model: nn.Module, addresses: tuple, key: Hashable, step: Any) -> None:
     """Keep what holds a recorded step for the model's next request with this key.
 
     The newest MOST_KEPT are kept, each with its KV cache, while the model is in evaluation mode.
-    They are freed when it is set to train, moved, cast or compiled, and with the next request
-    after its weights have got other addresses; weights may change in place.
+    They are freed when it is set to train, moved by to() or compiled for decoding, and with the
+    next request after its weights have got other addresses. Weights may change in place.
     """
     if model.training:
         return
