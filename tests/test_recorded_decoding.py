@@ -33,7 +33,7 @@ from tests.pretend.device import Kernels, watching
 from tests.pretend.machines import cuda_machine
 
 CPU, DEVICE = torch.device("cpu"), torch.device("cuda:0")
-V, CONTEXT, N_NEW = 31, 8, 9
+V, CONTEXT, N_NEW = 31, 6, 7
 # one text; several; of unequal lengths; of which one is longer than the context
 PROMPTS = ([[1, 2, 3]], [[1, 2, 3], [4, 5, 6]], [[7], [8, 9, 10, 11], list(range(11))])
 SAMPLINGS: tuple[dict[str, Any], ...] = (
