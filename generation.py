@@ -282,24 +282,24 @@ class Rows:
 
     def _next(self) -> torch.Tensor:
         """Each row's next token and logprob, as a _Batch gives them."""
-        if self._batch is not None and max(self._lengths()) <= self._limit:
-            drawn = self._batch.step(self._model, self._generator)
-            # compared while the device computes; what it reads is held
-            if self._kept_as is None or self._kept_as[0] == weight_addresses(self._model):
-                return drawn
-        self.close()
         try:
+            if self._batch is not None and max(self._lengths()) <= self._limit:
+                drawn = self._batch.step(self._model, self._generator)
+                # compared while the device computes; what it reads is held
+                if self._kept_as is None or self._kept_as[0] == weight_addresses(self._model):
+                    return drawn
             return self._begin()
         except (MemoryError, RuntimeError) as error:
             if not (is_out_of_memory(error) and free_steps(self._model)):
                 raise
-        return self._begin()
+        return self._begin()  # with the memory of kept steps
 
     def _lengths(self) -> list[int]:
         return [len(t) - first for t, first in zip(self._texts, self._seen_from, strict=True)]
 
     def _begin(self) -> torch.Tensor:
         """Read each text, or the newest half of one that is too long; returns as _next() does."""
+        self.close()
         for row, length in enumerate(self._lengths()):
             if length > self._limit:  # a text that has ended needs no context
                 kept = max(1, self._limit // 2) if row in self.running else 1

@@ -167,14 +167,14 @@ class KVCache:
 
         The other one has padding if this one had it before.
         """
-        self.filled, is_new = other.filled, not self.layers
+        self.filled = other.filled
         if self.starts is not None and other.starts is not None:
             self.starts.copy_(other.starts)
         else:
             self.starts = other.starts
         for layer in range(len(other.layers)):
             k, v = other.layers.pop(0)  # so that its memory serves the next layer
-            if is_new:
+            if layer == len(self.layers):
                 shape = (*k.shape[:2], self.capacity, k.shape[3])
                 self.layers.append((k.new_empty(shape), v.new_empty(shape)))
             for part, new in zip(self.layers[layer], (k, v), strict=True):
@@ -410,13 +410,13 @@ class GPTModel(nn.Module):
         self.tie_head()
 
     def train(self, mode: bool = True) -> Self:
-        """As in nn.Module. Training has the memory of recorded decoding steps."""
+        """As in nn.Module. Training mode frees the memory of recorded decoding steps."""
         if mode:
             free_steps(self)
         return super().train(mode)
 
     def to(self, *args: Any, **kwargs: Any) -> Self:
-        """As in nn.Module. The memory of recorded decoding steps does not stay behind."""
+        """As in nn.Module. Frees the memory of recorded decoding steps."""
         free_steps(self)
         return super().to(*args, **kwargs)
 

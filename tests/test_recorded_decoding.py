@@ -194,11 +194,13 @@ def test_a_cache_that_takes_over_another_keeps_its_memory_and_nothing_else():
     places = [part.data_ptr() for part in (*fixed.layers[0], fixed.starts)]
     for part in fixed.layers[0]:
         part[:, :, 6:] = math.nan  # of a model whose numbers were bad
-    fixed.take_over(filled([2, 4], 1))
-    expected = filled([2, 4], 1)
-    assert fixed.filled == 4 and fixed.starts.tolist() == [2, 0]
-    for part, whole in zip(fixed.layers[0], expected.layers[0], strict=True):
-        assert torch.equal(part, torch.cat((whole, torch.zeros(2, 2, 4, 4)), dim=2))
+    expected, again = filled([2, 4], 1).layers[0], filled([2, 4], 1)
+    again.layers *= 2  # of which one is there, as after an error between them
+    fixed.take_over(again)
+    assert fixed.filled == 4 and fixed.starts.tolist() == [2, 0] and len(fixed.layers) == 2
+    for layer in fixed.layers:
+        for part, whole in zip(layer, expected, strict=True):
+            assert torch.equal(part, torch.cat((whole, torch.zeros(2, 2, 4, 4)), dim=2))
     assert [part.data_ptr() for part in (*fixed.layers[0], fixed.starts)] == places
 
 
