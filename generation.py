@@ -5,6 +5,7 @@ which has room for as many new tokens.
 """
 
 import contextlib
+import functools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
@@ -13,15 +14,26 @@ from typing import Any
 import torch
 from torch import nn
 
-from engine.compiling import RecordedStep, is_compiled, not_compiled
+from engine.compiling import (
+    RecordedStep,
+    free_steps,
+    is_compiled,
+    keep_step,
+    not_compiled,
+    take_step,
+    weight_addresses,
+)
+from engine.devices import steady_attention
 from engine.errors import NumericsError, SettingsError
+from engine.memory import is_out_of_memory
 from engine.settings import check, find_problems, raise_if_any, setting, unknown_name
 from engine.weights import OneRowProducts
 from model import KVCache
 from text.tokenizer import Tokenizer
 
-# the likeliest tokens that top_p tries first: sorting 50,000 logits takes milliseconds
+# the likeliest tokens that top_p tries first: a CPU sorts 50,000 logits for milliseconds
 NUCLEUS = 1024
+NOT_FINITE = "the model's logits are not finite: there is no token to choose"
 
 
 @dataclass(frozen=True)
@@ -134,15 +146,15 @@ def stream(
         "repetition_penalty": repetition_penalty,
         "repetition_window": repetition_window,
     }
-    rows = Rows(model, prompts, sampling, num_samples, generator)
-    for _ in range(max_new_tokens):
-        tokens = rows.draw()
-        yield tokens
-        for row, token in enumerate(tokens):
-            if token is not None and token.id == end_of_text_id:
-                rows.running.discard(row)
-        if not rows.running:
-            return
+    with contextlib.closing(Rows(model, prompts, sampling, num_samples, generator)) as rows:
+        for _ in range(max_new_tokens):
+            tokens = rows.draw()
+            yield tokens
+            for row, token in enumerate(tokens):
+                if token is not None and token.id == end_of_text_id:
+                    rows.running.discard(row)
+            if not rows.running:
+                return
 
 
 def stream_text(
@@ -167,26 +179,26 @@ def stream_text(
     stop = [stop] if isinstance(stop, str) else stop
     ids = [tokenizer.encode(p) if isinstance(p, str) else p for p in prompts]
     ids = [prompt or [tokenizer.end_of_text_id] for prompt in ids]
-    rows = Rows(model, ids, given, num_samples, generator)
-    decoders = [tokenizer.decoder() for _ in rows.running]
-    held = [_HeldBack(stop) for _ in rows.running]
-    for n_drawn in range(1, given["max_new_tokens"] + 1):
-        is_last = n_drawn == given["max_new_tokens"]
-        for row, token in enumerate(rows.draw()):
-            if token is None:
-                continue
-            is_end = token.id == tokenizer.end_of_text_id
-            text = "" if is_end else decoders[row].add(token.id)
-            if is_end or is_last:
-                text += decoders[row].finish()
-            text, stopped = held[row].add(text)
-            finish = "stop" if is_end or stopped else "length" if is_last else None
-            if finish is not None:
-                text += held[row].rest
-                rows.running.discard(row)
-            yield Piece(row, text, token, finish)
-        if not rows.running:
-            return
+    with contextlib.closing(Rows(model, ids, given, num_samples, generator)) as rows:
+        decoders = [tokenizer.decoder() for _ in rows.running]
+        held = [_HeldBack(stop) for _ in rows.running]
+        for n_drawn in range(1, given["max_new_tokens"] + 1):
+            is_last = n_drawn == given["max_new_tokens"]
+            for row, token in enumerate(rows.draw()):
+                if token is None:
+                    continue
+                is_end = token.id == tokenizer.end_of_text_id
+                text = "" if is_end else decoders[row].add(token.id)
+                if is_end or is_last:
+                    text += decoders[row].finish()
+                text, stopped = held[row].add(text)
+                finish = "stop" if is_end or stopped else "length" if is_last else None
+                if finish is not None:
+                    text += held[row].rest
+                    rows.running.discard(row)
+                yield Piece(row, text, token, finish)
+            if not rows.running:
+                return
 
 
 class _HeldBack:
@@ -237,81 +249,179 @@ class Rows:
         self._model, self._generator, self._copies = model, generator, num_samples
         self._choice = dict(sampling)
         n_new = self._choice.pop("max_new_tokens")
-        self._n_recent = self._choice.pop("repetition_window")
+        window = self._choice.pop("repetition_window")
+        self._n_recent = 0 if self._choice["repetition_penalty"] == 1 else window
         self._limit = model.config.context_length
-        n_kept = max(self._limit + 1, self._n_recent)  # older tokens have no effect
+        n_kept = max(self._limit + 1, window)  # older tokens have no effect
         self._texts = [list(prompt[-n_kept:]) for prompt in prompts]
         self._seen_from = [0] * len(prompts)  # where the cached window of each text starts
-        self._capacity = min(self._limit, max(map(len, prompts)) + n_new)
-        self._cache: KVCache | None = None
-        self._recorded: RecordedStep | None = None
+        self._n_total = max(map(len, prompts)) + n_new
+        self._batch: _Batch | None = None
+        self._kept_as: tuple[tuple, tuple] | None = None  # the model keeps a recorded batch so
+        self._held: list[torch.Tensor] = []  # the weights that a recorded batch reads
         self.running = set(range(len(prompts) * num_samples))  # the caller discards ended rows
 
     @torch.no_grad()
     def draw(self) -> list[Token | None]:
         """The next token of each row, None for a row that has ended."""
         with evaluating(self._model):  # only during the step: between steps the caller may train
-            logits = self._next_logits().float()  # (rows, V)
-        chosen = choose_next(
-            logits, recent=self._recent(logits), generator=self._generator, **self._choice
-        )
-        logprobs = logits.gather(1, chosen) - logits.logsumexp(1, keepdim=True)
-        drawn = list(zip(chosen[:, 0].tolist(), logprobs[:, 0].tolist(), strict=True))
-        for text, (token, _) in zip(self._texts, drawn, strict=True):
+            drawn = self._next().cpu()  # the one time that the host waits for the device
+        ids, logprobs = drawn[:, 0].tolist(), drawn[:, 1].view(torch.float32).tolist()
+        if min(ids) < 0:
+            raise NumericsError(NOT_FINITE)
+        for text, token in zip(self._texts, ids, strict=True):
             text.append(token)
-        return [Token(*token) if row in self.running else None for row, token in enumerate(drawn)]
+        chosen = enumerate(zip(ids, logprobs, strict=True))
+        return [Token(*token) if row in self.running else None for row, token in chosen]
 
-    def _next_logits(self) -> torch.Tensor:
-        """(rows, V) logits of the next token."""
-        lengths = [len(t) - first for t, first in zip(self._texts, self._seen_from, strict=True)]
-        if self._cache is not None and max(lengths) <= self._limit:
-            return self._read([text[-1:] for text in self._texts], self._cache)
-        for row, length in enumerate(lengths):
+    def close(self) -> None:
+        """Leave a recorded step and its memory to the next request; call it after the last draw."""
+        if self._batch is not None and self._kept_as is not None:
+            keep_step(self._model, *self._kept_as, self._batch)
+        self._batch, self._kept_as, self._held = None, None, []
+
+    def _next(self) -> torch.Tensor:
+        """Each row's next token and logprob, as a _Batch gives them."""
+        try:
+            if self._batch is not None and max(self._lengths()) <= self._limit:
+                drawn = self._batch.step(self._model, self._generator)
+                # compared while the device computes; what it reads is held
+                if self._kept_as is None or self._kept_as[0] == weight_addresses(self._model):
+                    return drawn
+            return self._begin()
+        except (MemoryError, RuntimeError) as error:
+            if not (is_out_of_memory(error) and free_steps(self._model)):
+                raise
+        return self._begin()  # with the memory of kept steps
+
+    def _lengths(self) -> list[int]:
+        return [len(t) - first for t, first in zip(self._texts, self._seen_from, strict=True)]
+
+    def _begin(self) -> torch.Tensor:
+        """Read each text, or the newest half of one that is too long; returns as _next() does."""
+        self.close()
+        for row, length in enumerate(self._lengths()):
             if length > self._limit:  # a text that has ended needs no context
                 kept = max(1, self._limit // 2) if row in self.running else 1
                 self._seen_from[row] = len(self._texts[row]) - kept
         windows = [t[first:] for t, first in zip(self._texts, self._seen_from, strict=True)]
         device = self._model.token_embedding.weight.device
         # a graph recorded under autocast would read casts of the weights that are freed
-        fixed = device.type == "cuda" and not torch.is_autocast_enabled("cuda")
-        # few sizes of fixed caches, since torch.compile compiles for each
-        capacity = min(self._limit, -(-self._capacity // 256) * 256) if fixed else self._capacity
-        self._cache = KVCache([len(w) for w in windows], capacity, device, fixed=fixed)
-        self._recorded = None
-        logits = self._read(windows, self._cache)
+        recorded = device.type == "cuda" and not torch.is_autocast_enabled("cuda")
+        # few sizes of recorded steps
+        size = -(-self._n_total // 256) * 256 if recorded else self._n_total
+        capacity, longest = min(self._limit, size), max(map(len, windows))
+        cache = KVCache(list(map(len, windows)), longest if recorded else capacity, device)
+        padded = [[0] * (longest - len(window)) + window for window in windows]
+        ids = torch.tensor(padded, device=device)  # (B, longest)
+        with _kernels_for(ids):
+            logits = self._model.head(self._model.hidden(ids, cache.advance(longest))[:, -1])
         if self._copies > 1:
-            self._cache.repeat(self._copies)
+            cache.repeat(self._copies)
             logits = logits.repeat_interleave(self._copies, dim=0)
             self._texts = [list(text) for text in self._texts for _ in range(self._copies)]
             self._seen_from = [n for n in self._seen_from for _ in range(self._copies)]
             self._copies = 1
-        return logits
+        recent = _newest(self._texts, min(self._n_recent, size), device)
+        if recorded:
+            shape = (*recent.shape, capacity, cache.starts is not None)
+            self._batch = self._recorded_batch(shape, device)
+        else:
+            self._batch = _Batch(cache, len(recent), self._choice)
+        return self._batch.begin(cache, logits.float(), recent, self._generator)
 
-    def _read(self, windows: list[list[int]], cache: KVCache) -> torch.Tensor:
-        """(rows, V) logits after the newest tokens of each row; short rows are padded in front."""
-        longest = max(map(len, windows))
-        padded = [[0] * (longest - len(window)) + window for window in windows]
-        ids, n_before = torch.tensor(padded, device=cache.device), cache.filled
-        newest = cache.advance(longest)
-        if cache.fixed and n_before > 0:
-            inputs = (ids, newest.columns)
-            self._recorded = self._recorded or RecordedStep(
-                lambda ids, columns: self._model.decode(ids, cache, columns), *inputs
-            )
-            return self._recorded(*inputs)
-        is_one_row = ids.numel() == 1 and ids.device.type == "cpu"
-        with OneRowProducts() if is_one_row else contextlib.nullcontext():
-            return self._model.head(self._model.hidden(ids, newest)[:, -1])
+    def _recorded_batch(self, shape: tuple, device: torch.device) -> "_Batch":
+        """An earlier request's batch, whose recorded step serves this one too, or a new one.
 
-    def _recent(self, logits: torch.Tensor) -> torch.Tensor | None:
-        """(rows, n) newest tokens of each text for the repetition penalty; None without one."""
-        if self._choice["repetition_penalty"] == 1:
-            return None
-        newest = [text[-self._n_recent :] for text in self._texts]
-        longest = max(map(len, newest))
-        # a token counts once, so a shorter text can repeat its last one
-        newest = [tokens + tokens[-1:] * (longest - len(tokens)) for tokens in newest]
-        return torch.tensor(newest, device=logits.device)
+        shape is (rows, recent tokens of each, cache's capacity, whether rows are padded).
+        """
+        # tensors made in inference mode can't be written outside it
+        key = (*shape, torch.is_inference_mode_enabled(), *self._choice.values())
+        self._kept_as = weight_addresses(self._model), key
+        self._held = [t.detach() for t in (*self._model.parameters(), *self._model.buffers())]
+        n_rows, _, capacity, _ = shape
+        fixed = KVCache([0] * n_rows, capacity, device, fixed=True)
+        return take_step(self._model, *self._kept_as) or _Batch(fixed, n_rows, self._choice)
+
+
+class _Batch:
+    """Rows that are continued together: all that a decoding step reads and changes on the device.
+
+    The step of a fixed cache is recorded. Tokens and logprobs come in one int32 tensor, (rows, 2),
+    so that the host reads once: a token is -1 where the highest logit is not finite, a logprob is
+    the bits of its fp32.
+    """
+
+    def __init__(self, cache: KVCache, n_rows: int, choice: dict[str, Any]) -> None:
+        self._cache, self._choice = cache, choice
+        self._points = _new_points(n_rows, cache.device)
+        self._state: tuple[torch.Tensor, ...] = ()  # each row's newest token; its recent ones
+        self._recorded: RecordedStep | None = None  # of a fixed cache; it keeps the state
+
+    def begin(
+        self,
+        cache: KVCache,
+        logits: torch.Tensor,
+        recent: torch.Tensor,
+        generator: torch.Generator | None,
+    ) -> torch.Tensor:
+        """Draw from (rows, V) logits; cache has the tokens before, recent is _newest()'s."""
+        self._fill_points(generator)
+        drawn, self._state = self._draw(logits, recent)
+        if self._cache.fixed:
+            state = (*self._state, torch.full((1,), cache.filled, device=cache.device))
+            self._cache.take_over(cache)
+            self._recorded = self._recorded or RecordedStep(*state)
+            self._recorded.restart(*state)
+        return drawn
+
+    def step(self, model: nn.Module, generator: torch.Generator | None) -> torch.Tensor:
+        """Draw what follows the newest tokens."""
+        self._fill_points(generator)
+        if self._recorded is not None:
+            return self._recorded(functools.partial(self._advance, model))
+        drawn, self._state = self._advance(model, *self._state)
+        return drawn
+
+    def _fill_points(self, generator: torch.Generator | None) -> None:
+        # not in the graph, so that it serves every generator
+        if not _is_greedy(self._choice["temperature"], self._choice["top_k"]):
+            self._points.uniform_(generator=generator)
+
+    def _advance(
+        self, model: nn.Module, ids: torch.Tensor, recent: torch.Tensor, *columns: torch.Tensor
+    ) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
+        """A step and the next state, of which a fixed cache's has the newest column, (1,)."""
+        with _kernels_for(ids):
+            if columns:
+                logits = model.decode(ids, self._cache, *columns)
+            else:
+                logits = model.head(model.hidden(ids, self._cache.advance(1))[:, -1])
+        drawn, state = self._draw(logits.float(), recent)
+        return drawn, (*state, *(column + 1 for column in columns))
+
+    def _draw(
+        self, logits: torch.Tensor, recent: torch.Tensor
+    ) -> tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor]]:
+        """Tokens and logprobs, and the newest and the recent tokens with them."""
+        chosen = choose_next(logits, recent=recent, points=self._points, **self._choice)
+        ids = chosen.clamp(min=0)
+        logprobs = logits.gather(1, ids) - logits.logsumexp(1, keepdim=True)
+        drawn = torch.cat((chosen.int(), logprobs.view(torch.int32)), dim=1)
+        return drawn, (ids, torch.cat((recent, ids), dim=1)[:, 1:])
+
+
+def _newest(texts: list[list[int]], n: int, device: torch.device) -> torch.Tensor:
+    """(rows, n) newest tokens of each text; a shorter one repeats its first, which counts once."""
+    newest = [text[max(0, len(text) - n) :] for text in texts]
+    padded = [tokens[:1] * (n - len(tokens)) + tokens for tokens in newest]
+    return torch.tensor(padded, dtype=torch.long, device=device)
+
+
+def _kernels_for(ids: torch.Tensor) -> contextlib.AbstractContextManager:
+    """The context of the kernels that suit generation from (B, T) ids."""
+    is_one_row = ids.numel() == 1 and ids.device.type == "cpu"
+    return OneRowProducts() if is_one_row else steady_attention(ids.device)
 
 
 def choose_next(
@@ -324,6 +434,7 @@ def choose_next(
     repetition_penalty: float = 1.0,
     recent: torch.Tensor | None = None,
     generator: torch.Generator | None = None,
+    points: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Sample one token a row from (B, V) logits; returns (B, 1).
 
@@ -332,16 +443,22 @@ def choose_next(
     k likeliest tokens; top_p the fewest likeliest ones that sum to p (nucleus sampling, Holtzman et
     al. 2019); min_p those with that share of the likeliest one's probability (Nguyen et al. 2024).
     Temperature 0 is greedy. Raises NumericsError where the highest logit is not finite.
+
+    With points, (B, 1) numbers in [0, 1) instead of the generator's, the host does not wait for
+    the device: the token is -1 where the highest logit is not finite.
     """
     if recent is not None and repetition_penalty != 1:
         seen = logits.gather(1, recent)
         seen = torch.where(seen > 0, seen / repetition_penalty, seen * repetition_penalty)
         logits = logits.scatter(1, recent, seen)
     highest = logits.amax(dim=-1, keepdim=True)
-    if not highest.isfinite().all():
-        raise NumericsError("the model's logits are not finite: there is no token to choose")
-    if temperature < torch.finfo(torch.float32).tiny or top_k == 1:  # fp32 may flush it to 0
-        return logits.argmax(dim=-1, keepdim=True)
+    is_finite = highest.isfinite()
+    if points is None and not is_finite.all():
+        raise NumericsError(NOT_FINITE)
+    if _is_greedy(temperature, top_k):
+        return logits.argmax(dim=-1, keepdim=True).masked_fill(~is_finite, -1)
+    if points is None:
+        points = _new_points(len(logits), logits.device).uniform_(generator=generator)
     # subtracts the highest logit before the division, so that no temperature overflows
     logits, tokens = (logits - highest) / min(temperature, torch.finfo(torch.float32).max), None
     if top_k is not None and top_k < logits.shape[-1]:
@@ -352,33 +469,44 @@ def choose_next(
             logits, tokens = _likeliest(logits, total, top_p)
         probabilities = (logits - total).exp()
         before = probabilities.cumsum(dim=-1) - probabilities  # the sum of likelier tokens'
-        before[:, 0] = -1.0  # keeps the likeliest token even with top_p 0
+        before[:, 0].fill_(-1.0)  # keeps the likeliest token even with top_p 0
         logits = logits.masked_fill(before >= top_p, -math.inf)
     if min_p > 0:
         logits = logits.masked_fill(logits < math.log(min_p), -math.inf)
-    drawn = _draw(logits, generator)
-    return drawn if tokens is None else tokens.gather(-1, drawn)
+    drawn = _draw(logits, points)
+    chosen = drawn if tokens is None else tokens.gather(-1, drawn)
+    return chosen.masked_fill(~is_finite, -1)
 
 
-def _draw(logits: torch.Tensor, generator: torch.Generator | None) -> torch.Tensor:
-    """(B, 1) indices sampled from (B, n) logits."""
-    # one random number a row: torch.multinomial draws n, which takes a millisecond for 50,000
-    wide = torch.float32 if logits.device.type == "mps" else torch.float64  # Metal has no fp64
+def _is_greedy(temperature: float, top_k: int | None) -> bool:
+    return temperature < torch.finfo(torch.float32).tiny or top_k == 1  # fp32 may flush it to 0
+
+
+def _new_points(n_rows: int, device: torch.device) -> torch.Tensor:
+    """Room for a random number a row, (n_rows, 1)."""
+    wide = torch.float32 if device.type == "mps" else torch.float64  # Metal has no fp64
+    return torch.zeros(n_rows, 1, dtype=wide, device=device)
+
+
+def _draw(logits: torch.Tensor, points: torch.Tensor) -> torch.Tensor:
+    """(B, 1) indices sampled from (B, n) logits by a random number a row."""
+    # torch.multinomial draws n of them, which takes a millisecond for 50,000
+    wide = points.dtype
     cumulative = logits.to(wide).softmax(dim=-1).cumsum(dim=-1)
-    shape = (len(logits), 1)
-    point = torch.rand(shape, dtype=wide, device=logits.device, generator=generator)
     # less than the sum, however it is rounded: the last tokens may have probability 0
-    point = point * cumulative[:, -1:] * (1 - torch.finfo(wide).eps)
-    return torch.searchsorted(cumulative, point, right=True)
+    points = points * cumulative[:, -1:] * (1 - torch.finfo(wide).eps)
+    drawn = torch.searchsorted(cumulative, points, right=True)
+    return drawn.clamp(max=logits.shape[-1] - 1)  # n where the logits are not finite
 
 
 def _likeliest(
     logits: torch.Tensor, total: torch.Tensor, top_p: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The highest logits in order, enough for a probability of top_p, and their tokens."""
-    highest, tokens = logits.topk(min(NUCLEUS, logits.shape[-1]), dim=-1)
-    if ((highest.logsumexp(dim=-1, keepdim=True) - total).exp() >= top_p).all():
-        return highest, tokens
+    if logits.device.type == "cpu":  # a GPU sorts fast, and the host would wait for the condition
+        highest, tokens = logits.topk(min(NUCLEUS, logits.shape[-1]), dim=-1)
+        if ((highest.logsumexp(dim=-1, keepdim=True) - total).exp() >= top_p).all():
+            return highest, tokens
     return logits.sort(dim=-1, descending=True)
 
 

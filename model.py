@@ -10,7 +10,7 @@ V vocabulary.
 
 import math
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend
 from torch.utils.checkpoint import checkpoint
 
+from engine.compiling import free_steps
 from engine.loss import next_token_loss
 from engine.precision import DTYPES, Precision
 from engine.settings import check, setting
@@ -160,6 +161,25 @@ class KVCache:
         ]
         if self.starts is not None:
             self.starts = self.starts.repeat_interleave(copies)
+
+    def take_over(self, other: "KVCache") -> None:
+        """Become a copy of another cache of as many rows, which is emptied. Memory stays in place.
+
+        The other one has padding if this one had it before.
+        """
+        self.filled = other.filled
+        if self.starts is not None and other.starts is not None:
+            self.starts.copy_(other.starts)
+        else:
+            self.starts = other.starts
+        for layer in range(len(other.layers)):
+            k, v = other.layers.pop(0)  # so that its memory serves the next layer
+            if layer == len(self.layers):
+                shape = (*k.shape[:2], self.capacity, k.shape[3])
+                self.layers.append((k.new_empty(shape), v.new_empty(shape)))
+            for part, new in zip(self.layers[layer], (k, v), strict=True):
+                part[:, :, : self.filled] = new
+                part[:, :, self.filled :] = 0  # masked columns must not be nan
 
     def advance(self, n_columns: int) -> "Newest":
         """The next n_columns, which each layer must fill with extend()."""
@@ -388,6 +408,17 @@ class GPTModel(nn.Module):
         self.head = nn.Linear(config.emb_dim, config.vocab_size, bias=False)
         self.initialize()
         self.tie_head()
+
+    def train(self, mode: bool = True) -> Self:
+        """As in nn.Module. Training mode frees the memory of recorded decoding steps."""
+        if mode:
+            free_steps(self)
+        return super().train(mode)
+
+    def to(self, *args: Any, **kwargs: Any) -> Self:
+        """As in nn.Module. Frees the memory of recorded decoding steps."""
+        free_steps(self)
+        return super().to(*args, **kwargs)
 
     def tie_head(self) -> None:
         """Share the embedding's weights with the head if config.tie_embeddings."""

@@ -1,25 +1,33 @@
 """torch.compile: whether it works and pays here, which regions it compiles, and CUDA graphs."""
 
 import contextlib
+import functools
 import importlib.util
 import os
 import shutil
 import sys
 import sysconfig
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Hashable
 from pathlib import Path
+from typing import Any, ClassVar
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
 
+from engine.console import tell
 from engine.devices import cuda_capability
-from engine.errors import SettingsError
+from engine.errors import SettingsError, first_line
 
 # measured on 6- and 12-layer models: the share of a step's time saved, seconds to compile
 CPU_SAVES, CPU_SECONDS = 0.15, 30.0
 GPU_SAVES, GPU_SECONDS = 0.3, 60.0
 # parameters; with fewer, a GPU waits for the host's kernel launches, which CUDA graphs avoid
 SMALL_MODEL = 30_000_000
+MOST_KEPT = 4  # recorded steps of a model
+
+Step = Callable[..., tuple[torch.Tensor, tuple[torch.Tensor, ...]]]
 
 
 def what_prevents_compiling(device: torch.device) -> str | None:
@@ -71,6 +79,7 @@ def compile_decoding(model: nn.Module, device: torch.device) -> None:
         why = prevented or f"on {device.type} a step is as fast as its weights are read"
         raise SettingsError(f"generation can't be compiled: {why}.\nLeave compiling out.")
     model.decode = torch.compile(model.decode, dynamic=False)
+    free_steps(model)  # they run uncompiled
 
 
 def is_compiled(model: nn.Module) -> bool:
@@ -94,33 +103,117 @@ def compile_again(model: nn.Module, device: torch.device, *, micro_batches: int)
 
 
 class RecordedStep:
-    """A function of CUDA tensors as a CUDA graph, recorded once and replayed.
+    """A step that is repeated on a CUDA device, as a CUDA graph: recorded once, then replayed.
 
-    Shapes and the addresses of other tensors must not change. A call overwrites the last result.
+    A step takes the tensors of the state and returns a result and the next state, which
+    overwrites the last. It may use other tensors at addresses that do not change. Recording runs
+    it several times with one state: it must give the same each time. A call overwrites the last
+    result. Where recording fails, steps run eagerly, and one line says so.
     """
 
-    def __init__(self, step: Callable[..., torch.Tensor], *inputs: torch.Tensor) -> None:
-        self._inputs = inputs
-        device = inputs[0].device
-        with torch.cuda.device(device):
-            current, side = torch.cuda.current_stream(), torch.cuda.Stream()
+    _has_complained: ClassVar[bool] = False
+
+    def __init__(self, *state: torch.Tensor) -> None:
+        self._state = [tensor.clone() for tensor in state]
+        self._graph: torch.cuda.CUDAGraph | None = None
+        self._is_refused = False
+
+    def restart(self, *state: torch.Tensor) -> None:
+        """Overwrite the state."""
+        for tensor, value in zip(self._state, state, strict=True):
+            tensor.copy_(value)
+
+    def __call__(self, step: Step) -> torch.Tensor:
+        """The result of the step, or of the recorded one, which is that of the first call."""
+        if self._graph is None and not self._is_refused:
+            self._record(step)
+        if self._graph is None:
+            return self._run(step)
+        self._graph.replay()
+        return self._result
+
+    def _run(self, step: Step) -> torch.Tensor:
+        result, state = step(*self._state)
+        self.restart(*state)
+        return result
+
+    def _record(self, step: Step) -> None:
+        device = self._state[0].device
+        with _recording, torch.cuda.device(device):
+            current, side = torch.cuda.current_stream(), _recording_stream(device)
             side.wait_stream(current)
             with torch.cuda.stream(side):
                 for _ in range(3):  # warm-up: libraries choose kernels, torch.compile compiles
-                    step(*inputs)
+                    step(*self._state)
+                graph = torch.cuda.CUDAGraph()
+                # a loader's thread that pins memory would break the capture in any other mode
+                capture = torch.cuda.graph(graph, stream=side, capture_error_mode="thread_local")
+                try:
+                    with capture:
+                        self._result = self._run(step)
+                    self._graph = graph
+                except Exception as error:  # a fault of the step itself comes again, eagerly
+                    self._is_refused = True
+                    self._complain(error)
             current.wait_stream(side)
-            self._graph = torch.cuda.CUDAGraph()
-            # a loader's thread that pins memory would break the capture in any other mode
-            with torch.cuda.graph(self._graph, stream=side, capture_error_mode="thread_local"):
-                self._output = step(*inputs)
 
-    def __call__(self, *values: torch.Tensor) -> torch.Tensor:
-        """The function's result for these values."""
-        for static, value in zip(self._inputs, values, strict=True):
-            if static is not value:
-                static.copy_(value)
-        self._graph.replay()
-        return self._output
+    @classmethod
+    def _complain(cls, error: Exception) -> None:
+        if not cls._has_complained:
+            cls._has_complained = True
+            tell(f"Note: generation is slower, without CUDA graphs: {first_line(error)}")
+
+
+_recording = threading.Lock()  # a process can record one graph at a time
+
+
+@functools.cache
+def _recording_stream(device: torch.device) -> torch.cuda.Stream:
+    """One stream for all: CUDA's libraries allocate a workspace for each."""
+    return torch.cuda.Stream(device)
+
+
+_kept: WeakKeyDictionary[nn.Module, list[tuple[tuple, Hashable, Any]]] = WeakKeyDictionary()
+_keeping = threading.RLock()  # the garbage collector may close a stream of texts at any time
+
+
+def weight_addresses(model: nn.Module) -> tuple[tuple[int, torch.dtype], ...]:
+    """Where each parameter and buffer is; a recorded step reads them there."""
+    tensors = (*model.parameters(), *model.buffers())
+    return tuple((tensor.data_ptr(), tensor.dtype) for tensor in tensors)
+
+
+def keep_step(model: nn.Module, addresses: tuple, key: Hashable, step: Any) -> None:
+    """Keep what holds a recorded step for the model's next request with this key.
+
+    The newest MOST_KEPT are kept, each with its KV cache, while the model is in evaluation mode.
+    They are freed when it is set to train, moved by to() or compiled for decoding, and with the
+    next request after its weights have got other addresses. Weights may change in place.
+    """
+    if model.training:
+        return
+    with _keeping:
+        kept = _kept.setdefault(model, [])
+        kept.append((addresses, key, step))
+        del kept[:-MOST_KEPT]
+
+
+def take_step(model: nn.Module, addresses: tuple, key: Hashable) -> Any | None:
+    """Take a kept step, so that no other request can use it; None if there is none."""
+    with _keeping:
+        kept = _kept.get(model, [])
+        kept[:] = [entry for entry in kept if entry[0] == addresses]
+        for place, (_, own_key, step) in enumerate(kept):
+            if own_key == key:
+                del kept[place]
+                return step
+    return None
+
+
+def free_steps(model: nn.Module) -> bool:
+    """Free a model's kept steps; returns whether there were any."""
+    with _keeping:
+        return bool(_kept.pop(model, None))
 
 
 def not_compiled() -> contextlib.AbstractContextManager:

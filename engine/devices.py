@@ -7,6 +7,7 @@ import sys
 from types import ModuleType
 
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 KINDS = ("cpu", "cuda", "mps", "xpu")
 INDEXED = ("cuda", "xpu")  # of which a machine may have several
@@ -108,6 +109,16 @@ def release_memory(device: torch.device) -> None:
     """Empty torch's cache, whose blocks may be too small for the next allocation."""
     if device.type != "cpu":
         gpu_module(device).empty_cache()
+
+
+def steady_attention(device: torch.device) -> contextlib.AbstractContextManager:
+    """A context in which attention has no kernels that are planned for each new shape."""
+    if device.type != "cuda":
+        return contextlib.nullcontext()
+    # cuDNN, which torch prefers on Hopper, plans for tens of milliseconds at each new key length
+    return sdpa_kernel(
+        [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+    )
 
 
 def gpu_module(device: torch.device) -> ModuleType:

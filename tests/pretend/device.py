@@ -58,6 +58,7 @@ class Kernels:
         self.waits: list[Wait] = []
         self.operations: set[str] = set()
         self.recording: list[tuple] | None = None  # what a CUDA graph is being made of
+        self.overwritten: list[tuple] = []  # by recording, which on a real GPU computes nothing
 
     @property
     def machine(self) -> Machine:
@@ -95,6 +96,8 @@ class Kernels:
         if name in READ_BY_THE_HOST:
             self.note_wait("read", name)
         call = _HostCall(self, op, args, kwargs)
+        if self.recording is not None:
+            self.keep_overwritten(*call.written())
         with torch._C._AutoDispatchBelowAutograd():
             result = call.run()
         if self.recording is not None:
@@ -111,11 +114,24 @@ class Kernels:
         elif to.device.type == "cpu" and source.device.type != "cpu":
             self.note_wait("read", "copy_")
         with torch._C._AutoDispatchBelowAutograd():
+            if self.recording is not None:
+                self.keep_overwritten(self.on_host(to))
             call = lambda: torch.ops.aten.copy_(*(self.on_host(x) for x in pair))  # noqa: E731
             call()
         if self.recording is not None:
             self.recording.append((call, None))
         return to
+
+    def keep_overwritten(self, *tensors: Any) -> None:
+        """Note the host's tensors that an operation is about to change."""
+        self.overwritten += [(tensor, tensor.clone()) for tensor in tensors if tensor.numel()]
+
+    def end_recording(self) -> None:
+        """Leave memory as it was before a graph was recorded."""
+        self.recording = None
+        while self.overwritten:
+            tensor, before = self.overwritten.pop()
+            tensor.copy_(before)
 
     def attention_kernel(self, query: Any, *args: Any, **kwargs: Any) -> int:
         """The SDPBackend that torch would take: flash from capability 8.0 in half precision."""
@@ -164,6 +180,15 @@ class _HostCall:
         names = [argument.name for argument in op._schema.arguments]
         self.args = tuple(map(self._to_host, args, names))
         self.kwargs = {name: self._to_host(arg, name) for name, arg in kwargs.items()}
+
+    def written(self) -> list[Any]:
+        """The host's tensors that the operation changes."""
+        import torch
+
+        names = [argument.name for argument in self.op._schema.arguments]
+        given = dict(zip(names, self.args, strict=False)) | self.kwargs
+        changed = [value for name, value in given.items() if name in _written_names(self.op)]
+        return [value for value in changed if isinstance(value, torch.Tensor)]
 
     def _to_host(self, value: Any, name: str) -> Any:
         if isinstance(value, torch.Tensor):
@@ -265,11 +290,17 @@ def _attention(
 
 
 @functools.cache
-def _out_names(op: Any) -> frozenset[str]:
+def _written_names(op: Any) -> frozenset[str]:
     written = (
         a for a in op._schema.arguments if a.alias_info is not None and a.alias_info.is_write
     )
-    return frozenset(argument.name for argument in written if argument.kwarg_only)
+    return frozenset(argument.name for argument in written)
+
+
+@functools.cache
+def _out_names(op: Any) -> frozenset[str]:
+    keywords = {a.name for a in op._schema.arguments if a.kwarg_only}
+    return _written_names(op) & keywords
 
 
 @functools.cache
@@ -333,7 +364,10 @@ def _stream_calls(kernels: Kernels) -> dict[str, Any]:
             kernels.recording = self.calls = []
 
         def capture_end(self):
-            kernels.recording = None
+            import torch
+
+            with torch._C._AutoDispatchBelowAutograd():
+                kernels.end_recording()
 
         def replay(self):
             with torch._C._AutoDispatchBelowAutograd():
