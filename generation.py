@@ -300,7 +300,8 @@ class Rows:
             )
             return self._recorded(*inputs)
         is_one_row = ids.numel() == 1 and ids.device.type == "cpu"
-        with OneRowProducts() if is_one_row else contextlib.nullcontext():
+        by_onednn = getattr(self._model, "decodes_by_onednn", False)
+        with OneRowProducts() if is_one_row and not by_onednn else contextlib.nullcontext():
             return self._model.head(self._model.hidden(ids, newest)[:, -1])
 
     def _recent(self, logits: torch.Tensor) -> torch.Tensor | None:

@@ -11,7 +11,7 @@ from engine.errors import CheckpointError, SettingsError
 from engine.optim import default_eval_freq, default_warmup_steps
 from engine.settings import check, find_problems, from_json, names_on_resume, setting, shown
 from generation import SamplingConfig
-from model import GPTConfig
+from model import ATTENTIONS, GPTConfig
 from planning.plan import SETTING_NAMES, Asked, RunSettings
 from storage.files import SETTINGS
 from training_utils import TrainingConfig
@@ -51,6 +51,7 @@ class RunRecord:
     precision: KeptPrecision
     threads: int = setting(on_resume="numeric", minimum=1)
     micro_batch: int = setting(on_resume="numeric", minimum=1)
+    attention: str = setting(on_resume="numeric", choices=ATTENTIONS)
     compiled: bool = setting(on_resume="numeric")
     why_compiled: str
     tokenizer: str  # its fingerprint
