@@ -172,38 +172,38 @@ def decide_compiling(
         return Compiled(False, obstacle)
     if trial.parallel.kind == "fsdp":
         return Compiled(False, "weights that lie in parts are gathered between the operations")
-    reason, seconds, length = "as set", None, ""
-    if requested == "auto":
-        steps = total_steps or 0
-        tokens = len(trial.loader.dataset[0][0]) * trial.loader.batch_sampler.step_size
-        tokens //= trial.parallel.world
-        if steps and steps * tokens * model.flop_per_token() < WORTH_A_TRIAL:
-            return Compiled(False, "a run this short would not repay it")
-        length = f"for {steps} steps" if budget_s is None else f"for {budget_s:g} s"
-        if (kept := trial.known(length)) is not None and not kept["on"]:
-            return Compiled(False, "a trial on this machine found that it would not pay")
-        seconds = trial.agreed(trial.step_seconds())
-        if budget_s is not None:
-            steps = round(budget_s / seconds)
-        reason = f"{steps:,} steps of {seconds:.2g} s"
-        # kept: a later run of this length is compiled, too, so that its numbers are the same
-        if kept is None and not _is_repaid(trial, steps * seconds):
-            trial.keep(length, {"on": 0.0})
-            return Compiled(False, f"{reason} would not repay it")
-        reason += " repay it"
-    obstacle = trial.compile(seconds)
-    if requested == "auto":
-        trial.keep(length, {"on": float(obstacle is None)})
-    return Compiled(True, reason) if obstacle is None else Compiled(False, obstacle)
+    if requested is True:
+        obstacle = trial.compile(None)
+        return Compiled(obstacle is None, obstacle or "as set")
+    tokens = len(trial.loader.dataset[0][0]) * trial.loader.batch_sampler.step_size
+    n_flop = tokens // trial.parallel.world * model.flop_per_token() * (total_steps or 0)
+    if budget_s is None and n_flop < WORTH_A_TRIAL:
+        return Compiled(False, "a run this short would not repay it")
+    # a later run of this length takes the decision from here, so that its numbers are the same
+    length = f"for {total_steps} steps" if budget_s is None else f"for {budget_s:g} s"
+    kept = trial.known(length)
+    if kept is None:
+        compiled = _try_compiling(trial, total_steps, budget_s)
+        trial.keep(length, {"on": float(compiled.on)})
+        return compiled
+    if kept.get("on"):
+        obstacle = trial.compile(None)
+        return Compiled(obstacle is None, obstacle or "as a trial on this machine found")
+    return Compiled(False, "a trial on this machine found that it would not pay")
 
 
-def _is_repaid(trial: Trial, run_seconds: float) -> bool:
-    """Whether compiling saves twice its own time in uncompiled steps of run_seconds in all."""
-    model, device = trial.learner.model, trial.learner.device
-    saves, cost = expected_savings(model, device)
+def _try_compiling(trial: Trial, total_steps: int | None, budget_s: float | None) -> Compiled:
+    """Compile if that saves twice its own time in the rest of the run, and is faster indeed."""
+    seconds = trial.agreed(trial.step_seconds())
+    steps = round((budget_s or 0) / seconds) if total_steps is None else total_steps
+    saves, cost = expected_savings(trial.learner.model, trial.learner.device)
     if measured := trial.known(""):
-        saves, cost = measured["saves"], measured["seconds"]
-    return run_seconds * saves > 2 * cost
+        saves, cost = measured.get("saves", saves), measured.get("seconds", cost)
+    reason = f"{steps:,} steps of {seconds:.2g} s"
+    if steps * seconds * saves <= 2 * cost:
+        return Compiled(False, f"{reason} would not repay it")
+    obstacle = trial.compile(seconds)
+    return Compiled(obstacle is None, obstacle or f"{reason} repay it")
 
 
 def steps_in(budget_s: float, trial: Trial, training: TrainingConfig) -> int:
