@@ -107,7 +107,7 @@ def _prepare(settings: str | Path | None, parallel: Parallel) -> RuntimeEnv:
 
     text = _read_text(plan, candidates, cache, parallel)
     run = settle_run(candidates, text.tokenizer.fingerprint, text.sha256)
-    asked = decide_training(plan.training, run.before)
+    asked = decide_training(plan, machine.device, text.n_tokens, run.before)
     windows, about_windows = _cut(text, plan, asked)
     machine = decide_machine(machine, plan, asked, windows, run.before)
 

@@ -78,7 +78,7 @@ def load_run(
         model = GPTModel(record.model)
     assign_weights(model, tensors, path)
     n_parameters = model.count_parameters()
-    kind, model.decodes_by_onednn, why_weights = _fastest_reader(weights, chosen, model)
+    kind, model.decodes_by_onednn, why_weights = fastest_reader(weights, chosen, model)
     convert_weights(model, kind)
     model.to(chosen).eval().requires_grad_(False)
     if compiled:
@@ -97,7 +97,7 @@ def load_run(
     )
 
 
-def _fastest_reader(
+def fastest_reader(
     requested: str, device: torch.device, model: GPTModel
 ) -> tuple[str, bool, str | None]:
     """The weights' kind, whether oneDNN multiplies one row by them, and what was measured."""

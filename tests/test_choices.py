@@ -17,6 +17,7 @@ from generation import generate
 from model import ATTENTIONS, GPTConfig, GPTModel
 from planning import choices, machine
 from planning.choices import Choice, Choices
+from planning.decisions import decide_training
 from planning.machine import decide_attention, find_machine
 from planning.plan import resolve_settings
 from tests.records import record_of
@@ -187,6 +188,29 @@ def test_both_kernels_of_attention_train_to_the_same_gradients():
     torch.testing.assert_close(found["plain"], found["fused"])
 
 
+# ------------------------------------------------------------------ full mode's batch
+
+
+@pytest.mark.parametrize(
+    ("settings", "device", "n_tokens", "expected"),
+    [
+        ({}, "cuda", 10**9, 128),  # 32,768 tokens a step
+        ({}, "cuda", 256 * 32 * 50, 50),  # 32 steps an epoch
+        ({}, "cuda", 20_000, 4),
+        ({}, "mps", 10**9, 128),
+        ({}, "cpu", 10**9, 4),
+        ({"CUSTOM_MODE": True}, "cuda", 10**9, 8),
+    ],
+)
+def test_full_mode_gives_a_gpu_enough_to_do_in_a_step(settings, device, n_tokens, expected):
+    plan = resolve_settings({"QUICK_MODE": False} | settings, "config_run.py")
+    training = decide_training(plan, torch.device(device), n_tokens, None)
+    assert training.batch_size == expected
+    before = record_of(plan, training=training)
+    for later in ("cuda", "cpu"):  # a resumed run keeps its own
+        assert decide_training(plan, torch.device(later), n_tokens, before) == training
+
+
 # ------------------------------------------------------------------ weights of a loaded run
 
 
@@ -204,13 +228,13 @@ def test_a_large_model_is_read_as_a_trial_finds_fastest(clock, monkeypatch, work
     trials = {name: clock(1.0 if name == fastest else 2.0) for name in READERS}
     monkeypatch.setattr(saved_run, "reading_trials", lambda shapes, requested: trials)
     model = GPTModel(config)
-    assert saved_run._fastest_reader("auto", CPU, model) == ("bf16", False, None)  # it is small
+    assert saved_run.fastest_reader("auto", CPU, model) == ("bf16", False, None)  # it is small
     monkeypatch.setattr(saved_run, "TRIAL_WEIGHTS", 1)
-    kind, by_onednn, why = saved_run._fastest_reader("auto", CPU, model)
+    kind, by_onednn, why = saved_run.fastest_reader("auto", CPU, model)
     assert (kind, by_onednn) == READERS[fastest]
     assert f"{fastest} 1e+03 ms" in why
     for requested in ("fp32", "int8"):  # nothing to choose
-        assert saved_run._fastest_reader(requested, CPU, model) == (requested, False, None)
+        assert saved_run.fastest_reader(requested, CPU, model) == (requested, False, None)
     model.decodes_by_onednn = by_onednn
     weights.convert_weights(model.eval(), kind)
     assert len(generate(model, [[1, 2]], max_new_tokens=4, temperature=0.0)[0]) == 6
