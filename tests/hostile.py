@@ -2,11 +2,24 @@
 
 import ast
 import functools
+import hashlib
 import json
+import pickle
 import random
 from pathlib import Path
 
+from storage import files as storage
 from tests.conftest import REPOSITORY
+
+
+def reseal(folder: Path, **facts) -> None:
+    """Write the manifest that fits a folder's files, with other facts: any forger can do that."""
+    path = folder / "manifest.json"
+    content = json.loads(path.read_bytes())["content"]
+    for name in content["files"]:
+        data = (folder / name).read_bytes()
+        content["files"][name] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    path.write_bytes(storage._seal(content | facts))
 
 
 class Canary:
@@ -31,9 +44,6 @@ def project_trees() -> dict[str, ast.Module]:
     return found
 
 
-# ------------------------------------------------------------------------------ safetensors
-
-
 def file_of(header: bytes, data: bytes = b"", length: int | None = None) -> bytes:
     size = len(header) if length is None else length
     return size.to_bytes(8, "little") + header + data
@@ -50,40 +60,28 @@ def tensor_file(n_bytes: int = 176, **told) -> bytes:
 
 TENSOR = json.dumps({"head.weight": entry()}).encode()
 HOSTILE_TENSORS = {
+    "a pickle": pickle.dumps({"head.weight": [0.5]}),
     "nothing": b"",
-    "seven bytes": b"1234567",
     "a header of 16 EB": file_of(b"{}", length=2**64 - 1),
     "a header longer than the file": file_of(b"{}", length=10_000),
-    "a header of blanks": file_of(b"{" + b" " * 1_000_000 + b"}"),
-    "nothing but blanks": file_of(b" " * 64),
+    "a header of blanks": file_of(b"{" + b" " * 10_000_000 + b"}"),
     "no object": file_of(b"[1, 2]"),
     "not UTF-8": file_of(b'{"\xff": 1}'),
     "deep": file_of(b"[" * 100_000 + b"]" * 100_000),
-    "deep values": file_of(b'{"a": ' * 100_000 + b"1" + b"}" * 100_000),
     "one name twice": file_of(TENSOR[:-1] + b", " + TENSOR[1:], bytes(176)),
     "negative offsets": tensor_file(offsets=(-176, 0)),
     "offsets past the end": tensor_file(offsets=(0, 10**15)),
     "offsets backwards": tensor_file(offsets=(176, 0)),
-    "offsets that begin late": tensor_file(180, offsets=(4, 180)),
     "a long shape": tensor_file(shape=(2**63, 2**63)),
     "a shape that overflows to 0": tensor_file(0, shape=(2**32, 2**32), offsets=(0, 0)),
     "a negative shape": tensor_file(shape=(-11, -4)),
-    "a shape in fractions": tensor_file(shape=(11.0, 4.0)),
     "a shape of words": tensor_file(shape="eleven"),
-    "an unknown type": tensor_file(dtype="F31"),
-    "a type that is no name": tensor_file(dtype=["F32"]),
     "half of a byte": tensor_file(dtype="F4", shape=(11, 32)),
     "complex numbers": tensor_file(dtype="C64", shape=(22,)),
     "bytes after the end": tensor_file(1000),
-    "metadata of numbers": file_of(b'{"__metadata__": {"a": 1}}'),
     "no tensors": file_of(b"{}"),
     "one tensor of many": tensor_file(),
-    "overlapping": file_of(
-        json.dumps({"head.weight": entry(), "token_embedding.weight": entry()}).encode(), bytes(176)
-    ),
 }
-
-# ------------------------------------------------------------------------------------- JSON
 
 
 def hostile_json(count: int) -> dict[str, bytes]:
@@ -93,7 +91,6 @@ def hostile_json(count: int) -> dict[str, bytes]:
     return {
         "nothing": b"",
         "deep": deep,
-        "deep objects": b'{"model":' * 100_000 + b"1" + b"}" * 100_000,
         "deep vocabulary": b'{"model": {"vocab": ' + deep + b"}}",
         "many keys": keys,
         "many tokens": b'{"model": {"vocab": ' + keys + b"}}",
@@ -106,15 +103,10 @@ def hostile_json(count: int) -> dict[str, bytes]:
         "zeros": bytes(100_000),
         "2 MB": b" " * (2 << 20),
         "NaN": b'{"model": NaN, "vocab": -Infinity}',
-        "a list": b"[1, 2]",
-        "a number": b"5",
         "null": b"null",
         "an empty object": b"{}",
-        "two documents": b"{}{}",
     }
 
-
-# ------------------------------------------------------------------------- random mutations
 
 PIECES = [b"-", b"9" * 30, b'"', b"{", b"}", b"[", b"]", b",", b":", b"null", b"1e999", b"\\u"]
 PIECES += [b"true", b"0", b"-1", b"1.5", b"[]", b"{}", b'""', b"\x1b[2J", b"\xff", b"65536"]

@@ -10,45 +10,39 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import REPOSITORY
+from tests.hostile import project_trees
 
 # a file imports only from floors below its own; files of one package may import each other
-FLOORS = {
-    "engine": 0,
-    "distributed": 1,
-    "storage": 2,
-    "text": 3,
-    "model": 3,
-    "visualize": 3,
-    "data": 4,
-    "training_utils": 4,
-    "generation": 4,
-    "training": 5,
-    "planning": 6,
-    "config_run": 7,  # read by planning.settings_file alone, when it is called
-    "exchange": 7,
-    "environment": 8,
-    "train": 9,
-    "main": 10,
-    "scripts": 10,
-    "benchmarks": 10,
-}
+ROOMS = [
+    "engine",
+    "distributed",
+    "storage",
+    "text model visualize",
+    "data training_utils generation",
+    "training",
+    "planning",
+    "config_run exchange",  # config_run is read by planning.settings_file alone, when it is called
+    "environment",
+    "train",
+    "main scripts benchmarks",
+]
+FLOORS = {room: floor for floor, rooms in enumerate(ROOMS) for room in rooms.split()}
 PROGRAMS = ("main", "scripts", "benchmarks")
 
 
 @functools.cache
 def sources() -> dict[str, ast.Module]:
     """Every module of the project but its tests, by dotted name."""
-    files = [
-        path.relative_to(REPOSITORY)
-        for room in FLOORS
-        for path in [*REPOSITORY.glob(f"{room}.py"), *REPOSITORY.glob(f"{room}/**/*.py")]
-    ]
     return {
-        ".".join(file.with_suffix("").parts).removesuffix(".__init__"): ast.parse(
-            (REPOSITORY / file).read_text(encoding="utf-8")
-        )
-        for file in files
+        path.removesuffix(".py").replace("/", ".").removesuffix(".__init__"): tree
+        for path, tree in project_trees().items()
     }
+
+
+@functools.cache
+def nodes() -> list[tuple[str, ast.AST]]:
+    """Everything in every module, with the module's name."""
+    return [(name, node) for name, tree in sources().items() for node in ast.walk(tree)]
 
 
 def imports(tree: ast.Module) -> set[str]:
@@ -91,47 +85,34 @@ def upward_imports(modules: dict[str, ast.Module]) -> list[str]:
     return faults
 
 
-def circle(modules: dict[str, ast.Module]) -> list[str] | None:
-    """A chain of modules that import each other in a circle, or None."""
-    edges = {name: sorted(imports(tree) & modules.keys()) for name, tree in modules.items()}
-    state: dict[str, str] = {}
-
-    def visit(name: str, path: list[str]) -> list[str] | None:
-        if state.get(name) == "done":
-            return None
-        if name in path:
-            return [*path[path.index(name) :], name]
-        for target in edges[name]:
-            found = visit(target, [*path, name])
-            if found:
-                return found
-        state[name] = "done"
-        return None
-
-    return next((found for name in edges if (found := visit(name, []))), None)
+def circle(modules: dict[str, ast.Module]) -> list[str]:
+    """The modules that import each other in a circle, and those that lead to them."""
+    edges = {name: imports(tree) & modules.keys() for name, tree in modules.items()}
+    while free := [name for name, targets in edges.items() if not targets & edges.keys()]:
+        for name in free:
+            del edges[name]
+    return sorted(edges)
 
 
 def test_no_room_imports_from_its_own_floor_or_above():
     assert upward_imports(sources()) == []
-
-
-@pytest.mark.parametrize(
-    ("name", "code"),
-    [
+    for name, code in (
         ("model", "import train"),
         ("engine.loss", "def f():\n    from text.tokenizer import Tokenizer"),
         ("training.learner", "from environment import RuntimeEnv"),
         ("main", "import config_run"),
         ("train", "import importlib\nimportlib.import_module('config_run')"),
-    ],
-)
-def test_an_upward_import_is_found(name, code):
-    assert upward_imports({name: ast.parse(code)}) != []
-
-
-def test_an_import_for_type_checkers_is_no_import():
+    ):
+        assert upward_imports({name: ast.parse(code)}) != []
     code = "if TYPE_CHECKING:\n    from environment import RuntimeEnv"
     assert upward_imports({"training": ast.parse(code)}) == []
+
+
+def test_no_modules_import_each_other_in_a_circle():
+    assert circle(sources()) == []
+    codes = {"engine.a": "import engine.b", "engine.b": "import engine.a", "model": "import engine"}
+    modules = {name: ast.parse(code) for name, code in codes.items()}
+    assert circle(modules) == ["engine.a", "engine.b"]
 
 
 # who may: the devices' own home, choosing one, CUDA graphs, and the choice of a process group
@@ -142,24 +123,12 @@ def test_calls_that_differ_between_gpus_have_one_home():
     """torch.cuda's functions want a device with an index, others have no such function at all."""
     strays = [
         f"{name} line {node.lineno}: torch.{node.attr}"
-        for name, tree in sources().items()
+        for name, node in nodes()
         if name not in SPEAKS_OF_GPUS and not name.startswith("benchmarks")
-        for node in ast.walk(tree)
-        if isinstance(node, ast.Attribute)
-        and node.attr in ("cuda", "mps", "xpu", "accelerator")
-        and isinstance(node.value, ast.Name)
-        and node.value.id == "torch"
+        if getattr(node, "attr", "") in ("cuda", "mps", "xpu", "accelerator")
+        if getattr(node.value, "id", "") == "torch"
     ]
     assert strays == []
-
-
-def test_no_modules_import_each_other_in_a_circle():
-    assert circle(sources()) is None
-
-
-def test_a_circle_is_found():
-    modules = {"engine.a": ast.parse("import engine.b"), "engine.b": ast.parse("import engine.a")}
-    assert circle(modules) is not None
 
 
 def test_no_room_hides_a_standard_or_installed_module():
@@ -185,92 +154,64 @@ MOST_LINES = {"train.training_loop": 80, "environment._prepare": 50}
 
 
 def test_functions_are_short_and_take_few_positional_parameters():
-    for module, tree in sources().items():
-        for node in ast.walk(tree):
-            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
-                name = f"{module}.{node.name}"
-                lines = node.end_lineno - node.lineno + 1
-                assert lines <= MOST_LINES.get(name, 60), name
-                parameters = [a.arg for a in node.args.posonlyargs + node.args.args]
-                n_own = len([p for p in parameters if p not in ("self", "cls")])
-                assert n_own <= 6 or name in PUBLIC, name
+    for module, node in nodes():
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            name = f"{module}.{node.name}"
+            lines = node.end_lineno - node.lineno + 1
+            assert lines <= MOST_LINES.get(name, 60), name
+            parameters = {a.arg for a in node.args.posonlyargs + node.args.args}
+            assert len(parameters - {"self", "cls"}) <= 6 or name in PUBLIC, name
     assert len((REPOSITORY / "environment.py").read_text("utf-8").splitlines()) <= 400
     assert len([*REPOSITORY.glob("*.py")]) == 9
 
 
-MAPS = {
-    "README.md": "The map",
-    "README.zh-CN.md": "代码结构",
-    "docs/architecture.md": "The rooms",
-    "docs/architecture.zh-CN.md": "代码结构",
-}
-
-
-def rooms_on_the_map(page: str) -> list[str]:
-    """What the table under a page's heading names in its first column, from top to bottom."""
-    text = (REPOSITORY / page).read_text(encoding="utf-8")
-    section = text.split(f"\n## {MAPS[page]}\n")[1].split("\n## ")[0]
-    cells = re.findall(r"^\| (`[^|]+) \|", section, re.MULTILINE)
-    return [name for cell in cells for name in re.findall(r"`([^`]+)`", cell)]
+MAPS = {"README.md": "The map", "docs/architecture.md": "The rooms"}
+MAPS |= {"README.zh-CN.md": "代码结构", "docs/architecture.zh-CN.md": "代码结构"}
 
 
 @pytest.mark.parametrize("page", MAPS)
 def test_the_map_has_every_room_that_is_there(page):
-    named = rooms_on_the_map(page)
+    text = (REPOSITORY / page).read_text(encoding="utf-8")
+    section = text.split(f"\n## {MAPS[page]}\n")[1].split("\n## ")[0]
+    cells = re.findall(r"^\| (`[^|]+) \|", section, re.MULTILINE)  # of the first column
+    named = [name for cell in cells for name in re.findall(r"`([^`]+)`", cell)]
     packages = {f"{path.parent.name}/" for path in REPOSITORY.glob("*/__init__.py")}
     root = {path.name for path in REPOSITORY.glob("*.py")} | {"config.json"}
     assert len(named) == len(set(named))
     assert packages | root <= set(named)
     assert [name for name in named if not (REPOSITORY / name).exists()] == []
-
-
-@pytest.mark.parametrize("page", ["docs/architecture.md", "docs/architecture.zh-CN.md"])
-def test_the_map_goes_from_the_top_floor_to_the_bottom(page):
-    rooms = [name.removesuffix("/").removesuffix(".py") for name in rooms_on_the_map(page)]
-    floors = [FLOORS[room] for room in rooms if room != "config.json"]
-    assert floors == sorted(floors, reverse=True)
+    if page.startswith("docs/"):  # from the top floor to the bottom
+        rooms = [name.removesuffix("/").removesuffix(".py") for name in named]
+        floors = [FLOORS[room] for room in rooms if room != "config.json"]
+        assert floors == sorted(floors, reverse=True)
 
 
 def test_only_the_loss_room_computes_cross_entropy():
-    users = [
-        name
-        for name, tree in sources().items()
-        for node in ast.walk(tree)
-        if isinstance(node, ast.Attribute | ast.Name)
-        and getattr(node, "attr", getattr(node, "id", ""))
-        in ("cross_entropy", "nll_loss", "softmax", "log_softmax", "logsumexp")
-    ]
-    # attention and sampling have probabilities too
-    assert set(users) == {"engine.loss", "generation", "model"}
-
-
-@pytest.mark.parametrize("banned", ["pickle", "eval", "exec"])
-def test_nothing_can_run_code_from_a_file_that_is_loaded(banned):
+    losses = ("cross_entropy", "nll_loss", "softmax", "log_softmax", "logsumexp")
     users = {
-        name
-        for name, tree in sources().items()
-        for node in ast.walk(tree)
-        if isinstance(node, ast.Name) and node.id == banned
+        name for name, node in nodes() if getattr(node, "attr", getattr(node, "id", "")) in losses
     }
-    users |= {name for name, tree in sources().items() if banned in imports(tree)}
-    assert users == set()
+    # attention and sampling have probabilities too
+    assert users == {"engine.loss", "generation", "model"}
+
+
+def test_nothing_can_run_code_from_a_file_that_is_loaded():
+    banned = {"pickle", "eval", "exec"}
+    assert [name for name, node in nodes() if getattr(node, "id", "") in banned] == []
+    assert [name for name, tree in sources().items() if banned & imports(tree)] == []
 
 
 def test_importing_a_room_does_no_work():
     """At module level stand only imports, definitions, constants and a program's main guard."""
-    functions = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
-    allowed = (ast.Import, ast.ImportFrom, *functions, ast.Assign, ast.AnnAssign)
+    allowed = (ast.Import, ast.ImportFrom, ast.Assign, ast.AnnAssign)
+    allowed += (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
     for name, tree in sources().items():
         for node in tree.body:
+            code = "" if isinstance(node, allowed) else ast.unparse(node)
             docstring = isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
-            guard = isinstance(node, ast.If) and (
-                getattr(node.test, "id", "") == "TYPE_CHECKING"
-                or (
-                    name.split(".")[0] in PROGRAMS and ast.unparse(node.test).startswith("__name__")
-                )
-            )
-            # a program may say how torch's libraries are to behave, before it imports torch
-            environment = name in PROGRAMS and ast.unparse(node).startswith("os.environ.setdefault")
-            assert docstring or guard or environment or isinstance(node, allowed), (
-                f"{name} line {node.lineno}"
-            )
+            guard = code.startswith("if TYPE_CHECKING:")
+            if name.split(".")[0] in PROGRAMS:
+                guard |= code.startswith("if __name__")
+                # a program may say how torch's libraries are to behave, before it imports torch
+                guard |= code.startswith("os.environ.setdefault")
+            assert not code or docstring or guard, f"{name} line {node.lineno}"

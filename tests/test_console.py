@@ -10,18 +10,7 @@ from types import ModuleType
 import pytest
 
 from engine import console
-from engine.console import (
-    ByteProgress,
-    RunBar,
-    complain,
-    in_kernel,
-    report,
-    say,
-    show_picture,
-    tell,
-    track,
-    use_utf8,
-)
+from engine.console import ByteProgress, RunBar, complain, report, say, tell, track
 
 
 class Console(io.TextIOWrapper):
@@ -59,60 +48,56 @@ def with_tqdm(request, monkeypatch) -> bool:
     return request.param
 
 
-@pytest.mark.parametrize("terminal", [True, False])
-def test_say_shows_what_the_console_has_a_code_for(terminal, with_tqdm, consoles, monkeypatch):
-    for encoding, shown in (
-        ("ascii", "? caf? ?? a?b"),
-        ("cp1252", "? café ?? a?b"),
-        ("gbk", "? café 春江 a?b"),
-        ("utf-8", "✓ café 春江 a?b"),
-    ):
-        out, _ = consoles(encoding, terminal=terminal)
-        say("✓ café 春江 a\ud800b")
-        say()
-        assert out.shown() == f"{shown}\n\n"
+def test_a_console_is_shown_what_it_has_a_code_for_and_no_control_character(
+    with_tqdm, consoles, monkeypatch
+):
+    hostile = "a\x1b[2Jb\r\x07\x00\x7f\x9b3mc\td\ne\xa0é"
+    plain = "a[2Jb3mc\td\ne\xa0é\n"  # newline and tab stay
+    for terminal in (True, False):
+        for encoding, shown in (
+            ("ascii", "? caf? ?? a?b"),
+            ("cp1252", "? café ?? a?b"),
+            ("gbk", "? café 春江 a?b"),
+            ("utf-8", "✓ café 春江 a?b"),
+        ):
+            out, _ = consoles(encoding, terminal=terminal)
+            say("✓ café 春江 a\ud800b")
+            say()
+            assert out.shown() == f"{shown}\n\n"
+        out, err = consoles("utf-8", terminal=terminal)
+        say(hostile)
+        assert out.shown() == plain
+        tell(hostile)
+        assert err.shown() == plain
+        complain(hostile)
+        assert err.shown() == f"{plain}\n{plain}"
     monkeypatch.setattr(sys, "stdout", io.StringIO())  # which has no encoding
     say("✓ 春江")
     assert sys.stdout.getvalue() == "✓ 春江\n"
 
 
-@pytest.mark.parametrize("terminal", [True, False])
-def test_control_characters_reach_no_console_but_newline_and_tab(terminal, with_tqdm, consoles):
-    out, err = consoles("utf-8", terminal=terminal)
-    hostile = "a\x1b[2Jb\r\x07\x00\x7f\x9b3mc\td\ne\xa0é"
-    plain = "a[2Jb3mc\td\ne\xa0é\n"
-    say(hostile)
-    assert out.shown() == plain
-    tell(hostile)
-    assert err.shown() == plain
-    complain(hostile)
-    assert err.shown() == f"{plain}\n{plain}"
-
-
 def test_use_utf8_lets_every_character_through(consoles):
     out, err = consoles("ascii")
-    use_utf8()
+    console.use_utf8()
     print("✓ 春江")
     print("✓ 春江", file=sys.stderr)
     assert out.shown() == err.shown() == "✓ 春江\n"
 
 
-def test_without_a_terminal_the_bar_is_drawn_once_at_the_end(consoles):
+def test_without_a_terminal_the_bar_is_drawn_once_at_the_end_and_without_tqdm_as_a_count(
+    consoles, monkeypatch
+):
     for encoding, full in (("utf-8", "█"), ("ascii", "#"), ("cp1252", "#")):
         out, err = consoles(encoding)
         for _ in track(range(9), 9, "Epoch 1"):
             assert err.shown() == ""
         assert err.shown() == f"Epoch 1: 100%|{full * 30}| 9/9\n"
         assert out.shown() == ""
-
-
-def test_without_tqdm_the_line_is_a_count(consoles, monkeypatch):
     monkeypatch.setitem(sys.modules, "tqdm", None)
-    for terminal in (True, False):
+    for terminal, first in ((True, 0), (False, 0), (False, 6)):  # 6: of work that goes on
         out, err = consoles("ascii", terminal=terminal)
-        assert list(track(iter("abc"), 3, "Epoch 1")) == ["a", "b", "c"]
-        assert err.shown() == "Epoch 1: 3/3\n"
-        assert out.shown() == ""
+        assert list(track(iter("abc"), first + 3, "Epoch 1", first)) == ["a", "b", "c"]
+        assert (out.shown(), err.shown()) == ("", f"Epoch 1: {first + 3}/{first + 3}\n")
 
 
 def test_on_a_terminal_the_bar_moves_from_where_it_was_and_ends_full(consoles):
@@ -127,27 +112,19 @@ def test_on_a_terminal_the_bar_moves_from_where_it_was_and_ends_full(consoles):
         assert out.shown() == "".join(f"step {item}\n" for item in range(first, 9))
 
 
-def test_a_bar_of_work_that_goes_on_starts_where_it_was(with_tqdm, consoles):
-    for last, shown in ((8, "9/9\n"), (7, "7/9\n")):
-        _, err = consoles("utf-8")
-        for item in track(range(6, 9), 9, "Epoch 1", 6):
-            if item == last < 8:
-                break
-        assert err.shown().endswith(shown)
-
-
 @pytest.mark.parametrize("leave_by", ["break", "error in the loop", "error in the steps"])
-def test_a_bar_left_early_shows_the_true_count(leave_by, with_tqdm, consoles):
+@pytest.mark.parametrize("first", [0, 2])  # of work that goes on
+def test_a_bar_left_early_shows_the_true_count(leave_by, first, with_tqdm, consoles):
     _, err = consoles("utf-8")
 
     def steps():
-        for item in range(9):
+        for item in range(first, 9):
             if item == 4 and leave_by == "error in the steps":
                 raise ValueError
             yield item
 
     with contextlib.suppress(ValueError):
-        for item in track(steps(), 9, "Epoch 1"):
+        for item in track(steps(), 9, "Epoch 1", first):
             if item == 4 and leave_by == "break":
                 break
             if item == 4:
@@ -155,9 +132,6 @@ def test_a_bar_left_early_shows_the_true_count(leave_by, with_tqdm, consoles):
     assert err.shown().endswith("4/9\n")
     assert ("44%" in err.shown()) == with_tqdm
     assert err.shown().count("\n") == 1
-
-
-# ---------------------------------------------------------------------------- in a notebook
 
 
 @pytest.fixture
@@ -173,11 +147,11 @@ def clock(monkeypatch):
 
 
 def test_a_program_and_a_terminals_ipython_are_no_kernel(monkeypatch, kernel):
-    assert in_kernel()
+    assert console.in_kernel()
     monkeypatch.setattr(sys.modules["IPython"], "get_ipython", lambda: object())
-    assert not in_kernel()
+    assert not console.in_kernel()
     monkeypatch.delitem(sys.modules, "IPython")
-    assert not in_kernel()
+    assert not console.in_kernel()
 
 
 def test_a_notebook_gets_a_line_on_progress_every_two_seconds_on_average(kernel, clock, capsys):
@@ -209,8 +183,7 @@ def test_outside_of_notebooks_every_line_is_printed_and_no_such_bar_drawn(clock,
 
 def test_in_a_notebook_one_bar_with_the_time_left_stands_for_all_epochs(kernel, clock, consoles):
     out, err = consoles("utf-8")
-    bar = RunBar(8)
-    done = 3  # of a run that goes on
+    bar, done = RunBar(8), 3  # of a run that goes on
     for epoch in range(2):
         for _ in track(range(2), 2, f"Epoch {epoch + 1}"):
             done += 1
@@ -218,8 +191,7 @@ def test_in_a_notebook_one_bar_with_the_time_left_stands_for_all_epochs(kernel, 
         say(f"line {epoch}")
     bar.close()
     drawn = out.shown()
-    assert err.shown() == ""
-    assert "Epoch" not in drawn
+    assert err.shown() == "" and "Epoch" not in drawn
     assert re.search(r"Steps:  50%\|.*4/8 \[\d\d:\d\d<", drawn)
     assert re.search(r"7/8 \[\d\d:\d\d<\d\d:\d\d[^\n]*\n$", drawn)
     # nothing of a bar stays in front of a line
@@ -246,9 +218,9 @@ def test_a_picture_is_shown_in_a_notebook_alone(kernel, monkeypatch, tmp_path):
     display.Image, display.display = (lambda data: data), shown.append
     monkeypatch.setitem(sys.modules, "IPython.display", display)
     picture = tmp_path / "picture.png"
-    show_picture(picture)  # none was drawn
+    console.show_picture(picture)  # none was drawn
     picture.write_bytes(b"PNG")
-    show_picture(picture)
+    console.show_picture(picture)
     monkeypatch.delitem(sys.modules, "IPython")
-    show_picture(picture)
+    console.show_picture(picture)
     assert shown == [b"PNG"]

@@ -2,14 +2,17 @@
 
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import http.server
+import itertools
 import json
 import lzma
+import os
 import re
-import shutil
 import socket
 import threading
+import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -21,10 +24,11 @@ from engine.errors import DataError, ResourceError
 from storage.files import is_portable_name
 from tests.conftest import REPOSITORY
 from text import corpora
-from text.corpora import CORPORA, Corpus, corpus_path, fetch_address
+from text.corpora import CORPORA, Corpus, corpus_path, download, fetch_address
 
 SAMPLE = REPOSITORY / "corpus" / "sample-en.txt"
 GOOD = "Once upon a time, 从前。\r\n".encode() * 5000
+SHA256 = hashlib.sha256(GOOD).hexdigest()
 WITH_STAND_IN, WITHOUT = "the-verdict", "no-stand-in"
 
 
@@ -35,13 +39,8 @@ class Server(http.server.ThreadingHTTPServer):
 
     def __init__(self):
         super().__init__(("127.0.0.1", 0), Handler)
-        self.answers = []
-        self.requests = 0
-        self.closing = threading.Event()
-
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self.server_address[1]}/text.txt"
+        self.answers, self.requests, self.closing = [], 0, threading.Event()
+        self.url = f"http://127.0.0.1:{self.server_port}/text.txt"
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
@@ -67,11 +66,6 @@ def answer(status: int, body: bytes, length: int | None = None):
     return lambda handler: handler.send(status, body, Content_Length=length)
 
 
-def without_length(handler):
-    """The text, which ends where the connection does."""
-    handler.send(200, GOOD)
-
-
 def redirect(target: str):
     """Send to another address, or to another path of the same server."""
     return lambda handler: handler.send(302, Location=target, Content_Length=0)
@@ -90,6 +84,7 @@ def without_end(pause_s: float, piece: bytes):
 
 
 OK = answer(200, GOOD)
+CLOSED = "http://127.0.0.1:1/text.txt"  # where nobody listens
 
 
 @pytest.fixture
@@ -102,96 +97,81 @@ def server():
 
 
 @pytest.fixture(autouse=True)
-def no_proxies(monkeypatch):
+def nothing_between(monkeypatch):
+    """No proxy, and no waiting for the disk: no test cuts the power."""
     for name in ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "NO_PROXY"):
         monkeypatch.delenv(name, raising=False)
         monkeypatch.delenv(name.lower(), raising=False)
+    monkeypatch.setattr(os, "fsync", lambda handle: None)
 
 
 @pytest.fixture
 def waits(monkeypatch) -> list[float]:
     """The seconds that a download would have slept."""
     waited = []
-    monkeypatch.setattr(corpora.time, "sleep", waited.append)
+    clock = SimpleNamespace(sleep=waited.append, monotonic=time.monotonic)
+    monkeypatch.setattr(corpora, "time", clock)
     return waited
 
 
 @pytest.fixture
-def from_url(monkeypatch):
-    """Let two named texts, one with a stand-in and one without, lie at an address."""
-
-    def install(url: str) -> None:
-        sha256 = hashlib.sha256(GOOD).hexdigest()
-        known = dataclasses.replace(CORPORA[WITH_STAND_IN], url=url, sha256=sha256)
-        monkeypatch.setitem(CORPORA, WITH_STAND_IN, known)
-        monkeypatch.setitem(CORPORA, WITHOUT, Corpus("another.txt", url, sha256))
-
-    return install
-
-
-@pytest.fixture
-def serve(server, from_url) -> Server:
-    """Let those names lie at the server, which gives these answers."""
+def serve(server, monkeypatch):
+    """Let two named texts, with a stand-in and without, lie at a server with these answers."""
+    known = dataclasses.replace(CORPORA[WITH_STAND_IN], url=server.url, sha256=SHA256)
+    monkeypatch.setitem(CORPORA, WITH_STAND_IN, known)
+    monkeypatch.setitem(CORPORA, WITHOUT, Corpus("another.txt", server.url, SHA256))
 
     def install(*answers) -> Server:
-        from_url(server.url)
-        server.answers = answers
+        server.answers, server.requests = answers, 0
         return server
 
     return install
-
-
-@pytest.fixture
-def closed_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as listening:
-        return listening.getsockname()[1]
 
 
 def files_in(folder: Path) -> list[str]:
     return sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if not p.is_dir())
 
 
-def reason_for_the_stand_in(cache: Path) -> str:
-    """Try both names: the stand-in takes the place of one, the other is an error, both alike.
+def failure(url: str, folder: Path) -> str:
+    """Why a download fails, which leaves no file."""
+    with pytest.raises(DataError) as caught:
+        download(url, folder / "text.txt", SHA256)
+    assert files_in(folder) == []
+    return str(caught.value)
 
-    Returns what the user is told.
-    """
-    path, notice = corpus_path(WITH_STAND_IN, cache)
+
+def test_download_is_kept_and_asked_for_once(tmp_path, serve):
+    server = serve(OK)
+    for n_fetched, name in enumerate((WITH_STAND_IN, WITHOUT), start=1):
+        file = tmp_path / "corpora" / CORPORA[name].file_name
+        for stand_in in (None, False, None):
+            assert corpus_path(name, tmp_path, stand_in) == (file, None)
+            assert file.read_bytes() == GOOD
+        assert server.requests == len(files_in(tmp_path)) == n_fetched
+    # a stand-in that is asked for is given without a request, to a text that has one
+    notice = "corpus/sample-en.txt stands in for the-verdict, as when this run began"
+    assert corpus_path(WITH_STAND_IN, tmp_path, True) == (SAMPLE, notice)
+    assert corpus_path(WITHOUT, tmp_path, True) == (file, None)
+    assert server.requests == 2
+
+
+def test_stand_in_takes_the_place_of_a_text_that_can_not_be_had_where_it_may(tmp_path, serve):
+    server = serve(answer(404, b"no such page"))
+    path, notice = corpus_path(WITH_STAND_IN, tmp_path)
     assert path == SAMPLE
-    assert len(notice.splitlines()) == 1
-    assert WITH_STAND_IN in notice and "sample-en.txt stands in" in notice
+    reason = "can't be had (127.0.0.1 answered 404)"
+    assert notice == f"{WITH_STAND_IN} {reason}: corpus/sample-en.txt stands in for it"
     for name, stand_in in ((WITHOUT, None), (WITH_STAND_IN, False)):
         with pytest.raises(DataError) as caught:
-            corpus_path(name, cache, stand_in)
+            corpus_path(name, tmp_path, stand_in)
         assert caught.value.exit_code == 3
-        first, second, third = str(caught.value).splitlines()
-        reason = first.removeprefix(f"{name} can't be had: ")[:-1]
-        assert f"can't be had ({reason})" in notice
-        assert second == f"Without a network, download {CORPORA[name].url}"
-        path = cache / "corpora" / CORPORA[name].file_name
-        assert third == f"elsewhere and save it as {path}."
-    assert files_in(cache) == []
-    return reason
-
-
-# ----------------------------------------------------------------------------------- downloads
-
-
-@pytest.mark.parametrize("name", [WITH_STAND_IN, WITHOUT])
-def test_download_is_kept_and_asked_for_once(tmp_path, serve, name):
-    server = serve(OK)
-    for stand_in in (None, False, None):
-        path, notice = corpus_path(name, tmp_path, stand_in)
-        assert (path, notice) == (tmp_path / "corpora" / CORPORA[name].file_name, None)
-        assert path.read_bytes() == GOOD
-    assert server.requests == 1
-    assert files_in(tmp_path) == [str(Path("corpora") / CORPORA[name].file_name)]
-    # a stand-in that is asked for is given without a request, to a text that has one
-    path, notice = corpus_path(name, tmp_path, True)
-    assert (path == SAMPLE) == (name == WITH_STAND_IN) == bool(notice)
-    if notice:
-        assert notice == "corpus/sample-en.txt stands in for the-verdict, as when this run began"
-    assert server.requests == 1
+        path = tmp_path / "corpora" / CORPORA[name].file_name
+        assert str(caught.value).splitlines() == [
+            f"{name} can't be had: 127.0.0.1 answered 404.",
+            f"Without a network, download {server.url}",
+            f"elsewhere and save it as {path}.",
+        ]
+    assert files_in(tmp_path) == []
 
 
 def test_damaged_file_in_the_cache_is_fetched_anew(tmp_path, serve):
@@ -213,151 +193,123 @@ def test_damaged_file_in_the_cache_is_fetched_anew(tmp_path, serve):
 
 
 PAGE = answer(200, b"\n<!DOCTYPE html><title>Log in</title>")
-SLOW = {"DOWNLOAD_DEADLINE_S": 0.2, "SLOWEST_BYTES": 1 << 40}
-FAILURES = {  # what is told, after how many requests, of which answers; and other limits
-    "wrong bytes": ("another file", 1, [answer(200, GOOD[:-1])], {}),
-    "nothing": ("another file", 1, [answer(200, b"")], {}),
-    "web page": ("127.0.0.1 sent a web page, not the text", 1, [PAGE], {}),
-    "404": ("127.0.0.1 answered 404", 1, [answer(404, b"no such page")], {}),
-    "403": ("127.0.0.1 answered 403", 1, [answer(403, GOOD)], {}),
-    "503": ("127.0.0.1 answered 503", corpora.TRIES, [answer(503, b"busy")], {}),
-    "breaks off": ("127.0.0.1", 1, [answer(200, GOOD, length=len(GOOD) + 1)], {}),
-    "slow": ("127.0.0.1 is too slow", 1, [without_end(0.02, b"x" * 65536)], SLOW),
-    "never answers": (
-        "127.0.0.1 does not answer",
-        1,
-        [lambda handler: handler.server.closing.wait()],
-        {"ANSWER_DEADLINE_S": 0.3},
-    ),
-    "circle": (
-        "127.0.0.1 redirects in a circle",
-        corpora.MAX_REDIRECTS,
-        [redirect("/text.txt")],
-        {},
-    ),
-}
+FAILURES = [  # what is told, after how many requests, of which answer
+    ("sent another file: sha256 ", 1, answer(200, GOOD[:-1])),
+    (f" in place of {SHA256}", 1, answer(200, b"")),
+    ("sent a web page, not the text", 1, PAGE),
+    ("answered 404", 1, answer(404, b"no such page")),
+    ("answered 403", 1, answer(403, GOOD)),
+    ("answered 503", corpora.TRIES, answer(503, b"busy")),
+    ("127.0.0.1", 1, answer(200, GOOD, length=len(GOOD) + 1)),  # which breaks off
+    ("redirects in a circle", corpora.MAX_REDIRECTS, redirect("/text.txt")),
+]
 
 
-@pytest.mark.parametrize(
-    ("told", "requests", "answers", "limits"), FAILURES.values(), ids=FAILURES.keys()
-)
-def test_answer_that_is_not_the_text_is_not_used(
-    tmp_path, serve, waits, monkeypatch, told, requests, answers, limits
+def test_answer_that_is_not_the_text_is_not_used(tmp_path, server, waits):
+    for told, requests, wrong in FAILURES:
+        server.answers, server.requests = [wrong], 0
+        reason = failure(server.url, tmp_path)
+        assert reason.startswith("127.0.0.1 ") and told in reason
+        assert "sha256" not in reason or re.search("sha256 [0-9a-f]{64} ", reason)
+        assert server.requests == requests
+        assert len(waits) == (requests - 1 if "503" in told else 0)  # else it would not help
+        assert sum(waits) < 6
+        waits.clear()
+
+
+def test_server_that_does_not_answer_never_ends_or_trickles_is_given_up_on(
+    tmp_path, server, monkeypatch
 ):
-    for name, value in limits.items():
-        monkeypatch.setattr(corpora, name, value)
-    server = serve(*answers)
-    reason = reason_for_the_stand_in(tmp_path)
-    assert told in reason
-    assert server.requests == 3 * requests
-    assert len(waits) == (3 * (requests - 1) if "503" in told else 0)  # else it would not help
-    assert sum(waits) < 3 * 6
-    if told == "another file":
-        assert re.search(r"sha256 [0-9a-f]{64} in place of " + CORPORA[WITHOUT].sha256, reason)
+    def failure_with(name: str, value: object) -> str:
+        with monkeypatch.context() as patch:
+            patch.setattr(corpora, name, value)
+            return failure(server.url, tmp_path)
 
-
-def test_body_that_trickles_is_given_up_on(tmp_path, serve, monkeypatch):
-    monkeypatch.setattr(corpora, "DOWNLOAD_DEADLINE_S", 0.3)
-    serve(without_end(0.05, b"x"))
+    server.answers = [lambda handler: handler.server.closing.wait()]
+    assert failure_with("ANSWER_DEADLINE_S", 0.1) == "127.0.0.1 does not answer"
+    server.answers = [without_end(0.001, b"x" * 65536)]
+    late = SimpleNamespace(monotonic=itertools.count(0, 100).__next__)
+    assert failure_with("time", late) == "127.0.0.1 is too slow"
+    full = SimpleNamespace(disk_usage=lambda path: SimpleNamespace(free=1 << 20))
+    assert failure_with("shutil", full) == "127.0.0.1 sends more than the disk can take"
+    server.answers = [without_end(0.05, b"x")]
+    monkeypatch.setattr(corpora, "DOWNLOAD_DEADLINE_S", 0.1)
     with pytest.raises(DataError, match=r"127\.0\.0\.1 does not answer"):
-        corpus_path(WITHOUT, tmp_path)
-    assert not (tmp_path / "corpora" / "another.txt").exists()
+        download(server.url, tmp_path / "text.txt")
+    assert not (tmp_path / "text.txt").exists()
 
 
-def test_body_without_end_stops_before_the_disk_is_full(tmp_path, serve, monkeypatch):
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1 << 20))
-    serve(without_end(0.001, b"x" * 65536))
-    assert "127.0.0.1 sends more than the disk can take" in reason_for_the_stand_in(tmp_path)
-
-
-def test_busy_server_is_asked_again_after_longer_and_longer_waits(tmp_path, serve, waits):
-    server = serve(answer(429, b"busy"), answer(500, b"busy"), without_length)
-    path, notice = corpus_path(WITH_STAND_IN, tmp_path)
-    assert (path.read_bytes(), notice) == (GOOD, None)
+def test_busy_server_is_asked_again_after_longer_and_longer_waits(tmp_path, server, waits):
+    server.answers = [
+        answer(429, b"busy"),
+        answer(500, b"busy"),
+        lambda handler: handler.send(200, GOOD),  # which ends where the connection does
+    ]
+    assert download(server.url, tmp_path / "text.txt") == SHA256
+    assert (tmp_path / "text.txt").read_bytes() == GOOD
     assert server.requests == 3
     assert len(waits) == 2 and 0 < waits[0] < waits[1]
 
 
-# ----------------------------------------------------------------------------------- redirects
-
-
-def test_redirect_is_followed_but_not_to_a_file_of_this_machine(tmp_path, serve):
-    server = serve(redirect("/moved/text.txt"), redirect("/text.txt"), OK)
-    assert corpus_path(WITHOUT, tmp_path / "cache")[0].read_bytes() == GOOD
+def test_redirect_is_followed_but_not_to_a_file_of_this_machine(tmp_path, server):
+    server.answers = redirect("/moved/text.txt"), redirect("/text.txt"), OK
+    assert download(server.url, tmp_path / "text.txt") == SHA256
     assert server.requests == 3
-    secret = tmp_path / "secret.txt"
-    secret.write_bytes(GOOD)
-    serve(redirect(secret.as_uri()))
-    told = reason_for_the_stand_in(tmp_path / "other cache")
+    secret = tmp_path / "text.txt"
+    server.answers = [redirect(secret.as_uri())]
+    told = failure(server.url, tmp_path / "cache")
     assert "redirects to file://, which is not followed" in told
 
 
-PUBLIC = "https://texts.example.org/a/poems.txt"
-
-
-NOT_FOLLOWED, INSIDE = ", which is not followed", ", an address of this machine's own network"
-REDIRECTS = [
-    ("http://texts.example.org/a/poems.txt", f"http://texts.example.org{NOT_FOLLOWED}"),
-    ("file:///etc/passwd", f"file://{NOT_FOLLOWED}"),
-    ("ftp://example.org/poems.txt", f"ftp://example.org{NOT_FOLLOWED}"),
-    ("https://127.0.0.1/poems.txt", f"https://127.0.0.1{INSIDE}"),
-    ("https://[::1]/poems.txt", f"https://::1{INSIDE}"),
-    ("//localhost:8080/poems.txt", f"https://localhost{INSIDE}"),
-    ("https://10.1.2.3/poems.txt", f"https://10.1.2.3{INSIDE}"),
-    ("https://169.254.169.254/latest", f"https://169.254.169.254{INSIDE}"),
-]
-
-
 def test_redirect_leads_where_a_browser_would_go_but_not_inside():
-    for location, told in REDIRECTS:
+    public = "https://texts.example.org/a/poems.txt"
+    not_followed, inside = ", which is not followed", ", an address of this machine's own network"
+    for location, told in [
+        ("http://texts.example.org/a/poems.txt", f"http://texts.example.org{not_followed}"),
+        ("file:///etc/passwd", f"file://{not_followed}"),
+        ("ftp://example.org/poems.txt", f"ftp://example.org{not_followed}"),
+        ("https://127.0.0.1/poems.txt", f"https://127.0.0.1{inside}"),
+        ("https://[::1]/poems.txt", f"https://::1{inside}"),
+        ("//localhost:8080/poems.txt", f"https://localhost{inside}"),
+        ("https://10.1.2.3/poems.txt", f"https://10.1.2.3{inside}"),
+        ("https://169.254.169.254/latest", f"https://169.254.169.254{inside}"),
+    ]:
         with pytest.raises(DataError) as caught:
-            corpora._redirected(PUBLIC, location)
+            corpora._redirected(public, location)
         assert str(caught.value) == f"texts.example.org redirects to {told}"
     for url, location, target in [
-        (PUBLIC, "b.txt", "https://texts.example.org/a/b.txt"),
-        (PUBLIC, "/b.txt", "https://texts.example.org/b.txt"),
-        (PUBLIC, "https://cdn.example.net/b.txt", "https://cdn.example.net/b.txt"),
+        (public, "b.txt", "https://texts.example.org/a/b.txt"),
+        (public, "/b.txt", "https://texts.example.org/b.txt"),
+        (public, "https://cdn.example.net/b.txt", "https://cdn.example.net/b.txt"),
         ("http://example.org/", "https://example.org/", "https://example.org/"),
         ("http://127.0.0.1:1/a", "http://localhost:2/b", "http://localhost:2/b"),
     ]:
         assert corpora._redirected(url, location) == target
 
 
-# ----------------------------------------------------------------------------------- addresses
-
-
-@pytest.mark.parametrize(
-    "last",
-    ["", "a.json", "..", "a%20b.txt", "春.txt", "nul.txt", "a:b.txt", "a.", "x" * 300 + ".txt"],
-)
-def test_address_is_fetched_once_and_kept_with_where_it_came_from(tmp_path, server, last):
+def test_address_is_fetched_once_and_kept_with_where_it_came_from(tmp_path, server):
     server.answers = [OK]
-    url = server.url.replace("text.txt", f"texts/{last}")
-    path = fetch_address(url, tmp_path)
-    assert path.read_bytes() == GOOD
-    assert tmp_path.resolve() in path.resolve().parents
-    assert is_portable_name(path.name)
-    assert path.suffix == (".txt" if last.endswith(".txt") else Path(last).suffix)
-    assert fetch_address(url, tmp_path) == path
-    assert server.requests == 1
-    (sidecar,) = (p for p in tmp_path.rglob("*") if p.is_file() and p != path)
-    sha256 = hashlib.sha256(GOOD).hexdigest()
-    expected = {"url": url, "sha256": sha256, "bytes": len(GOOD)}
-    assert json.loads(sidecar.read_text(encoding="utf-8")) == expected
+    ends = ["", "a.json", "..", "a%20b.txt", "春.txt", "nul.txt", "a:b.txt", "a."]
+    for n_fetched, last in enumerate([*ends, "x" * 300 + ".txt"], start=1):
+        url, cache = server.url.replace("text.txt", f"texts/{last}"), tmp_path / str(n_fetched)
+        path = fetch_address(url, cache)
+        assert path.read_bytes() == GOOD
+        assert cache.resolve() in path.resolve().parents
+        assert is_portable_name(path.name)
+        assert path.suffix == (".txt" if last.endswith(".txt") else Path(last).suffix)
+        assert fetch_address(url, cache) == path
+        assert server.requests == n_fetched
+        (sidecar,) = (p for p in cache.rglob("*") if p.is_file() and p != path)
+        expected = {"url": url, "sha256": SHA256, "bytes": len(GOOD)}
+        assert json.loads(sidecar.read_text(encoding="utf-8")) == expected
+    # which ends alike
+    assert fetch_address(server.url + "?page=1", tmp_path) != fetch_address(server.url, tmp_path)
 
 
-def test_addresses_that_end_alike_are_kept_apart(tmp_path, server):
-    server.answers = [answer(200, b"one"), answer(200, b"two")]
-    first = fetch_address(server.url + "?page=1", tmp_path)
-    second = fetch_address(server.url + "?page=2", tmp_path)
-    assert (first.read_bytes(), second.read_bytes()) == (b"one", b"two")
-
-
-def test_address_that_can_not_be_had_is_told_with_what_to_do(tmp_path, server, closed_port):
+def test_address_that_can_not_be_had_is_told_with_what_to_do(tmp_path, server):
     server.answers = [PAGE]
-    closed = f"http://127.0.0.1:{closed_port}/text.txt"
     for url, reason in [
-        (closed, "no connection to 127.0.0.1.\n"),
+        (CLOSED, "no connection to 127.0.0.1.\n"),
         (server.url, "127.0.0.1 sent a web page, not the text.\n"),
         *((url, "") for url in ("http://[::1/x.txt", "http://", "https:///x.txt", "http://a b/")),
     ]:
@@ -388,43 +340,32 @@ def test_all_who_fetch_the_same_address_at_once_get_it_whole(tmp_path, server):
     assert len(files_in(tmp_path)) == 2  # the text and where it came from
 
 
-# ---------------------------------------------------------------------------------- no network
-
-
-def test_refused_connection_is_given_up_on_at_once(tmp_path, from_url, waits, closed_port):
-    from_url(f"http://127.0.0.1:{closed_port}/text.txt")
-    assert "no connection to 127.0.0.1" in reason_for_the_stand_in(tmp_path)
+def test_connection_that_can_not_be_made_is_given_up_on_at_once(tmp_path, waits, monkeypatch):
+    assert failure(CLOSED, tmp_path) == "no connection to 127.0.0.1"
+    for scheme in ("http", "https"):
+        proxy = f"{scheme.upper()}_PROXY"
+        monkeypatch.setenv(proxy, "http://127.0.0.1:1")
+        told = f"the proxy set in {proxy} does not let corpus.invalid through"
+        assert failure(f"{scheme}://corpus.invalid/text.txt", tmp_path) == told
     assert waits == []
 
 
-@pytest.mark.parametrize("scheme", ["http", "https"])
-def test_proxy_that_is_not_there_is_named(tmp_path, from_url, monkeypatch, closed_port, scheme):
-    monkeypatch.setenv(f"{scheme.upper()}_PROXY", f"http://127.0.0.1:{closed_port}")
-    from_url(f"{scheme}://corpus.invalid/text.txt")
-    told = reason_for_the_stand_in(tmp_path)
-    assert f"the proxy set in {scheme.upper()}_PROXY does not let corpus.invalid through" in told
-
-
-@pytest.mark.parametrize("hangs", [False, True])
-def test_name_that_does_not_resolve_is_given_up_on(tmp_path, from_url, monkeypatch, hangs):
+def test_name_that_does_not_resolve_is_given_up_on(tmp_path, monkeypatch):
     ended = threading.Event()
 
-    def unknown(*arguments, **keywords):
+    def unknown(*arguments, hangs=False, **keywords):
         if hangs:
             ended.wait(60)
         raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
 
+    url = "https://corpus.invalid/text.txt"
     monkeypatch.setattr(socket, "getaddrinfo", unknown)
+    assert failure(url, tmp_path) == "no connection to corpus.invalid"
+    monkeypatch.setattr(socket, "getaddrinfo", functools.partial(unknown, hangs=True))
     assert corpora.ANSWER_DEADLINE_S < 6
-    if hangs:
-        monkeypatch.setattr(corpora, "ANSWER_DEADLINE_S", 0.3)
-    from_url("https://corpus.invalid/text.txt")
-    told = "corpus.invalid does not answer" if hangs else "no connection to corpus.invalid"
-    assert told in reason_for_the_stand_in(tmp_path)
+    monkeypatch.setattr(corpora, "ANSWER_DEADLINE_S", 0.1)
+    assert failure(url, tmp_path) == "corpus.invalid does not answer"
     ended.set()
-
-
-# --------------------------------------------------------------------------------- known texts
 
 
 def test_every_address_is_https_and_has_its_hash():
@@ -439,26 +380,26 @@ def test_known_hash_is_that_of_the_verdict(shared_data):
     assert hashlib.sha256(content).hexdigest() == CORPORA["the-verdict"].sha256
 
 
-@pytest.mark.parametrize(("name", "smallest"), [("sample-en", 20_000), ("sample-zh", 10_000)])
-def test_sample_texts_need_no_network_and_are_rich(tmp_path, monkeypatch, name, smallest):
+def test_sample_texts_need_no_network_and_are_rich(tmp_path, monkeypatch):
     monkeypatch.setattr(corpora, "_get", None)
-    for stand_in in (True, False, None):
-        path, notice = corpus_path(name, tmp_path, stand_in)
-        assert (path, notice) == (REPOSITORY / "corpus" / f"{name}.txt", None)
-    content = path.read_bytes()
-    text = content.decode("utf-8")
-    assert smallest <= len(content) <= 30_000
-    assert text.endswith("\n")
-    assert b"\r" not in content and b"\xef\xbb\xbf" not in content
-    assert len(lzma.compress(content, preset=9)) >= 0.35 * len(content)
-    if name == "sample-zh":
-        assert len(re.findall(r"[\u4e00-\u9fff]", text)) > 0.7 * len(text)
-    else:
-        sentences = re.split(r"(?<=[.!?])[\"'”’)]*\s+", text)
-        words = [tuple(re.findall(r"[\w'’]+", sentence.lower())) for sentence in sentences]
-        counts = Counter(sentence for sentence in words if len(sentence) >= 4)
-        assert len(counts) > 100
-        assert [" ".join(sentence) for sentence, n in counts.items() if n > 1] == []
+    texts = []
+    for name, smallest in (("sample-en", 20_000), ("sample-zh", 10_000)):
+        for stand_in in (True, False, None):
+            path, notice = corpus_path(name, tmp_path, stand_in)
+            assert (path, notice) == (REPOSITORY / "corpus" / f"{name}.txt", None)
+        content = path.read_bytes()
+        assert smallest <= len(content) <= 30_000
+        assert content.endswith(b"\n")
+        assert b"\r" not in content and b"\xef\xbb\xbf" not in content
+        assert len(lzma.compress(content)) >= 0.35 * len(content)
+        texts.append(content.decode("utf-8"))
+    english, chinese = texts
+    assert len(re.findall(r"[\u4e00-\u9fff]", chinese)) > 0.7 * len(chinese)
+    sentences = re.split(r"(?<=[.!?])[\"'”’)]*\s+", english)
+    words = [tuple(re.findall(r"[\w'’]+", sentence.lower())) for sentence in sentences]
+    counts = Counter(sentence for sentence in words if len(sentence) >= 4)
+    assert len(counts) > 100
+    assert [" ".join(sentence) for sentence, n in counts.items() if n > 1] == []
 
 
 def test_dummy_text_is_the_same_each_time_and_everywhere(tmp_path, monkeypatch):

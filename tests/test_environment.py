@@ -1,5 +1,6 @@
 """Building a run: device, settings read at call time, everything on one device."""
 
+import contextlib
 import itertools
 import os
 import tempfile
@@ -16,11 +17,9 @@ from environment import RuntimeEnv, check_devices, pick_device, prepare_environm
 from model import GPTConfig, GPTModel
 from planning import trial
 from storage import tracking
+from tests.programs import everything_in, write_settings
 
 TEXT = "The ferry crosses the river at dawn, and the bell rings twice for bread. " * 12
-SETTINGS = {"DATA": "text.txt", "TOKENIZER": "char", "CUSTOM_MODE": True}
-CUSTOM = {"num_epochs": 2, "batch_size": 2, "max_length": 16, "eval_freq": 4, "eval_iter": 1}
-MODEL = {"model_overrides": {"emb_dim": 16, "n_heads": 2, "n_layers": 1}}
 
 
 @pytest.fixture(autouse=True)
@@ -29,15 +28,14 @@ def text(workdir):
     (workdir / "text.txt").write_text(TEXT, encoding="utf-8")
 
 
-def prepare(own: str = "", **changes: Any) -> RuntimeEnv:
-    """A small custom run with changes: settings in capitals, others of custom_params.
+def prepare(**changes: Any) -> RuntimeEnv:
+    """A small custom run with changes."""
+    write_settings(Path(), None, **{"num_epochs": 2, "eval_freq": 4} | changes)
+    return prepare_environment("settings.py")
 
-    own is what stands before them in the file.
-    """
-    settings = SETTINGS | {name: changes.pop(name) for name in [*changes] if name.isupper()}
-    settings["custom_params"] = CUSTOM | MODEL | changes
-    lines = [own, *(f"{name} = {value!r}" for name, value in settings.items())]
-    Path("settings.py").write_text("\n".join(lines), encoding="utf-8")
+
+def prepare_quick() -> RuntimeEnv:
+    Path("settings.py").write_text('DATA = "text.txt"\nTOKENIZER = "char"\n', encoding="utf-8")
     return prepare_environment("settings.py")
 
 
@@ -49,47 +47,30 @@ def begin_run(**changes: Any) -> RuntimeEnv:
     return env
 
 
-def tiny_model() -> GPTModel:
-    return GPTModel(GPTConfig(vocab_size=11, context_length=8, emb_dim=8, n_heads=2, n_layers=1))
-
-
-def after_a_step(model):
-    optimizer = build_adamw(model, learning_rate=1e-3, weight_decay=0.1)
-    model(torch.zeros(1, 4, dtype=torch.long)).sum().backward()
-    optimizer.step()
-    return optimizer
-
-
-@pytest.mark.parametrize(
-    ("there", "expected"),
-    [(("mps", "cuda"), "mps"), (("cuda", "xpu"), "cuda"), (("xpu",), "xpu"), ((), "cpu")],
-)
-def test_the_best_device_is_taken_in_the_order_mps_cuda_xpu_cpu(monkeypatch, there, expected):
-    counts = {"cpu": 1} | {kind: int(kind in there) for kind in ("mps", "cuda", "xpu")}
-    monkeypatch.setattr(planning.machine, "_count_devices", lambda: counts)
+def test_the_best_device_is_taken_in_the_order_mps_cuda_xpu_cpu(monkeypatch):
     monkeypatch.setattr(planning.machine, "_ready", lambda device: device)
-    assert pick_device(None).type == expected
+    for there in (["mps", "cuda"], ["cuda", "xpu"], ["xpu"], []):
+        counts = {"cpu": 1} | {kind: int(kind in there) for kind in ("mps", "cuda", "xpu")}
+        monkeypatch.setattr(planning.machine, "_count_devices", lambda counts=counts: counts)
+        assert pick_device(None).type == (there or ["cpu"])[0]
 
 
-@pytest.mark.parametrize("name", ["cuda", "cuda:1", "mps", "xpu"])
-def test_a_device_that_is_not_there_is_never_replaced(monkeypatch, name):
+def test_a_device_that_is_not_there_is_never_replaced(monkeypatch):
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(ResourceError, match=r"(?s)no such device.*Available here: cpu;"):
-        pick_device(name)
+    for name in ("cuda", "cuda:1", "mps", "xpu"):
+        with pytest.raises(ResourceError, match=r"(?s)no such device.*Available here: cpu;"):
+            pick_device(name)
 
 
-def test_a_model_on_one_device_is_consistent():
-    model = tiny_model()
-    optimizer = after_a_step(model)
-    check_devices(model, optimizer, [torch.zeros(1, 4)], torch.device("cpu"))
-
-
-@pytest.mark.parametrize("stray", ["parameter", "buffer", "optimizer state", "batch"])
+@pytest.mark.parametrize("stray", [None, "parameter", "buffer", "optimizer state", "batch"])
 def test_one_tensor_on_another_device_is_found(stray):
-    model = tiny_model()
-    optimizer = after_a_step(model)
+    sizes = {"vocab_size": 11, "context_length": 8, "emb_dim": 8, "n_heads": 2, "n_layers": 1}
+    model = GPTModel(GPTConfig(**sizes))
+    optimizer = build_adamw(model, learning_rate=1e-3, weight_decay=0.1)
     batch = [torch.zeros(1, 4, dtype=torch.long)] * 2
+    model(batch[0]).sum().backward()
+    optimizer.step()
     elsewhere = torch.zeros(3, device="meta")
     if stray == "parameter":
         model.final_norm.bias = torch.nn.Parameter(elsewhere)
@@ -97,9 +78,10 @@ def test_one_tensor_on_another_device_is_found(stray):
         model.register_buffer("table", elsewhere)
     elif stray == "optimizer state":
         next(iter(optimizer.state.values()))["exp_avg"] = elsewhere
-    else:
+    elif stray == "batch":
         batch[1] = elsewhere
-    with pytest.raises(ResourceError, match=f"{stray}.* is on meta"):
+    wrong = pytest.raises(ResourceError, match=f"{stray}.* is on meta")
+    with wrong if stray else contextlib.nullcontext():
         check_devices(model, optimizer, batch, torch.device("cpu"))
 
 
@@ -115,34 +97,22 @@ def test_a_model_that_memory_cannot_hold_is_an_error_that_says_what_to_change(mo
 def test_attributes_set_on_config_run_before_the_call_are_used(capsys):
     import config_run
 
-    config_run.DATA = "text.txt"
-    config_run.CUSTOM_MODE = True
+    config_run.DATA, config_run.TOKENIZER, config_run.CUSTOM_MODE = "text.txt", "char", True
     config_run.custom_params = {"batch_size": 3, "max_length": 10, "n_embd": 32, "n_heads": 2}
     env = prepare_environment()
     ids, targets = next(iter(env.train_loader))
     assert ids.shape == targets.shape == (3, 10)
-    assert env.model(ids).shape == (3, 10, 50257)
+    assert env.model(ids).shape == (3, 10, env.tokenizer.vocab_size)
     assert env.model.config.emb_dim == 32
     assert env.train_config.stride == 10
     assert env.optimizer.param_groups[0]["lr"] == env.train_config.learning_rate
     assert 'custom_params["n_embd"] is read as emb_dim' in capsys.readouterr().out
 
 
-def test_the_same_seed_gives_the_same_model_and_batches_and_only_the_cache_is_written(workdir):
-    one, other = prepare(), prepare()
-    for a, b in zip(one.model.parameters(), other.model.parameters(), strict=True):
-        assert torch.equal(a, b)
-    for a, b in zip(one.train_loader, other.train_loader, strict=True):
-        assert torch.equal(a[0], b[0])
-    assert one.model.config.context_length == one.train_config.max_length == 16
-    assert {path.name for path in workdir.iterdir()} == {"cache", "settings.py", "text.txt"}
-
-
 @pytest.mark.parametrize(
     ("line", "said"),
     [
         ("data = 'text.txt'", 'data is unknown; did you mean "DATA"?'),
-        ("Seed = 4", 'Seed is unknown; did you mean "SEED"?'),
         ("import sys; sys.exit(3)", "settings.py line 2 fails: SystemExit: 3"),
         ("steps = 4", "settings.py sets nothing; it may set: DATA"),
         ("DATA = 'x'; assert False", "settings.py line 2 fails: AssertionError"),
@@ -151,34 +121,28 @@ def test_the_same_seed_gives_the_same_model_and_batches_and_only_the_cache_is_wr
         ("QUICK_MODE = true", "settings.py line 2 fails: NameError: name 'true' is not defined"),
         ("LOG_EVERY = (1", "settings.py line 2 is not Python"),
         (r"DATA = 'C:\Users'", '\nWrite a path as "C:/Users" or r"C:\\Users".'),
-        (
-            "import nowhere_to_be_found",
-            "settings.py line 2 fails: ModuleNotFoundError: No module named",
-        ),
+        ("import nowhere_to_be_found", "settings.py line 2 fails: ModuleNotFoundError: No module"),
+        (None, "there is no settings file settings.py"),
     ],
 )
 def test_a_mistake_in_a_settings_file_is_named_with_its_place(workdir, line, said):
-    (workdir / "settings.py").write_text(f'"""Mine."""\n{line}\n', encoding="utf-8")
+    if line is not None:
+        (workdir / "settings.py").write_text(f'"""Mine."""\n{line}\n', encoding="utf-8")
     with pytest.raises(SettingsError) as caught:
         prepare_environment("settings.py")
     assert said in str(caught.value)
 
 
 def test_a_settings_file_may_compute_and_takes_numbers_of_other_libraries():
-    own = "import math\nimport numpy as np\nfrom fractions import Fraction\n"
-    own += "SEED = np.int64(5)\ndef half(n):\n    return n // 2\n"
-    env = prepare(own)
-    assert type(env.run.record.asked.seed) is int and env.run.record.asked.seed == 5
-    text = Path("settings.py").read_text("utf-8")
+    write_settings(Path(), None, num_epochs=2)
+    text = "import math\nimport numpy as np\nfrom fractions import Fraction\n"
+    text += "def half(n):\n    return n // 2\n" + Path("settings.py").read_text("utf-8")
     computed = "'num_epochs': half(np.int32(6)), 'learning_rate': Fraction(1, 100)"
-    Path("settings.py").write_text(text.replace("'num_epochs': 2", computed), "utf-8")
-    training = prepare_environment("settings.py").train_config
-    assert (training.num_epochs, training.learning_rate) == (3, 0.01)
-
-
-def test_a_missing_settings_file_is_named():
-    with pytest.raises(SettingsError, match=r"there is no settings file nowhere\.py"):
-        prepare_environment("nowhere.py")
+    text = text.replace("'num_epochs': 2", computed) + "SEED = np.int64(5)\n"
+    Path("settings.py").write_text(text, "utf-8")
+    env = prepare_environment("settings.py")
+    assert type(env.run.record.asked.seed) is int and env.run.record.asked.seed == 5
+    assert (env.train_config.num_epochs, env.train_config.learning_rate) == (3, 0.01)
 
 
 @pytest.mark.parametrize(
@@ -191,6 +155,16 @@ def test_what_can_not_be_had_is_an_error_before_anything_is_read(monkeypatch, ch
         prepare(DATA="not-there.txt", **changes)
 
 
+@pytest.mark.parametrize(
+    ("has_it", "said"), [(True, "bf16 (this CPU has amx_bf16)"), (False, "fp32 (")]
+)
+def test_bf16_or_fp32_is_chosen_by_the_hardware_and_printed(monkeypatch, capsys, has_it, said):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": has_it})
+    env = prepare(PRECISION="auto", max_steps=1)
+    assert env.run.record.precision.name == env.precision.name == said[:4]
+    assert f"Precision: {said}" in capsys.readouterr().out
+
+
 def test_what_is_not_as_it_was_asked_for_is_said(capsys):
     env = prepare(num_epochs=1, warmup_steps=5000, num_workers=1000)
     assert env.train_config.warmup_steps == env.run.record.total_steps - 1
@@ -201,22 +175,17 @@ def test_what_is_not_as_it_was_asked_for_is_said(capsys):
         assert any(notice in kept for kept in env.run.record.adapted)
 
 
-def test_the_length_of_a_run_is_that_of_its_mode_or_as_set():
-    env = prepare(num_epochs=1, max_steps=70)
+def test_the_length_of_a_run_is_that_of_its_mode_or_as_set(capsys):
+    env = prepare(num_epochs=1, max_steps=70, eval_freq=None)
     assert len(env.train_loader) < 70 == env.run.record.total_steps
-    Path("text.txt").write_text("a b c d e f g h " * 20_000, encoding="utf-8")
-    Path("settings.py").write_text('DATA = "text.txt"\n', encoding="utf-8")
-    env = prepare_environment("settings.py")
-    assert len(env.train_loader) > 200 == env.run.record.total_steps
-
-
-def test_what_is_left_out_follows_from_text_and_steps(capsys):
-    env = prepare(max_steps=50, eval_freq=None, max_length=None)
-    assert env.train_config.eval_freq == 5  # about ten times a run
+    assert env.train_config.eval_freq == 7  # about ten times a run
     Path("text.txt").write_text("one two three four five six seven", encoding="utf-8")
     env = prepare(max_length=None)
     assert env.train_config.stride == env.train_config.max_length < 34
     assert "stride" not in capsys.readouterr().out
+    Path("text.txt").write_text("a b c d " * 15_000, encoding="utf-8")
+    env = prepare_quick()
+    assert len(env.train_loader) > 200 == env.run.record.total_steps
 
 
 def test_where_the_cache_cannot_be_written_another_serves(workdir, capsys, monkeypatch):
@@ -252,19 +221,6 @@ def threads(monkeypatch):
     return torch.set_num_threads  # the fixture one_thread sets it back
 
 
-def test_night_mode_leaves_half_of_the_threads_to_others_and_says_so(capsys, threads):
-    threads(4)
-    assert prepare().run.record.threads == 4
-    assert "night mode" not in capsys.readouterr().out
-    env = prepare(NIGHT_MODE=True)
-    assert env.run.record.threads == 2
-    assert "Note: night mode: 2 of 4 threads" in capsys.readouterr().out
-    assert torch.get_num_threads() == 4  # it is training that is to be slow
-
-
-# ------------------------------------------------------------------ compiling, a time budget
-
-
 @pytest.fixture
 def compiler(monkeypatch):
     """A compiler that does nothing."""
@@ -285,8 +241,7 @@ def step_seconds(monkeypatch):
 
 def test_quick_and_small_runs_stay_uncompiled_with_nothing_tried(step_seconds, compiler, capsys):
     assert prepare().run.record.compiled is False
-    Path("settings.py").write_text('DATA = "text.txt"\n', encoding="utf-8")
-    record = prepare_environment("settings.py").run.record
+    record = prepare_quick().run.record
     assert record.mode == "quick" and not record.compiled
     said = "Compile: off (a run this short would not repay it)"
     assert capsys.readouterr().out.count(said) == 2
@@ -318,6 +273,9 @@ def test_a_run_that_goes_on_keeps_what_auto_came_to_or_records_the_change(
 
 
 def test_a_time_budget_becomes_the_steps_of_the_run_which_keeps_them(step_seconds, capsys):
+    assert prepare(time_budget_minutes=2, max_steps=9).run.record.total_steps == 9
+    said = "Note: time_budget_minutes is not used: max_steps, where set, alone ends the run"
+    assert said in capsys.readouterr().out
     step_seconds(0.5)
     before = begin_run(time_budget_minutes=2)
     # every four steps two batches are evaluated, at a third of a step's time each
@@ -334,13 +292,9 @@ def test_a_time_budget_becomes_the_steps_of_the_run_which_keeps_them(step_second
     assert "are expected to take" not in capsys.readouterr().out
 
 
-def test_max_steps_wins_over_a_time_budget_and_that_is_said(step_seconds, capsys):
-    assert prepare(time_budget_minutes=2, max_steps=9).run.record.total_steps == 9
-    said = "Note: time_budget_minutes is not used: max_steps, where set, alone ends the run"
-    assert said in capsys.readouterr().out
-
-
-def test_a_run_whose_steps_are_tried_is_the_run_that_it_would_be(compiler):
+def test_a_run_whose_steps_are_tried_is_the_run_that_it_would_be_and_is_not_written(
+    workdir, compiler
+):
     plain = prepare()
     state = torch.get_rng_state()
     tried = prepare(COMPILE=True)
@@ -350,39 +304,32 @@ def test_a_run_whose_steps_are_tried_is_the_run_that_it_would_be(compiler):
     assert tried.optimizer.state_dict() == plain.optimizer.state_dict()
     for one, other in zip(plain.train_loader, tried.train_loader, strict=True):
         assert torch.equal(one[0], other[0])
-
-
-# --------------------------------------------------------------------------- an unfinished run
-
-
-def everything_in(folder) -> dict[str, tuple]:
-    """Each file and folder but the cache's, with content and time of change."""
-    return {
-        str(path.relative_to(folder)): (
-            path.stat().st_mtime_ns,
-            path.is_file() and path.read_bytes(),
-        )
-        for path in folder.rglob("*")
-        if "cache" not in path.relative_to(folder).parts
-    }
+    assert plain.model.config.context_length == plain.train_config.max_length == 16
+    assert {path.name for path in workdir.iterdir()} == {"cache", "settings.py", "text.txt"}
 
 
 def test_preparing_writes_nothing_where_a_run_is_unfinished(workdir):
     folder = begin_run().run.path
     (folder / ".tmp-1-orphan").write_bytes(b"x")
-    before = everything_in(folder)
+    before = everything_in(folder.parent)
     env = prepare()
     assert env.run.path == folder and env.run.goes_on
     other = prepare(SEED=5)
     [note] = other.run.notes
     assert "is unfinished, but differs (seed: 123 then, 5 now): a new run begins" in note
     assert not other.run.goes_on
-    assert everything_in(folder) == before and [*folder.parent.iterdir()] == [folder]
+    assert everything_in(folder.parent) == before
 
 
-def test_a_run_that_goes_on_keeps_its_threads_unless_they_are_set_from_outside(
-    threads, monkeypatch
+def test_night_mode_halves_the_threads_and_a_run_that_goes_on_keeps_its_own(
+    threads, monkeypatch, capsys
 ):
+    threads(4)
+    assert prepare().run.record.threads == 4
+    assert "night mode" not in capsys.readouterr().out
+    assert prepare(NIGHT_MODE=True).run.record.threads == 2
+    assert "Note: night mode: 2 of 4 threads" in capsys.readouterr().out
+    assert torch.get_num_threads() == 4  # it is training that is to be slow
     threads(3)
     begin_run()
     threads(2)

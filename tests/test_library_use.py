@@ -1,23 +1,20 @@
-"""Scripts of one's own, in another folder, with the repository on PYTHONPATH."""
-
-import os
-import subprocess
-import sys
-
-import pytest
+"""A script of one's own, in another folder, with the repository on PYTHONPATH."""
 
 from tests.conftest import REPOSITORY
+from tests.launching import Program
 
-TRAIN_SCRIPT = """
+SCRIPT = """
 import config_run
+from data import create_dataloader_v1
+
 config_run.CUSTOM_MODE = True
-config_run.DATA = "story.txt"
+config_run.DATA, config_run.TOKENIZER = "story.txt", "char"
 config_run.custom_params = {
     "num_epochs": 2,
     "batch_size": 4,
     "learning_rate": 5e-3,
     "weight_decay": 0.1,
-    "eval_freq": 5,
+    "eval_freq": 20,
     "eval_iter": 2,
     "max_length": 32,
     "stride": 32,
@@ -48,46 +45,26 @@ if __name__ == "__main__":
     assert len(train_losses) == len(val_losses) == len(tokens_seen) > 2
     assert tokens_seen[-1] == 2 * sum(ids.numel() for ids, _ in env.train_loader)
     assert train_losses[-1] < train_losses[0] - 0.5
-    print("learnt")
-"""
 
-LOADER_SCRIPT = """
-from data import create_dataloader_v1
-
-text = open("story.txt", encoding="utf-8").read()
-loader = create_dataloader_v1(text, batch_size=2, max_length=16, stride=8, shuffle=False)
-ids, targets = next(iter(loader))
-assert ids.shape == targets.shape == (2, 16)
-assert (ids[:, 1:] == targets[:, :-1]).all()
-assert (ids[1, :8] == ids[0, 8:]).all()
-print(len(loader), "batches")
+    text = open("story.txt", encoding="utf-8").read()
+    loader = create_dataloader_v1(text, batch_size=2, max_length=16, stride=8, shuffle=False)
+    ids, targets = next(iter(loader))
+    assert ids.shape == targets.shape == (2, 16)
+    assert (ids[:, 1:] == targets[:, :-1]).all()
+    assert (ids[1, :8] == ids[0, 8:]).all()
+    print(len(loader), "batches")
 """
 
 
-def run_script(folder, script, **environment):
+def test_a_script_sets_config_run_prepares_and_trains_and_makes_a_loader_of_a_string(tmp_path):
     story = (REPOSITORY / "corpus" / "sample-en.txt").read_text(encoding="utf-8")
-    (folder / "story.txt").write_text(story[:8000], encoding="utf-8")
-    (folder / "mine.py").write_text(script, encoding="utf-8")
-    return subprocess.run(
-        [sys.executable, "mine.py"],
-        cwd=folder,
-        env=os.environ | {"PYTHONPATH": str(REPOSITORY)} | environment,
-        capture_output=True,
-        encoding="utf-8",
-    )
-
-
-@pytest.mark.slow
-def test_a_script_sets_config_run_prepares_and_trains(tmp_path):
-    done = run_script(tmp_path, TRAIN_SCRIPT)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.endswith("learnt\n")
-    assert "\nAfter epoch 2, prompt 1: The ferry" in done.stdout
-    assert "\nAfter epoch 2, prompt 2: A bell" in done.stdout
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["mine.py", "story.txt"]
-
-
-def test_a_script_makes_a_loader_from_its_own_string(tmp_path):
-    done = run_script(tmp_path, LOADER_SCRIPT, PYTHONIOENCODING="ascii")
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.endswith("batches\n")
+    (tmp_path / "story.txt").write_text(story[:4000], encoding="utf-8")
+    (tmp_path / "mine.py").write_text(SCRIPT, encoding="utf-8")
+    code = "import runpy\nrunpy.run_path('mine.py', run_name='__main__')"
+    script = Program(tmp_path, 1, code, env={"PYTHONPATH": str(REPOSITORY)})
+    assert script.process.wait(600) == 0, script.err
+    assert script.out.endswith("batches\n")
+    for prompt in ("prompt 1: The ferry", "prompt 2: A bell"):
+        assert f"\nAfter epoch 2, {prompt}" in script.out
+    made = {path.name for path in tmp_path.iterdir()}
+    assert made == {"mine.py", "story.txt", "out-1", "err-1"}

@@ -65,33 +65,23 @@ def test_threads_are_the_least_of_what_core_container_and_torch_allow(
     assert default_threads() == expected
 
 
-@pytest.mark.parametrize("name", ["OMP_NUM_THREADS", "MKL_NUM_THREADS"])
-def test_a_number_set_from_outside_stands(machine, monkeypatch, name):
+def test_a_number_set_from_outside_stands(machine, monkeypatch):
     machine(TWO_A_CORE, "100000 100000", torchs_own=7)
-    assert default_threads() == 1
-    monkeypatch.setenv(name, "7")
-    assert default_threads() == 7
-    monkeypatch.setenv(name, "")
-    assert default_threads() == 1
+    for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
+        for value, expected in (("7", 7), ("", 1)):
+            monkeypatch.setenv(name, value)
+            assert default_threads() == expected
 
 
-def test_cores_that_the_process_may_not_use_do_not_count(machine, monkeypatch):
-    folder = machine(TWO_A_CORE) / "cpu"
-    assert physical_cores(folder) == 4
-    for allowed, expected in (({0, 4}, 1), ({0, 1, 2, 6}, 3), ({7}, 1)):
+def test_cores_that_the_process_may_not_use_do_not_count_or_tell_nothing(machine, monkeypatch):
+    folder = machine(TWO_A_CORE, torchs_own=5) / "cpu"
+    for allowed, expected in ((set(range(8)), 4), ({0, 4}, 1), ({0, 1, 2, 6}, 3), ({7}, 1)):
         monkeypatch.setattr(os, "sched_getaffinity", lambda pid, found=allowed: found)
         assert physical_cores(folder) == expected
-
-
-def test_a_core_that_tells_nothing_makes_the_number_unknown(machine):
-    folder = machine(TWO_A_CORE) / "cpu"
-    (folder / "cpu3" / "topology" / "thread_siblings_list").unlink()
+    with monkeypatch.context() as patch:
+        patch.delattr(os, "sched_getaffinity")  # without Linux
+        assert physical_cores(folder) is None
+        assert quota_cores(folder / "nowhere") is None
+        assert default_threads() == 5
+    (folder / "cpu7" / "topology" / "thread_siblings_list").unlink()
     assert physical_cores(folder) is None
-
-
-def test_without_linux_cores_and_limits_are_unknown(machine, monkeypatch, tmp_path):
-    machine(TWO_A_CORE, torchs_own=5)
-    monkeypatch.delattr(os, "sched_getaffinity")
-    assert physical_cores(tmp_path / "cpu") is None
-    assert quota_cores(tmp_path / "nowhere") is None
-    assert default_threads() == 5

@@ -10,6 +10,7 @@ import shutil
 import statistics
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -18,6 +19,7 @@ from generation import SamplingConfig
 from model import MODEL_SETTINGS
 from planning.plan import RunSettings, resolve_settings
 from tests.conftest import REPOSITORY
+from tests.launching import Program
 from tests.programs import OFFLINE
 from training_utils import TrainingConfig
 
@@ -27,19 +29,43 @@ PAGES = [page for page in PAGES if not page.endswith(".zh-CN.md")]
 # whose commands run as they stand, in this order: writing needs a finished run
 TRIED = ["README.md", "docs/settings.md", "docs/use.md", "docs/python.md", "docs/benchmarks.md"]
 SETTINGS = (RunSettings, TrainingConfig, SamplingConfig)
-LONG = {
-    "python -m pytest",
-    "python -m benchmarks.train",
-    "python -m benchmarks.train --peers",
-    "python -m benchmarks.generate",
-    "python -m benchmarks.learn",
-    "python -m benchmarks.startup",
-    "python -m benchmarks.data",
-    "python -m benchmarks.saving",
-    "python -m benchmarks.survival",
-    "python -m benchmarks.scale",
-    "python -m scripts.serve",  # until it is stopped
-}
+# those that take long, or until they are stopped
+LONG = {"python -m pytest", "python -m scripts.serve", "python -m benchmarks.train --peers"}
+LONG |= {f"python -m benchmarks.{name}" for name in ("train", "generate", "learn", "startup")}
+LONG |= {f"python -m benchmarks.{name}" for name in ("data", "saving", "survival", "scale")}
+
+PRINTED_IN_ORDER = r"""
+======================================================================
+GPT Model Training Pipeline
+======================================================================
+Device: CPU
+✓ Text loaded from sample-en\.txt
+✓ Tokenizer initialized \(GPT-2\)
+✓ Using small model configuration \(for testing\)
+Model Configuration
+\s*Vocab size: 50,257
+\s*Context length: 128
+\s*Embedding dim: 64
+\s*Num heads: 4
+\s*Num layers: 2
+\s*Total params: 6,540,800
+✓ Using quick training config \(1 epoch, for testing\)
+✓ Data loaders ready
+✓ Device consistency verified \(using cpu\)
+TRAINING START
+Before training: .+
+Ep 1 \(End Epoch\): Train loss \d+\.\d{3}, Val loss \d+\.\d{3}
+Greedy: .+
+Top-k \(50\): .+
+Top-p \(0\.9\): .+
+✓ Saved training loss plot to training_losses\.png
+TRAINING COMPLETE
+Training Summary:
+\s*Final train loss: \d+\.\d{4}
+\s*Final val loss: \d+\.\d{4}.*
+\s*Best val loss: \d+\.\d{4} \(at step \d+\)
+✓ Training pipeline finished successfully!
+"""
 
 
 def read(name: str) -> str:
@@ -71,6 +97,49 @@ def commands(text: str) -> list[str]:
     return [part for part in parts if not part.startswith("pip install") and part not in LONG]
 
 
+def check_first_run(printed: str, folder: Path) -> None:
+    """Everything is printed and left, and quick mode has learnt three nats."""
+    assert "corpus/sample-en.txt stands in for it" in printed
+    lines = iter(printed.splitlines())
+    for pattern in PRINTED_IN_ORDER.strip().splitlines():
+        assert any(re.fullmatch(pattern, line) for line in lines), f"missing or late: {pattern}"
+    assert printed.count("✓ Saved training loss plot") == 1
+    (run,) = (folder / "runs").iterdir()
+    assert re.fullmatch(r"\d{4}-\d\d-\d\d_\d\d-\d\d-\d\d-quick", run.name)
+    written = "settings.json data.json tokenizer.json metrics.jsonl samples.md summary.json "
+    written += "training_losses.png checkpoints best .lock .lock-owner.json"
+    assert {file.name for file in run.iterdir()} == set(written.split())
+    (checkpoint,) = (run / "checkpoints").iterdir()
+    weights = {"model.safetensors", "manifest.json"}
+    names = {file.name for file in checkpoint.iterdir()}
+    assert names == weights | {"optimizer.safetensors", "state.json"}
+    for best in (run / "best").iterdir():
+        assert {file.name for file in best.iterdir()} == weights
+    assert (folder / "training_losses.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    summary = json.loads((run / "summary.json").read_text(encoding="utf-8"))
+    assert summary["parameters"] == 6_540_800
+    assert summary["uniform_loss"] - summary["final_val_loss"] >= 3.0
+    assert f"(at step {summary['best_step']})" in printed
+    rows = map(json.loads, (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines())
+    steps = [row["step"] for row in rows if "train/loss" in row]
+    assert steps == [*range(1, summary["steps"] + 1)]
+
+
+# a command in a process that has imported torch already
+COMMAND = """
+import runpy, sys
+from pathlib import Path
+import environment, text.corpora
+environment.CACHE, text.corpora.REPOSITORY = Path("cache").resolve(), Path.cwd()
+sys.stdin, sys.argv = open(0), {arguments!r}  # a fork's old stdin is partly read
+if sys.argv[0] == "-m":
+    del sys.argv[0]
+    runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
+else:
+    runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
 @pytest.mark.slow
 def test_the_commands_run_as_written(tmp_path):  # those of the Chinese pages are the same
     copy = tmp_path / "repository"
@@ -82,21 +151,28 @@ def test_the_commands_run_as_written(tmp_path):  # those of the Chinese pages ar
         if named:
             assert not (copy / named[1]).exists(), named[1]
             (copy / named[1]).write_text(block, encoding="utf-8")
-    assert "python main.py" in commands(text)
-    for command in dict.fromkeys(commands(text)):
+    first, *others = dict.fromkeys(commands(text))
+    assert first == "python main.py"
+    done = subprocess.run(
+        [sys.executable, "main.py"],
+        cwd=copy,
+        # a console that can't show a tick
+        env=os.environ | OFFLINE | {"OMP_NUM_THREADS": "1", "PYTHONIOENCODING": "ascii"},
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        encoding="utf-8",
+    )
+    assert done.returncode == 0, done.stderr
+    check_first_run(done.stdout, copy)
+    sample = copy / "corpus" / "sample-en.txt"  # a part of it is enough for the others
+    sample.write_text(sample.read_text(encoding="utf-8")[:3000], encoding="utf-8")
+    for number, command in enumerate(others):
         program, *arguments = shlex.split(command)
         assert program in ("python", "torchrun"), command
         if program == "torchrun":
             arguments = ["-m", "torch.distributed.run", *arguments]
-        done = subprocess.run(
-            [sys.executable, *arguments],
-            cwd=copy,
-            env=os.environ | OFFLINE,
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            encoding="utf-8",
-        )
-        assert done.returncode == 0, f"{command}\n{done.stderr}"
+        process = Program(copy, number, COMMAND.format(arguments=arguments), env=OFFLINE)
+        assert process.process.wait(600) == 0, f"{command}\n{process.err}"
 
 
 @pytest.mark.parametrize("page", with_twins("docs/settings.md"))
@@ -148,9 +224,10 @@ def test_what_a_page_installs_has_the_versions_that_the_tests_have(page):
 
 
 @pytest.mark.parametrize("page", with_twins("docs/benchmarks.md"))
-def test_the_speeds_are_those_that_the_benchmarks_wrote(page):
+def test_the_figures_are_those_that_the_benchmarks_wrote(page):
     train, startup, data = (written(f"{name}-cpu") for name in ("train", "startup", "data"))
     generation, scale = written("generate-cpu"), written("scale-cpu")
+    saving, survival = written("saving-cpu"), written("survival-cpu")
     shown = [
         f"{train['multiply_rates']['bf16'] / 1e9:,.0f} GFLOP/s",
         f" {startup['beyond_s']:.1f} ",
@@ -161,6 +238,13 @@ def test_the_speeds_are_those_that_the_benchmarks_wrote(page):
         f"{statistics.median(generation['bytes_per_s']) / 1e9:.0f} GB/s",
         f" {' x '.join(map(str, [*scale['batch'], scale['max_length']]))} ",
         *(f" {row['efficiency']:.2f} " for row in scale["rows"]),
+        f" {statistics.median(saving['save_s']):.1f} s",
+        f" {saving['share_of_time']:.1%}",
+        f" {statistics.median(saving['sigterm_s']):.1f} s",
+        f" {survival['storm']['kills']:,} ",
+        f" {survival['storm']['acknowledged']:,} ",
+        f" {survival['power']['cuts']:,} ",
+        f" {survival['training']['kills']} ",
     ]
     for row in train["rows"]:
         name = f"| {row['name']} | {row['parameters']:,} | {' x '.join(map(str, row['batch']))} "
@@ -176,21 +260,6 @@ def test_the_speeds_are_those_that_the_benchmarks_wrote(page):
     assert [figure for figure in shown if figure not in read(page)] == []
     assert generation["fp32_tokens_are_transformers"] is True
     assert [(row["kind"], row["ranks"]) for row in scale["rows"]] == [("ddp", 2), ("fsdp", 2)]
-
-
-@pytest.mark.parametrize("page", with_twins("docs/benchmarks.md"))
-def test_what_saving_costs_and_survives_is_what_the_benchmarks_wrote(page):
-    saving, survival = written("saving-cpu"), written("survival-cpu")
-    shown = (
-        f" {statistics.median(saving['save_s']):.1f} s",
-        f" {saving['share_of_time']:.1%}",
-        f" {statistics.median(saving['sigterm_s']):.1f} s",
-        f" {survival['storm']['kills']:,} ",
-        f" {survival['storm']['acknowledged']:,} ",
-        f" {survival['power']['cuts']:,} ",
-        f" {survival['training']['kills']} ",
-    )
-    assert [figure for figure in shown if figure not in read(page)] == []
     assert survival["storm"]["corrupt"] == survival["storm"]["lost"] == 0
     assert not any(survival[part]["failures"] for part in ("storm", "calls", "power", "training"))
 

@@ -10,13 +10,12 @@ import hashlib
 import http.server
 import json
 import os
-import pickle
 import re
 import shutil
 import signal
 import threading
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -25,36 +24,21 @@ import environment
 import main
 import train
 from engine.errors import Stopped
-from planning.plan import RunSettings
 from storage.files import FolderLock
 from tests.conftest import REPOSITORY
 from tests.hostile import Canary
+from tests.programs import everything_in, write_settings
 from text.corpora import CORPORA
 from text.tokenizer import train_bpe
 from training import journal, learner
 
 TEXT = "the river carries the bell and the bell carries the river " * 12
 STEPS, STOPPED_AT = 8, 3
-PARAMS = {
-    "max_steps": STEPS,
-    "batch_size": 2,
-    "max_length": 16,
-    "eval_freq": 4,
-    "eval_iter": 1,
-    "start_context": "the",
-    "model_overrides": {"emb_dim": 8, "n_heads": 2, "n_layers": 1},
-}
-SETTINGS = {
-    "DATA": "text.txt",
-    "TOKENIZER": "char",
-    "CUSTOM_MODE": True,
-    "sampling_params": {"max_new_tokens": 3},
-}
-OWN = {field.name for field in dataclasses.fields(RunSettings)}  # the rest is custom_params'
+SETTINGS = {"max_steps": STEPS, "eval_freq": 4, "start_context": "the"}
+SETTINGS |= {"sampling_params": {"max_new_tokens": 3}}
 
 
-@dataclass
-class Outcome:
+class Outcome(NamedTuple):
     """What a start came to."""
 
     code: int
@@ -64,20 +48,13 @@ class Outcome:
 
 @pytest.fixture
 def start(workdir, monkeypatch, capsys):
-    """Start the program, and stop it by Ctrl-C after some steps where asked.
-
-    What is no setting of its own goes into custom_params; None takes a setting out.
-    """
+    """Start the program with settings, and stop it by Ctrl-C after some steps where asked."""
     monkeypatch.setattr(journal, "render_losses", lambda **_: None)  # most of the time otherwise
     monkeypatch.setattr(train, "SAMPLE_TOKENS", 3)
     (workdir / "text.txt").write_text(TEXT, encoding="utf-8")
 
     def run(stop_after: int | None = None, **settings) -> Outcome:
-        ours = {name: value for name, value in settings.items() if name in OWN}
-        params = {name: value for name, value in settings.items() if name not in OWN}
-        values = SETTINGS | {"custom_params": PARAMS | params} | ours
-        lines = [f"{name} = {value!r}\n" for name, value in values.items() if value is not None]
-        (workdir / "settings.py").write_text("".join(lines), encoding="utf-8")
+        write_settings(workdir, None, **SETTINGS | settings)
         done = 0
 
         def step(*arguments, **options):
@@ -85,7 +62,7 @@ def start(workdir, monkeypatch, capsys):
             done += 1
             result = take_step(*arguments, **options)
             if done == stop_after:
-                os.kill(os.getpid(), signal.SIGINT)
+                signal.raise_signal(signal.SIGINT)
             return result
 
         take_step = train.Trainer.step  # of the run: a trial's steps before it don't count
@@ -107,15 +84,6 @@ def read(run: str, name: str = "settings.json") -> dict:
     return json.loads(Path("runs", run, name).read_text(encoding="utf-8"))
 
 
-def everything_in(folder: Path | str) -> dict[str, tuple[bytes, int]]:
-    """Every file's content and time, but for settings.py."""
-    return {
-        str(path): (path.read_bytes(), path.stat().st_mtime_ns)
-        for path in Path(folder).rglob("*")
-        if path.is_file() and path.name != "settings.py"
-    }
-
-
 def assert_goes_on(outcome: Outcome, run: str, done: int = STOPPED_AT, of: int = STEPS) -> None:
     assert outcome.code == 0, outcome.err
     assert f"Resuming runs/{run}: {done} of {of} steps are done" in outcome.out
@@ -132,9 +100,6 @@ def assert_refused(outcome: Outcome, run: str, line: str) -> None:
     assert f"the run in runs/{run} can't go on with other settings" in outcome.err
     assert f"\n  {line}" in outcome.err
     assert "TRAINING START" not in outcome.out
-
-
-# ------------------------------------------------------------------------- which run goes on
 
 
 def test_auto_goes_on_with_the_newest_unfinished_run_of_these_settings_and_this_text(start):
@@ -154,7 +119,10 @@ def test_auto_goes_on_with_the_newest_unfinished_run_of_these_settings_and_this_
     assert len(runs()) == 5
 
 
-def test_a_named_run_begins_goes_on_and_is_finished_and_longer_and_finished_again(start):
+def test_a_named_run_begins_goes_on_is_finished_changed_and_finished_again(start, monkeypatch):
+    secrets = {"HOME": "home-of-somebody", "MY_SECRET": "s3cr3t", "WANDB_API_KEY": "another-s3cr3t"}
+    for name, value in secrets.items():
+        monkeypatch.setenv(name, value)
     folder = Path("runs/one")
     folder.mkdir(parents=True)
     for name in ("tokenizer.json", "data.json", ".lock", ".tmp-77-7-settings.json"):
@@ -162,7 +130,7 @@ def test_a_named_run_begins_goes_on_and_is_finished_and_longer_and_finished_agai
     begun = start(STOPPED_AT, RUN_NAME="one")
     assert begun.code == 130 and "Resuming" not in begun.out
     assert not list(folder.glob(".tmp-*"))
-    before = everything_in(folder)
+    before, record = everything_in(folder), read("one")
     assert_refused(start(RUN_NAME="one", SEED=7), "one", "seed: 123 then, 7 now\n")
     assert start(RUN_NAME="one", RESUME=False).code == 4
     assert everything_in(folder) == before
@@ -173,14 +141,36 @@ def test_a_named_run_begins_goes_on_and_is_finished_and_longer_and_finished_agai
         assert (finished.code, finished.err) == (0, "")
         assert "✓ The run in runs/one is finished" in finished.out
         assert everything_in(".") == before
-    longer = {"RUN_NAME": "one", "max_steps": 12}
-    assert start(1, **longer).code == 130
+
+    # longer, and with all that may change
+    training = {"max_steps": 12, "eval_freq": 3, "patience": 50, "start_context": ["bell", "river"]}
+    training |= {"activation_checkpointing": True}
+    settings = {"COMPILE": False, "sampling_params": {"max_new_tokens": 4}}
+    changed = {"RUN_NAME": "one", **training, **settings}
+    assert start(1, **changed).code == 130
     assert not (folder / "summary.json").exists()
-    assert_goes_on(start(**longer), "one", STEPS + 1, 12)
+    [change] = read("one")["changes"]
+    for kind, values in (("training", training), ("settings", settings)):
+        for name, value in values.items():
+            assert read("one")[kind][name] == value
+            assert change[name] == [record[kind][name], value]
+    # what was worked out, said outright, is no change
+    changed |= {name: record["training"][name] for name in ("warmup_steps", "learning_rate")}
+    assert_goes_on(start(**changed), "one", STEPS + 1, 12)
     assert read("one", "summary.json")["steps"] == 12
-    assert read("one")["changes"][0]["total_steps"] == [STEPS, 12]
-    assert "is finished" in start(**longer).out
+    assert change["total_steps"] == [STEPS, 12] and read("one")["changes"] == [change]
+    for name in ("run_id", "started"):
+        assert read("one")[name] == record[name]
+    assert "is finished" in start(**changed).out
     assert runs() == ["one"]
+
+    # nothing of the environment is in it
+    files = everything_in(folder)
+    assert len(files) > 8
+    for name, (_, content) in files.items():
+        for planted in ("MY_SECRET", *secrets.values(), os.environ["PATH"]):
+            assert planted.encode() not in (content or b""), f"{planted} is in {name}"
+            assert planted not in name
 
 
 class Killed(BaseException):
@@ -222,18 +212,15 @@ def test_a_run_killed_between_its_last_save_and_the_summary_finishes_with_nothin
 
 
 @pytest.mark.parametrize("name", [None, "one"])
-def test_a_script_that_was_stopped_trains_the_same_environment_to_its_end(
-    start, workdir, monkeypatch, name
-):
-    assert start(1, RUN_NAME=name).code == 130  # for settings.py
-    shutil.rmtree("runs")
+def test_a_script_that_was_stopped_trains_the_same_environment_to_its_end(start, monkeypatch, name):
+    write_settings(Path(), None, **SETTINGS, RUN_NAME=name)
     env = environment.prepare_environment("settings.py")
     real, done = learner.take_step, []
 
     def step(*arguments, **options):
         done.append(1)
         if len(done) == 3:
-            os.kill(os.getpid(), signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)
         return real(*arguments, **options)
 
     monkeypatch.setattr(learner, "take_step", step)
@@ -246,38 +233,26 @@ def test_a_script_that_was_stopped_trains_the_same_environment_to_its_end(
     assert runs() == [env.run.path.name]
 
 
-def test_a_path_goes_on_with_that_run_which_no_other_program_trains(start):
+def test_a_path_goes_on_with_that_run_which_no_other_program_trains_and_opens_no_pickle(start):
     assert start(STOPPED_AT, RUN_NAME="one").code == 130
+    canary, planted = Canary(Path("canary").absolute()), "runs/one/checkpoints/step-00000099.pt"
+    torch.save(canary, planted)
     before = everything_in("runs")
-    text = Path("text.txt").read_bytes()
     Path("text.txt").write_text("too short", encoding="utf-8")
     with FolderLock(Path("runs/one")):
         busy = start(RESUME="runs/one")
         assert busy.code == 7 and "is in use by process" in busy.err
         assert "Text loaded" not in busy.out
-    Path("runs/one/.lock-owner.json").unlink()
-    del before["runs/one/.lock-owner.json"]
-    assert everything_in("runs") == before
-    Path("text.txt").write_bytes(text)
-    assert_goes_on(start(RESUME="runs/one", OUTPUT_DIR="elsewhere"), "one")
-    assert Path("runs/one/summary.json").exists() and not Path("elsewhere").exists()
-
-
-def test_a_pickle_is_neither_opened_as_a_run_nor_among_checkpoints(start, workdir):
-    assert start(STOPPED_AT).code == 130
-    [run] = runs()
-    canary = Canary(workdir / "canary")
-    planted = Path("runs", run, "checkpoints", "step-00000099.pt")
-    torch.save(canary, planted)
-    Path("model.pt").write_bytes(pickle.dumps(canary))
-    assert start(RESUME="model.pt").code == 4
-    on = start()
-    assert_goes_on(on, run)
+    after = everything_in("runs")
+    for name in ("one", "one/.lock-owner.json"):
+        del before[name], after[name]
+    assert after == before
+    Path("text.txt").write_text(TEXT, encoding="utf-8")
+    on = start(RESUME="runs/one", OUTPUT_DIR="elsewhere")
+    assert_goes_on(on, "one")
     assert f"{planted} is no checkpoint; it is left alone" in on.out
-    assert not (workdir / "canary").exists()
-
-
-# ------------------------------------------------------------------------ text and tokenizer
+    assert Path("runs/one/summary.json").exists()
+    assert not Path("elsewhere").exists() and not Path("canary").exists()
 
 
 def test_a_named_run_goes_on_with_its_own_text_and_tokenizer_only(start):
@@ -348,8 +323,8 @@ def test_a_run_begun_with_the_stand_in_goes_on_with_it_when_the_network_is_back(
     assert_goes_on(on, run)
     assert "sample-en.txt stands in for the-verdict, as when this run began" in on.out
     assert read(run)["stood_in"] is True
-    fresh = start(DATA="the-verdict", RUN_NAME="two")
-    assert fresh.code == 0 and "stands in" not in fresh.out
+    fresh = start(1, DATA="the-verdict", RUN_NAME="two")
+    assert fresh.code == 130 and "stands in" not in fresh.out
     assert read("two")["stood_in"] is False
 
 
@@ -370,48 +345,3 @@ def test_a_run_goes_on_with_the_text_in_the_cache_or_ends_with_3_where_it_cannot
     assert everything_in("runs") == before, "no new run, and the old one as it was"
     network(True)
     assert_goes_on(start(DATA="the-verdict"), run, done=2)
-
-
-# ----------------------------------------------------------- what may change, and what stays
-
-
-def test_what_may_change_is_taken_over_and_recorded(start):
-    assert start(1, RUN_NAME="one").code == 130
-    before = read("one")
-    changed = {
-        "max_steps": 400,
-        "eval_freq": 3,
-        "patience": 50,
-        "start_context": ["bell", "river"],
-        "activation_checkpointing": True,
-        "COMPILE": False,
-        "sampling_params": {"max_new_tokens": 4},
-    }
-    assert start(1, RUN_NAME="one", **changed).code == 130
-    saved = read("one")
-    for name, value in changed.items():
-        kind = "settings" if name in OWN else "training"
-        assert saved[kind][name] == value
-        assert saved["changes"][0][name] == [before[kind][name], value]
-    # what was worked out, said outright, is no change
-    now = {name: before["training"][name] for name in ("warmup_steps", "learning_rate")}
-    assert start(1, RUN_NAME="one", **changed | now).code == 130
-    after = read("one")
-    assert after["changes"] == saved["changes"]
-    assert [after[n] for n in ("run_id", "started")] == [before[n] for n in ("run_id", "started")]
-
-
-def test_nothing_of_the_environment_is_in_a_run_folder(start, workdir, monkeypatch):
-    home = workdir / "home-of-somebody"
-    home.mkdir()
-    monkeypatch.setenv("HOME", str(home))
-    monkeypatch.setenv("MY_SECRET", "s3cr3t-t0k3n")
-    monkeypatch.setenv("WANDB_API_KEY", "another-s3cr3t")
-    assert start(STOPPED_AT, RUN_NAME="one").code == 130
-    assert start(RUN_NAME="one").code == 0
-    files = everything_in(workdir / "runs" / "one")
-    assert len(files) > 8
-    for name, (content, _) in files.items():
-        for planted in ("MY_SECRET", "s3cr3t", "home-of-somebody", os.environ["PATH"]):
-            assert planted.encode() not in content, f"{planted} is in {name}"
-            assert planted not in name.removeprefix(str(workdir))

@@ -10,29 +10,30 @@ import os
 import random
 import socket
 import sys
-import threading
 import time
 import tracemalloc
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 
 from engine.errors import DataError, PipelineError, SettingsError
 from text import documents as reader
 from text.corpora import CORPORA
-from text.documents import DataSpec, ReadingReport, read_documents
+from text.documents import DataSpec, Part, ReadingReport, read_documents
 from text.sources import find_parts, parse_data
 
-POEMS = ["Once upon a time.\n", "从前，𠮷野家。", 'He said "no",\nand left.\t']
+POEMS = [
+    "Once upon a time.\n",
+    "从前，𠮷野家。",
+    'He said "no",\nand\r\nleft.\t',
+    "\x85\u2028é\ufeff",
+]
 
 
-def documents(data, report: ReadingReport | None = None) -> list[str]:
-    """All documents of DATA, put together again."""
-    spec = parse_data(data)
-    report = ReadingReport() if report is None else report
+def read(data) -> tuple[list[str], ReadingReport]:
+    """All documents of DATA, put together again, and the report on them."""
+    spec, report = parse_data(data), ReadingReport()
     whole, pieces = [], []
     for piece, is_last in read_documents(
         find_parts(spec.train, Path("cache"), report), spec, report
@@ -44,29 +45,24 @@ def documents(data, report: ReadingReport | None = None) -> list[str]:
     assert pieces == []
     assert report.documents == len(whole)
     assert report.characters == sum(map(len, whole))
-    return whole
+    return whole, report
 
 
-def refusal(data, kind: type[PipelineError] = DataError, within_s: float = 30.0) -> str:
-    """What is said of DATA that can't be read, which must not take for ever."""
-    said = []
-
-    def read():
-        try:
-            said.append(documents(data))
-        except Exception as error:
-            said.append(error)
-
-    thread = threading.Thread(target=read, daemon=True)
-    thread.start()
-    thread.join(within_s)
-    assert said, f"{data!r} was not refused in time"
-    assert isinstance(said[0], kind), repr(said[0])
-    assert len(str(said[0]).splitlines()) <= 4
-    return str(said[0])
+def documents(data) -> list[str]:
+    return read(data)[0]
 
 
-def save(name: str, content: bytes) -> str:
+def refusal(data, kind: type[PipelineError] = DataError) -> str:
+    """What is said of DATA that can't be read."""
+    with pytest.raises(kind) as caught:
+        documents(data)
+    assert len(str(caught.value).splitlines()) <= 4
+    return str(caught.value)
+
+
+def save(data, content: bytes) -> str:
+    """Write the file that DATA names."""
+    name = data if isinstance(data, str) else data["path"]
     Path(name).write_bytes(content)
     return name
 
@@ -84,10 +80,9 @@ def parquet(texts: list, column: str = "text") -> bytes:
     return file.getvalue()
 
 
-def table(texts: list[str], delimiter: str, **dialect) -> bytes:
+def table(texts: list[str], delimiter: str) -> bytes:
     file = io.StringIO()
-    rows = csv.writer(file, delimiter=delimiter, **dialect)
-    rows.writerows([["id", "text"], *enumerate(texts)])
+    csv.writer(file, delimiter=delimiter).writerows([["id", "text"], *enumerate(texts)])
     return file.getvalue().encode()
 
 
@@ -103,47 +98,30 @@ FORMATS = {
     ".tsv": table(POEMS, "\t"),
 }
 COMPRESSORS = {"": bytes, ".gz": gzip.compress, ".zst": zstd}
-compressed_or_not = pytest.mark.parametrize("compressed", COMPRESSORS)
 both_archives = pytest.mark.parametrize("compressed", [".gz", ".zst"])
+MARK = b"\xef\xbb\xbf"
+AMOUNTS = 1, 5, 1 << 20  # of bytes to read at a time
 
 
-@pytest.fixture(params=[1, 5, 1 << 20])
-def read_bytes(request, monkeypatch):
-    """However much is read at a time."""
-    monkeypatch.setattr(reader, "READ_BYTES", request.param)
-
-
-# ------------------------------------------------------------------------------- DATA's forms
-
-
-@pytest.mark.parametrize(
-    ("data", "spec"),
-    [
+def test_forms_of_data_come_to_one():
+    for data, spec in [
         ("sample-en", DataSpec(("sample-en",))),
         (Path("a.txt"), DataSpec(("a.txt",))),
         (["a.txt", Path("b")], DataSpec(("a.txt", "b"))),
-        (("a.txt",), DataSpec(("a.txt",))),
         ({"path": "a.csv", "field": "body"}, DataSpec(("a.csv",), field="body")),
         ({"path": ["a", "b"], "val": "c"}, DataSpec(("a", "b"), ("c",))),
         ({"path": "a", "encoding": "gb18030"}, DataSpec(("a",), encoding="gb18030")),
-    ],
-    ids=str,
-)
-def test_forms_of_data_come_to_one(data, spec):
-    assert parse_data(data) == spec
+    ]:
+        assert parse_data(data) == spec
 
 
-@pytest.mark.parametrize(
-    ("data", "told"),
-    [
+def test_data_that_can_not_be_meant_is_a_settings_error():
+    for data, told in [
         (None, "DATA is None"),
-        (7, "DATA is 7"),
-        ("", "DATA is empty"),
         (["a.txt", " "], "DATA is empty"),
         ([], "DATA is []"),
         (["a.txt", 7], "DATA is ['a.txt', 7]"),
         ({}, 'without "path"'),
-        ({"path": []}, 'DATA["path"] is []'),
         ({"path": "a", "val": None}, 'DATA["val"] is None'),
         ({"path": "a", "feild": "body"}, 'did you mean "field"?'),
         ({"path": "a", "split": "test"}, "known are: encoding, field, path, val"),
@@ -153,57 +131,55 @@ def test_forms_of_data_come_to_one(data, spec):
         ({"path": "a", "encoding": "utf8mb4"}, "'utf8mb4', which Python does not know"),
         ({"path": "a", "encoding": "base64"}, "'base64', which Python does not know"),
         ({"path": "a", "encoding": "utf\0"}, "which Python does not know"),
-    ],
-    ids=repr,
-)
-def test_data_that_can_not_be_meant_is_a_settings_error(data, told):
-    with pytest.raises(SettingsError) as caught:
-        parse_data(data)
-    assert told in str(caught.value)
-    assert len(str(caught.value).splitlines()) == 1
+    ]:
+        with pytest.raises(SettingsError) as caught:
+            parse_data(data)
+        assert told in str(caught.value)
+        assert len(str(caught.value).splitlines()) == 1
 
 
-# ------------------------------------------------------------------------------------ formats
-
-
-@compressed_or_not
-def test_each_row_of_a_file_is_a_document(workdir, compressed):
-    for suffix, content in FORMATS.items():
-        assert documents(save(f"x{suffix}{compressed}", COMPRESSORS[compressed](content))) == POEMS
-
-
-@compressed_or_not
-def test_text_file_is_one_document(workdir, compressed):
+@pytest.mark.parametrize("compressed", COMPRESSORS)
+def test_each_row_of_a_file_is_a_document_and_a_text_file_is_one(workdir, monkeypatch, compressed):
+    compress = COMPRESSORS[compressed]
     # which hardly compresses
-    letters = random.Random(5).choices([chr(code) for code in range(0x4E00, 0x9FFF)], k=300_000)
+    letters = random.Random(5).choices([chr(code) for code in range(0x4E00, 0x9FFF)], k=500)
     text = "one\r\ntwo\rthree\n\n" + "".join(letters)
-    content = COMPRESSORS[compressed](text.encode())
-    for suffix in (".txt", ".md", "", ".TXT"):
-        assert documents(save(f"x{suffix}{compressed}", content)) == [text]
+    for amount in AMOUNTS:
+        monkeypatch.setattr(reader, "READ_BYTES", amount)
+        for suffix, content in FORMATS.items():
+            for mark in (b"", MARK):
+                save(f"x{suffix}{compressed}", compress(mark + content))
+                assert documents(f"x{suffix}{compressed}") == POEMS
+        for suffix in (".txt", ".md", "", ".TXT"):
+            assert documents(save(f"x{suffix}{compressed}", compress(text.encode()))) == [text]
+        # files joined end to end are one
+        save(f"x.txt{compressed}", b"".join(map(compress, (b"one", b"", b" end"))))
+        assert documents(f"x.txt{compressed}") == ["one end"]
 
 
-def test_rows_of_a_parquet_file_are_documents(workdir):
-    content = parquet(POEMS * 400)
-    report = ReadingReport()
-    assert documents(save("poems.parquet", content), report) == POEMS * 400
-    assert report.files[0]["sha256"] == hashlib.sha256(content).hexdigest()
+def test_rows_of_a_parquet_file_are_documents_where_it_is_intact_and_text(workdir):
+    whole = parquet(POEMS * 400)
+    texts, report = read(save("x.parquet", whole))
+    assert texts == POEMS * 400
+    assert report.files[0]["sha256"] == hashlib.sha256(whole).hexdigest()
     save("x.parquet", parquet(POEMS, "body"))
     assert documents({"path": "x.parquet", "field": "body"}) == POEMS
-    assert 'no column "text" (has: id, body)' in refusal("x.parquet")
+    for content, told in [
+        (parquet(POEMS, "body"), 'has no column "text" (has: id, body)'),
+        (parquet(["one", None]), 'row 2: "text" is NoneType'),
+        (parquet([1]), 'row 1: "text" is int'),
+        *((broken, "is no intact parquet file") for broken in (b"", b"PAR1" * 5, whole[:-9])),
+    ]:
+        assert refusal(save("x.parquet", content)).startswith(f"x.parquet {told}")
 
 
 def test_documents_without_text_are_counted_and_left_out(workdir):
     lines = json_lines(["", "one", " \n\t", {"text": ""}, "two"]) + b"\n\n"
-    report = ReadingReport()
-    assert documents(save("x.jsonl", lines), report) == ["one", "two"]
-    assert (report.documents, report.empty_documents) == (2, 3)
+    texts, report = read(save("x.jsonl", lines))
+    assert (texts, report.empty_documents) == (["one", "two"], 3)
     for content in (b"", b" \r\n\t", b"\xef\xbb\xbf", b"\xef\xbb\xbf \n"):
-        report = ReadingReport()
-        assert documents(save("x.txt", content), report) == []
-        assert report.empty_documents == 1
-
-
-# -------------------------------------------------------------------------- folders and patterns
+        texts, report = read(save("x.txt", content))
+        assert (texts, report.empty_documents) == ([], 1)
 
 
 @pytest.fixture
@@ -223,31 +199,27 @@ def passed_over(report: ReadingReport) -> dict[str, str]:
     return {Path(entry["name"]).name: entry["reason"] for entry in report.passed_over}
 
 
-NO_TEXTS = {".git": "hidden", ".hidden.txt": "hidden", "picture.jpg": "binary"}
-
-
 def test_folder_is_read_in_order_and_what_is_no_text_is_told(library):
-    report = ReadingReport()
+    no_texts = {".git": "hidden", ".hidden.txt": "hidden", "picture.jpg": "binary"}
     names = ["F.TXT.GZ", "a.md", "b.txt", "wide.txt", "sub/c.txt", "sub/deep/d.jsonl"]
-    assert documents("library", report) == names
+    texts, report = read("library")
+    assert (texts, passed_over(report)) == (names, no_texts)
     assert [entry["name"] for entry in report.files] == [str(Path(name)) for name in names]
-    assert passed_over(report) == NO_TEXTS
-    report = ReadingReport()
-    assert documents("library/**/*", report)[0] == "F.TXT.GZ"
-    assert passed_over(report) == NO_TEXTS
+    texts, report = read("library/**/*")
+    assert (texts[0], passed_over(report)) == ("F.TXT.GZ", no_texts)
     if hasattr(os, "mkfifo"):
         os.mkfifo("library/pipe")
         Path("library/sub/loop").symlink_to("..")
         Path("library/nowhere.txt").symlink_to("missing.txt")
         odd = dict.fromkeys(("pipe", "nowhere.txt"), "no regular file")
-        report = ReadingReport()
-        assert documents("library", report) == names
-        assert passed_over(report) == NO_TEXTS | odd | {"loop": "link to a folder"}
+        texts, report = read("library")
+        assert texts == names
+        assert passed_over(report) == no_texts | odd | {"loop": "link to a folder"}
 
 
-@pytest.mark.parametrize(
-    ("pattern", "names"),
-    [
+def test_pattern_is_read_in_order_and_each_file_once_and_a_list_as_given(library):
+    Path("library/sub/deep/loop").symlink_to(Path("..", ".."))
+    for pattern, names in [
         ("library/*.txt", ["b.txt", "wide.txt"]),
         ("library/**/*.txt", ["b.txt", "sub/c.txt", "wide.txt"]),
         ("library/**/**/[cd]*", ["sub/c.txt", "sub/deep/d.jsonl"]),
@@ -256,18 +228,12 @@ def test_folder_is_read_in_order_and_what_is_no_text_is_told(library):
         ("library/**b.txt", ["b.txt"]),
         ("library/.git/*", [".git/e.txt"]),
         ("library/*/*.txt", ["sub/c.txt"]),
-    ],
-)
-def test_pattern_is_read_in_order_and_each_file_once(library, pattern, names):
-    Path("library/sub/deep/loop").symlink_to(Path("..", ".."))
-    assert documents(pattern) == names
-    assert documents(str(library.absolute().parent / pattern)) == names
-
-
-def test_list_is_read_in_the_order_given(library):
+    ]:
+        assert documents(pattern) == names
+        assert documents(str(library.absolute().parent / pattern)) == names
     save("poems [1].txt", b"one")  # no pattern
-    names = ["library/sub", "poems [1].txt", "library/b.txt", "library/*.md"]
-    assert documents(names) == ["sub/c.txt", "sub/deep/d.jsonl", "one", "b.txt", "a.md"]
+    given = ["library/sub", "poems [1].txt", "library/b.txt", "library/*.md"]
+    assert documents(given) == ["sub/c.txt", "sub/deep/d.jsonl", "one", "b.txt", "a.md"]
 
 
 def test_folder_without_a_text_is_refused_with_what_was_passed_over(workdir):
@@ -281,27 +247,23 @@ def test_folder_without_a_text_is_refused_with_what_was_passed_over(workdir):
 
 
 @pytest.mark.parametrize(
-    ("owner", "call", "name"), [(os, "scandir", "sub"), (Path, "open", "c.txt")]
+    ("owner", "call", "path"), [(os, "scandir", "library/sub"), (Path, "open", "library/sub/c.txt")]
 )
 def test_folder_or_file_of_it_that_may_not_be_read_is_refused(
-    library, monkeypatch, owner, call, name
+    library, monkeypatch, owner, call, path
 ):
     real = getattr(owner, call)
 
-    def denied(path, *arguments, **keywords):
-        if Path(path).name == name:
-            raise PermissionError(13, "Permission denied", str(path))
-        return real(path, *arguments, **keywords)
+    def denied(opened, *arguments, **keywords):
+        if Path(opened) == Path(path):
+            raise PermissionError(13, "Permission denied", str(opened))
+        return real(opened, *arguments, **keywords)
 
     monkeypatch.setattr(owner, call, denied)
-    (path,) = (path for path in (library / "sub", library / "sub" / "c.txt") if path.name == name)
-    assert f"can't read {path}: Permission denied" in refusal("library")
+    assert f"can't read {Path(path)}: Permission denied" in refusal("library")
 
 
-# --------------------------------------------------------------------------- names and odd files
-
-
-def test_missing_file_is_refused_with_where_it_was_looked_for(workdir):
+def test_missing_file_is_refused_with_where_it_was_looked_for_or_the_nearest_name(workdir):
     save("x.txt", b"one")
     for name in ("poems.txt", "~nobody-of-this-name/x.txt", "x.txt/y.txt"):
         message = refusal(name)
@@ -314,9 +276,6 @@ def test_missing_file_is_refused_with_where_it_was_looked_for(workdir):
         assert repr(name) in message and r'write "C:/texts" or r"C:\texts"' in message
     for name in ("a\0b.txt", "x" * 5000):
         assert "can't read " in refusal(name)
-
-
-def test_mistyped_name_is_refused_with_the_nearest_or_all(workdir):
     for name in ("the-verdct", "The-Verdict", "the-verdict2"):
         assert 'did you mean "the-verdict"?' in refusal(name)
     message = refusal("epoch")  # near "epochs", which is a setting and no text
@@ -333,15 +292,13 @@ def test_path_may_be_relative_absolute_or_from_home(workdir, monkeypatch):
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no named pipes here")
-def test_what_is_no_regular_file_is_refused_without_being_read(workdir):
+def test_what_is_no_regular_file_is_refused_without_being_read(workdir, monkeypatch):
+    monkeypatch.setattr(Path, "open", None)  # reading would never end
     os.mkfifo("pipe")
     with socket.socket(socket.AF_UNIX) as listening:
         listening.bind("socket")
         for name in ("pipe", "/dev/zero", "socket"):
             assert refusal(name).startswith(f"{name} is no regular file.\n")
-
-
-# ----------------------------------------------------------------------------- exactly as it is
 
 
 def in_encoding(encoding: str) -> dict[str, str]:
@@ -352,38 +309,32 @@ def in_body(name: str) -> dict[str, str]:
     return {"path": name, "field": "body"}
 
 
-def as_set(encoding: str) -> list[str]:
-    return [f"x.txt: read as {encoding}, as set"]
+def read_as(encoding: str, why: str = "as set") -> list[str]:
+    return [f"x.txt: read as {encoding}, {why}"]
 
 
-def by_mark(encoding: str) -> list[str]:
-    return [f"x.txt: read as {encoding}, by its byte-order mark"]
-
-
+BY_MARK = "by its byte-order mark"
 CRLF = ["x.txt: lines end in CRLF; kept as they are"]
-MARK = b"\xef\xbb\xbf"
 PACKED = [gzip.compress(text.encode(), mtime=0) for text in ("从前", "", " end")]
 READ = [  # DATA, a file's content, its documents and the notes on it
-    ("x.txt", MARK + b"one", ["one"], by_mark("utf-8")),
+    ("x.txt", MARK + b"one", ["one"], read_as("utf-8", BY_MARK)),
     ("x.txt", b"one\r\ntwo\rthree\r\n", ["one\r\ntwo\rthree\r\n"], CRLF),
     ("x.txt", b"a\x00b\x1a\x0c", ["a\x00b\x1a\x0c"], []),
-    ("x.txt", MARK + MARK + b"one" + MARK, ["\ufeffone\ufeff"], by_mark("utf-8")),
+    ("x.txt", MARK + MARK + b"one" + MARK, ["\ufeffone\ufeff"], read_as("utf-8", BY_MARK)),
     ("x.txt", "𠮷\u2028春".encode(), ["𠮷\u2028春"], []),
-    ("x.txt", "\ufeff春\n𠮷".encode("utf-16-le"), ["春\n𠮷"], by_mark("utf-16-le")),
-    ("x.txt", "\ufeff春\n𠮷".encode("utf-16-be"), ["春\n𠮷"], by_mark("utf-16-be")),
-    ("x.txt", "\ufeff春\n𠮷".encode("utf-32-le"), ["春\n𠮷"], by_mark("utf-32-le")),
+    ("x.txt", "\ufeff春\n𠮷".encode("utf-16-le"), ["春\n𠮷"], read_as("utf-16-le", BY_MARK)),
+    ("x.txt", "\ufeff春\n𠮷".encode("utf-16-be"), ["春\n𠮷"], read_as("utf-16-be", BY_MARK)),
+    ("x.txt", "\ufeff春\n𠮷".encode("utf-32-le"), ["春\n𠮷"], read_as("utf-32-le", BY_MARK)),
     ("x.txt", b"\n" * 50 + b"one" + b" " * 50, ["\n" * 50 + "one" + " " * 50], []),
-    (in_encoding("gb18030"), "春江𠮷\n".encode("gb18030"), ["春江𠮷\n"], as_set("gb18030")),
-    (in_encoding("big5"), "春江潮水".encode("big5"), ["春江潮水"], as_set("big5")),
-    (in_encoding("latin-1"), "né à".encode("latin-1"), ["né à"], as_set("latin-1")),
-    (in_encoding("utf-16-be"), "春".encode("utf-16-be"), ["春"], as_set("utf-16-be")),
+    (in_encoding("gb18030"), "春江𠮷\n".encode("gb18030"), ["春江𠮷\n"], read_as("gb18030")),
+    (in_encoding("latin-1"), "né à".encode("latin-1"), ["né à"], read_as("latin-1")),
+    (in_encoding("utf-16-be"), "春".encode("utf-16-be"), ["春"], read_as("utf-16-be")),
     ("x.html", b"<html>one</html>", ["<html>one</html>"], []),
     ("x.txt.gz", b"".join([*PACKED, bytes(512)]), ["从前 end"], []),  # padded, as on a tape
     ("x.csv", b'text,id\n"a\nb",1\n\n"c ""d"", e",2\nf,3,4', ["a\nb", 'c "d", e', "f"], []),
     (in_body("x.csv"), b"text,body\n1,one\n2,two\n", ["one", "two"], []),
     (in_body("x.jsonl"), json_lines([{"text": "no", "body": POEMS[1]}]), [POEMS[1]], []),
     (in_body("x.json"), b'[{"text": "no", "body": "one"}]  \n', ["one"], []),
-    ("x.json", b"[]", [], []),
     ("x.json", b"\n\n[\n] \n", [], []),
     (
         "x.jsonl",
@@ -396,52 +347,17 @@ READ = [  # DATA, a file's content, its documents and the notes on it
 
 @pytest.mark.parametrize(("data", "content", "texts", "notes"), READ, ids=range(len(READ)))
 def test_text_is_read_exactly_but_for_one_byte_order_mark(
-    workdir, read_bytes, data, content, texts, notes
+    workdir, monkeypatch, data, content, texts, notes
 ):
-    name = save(data if isinstance(data, str) else data["path"], content)
-    report = ReadingReport()
-    assert documents(data, report) == texts
-    assert report.notes == notes
+    name = save(data, content)
     sha256 = hashlib.sha256(content).hexdigest()
     entry = {"name": name, "path": name, "bytes": len(content), "sha256": sha256}
-    assert report.files == [entry | {"documents": len(texts)}]
-    assert reader.file_sha256(Path(name)) == sha256
-
-
-def test_zstd_files_joined_end_to_end_are_one(workdir, read_bytes):
-    content = zstd("从前".encode()) + zstd(b"") + zstd(b" end")
-    assert documents(save("x.txt.zst", content)) == ["从前 end"]
-
-
-LETTERS = st.text(st.sampled_from("ab \t\r\n\"',春𠮷é\ufeff\u2028\x85"), max_size=30)
-
-
-@settings(max_examples=30, deadline=None, suppress_health_check=list(HealthCheck))
-@given(texts=st.lists(LETTERS, max_size=4), mark=st.booleans(), eol=st.sampled_from(["\n", "\r\n"]))
-@pytest.mark.parametrize("suffix", [".txt", ".jsonl", ".json", ".csv", ".tsv"])
-def test_documents_do_not_depend_on_how_much_is_read_at_a_time(workdir, suffix, texts, mark, eol):
-    if suffix == ".txt":
-        content = eol.join(texts).encode()
-        texts = [eol.join(texts)]
-    elif suffix == ".jsonl":
-        content = json_lines([{"text": text} for text in texts]).replace(b"\n", eol.encode())
-    elif suffix == ".json":
-        content = json.dumps(texts, ensure_ascii=False, indent=2).replace("\n", eol).encode()
-    else:
-        delimiter = "," if suffix == ".csv" else "\t"
-        content = table(texts, delimiter, lineterminator=eol, quoting=csv.QUOTE_ALL)
-    if mark or content.startswith(b"\xef\xbb\xbf"):
-        content = b"\xef\xbb\xbf" + content
-    save(f"x{suffix}", content)
-    for read_bytes in (1, 7, 64, 1 << 20):
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(reader, "READ_BYTES", read_bytes)
-            report = ReadingReport()
-            assert documents(f"x{suffix}", report) == [text for text in texts if text.strip()]
-            assert report.empty_documents == sum(not text.strip() for text in texts)
-
-
-# ------------------------------------------------------------------------------ what is no text
+    for amount in AMOUNTS:
+        monkeypatch.setattr(reader, "READ_BYTES", amount)
+        found, report = read(data)
+        assert (found, report.notes) == (texts, notes)
+        assert report.files == [entry | {"documents": len(texts)}]
+        assert reader.file_sha256(Path(name)) == sha256
 
 
 def fourth(line: bytes) -> bytes:
@@ -478,7 +394,6 @@ REFUSED = [  # DATA, a file's content and what is said of it
     ("x.jsonl", fourth(b'{"a\\nb\\nc\\nd": 1}'), 'line 4: no "text" field'),
     ("x.jsonl", fourth(b'{"%s": 1}' % (b"x" * 10_000)), 'line 4: no "text" field'),
     ("x.jsonl", fourth(b'{"text": null}'), 'line 4: "text" is NoneType, not text'),
-    ("x.jsonl", fourth(b'{"text": {"text": "a"}}'), 'line 4: "text" is dict, not text'),
     ("x.jsonl", fourth(b'["a"]'), 'line 4: "text" is list, not text'),
     # broken arrays
     ("x.json", b"", "is no JSON array"),
@@ -486,10 +401,8 @@ REFUSED = [  # DATA, a file's content and what is said of it
     ("x.json", b'["one", "two"', "element 2"),
     ("x.json", b'["one", "tw', "element 2"),
     ("x.json", b'["one", two]', "element 2"),
-    ("x.json", b'["one", {"text": 1}]', 'element 2: "text" is int, not text'),
     ("x.json", b'["one", {"body": "a"}]', 'element 2: no "text" field (has: body)'),
     ("x.json", b'["one", 12]', 'element 2: "text" is int, not text'),
-    ("x.json", b'["one" "two"]', "element 2"),
     ("x.json", b'["one",, "two"]', "element 2"),
     ("x.json", b'["one"]\n["two"]', "goes on after the array"),
     ("x.json", b"[" * 20_000, "element 1"),
@@ -506,53 +419,52 @@ REFUSED = [  # DATA, a file's content and what is said of it
 
 
 @pytest.mark.parametrize(("data", "content", "said"), REFUSED, ids=range(len(REFUSED)))
-def test_what_is_no_text_is_refused_with_place_and_remedy(workdir, read_bytes, data, content, said):
-    name = save(data if isinstance(data, str) else data["path"], content)
-    message = refusal(data)
-    assert message.startswith(f"{name} ")
-    assert said in message
-    assert len(message) < 1000
-    assert "\n" in message or ". " in message  # what to do
-    assert "byte " not in said or '"encoding"' in message
+def test_what_is_no_text_is_refused_with_place_and_remedy(
+    workdir, monkeypatch, data, content, said
+):
+    name = save(data, content)
+    for amount in AMOUNTS if len(content) < 10_000 else AMOUNTS[-1:]:
+        monkeypatch.setattr(reader, "READ_BYTES", amount)
+        message = refusal(data)
+        assert message.startswith(f"{name} ")
+        assert said in message
+        assert len(message) < 1000
+        assert "\n" in message or ". " in message  # what to do
+        assert "byte " not in said or '"encoding"' in message
 
 
 def test_json_elements_may_be_longer_than_what_is_read_at_a_time(workdir, monkeypatch):
     monkeypatch.setattr(reader, "READ_BYTES", 64)
+    decodings = []
+
+    class Counting(json.JSONDecoder):
+        def raw_decode(self, *arguments):
+            decodings.append(1)
+            return super().raw_decode(*arguments)
+
+    monkeypatch.setattr(reader, "_DECODER", Counting())
     texts = ["春" * 5000, "a", "b\n" * 3000]
     save("x.json", json.dumps([{"id": [1, {}], "text": text} for text in texts]).encode())
     assert documents("x.json") == texts
-
-
-def test_broken_json_element_is_found_without_reading_on(workdir):
-    save("x.json", b'["one", oops, ' + b'"word", ' * 1_000_000 + b'"end"]')
+    assert len(decodings) < 40  # not one for each of the pieces, which are hundreds
+    # what is broken is found without reading on
+    save("x.json", b'["one", oops, ' + b'"word", ' * 1000 + b'"end"]')
     report = ReadingReport()
     with pytest.raises(DataError, match="element 2"):
-        documents("x.json", report)
-    assert report.bytes_read <= 2 * reader.READ_BYTES
+        list(read_documents([Part("x.json", Path("x.json"))], DataSpec(()), report))
+    assert report.bytes_read < 1000
 
 
-def test_json_array_of_many_elements_takes_time_in_proportion(workdir):
+def test_json_array_of_many_elements_takes_time_in_proportion(workdir, monkeypatch):
+    monkeypatch.setattr(reader, "READ_BYTES", 1 << 30)
+
     def needed_s(count: int) -> float:
         save("x.json", json.dumps(["word " * 16] * count).encode())
         started_at = time.process_time()
         assert len(documents("x.json")) == count
         return time.process_time() - started_at
 
-    assert needed_s(60_000) < 4 * 4 * max(needed_s(15_000), 0.02)
-
-
-def test_parquet_that_is_damaged_or_no_text_is_refused(workdir):
-    for texts, told in [
-        (["one", None], 'row 2: "text" is NoneType'),
-        ([1], 'row 1: "text" is int'),
-    ]:
-        assert refusal(save("x.parquet", parquet(texts))).startswith(f"x.parquet {told}")
-    for content in (b"", b"one two three", b"PAR1" * 5, parquet(POEMS)[:-9]):
-        told = refusal(save("x.parquet", content))
-        assert told.startswith("x.parquet is no intact parquet file")
-
-
-# ------------------------------------------------------------------------------ damaged archives
+    assert needed_s(40_000) < 4 * 40 * max(needed_s(1000), 0.01)
 
 
 @both_archives
@@ -570,9 +482,6 @@ def test_damaged_archive_is_refused_with_what_is_wrong(workdir, compressed):
         assert "Get it anew." in message
 
 
-# --------------------------------------------------------------------------------------- memory
-
-
 @contextlib.contextmanager
 def at_most(mib: float) -> Iterator[None]:
     """See that Python holds no more memory inside."""
@@ -588,89 +497,66 @@ def at_most(mib: float) -> Iterator[None]:
 def test_decompression_bomb_is_stopped_early(workdir, monkeypatch, compressed):
     monkeypatch.setattr(reader, "BOMB_BYTES", 1 << 20)
     monkeypatch.setattr(reader, "READ_BYTES", 1 << 16)
-    name = save(f"x.txt{compressed}", COMPRESSORS[compressed](bytes(64 << 20)))
-    with at_most(32), pytest.raises(DataError, match="expands to more than 300 times its size"):
+    name = save(f"x.txt{compressed}", COMPRESSORS[compressed](bytes(24 << 20)))
+    with at_most(20), pytest.raises(DataError, match="expands to more than 300 times its size"):
         documents(name)
 
 
 # a part that can't be shrunk keeps a long line from being taken for a bomb
-NOISE, LONG = os.urandom(200_000).hex().encode(), b"word " * 2_000_000
+NOISE, LONG = os.urandom(200_000).hex().encode(), b"word " * 400_000
 
 
 @pytest.mark.parametrize(
     ("name", "make", "most_mib"),
     [
-        ("x.txt", lambda: LONG, 5),
-        ("x.txt.gz", lambda: gzip.compress(NOISE) + gzip.compress(LONG), 5),
-        ("x.txt.zst", lambda: zstd(NOISE) + zstd(LONG * 5), 5 * 5),
-        ("x.jsonl", lambda: b'{"text": "' + LONG + b'"}\n', 5 * 10),
-        ("empty.txt", lambda: b"\n" * 100_000, 5),
-        ("empty.jsonl", lambda: b"\n" * 100_000, 5),
-        ("empty.csv", lambda: b"text\n" + b"\n" * 100_000, 5),
+        ("x.txt", lambda: LONG, 1),
+        ("x.txt.gz", lambda: gzip.compress(NOISE) + gzip.compress(LONG), 1),
+        ("x.txt.zst", lambda: zstd(NOISE) + zstd(LONG * 25), 25),
+        ("x.jsonl", lambda: b'{"text": "' + LONG + b'"}\n', 12),
+        ("empty.txt", lambda: b"\n" * 30_000, 1),
+        ("empty.jsonl", lambda: b"\n" * 30_000, 1),
+        ("empty.csv", lambda: b"text\n" + b"\n" * 30_000, 1),
     ],
 )
 def test_long_lines_and_very_many_take_little_memory(workdir, monkeypatch, name, make, most_mib):
-    monkeypatch.setattr(reader, "READ_BYTES", 1 << 15)
+    monkeypatch.setattr(reader, "READ_BYTES", 1 << 12)
     save(name, make())
-    spec, report = parse_data(name), ReadingReport()
+    parts = [Part(name, Path(name))]
     with at_most(most_mib):
-        for _ in read_documents(find_parts(spec.train, Path("cache"), report), spec, report):
+        for _ in read_documents(parts, DataSpec(()), ReadingReport()):
             pass
 
 
-# ----------------------------------------------------------------------------- optional libraries
-
-
-@pytest.mark.parametrize(
-    ("data", "library", "command"),
-    [
+def test_missing_library_is_told_with_how_to_get_it(workdir, monkeypatch):
+    for data, library, command in [
         ("x.txt.zst", "zstandard", "pip install zstandard"),
         ("x.parquet", "pyarrow", "pip install pyarrow"),
         ("hf:poems/of-nobody", "datasets", "pip install -r requirements.txt datasets"),
-    ],
-)
-def test_missing_library_is_told_with_how_to_get_it(workdir, monkeypatch, data, library, command):
-    monkeypatch.setitem(sys.modules, library, None)
-    if not data.startswith("hf:"):
-        save(data, b"one")
-    message = refusal(data, SettingsError)
-    assert data in message
-    assert message.endswith(command)
+    ]:
+        monkeypatch.setitem(sys.modules, library, None)
+        if not data.startswith("hf:"):
+            save(data, b"one")
+        message = refusal(data, SettingsError)
+        assert data in message
+        assert message.endswith(command)
 
 
-# ------------------------------------------------------------------------------ Hugging Face
-
-
-@pytest.fixture
-def hub_folder(workdir, monkeypatch) -> Path:
-    """A data set in a folder, with a split to train on and one to validate on."""
-    pytest.importorskip("datasets", reason="datasets is optional")
-    import datasets
-
+def test_data_set_is_read_with_its_validation_split(workdir, monkeypatch):
+    datasets = pytest.importorskip("datasets", reason="datasets is optional")
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", workdir / "hf")
     monkeypatch.setattr(datasets.config, "HF_DATASETS_OFFLINE", True)
-    reader._load_splits.cache_clear()
-    folder = workdir / "poems"
-    folder.mkdir()
-    rows = [{"text": text, "id": i} for i, text in enumerate([*POEMS, ""])]
-    (folder / "train.jsonl").write_bytes(json_lines(rows))
-    (folder / "validation.jsonl").write_bytes(json_lines([{"text": "held out", "id": 0}]))
-    yield folder
-    reader._load_splits.cache_clear()
-
-
-def test_data_set_is_read_with_its_validation_split(hub_folder):
-    name = f"hf:{hub_folder}"
-    spec, report = parse_data(name), ReadingReport()
-    assert documents(name, report) == POEMS
-    assert report.empty_documents == 1
+    Path("poems").mkdir()
+    save("poems/train.jsonl", json_lines([{"text": text, "id": 0} for text in [*POEMS, ""]]))
+    save("poems/validation.jsonl", json_lines([{"text": "held out", "id": 0}]))
+    name = f"hf:{workdir / 'poems'}"
+    texts, report = read(name)
+    assert (texts, report.empty_documents) == (POEMS, 1)
+    train = find_parts([name], Path("cache"), ReadingReport())
     (entry,) = report.files
     assert entry["name"] == f"{name} (train)"
-    train = find_parts(spec.train, Path("cache"), ReadingReport())
     assert entry["sha256"] == reader.dataset_fingerprint(train[0])
     (val,) = reader.validation_parts(train)
-    texts = [piece for piece, _ in read_documents([val], spec, ReadingReport())]
-    assert texts == ["held out"]
+    assert list(read_documents([val], DataSpec(()), ReadingReport())) == [("held out", True)]
     told = 'train row 1: no "body" field (has: text, id)'
     assert told in refusal({"path": name, "field": "body"})
     # beside a file it has no validation of its own

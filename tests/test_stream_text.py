@@ -1,6 +1,7 @@
 """Streamed text: whole characters, stop strings, ends, and prompts of every kind."""
 
 import itertools
+from dataclasses import asdict
 
 import pytest
 import torch
@@ -83,9 +84,6 @@ def finishes(pieces: list[Piece], row: int = 0) -> list[str | None]:
     return [piece.finish for piece in pieces if piece.row == row]
 
 
-# ------------------------------------------------------------------ whole characters
-
-
 def test_chinese_and_emoji_stream_without_a_broken_character(parts):
     text = "a" + EMOJI + "𠮷𡃁 e\u0301 " + CHINESE
     ids = parts[0].encode(text)
@@ -122,36 +120,6 @@ def test_rows_keep_their_halves_of_characters_apart(parts):
     assert [piece.row for piece in pieces[:6]] == [0, 1, 2, 0, 1, 2]
 
 
-# ------------------------------------------------------------------ stop strings
-
-
-@pytest.mark.parametrize(
-    ("text", "stop", "shown"),
-    [
-        ("the bell", ["bell"], "the "),  # across several tokens
-        ("the bell", ["e"], "th"),  # of one token
-        ("the bell", ["the"], ""),  # at the first character
-        ("the bell", ["ll"], "the be"),  # at the very end
-        ("the bell", ["bells"], None),  # at the end, not whole: given out
-        ("the bell", ["river", "be"], "the "),  # several, of which one comes
-        ("abcab", ["ab", "abc"], ""),  # one the beginning of another
-        ("aabab abc", ["abc"], "aabab "),  # beginnings that come to nothing
-        ("abababc", ["ababc"], "ab"),  # the true one begins inside a false one
-        ("abc", ["b", "abc"], "a"),  # the one that is complete first
-        ("abc", ["bc", "abc"], ""),  # together: the longer
-        ("春江潮水", ["潮"], "春江"),
-        ("the bell", [""], None),  # an empty one stops nothing
-        ("the bell", ["", "b"], "the "),
-    ],
-)
-def test_a_text_ends_before_the_first_stop_string(by_kind, text, stop, shown):
-    for tokenizer, model in (by_kind["char"], by_kind["gpt2"]):
-        pieces = say((tokenizer, model), tokenizer.encode(text), stop=stop)
-        assert joined(pieces) == (text if shown is None else shown)
-        assert finishes(pieces)[-1] == ("length" if shown is None else "stop")
-        assert set(finishes(pieces)[:-1]) <= {None}
-
-
 def first_complete(text: str, stops: list[str]) -> int | None:
     """Where the stop string begins that is the first to be complete, of equals the longest."""
     for end in range(len(text) + 1):
@@ -161,11 +129,14 @@ def first_complete(text: str, stops: list[str]) -> int | None:
     return None
 
 
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=60, derandomize=True, deadline=None, database=None)
 @example(["abc"], ["b", "abc"])
 @example(["a", "ab", "abc"], ["aab", "bc"])
+@example(["ab", "abab", "c"], ["ababc"])  # the true one begins inside a false one
+@example(["ab", "c"], ["", "bca", "cab"])  # which come to nothing
+@example(["abc"], [""])
 @given(
-    st.lists(st.text("abc", min_size=1, max_size=3), min_size=1, max_size=10),
+    st.lists(st.text("abc", min_size=1, max_size=3), min_size=1, max_size=8),
     st.lists(st.text("abc", max_size=4), max_size=3),
 )
 def test_how_tokens_cut_a_text_changes_nothing_and_nothing_is_held_too_long(by_kind, cut, stops):
@@ -206,9 +177,6 @@ def test_neither_the_prompt_nor_half_a_character_is_part_of_a_stop_string(chars)
     assert joined(say(chars, ids, stop=["🦜"])) == "a"
 
 
-# ------------------------------------------------------------------ ends
-
-
 def test_the_end_of_text_ends_a_row_and_is_not_shown(parts):
     tokenizer, _ = parts
     end = tokenizer.end_of_text_id
@@ -238,9 +206,6 @@ def test_a_row_with_its_last_token_ends_once_and_no_more_are_drawn(chars, monkey
     assert len(passes) == 3 and len(pieces) == 5
 
 
-# ------------------------------------------------------------------ prompts
-
-
 def drawn(parts, prompts: list[str], **options) -> list[list[int]]:
     """The tokens of each row, at a seed."""
     tokenizer, model = parts
@@ -252,32 +217,29 @@ def drawn(parts, prompts: list[str], **options) -> list[list[int]]:
 
 
 def from_ids(parts, ids: list[list[int]], **options) -> list[list[int]]:
-    """The same from token ids, with SamplingConfig's defaults."""
+    """The same from token ids."""
     tokenizer, model = parts
-    default = SamplingConfig()
-    options = {
-        "max_new_tokens": 12,
-        "temperature": default.temperature,
-        "top_k": default.top_k,
-        "top_p": default.top_p,
-        "end_of_text_id": tokenizer.end_of_text_id,
-        "generator": torch.Generator().manual_seed(1),
-    } | options
-    steps = list(stream(model, ids, **options))
+    given = {"max_new_tokens": 12, "generator": torch.Generator().manual_seed(1)}
+    given |= {"end_of_text_id": tokenizer.end_of_text_id}
+    steps = list(stream(model, ids, **asdict(SamplingConfig()) | given | options))
     return [[token.id for token in row if token] for row in zip(*steps, strict=True)]
 
 
-def test_text_goes_on_as_its_ids_do(parts):
+def test_text_goes_on_as_its_ids_do_and_no_other_randomness_is_used(parts):
+    encode, state = parts[0].encode, torch.get_rng_state()
     for prompts in (
         ["a", "the bell of the river", "春江"],
         ["\x00\x1f𠮷🦜 \ufeff\u202e é ﷽"],  # characters that no tokenizer here has seen
         [f"ab{END_OF_TEXT}cd<eos><pad><|im_end|></s>"],
     ):
-        ids = [parts[0].encode(prompt) for prompt in prompts]
-        expected = from_ids(parts, ids, num_samples=3)
+        expected = from_ids(parts, [encode(prompt) for prompt in prompts], num_samples=3)
         assert drawn(parts, prompts, num_samples=3) == expected
     options = {"max_new_tokens": 30, "temperature": 0.0}
-    assert drawn(parts, ["a"], **options) == from_ids(parts, [parts[0].encode("a")], **options)
+    assert drawn(parts, ["a"], **options) == from_ids(parts, [encode("a")], **options)
+    assert torch.equal(torch.get_rng_state(), state)
+    prompt = f"the bell of the river, {CHINESE}" * 20
+    expected = from_ids(parts, [encode(prompt)[-64:], encode("a")], repetition_penalty=1.1)
+    assert drawn(parts, [prompt, "a"], repetition_penalty=1.1) == expected
 
 
 def test_a_control_token_s_name_is_read_as_text_and_no_text_as_its_end(parts, monkeypatch):
@@ -297,37 +259,11 @@ def test_a_control_token_s_name_is_read_as_text_and_no_text_as_its_end(parts, mo
     assert drawn(parts, ["", "a"]) == from_ids(parts, [[end], tokenizer.encode("a")])
 
 
-def test_a_very_long_prompt_is_its_newest_half_window(parts):
-    encode = parts[0].encode
-    prompt = f"the bell of the river, {CHINESE}" * 1000
-    ids = [encode(prompt)[-64:], encode("a")]
-    expected = from_ids(parts, ids, repetition_penalty=1.1)
-    assert drawn(parts, [prompt, "a"], repetition_penalty=1.1) == expected
-
-
-# ------------------------------------------------------------------ seeds and errors
-
-
-def test_the_same_seed_gives_the_same_text_and_no_other_randomness_is_used(chars):
-    def text(seed):
-        options = {"temperature": 2.0, "top_k": None, "num_samples": 2}
-        return drawn(chars, ["a", "the"], generator=torch.Generator().manual_seed(seed), **options)
-
-    state = torch.get_rng_state()
-    assert text(1) == text(1) != text(2)
-    assert torch.equal(torch.get_rng_state(), state)
-
-
-def test_settings_and_prompts_that_make_no_sense_are_refused(chars):
-    with pytest.raises(SettingsError, match="tempreture"):
-        drawn(chars, ["a"], tempreture=1.0)
-    with pytest.raises(SettingsError, match="max_new_tokens"):
-        drawn(chars, ["a"], max_new_tokens=0)
-    with pytest.raises(SettingsError, match="prompt"):
-        drawn(chars, [])
-
-
-# ------------------------------------------------------------------ text and ids
+def test_settings_and_prompts_that_make_no_sense_are_refused_together(chars):
+    with pytest.raises(SettingsError) as caught:
+        drawn(chars, [], tempreture=1.0, max_new_tokens=0)
+    for word in ("tempreture", "max_new_tokens", "prompt"):
+        assert word in str(caught.value)
 
 
 def test_text_survives_the_way_to_ids_and_back(by_kind):

@@ -16,7 +16,9 @@ from exchange.saved_run import load_run
 from generation import generate
 from model import GPTConfig, attention_kernel
 from storage.checkpoint import read_safetensors
-from tests.conftest import REPOSITORY, train_in
+from tests.conftest import train_in
+from tests.hostile import project_trees
+from tests.programs import write_settings
 
 CPU = torch.device("cpu")
 # what torch 2.13 has and 2.7 has not, of the modules that are used or may come to be
@@ -62,9 +64,9 @@ def dotted(node: ast.AST) -> str:
     return node.id if isinstance(node, ast.Name) else ""
 
 
-def torch_names(source: str) -> Iterator[str]:
+def torch_names(tree: ast.Module) -> Iterator[str]:
     """Every name of torch that a file uses, as torch.cuda.graph, whatever it is imported as."""
-    tree, known = ast.parse(source), {}
+    known = {}
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             for name in (alias for alias in node.names if alias.name.partition(".")[0] == "torch"):
@@ -90,9 +92,8 @@ def is_relied_upon_in_vain(name: str) -> bool:
     return bool(prefixes & NEWER_NAMES) or any(part.startswith("_") for part in parts)
 
 
-@pytest.mark.parametrize(
-    ("source", "names"),
-    [
+def test_no_file_relies_on_a_newer_or_private_name_of_torch():
+    for source, names in (
         ("import torch\ntorch.cpu.get_capabilities()", ["torch.cpu.get_capabilities"]),
         ("import torch as t\nt._foreach_add_([], 1)", ["torch._foreach_add_"]),
         ("from torch import optim\noptim.Muon", ["torch.optim.Muon"]),
@@ -102,18 +103,13 @@ def is_relied_upon_in_vain(name: str) -> bool:
         ("model._apply(f)", ["torch.nn.Module._apply"]),
         ("import torch\ntorch.__version__\ntorch.compile(f).x", []),
         ('import torch\ngetattr(torch, "_foreach_add_", None)', []),
-    ],
-)
-def test_names_that_a_torch_may_lack_are_found(source, names):
-    assert sorted({n for n in torch_names(source) if is_relied_upon_in_vain(n)}) == names
-
-
-def test_no_file_relies_on_a_newer_or_private_name_of_torch():
+    ):
+        used = torch_names(ast.parse(source))
+        assert sorted({n for n in used if is_relied_upon_in_vain(n)}) == names
     found = {
-        f"{path.relative_to(REPOSITORY)}: {name}"
-        for path in [*REPOSITORY.glob("*.py"), *REPOSITORY.glob("*/**/*.py")]
-        if path.relative_to(REPOSITORY).parts[0] != "tests"
-        for name in torch_names(path.read_text(encoding="utf-8"))
+        f"{path}: {name}"
+        for path, tree in project_trees().items()
+        for name in torch_names(tree)
         if is_relied_upon_in_vain(name) and name not in TRIED
     }
     assert not found, "ask for it by getattr(), and do without; then name it in PRIVATE"
@@ -129,30 +125,13 @@ def oldest_torch(monkeypatch):
             monkeypatch.delattr(importlib.import_module(module), name, raising=False)
 
 
-SETTINGS = """
-CUSTOM_MODE = True
-DATA = "text.txt"
-TOKENIZER = "char"
-custom_params = {
-    "max_steps": 2,
-    "batch_size": 2,
-    "max_length": 16,
-    "eval_freq": 2,
-    "eval_iter": 1,
-    "optimizer": "muon",
-    "start_context": "river",
-    "model_overrides": {"n_heads": 1, "n_layers": 1, "emb_dim": 64, "drop_rate": 0.1},
-}
-sampling_params = {"max_new_tokens": 3}
-DEVICE = "cpu"
-RUN_NAME = "tiny"
-COMPILE = False
-"""
-
-
 def test_the_oldest_torch_trains_saves_loads_and_generates(oldest_torch, no_pictures, tmp_path):
-    (tmp_path / "text.txt").write_text("the river carries the bell " * 20, encoding="utf-8")
-    run = train_in(tmp_path, SETTINGS)
+    settings = {"max_steps": 2, "eval_freq": 2, "optimizer": "muon", "start_context": "river"}
+    settings["model_overrides"] = {"n_heads": 1, "n_layers": 1, "emb_dim": 64, "drop_rate": 0.1}
+    settings |= {"DEVICE": "cpu", "PRECISION": "auto", "COMPILE": False, "RUN_NAME": "tiny"}
+    settings |= {"sampling_params": {"max_new_tokens": 3}}
+    write_settings(tmp_path, "the river carries the bell " * 20, **settings)
+    run = train_in(tmp_path, (tmp_path / "settings.py").read_text(encoding="utf-8"))
     assert json.loads((run / "summary.json").read_text(encoding="utf-8"))["steps"] == 2
     for kind in WEIGHTS:
         loaded = load_run(run, weights=kind)

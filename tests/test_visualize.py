@@ -14,15 +14,9 @@ from visualize import render_losses
 
 def render(**changes) -> bytes | None:
     """The picture of a small run, with every warning an error."""
-    run = {
-        "steps": [0, 4, 8],
-        "train_losses": [10.8, 7.0, 5.5],
-        "val_losses": [10.8, 7.2, 6.1],
-        "best": 2,
-        "batch_losses": [10.8, 9.6, 8.1, 7.4, 6.9, 6.4, 6.0, 5.6],
-        "vocab_size": 50_257,
-        "title": "a-run",
-    }
+    run = {"train_losses": [10.8, 7.0, 5.5], "val_losses": [10.8, 7.2, 6.1], "steps": [0, 4, 8]}
+    run |= {"batch_losses": [10.8, 9.6, 8.1, 7.4, 6.9, 6.4, 6.0, 5.6], "best": 2}
+    run |= {"vocab_size": 50_257, "title": "a-run"}
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         return render_losses(**run | changes)
@@ -34,44 +28,32 @@ def pixels(png: bytes) -> np.ndarray:
     return image.imread(io.BytesIO(png), format="png")
 
 
-def one_evaluation(loss: float) -> dict:
-    losses = {"train_losses": [loss], "val_losses": [loss], "batch_losses": []}
-    return losses | {"steps": [0], "best": 0}
+ONE_EVALUATION = {"train_losses": [0.0], "val_losses": [0.0], "batch_losses": []}
+ONE_EVALUATION |= {"steps": [0], "best": 0}
+THOUSANDS = {"batch_losses": [math.exp(-i / 900) * 10 for i in range(5000)], "steps": [0, 9, 5000]}
+IDENTICAL = {"train_losses": [3.0] * 3, "val_losses": [3.0] * 3, "batch_losses": [3.0] * 30}
+ENORMOUS = {"batch_losses": [1000.0, 900.0], "train_losses": [1e3] * 3, "val_losses": [1e3] * 3}
+TWO_TOKENS = {"vocab_size": 2, "val_losses": [0.7, 0.6, 0.5], "train_losses": [0.7, 0.6, 0.4]}
 
 
 @pytest.mark.parametrize(
     "run",
     [
-        {},
-        one_evaluation(10.8),
-        one_evaluation(0.0),
-        {"batch_losses": [math.exp(-i / 900) * 10 for i in range(5000)], "steps": [0, 9, 5000]},
-        {"train_losses": [3.0] * 3, "val_losses": [3.0] * 3, "batch_losses": [3.0] * 30},
-        {"batch_losses": [1000.0, 900.0], "train_losses": [1e3] * 3, "val_losses": [1e3] * 3},
-        {"vocab_size": 2, "val_losses": [0.7, 0.6, 0.5], "train_losses": [0.7, 0.6, 0.4]},
-        {"title": "春江潮水"},
-        {"title": "$\\b^$ _{"},
-        {"title": ""},
-    ],
-    ids=[
-        "a small run",
-        "one evaluation",
-        "one evaluation at 0",
-        "thousands of batches",
-        "identical losses",
-        "losses past every tick",
-        "two tokens",
-        "a Chinese title",
-        "a title like a formula",
-        "no title",
+        pytest.param(ONE_EVALUATION | {"title": ""}, id="one evaluation at 0, no title"),
+        pytest.param(THOUSANDS | {"title": "春江潮水"}, id="thousands of batches, Chinese title"),
+        pytest.param(IDENTICAL | {"title": "$\\b^$ _{"}, id="identical losses, formula as title"),
+        pytest.param(ENORMOUS, id="losses past every tick"),
+        pytest.param(TWO_TOKENS, id="two tokens"),
     ],
 )
 def test_every_run_gives_a_picture_of_readable_size_without_a_warning(run):
-    picture = pixels(render(**run))
+    assert_readable(pixels(render(**run)))
+
+
+def assert_readable(picture: np.ndarray) -> None:
     height, width = picture.shape[:2]
     assert 400 <= height < width <= 2500
-    colours = picture[..., :3]
-    is_white = (colours == 1).all(axis=-1)
+    is_white = (picture[..., :3] == 1).all(axis=-1)
     assert 0.5 < is_white.mean() < 0.99  # drawn upon, and not painted over
     for half in (slice(0, width // 2), slice(width // 2, width)):
         assert not is_white[:, half].all()
@@ -81,8 +63,10 @@ def holds_colour(picture: np.ndarray, red: float, green: float, blue: float) -> 
     return bool((np.abs(picture[..., :3] - (red, green, blue)) < 0.02).all(axis=-1).any())
 
 
-def test_training_and_validation_are_left_and_batches_right():
-    picture = pixels(render())
+def test_the_picture_shows_the_losses_it_was_given_evaluations_left_and_batches_right():
+    picture, other = pixels(render()), pixels(render(val_losses=[10.8, 7.2, 4.0]))
+    assert_readable(picture)
+    assert not np.array_equal(other, picture)
     left, right = np.array_split(picture, 2, axis=1)
     blue, orange, star, green = (
         tuple(int(code[i : i + 2], 16) / 255 for i in (0, 2, 4))
@@ -93,12 +77,7 @@ def test_training_and_validation_are_left_and_batches_right():
         assert not holds_colour(right, *colour)
     assert holds_colour(right, *green)
     assert not holds_colour(left, *green)
-
-
-def test_the_picture_shows_the_losses_it_was_given():
-    same, other = render(), render(val_losses=[10.8, 7.2, 4.0])
-    assert np.array_equal(pixels(render()), pixels(same))
-    assert not np.array_equal(pixels(other), pixels(same))
+    assert np.array_equal(pixels(render()), picture)
 
 
 def test_without_matplotlib_there_is_no_picture(monkeypatch):

@@ -4,6 +4,7 @@ import contextlib
 import errno
 import functools
 import io
+import itertools
 import os
 import random
 import shutil
@@ -13,7 +14,7 @@ from typing import Any
 
 from engine.errors import ResourceError
 from storage import files as storage
-from tests.faults.saving import KEEP, TINY, damaged, leftovers, observed, session, step_folders
+from tests.faults.saving import KEEP, damaged, leftovers, observed, session, write_tree
 
 STARTS = ("empty", "a run")
 FAILING = {  # whether a call fails where the k-th is the first that does
@@ -34,17 +35,11 @@ class Disk:
     """
 
     def __init__(
-        self,
-        root: Path,
-        fails: Callable[[int], bool] = lambda number: False,
-        error: int = errno.EIO,
+        self, root: Path, fails: Callable[[int], bool] = lambda n: False, error: int = errno.EIO
     ) -> None:
-        self.root = root
-        self.calls = 0
-        self.failed = 0
+        self.root, self._fails, self._error = root, fails, error
+        self.calls = self.failed = 0
         self.log: list[tuple] = []
-        self._fails = fails
-        self._error = error
         self._open: dict[int, str] = {}  # handle -> path
 
     def __getattr__(self, name: str) -> Any:
@@ -72,10 +67,6 @@ class Disk:
         if dir_fd is not None:
             return os.path.normpath(os.path.join(self._open[dir_fd], path))
         return os.path.relpath(path, self.root)
-
-    def acknowledge(self, what: str, number: int) -> None:
-        """Note in the log that something counts as saved from here on."""
-        self.log.append(("acknowledged", what, number))
 
     # the calls, under the names that the os module gives them
 
@@ -108,15 +99,12 @@ class Disk:
     def replace(self, source: Any, target: Any) -> None:
         self.rename(source, target)
 
-    def unlink(self, path: Any, *, dir_fd: int | None = None) -> None:
+    def unlink(self, path: Any, *, dir_fd: int | None = None, remove: Callable = os.unlink) -> None:
         self.count()
-        os.unlink(path, dir_fd=dir_fd)
+        remove(path, dir_fd=dir_fd)
         self.log.append(("remove", self.place(path, dir_fd)))
 
-    def rmdir(self, path: Any, *, dir_fd: int | None = None) -> None:
-        self.count()
-        os.rmdir(path, dir_fd=dir_fd)
-        self.log.append(("remove", self.place(path, dir_fd)))
+    rmdir = functools.partialmethod(unlink, remove=os.rmdir)
 
     def scandir(self, path: Any) -> Iterator[os.DirEntry]:
         self.count()
@@ -126,29 +114,24 @@ class Disk:
         self.count()
         return os.lstat(path, dir_fd=dir_fd)
 
-    def open_file(self, path: Any, mode: str = "r", buffering: int = -1, **text: Any) -> Any:
+    def open_file(self, path: Any, mode: str = "r", buffering: int = -1) -> Any:
         """What open() is for storage/files.py."""
-        raw_mode = mode.replace("b", "")
-        if raw_mode == "r":
-            return open(path, mode, buffering, **text)
+        if mode in ("r", "rb"):
+            return open(path, mode, buffering)
+        assert mode == "wb"  # no session has another
         self.count()
-        raw = _WatchedFile(path, raw_mode, self)
-        self._open[raw.fileno()] = self.place(path)
-        if raw_mode in ("w", "a"):
-            self.log.append(("create", self.place(path), raw_mode == "w"))
-        if buffering == 0:
-            return raw
-        file = io.BufferedRandom(raw) if "+" in mode else io.BufferedWriter(raw)
-        return file if "b" in mode else io.TextIOWrapper(file, **text)
+        raw = _WatchedFile(path, self)
+        self.log.append(("create", self.place(path)))
+        return raw if buffering == 0 else io.BufferedWriter(raw)
 
 
 class _WatchedFile(io.FileIO):
     """A file whose every write and close the disk is asked about; a failing write writes half."""
 
-    def __init__(self, path: Any, mode: str, disk: Disk) -> None:
-        super().__init__(path, mode)
-        self._disk, self._place = disk, disk.place(path)
-        self._appends = "a" in mode
+    def __init__(self, path: Any, disk: Disk) -> None:
+        super().__init__(path, "w")
+        self._disk = disk
+        self._place = disk._open[self.fileno()] = disk.place(path)
 
     def write(self, content: Any) -> int:
         content = bytes(content)
@@ -157,7 +140,7 @@ class _WatchedFile(io.FileIO):
         except OSError:
             super().write(content[: len(content) // 2])
             raise
-        start = os.fstat(self.fileno()).st_size if self._appends else self.tell()
+        start = self.tell()
         done = super().write(content[:300])  # a disk may take less than all
         self._disk.log.append(("write", self._place, start, content[:done]))
         return done
@@ -177,30 +160,34 @@ def fail_every_call(folder: Path) -> dict[str, Any]:
     next session saves and cleans up.
     """
     counts, failures = {"sessions": 0, "calls": 0}, []
-    for start in STARTS:
-        for mode in FAILING:
-            for error in (errno.EIO, errno.ENOSPC):
-                faults, n_calls = fail_each_call(folder, start, mode, error)
-                counts["sessions"] += n_calls + 1
-                counts["calls"] = max(counts["calls"], n_calls)
-                failures += faults
+    for case in itertools.product(STARTS, FAILING, (errno.EIO, errno.ENOSPC)):
+        faults, n_calls = fail_each_call(folder, *case)
+        counts["sessions"] += n_calls + 1
+        counts["calls"] = max(counts["calls"], n_calls)
+        failures += faults
     return counts | {"failures": failures}
 
 
 def fail_each_call(folder: Path, start: str, mode: str, error: int) -> tuple[list[str], int]:
     """fail_every_call() for one of STARTS, one of FAILING and an errno; also how many calls."""
     prepared, now = folder / "prepared", folder / "now"
-    _prepare(prepared, with_run=start == "a run")
-    failures: list[str] = []
+    prepared.mkdir(parents=True)
+    if start == "a run":
+        session(prepared, KEEP)
+        half = {"model": b"half"}  # which kills have left
+        checkpoints = {".tmp-1-step-00000007": half, ".del-1-step-00000001": half}
+        run = {"checkpoints": checkpoints, ".tmp-1-settings.json": b"{"}
+        write_tree({"run": run}, prepared)
+    before, failures = observed(prepared), []
     disk, k = None, 0
     while disk is None or disk.failed:
         k += 1
         shutil.copytree(prepared, now)
-        before, raised = observed(now), None
+        raised = None
         disk = Disk(now, functools.partial(FAILING[mode], k), error)
         try:
             with disk.in_use():
-                session(now, 1, lambda what, number: None)
+                session(now, 1)
         except Exception as caught:
             raised = caught
         where = f"calls: {start}, {mode}, {errno.errorcode[error]}, call {k}"
@@ -210,38 +197,25 @@ def fail_each_call(folder: Path, start: str, mode: str, error: int) -> tuple[lis
     return failures, k - 1
 
 
-def _prepare(base: Path, with_run: bool) -> None:
-    base.mkdir(parents=True)
-    if not with_run:
-        return
-    session(base, KEEP, lambda what, number: None)
-    for name in (".tmp-1-step-00000007", ".del-1-step-00000001"):
-        (base / "run" / "checkpoints" / name).mkdir()
-        (base / "run" / "checkpoints" / name / "model").write_bytes(b"half")
-    (base / "run" / ".tmp-1-settings.json").write_bytes(b"{")
-
-
 def _faults_after(base: Path, before: dict[str, Any], raised: Exception | None) -> Iterator[str]:
     """What is not as it must be after a session that may have failed."""
     checkpoints, after = base / "run" / "checkpoints", observed(base)
     if raised is not None and not isinstance(raised, ResourceError):
         yield f"it raised {raised!r}"
-    old = {"settings": before["settings"], "step": before["step"]}
     new = {"settings": 1 + (before["settings"] or 0), "step": before["step"] + 1}
     for what, value in after.items():
-        if value != new[what] and (raised is None or value != old[what]):
+        if value != new[what] and (raised is None or value != before[what]):
             yield f"{what} is {value} after {raised!r}"
     yield from damaged(checkpoints)
-    expected = {"run", "checkpoints", "settings.json", "manifest.json", *TINY}
     for path in base.rglob("*"):
         below = path.relative_to(base).parts
-        if not any(part.startswith((".tmp-", ".del-", "step-")) for part in below) and (
-            path.name not in expected
-        ):
+        is_known = any(part.startswith((".tmp-", ".del-", "step-")) for part in below)
+        if not is_known and path.name not in ("run", "checkpoints", "settings.json"):
             yield f"{path} has appeared"
     with Disk(base).in_use():  # which is well again
-        session(base, 1, lambda what, number: None)
+        session(base, 1)
     if observed(base)["step"] != after["step"] + 1 or leftovers(base):
         yield f"the next save left {observed(base)} and {leftovers(base)}"
-    if len(step_folders(checkpoints)) > KEEP or damaged(checkpoints):
-        yield f"the next save left {[path.name for path in step_folders(checkpoints)]}"
+    names = [path.name for path in checkpoints.glob("step-*")]
+    if len(names) > KEEP or damaged(checkpoints):
+        yield f"the next save left {names}"

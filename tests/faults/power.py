@@ -1,5 +1,6 @@
 """Power cuts: a file system in memory that forgets what was not fsynced, cut at every place."""
 
+import copy
 import hashlib
 import os
 import random
@@ -8,9 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from tests.faults.disk import Disk
-from tests.faults.saving import observed, session
+from tests.faults.saving import Tree, observed, read_tree, session, write_tree
 
-Tree = dict[str, Any]  # name -> bytes of a file, or the Tree of a folder
 # what a power cut leaves of everything that was not fsynced:
 MODELS = (
     "dropped",  # nothing
@@ -24,7 +24,7 @@ class Replay:
     """A file system in memory that knows for each file and folder what of it is on the disk."""
 
     def __init__(self) -> None:
-        self._root = _Folder()
+        self._root = _Node({})
 
     def apply(self, entry: tuple) -> bool:
         """Do what an entry of a Disk's log says; False where that changes nothing."""
@@ -35,10 +35,9 @@ class Replay:
             return self._find(path).fsync()
         parent, name = self._find(os.path.dirname(path)), os.path.basename(path)
         if what == "mkdir":
-            parent.now[name] = _Folder()
+            parent.now[name] = _Node({})
         elif what == "create":
-            file = parent.now.setdefault(name, _File())
-            file.now = b"" if rest[0] else file.now
+            parent.now.setdefault(name, _Node(b"")).now = b""
         elif what == "write":
             start, content = rest
             file = parent.now[name]
@@ -53,12 +52,8 @@ class Replay:
             raise ValueError(f"the log has {what}")
         return True
 
-    def tree(self) -> Tree:
-        """All files as programs see them while there is power."""
-        return self._root.left("kept", random.Random(0))
-
-    def after_power_loss(self, model: str, chance: random.Random) -> Tree:
-        """What a power cut leaves, by one of MODELS."""
+    def left(self, model: str = "kept", chance: random.Random | None = None) -> Tree:
+        """What programs see while there is power, or what a cut leaves, by one of MODELS."""
         return self._root.left(model, chance)
 
     def _find(self, path: str) -> Any:
@@ -68,60 +63,32 @@ class Replay:
         return node
 
 
-class _File:
-    def __init__(self) -> None:
-        self.now = self.synced = b""
+class _Node:
+    """A file (bytes) or a folder (nodes by name): as programs see it, and as the disk has it."""
+
+    def __init__(self, content: Any) -> None:
+        self.now, self.synced = content, copy.copy(content)
 
     def fsync(self) -> bool:
-        before, self.synced = self.synced, self.now
+        before, self.synced = self.synced, copy.copy(self.now)
         return before != self.synced
 
-    def left(self, model: str, chance: random.Random) -> bytes:
-        if model == "kept" or (model == "mixed" and chance.random() < 0.5):
-            return self.now
-        if model == "zeroed" and self.now != self.synced:
-            return bytes(len(self.now))
-        return self.synced
-
-
-class _Folder:
-    def __init__(self) -> None:
-        self.now: dict[str, _File | _Folder] = {}
-        self.synced: dict[str, _File | _Folder] = {}
-
-    def fsync(self) -> bool:
-        before, self.synced = self.synced, dict(self.now)
-        return before != self.synced
-
-    def left(self, model: str, chance: random.Random) -> Tree:
-        lost = model == "dropped" or (model == "mixed" and chance.random() < 0.5)
-        entries = self.synced if lost else self.now
-        return {name: node.left(model, chance) for name, node in sorted(entries.items())}
-
-
-def write_tree(tree: Tree, folder: Path) -> None:
-    """Write a tree into a new folder."""
-    folder.mkdir(parents=True)
-    for name, content in tree.items():
-        if isinstance(content, dict):
-            write_tree(content, folder / name)
-        else:
-            (folder / name).write_bytes(content)
-
-
-def read_tree(folder: Path) -> Tree:
-    """A folder's files as a tree."""
-    return {
-        path.name: read_tree(path) if path.is_dir() else path.read_bytes()
-        for path in sorted(folder.iterdir())
-    }
+    def left(self, model: str, chance: random.Random | None) -> Any:
+        is_folder = isinstance(self.now, dict)
+        is_kept = model == "kept" or (is_folder and model in ("empty", "zeroed"))
+        if model == "mixed" and chance:
+            is_kept = chance.random() < 0.5
+        content = self.now if is_kept else self.synced
+        if is_folder:
+            return {name: node.left(model, chance) for name, node in sorted(content.items())}
+        return bytes(len(self.now)) if model == "zeroed" and self.now != content else content
 
 
 def record_session(base: Path, n_saves: int) -> list[tuple]:
     """The log of a session in a folder, with what it acknowledged."""
     disk = Disk(base)
     with disk.in_use():
-        session(base, n_saves, disk.acknowledge)
+        session(base, n_saves, lambda *what: disk.log.append(("acknowledged", *what)))
     return disk.log
 
 
@@ -150,7 +117,7 @@ class PowerLoss:
             if place <= since:
                 continue
             for model in MODELS:
-                left = self._observe(replay.after_power_loss(model, chance))
+                left = self._observe(replay.left(model, chance))
                 for what, found in left.items():
                     if (found or 0) < acknowledged.get(what, 0):
                         return (
@@ -181,11 +148,17 @@ def lose_power(seed: int, folder: Path, n_saves: int = 4) -> dict[str, Any]:
     log, loss = record_session(folder / "recorded", n_saves), PowerLoss(folder)
     whole = Replay()
     changing = [whole.apply(entry) for entry in log]
-    if whole.tree() != read_tree(folder / "recorded"):
+    if whole.left() != read_tree(folder / "recorded"):
         failures.append("power: the log is not all that was done")
     failures += filter(None, [loss.first_failure(log, seed=seed)])
-    first = log[: log.index(("acknowledged", "step", 2))]
-    failures += failures_after_kills(first, loss, folder, seed)
+    killed = Replay()
+    for place, entry in enumerate(log[: log.index(("acknowledged", "step", 2))], start=1):
+        killed.apply(entry)
+        write_tree(killed.left(), folder / "killed")
+        both = log[:place] + record_session(folder / "killed", 1)
+        shutil.rmtree(folder / "killed")
+        if found := loss.first_failure(both, seed=seed, since=place):
+            failures.append(f"killed after entry {place} {entry[:2]}, then {found}")
     # one that finds nothing to do is there for what a killed process left
     fsyncs = [i for i, entry in enumerate(log) if entry[0] == "fsync" and changing[i]]
     failures += [
@@ -195,20 +168,3 @@ def lose_power(seed: int, folder: Path, n_saves: int = 4) -> dict[str, Any]:
     ]
     counts = {"entries": len(log), "fsyncs": len(fsyncs), "cuts": loss.cuts}
     return counts | {"failures": failures}
-
-
-def failures_after_kills(
-    log: list[tuple], loss: PowerLoss, folder: Path, seed: int = 0
-) -> list[str]:
-    """Kill a session after each entry of its log, let a second one save, and cut its power."""
-    failures = []
-    replay = Replay()
-    for place, entry in enumerate(log, start=1):
-        replay.apply(entry)
-        base = folder / "killed"
-        write_tree(replay.tree(), base)
-        both = log[:place] + record_session(base, 1)
-        shutil.rmtree(base)
-        found = loss.first_failure(both, seed=seed, since=place)
-        failures += [f"killed after entry {place} {entry[:2]}, then {found}"] if found else []
-    return failures

@@ -27,27 +27,18 @@ class PhaseBoard:
     def __init__(self) -> None:
         memory = memoryview(mmap.mmap(-1, mmap.PAGESIZE))
         self._now = memory[:8].cast("q")
-        self._counts = memory[64:128].cast("q")
+        self.counts = memory[64:128].cast("q")  # how often the process has entered each phase
         self._seconds = memory[128:192].cast("d")
-
-    def clear(self) -> None:
-        """Begin anew, for another process."""
-        self._now[0] = 0
-        for i in range(len(PHASES)):
-            self._counts[i], self._seconds[i] = 0, 0.0
 
     @property
     def phase(self) -> str:
         """The phase that the process is in, or was in when it ended."""
         return PHASES[self._now[0]]
 
-    def count(self, phase: str) -> int:
-        """How often the process has entered a phase."""
-        return self._counts[PHASES.index(phase)]
-
     def mean_s(self, phase: str) -> float:
         """How long the process was in a phase each time, on average."""
-        return self._seconds[PHASES.index(phase)] / max(1, self.count(phase))
+        index = PHASES.index(phase)
+        return self._seconds[index] / max(1, self.counts[index])
 
     def marking(self, phase: str, function: Callable) -> Callable:
         """The function, with its phase marked while it runs."""
@@ -56,7 +47,7 @@ class PhaseBoard:
         @functools.wraps(function)
         def marked(*arguments: Any, **options: Any) -> Any:
             self._now[0] = index
-            self._counts[index] += 1
+            self.counts[index] += 1
             entered_at = time.perf_counter()
             try:
                 return function(*arguments, **options)
@@ -83,7 +74,7 @@ def import_what_runs_need() -> None:
 
 def start_run(work: Path, cache: Path, board: PhaseBoard) -> int:
     """Start main.py on work/settings.py in a process group of its own; returns its id."""
-    board.clear()
+    board.__init__()  # anew
     pid = forked(lambda: _be_a_run(work, cache, board))
     with contextlib.suppress(OSError):  # it does the same; whoever is first
         os.setpgid(pid, pid)
@@ -131,7 +122,7 @@ def run_and_kill(
     where it ended before. Raises RuntimeError where it leaves a process behind.
     """
     pid = start_run(work, cache, board)
-    while aim in LATEST and board.count(aim) < nth:
+    while aim in LATEST and board.counts[PHASES.index(aim)] < nth:
         if os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT):
             break
         time.sleep(0.0002)

@@ -1,6 +1,7 @@
 """Saves as a run makes them, what can be read of them afterwards, and a storm of kills."""
 
 import contextlib
+import itertools
 import json
 import os
 import random
@@ -26,6 +27,7 @@ from storage.files import (
 
 KEEP = 2  # folders, as many as checkpoints are kept
 SIZES = {"model": 60_000, "optimizer": 120_000, "state": 400}  # bytes
+Tree = dict[str, Any]  # name -> bytes of a file, or the Tree of a folder
 TINY = {"model": 24, "optimizer": 40, "state": 8}
 
 
@@ -45,7 +47,9 @@ def save(
         remove_folder(path)
 
 
-def session(base: Path, n_saves: int, acknowledge: Callable[[str, int], None]) -> None:
+def session(
+    base: Path, n_saves: int, acknowledge: Callable[[str, int], None] = lambda what, number: None
+) -> None:
     """What a run writes from its start on: its folder, its settings and n_saves folders more."""
     run = base / "run"
     make_folder(run)
@@ -60,30 +64,47 @@ def session(base: Path, n_saves: int, acknowledge: Callable[[str, int], None]) -
         save(run / "checkpoints", step, lambda step: acknowledge("step", step), TINY)
 
 
+def write_tree(tree: Tree, folder: Path) -> None:
+    """Write a tree into a folder, which may be there."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, content in tree.items():
+        if isinstance(content, dict):
+            write_tree(content, folder / name)
+        else:
+            (folder / name).write_bytes(content)
+
+
+def read_tree(folder: Path) -> Tree:
+    """A folder's files as a tree."""
+    return {
+        path.name: read_tree(path) if path.is_dir() else path.read_bytes()
+        for path in sorted(folder.iterdir())
+    }
+
+
 def step_folders(folder: Path) -> list[Path]:
     """All that has a final name, oldest first."""
     return sorted(folder.glob("step-*"))
 
 
-def newest_whole(folder: Path) -> int:
-    """The step of the newest folder that can be verified, 0 where none can."""
-    for path in reversed(step_folders(folder)):
-        with contextlib.suppress(CheckpointError):
-            facts = verify_folder(path)
-            if path.name == f"step-{facts['step']:08d}":
-                return facts["step"]
-    return 0
+def fault_of(path: Path) -> str | None:
+    """What is wrong with a folder under a final name, None where it is whole."""
+    try:
+        facts = verify_folder(path)
+    except CheckpointError as error:
+        return str(error)
+    return None if path.name == f"step-{facts['step']:08d}" else f"{path} holds {facts}"
 
 
 def damaged(folder: Path) -> list[str]:
     """What is wrong with folders under a final name."""
-    faults = []
-    for path in step_folders(folder):
-        try:
-            verify_folder(path)
-        except CheckpointError as error:
-            faults.append(str(error))
-    return faults
+    return [fault for path in step_folders(folder) if (fault := fault_of(path))]
+
+
+def newest_whole(folder: Path) -> int:
+    """The step of the newest folder that can be verified, 0 where none can."""
+    newest_first = reversed(step_folders(folder))
+    return next((int(path.name[5:]) for path in newest_first if not fault_of(path)), 0)
 
 
 def settings_number(run: Path) -> int | None:
@@ -125,15 +146,14 @@ def forked(work: Callable[[], None]) -> int:
     pid = os.fork()
     if pid:
         return pid
-    code = 1
     try:
         work()
-        code = 0
+        os._exit(0)
     except BaseException:
         traceback.print_exc()
         sys.stderr.flush()
     finally:
-        os._exit(code)
+        os._exit(1)
 
 
 def kill_storm(kills: int, seed: int, folder: Path, most_s: float = 0.04) -> dict[str, Any]:
@@ -145,8 +165,8 @@ def kill_storm(kills: int, seed: int, folder: Path, most_s: float = 0.04) -> dic
     not whole, or an acknowledged one that is lost.
     """
     chance = random.Random(seed)
-    counts = {"kills": 0, "acknowledged": 0, "half_written": 0, "half_removed": 0}
-    counts |= {"corrupt": 0, "lost": 0}
+    names = ("kills", "acknowledged", "half_written", "half_removed", "corrupt", "lost")
+    counts = dict.fromkeys(names, 0)
     failures: list[str] = []
     started_at = time.perf_counter()
     make_folder(folder)
@@ -155,25 +175,25 @@ def kill_storm(kills: int, seed: int, folder: Path, most_s: float = 0.04) -> dic
         saves_first = number % 2 == 0
         # what is removed is gone in no time
         delay_s = most_s * chance.random() ** (3 if saves_first else 1)
-        steps, ended_itself = _save_until_killed(folder, delay_s, saves_first)
         where = f"storm: seed {seed}, kill {number}"
+        steps, ended_itself = _save_until_killed(folder, delay_s, saves_first)
         if ended_itself:
             failures.append(f"{where}: the process ended before it was killed")
             break
         acknowledged = max([acknowledged, *steps])
-        counts["kills"] += 1
-        counts["acknowledged"] += len(steps)
-        counts["half_written"] += any(name.startswith(".tmp-") for name in leftovers(folder))
-        counts["half_removed"] += any(name.startswith(".del-") for name in leftovers(folder))
-        faults, newest = damaged(folder), newest_whole(folder)
-        counts["corrupt"] += bool(faults)
-        counts["lost"] += newest < acknowledged
+        left, faults, newest = leftovers(folder), damaged(folder), newest_whole(folder)
         failures += [f"{where}: {fault}" for fault in faults]
         if newest < acknowledged:
             failures.append(f"{where}: step {acknowledged} is lost, the newest is {newest}")
+        counts["kills"] += 1
+        counts["acknowledged"] += len(steps)
+        counts["half_written"] += any(name.startswith(".tmp-") for name in left)
+        counts["half_removed"] += any(name.startswith(".del-") for name in left)
+        counts["corrupt"] += bool(faults)
+        counts["lost"] += newest < acknowledged
     remove_orphans(folder)
-    if leftovers(folder):
-        failures.append(f"storm: seed {seed}: {leftovers(folder)} are still there")
+    if left := leftovers(folder):
+        failures.append(f"storm: seed {seed}: {left} are still there")
     seconds = time.perf_counter() - started_at
     return counts | {"kills_per_s": round(kills / seconds, 1), "failures": failures}
 
@@ -185,19 +205,16 @@ def _save_until_killed(folder: Path, delay_s: float, saves_first: bool) -> tuple
     def work() -> None:
         os.close(readable)
         remove_orphans(folder)
-        step = newest_whole(folder)
-        while True:
-            step += 1
+        for step in itertools.count(newest_whole(folder) + 1):
             save(folder, step, lambda step: os.write(writable, step.to_bytes(8, "little")))
 
     pid = forked(work)
     os.close(writable)
     if saves_first:
-        select.select([readable], [], [], 30)
+        select.select([readable], [], [], 120)
     time.sleep(delay_s)
     os.kill(pid, signal.SIGKILL)
     _, status = os.waitpid(pid, 0)
     with open(readable, "rb") as pipe:
-        content = pipe.read()
-    steps = [int.from_bytes(content[i : i + 8], "little") for i in range(0, len(content), 8)]
+        steps = [int.from_bytes(number, "little") for number in iter(lambda: pipe.read(8), b"")]
     return steps, not os.WIFSIGNALED(status)
