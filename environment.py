@@ -3,7 +3,6 @@
 import dataclasses
 import gc
 import sys
-import tempfile
 import weakref
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +13,7 @@ from torch.utils.data import DataLoader
 from data import TokenSlice, WindowPlan, make_loaders, measure_tokens, plan_windows
 from distributed.parallel import Parallel, join
 from engine.console import in_kernel, say
-from engine.errors import DataError, ResourceError, first_line
+from engine.errors import DataError, ResourceError
 from engine.memory import as_bytes
 from engine.metrics import TokenSize
 from engine.optim import build_optimizer, default_learning_rate
@@ -27,6 +26,7 @@ from planning.machine import (
     Machine,
     check_arithmetic,
     check_devices,
+    decide_attention,
     decide_machine,
     find_machine,
     fit_into_memory,
@@ -38,7 +38,7 @@ from planning.preflight import show_machine, show_model, show_text, show_trainin
 from planning.runs import Candidates, SettledRun, find_candidates, settle_run
 from planning.settings_file import read_given_settings
 from planning.trial import Compiled, Trial, try_out
-from storage.files import make_folder, write_atomically
+from storage.cache import usable_cache
 from storage.tracking import check_trackers
 from text.sources import parse_data
 from text.token_cache import TokenizedText, tokenize
@@ -47,9 +47,6 @@ from training.learner import Learner
 from training.run_folder import RunFolder
 from training_utils import TrainingConfig
 
-CACHE = Path(__file__).resolve().parent / "cache"
-# tells backup programs that a folder is a cache (bford.info/cachedir)
-CACHE_TAG = b"Signature: 8a477f597d28d172789f06886806bc55\n"
 _earlier_models: weakref.WeakSet[GPTModel] = weakref.WeakSet()  # of this process
 
 
@@ -104,17 +101,18 @@ def _prepare(settings: str | Path | None, parallel: Parallel) -> RuntimeEnv:
     parallel.require_same(**plan.as_words())
     parallel.choose_kind(plan.run.PARALLEL)
     candidates = parallel.from_main(lambda: _find_candidates(plan, parallel))
-    machine = find_machine(plan, parallel)
+    machine = find_machine(plan, cache := usable_cache(), parallel)
     show_machine(machine, plan)
 
-    text = _read_text(plan, candidates, parallel)
+    text = _read_text(plan, candidates, cache, parallel)
     run = settle_run(candidates, text.tokenizer.fingerprint, text.sha256)
-    asked = decide_training(plan.training, run.before)
+    asked = decide_training(plan, machine.device, text.n_tokens, run.before)
     windows, about_windows = _cut(text, plan, asked)
     machine = decide_machine(machine, plan, asked, windows, run.before)
 
     model = fresh_model(plan, asked, windows, text.tokenizer.vocab_size, machine)
     show_model(plan.model_name, model)
+    machine = decide_attention(machine, model, plan, asked, windows, run.before)
     machine = fit_into_memory(machine, model, asked, windows)
     train_loader, val_loader = _make_loaders(text, plan, asked, windows, machine)
     machine = check_arithmetic(machine, model, train_loader)
@@ -167,19 +165,6 @@ def _free_earlier_runs() -> None:
             f"Note: an earlier model is still in memory ({as_bytes(n_bytes)}, and more for its "
             "optimizer):  del env  (or what its name is) before you prepare another frees it"
         )
-
-
-def usable_cache() -> Path:
-    """The cache folder, or a temporary one if that can't be written (in a read-only checkout)."""
-    try:
-        make_folder(CACHE)
-        write_atomically(CACHE / "CACHEDIR.TAG", CACHE_TAG)
-    except ResourceError as error:
-        instead = Path(tempfile.gettempdir()) / "gpt-trainer-cache"
-        say(f"Note: {first_line(error)} {instead} serves as cache")
-        make_folder(instead)
-        return instead
-    return CACHE
 
 
 def _cut(text: TokenizedText, plan: RunPlan, asked: TrainingConfig) -> tuple[WindowPlan, list[str]]:
@@ -238,6 +223,7 @@ def _make_record(
         precision=KeptPrecision(learner.precision.name, learner.precision.reason),
         threads=trial.threads,
         micro_batch=learner.micro_batch,
+        attention=learner.model.blocks[0].attention.kernel,
         compiled=compiled.on,
         why_compiled=compiled.reason,
         tokenizer=text.tokenizer.fingerprint,
@@ -270,7 +256,9 @@ def _find_candidates(plan: RunPlan, parallel: Parallel) -> Candidates:
     )
 
 
-def _read_text(plan: RunPlan, candidates: Candidates, parallel: Parallel) -> TokenizedText:
+def _read_text(
+    plan: RunPlan, candidates: Candidates, cache: Path, parallel: Parallel
+) -> TokenizedText:
     """The text as tokens; with the DATA of the likeliest candidate, only that run's own text."""
     spec = parse_data(plan.run.DATA)
     before = candidates.likeliest
@@ -280,7 +268,7 @@ def _read_text(plan: RunPlan, candidates: Candidates, parallel: Parallel) -> Tok
 
     def read(stand_in: bool | None) -> TokenizedText:
         ratio = plan.training.train_ratio
-        return tokenize(spec, plan.run.TOKENIZER, ratio, usable_cache(), stand_in=stand_in)
+        return tokenize(spec, plan.run.TOKENIZER, ratio, cache, stand_in=stand_in)
 
     try:
         # other ranks usually find the main rank's tokens in the cache

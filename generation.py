@@ -24,8 +24,7 @@ from engine.compiling import (
     weight_addresses,
 )
 from engine.devices import steady_attention
-from engine.errors import NumericsError, SettingsError
-from engine.memory import is_out_of_memory
+from engine.errors import NumericsError, SettingsError, is_out_of_memory
 from engine.settings import check, find_problems, raise_if_any, setting, unknown_name
 from engine.weights import OneRowProducts
 from model import KVCache
@@ -314,7 +313,7 @@ class Rows:
         cache = KVCache(list(map(len, windows)), longest if recorded else capacity, device)
         padded = [[0] * (longest - len(window)) + window for window in windows]
         ids = torch.tensor(padded, device=device)  # (B, longest)
-        with _kernels_for(ids):
+        with _kernels_for(self._model, ids):
             logits = self._model.head(self._model.hidden(ids, cache.advance(longest))[:, -1])
         if self._copies > 1:
             cache.repeat(self._copies)
@@ -392,7 +391,7 @@ class _Batch:
         self, model: nn.Module, ids: torch.Tensor, recent: torch.Tensor, *columns: torch.Tensor
     ) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
         """A step and the next state, of which a fixed cache's has the newest column, (1,)."""
-        with _kernels_for(ids):
+        with _kernels_for(model, ids):
             if columns:
                 logits = model.decode(ids, self._cache, *columns)
             else:
@@ -418,9 +417,11 @@ def _newest(texts: list[list[int]], n: int, device: torch.device) -> torch.Tenso
     return torch.tensor(padded, dtype=torch.long, device=device)
 
 
-def _kernels_for(ids: torch.Tensor) -> contextlib.AbstractContextManager:
+def _kernels_for(model: nn.Module, ids: torch.Tensor) -> contextlib.AbstractContextManager:
     """The context of the kernels that suit generation from (B, T) ids."""
     is_one_row = ids.numel() == 1 and ids.device.type == "cpu"
+    if is_one_row and getattr(model, "decodes_by_onednn", False):
+        return contextlib.nullcontext()
     return OneRowProducts() if is_one_row else steady_attention(ids.device)
 
 

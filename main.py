@@ -33,11 +33,11 @@ from engine.errors import (
     first_line,
 )
 from engine.metrics import bits_per_byte, bits_per_character, perplexity
+from engine.processor import using_threads
 from environment import RuntimeEnv, prepare_environment
 from storage.files import write_json
 from train import continue_prompts, train
 from training.journal import PICTURE, Journal
-from training.learner import using_threads
 
 LINE = "=" * 70
 

@@ -9,6 +9,7 @@ V vocabulary.
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import Any, Self
 
@@ -30,6 +31,7 @@ MLP_KINDS = {"gpt2": tuple(ACTIVATIONS), "llama": ("swiglu",)}
 INIT_STD = 0.02
 RMS_NORM_EPS = 1e-6
 SHORT_CONTEXT = 512
+ATTENTIONS = ("fused", "plain")  # kernels of a CPU's training steps
 
 
 @dataclass(frozen=True)
@@ -235,8 +237,9 @@ class CausalSelfAttention(nn.Module):
         self.layer = layer
         self.head_dim = config.emb_dim // config.n_heads
         self.heads = config.n_heads, config.n_kv_heads, config.n_kv_heads
-        self.drop_rate = config.attention_drop_rate
-        self.is_short = config.context_length <= SHORT_CONTEXT
+        self.drop_rate, self.context_length = config.attention_drop_rate, config.context_length
+        # one of ATTENTIONS; None is the usual one of the dtype
+        self.kernel: str | None = None
         # queries, keys and values are one product
         self.qkv_rows = [heads * self.head_dim for heads in self.heads]
         self.qkv = nn.Linear(config.emb_dim, sum(self.qkv_rows), bias=config.qkv_bias)
@@ -265,7 +268,8 @@ class CausalSelfAttention(nn.Module):
         dropout = self.drop_rate if self.training else 0.0
         q, k, v = (tensor.transpose(1, 2) for tensor in (q, k, v))  # (B, H, T, D)
         if newest is None:
-            x = attend(q, k, v, dropout, is_short=self.is_short)
+            kernel = self.kernel or usual_attention(q.dtype, self.context_length)
+            x = attend(q, k, v, dropout, is_plain=kernel == "plain")
         else:
             k, v = newest.extend(self.layer, k, v)
             x = F.scaled_dot_product_attention(
@@ -279,15 +283,15 @@ class CausalSelfAttention(nn.Module):
         return self.out_proj(x.transpose(1, 2).reshape(B, T, C))
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, dropout: float, *, is_short: bool) -> Tensor:
+def attend(q: Tensor, k: Tensor, v: Tensor, dropout: float, *, is_plain: bool) -> Tensor:
     """Causal attention of (B, H, T, D) queries over (B, K, T, D) keys and values: (B, H, T, D).
 
-    The backward pass of the CPU's kernel does not use the bf16 matmul kernels. Plain products take
-    at most half its time, but keep every head's T x T probabilities: they are for short contexts.
+    On CPUs, is_plain trains with plain products in place of the fused kernel, whose backward pass
+    does not use the bf16 matmul kernels. They keep every head's T x T probabilities.
     """
     T, D = q.shape[2:]
-    has_slow_kernel = q.device.type == "cpu" and q.dtype == torch.bfloat16
-    if not (has_slow_kernel and is_short and torch.is_grad_enabled() and dropout == 0):
+    is_plain = is_plain and q.device.type == "cpu" and torch.is_grad_enabled()
+    if not is_plain or dropout > 0:
         return F.scaled_dot_product_attention(
             q, k, v, dropout_p=dropout, is_causal=True, enable_gqa=q.shape[1] != k.shape[1]
         )
@@ -297,6 +301,25 @@ def attend(q: Tensor, k: Tensor, v: Tensor, dropout: float, *, is_short: bool) -
     mask = torch.full((T, T), -math.inf, dtype=q.dtype).triu(1)
     scores = torch.baddbmm(mask, q.flatten(0, 1), k.flatten(0, 1).mT, alpha=D**-0.5)
     return (scores.softmax(-1) @ v.flatten(0, 1)).view(q.shape)  # softmax is fp32 within
+
+
+def usual_attention(dtype: torch.dtype, context_length: int) -> str:
+    """The kernel that is usually faster in a CPU's training steps: "fused" or "plain"."""
+    is_plain = dtype == torch.bfloat16 and context_length <= SHORT_CONTEXT
+    return "plain" if is_plain else "fused"
+
+
+def attention_step(config: GPTConfig, dtype: torch.dtype, kernel: str) -> Callable[[], object]:
+    """One of ATTENTIONS as a forward and a backward pass over one window on a CPU."""
+    shape = (1, config.n_heads, config.context_length, config.emb_dim // config.n_heads)
+    q, k, v = (torch.full(shape, 0.1, dtype=dtype, requires_grad=True) for _ in range(3))
+
+    def run() -> object:
+        with torch.enable_grad():
+            loss = attend(q, k, v, 0.0, is_plain=kernel == "plain").sum()
+            return torch.autograd.grad(loss, (q, k, v))
+
+    return run
 
 
 def attention_kernel(config: GPTConfig, precision: Precision, device: torch.device) -> str:
@@ -393,6 +416,8 @@ class GPTModel(nn.Module):
         self.config = config
         # True: recompute blocks in the backward pass, with less memory and a third more time
         self.activation_checkpointing = False
+        # on a CPU, True: products of one row are oneDNN's, not torch's own
+        self.decodes_by_onednn = False
         self.token_embedding = nn.Embedding(config.vocab_size, config.emb_dim)
         if config.positions == "learned":
             self.position_embedding = nn.Embedding(config.context_length, config.emb_dim)

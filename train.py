@@ -26,6 +26,7 @@ from engine.optim import (
     set_learning_rate,
 )
 from engine.precision import Precision, choose_precision
+from engine.processor import using_threads
 from engine.randomness import random_state, set_random_state
 from engine.settings import find_problems, raise_if_any, shown
 from environment import RuntimeEnv
@@ -34,7 +35,7 @@ from storage.checkpoint import BestWeights, CheckpointStore, SaveClock, copy_wei
 from storage.tracking import open_trackers
 from text.tokenizer import Tokenizer
 from training.journal import PICTURE, History, Journal
-from training.learner import Learner, Step, count_steps, steps_of_epoch, using_threads
+from training.learner import Learner, Step, count_steps, steps_of_epoch
 from training.run_folder import RunFolder
 from training_utils import TrainingConfig, as_prompts
 

@@ -28,6 +28,7 @@ from engine.precision import DTYPES
 from engine.processor import prepare_processor
 from engine.weights import OneRowProducts, convert_weights
 from environment import pick_device
+from exchange.saved_run import fastest_reader
 from generation import stream
 from model import GPTConfig, GPTModel, KVCache
 from planning.plan import MODELS_FILE, read_models
@@ -141,17 +142,18 @@ def theirs(model: GPTModel, folder: Path, device: torch.device) -> Iterator[Cont
 def ours(model: GPTModel, device: torch.device) -> Iterator[Contender]:
     """Our model with each kind of weights that the device supports."""
 
-    def contender(kind: str) -> Contender:
-        our_model = converted(model, kind, device)
+    def contender(requested: str) -> Contender:
+        our_model = converted(model, requested, device)
 
         def generate(prompts: list[list[int]], count: int) -> list[list[int]]:
             steps = stream(our_model, prompts, max_new_tokens=count, temperature=0.0)
             return [[token.id for token in row] for row in zip(*steps, strict=True)]
 
-        return Contender(f"ours, {kind}", kind, generate)
+        kind = fastest_reader(requested, device, model)[0]
+        return Contender(f"ours, {requested}", kind, generate)
 
-    for kind in kinds_on(device):
-        yield contender(kind)
+    for requested in (*kinds_on(device), "auto"):
+        yield contender(requested)
 
 
 def kinds_on(device: torch.device) -> list[str]:
@@ -159,9 +161,10 @@ def kinds_on(device: torch.device) -> list[str]:
     return [kind for kind in BYTES if kind != "int8" or device.type == "cpu"]
 
 
-def converted(model: GPTModel, kind: str, device: torch.device) -> GPTModel:
-    """A copy of a model with this kind of weights, as load_run() makes it."""
+def converted(model: GPTModel, requested: str, device: torch.device) -> GPTModel:
+    """A copy of a model with such weights, as load_run() makes it."""
     copy = deepcopy(model)
+    kind, copy.decodes_by_onednn, _ = fastest_reader(requested, device, copy)
     convert_weights(copy, kind)
     return copy.to(device).eval()
 
@@ -243,6 +246,11 @@ def report(rows: list[dict], bandwidths: list[float], agreement: dict, same: boo
             f"{kind}: logits {seen['mean_difference_by_std']:.2%} of their standard deviation from "
             f"fp32's, the same greedy token at {seen['same_greedy_token']:.1%}"
         )
+    alone = {row["name"]: row["tokens_per_s"] for row in rows if row["batch"] == 1}
+    auto = alone["ours, auto"]
+    exact = max(speed for name, speed in alone.items() if name in ("ours, fp32", "ours, bf16"))
+    theirs = max(speed for name, speed in alone.items() if name.startswith("transformers"))
+    say(f"auto: {auto / exact:.2f} of our faster exact kind, {auto / theirs:.2f} of their faster")
     say(f"fp32 gives transformers' tokens: {'yes' if same else 'NO'}")
 
 

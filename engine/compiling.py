@@ -20,9 +20,9 @@ from engine.console import tell
 from engine.devices import cuda_capability
 from engine.errors import SettingsError, first_line
 
-# measured on 6- and 12-layer models: the share of a step's time saved, seconds to compile
-CPU_SAVES, CPU_SECONDS = 0.15, 30.0
-GPU_SAVES, GPU_SECONDS = 0.3, 60.0
+# where nothing was measured yet: the share of a step's time saved, and the seconds to compile; of
+# 6- and 12-layer models on a CPU and a GPU, and of a small model's CUDA graphs
+CPU_EXPECTED, GPU_EXPECTED, GRAPHS_EXPECTED = (0.15, 30.0), (0.3, 60.0), (0.5, 60.0)
 # parameters; with fewer, a GPU waits for the host's kernel launches, which CUDA graphs avoid
 SMALL_MODEL = 30_000_000
 MOST_KEPT = 4  # recorded steps of a model
@@ -47,10 +47,11 @@ def what_prevents_compiling(device: torch.device) -> str | None:
     return None
 
 
-def is_repaid(step_seconds: float, steps: int, device: torch.device) -> bool:
-    """Whether compiling saves twice its own time in steps that take step_seconds uncompiled."""
-    saves, seconds = (CPU_SAVES, CPU_SECONDS) if device.type == "cpu" else (GPU_SAVES, GPU_SECONDS)
-    return steps * step_seconds * saves > 2 * seconds
+def expected_savings(model: nn.Module, device: torch.device) -> tuple[float, float]:
+    """The share of a step's time that compiling usually saves, and the seconds that it takes."""
+    if device.type == "cpu":
+        return CPU_EXPECTED
+    return GRAPHS_EXPECTED if device.type == "cuda" and _is_small(model) else GPU_EXPECTED
 
 
 def compile_model(
@@ -65,11 +66,14 @@ def compile_model(
         for block in model.blocks:
             block.forward = torch.compile(block.forward, dynamic=False)
         return
-    is_small = sum(p.numel() for p in model.parameters()) < SMALL_MODEL
     # the CUDA graphs of several micro-batches overwrite each other's gradients (pytorch#169545)
-    has_graphs = device.type == "cuda" and is_small and micro_batches == 1
+    has_graphs = device.type == "cuda" and _is_small(model) and micro_batches == 1
     mode = "reduce-overhead" if has_graphs else "default"
     model.hidden = torch.compile(model.hidden, dynamic=False, mode=mode)
+
+
+def _is_small(model: nn.Module) -> bool:
+    return sum(p.numel() for p in model.parameters()) < SMALL_MODEL
 
 
 def compile_decoding(model: nn.Module, device: torch.device) -> None:

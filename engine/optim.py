@@ -20,7 +20,8 @@ MOMENTUM = 0.95
 NEWTON_SCHULZ_STEPS = 5
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # of x, x^3 and x^5
 MUON_RMS = 0.2  # of an update, AdamW's usual one, so that both use the same learning rates
-MOST_AT_ONCE = 2**22  # elements in a stack of matrices: more is no faster and takes memory
+# elements in a stack of matrices: more is no faster and takes memory; a GPU needs more to be busy
+MOST_AT_ONCE, GPU_MOST_AT_ONCE = 2**22, 2**24
 
 SCHEDULES = ("cosine", "wsd", "constant")
 FLOOR = 0.1  # the share of the peak at which a decaying schedule ends
@@ -230,7 +231,8 @@ class Muon(torch.optim.Optimizer):
             for matrix in zip(*(tensor.split(rows) for tensor in merged), strict=True):
                 of_shape.setdefault(matrix[0].shape, []).append(matrix)
         for shape, matrices in of_shape.items():
-            count = max(1, MOST_AT_ONCE // shape.numel())
+            is_gpu = matrices[0][0].device.type != "cpu"
+            count = max(1, (GPU_MOST_AT_ONCE if is_gpu else MOST_AT_ONCE) // shape.numel())
             for first in range(0, len(matrices), count):
                 self._move_stack(matrices[first : first + count], group, found_inf)
 

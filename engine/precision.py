@@ -61,6 +61,13 @@ def keep_precision(name: str, device: torch.device) -> Precision:
     return Precision(name, f"as when this run began, but slow here: {hardware}", device.type)
 
 
+def may_be_slow(precision: Precision) -> bool:
+    """Whether fp32 can be faster on some devices for which this precision is chosen."""
+    if precision.device_type == "cpu":  # AMX is far faster than fp32, AVX-512 not everywhere
+        return precision.name == "bf16" and not _cpu_capabilities().get("amx_bf16")
+    return precision.device_type == "mps" and precision.name == "bf16"  # M1 and M2 emulate it
+
+
 def _fastest_format(device: torch.device) -> tuple[str, str]:
     """The format of the fastest matrix products on this device, and why."""
     if device.type == "cuda":

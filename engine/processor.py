@@ -1,8 +1,10 @@
 """Settings for this machine's processor: threads, denormal numbers and freed memory."""
 
+import contextlib
 import ctypes
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -40,6 +42,19 @@ def default_threads(processes: int = 1) -> int:
     own = torch.get_num_threads() if processes == 1 else os.cpu_count()
     limits = [own, physical_cores(TOPOLOGY), quota_cores(CGROUP)]
     return max(1, min(limit for limit in limits if limit) // processes)
+
+
+@contextlib.contextmanager
+def using_threads(count: int) -> Iterator[None]:
+    """Let torch use `count` threads in here."""
+    before = torch.get_num_threads()
+    if count != before:  # setting even the same number makes a new thread pool
+        torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        if count != before:
+            torch.set_num_threads(before)
 
 
 def threads_are_set(processes: int = 1) -> bool:

@@ -6,6 +6,7 @@ The nn.Linear layers get bf16 or int8 weights; embeddings, norms and the residua
 import contextlib
 import functools
 import threading
+from collections.abc import Callable, Sequence
 from typing import ClassVar
 
 import torch
@@ -18,6 +19,15 @@ from engine.precision import choose_precision
 WEIGHTS = ("auto", "fp32", "bf16", "int8")
 # of the highest logits, which are recomputed in fp32: bf16 can't tell 20.0 from 20.1
 EXACT_LOGITS = 32
+# what "auto" chooses from on a CPU: by name, the kind, and whether oneDNN multiplies one row
+READERS = {
+    "bf16 by torch": ("bf16", False),
+    "bf16 by oneDNN": ("bf16", True),
+    "fp32": ("fp32", True),
+}
+# weights that a trial multiplies: more than processors' caches hold. A model with fewer in all is
+# about as fast either way
+TRIAL_WEIGHTS = 2**25
 # the int8 kernel goes row by row: with more rows a bf16 product is faster. It reads INT8_WIDTH
 # weights at once, beyond the end of a row whose length is no multiple of that
 MOST_INT8_ROWS, INT8_WIDTH = 16, 64
@@ -35,6 +45,33 @@ def choose_weights(requested: str, device: torch.device) -> str:
     # any CPU is faster: a product of one row needs no bf16 units
     is_fast = device.type == "cpu" or choose_precision("auto", device).name == "bf16"
     return "bf16" if is_fast else "fp32"
+
+
+def reading_trials(
+    shapes: Sequence[tuple[int, int]], requested: str
+) -> dict[str, Callable[[], object]]:
+    """The READERS for "auto" or "bf16" weights of these (out, in) shapes, each as a product of
+    one row by about TRIAL_WEIGHTS of them, to be timed."""
+    sizes = [rows * columns for rows, columns in shapes]
+    n = next((n for n in range(1, len(sizes)) if sum(sizes[:n]) >= TRIAL_WEIGHTS), len(sizes))
+
+    def trial(dtype: torch.dtype, with_onednn: bool) -> Callable[[], object]:
+        weights = [torch.full(shape, 0.01, dtype=dtype) for shape in shapes[:n]]
+        inputs = [torch.full((1, shape[1]), 0.01, dtype=dtype) for shape in shapes[:n]]
+
+        @torch.no_grad()
+        def run() -> None:
+            with contextlib.nullcontext() if with_onednn else OneRowProducts():
+                for x, weight in zip(inputs, weights, strict=True):
+                    F.linear(x, weight)
+
+        return run
+
+    return {
+        name: trial(torch.float32 if kind == "fp32" else torch.bfloat16, with_onednn)
+        for name, (kind, with_onednn) in READERS.items()
+        if kind == "bf16" or requested == "auto"
+    }
 
 
 @functools.cache

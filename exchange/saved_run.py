@@ -1,24 +1,34 @@
 """A run loaded for inference: weights, tokenizer and settings, without the trainer."""
 
+import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from engine.compiling import compile_decoding
 from engine.errors import CheckpointError, DataError, ResourceError, SettingsError
 from engine.memory import as_bytes, available_memory
-from engine.processor import prepare_processor
+from engine.processor import default_threads, prepare_processor, using_threads
 from engine.settings import shown
-from engine.weights import choose_weights, convert_weights
+from engine.weights import (
+    READERS,
+    TRIAL_WEIGHTS,
+    choose_weights,
+    convert_weights,
+    reading_trials,
+)
 from generation import SamplingConfig
 from model import GPTConfig, GPTModel
+from planning.choices import Choices
 from planning.decisions import RunRecord, read_record
 from planning.machine import pick_device
 from planning.runs import newest_finished_run
 from planning.settings_file import read_given_settings
+from storage.cache import usable_cache
 from storage.checkpoint import assign_weights, read_weights
 from storage.files import SETTINGS
 from text.tokenizer import GPT2_FINGERPRINT, Tokenizer, load_tokenizer
@@ -33,6 +43,7 @@ class LoadedRun:
     device: torch.device
     model: GPTModel
     weights: str  # their format: "fp32", "bf16" or "int8"
+    why_weights: str | None  # what was measured to choose it; None if nothing was
     n_parameters: int
     tokenizer: Tokenizer
     sampling: SamplingConfig  # the run's own
@@ -50,15 +61,16 @@ def load_run(
     """Load the model of a run for inference; the run may be training meanwhile.
 
     folder is a path, or a name in OUTPUT_DIR; None is the run that finished last. which is "best"
-    (validation loss) or "last". weights "auto" is bf16, or fp32 on GPUs without it; "int8" is
-    faster on CPUs and less exact. compiled (CUDA only) makes tokens faster, after half a minute
+    (validation loss) or "last". weights "auto" is bf16, or fp32 on GPUs without it; for a large
+    model on a CPU it is what a trial finds faster, which the cache keeps. "int8" is faster on CPUs
+    and less exact. compiled (CUDA only) makes tokens faster, after half a minute
     for each batch size. Raises CheckpointError without a sound run, SettingsError, ResourceError.
     """
     prepare_processor()
     path = _find_run(folder)
     record = read_record(path)
     chosen = pick_device(device)
-    kind = choose_weights(weights, chosen)
+    choose_weights(weights, chosen)  # refuses early what can't be
     tokenizer = _tokenizer_of(path, record)
     step, tensors = read_weights(path, record.run_id, which)
     _require_fit(record.model, tensors, path)
@@ -66,6 +78,7 @@ def load_run(
         model = GPTModel(record.model)
     assign_weights(model, tensors, path)
     n_parameters = model.count_parameters()
+    kind, model.decodes_by_onednn, why_weights = fastest_reader(weights, chosen, model)
     convert_weights(model, kind)
     model.to(chosen).eval().requires_grad_(False)
     if compiled:
@@ -76,11 +89,29 @@ def load_run(
         device=chosen,
         model=model,
         weights=kind,
+        why_weights=why_weights,
         n_parameters=n_parameters,
         tokenizer=tokenizer,
         sampling=record.sampling,
         settings=record.to_json(),
     )
+
+
+def fastest_reader(
+    requested: str, device: torch.device, model: GPTModel
+) -> tuple[str, bool, str | None]:
+    """The weights' kind, whether oneDNN multiplies one row by them, and what was measured."""
+    kind = choose_weights(requested, device)
+    shapes = [tuple(m.weight.shape) for m in model.modules() if isinstance(m, nn.Linear)]
+    is_large = sum(math.prod(shape) for shape in shapes) >= TRIAL_WEIGHTS
+    if device.type != "cpu" or kind != "bf16" or not is_large:
+        return kind, False, None
+    choices = Choices(usable_cache(), device, default_threads())
+    trials = reading_trials(shapes, requested)
+    distinct = ", ".join(f"{n} x {m}" for n, m in dict.fromkeys(shapes))
+    with using_threads(choices.threads):
+        choice = choices.fastest(f"one row by {distinct} ({', '.join(trials)})", trials)
+    return *READERS[choice.name], choice.reason
 
 
 def _require_fit(config: GPTConfig, tensors: dict[str, torch.Tensor], path: Path) -> None:

@@ -6,17 +6,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from data import WindowPlan
 from engine.errors import CheckpointError, SettingsError
 from engine.optim import default_eval_freq, default_warmup_steps
 from engine.settings import check, find_problems, from_json, names_on_resume, setting, shown
 from generation import SamplingConfig
-from model import GPTConfig
-from planning.plan import SETTING_NAMES, Asked, RunSettings
+from model import ATTENTIONS, GPTConfig
+from planning.plan import SETTING_NAMES, Asked, RunPlan, RunSettings
 from storage.files import SETTINGS
 from training_utils import TrainingConfig
 
 MOST_SETTINGS_BYTES = 1 << 24
+# of full mode on a GPU: the tokens of a step, where an epoch of a short text still has these steps
+GPU_STEP_TOKENS, LEAST_STEPS = 32_768, 32
 
 
 @dataclass(frozen=True)
@@ -51,6 +55,7 @@ class RunRecord:
     precision: KeptPrecision
     threads: int = setting(on_resume="numeric", minimum=1)
     micro_batch: int = setting(on_resume="numeric", minimum=1)
+    attention: str = setting(on_resume="numeric", choices=ATTENTIONS)
     compiled: bool = setting(on_resume="numeric")
     why_compiled: str
     tokenizer: str  # its fingerprint
@@ -148,9 +153,20 @@ def total_steps(before: RunRecord, asked: Asked) -> int:
     return min(total, length.at_most or total)
 
 
-def decide_training(asked: TrainingConfig, before: RunRecord | None) -> TrainingConfig:
-    """The hyper-parameters as asked, with the values that a resumed run worked out at its start."""
+def decide_training(
+    plan: RunPlan, device: torch.device, n_tokens: int, before: RunRecord | None
+) -> TrainingConfig:
+    """The hyper-parameters as asked, with the values that a resumed run worked out at its start.
+
+    In full mode a GPU's new run takes larger batches: with small ones it would wait for the host.
+    """
+    asked = plan.training
     if before is None:
+        if plan.mode == "full" and device.type != "cpu" and asked.max_length is not None:
+            n_windows = n_tokens // asked.max_length
+            largest = GPU_STEP_TOKENS // asked.max_length
+            batch_size = max(asked.batch_size, min(largest, n_windows // LEAST_STEPS))
+            asked = dataclasses.replace(asked, batch_size=batch_size)
         return asked
     then = before.asked.training.to_dict()
     became = before.training.to_dict()

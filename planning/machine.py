@@ -8,6 +8,7 @@ import subprocess
 import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -35,11 +36,21 @@ from engine.memory import (
     estimate_memory,
     halved,
 )
-from engine.precision import DTYPES, Precision, choose_precision, keep_precision
+from engine.precision import DTYPES, Precision, choose_precision, keep_precision, may_be_slow
 from engine.processor import default_threads, threads_are_set
 from engine.settings import shown
-from model import GPTConfig, GPTModel, attention_kernel
+from engine.trials import mlp_step
+from model import (
+    ATTENTIONS,
+    SHORT_CONTEXT,
+    GPTConfig,
+    GPTModel,
+    attention_kernel,
+    attention_step,
+    usual_attention,
+)
 from planning.agreement import precision_that_agrees
+from planning.choices import WORTH_A_TRIAL, Choices
 from planning.decisions import RunRecord
 from planning.plan import RunPlan
 from training_utils import TrainingConfig
@@ -61,6 +72,8 @@ class Machine:
     threads: int = 1
     workers: int = 0  # of each loader
     micro_batch: int = 1  # the most windows of a forward pass
+    attention: str = "fused"  # one of model.ATTENTIONS
+    choices: Choices | None = None  # what was measured here
     notices: tuple[str, ...] = ()  # of what differs from the settings
 
     def but(self, *notices: str, **changes: Any) -> "Machine":
@@ -74,12 +87,76 @@ class Machine:
         return self.but(f"precision is {precision.name}: {precision.reason}", precision=precision)
 
 
-def find_machine(plan: RunPlan, parallel: Parallel = ALONE) -> Machine:
+def find_machine(plan: RunPlan, cache: Path, parallel: Parallel = ALONE) -> Machine:
     """The device and precision of a new run; raises as pick_device() and choose_precision() do."""
     device = pick_device(plan.run.DEVICE, parallel)
     precision = choose_precision(plan.run.PRECISION, device)
     parallel.require_same(device=device.type)
-    return Machine(device, parallel, precision)
+    choices = Choices(cache, device, default_threads(parallel.local_world))
+    if plan.run.PRECISION == "auto" and may_be_slow(precision):
+        precision = parallel.from_main(lambda: _faster_precision(precision, choices))
+    return Machine(device, parallel, precision, choices=choices)
+
+
+def _faster_precision(precision: Precision, choices: Choices) -> Precision:
+    """The given precision, or fp32 where its matrix products are clearly faster."""
+    tried = [precision, Precision("fp32", "", precision.device_type)]
+    choice = choices.fastest(
+        f"{precision.name} or fp32", {p.name: mlp_step(p, choices.device) for p in tried}
+    )
+    reason = precision.reason if choice.name == precision.name else "faster here"
+    return Precision(choice.name, f"{reason}: {choice.reason}", precision.device_type)
+
+
+def decide_attention(
+    machine: Machine,
+    model: GPTModel,
+    plan: RunPlan,
+    asked: TrainingConfig,
+    windows: WindowPlan,
+    before: RunRecord | None,
+) -> Machine:
+    """The machine with the kernel of a CPU's attention, by a trial if the run is long enough.
+
+    Sets it in the model. A resumed run keeps its own. Collective.
+    """
+    config, dtype = model.config, DTYPES[machine.precision.name]
+    attention = usual_attention(dtype, config.context_length)
+    if before is not None:
+        attention = before.attention
+    elif machine.device.type == "cpu" and _is_worth_a_trial(plan, asked, windows, model):
+        attention = _faster_attention(config, attention, machine)
+    for block in model.blocks:
+        block.attention.kernel = attention
+    return machine.but(attention=attention)
+
+
+def _is_worth_a_trial(
+    plan: RunPlan, asked: TrainingConfig, windows: WindowPlan, model: GPTModel
+) -> bool:
+    """Whether a run has a choice of attention kernels and is long enough to time them."""
+    if model.config.context_length > SHORT_CONTEXT or model.config.attention_drop_rate > 0:
+        return False
+    if asked.time_budget_minutes is not None and asked.max_steps is None:
+        return True
+    step_size = windows.batch_size * asked.gradient_accumulation_steps
+    steps = plan.count_steps(asked, -(-windows.n_windows // step_size))
+    tokens = steps * step_size * windows.max_length
+    return tokens * model.flop_per_token() >= WORTH_A_TRIAL
+
+
+def _faster_attention(config: GPTConfig, usual: str, machine: Machine) -> str:
+    """The kernel that is faster in a step over one window, on the main rank; tells it."""
+    choices, name = machine.choices, machine.precision.name
+    assert choices is not None, "find_machine() sets it"
+    shape = f"{config.n_heads} x {config.context_length} x {config.emb_dim // config.n_heads}"
+    kernels = sorted(ATTENTIONS, key=usual.__ne__)  # the usual one first
+    steps = {kernel: attention_step(config, DTYPES[name], kernel) for kernel in kernels}
+    choice = machine.parallel.from_main(
+        lambda: choices.fastest(f"attention of {shape} in {name}", steps)
+    )
+    say(f"Attention: {choice.name} ({choice.reason})")
+    return choice.name
 
 
 def pick_device(requested: str | None, parallel: Parallel = ALONE) -> torch.device:

@@ -1,6 +1,7 @@
 """Decisions by timed steps: whether compiling pays, and the steps of a time budget."""
 
 import dataclasses
+import math
 import statistics
 import time
 from dataclasses import dataclass
@@ -10,23 +11,28 @@ from torch.utils.data import DataLoader
 
 from data import WindowPlan
 from distributed.parallel import ALONE, Parallel
-from engine.compiling import compile_model, is_repaid, undo_compiling, what_prevents_compiling
+from engine.compiling import (
+    compile_model,
+    expected_savings,
+    undo_compiling,
+    what_prevents_compiling,
+)
 from engine.console import say
 from engine.devices import synchronize
 from engine.errors import first_line
 from engine.memory import OutOfStepMemory
 from engine.optim import EVALUATIONS, LONGEST_EVAL_FREQ, set_learning_rate
+from engine.processor import using_threads
 from engine.randomness import random_state, set_random_state
 from model import GPTModel
+from planning.choices import WORTH_A_TRIAL, Choices
 from planning.decisions import RunRecord, complete_training
 from planning.machine import Machine
 from planning.plan import RunPlan
-from training.learner import Learner, steps_of_epoch, using_threads
+from training.learner import Learner, steps_of_epoch
 from training_utils import TrainingConfig
 
 TIMED_STEPS = 3
-# floating point operations of a run, 40 s on a slow machine, below which compiling can't pay
-WORTH_A_TRIAL = 4e12
 EVALUATION_COST = 1 / 3  # of a training step on as many tokens: no backward pass
 
 
@@ -46,6 +52,7 @@ class Trial:
     loader: DataLoader
     threads: int
     parallel: Parallel = ALONE
+    choices: Choices | None = None  # what was measured on this machine
 
     @classmethod
     def of(
@@ -56,7 +63,7 @@ class Trial:
         learner = Learner(
             model, optimizer, machine.precision, ranks, micro_batch=machine.micro_batch
         )
-        return cls(learner, loader, machine.threads, machine.parallel)
+        return cls(learner, loader, machine.threads, machine.parallel, machine.choices)
 
     def learner_of_the_run(self) -> Learner:
         """The learner that makes the run's steps, with all ranks."""
@@ -114,22 +121,43 @@ class Trial:
             is_alone=self.parallel.is_alone,
         )
         started_at = time.perf_counter()
-        failed, seconds = None, 0.0
+        failed, seconds = None, math.inf
         try:
             seconds = self.step_seconds(may_halve=False)
         except OutOfStepMemory:
             failed = "compiled steps ran out of memory"
         except Exception as error:  # compilers raise errors of any type
             failed = f"{type(error).__name__}: {first_line(error)[:200]}"
-        seconds = self.agreed(seconds)
+        seconds, taken = self.agreed(seconds), time.perf_counter() - started_at
+        if as_written is not None:  # a step of inf seconds, where compiling failed, saves nothing
+            self.keep("", {"saves": max(0.0, 1 - seconds / as_written), "seconds": taken})
         if any(self.parallel.highest(failed is not None)):
             undo_compiling(model)
             return failed or "compiling failed in another process"
-        say(f"✓ Compiled in {time.perf_counter() - started_at:.0f} s")
+        say(f"✓ Compiled in {taken:.0f} s")
         if as_written is not None and seconds >= as_written:
             undo_compiling(model)
             return f"compiled steps are no faster here: {seconds:.2g} s, {as_written:.2g} s without"
         return None
+
+    def keep(self, length: str, figures: dict[str, float]) -> None:
+        """Keep what was found about compiling this model, in runs of a length or in all."""
+        if self.choices is not None and self.parallel.is_main:
+            self.choices.keep(self._about_compiling(length), figures)
+
+    def known(self, length: str) -> dict[str, float] | None:
+        """What keep() was given for this model and length on this machine, or None. Collective."""
+        choices = self.choices
+        if choices is None:
+            return None
+        return self.parallel.from_main(lambda: choices.known(self._about_compiling(length)))
+
+    def _about_compiling(self, length: str) -> str:
+        learner = self.learner
+        return (
+            f"compiling {learner.model.config} in {learner.precision.name} with "
+            f"{learner.micro_batch} windows {length}"
+        )
 
 
 def decide_compiling(
@@ -144,22 +172,38 @@ def decide_compiling(
         return Compiled(False, obstacle)
     if trial.parallel.kind == "fsdp":
         return Compiled(False, "weights that lie in parts are gathered between the operations")
-    reason, seconds = "as set", None
-    if requested == "auto":
-        steps = total_steps or 0
-        tokens = len(trial.loader.dataset[0][0]) * trial.loader.batch_sampler.step_size
-        tokens //= trial.parallel.world
-        if steps and steps * tokens * model.flop_per_token() < WORTH_A_TRIAL:
-            return Compiled(False, "a run this short would not repay it")
-        seconds = trial.agreed(trial.step_seconds())
-        if budget_s is not None:
-            steps = round(budget_s / seconds)
-        reason = f"{steps:,} steps of {seconds:.2g} s"
-        if not is_repaid(seconds, steps, device):
-            return Compiled(False, f"{reason} would not repay it")
-        reason += " repay it"
+    if requested is True:
+        obstacle = trial.compile(None)
+        return Compiled(obstacle is None, obstacle or "as set")
+    tokens = len(trial.loader.dataset[0][0]) * trial.loader.batch_sampler.step_size
+    n_flop = tokens // trial.parallel.world * model.flop_per_token() * (total_steps or 0)
+    if budget_s is None and n_flop < WORTH_A_TRIAL:
+        return Compiled(False, "a run this short would not repay it")
+    # a later run of this length takes the decision from here, so that its numbers are the same
+    length = f"for {total_steps} steps" if budget_s is None else f"for {budget_s:g} s"
+    kept = trial.known(length)
+    if kept is None:
+        compiled = _try_compiling(trial, total_steps, budget_s)
+        trial.keep(length, {"on": float(compiled.on)})
+        return compiled
+    if kept.get("on"):
+        obstacle = trial.compile(None)
+        return Compiled(obstacle is None, obstacle or "as a trial on this machine found")
+    return Compiled(False, "a trial on this machine found that it would not pay")
+
+
+def _try_compiling(trial: Trial, total_steps: int | None, budget_s: float | None) -> Compiled:
+    """Compile if that saves twice its own time in the rest of the run, and is faster indeed."""
+    seconds = trial.agreed(trial.step_seconds())
+    steps = round((budget_s or 0) / seconds) if total_steps is None else total_steps
+    saves, cost = expected_savings(trial.learner.model, trial.learner.device)
+    if measured := trial.known(""):
+        saves, cost = measured.get("saves", saves), measured.get("seconds", cost)
+    reason = f"{steps:,} steps of {seconds:.2g} s"
+    if steps * seconds * saves <= 2 * cost:
+        return Compiled(False, f"{reason} would not repay it")
     obstacle = trial.compile(seconds)
-    return Compiled(True, reason) if obstacle is None else Compiled(False, obstacle)
+    return Compiled(obstacle is None, obstacle or f"{reason} repay it")
 
 
 def steps_in(budget_s: float, trial: Trial, training: TrainingConfig) -> int:

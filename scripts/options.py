@@ -203,7 +203,8 @@ def load(arguments: argparse.Namespace) -> LoadedRun:
 
 def describe(run: LoadedRun) -> str:
     """One line: the run, the step and the format of its weights, and the device."""
-    return f"{run.path}, step {run.step}, {run.weights} weights on {run.device}"
+    measured = "" if run.why_weights is None else f" ({run.why_weights})"
+    return f"{run.path}, step {run.step}, {run.weights} weights on {run.device}{measured}"
 
 
 def whole(text: str) -> str:

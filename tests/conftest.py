@@ -61,15 +61,15 @@ class HostReads(TorchDispatchMode):
 
 def train_in(folder: Path, settings: str) -> Path:
     """Train with settings, whose RUN_NAME is "tiny", in a folder and in silence; the run's path."""
-    import environment
     import main
+    import storage.cache
 
     (folder / "settings.py").write_text(settings, encoding="utf-8")
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()):
         patch.chdir(folder)
-        patch.setattr(environment, "CACHE", folder / "cache")
+        patch.setattr(storage.cache, "CACHE", folder / "cache")
         assert main.main(["settings.py"]) == 0
     torch.set_num_threads(threads)
     return folder / "runs" / "tiny"
@@ -86,10 +86,10 @@ def shared_data() -> Path:
 @pytest.fixture
 def workdir(tmp_path, monkeypatch) -> Path:
     """An empty working directory and an empty cache, with the settings as they are shipped."""
-    import environment
+    import storage.cache
 
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(environment, "CACHE", tmp_path / "cache")
+    monkeypatch.setattr(storage.cache, "CACHE", tmp_path / "cache")
     monkeypatch.delitem(sys.modules, "config_run", raising=False)
     return tmp_path
 

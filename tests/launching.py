@@ -28,9 +28,9 @@ PROGRAM = """
 import os, sys, time
 from pathlib import Path
 sys.modules["matplotlib"] = None
-import environment, main, train
+import environment, main, storage.cache, train
 from training import learner
-environment.CACHE = Path("cache").resolve()
+storage.cache.CACHE = Path("cache").resolve()
 take_step = learner.take_step
 
 def slow_step(*arguments, **options):

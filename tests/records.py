@@ -28,6 +28,7 @@ def record_of(plan: RunPlan, **changes) -> RunRecord:
         precision=KeptPrecision("fp32", "as set"),
         threads=1,
         micro_batch=1,
+        attention="fused",
         compiled=False,
         why_compiled="as set",
         tokenizer="char-0",

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 import environment
+import storage.cache
 import train
 from engine.errors import Stopped
 from training import journal, learner
@@ -55,7 +56,7 @@ class Bench:
         self.drawn: dict = {}
         self.stopped_at: list[int] = []  # the steps that were saved when a signal ended a session
         patch.chdir(folder)
-        patch.setattr(environment, "CACHE", folder / "cache")
+        patch.setattr(storage.cache, "CACHE", folder / "cache")
         patch.setattr(journal, "render_losses", self._draw)
         patch.setattr(os, "fsync", lambda handle: None)  # no power is cut here
         patch.setattr(train, "SAMPLE_TOKENS", 5)

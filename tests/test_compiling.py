@@ -16,7 +16,6 @@ from engine.compiling import (
     compile_decoding,
     compile_model,
     is_compiled,
-    is_repaid,
     not_compiled,
     undo_compiling,
     what_prevents_compiling,
@@ -68,14 +67,6 @@ def test_what_keeps_a_machine_from_compiling_is_named(
     capability = (6, 1) if "old" in device else (7, 0)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     assert what_prevents_compiling(torch.device(device.removeprefix("old "))) == expected
-
-
-def test_compiling_is_repaid_where_twice_its_cost_is_saved():
-    # 15 % of 400 s are 60 s, twice what compiling takes on a CPU
-    found = [is_repaid(*run, CPU) for run in ((1.0, 400), (1.0, 401), (0.001, 400_001), (0, 10**9))]
-    assert found == [False, True, True, False]
-    # three tenths of 400 s are 120 s, twice what it takes on a GPU
-    assert [is_repaid(1.0, steps, CUDA) for steps in (400, 401)] == [False, True]
 
 
 @pytest.fixture

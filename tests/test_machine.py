@@ -206,7 +206,9 @@ def test_auto_keeps_the_precision_of_a_run_that_goes_on(monkeypatch):
         assert (decided.precision.name, decided.notices) == (expected, notices)
 
 
-def test_ranks_compare_the_precision_that_the_run_goes_on_in_not_that_of_a_new_one(monkeypatch):
+def test_ranks_compare_the_precision_that_the_run_goes_on_in_not_that_of_a_new_one(
+    monkeypatch, tmp_path
+):
     """Processors of two kinds may go on together with a run that began in fp32."""
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": True})
     parallel, compared = Parallel(), []
@@ -214,7 +216,7 @@ def test_ranks_compare_the_precision_that_the_run_goes_on_in_not_that_of_a_new_o
     plan = resolve_settings({"DEVICE": "cpu"}, "config_run.py")
     before = dataclasses.replace(RECORD, precision=KeptPrecision("fp32", "x"))
     windows, _ = plan_windows(999, max_length=8, stride=8, batch_size=4, train_ratio=0.9)
-    found = machine.find_machine(plan, parallel)
+    found = machine.find_machine(plan, tmp_path, parallel)
     assert found.precision.name == "bf16"
     decided = machine.decide_machine(found, plan, plan.training, windows, before)
     assert decided.precision.name == "fp32"

@@ -418,14 +418,14 @@ def test_plain_products_attend_as_the_kernel_does(n_kv_heads):
     inputs = [torch.randn(shape, generator=generator).bfloat16() for shape in shapes]
     upstream = torch.randn(shapes[0], generator=generator)
 
-    def run(dtype: torch.dtype, is_short: bool) -> list[torch.Tensor]:
+    def run(dtype: torch.dtype, is_plain: bool) -> list[torch.Tensor]:
         leaves = [tensor.detach().to(dtype).requires_grad_() for tensor in inputs]
-        out = attend(*leaves, 0.0, is_short=is_short)
+        out = attend(*leaves, 0.0, is_plain=is_plain)
         out.backward(upstream.to(dtype))
         return [out.detach(), *(leaf.grad for leaf in leaves)]
 
-    exact, plain = (run(dtype, True) for dtype in (torch.float64, torch.bfloat16))
-    kernel = run(torch.bfloat16, False)
+    exact, kernel = (run(dtype, False) for dtype in (torch.float64, torch.bfloat16))
+    plain = run(torch.bfloat16, True)
     for true, by_kernel, by_products in zip(exact, kernel, plain, strict=True):
         assert by_products.dtype == torch.bfloat16
         error, usual = ((found - true).norm() for found in (by_products, by_kernel))

@@ -22,6 +22,7 @@ from torch import distributed
 import environment
 import main
 import planning.machine
+import storage.cache
 import train
 from data import WindowBatches, WindowDataset, evaluation_loader, make_loaders, plan_windows
 from distributed import parallel as parallel_module
@@ -63,7 +64,7 @@ def train_all(folder: Path, starts: list[list]) -> None:
     attempt = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        patch.setattr(environment, "CACHE", folder / "cache")
+        patch.setattr(storage.cache, "CACHE", folder / "cache")
         patch.setattr(planning.machine, "default_threads", lambda _=1: 1)
         patch.setattr(journal, "render_losses", lambda **_: None)  # takes longer than training
         for name, *disturbance in starts:

@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 import torch
 
-import environment
 import main
+import storage.cache
 import train
 from data import make_loaders, plan_windows
 from engine.loss import next_token_loss
@@ -63,7 +63,7 @@ def run(folder: Path, params: dict[str, Any] | None = None, **settings: Any) -> 
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(os.environ, "GPT_DEBUG", "1")
         patch.setitem(sys.modules, "matplotlib.figure", None)
-        patch.setattr(environment, "CACHE", folder / "cache")
+        patch.setattr(storage.cache, "CACHE", folder / "cache")
         patch.setattr(train, "SAMPLE_TOKENS", 2)
         with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
             code = main.main(["settings.py"])

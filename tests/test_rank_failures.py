@@ -31,8 +31,9 @@ import os, signal, sys, time
 from pathlib import Path
 sys.modules["matplotlib"] = None
 import main  # before torch, for which it sets some variables
-import distributed.parallel, distributed.signals, storage.checkpoint, environment, train
-environment.CACHE = Path("cache").resolve()
+import distributed.parallel, distributed.signals, environment, train
+import storage.cache, storage.checkpoint
+storage.cache.CACHE = Path("cache").resolve()
 rank, take_step, now = int(os.environ.get("RANK") or 0), train.Trainer.step, [0]
 
 def fail(kind):
@@ -305,7 +306,7 @@ read_text, environment.tokenize = environment.tokenize, tokenize
 
 
 def test_ranks_with_other_settings_or_texts_are_named_and_nothing_is_trained(tmp_path):
-    own_folder = "os.chdir(f'rank-{rank}'); environment.CACHE = Path('cache').resolve()"
+    own_folder = "os.chdir(f'rank-{rank}'); storage.cache.CACHE = Path('cache').resolve()"
     folders = [tmp_path / f"rank-{rank}" for rank in range(2)]
     for folder in folders:
         folder.mkdir()

@@ -129,8 +129,8 @@ def check_first_run(printed: str, folder: Path) -> None:
 COMMAND = """
 import runpy, sys
 from pathlib import Path
-import environment, text.corpora
-environment.CACHE, text.corpora.REPOSITORY = Path("cache").resolve(), Path.cwd()
+import environment, storage.cache, text.corpora
+storage.cache.CACHE, text.corpora.REPOSITORY = Path("cache").resolve(), Path.cwd()
 sys.stdin, sys.argv = open(0), {arguments!r}  # a fork's old stdin is partly read
 if sys.argv[0] == "-m":
     del sys.argv[0]

@@ -15,7 +15,8 @@ from engine.memory import OutOfStepMemory
 from engine.optim import build_optimizer
 from engine.precision import Precision
 from planning import agreement, trial
-from planning.trial import WORTH_A_TRIAL, Compiled, Trial, decide_compiling, steps_in
+from planning.choices import WORTH_A_TRIAL, Choices
+from planning.trial import Compiled, Trial, decide_compiling, steps_in
 from tests.letters import BATCH, CONTEXT, FP32, tiny_loaders, tiny_model
 from tests.resuming import Bench, of_steps
 from training import learner
@@ -226,6 +227,24 @@ def test_auto_keeps_what_is_faster_and_true_compiles_however_short_the_run(
     found = decide_compiling("auto", new_trial(), None, 1000.0)
     assert found == Compiled(False, "compiled steps are no faster here: 1 s, 1 s without")
     assert compiler == ["compile", "compile", "undo"]
+
+
+def test_what_a_trial_found_is_taken_by_later_runs_on_the_machine(compiler, monkeypatch, tmp_path):
+    def decide(budget_s: float, *seconds: float) -> Compiled:
+        tried, measured = new_trial(), iter(seconds)
+        tried.choices = Choices(tmp_path, torch.device("cpu"), 1)
+        monkeypatch.setattr(Trial, "step_seconds", lambda self, **_: next(measured))
+        return decide_compiling("auto", tried, None, budget_s)
+
+    assert decide(1000.0, 1.0, 0.5).on
+    found = decide(1000.0, 9.9)  # no step is timed as it is written, nor compared
+    assert found == Compiled(True, "as a trial on this machine found")
+    # compiling took no time here and saved a half, so that it is tried for shorter runs, too
+    assert not decide(0.0, 1.0).on
+    assert decide(2.0, 1.0, 0.5).on
+    assert not decide(3.0, 1.0, 1.0).on  # once as fast without: never tried again for this length
+    assert decide(3.0) == Compiled(False, "a trial on this machine found that it would not pay")
+    assert compiler == ["compile"] * 4 + ["undo"]
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ import torch
 
 import environment
 import main
+import storage.cache
 from model import GPTConfig, GPTModel
 from storage.checkpoint import CheckpointStore
 from text.tokenizer import Tokenizer
@@ -55,7 +56,7 @@ def train_run(folder: Path, **settings) -> Trained:
     lines = [f"{name} = {value!r}\n" for name, value in (SETTINGS | settings).items()]
     (folder / "settings.py").write_text("".join(lines), encoding="utf-8")
     with pytest.MonkeyPatch.context() as patch, contextlib.chdir(folder):
-        patch.setattr(environment, "CACHE", folder / "cache")
+        patch.setattr(storage.cache, "CACHE", folder / "cache")
         patch.setattr(journal, "render_losses", lambda **_: None)  # most of the time otherwise
         patch.setattr(os, "fsync", lambda handle: None)  # nobody cuts the power here
         env = environment.prepare_environment("settings.py")

@@ -1,6 +1,5 @@
 """One optimizer step and one evaluation: the parts of the training loop."""
 
-import contextlib
 import functools
 import gc
 import itertools
@@ -305,16 +304,3 @@ def mean_loss(
     if count == 0:
         raise DataError("there is nothing to evaluate on: the loader has no batches")
     return parallel.sum(total).item() / count
-
-
-@contextlib.contextmanager
-def using_threads(count: int) -> Iterator[None]:
-    """Let torch use `count` threads in here."""
-    before = torch.get_num_threads()
-    if count != before:  # setting even the same number makes a new thread pool
-        torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        if count != before:
-            torch.set_num_threads(before)

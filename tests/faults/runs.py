@@ -82,8 +82,8 @@ def start_run(work: Path, cache: Path, board: PhaseBoard) -> int:
 
 
 def _be_a_run(work: Path, cache: Path, board: PhaseBoard) -> None:
-    import environment
     import generation
+    import storage.cache
     import train
     from storage.checkpoint import CheckpointStore
     from training import learner
@@ -92,7 +92,7 @@ def _be_a_run(work: Path, cache: Path, board: PhaseBoard) -> None:
         os.setpgid(0, 0)
     sys.stdout = sys.stderr = open(work / "log.txt", "a", encoding="utf-8")  # noqa: SIM115
     os.chdir(work)
-    environment.CACHE = cache
+    storage.cache.CACHE = cache
     learner.take_step = board.marking("step", learner.take_step)
     learner.mean_loss = board.marking("evaluation", learner.mean_loss)
     CheckpointStore.save = board.marking("save", CheckpointStore.save)
