@@ -7,15 +7,18 @@ import random
 import re
 import sys
 import zipfile
+from pathlib import Path
 
 import pytest
 
+import main
 from engine.errors import DataError, SettingsError
 from tests.test_sources import documents, json_lines, parquet, refusal, save, table
 from text import documents as reader
 from text.documents import ReadingReport
 from text.separators import LOOKED_AT, find_marker
 from text.sources import parse_data
+from text.token_cache import tokenize
 
 TEXTS = {  # by language, with what only its encodings have
     "English": (
@@ -169,6 +172,8 @@ READ_RIGHT = {  # a file's name and content, and its documents
     "russian16.txt": (TEXTS["Russian"].encode("utf-16-le"), [TEXTS["Russian"]]),
     "le16.csv": ("id,text\r\n1,né\r\n".encode("utf-16-le"), ["né"]),
     "crlf.txt": (PLAIN.replace("\n", "\r\n").encode(), [PLAIN.replace("\n", "\r\n")]),
+    "sounds.txt": (b"RIFF is a format, and so is GGUF.\n", ["RIFF is a format, and so is GGUF.\n"]),
+    "word.htm": (b"<html><![if !x]><p>a</p><![endif]><![x y]>b", ["a\n\nb"]),
     "noname": (PLAIN.encode(), [PLAIN]),
     # markup and books
     "page.html": (PAGE.encode(), [PAGE_TEXT]),
@@ -234,9 +239,11 @@ REFUSED = {  # a file's name and content, and what is said of it
     "half.docx": (word_document(ONE)[:-30], "is a zip archive. Unpack it"),
     "broken.docx": (zipped({"word/document.xml": "<a>"}), "is damaged"),
     "bomb.docx": (zipped({"word/document.xml": "<!DOCTYPE a [<!ENTITY b 'c'>]><a/>"}), "entities"),
+    "empty.epub": (zipped({"META-INF/container.xml": "<a/>"}), "can't be opened here"),
+    "deep.docx": (zipped({"word/document.xml": "<a>" * 2000 + "</a>" * 2000}), "nested too deeply"),
     "locked.epub": (book(ONE, locked=True), "is protected (DRM)"),
     "a.7z": (b"7z\xbc\xaf\x27\x1c", "is a 7z archive"),
-    "a.bz2": (b"BZh91AY", "Decompress it: bunzip2"),
+    "a.bz2": (b"BZh91AY&SY\xff\x00", "(bunzip2 decompresses it)"),
     "model.gguf": (b"GGUF\3\0\0\0", "a model (GGUF)"),
     "login.csv": (PAGE.encode(), "is a web page, not the text"),
     "gbk.txt": (TEXTS["Chinese"].encode("gbk"), '"encoding": "gb18030"'),
@@ -318,7 +325,7 @@ def test_separator_divides_a_text_into_documents(
 
 
 def test_many_documents_are_divided_in_linear_work_and_a_note_says_how_to_keep_the_text(workdir):
-    stories = [f"Story {number}." + " It ended well." * 20 for number in range(10_000)]
+    stories = [f"Story {number}." + " It ended well." * 20 for number in range(4_000)]
     save("x.txt", f"\n{MARK}\n".join(stories).encode())
     report = ReadingReport()
     assert documents("x.txt", report) == stories
@@ -360,6 +367,28 @@ def test_more_bad_rows_are_refused_unless_they_are_to_be_skipped(workdir):
     assert "line 302: the row has 1 columns" in refusal("x.csv")
     save("x.jsonl", b'{"body": "one"}\n' * 200_000)  # a field that no row has: not read to the end
     assert "Bad are 100 of 100 rows" in refusal("x.jsonl")
+
+
+def test_bad_rows_at_the_end_of_a_text_are_told_before_a_tokenizer_is_trained(workdir, monkeypatch):
+    pytest.importorskip("tokenizers", reason="tokenizers is optional")
+    monkeypatch.setattr("text.tokenizer.TRAINING_CHARACTERS", 1000)
+    # which takes what a training gives
+    monkeypatch.setattr("text.tokenizer.ranks_of", lambda vocabulary: pytest.fail("was trained"))
+    save("x.jsonl", b'{"text": "word"}\n' * 3000 + b"{\n" * 40)
+    with pytest.raises(DataError, match=r"^x\.jsonl line 3001: not valid JSON: column 2"):
+        tokenize(parse_data("x.jsonl"), "bpe:300", 0.9, Path("cache"))
+
+
+def test_a_run_on_too_many_bad_rows_ends_with_3_and_says_how_to_go_on(workdir, capsys):
+    save("x.jsonl", ten_thousand_rows(200))
+    save("settings.py", b"DATA = 'x.jsonl'\nTOKENIZER = 'char'\n")
+    assert main.main(["settings.py"]) == 3
+    assert '"bad_rows": "skip"' in capsys.readouterr().err
+    for _ in range(2):  # the second time, the notes come from the cache
+        spec = parse_data({"path": "x.jsonl", "bad_rows": "skip"})
+        text = tokenize(spec, "char", 0.9, Path("cache"))
+        assert text.report["documents"] == 9_800
+        assert "200 bad rows passed over (2.00%)" in text.report["notes"][0]
 
 
 def test_bad_rows_of_a_parquet_file_are_passed_over(workdir):

@@ -470,7 +470,7 @@ REFUSED = [  # DATA, a file's content and what is said of it
         "is not utf-16-le: byte 8, in line 2, is 0x00",
     ),
     # broken lines of JSON
-    ("x.jsonl", fourth(b'{"text": "on'), "line 4: not valid JSON: column 13: "),
+    ("x.jsonl", fourth(b'{"text": "on'), "line 4: not valid JSON: column 10: "),
     ("x.jsonl", fourth(b'{"text": "a"} {}'), "line 4: not valid JSON: column 15: Extra data"),
     ("x.jsonl", fourth(b"[" * 100_000), "line 4: not valid JSON"),
     ("x.jsonl", fourth(b'{"body": "a", "id": 1}'), 'line 4: no "text" field (has: body, id)'),

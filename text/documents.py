@@ -16,7 +16,15 @@ from typing import Any, TypeVar
 
 from engine.errors import DataError, SettingsError, first_line
 from text.encodings import SAMPLE_BYTES, codec_of, likely_encodings
-from text.formats import READERS, SNIFFED_BYTES, kind_of, page_encoding, page_text, refusal_of
+from text.formats import (
+    READERS,
+    SNIFFED_BYTES,
+    kind_of,
+    page_encoding,
+    page_text,
+    reads_as_text,
+    refusal_of,
+)
 from text.separators import LOOKED_AT, divide, find_marker, separator_of
 
 READ_BYTES = 1 << 20
@@ -27,7 +35,6 @@ _JSON_START = 1 << 16  # characters by which the shape of JSON is told
 _BAD_SHARE, _FEW_BAD = 0.01, 3  # of a file's rows may be bad
 _NAMED_BAD = 3  # bad rows that a message names
 _HOPELESS = 100  # bad rows, and none good, after which no more are read
-_CONTROL = re.compile(rb"[\x00-\x08\x0e-\x1f]")
 _DECODER = json.JSONDecoder()
 _NOT_BLANK = re.compile(r"[^ \t\r\n]|\Z")
 _MEND_JSON = "Mend it, or save one object a line in a file whose name ends in .jsonl."
@@ -150,7 +157,7 @@ def _documents_of(
     packed = bool(suffixes) and suffixes[-1] in _DECOMPRESSORS
     if packed:
         suffix = suffixes.pop()
-        if packed := not _is_plain(start):
+        if packed := not reads_as_text(start):
             stream = _decompress(stream, suffix, source, name)
             start, stream = _ahead(stream, SNIFFED_BYTES, b"")
         else:
@@ -191,15 +198,6 @@ def _ahead(pieces: Iterator[_Piece], size: int, nothing: _Piece) -> tuple[_Piece
             break
     start = nothing.join(held)
     return start, itertools.chain([start], pieces)
-
-
-def _is_plain(start: bytes) -> bool:
-    """Whether a file that is named as an archive begins as a text in UTF-8 instead."""
-    try:
-        codecs.getincrementaldecoder("utf-8")().decode(start)
-    except UnicodeDecodeError:
-        return False
-    return bool(start) and not _CONTROL.search(start)
 
 
 def _divided(
@@ -507,7 +505,7 @@ def _jsonl_rows(
         if not line.strip():
             continue
         try:
-            value = json.loads(line)
+            value = json.loads(line.rstrip("\r\n"))
         except (ValueError, RecursionError) as error:
             reason = first_line(error)
             if isinstance(error, json.JSONDecodeError):

@@ -5,6 +5,7 @@ import html.parser
 import re
 import xml.etree.ElementTree
 import zipfile
+import zlib
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from posixpath import dirname, join, normpath
@@ -25,7 +26,6 @@ _SIGNATURES = (  # how a file begins, what it is, what to do
     (b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1", "an old Office file (.doc, .xls, .ppt)", _SAVE),
     (b"7z\xbc\xaf\x27\x1c", "a 7z archive", _UNPACK),
     (b"Rar!\x1a\x07", "a rar archive", _UNPACK),
-    (b"BZh", "compressed with bzip2", "Decompress it: bunzip2"),
     (b"\xfd7zXZ\x00", "compressed with xz", "Decompress it: unxz"),
     (b"\x1f\x8b", "compressed with gzip", "Give it a name that ends in .gz"),
     (b"\x28\xb5\x2f\xfd", "compressed with zstd", "Give it a name that ends in .zst"),
@@ -33,6 +33,7 @@ _SIGNATURES = (  # how a file begins, what it is, what to do
 _BINARY = (  # how a file begins, and what it is: nothing that a text could be had from
     (b"\x89PNG\r\n", "an image (PNG)"),
     (b"\xff\xd8\xff", "an image (JPEG)"),
+    (b"BZh", "compressed with bzip2 (bunzip2 decompresses it)"),
     (b"GIF8", "an image (GIF)"),
     (b"II*\x00", "an image (TIFF)"),
     (b"MM\x00*", "an image (TIFF)"),
@@ -54,6 +55,8 @@ _BLANK_AROUND = re.compile(
 )
 _LINE_AROUND = re.compile("br|div|li|tr|dt|dd|caption|figcaption|title|option")
 _UNREAD = re.compile("script|style|noscript|template|svg|math|rt|rp|iframe|object")
+_CONTROL = re.compile(rb"[\x00-\x08\x0e-\x1f]")
+_SECTION = re.compile(r"<!\[[^>]*>")  # of Word's pages, at which the parser may give up
 _CHARSET = re.compile(
     rb"<(?:meta|\?xml)[^>]{0,200}?(?:charset|encoding)\s*=\s*[\"']?([\w-]+)", re.I
 )
@@ -76,6 +79,15 @@ def kind_of(start: bytes, suffix: str) -> str:
     return "binary" if refusal_of(start, "") else "text"
 
 
+def reads_as_text(start: bytes) -> bool:
+    """Whether a file begins as a text in UTF-8 without control characters; not if it is empty."""
+    try:
+        codecs.getincrementaldecoder("utf-8")().decode(start)
+    except UnicodeDecodeError:
+        return False
+    return bool(start) and not _CONTROL.search(start)
+
+
 def is_page(start: bytes) -> bool:
     """Whether a file begins like a web page."""
     lead = start.removeprefix(codecs.BOM_UTF8).lstrip().lower()
@@ -90,7 +102,7 @@ def refusal_of(start: bytes, name: str) -> str | None:
         if start.startswith(signature):
             return f"{name} is {what}. {remedy}."
     for signature, what in _BINARY:
-        if start.startswith(signature):
+        if start.startswith(signature) and not reads_as_text(start):  # which may begin so, too
             return f"{name} is {what}, not text.\nSet DATA to a text."
     if is_page(start):
         return (
@@ -152,8 +164,7 @@ class _PageText(html.parser.HTMLParser):
 def page_text(pieces: Iterable[str]) -> str:
     """The text of an HTML page, without its markup, scripts and styles."""
     parser = _PageText()
-    for piece in pieces:
-        parser.feed(piece)
+    parser.feed(_SECTION.sub("", "".join(pieces)))
     parser.close()
     return parser.text()
 
@@ -186,7 +197,9 @@ def zip_text(path: Path, name: str) -> Iterator[str]:
                 yield from _epub_text(archive, name)
             else:
                 raise DataError(_about_zip(members, name))
-    except (zipfile.BadZipFile, KeyError, EOFError, NotImplementedError) as error:
+    except RecursionError:
+        raise DataError(f"{name} is nested too deeply.\n{_SAVE}.") from None
+    except (zipfile.BadZipFile, zlib.error, KeyError, EOFError, NotImplementedError) as error:
         raise DataError(
             f"{name} is a zip archive. {_UNPACK}.\nIt can't be opened here: {first_line(error)}"
         ) from None
@@ -257,9 +270,8 @@ def _word_text(archive: zipfile.ZipFile, name: str) -> str:
 def _epub_text(archive: zipfile.ZipFile, name: str) -> Iterator[str]:
     """The chapters in the order of the book's spine."""
     container = _xml(_member(archive, "META-INF/container.xml", name), name)
-    package = next(
-        element.attrib["full-path"] for element in container.iter() if "full-path" in element.attrib
-    )
+    packages = [element.attrib.get("full-path") for element in container.iter()]
+    package = next(filter(None, packages), "")
     root = _xml(_member(archive, package, name), name)
     hrefs, spine = {}, []
     for element in root.iter():
