@@ -16,7 +16,7 @@ from engine.errors import DataError, SettingsError
 from tests.test_sources import documents, json_lines, parquet, refusal, save, table
 from text import documents as reader
 from text.documents import ReadingReport
-from text.separators import LOOKED_AT, find_marker
+from text.separators import LOOKED_AT
 from text.sources import parse_data
 from text.token_cache import tokenize
 
@@ -331,7 +331,11 @@ def test_many_documents_are_divided_in_linear_work_and_a_note_says_how_to_keep_t
     assert documents("x.txt", report) == stories
     [note] = report.notes
     assert f'divided into documents at "{MARK}"' in note and '"separator": "file"' in note
-    assert find_marker("a" * LOOKED_AT) is None
+    novel = "a" * (LOOKED_AT + 1000) + f"\n{MARK}\n"  # the first marker is too far in
+    save("x.txt", (novel * 2).encode())
+    report = ReadingReport()
+    assert documents("x.txt", report) == [novel * 2]
+    assert report.notes[0].startswith(f'x.txt: "{MARK}" is in it 2 times, as text')
 
 
 # --------------------------------------------------------------------------------------- bad rows
@@ -389,6 +393,10 @@ def test_a_run_on_too_many_bad_rows_ends_with_3_and_says_how_to_go_on(workdir, c
         text = tokenize(spec, "char", 0.9, Path("cache"))
         assert text.report["documents"] == 9_800
         assert "200 bad rows passed over (2.00%)" in text.report["notes"][0]
+    save("x.txt", PLAIN.encode())
+    for separator, count in (("file", 1), ("line", 2)):  # each has an entry of its own
+        spec = parse_data({"path": "x.txt", "separator": separator})
+        assert tokenize(spec, "char", 0.9, Path("cache")).report["documents"] == count
 
 
 def test_bad_rows_of_a_parquet_file_are_passed_over(workdir):

@@ -25,7 +25,7 @@ from text.formats import (
     reads_as_text,
     refusal_of,
 )
-from text.separators import LOOKED_AT, divide, find_marker, separator_of
+from text.separators import LOOKED_AT, SURE_MARKERS, divide, find_marker, separator_of
 
 READ_BYTES = 1 << 20
 ZSTD_BYTES = 256  # of input per call, each of which may expand thirty-thousandfold
@@ -217,7 +217,26 @@ def _divided(
                 '(DATA = {"path": ..., "separator": "file"} keeps it as text)'
             )
             return divide(pieces, marker)
+        pieces = _watched(pieces, name, report)
     return iter([pieces])
+
+
+def _watched(pieces: Iterator[str], name: str, report: ReadingReport) -> Iterator[str]:
+    """The pieces, with a note if the whole holds a marker that did not divide it."""
+    counts, carried = dict.fromkeys(SURE_MARKERS, 0), ""
+    for piece in pieces:
+        seen = carried + piece
+        for marker in counts:
+            counts[marker] += seen.count(marker)
+        # shorter than a marker, so that none is counted twice
+        carried = seen[-min(map(len, counts)) + 1 :]
+        yield piece
+    for marker, count in counts.items():
+        if count:
+            report.note(
+                f'{name}: "{marker}" is in it {count:,} time{"s" * (count != 1)}, as text '
+                f'(DATA = {{"path": ..., "separator": "{marker}"}} divides it there)'
+            )
 
 
 def _good_rows(

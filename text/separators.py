@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 FORMS = ("line", "blank-line", "file")  # what a separator may be, beside a text
 LOOKED_AT = 1 << 20  # characters in which a file's own markers are looked for
-_ENDS = ("<|endoftext|>", "<|end_of_text|>", "<|eos|>", "<eos>", "</s>", "<s>")
+SURE_MARKERS = ("<|endoftext|>", "<|end_of_text|>")
+_ENDS = (*SURE_MARKERS, "<|eos|>", "<eos>", "</s>", "<s>")
 _START = r"(?:<\|startoftext\|>|<\|begin_of_text\|>|<\|startofdoc\|>|<bos>|<s>)"
 _BLANKS = r"(?:[ \t]{0,32}\r?\n){0,8}"  # bounded, so that a search takes linear time
 _FEW = 3  # markers within lines, from which on they divide documents
