@@ -1,10 +1,11 @@
 """The settings of a run. Change what you like, save, and start:  python main.py"""
 
 # ---------------------------------------------------------------- what to train on
-# Your text: a file (.txt .md .jsonl .json .csv .tsv .parquet, plain or .gz .zst), a folder, a
-# pattern like "books/*.txt", an address, "hf:dataset:configuration", a list of these, or a name:
-# "the-verdict", "tiny-shakespeare", "sample-en", "sample-zh", "wikitext-2", "dummy".
-# More can be said with {"path": ..., "val": ..., "field": "text", "encoding": "gb18030"}.
+# Your text: a file (.txt .md .html .epub .docx .pdf .jsonl .json .csv .tsv .parquet, plain or .gz
+# .zst), a folder, a pattern like "books/*.txt", an address, "hf:dataset:configuration", a list of
+# these, or a name: "the-verdict", "tiny-shakespeare", "sample-en", "sample-zh", "wikitext-2",
+# "dummy". More can be said with {"path": ..., "val": ..., "field": "text", "encoding": "gb18030",
+# "separator": "line", "bad_rows": "skip"}.
 DATA = "the-verdict"
 # How text becomes tokens: "gpt2" (50,257 tokens, for English), "char" (one a character),
 # "bpe:4096" (4,096 tokens learnt from your text), a tokenizer.json's path, or "auto".

@@ -9,20 +9,36 @@ import itertools
 import json
 import re
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from engine.errors import DataError, SettingsError, first_line
+from text.encodings import SAMPLE_BYTES, codec_of, likely_encodings
+from text.formats import (
+    READERS,
+    SNIFFED_BYTES,
+    kind_of,
+    page_encoding,
+    page_text,
+    reads_as_text,
+    refusal_of,
+)
+from text.separators import LOOKED_AT, SURE_MARKERS, divide, find_marker, separator_of
 
 READ_BYTES = 1 << 20
 ZSTD_BYTES = 256  # of input per call, each of which may expand thirty-thousandfold
 BOMB_BYTES, BOMB_RATIO = 256 << 20, 300  # what expands further is a decompression bomb
 _DELIMITERS = {".csv": ",", ".tsv": "\t"}
+_JSON_START = 1 << 16  # characters by which the shape of JSON is told
+_BAD_SHARE, _FEW_BAD = 0.01, 3  # of a file's rows may be bad
+_NAMED_BAD = 3  # bad rows that a message names
+_HOPELESS = 100  # bad rows, and none good, after which no more are read
 _DECODER = json.JSONDecoder()
 _NOT_BLANK = re.compile(r"[^ \t\r\n]|\Z")
 _MEND_JSON = "Mend it, or save one object a line in a file whose name ends in .jsonl."
+_Piece = TypeVar("_Piece", str, bytes)
 Documents = Iterator[tuple[str, bool]]  # pieces of text; whether each is its document's last
 
 
@@ -34,6 +50,21 @@ class DataSpec:
     val: tuple[str, ...] = ()
     field: str = "text"
     encoding: str | None = None
+    separator: str | None = None  # "line", "blank-line", "file" or a text; None: a known marker
+    bad_rows: str = "refuse"  # or "skip": however many they are
+
+
+@dataclass(frozen=True)
+class BadRow:
+    """A row that has no text: where it is, why it is bad, and how many lines it takes."""
+
+    where: str
+    why: str
+    lines: int = 1
+    fields: tuple[str, ...] = ()  # those that hold a text, if the one asked for is missing
+
+
+Row = str | BadRow
 
 
 @dataclass(frozen=True)
@@ -71,18 +102,21 @@ class ReadingReport:
 def read_documents(parts: Iterable[Part], spec: DataSpec, report: ReadingReport) -> Documents:
     """Stream all documents in pieces; memory stays bounded.
 
-    A text file is one document, and so is each line of .jsonl, element of .json, and row of .csv,
-    .tsv or .parquet. Blank documents are counted and left out. Raises DataError that names file
-    and line.
+    A text file is one document if no separator divides it; each line of .jsonl, element of .json,
+    and row of .csv, .tsv or .parquet is one. Blank documents are counted and left out, and so are
+    bad rows, with a note. Raises DataError that names file and line, also for too many bad rows.
     """
     for part in parts:
         before = report.documents
         entry: dict[str, Any] = {"name": part.name}
         if part.path is None:
-            rows = enumerate(_load_splits(part.dataset, part.configuration)[part.split], start=1)
-            for row, record in rows:
-                where = f"{part.name} {part.split} row {row}"
-                yield from _count([_field_of(record, spec.field, where, report)], report)
+            split = _load_splits(part.dataset, part.configuration)[part.split]
+            rows = (
+                _field_of(record, spec.field, f"row {row}", part.name, report)
+                for row, record in enumerate(split, start=1)
+            )
+            for text in _good_rows(rows, spec, f"{part.name} {part.split}", report):
+                yield from _count([text], report)
             name = f"{part.name} ({part.split})"
             entry |= {"name": name, "sha256": dataset_fingerprint(part)}
         else:
@@ -116,24 +150,128 @@ def _count(pieces: Iterable[str], report: ReadingReport) -> Documents:
 def _documents_of(
     source: "_HashedFile", part: Part, spec: DataSpec, report: ReadingReport
 ) -> Iterator[Iterable[str]]:
-    """The documents of a file, each as pieces of text; the suffix tells the format."""
+    """The documents of a file, each as pieces of text; content and suffix tell the format."""
     suffixes = [suffix.lower() for suffix in source.path.suffixes]
     name = part.name
-    stream: Iterator[bytes] = source.chunks
-    if suffixes and suffixes[-1] in _DECOMPRESSORS:
-        stream = _decompress(stream, suffixes.pop(), source, name)
-    kind = suffixes[-1] if suffixes else ""
-    if kind == ".parquet":
-        return ([text] for text in _parquet_rows(source.path, spec.field, name, report))
-    stream = _refuse_impostors(stream, name)
-    text = decode(stream, spec.encoding, name, report)
-    if kind in (".jsonl", ".ndjson"):
-        return ([row] for row in _jsonl_rows(text, spec.field, name, report))
-    if kind == ".json":
-        return ([row] for row in _json_elements(text, spec.field, name, report))
-    if kind in _DELIMITERS:
-        return ([row] for row in _table_rows(text, spec.field, name, _DELIMITERS[kind]))
-    return iter([text])
+    start, stream = _ahead(source.chunks, SNIFFED_BYTES, b"")
+    packed = bool(suffixes) and suffixes[-1] in _DECOMPRESSORS
+    if packed:
+        suffix = suffixes.pop()
+        if packed := not reads_as_text(start):
+            stream = _decompress(stream, suffix, source, name)
+            start, stream = _ahead(stream, SNIFFED_BYTES, b"")
+        else:
+            report.note(f"{name}: read as it is, for it is not compressed")
+    suffix = suffixes[-1] if suffixes else ""
+    kind = kind_of(start, suffix)
+    if kind in READERS and not packed:  # which need the file itself
+        return _divided(READERS[kind](source.path, name), spec, name, report, marked=False)
+    if kind == "parquet":
+        rows = _parquet_rows(source.path, spec.field, name, report)
+        return ([text] for text in _good_rows(rows, spec, name, report))
+    if kind in READERS:
+        raise DataError(f"{name} is a {kind} file within a {suffix} one. Unpack that first.")
+    if refusal := kind == "binary" and refusal_of(start, name):
+        raise DataError(refusal)
+    encoding = spec.encoding or (page_encoding(start) if kind == "html" else None)
+    text = decode(stream, encoding, name, report, as_set=spec.encoding is not None)
+    if kind == "html":
+        report.note(f"{name}: read as a web page, without its markup")
+        return _divided(iter([page_text(text)]), spec, name, report, marked=False)
+    if suffix in (".jsonl", ".ndjson", ".json"):
+        rows = _json_rows(text, suffix == ".json", spec.field, name, report)
+    elif suffix in _DELIMITERS:
+        rows = _table_rows(text, spec.field, name, _DELIMITERS[suffix], report)
+    else:
+        return _divided(text, spec, name, report)
+    return ([row] for row in _good_rows(rows, spec, name, report))
+
+
+def _ahead(pieces: Iterator[_Piece], size: int, nothing: _Piece) -> tuple[_Piece, Iterator[_Piece]]:
+    """The first pieces, joined to at least `size` if there is as much, and all from the start."""
+    held: list[_Piece] = []
+    length = 0
+    for piece in pieces:
+        held.append(piece)
+        length += len(piece)
+        if length >= size:
+            break
+    start = nothing.join(held)
+    return start, itertools.chain([start], pieces)
+
+
+def _divided(
+    pieces: Iterator[str], spec: DataSpec, name: str, report: ReadingReport, *, marked: bool = True
+) -> Iterator[Iterable[str]]:
+    """The documents of a text: by the separator that is set, else by a marker that is found."""
+    if spec.separator is not None:
+        separator = separator_of(spec.separator)
+        if separator is None:
+            return iter([pieces])
+        return divide(pieces, separator)
+    if marked:
+        start, pieces = _ahead(pieces, LOOKED_AT, "")
+        if marker := find_marker(start):
+            report.note(
+                f'{name}: divided into documents at "{marker.name}" '
+                '(DATA = {"path": ..., "separator": "file"} keeps it as text)'
+            )
+            return divide(pieces, marker)
+        pieces = _watched(pieces, name, report)
+    return iter([pieces])
+
+
+def _watched(pieces: Iterator[str], name: str, report: ReadingReport) -> Iterator[str]:
+    """The pieces, with a note if the whole holds a marker that did not divide it."""
+    counts, carried = dict.fromkeys(SURE_MARKERS, 0), ""
+    for piece in pieces:
+        seen = carried + piece
+        for marker in counts:
+            counts[marker] += seen.count(marker)
+        # shorter than a marker, so that none is counted twice
+        carried = seen[-min(map(len, counts)) + 1 :]
+        yield piece
+    for marker, count in counts.items():
+        if count:
+            report.note(
+                f'{name}: "{marker}" is in it {count:,} time{"s" * (count != 1)}, as text '
+                f'(DATA = {{"path": ..., "separator": "{marker}"}} divides it there)'
+            )
+
+
+def _good_rows(
+    rows: Iterable[Row], spec: DataSpec, name: str, report: ReadingReport
+) -> Iterator[str]:
+    """The texts of the rows; bad ones are counted and the first ones named.
+
+    Raises DataError if more than _FEW_BAD and _BAD_SHARE of the rows are bad and the DataSpec
+    does not say to skip them, or if none is good.
+    """
+    good, bad, named = 0, 0, list[BadRow]()
+    for row in rows:
+        if isinstance(row, str):
+            good += 1
+            yield row
+            continue
+        bad += row.lines
+        if len(named) < _NAMED_BAD:
+            named.append(row)
+        if not good and bad >= _HOPELESS and spec.bad_rows != "skip":
+            break
+    if not bad:
+        return
+    first = "; ".join(f"{row.where}: {row.why}" for row in named)
+    share = bad / (good + bad)
+    if spec.bad_rows != "skip" and (not good or (bad > _FEW_BAD and share > _BAD_SHARE)):
+        remedy = 'Mend them, or pass them over: DATA = {"path": ..., "bad_rows": "skip"}.'
+        if fields := next((row.fields for row in named if row.fields), ()):
+            remedy = f'Name one in DATA = {{"path": ..., "field": "{_listed(fields[:1])}"}}, or '
+            remedy += 'pass them over: DATA = {"path": ..., "bad_rows": "skip"}.'
+        raise DataError(
+            f"{name} {first}.\nBad are {bad:,} of {good + bad:,} rows ({share:.1%}; up to "
+            f"{_BAD_SHARE:.0%} are passed over).\n{remedy}"
+        )
+    report.note(f"{name}: {bad:,} bad row{'s' * (bad != 1)} passed over ({share:.2%}): {first}")
 
 
 class _HashedFile:
@@ -232,84 +370,87 @@ def _decompress(
         raise DataError(f"{name} is no intact {suffix} file: {error}.\nGet it anew.") from None
 
 
-def _refuse_impostors(chunks: Iterator[bytes], name: str) -> Iterator[bytes]:
-    """Raise DataError for a git-lfs pointer, a web page or an archive in place of the text."""
-    held: list[bytes] = []
-    while sum(map(len, held)) < 512 and (chunk := next(chunks, b"")):
-        held.append(chunk)
-    start = b"".join(held)[:512]
-    lead = start.removeprefix(codecs.BOM_UTF8).lstrip().lower()
-    what = None
-    if start.startswith(b"version https://git-lfs.github.com/spec/"):
-        what = "a git-lfs pointer, not the file itself. Run: git lfs pull"
-    elif lead.startswith((b"<!doctype html", b"<html")) and not name.endswith((".html", ".htm")):
-        what = 'a web page, not the text. Download the file itself (the "raw" link)'
-    elif start.startswith(b"PK\x03\x04"):
-        what = "a zip archive. Unpack it and set DATA to what is inside"
-    elif start.startswith(b"\x1f\x8b"):
-        what = "compressed with gzip. Give it a name that ends in .gz"
-    elif start.startswith(b"\x28\xb5\x2f\xfd"):
-        what = "compressed with zstd. Give it a name that ends in .zst"
-    if what:
-        raise DataError(f"{name} is {what}.")
-    yield from held
-    yield from chunks
-
-
 def decode(
-    chunks: Iterable[bytes], encoding: str | None, name: str, report: ReadingReport
+    chunks: Iterable[bytes],
+    encoding: str | None,
+    name: str,
+    report: ReadingReport,
+    *,
+    as_set: bool = True,
 ) -> Iterator[str]:
     """Decode bytes by their byte-order mark, else by the encoding, else as UTF-8.
 
-    Line ends are kept. Raises DataError with the offset and line of an invalid byte.
+    UTF-16 without a mark is known by its NULs. Line ends are kept. as_set tells whether the
+    encoding was set. Raises DataError with the offset and line of an invalid byte, or with the
+    line of a NUL.
     """
-    chunks = iter(chunks)
-    start = next(chunks, b"")
-    while len(start) < 4 and (more := next(chunks, b"")):
-        start += more
-    codec, mark = _codec_of(start, encoding)
-    if mark:
-        report.note(f"{name}: read as {codec}, by its byte-order mark")
-    elif encoding:
-        report.note(f"{name}: read as {encoding}, as set")
-    n_read, lines, saw_crlf, ended_in_cr = mark, 1, False, False
+    start, chunks = _ahead(iter(chunks), SNIFFED_BYTES, b"")
+    codec, mark, why = codec_of(start, encoding)
+    if why:
+        why = why if as_set or why != "as set" else "as the file says"
+        report.note(f"{name}: read as {codec}, {why}")
+    n_read, lines, saw_crlf, ended_in_cr, only_ascii = 0, 1, False, False, True
 
     def counted() -> Iterator[bytes]:
         nonlocal n_read
-        for chunk in itertools.chain([start[mark:]], chunks):
+        for chunk in chunks:
+            unmarked = chunk[mark if not n_read else 0 :]
             n_read += len(chunk)
-            yield chunk
+            yield unmarked
 
     try:
         for text in codecs.iterdecode(counted(), codec):
+            if "\0" in text:
+                raise DataError(
+                    f"{name} line {lines + text[: text.index(chr(0))].count(chr(10))} holds a NUL, "
+                    "as binary files do and texts do not.\nSet DATA to a text, remove its NULs, "
+                    'or name its encoding: DATA = {"path": ..., "encoding": "utf-16"}.'
+                )
             if not saw_crlf and ("\r\n" in text or (ended_in_cr and text.startswith("\n"))):
                 saw_crlf = True
                 report.note(f"{name}: lines end in CRLF; kept as they are")
             yield text
+            only_ascii = only_ascii and text.isascii()
             lines += text.count("\n")
             ended_in_cr = text.endswith("\r")
     except UnicodeDecodeError as error:
         before = n_read - len(error.object) + error.start
         lines += error.object[: error.start].decode(codec, "replace").count("\n")
+        remedy = _about_encoding(error, codec, chunks, is_cut=not only_ascii)
         raise DataError(
             f"{name} is not {codec}: byte {before}, in line {lines}, is "
-            f"0x{error.object[error.start]:02x}.\n"
-            'Save it as UTF-8, or name its encoding: DATA = {"path": ..., "encoding": '
-            '"gb18030"} (or "latin-1", ...).'
+            f"0x{error.object[error.start]:02x}.\n{remedy}"
         ) from None
 
 
-def _codec_of(start: bytes, encoding: str | None) -> tuple[str, int]:
-    """The codec of a text with this start, and the length of its byte-order mark."""
-    for mark, codec in (
-        (codecs.BOM_UTF8, "utf-8"),
-        (codecs.BOM_UTF32_LE, "utf-32-le"),  # before UTF-16, whose mark is its prefix
-        (codecs.BOM_UTF16_LE, "utf-16-le"),
-        (codecs.BOM_UTF16_BE, "utf-16-be"),
-    ):
-        if start.startswith(mark):
-            return codec, len(mark)
-    return encoding or "utf-8", 0
+def _about_encoding(
+    error: UnicodeDecodeError, codec: str, rest: Iterator[bytes], *, is_cut: bool
+) -> str:
+    """What to do about bytes that are not in an encoding, by trying others on them.
+
+    is_cut tells that an unexpected end can only be one: what comes before it is well encoded.
+    """
+    bad = error.start
+    sample = error.object[error.object.rfind(b"\n", 0, bad) + 1 :]
+    named = 'name its encoding: DATA = {"path": ..., "encoding": '
+    if is_cut and error.reason == "unexpected end of data":
+        return (
+            "The file ends within a character, as one that was cut off. Get it anew, or "
+            f"{named}...}}."
+        )
+    likely = likely_encodings((sample + next(rest, b""))[:SAMPLE_BYTES])
+    if likely == ["utf-8"]:
+        return (
+            "Nearly all of it is UTF-8: the file is damaged there, or two were joined. Mend it,\n"
+            f"or {named}...}} if it is another."
+        )
+    if likely := [encoding for encoding in likely if encoding != codec]:
+        others = ", ".join(f'"{encoding}"' for encoding in likely[1:3])
+        return f'Save it as UTF-8, or {named}"{likely[0]}"}}' + f" (or {others})." * bool(others)
+    return (
+        f"Save it as UTF-8, or {named}...}}. None of the usual ones\ngives letters of one script: "
+        "is it a text at all?"
+    )
 
 
 def _lines(pieces: Iterable[str]) -> Iterator[str]:
@@ -325,45 +466,120 @@ def _lines(pieces: Iterable[str]) -> Iterator[str]:
         yield last
 
 
-def _jsonl_rows(
-    pieces: Iterable[str], field_name: str, name: str, report: ReadingReport
-) -> Iterator[str]:
-    for number, line in enumerate(_lines(pieces), start=1):
-        if not line.strip():
-            continue
-        where = f"{name} line {number}"
-        try:
-            value = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            reason = str(error)
-            if isinstance(error, json.JSONDecodeError):
-                reason = f"column {error.colno}: {error.msg}"
-            raise DataError(
-                f"{where} is not valid JSON: {reason}.\nA .jsonl file has one object a line."
-            ) from None
-        yield _field_of(value, field_name, where, report)
+def _json_rows(
+    pieces: Iterator[str], is_json: bool, field_name: str, name: str, report: ReadingReport
+) -> Iterator[Row]:
+    """Rows of JSON in any shape: lines, an array, objects in a row, an object with an array.
 
-
-def _json_elements(
-    pieces: Iterable[str], field_name: str, name: str, report: ReadingReport
-) -> Iterator[str]:
-    """The elements of a JSON array, decoded one by one as the text is read."""
-    text, number = _JSONText(pieces, name), 0
-    if text.take() != "[":
+    is_json tells that the name says one value, not one a line; the content may say otherwise.
+    """
+    start, pieces = _ahead(pieces, _JSON_START, "")
+    lead = start.lstrip().removeprefix("\ufeff")
+    line = lead.partition("\n")[0].strip()
+    is_line = _is_json(line)
+    if lead.startswith("[") and (is_json or not is_line or lead.strip() == line):
+        values = _json_elements(pieces, name)
+    elif lead.startswith("{") and (line == "{" or is_json):
+        first = _first_value(lead)
+        if first is not None and _name_in(field_name, first):
+            values = _json_sequence(pieces, name)
+        elif is_line and lead.strip() != line:
+            return _jsonl_rows(pieces, field_name, name, report)
+        else:
+            values = _nested_elements(pieces, name)
+    elif is_json:
         raise DataError(
             f'{name} is no JSON array ("[...]").\n'
             "For one object a line, let its name end in .jsonl."
         )
-    delimiter = text.take() if text.peek() == "]" else ","
-    while delimiter == ",":
-        number += 1
-        value = text.take_element(number)
-        yield _field_of(value, field_name, f"{name} element {number}", report)
-        delimiter = text.take()
-    if delimiter != "]":
-        raise text.broken(number + 1)
+    else:
+        return _jsonl_rows(pieces, field_name, name, report)
+    return (
+        _field_of(value, field_name, f"element {number}", name, report)
+        for number, value in enumerate(values, start=1)
+    )
+
+
+def _is_json(text: str) -> bool:
+    try:
+        json.loads(text)
+    except (ValueError, RecursionError):
+        return False
+    return True
+
+
+def _first_value(start: str) -> dict[str, Any] | None:
+    """The first object of a text, if it is complete."""
+    try:
+        value, _ = _DECODER.raw_decode(start)
+    except (ValueError, RecursionError):
+        return None
+    return value if isinstance(value, dict) else None
+
+
+def _jsonl_rows(
+    pieces: Iterable[str], field_name: str, name: str, report: ReadingReport
+) -> Iterator[Row]:
+    for number, line in enumerate(_lines(pieces), start=1):
+        if not line.strip():
+            continue
+        try:
+            value = json.loads(line.rstrip("\r\n"))
+        except (ValueError, RecursionError) as error:
+            reason = first_line(error)
+            if isinstance(error, json.JSONDecodeError):
+                reason = f"column {error.colno}: {error.msg}"
+            yield BadRow(f"line {number}", f"not valid JSON: {reason}")
+        else:
+            yield _field_of(value, field_name, f"line {number}", name, report)
+
+
+def _json_elements(pieces: Iterable[str], name: str) -> Iterator[Any]:
+    """The elements of a JSON array, decoded one by one as the text is read."""
+    text = _JSONText(pieces, name)
+    text.take()  # the "["
+    number = yield from text.take_elements()
     if text.peek():
-        raise DataError(f"{name} goes on after the array's end.\n{_MEND_JSON}")
+        raise DataError(
+            f"{name} goes on after the array's end, {number} elements in.\n{_MEND_JSON}"
+        )
+
+
+def _json_sequence(pieces: Iterable[str], name: str) -> Iterator[Any]:
+    """JSON values one after another, each of as many lines as it likes."""
+    # the line end tells that a number at the end is complete
+    text, number = _JSONText(itertools.chain(pieces, ["\n"]), name), 0
+    while text.peek():
+        number += 1
+        yield text.take_element(number)
+
+
+def _nested_elements(pieces: Iterable[str], name: str) -> Iterator[Any]:
+    """The elements of the first array of objects or texts in an object, such as {"data": [...]}."""
+    text = _JSONText(pieces, name)
+    text.take()  # the "{"
+    keys: list[str] = []
+    delimiter = text.take() if text.peek() == "}" else ","
+    while delimiter == ",":
+        keys.append(str(text.take_element(len(keys) + 1)))
+        if text.take() != ":":
+            raise text.broken(len(keys))
+        if text.peek() == "[":
+            text.take()
+            if text.peek() in ("{", '"'):
+                yield from text.take_elements()
+                if text.take() not in (",", "}"):
+                    raise text.broken(len(keys))
+                return
+            for _ in text.take_elements():
+                pass
+        else:
+            text.take_element(len(keys))
+        delimiter = text.take()
+    raise DataError(
+        f"{name} is no JSON array but one object (has: {_listed(keys) or 'nothing'}).\n"
+        'Name a field that holds its text in DATA = {"path": ..., "field": ...}, or save an array.'
+    )
 
 
 class _JSONText:
@@ -413,35 +629,72 @@ class _JSONText:
                 raise self.broken(number)
             self._buffer, self._at = rest + "".join(more), 0
 
+    def take_elements(self) -> Generator[Any, None, int]:
+        """Decode the rest of an array whose "[" was taken; returns the number of its elements."""
+        number = 0
+        delimiter = self.take() if self.peek() == "]" else ","
+        while delimiter == ",":
+            number += 1
+            yield self.take_element(number)
+            delimiter = self.take()
+        if delimiter != "]":
+            raise self.broken(number + 1)
+        return number
+
     def broken(self, number: int) -> DataError:
         """The error for invalid or truncated JSON in an element."""
         reason = f"{self._name} is not valid JSON: it breaks off or goes wrong in element {number}"
         return DataError(f"{reason}.\n{_MEND_JSON}")
 
 
-def _table_rows(pieces: Iterable[str], field_name: str, name: str, delimiter: str) -> Iterator[str]:
+def _table_rows(
+    pieces: Iterator[str], field_name: str, name: str, delimiter: str, report: ReadingReport
+) -> Iterator[Row]:
     csv.field_size_limit(2**31 - 1)  # the default is too short for a long article
-    reader = csv.reader(_lines(pieces), delimiter=delimiter, strict=True)
-    try:
-        header = next(reader, [])
-        column = _column_of(field_name, header, name)
-        for row in reader:
-            if row and column >= len(row):
-                raise DataError(
-                    f"{name} line {reader.line_num}: the row has {len(row)} columns, the header "
-                    f"{len(header)}.\nMend the row; a text with a comma or a new line in it goes "
-                    'in "quotes".'
-                )
-            if row:
-                yield row[column]
-    except csv.Error as error:
-        raise DataError(
-            f"{name} line {reader.line_num}: {error}.\n"
-            'Mend the row; a quote inside a "quoted" text is written twice.'
-        ) from None
+    start, pieces = _ahead(pieces, _JSON_START, "")
+    found = _delimiter_of(start, field_name, delimiter)
+    if found != delimiter:
+        report.note(f"{name}: its columns are divided by {found!r}")
+    reader = csv.reader(_lines(pieces), delimiter=found, strict=True)
+    column, n_columns, before = -1, 0, 0
+    while True:
+        try:
+            row = next(reader, None)
+        except csv.Error as error:
+            if column < 0:
+                raise DataError(f"{name} line {reader.line_num}: {error}.\nMend it.") from None
+            # a quote that is never closed takes in the lines after it
+            lines = reader.line_num - before
+            yield BadRow(f"line {reader.line_num}", f"{error} (write a quote twice)", lines)
+            row = []
+        if row is None and column >= 0:
+            return
+        if column < 0:
+            column = _column_of(field_name, row or [], name, report)
+            n_columns = len(row or [])
+        elif row and column >= len(row):
+            why = f"the row has {len(row)} columns, the header {n_columns}"
+            yield BadRow(f"line {reader.line_num}", why)
+        elif row:
+            yield row[column]
+        before = reader.line_num
 
 
-def _parquet_rows(path: Path, field_name: str, name: str, report: ReadingReport) -> Iterator[str]:
+def _delimiter_of(start: str, field_name: str, delimiter: str) -> str:
+    """The delimiter with which the header has the field, else the one that gives most columns."""
+    headers = {}
+    for each in dict.fromkeys((delimiter, ",", ";", "\t", "|")):
+        try:
+            headers[each] = next(csv.reader(_lines([start]), delimiter=each), [])
+        except csv.Error:
+            headers[each] = []
+        if _name_in(field_name, headers[each]):
+            return each
+    best = max(headers, key=lambda each: len(headers[each]))
+    return best if len(headers[delimiter]) < 2 and "\n" not in "".join(headers[best]) else delimiter
+
+
+def _parquet_rows(path: Path, field_name: str, name: str, report: ReadingReport) -> Iterator[Row]:
     try:
         import pyarrow
         import pyarrow.parquet
@@ -449,23 +702,36 @@ def _parquet_rows(path: Path, field_name: str, name: str, report: ReadingReport)
         raise SettingsError(f"{name} needs a library: pip install pyarrow") from None
     try:
         table = pyarrow.parquet.ParquetFile(path)
-        _column_of(field_name, table.schema_arrow.names, name)
+        names = table.schema_arrow.names
+        column = names[_column_of(field_name, names, name, report)]
         row = 0
-        for batch in table.iter_batches(batch_size=1024, columns=[field_name]):
+        for batch in table.iter_batches(batch_size=1024, columns=[column]):
             for value in batch.column(0).to_pylist():
                 row += 1
-                yield _field_of({field_name: value}, field_name, f"{name} row {row}", report)
+                yield _field_of({field_name: value}, field_name, f"row {row}", name, report)
     except pyarrow.ArrowException as error:
         raise DataError(f"{name} is no intact parquet file: {error}.\nGet it anew.") from None
 
 
-def _column_of(field_name: str, names: list[str], name: str) -> int:
-    if field_name not in names:
+def _column_of(field_name: str, names: list[str], name: str, report: ReadingReport) -> int:
+    found = _name_in(field_name, names)
+    if found is None:
         raise DataError(
             f'{name} has no column "{field_name}" (has: {_listed(names) or "nothing"}).\n'
             f'Name one in DATA = {{"path": "{name}", "field": "{_listed(names[:1])}"}}.'
         )
-    return names.index(field_name)
+    if found != field_name:
+        report.note(f'{name}: its column "{found}" is read')
+    return names.index(found)
+
+
+def _name_in(field_name: str, names: Iterable[str]) -> str | None:
+    """The name among some that is the field's: exactly, else alone but for case and blanks."""
+    names = list(names)
+    if field_name in names:
+        return field_name
+    alike = [name for name in names if name.strip().casefold() == field_name.strip().casefold()]
+    return alike[0] if len(alike) == 1 else None
 
 
 def validation_parts(train: list[Part]) -> list[Part]:
@@ -506,24 +772,24 @@ def _load_splits(dataset: str, configuration: str | None) -> Any:
     return splits
 
 
-def _field_of(value: Any, field_name: str, where: str, report: ReadingReport) -> str:
+def _field_of(value: Any, field_name: str, where: str, name: str, report: ReadingReport) -> Row:
     """The text of a decoded row: the row itself, or its field if it is an object."""
     if isinstance(value, dict):
-        if field_name not in value:
-            raise DataError(
-                f'{where}: no "{field_name}" field (has: {_listed(value) or "no field at all"}).\n'
-                'Name one in DATA = {"path": ..., "field": ...}.'
-            )
-        value = value[field_name]
+        found = _name_in(field_name, value)
+        if found is None:
+            texts = [(len(text), key) for key, text in value.items() if isinstance(text, str)]
+            why = f'no "{field_name}" field (has: {_listed(value) or "no field at all"})'
+            return BadRow(where, why, fields=(max(texts)[1],) if texts else ())
+        if found != field_name:
+            report.note(f'{name}: its field "{found}" is read')
+        value = value[found]
     if not isinstance(value, str):
-        raise DataError(
-            f'{where}: "{field_name}" is {type(value).__name__}, not text.\n'
-            'Name another in DATA = {"path": ..., "field": ...}, or mend the row.'
-        )
+        kind = "null" if value is None else type(value).__name__
+        return BadRow(where, f'"{field_name}" is {kind}, not text')
     try:
         value.encode("utf-8")
     except UnicodeEncodeError:  # JSON may escape half of a character, such as "\ud83d"
-        report.note(f"{where.rsplit(' ', 2)[0]}: half characters (lone surrogates) became U+FFFD")
+        report.note(f"{name}: half characters (lone surrogates) became U+FFFD")
         return value.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
     return value
 

@@ -1,6 +1,5 @@
 """What DATA names, as files and splits to read: files, folders, URLs, corpora, datasets."""
 
-import codecs
 import os
 import re
 import stat
@@ -12,25 +11,30 @@ from engine.errors import DataError, SettingsError
 from engine.settings import unknown_name
 from text.corpora import CORPORA, corpus_path, fetch_address
 from text.documents import DataSpec, Part, ReadingReport
+from text.encodings import codec_of
+from text.formats import SNIFFED_BYTES, kind_of, refusal_of, zip_is_readable
 
 INVALID_NAME = 123  # Windows' error code for a path with a reserved character, such as *
+_PATH_ALIASES = ("file", "files", "filename", "folder", "dir", "url", "source", "name", "data")
 WIKITEXT_2 = "hf:Salesforce/wikitext:wikitext-2-raw-v1"
 
 
 def parse_data(data: Any) -> DataSpec:
-    """The DataSpec of DATA: a name, a list of names, or a dict with path, val, field, encoding.
+    """The DataSpec of DATA: a name, a list of names, or a dict with the fields of a DataSpec.
 
     Raises SettingsError.
     """
     if not isinstance(data, dict):
         return DataSpec(train=_names(data, "DATA"))
-    known = ("path", "val", "field", "encoding")
+    known = ("path", "val", "field", "encoding", "separator", "bad_rows")
     for key in data:
+        if key in _PATH_ALIASES:
+            raise SettingsError(f'DATA["{key}"] is unknown; the text is named in DATA["path"]')
         if key not in known:
             raise SettingsError(unknown_name(f'DATA["{key}"]', key, known))
     if "path" not in data:
         raise SettingsError('DATA is a dict without "path"; name the text there')
-    for key in ("field", "encoding"):
+    for key in ("field", "encoding", "separator"):
         if not isinstance(data.get(key, "x"), str) or not data.get(key, "x"):
             raise SettingsError(f'DATA["{key}"] is {data[key]!r}; it must be text in quotes')
     encoding = data.get("encoding")
@@ -41,11 +45,15 @@ def parse_data(data: Any) -> DataSpec:
             f'DATA["encoding"] is {encoding!r}, which Python does not know; '
             'usual ones are "utf-8", "gb18030", "big5", "latin-1", "utf-16"'
         ) from None
+    if (bad_rows := data.get("bad_rows", "refuse")) not in ("refuse", "skip"):
+        raise SettingsError(f'DATA["bad_rows"] is {bad_rows!r}; it must be "refuse" or "skip"')
     return DataSpec(
         train=_names(data["path"], 'DATA["path"]'),
         val=_names(data["val"], 'DATA["val"]') if "val" in data else (),
         field=data.get("field", "text"),
         encoding=encoding,
+        separator=data.get("separator"),
+        bad_rows=bad_rows,
     )
 
 
@@ -164,8 +172,8 @@ def _readable(paths: Iterable[Path], base: Path, report: ReadingReport) -> list[
             reason = "hidden"
         elif _kind(path) != "file":
             reason = "no regular file"
-        elif _looks_binary(path):
-            reason = "binary"
+        elif refused := _why_unreadable(path):
+            reason = refused
         else:
             name = str(path.relative_to(base)) if path.is_relative_to(base) else str(path)
             parts.append(Part(name, path))
@@ -174,15 +182,23 @@ def _readable(paths: Iterable[Path], base: Path, report: ReadingReport) -> list[
     return parts
 
 
-def _looks_binary(path: Path) -> bool:
+def _why_unreadable(path: Path) -> str | None:
+    """Why a file of a folder is passed over, by its content; None if it is to be read."""
     if path.suffix.lower() in (".gz", ".zst", ".parquet"):
-        return False
+        return None
     try:
         with path.open("rb") as file:
-            start = file.read(8192)
+            start = file.read(SNIFFED_BYTES)
     except OSError as error:
         raise DataError(f"can't read {path}: {error.strerror or error}.") from error
-    return b"\0" in start and not start.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+    kind = kind_of(start, path.suffix.lower())
+    if kind == "zip":
+        return None if zip_is_readable(path) else "zip archive"
+    if kind == "binary":
+        why = (refusal_of(start, "") or "").removeprefix(" is ").partition(".")[0]
+        return "binary" if why.endswith("not text") else why
+    is_wide = not codec_of(start, None)[0].startswith("utf-8")
+    return "binary" if kind == "text" and b"\0" in start and not is_wide else None
 
 
 def _why_nothing(report: ReadingReport) -> str:

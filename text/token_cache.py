@@ -99,7 +99,7 @@ def tokenize(
             dataset_fingerprint(part) if part.path is None else file_sha256(part.path)
             for part in parts
         ]
-        how = [tokenizer_kind, spec.field, spec.encoding]
+        how = [tokenizer_kind, spec.field, spec.encoding, spec.separator, spec.bad_rows]
         # of a file's name only the suffixes matter
         kinds = ["".join(Path(part.name).suffixes).lower() for part in texts]
         entry_id = _hash_of([FORMAT, how, train_ratio, len(train), content, kinds])

@@ -341,16 +341,18 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> BPETokenizer:
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size - 1, initial_alphabet=sorted(byte_symbols()), show_progress=False
     )
-    trainable.train_from_iterator(_at_most(texts, TRAINING_CHARACTERS), trainer)
+    trainable.train_from_iterator(_at_most(texts, TRAINING_CHARACTERS, read_all=True), trainer)
     trained = json.loads(trainable.to_str())["model"]
     return BPETokenizer(f"BPE of {len(trained['vocab']) + 1:,} tokens", ranks_of(trained["vocab"]))
 
 
-def _at_most(texts: Iterable[str], characters: int) -> Iterator[str]:
+def _at_most(texts: Iterable[str], characters: int, *, read_all: bool = False) -> Iterator[str]:
+    """The first characters of some texts; read_all reads on for the errors that reading raises."""
     for text in texts:
-        yield text[:characters]
+        if characters > 0:
+            yield text[:characters]
         characters -= len(text)
-        if characters <= 0:
+        if characters <= 0 and not read_all:
             return
 
 
