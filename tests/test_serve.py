@@ -392,8 +392,8 @@ def test_only_requests_for_this_host_and_from_its_own_pages_are_answered(at, rig
     gate = Guard(None, host=at[0], port=at[1], token=None)
 
     def check(host: str, origin: str | None = None) -> None:
-        origins = [] if origin is None else [(b"origin", origin.encode())]
-        gate.check({"path": "/", "headers": [(b"host", host.encode()), *origins]})
+        origins = {} if origin is None else {b"origin": origin}
+        gate.check_place({b"host": host} | origins)
 
     for host in right:
         check(host)
@@ -633,6 +633,12 @@ def test_wrong_options_are_told_before_anything_listens(monkeypatch):
         (["--host", "192.168.1.5"], "needs --token"),
         (["--token", "short"], "8 or more"),
         (["--token", "with a blank in it"], "8 or more"),
+        (["--allow-host", "mybox.lan"], "--allow-host lets others in, so it needs --token"),
+        (["--allow-origin", "http://a.example"], "--allow-origin lets others in"),
+        (["--token", "open-sesame", "--allow-host", "mybox.lan:80"], "without a port"),
+        (["--token", "open-sesame", "--allow-host", "*"], "--allow-host is '*'"),
+        (["--token", "open-sesame", "--allow-origin", "*"], "such as http://localhost:3000"),
+        (["--token", "open-sesame", "--allow-origin", "http://a/"], "--allow-origin is"),
         (["--port", "65536"], "--port is '65536'; it must be a whole number from 0 to 65535"),
         (["--port", "-1"], "--port is '-1'"),
         (["--queue-limit", "many"], "--queue-limit is 'many'"),

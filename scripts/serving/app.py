@@ -2,7 +2,7 @@
 
 import json
 import socket
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -98,8 +98,16 @@ class Application:
         self._facts = {"id": served.model, "object": "model", "created": served.created}
         self._facts["owned_by"] = "you"
 
-    def guarded(self, *, host: str, port: int, token: str | None) -> Guard:
-        """The guarded ASGI application for an address."""
+    def guarded(
+        self,
+        *,
+        host: str,
+        port: int,
+        token: str | None,
+        hosts: Collection[str] = (),
+        origins: Collection[str] = (),
+    ) -> Guard:
+        """The guarded ASGI application for an address, with other names and sites let in."""
         app = Starlette(
             routes=[
                 *(Route(path, self.file) for path in FILES),
@@ -119,7 +127,7 @@ class Application:
             },
         )
         app.router.redirect_slashes = False
-        return Guard(app, host=host, port=port, token=token)
+        return Guard(app, host=host, port=port, token=token, hosts=hosts, origins=origins)
 
     async def complete(self, request: Request) -> Any:
         """/v1/completions and /v1/chat/completions."""
