@@ -45,7 +45,8 @@ class Token:
     """A sampled token and the natural logarithm of its probability."""
 
     id: int
-    logprob: float  # the model's, before penalty, temperature and filters
+    logprob: float  # the model's, before penalties, temperature and filters
+    likeliest: tuple[tuple[int, float], ...] = ()  # if requested: ids and logprobs, best first
 
 
 @dataclass(frozen=True)
@@ -152,14 +153,18 @@ def stream_text(
     *,
     stop: str | Sequence[str] = (),
     num_samples: int = 1,
+    n_likeliest: int = 0,
+    frequency_penalty: float = 0.0,
+    presence_penalty: float = 0.0,
     generator: torch.Generator | None = None,
     **sampling: Any,
 ) -> Iterator[Piece]:
     """Continue texts, each num_samples times; yield what each step adds to each text.
 
     A prompt may also be token ids; an empty one becomes an end of text. sampling overrides the
-    fields of SamplingConfig(). A text ends before the first stop string, at an end of text, or
-    after max_new_tokens. Raises SettingsError at the first piece.
+    fields of SamplingConfig(); choose_next() explains the penalties. A token has the n_likeliest
+    tokens that could have been drawn. A text ends before the first stop string, at an end of text,
+    or after max_new_tokens. Raises SettingsError at the first piece.
     """
     given = asdict(SamplingConfig()) | sampling
     # a str is a sequence of str too
@@ -167,7 +172,16 @@ def stream_text(
     stop = [stop] if isinstance(stop, str) else stop
     ids = [tokenizer.encode(p) if isinstance(p, str) else p for p in prompts]
     ids = [prompt or [tokenizer.end_of_text_id] for prompt in ids]
-    rows = Rows(model, ids, given, num_samples, generator)
+    rows = Rows(
+        model,
+        ids,
+        given,
+        num_samples,
+        generator,
+        n_likeliest=n_likeliest,
+        frequency_penalty=frequency_penalty,
+        presence_penalty=presence_penalty,
+    )
     decoders = [tokenizer.decoder() for _ in rows.running]
     held = [_HeldBack(stop) for _ in rows.running]
     for n_drawn in range(1, given["max_new_tokens"] + 1):
@@ -221,6 +235,10 @@ class Rows:
         sampling: dict[str, Any],
         num_samples: int = 1,
         generator: torch.Generator | None = None,
+        *,
+        n_likeliest: int = 0,
+        frequency_penalty: float = 0.0,
+        presence_penalty: float = 0.0,
     ) -> None:
         names = [field.name for field in fields(SamplingConfig)]
         known = {name: value for name, value in sampling.items() if name in names}
@@ -238,6 +256,10 @@ class Rows:
         self._choice = dict(sampling)
         n_new = self._choice.pop("max_new_tokens")
         self._n_recent = self._choice.pop("repetition_window")
+        self._n_likeliest = min(n_likeliest, vocab_size)
+        self._penalties = {"frequency_penalty": frequency_penalty}
+        self._penalties["presence_penalty"] = presence_penalty
+        self._counts: torch.Tensor | None = None  # (rows, V): how often a token was drawn
         self._limit = model.config.context_length
         n_kept = max(self._limit + 1, self._n_recent)  # older tokens have no effect
         self._texts = [list(prompt[-n_kept:]) for prompt in prompts]
@@ -252,14 +274,19 @@ class Rows:
         """The next token of each row, None for a row that has ended."""
         with evaluating(self._model):  # only during the step: between steps the caller may train
             logits = self._next_logits().float()  # (rows, V)
+        options = self._choice
+        if any(self._penalties.values()):
+            self._counts = torch.zeros_like(logits) if self._counts is None else self._counts
+            options = options | self._penalties | {"counts": self._counts}
         chosen = choose_next(
-            logits, recent=self._recent(logits), generator=self._generator, **self._choice
+            logits, recent=self._recent(logits), generator=self._generator, **options
         )
-        logprobs = logits.gather(1, chosen) - logits.logsumexp(1, keepdim=True)
-        drawn = list(zip(chosen[:, 0].tolist(), logprobs[:, 0].tolist(), strict=True))
-        for text, (token, _) in zip(self._texts, drawn, strict=True):
-            text.append(token)
-        return [Token(*token) if row in self.running else None for row, token in enumerate(drawn)]
+        if self._counts is not None:
+            self._counts.scatter_add_(1, chosen, torch.ones_like(chosen, dtype=logits.dtype))
+        drawn = tokens_of(logits, chosen, self._n_likeliest)
+        for text, token in zip(self._texts, drawn, strict=True):
+            text.append(token.id)
+        return [token if row in self.running else None for row, token in enumerate(drawn)]
 
     def _next_logits(self) -> torch.Tensor:
         """(rows, V) logits of the next token."""
@@ -314,6 +341,21 @@ class Rows:
         return torch.tensor(newest, device=logits.device)
 
 
+def tokens_of(logits: torch.Tensor, chosen: torch.Tensor, n_likeliest: int = 0) -> list[Token]:
+    """The Token of each row, from (B, V) logits, as the model gave them, and (B, 1) ids."""
+    total = logits.logsumexp(1, keepdim=True)
+    logprobs = logits.gather(1, chosen) - total
+    drawn = zip(chosen[:, 0].tolist(), logprobs[:, 0].tolist(), strict=True)
+    if n_likeliest == 0:
+        return [Token(*token) for token in drawn]
+    values, ids = logits.topk(n_likeliest, dim=1)  # both (B, n_likeliest)
+    listed = zip(ids.tolist(), (values - total).tolist(), strict=True)
+    return [
+        Token(*token, tuple(zip(*likeliest, strict=True)))
+        for token, likeliest in zip(drawn, listed, strict=True)
+    ]
+
+
 def choose_next(
     logits: torch.Tensor,
     *,
@@ -323,12 +365,17 @@ def choose_next(
     min_p: float = 0.0,
     repetition_penalty: float = 1.0,
     recent: torch.Tensor | None = None,
+    frequency_penalty: float = 0.0,
+    presence_penalty: float = 0.0,
+    counts: torch.Tensor | None = None,
     generator: torch.Generator | None = None,
 ) -> torch.Tensor:
     """Sample one token a row from (B, V) logits; returns (B, 1).
 
     repetition_penalty divides the positive logits of tokens in recent, (B, n), and multiplies the
-    negative ones (Keskar et al. 2019). Of the full distribution at this temperature top_k keeps the
+    negative ones (Keskar et al. 2019). Of counts, (B, V), how often each token was drawn, the other
+    two are subtracted: frequency_penalty for each time, presence_penalty once if there was one (API
+    reference of OpenAI). Of the full distribution at this temperature top_k keeps the
     k likeliest tokens; top_p the fewest likeliest ones that sum to p (nucleus sampling, Holtzman et
     al. 2019); min_p those with that share of the likeliest one's probability (Nguyen et al. 2024).
     Temperature 0 is greedy. Raises NumericsError where the highest logit is not finite.
@@ -337,6 +384,8 @@ def choose_next(
         seen = logits.gather(1, recent)
         seen = torch.where(seen > 0, seen / repetition_penalty, seen * repetition_penalty)
         logits = logits.scatter(1, recent, seen)
+    if counts is not None:
+        logits = logits - frequency_penalty * counts - presence_penalty * (counts > 0)
     highest = logits.amax(dim=-1, keepdim=True)
     if not highest.isfinite().all():
         raise NumericsError("the model's logits are not finite: there is no token to choose")
