@@ -30,7 +30,7 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "best_of": (1,),
     "echo": (False,),
     "suffix": ("",),
-    "logit_bias": ({},),
+    "logit_bias": ({}, []),
     "top_logprobs": (0,),
     "tools": ([],),
     "tool_choice": ("none", "auto"),
