@@ -472,7 +472,7 @@ def test_a_long_list_of_prompts_is_written_in_batches_and_answered_in_order(send
 
     monkeypatch.setattr(writer, "stream_text", noting)
     prompts = [TEXT[i : i + 3] for i in range(20)]
-    expected = [written(run, prompt) for prompt in prompts for _ in range(3)]
+    expected = [text for prompt in prompts for text in [written(run, prompt)] * 3]
     answer = complete(send, prompt=prompts, n=3)
     assert [choice["text"] for choice in answer["choices"]] == expected
     assert [choice["index"] for choice in answer["choices"]] == list(range(60))
