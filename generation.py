@@ -56,7 +56,8 @@ class Token:
     """A sampled token and the natural logarithm of its probability."""
 
     id: int
-    logprob: float  # the model's, before penalty, temperature and filters
+    logprob: float  # the model's, before penalties, temperature and filters
+    likeliest: tuple[tuple[int, float], ...] = ()  # if requested: ids and logprobs, best first
 
 
 @dataclass(frozen=True)
@@ -163,14 +164,18 @@ def stream_text(
     *,
     stop: str | Sequence[str] = (),
     num_samples: int = 1,
+    n_likeliest: int = 0,
+    frequency_penalty: float = 0.0,
+    presence_penalty: float = 0.0,
     generator: torch.Generator | None = None,
     **sampling: Any,
 ) -> Iterator[Piece]:
     """Continue texts, each num_samples times; yield what each step adds to each text.
 
     A prompt may also be token ids; an empty one becomes an end of text. sampling overrides the
-    fields of SamplingConfig(). A text ends before the first stop string, at an end of text, or
-    after max_new_tokens. Raises SettingsError at the first piece.
+    fields of SamplingConfig(); choose_next() explains the penalties. A token has the n_likeliest
+    tokens that could have been drawn. A text ends before the first stop string, at an end of text,
+    or after max_new_tokens. Raises SettingsError at the first piece.
     """
     given = asdict(SamplingConfig()) | sampling
     # a str is a sequence of str too
@@ -178,7 +183,17 @@ def stream_text(
     stop = [stop] if isinstance(stop, str) else stop
     ids = [tokenizer.encode(p) if isinstance(p, str) else p for p in prompts]
     ids = [prompt or [tokenizer.end_of_text_id] for prompt in ids]
-    with contextlib.closing(Rows(model, ids, given, num_samples, generator)) as rows:
+    rows = Rows(
+        model,
+        ids,
+        given,
+        num_samples,
+        generator,
+        n_likeliest=n_likeliest,
+        frequency_penalty=frequency_penalty,
+        presence_penalty=presence_penalty,
+    )
+    with contextlib.closing(rows):
         decoders = [tokenizer.decoder() for _ in rows.running]
         held = [_HeldBack(stop) for _ in rows.running]
         for n_drawn in range(1, given["max_new_tokens"] + 1):
@@ -232,6 +247,10 @@ class Rows:
         sampling: dict[str, Any],
         num_samples: int = 1,
         generator: torch.Generator | None = None,
+        *,
+        n_likeliest: int = 0,
+        frequency_penalty: float = 0.0,
+        presence_penalty: float = 0.0,
     ) -> None:
         names = [field.name for field in fields(SamplingConfig)]
         known = {name: value for name, value in sampling.items() if name in names}
@@ -250,6 +269,10 @@ class Rows:
         n_new = self._choice.pop("max_new_tokens")
         window = self._choice.pop("repetition_window")
         self._n_recent = 0 if self._choice["repetition_penalty"] == 1 else window
+        self._choice |= {"frequency_penalty": frequency_penalty}
+        self._choice |= {"presence_penalty": presence_penalty}
+        self._n_likeliest = min(n_likeliest, vocab_size)
+        self._n_drawn = 0
         self._limit = model.config.context_length
         n_kept = max(self._limit + 1, window)  # older tokens have no effect
         self._texts = [list(prompt[-n_kept:]) for prompt in prompts]
@@ -265,13 +288,13 @@ class Rows:
         """The next token of each row, None for a row that has ended."""
         with evaluating(self._model):  # only during the step: between steps the caller may train
             drawn = self._next().cpu()  # the one time that the host waits for the device
-        ids, logprobs = drawn[:, 0].tolist(), drawn[:, 1].view(torch.float32).tolist()
-        if min(ids) < 0:
+        tokens = _unpack(drawn)
+        if any(token.id < 0 for token in tokens):
             raise NumericsError(NOT_FINITE)
-        for text, token in zip(self._texts, ids, strict=True):
-            text.append(token)
-        chosen = enumerate(zip(ids, logprobs, strict=True))
-        return [Token(*token) if row in self.running else None for row, token in chosen]
+        self._n_drawn += 1
+        for text, token in zip(self._texts, tokens, strict=True):
+            text.append(token.id)
+        return [token if row in self.running else None for row, token in enumerate(tokens)]
 
     def close(self) -> None:
         """Leave a recorded step and its memory to the next request; call it after the last draw."""
@@ -322,51 +345,65 @@ class Rows:
             self._seen_from = [n for n in self._seen_from for _ in range(self._copies)]
             self._copies = 1
         recent = _newest(self._texts, min(self._n_recent, size), device)
+        counts = self._counts(device)
         if recorded:
-            shape = (*recent.shape, capacity, cache.starts is not None)
+            shape = (*recent.shape, capacity, cache.starts is not None, self._n_likeliest)
             self._batch = self._recorded_batch(shape, device)
         else:
-            self._batch = _Batch(cache, len(recent), self._choice)
-        return self._batch.begin(cache, logits.float(), recent, self._generator)
+            self._batch = _Batch(cache, len(recent), self._choice, self._n_likeliest)
+        return self._batch.begin(cache, logits.float(), (recent, *counts), self._generator)
+
+    def _counts(self, device: torch.device) -> list[torch.Tensor]:
+        """How often each row has drawn each token, (rows, V), if a penalty needs it."""
+        if not self._choice["frequency_penalty"] and not self._choice["presence_penalty"]:
+            return []
+        drawn = torch.tensor([t[len(t) - self._n_drawn :] for t in self._texts], dtype=torch.long)
+        counts = torch.zeros(len(drawn), self._model.config.vocab_size)
+        counts.scatter_add_(1, drawn, torch.ones(drawn.shape))
+        return [counts.to(device)]
 
     def _recorded_batch(self, shape: tuple, device: torch.device) -> "_Batch":
         """An earlier request's batch, whose recorded step serves this one too, or a new one.
 
-        shape is (rows, recent tokens of each, cache's capacity, whether rows are padded).
+        shape is (rows, recent tokens of each, cache's capacity, whether rows are padded, the
+        likeliest tokens that are told).
         """
         # tensors made in inference mode can't be written outside it
         key = (*shape, torch.is_inference_mode_enabled(), *self._choice.values())
         self._kept_as = weight_addresses(self._model), key
         self._held = [t.detach() for t in (*self._model.parameters(), *self._model.buffers())]
-        n_rows, _, capacity, _ = shape
+        n_rows, _, capacity, _, n_likeliest = shape
         fixed = KVCache([0] * n_rows, capacity, device, fixed=True)
-        return take_step(self._model, *self._kept_as) or _Batch(fixed, n_rows, self._choice)
+        kept = take_step(self._model, *self._kept_as)
+        return kept or _Batch(fixed, n_rows, self._choice, n_likeliest)
 
 
 class _Batch:
     """Rows that are continued together: all that a decoding step reads and changes on the device.
 
-    The step of a fixed cache is recorded. Tokens and logprobs come in one int32 tensor, (rows, 2),
-    so that the host reads once: a token is -1 where the highest logit is not finite, a logprob is
-    the bits of its fp32.
+    The step of a fixed cache is recorded. What is drawn comes in one tensor of _pack(), so that the
+    host reads once; a token is -1 where the highest logit is not finite.
     """
 
-    def __init__(self, cache: KVCache, n_rows: int, choice: dict[str, Any]) -> None:
-        self._cache, self._choice = cache, choice
+    def __init__(
+        self, cache: KVCache, n_rows: int, choice: dict[str, Any], n_likeliest: int = 0
+    ) -> None:
+        self._cache, self._choice, self._n_likeliest = cache, choice, n_likeliest
         self._points = _new_points(n_rows, cache.device)
-        self._state: tuple[torch.Tensor, ...] = ()  # each row's newest token; its recent ones
+        self._state: tuple[torch.Tensor, ...] = ()  # each row's newest token, recent ones, counts
         self._recorded: RecordedStep | None = None  # of a fixed cache; it keeps the state
 
     def begin(
         self,
         cache: KVCache,
         logits: torch.Tensor,
-        recent: torch.Tensor,
+        seen: tuple[torch.Tensor, ...],
         generator: torch.Generator | None,
     ) -> torch.Tensor:
-        """Draw from (rows, V) logits; cache has the tokens before, recent is _newest()'s."""
+        """Draw from (rows, V) logits; cache has the tokens before, seen is _newest()'s and
+        _counts()'s."""
         self._fill_points(generator)
-        drawn, self._state = self._draw(logits, recent)
+        drawn, self._state = self._draw(logits, *seen)
         if self._cache.fixed:
             state = (*self._state, torch.full((1,), cache.filled, device=cache.device))
             self._cache.take_over(cache)
@@ -388,26 +425,30 @@ class _Batch:
             self._points.uniform_(generator=generator)
 
     def _advance(
-        self, model: nn.Module, ids: torch.Tensor, recent: torch.Tensor, *columns: torch.Tensor
+        self, model: nn.Module, ids: torch.Tensor, *seen: torch.Tensor
     ) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
-        """A step and the next state, of which a fixed cache's has the newest column, (1,)."""
+        """A step and the next state, of which a fixed cache's ends with the newest column, (1,)."""
+        columns = seen[-1:] if self._cache.fixed else ()
+        seen = seen[:-1] if self._cache.fixed else seen
         with _kernels_for(model, ids):
             if columns:
                 logits = model.decode(ids, self._cache, *columns)
             else:
                 logits = model.head(model.hidden(ids, self._cache.advance(1))[:, -1])
-        drawn, state = self._draw(logits.float(), recent)
+        drawn, state = self._draw(logits.float(), *seen)
         return drawn, (*state, *(column + 1 for column in columns))
 
     def _draw(
-        self, logits: torch.Tensor, recent: torch.Tensor
-    ) -> tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor]]:
-        """Tokens and logprobs, and the newest and the recent tokens with them."""
-        chosen = choose_next(logits, recent=recent, points=self._points, **self._choice)
+        self, logits: torch.Tensor, recent: torch.Tensor, *counts: torch.Tensor
+    ) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
+        """What is drawn, and the newest and the recent tokens and the counts with it."""
+        options = self._choice | {"recent": recent, "counts": counts[0] if counts else None}
+        chosen = choose_next(logits, points=self._points, **options)
         ids = chosen.clamp(min=0)
-        logprobs = logits.gather(1, ids) - logits.logsumexp(1, keepdim=True)
-        drawn = torch.cat((chosen.int(), logprobs.view(torch.int32)), dim=1)
-        return drawn, (ids, torch.cat((recent, ids), dim=1)[:, 1:])
+        drawn = _pack(logits, chosen, self._n_likeliest)
+        one = torch.ones_like(ids, dtype=logits.dtype)
+        counts = tuple(count.scatter_add(1, ids, one) for count in counts)
+        return drawn, (ids, torch.cat((recent, ids), dim=1)[:, 1:], *counts)
 
 
 def _newest(texts: list[list[int]], n: int, device: torch.device) -> torch.Tensor:
@@ -425,6 +466,35 @@ def _kernels_for(model: nn.Module, ids: torch.Tensor) -> contextlib.AbstractCont
     return OneRowProducts() if is_one_row else steady_attention(ids.device)
 
 
+def tokens_of(logits: torch.Tensor, chosen: torch.Tensor, n_likeliest: int = 0) -> list[Token]:
+    """The Token of each row, from (B, V) logits, as the model gave them, and (B, 1) ids."""
+    return _unpack(_pack(logits, chosen, n_likeliest).cpu())
+
+
+def _pack(logits: torch.Tensor, chosen: torch.Tensor, n_likeliest: int) -> torch.Tensor:
+    """Tokens and logprobs in one int32 tensor, (B, 2 + 2 n_likeliest), which holds fp32's bits.
+
+    A row has the chosen token and its logprob, the likeliest tokens, and their logprobs.
+    """
+    total = logits.logsumexp(1, keepdim=True)
+    logprobs = logits.gather(1, chosen.clamp(min=0)) - total
+    parts = [chosen.int(), logprobs.view(torch.int32)]
+    if n_likeliest > 0:
+        values, ids = logits.topk(n_likeliest, dim=1)  # both (B, n_likeliest)
+        parts += [ids.int(), (values - total).view(torch.int32)]
+    return torch.cat(parts, dim=1)
+
+
+def _unpack(packed: torch.Tensor) -> list[Token]:
+    """The Token of each row of _pack()'s tensor, on the CPU."""
+    rows = zip(packed.tolist(), packed.view(torch.float32).tolist(), strict=True)
+    n = packed.shape[1] // 2 - 1
+    return [
+        Token(ids[0], numbers[1], tuple(zip(ids[2 : 2 + n], numbers[2 + n :], strict=True)))
+        for ids, numbers in rows
+    ]
+
+
 def choose_next(
     logits: torch.Tensor,
     *,
@@ -434,13 +504,18 @@ def choose_next(
     min_p: float = 0.0,
     repetition_penalty: float = 1.0,
     recent: torch.Tensor | None = None,
+    frequency_penalty: float = 0.0,
+    presence_penalty: float = 0.0,
+    counts: torch.Tensor | None = None,
     generator: torch.Generator | None = None,
     points: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Sample one token a row from (B, V) logits; returns (B, 1).
 
     repetition_penalty divides the positive logits of tokens in recent, (B, n), and multiplies the
-    negative ones (Keskar et al. 2019). Of the full distribution at this temperature top_k keeps the
+    negative ones (Keskar et al. 2019). Of counts, (B, V), how often each token was drawn, the other
+    two are subtracted: frequency_penalty for each time, presence_penalty once if there was one (API
+    reference of OpenAI). Of the full distribution at this temperature top_k keeps the
     k likeliest tokens; top_p the fewest likeliest ones that sum to p (nucleus sampling, Holtzman et
     al. 2019); min_p those with that share of the likeliest one's probability (Nguyen et al. 2024).
     Temperature 0 is greedy. Raises NumericsError where the highest logit is not finite.
@@ -452,6 +527,8 @@ def choose_next(
         seen = logits.gather(1, recent)
         seen = torch.where(seen > 0, seen / repetition_penalty, seen * repetition_penalty)
         logits = logits.scatter(1, recent, seen)
+    if counts is not None:
+        logits = logits - frequency_penalty * counts - presence_penalty * (counts > 0)
     highest = logits.amax(dim=-1, keepdim=True)
     is_finite = highest.isfinite()
     if points is None and not is_finite.all():

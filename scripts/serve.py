@@ -28,6 +28,8 @@ from scripts.options import (
 )
 
 BACKLOG = 2048  # connections that may wait to be accepted
+HOST = r"[a-z0-9_]([a-z0-9._-]*[a-z0-9_-])?|[0-9a-f:]*:[0-9a-f:.]*"  # a name, IPv4 or IPv6
+ORIGIN = r"[a-z][a-z0-9+.-]*://([a-z0-9._-]+|\[[0-9a-f:.]+\])(:[0-9]{1,5})?"
 # exact, as in requirements-dev.txt: guard.py and app.py extend internal classes of uvicorn
 INSTALL = "pip install starlette==1.10.0 uvicorn==0.54.0"
 
@@ -59,6 +61,21 @@ def _options() -> argparse.Namespace:
         default=os.environ.get("GPT_SERVE_TOKEN") or None,
         help="what clients must know; other users of this machine may see options, so the "
         "environment variable GPT_SERVE_TOKEN serves too",
+    )
+    group.add_argument(
+        "--allow-host",
+        metavar="NAME",
+        action="append",
+        default=[],
+        help="another name that clients may reach this server by; needs --token, may be repeated",
+    )
+    group.add_argument(
+        "--allow-origin",
+        metavar="ORIGIN",
+        action="append",
+        default=[],
+        help="a site whose pages may ask, such as http://localhost:3000; needs --token, may be "
+        "repeated",
     )
     group.add_argument(
         "--answer-limit", metavar="N", default="4096", help="most tokens of an answer (4096)"
@@ -94,8 +111,27 @@ def _checked(arguments: argparse.Namespace) -> argparse.Namespace:
             f"--host {shown(arguments.host)} lets other machines in, so it needs --token: "
             "a secret of 8 or more characters that clients must know"
         )
-    raise_if_any(problems, "the options")
+    raise_if_any(problems + _check_allowed(arguments), "the options")
     return arguments
+
+
+def _check_allowed(arguments: argparse.Namespace) -> list[str]:
+    """Put --allow-host and --allow-origin into lower case; returns the problems of both."""
+    problems = []
+    for name, pattern, allowed in (
+        ("allow_host", HOST, "a host name or an address, such as mybox.lan, without a port"),
+        ("allow_origin", ORIGIN, "a scheme and a host, such as http://localhost:3000, each named"),
+    ):
+        given = [text.lower() for text in getattr(arguments, name)]
+        setattr(arguments, name, given)
+        problems += [
+            f"{flag_of(name)} is {shown(text)}; it must be {allowed}"
+            for text in given
+            if not re.fullmatch(pattern, text)
+        ]
+        if given and arguments.token is None:
+            problems.append(f"{flag_of(name)} lets others in, so it needs --token")
+    return problems
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -142,7 +178,13 @@ async def _serve(arguments: argparse.Namespace, run: LoadedRun, listener: socket
     )
     host, port = known_as(arguments.host, listener), listener.getsockname()[1]
     writer = Writer(run, arguments.queue_limit)
-    app = Application(run, served, writer).guarded(host=host, port=port, token=arguments.token)
+    app = Application(run, served, writer).guarded(
+        host=host,
+        port=port,
+        token=arguments.token,
+        hosts=arguments.allow_host,
+        origins=arguments.allow_origin,
+    )
     greeting = (
         f"http://{bracketed(host)}:{port}/ serves {served.model}, step {run.step}, "
         f"{run.weights} weights (Ctrl-C ends it)"

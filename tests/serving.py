@@ -94,15 +94,15 @@ class Server(Client):
         started, real, found = threading.Event(), app.Server, []
 
         def note(application, writer, greeting):
-            loop, pieces, self.writer = asyncio.get_running_loop(), writer._pieces, writer
+            loop, parts, self.writer = asyncio.get_running_loop(), writer._parts, writer
             loop.time = lambda: time.monotonic() + self._seconds_passed
 
             def counted(job):
-                for piece in pieces(job):
+                for part in parts(job):
                     self.n_drawn += 1
-                    yield piece
+                    yield part
 
-            writer._pieces = counted
+            writer._parts = counted
             self._uvicorn = real(application, writer, greeting)
             self.connections = self._uvicorn.server_state.connections
             found.append(int(re.fullmatch(GREETING, f"{greeting}\n")[1]))

@@ -121,6 +121,24 @@ def softmax(logits: list[float]) -> list[float]:
     return [weight / sum(weights) for weight in weights]
 
 
+@pytest.mark.parametrize(
+    ("frequency", "presence", "expected"),
+    [
+        (0.0, 0.0, [1.5, -0.5, 0.0, 0.75]),
+        (0.5, 0.0, [0.0, -0.5, -0.5, 0.75]),
+        (0.0, 0.5, [1.0, -0.5, -0.5, 0.75]),  # once, however often it came
+        (0.25, 1.0, [-0.25, -0.5, -1.25, 0.75]),
+        (-0.5, -0.25, [3.25, -0.5, 0.75, 0.75]),
+    ],
+)
+def test_counted_tokens_are_drawn_with_the_penalties_worked_out_by_hand(
+    frequency, presence, expected
+):
+    logits, counts = torch.tensor([1.5, -0.5, 0.0, 0.75]), torch.tensor([3.0, 0.0, 1.0, 0.0])
+    options = {"frequency_penalty": frequency, "presence_penalty": presence}
+    assert_drawn(logits, softmax(expected), counts=counts.expand(N_DRAWS, -1), **options)
+
+
 def by_hand(
     logits: list[float], recent: list[int], repetition_penalty, temperature, top_k, top_p, min_p
 ) -> list[float]:

@@ -2,9 +2,10 @@
 
 import json
 import socket
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import uvicorn
 from starlette.applications import Starlette
@@ -13,12 +14,20 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from engine.console import say
+from engine.console import say, tell
 from engine.errors import PipelineError
+from engine.settings import shown
 from exchange.saved_run import LoadedRun
-from generation import Piece
-from scripts.serving.guard import Guard, Refused, TimedProtocol, json_response, report, to_json
-from scripts.serving.protocol import Answer, Served, check_model, read_order
+from scripts.serving.guard import (
+    SUBSTITUTED,
+    Guard,
+    Refused,
+    TimedProtocol,
+    json_response,
+    report,
+    to_json,
+)
+from scripts.serving.protocol import MOST_IGNORED, Answer, Served, check_model, read_order
 from scripts.serving.writer import Job, Writer, watched
 
 MOST_BODY_BYTES = 1_000_000
@@ -44,8 +53,10 @@ def as_refusal(error: Exception) -> Refused:
 class EventStream:
     """An answer as server-sent events, one per chunk."""
 
-    def __init__(self, writer: Writer, job: Job, answer: Answer) -> None:
-        self._writer, self._job, self._answer = writer, job, answer
+    def __init__(
+        self, writer: Writer, job: Job, answer: Answer, headers: Mapping[str, str]
+    ) -> None:
+        self._writer, self._job, self._answer, self._headers = writer, job, answer, headers
 
     async def __call__(self, scope: Any, receive: Callable, send: Callable) -> None:
         async def send_event(data: bytes) -> None:
@@ -53,6 +64,7 @@ class EventStream:
             await send({"type": "http.response.body", "body": body, "more_body": True})
 
         headers = [(b"content-type", b"text/event-stream; charset=utf-8")]
+        headers += [(name.encode(), value.encode()) for name, value in self._headers.items()]
         async with watched(self._writer, self._job, receive):
             await send({"type": "http.response.start", "status": 200, "headers": headers})
             try:
@@ -70,8 +82,8 @@ class EventStream:
     async def _chunks(self) -> AsyncIterator[dict[str, Any]]:
         for chunk in self._answer.opening():
             yield chunk
-        async for piece in self._job.pieces():
-            if (added := self._answer.chunk(piece)) is not None:
+        async for part in self._job.parts():
+            if (added := self._answer.chunk(part)) is not None:
                 yield added
         for chunk in self._answer.closing(self._job.n_prompt_tokens):
             yield chunk
@@ -97,9 +109,18 @@ class Application:
         self._run, self._served, self._writer = run, served, writer
         self._facts = {"id": served.model, "object": "model", "created": served.created}
         self._facts["owned_by"] = "you"
+        self._noted: set[str] = set()
 
-    def guarded(self, *, host: str, port: int, token: str | None) -> Guard:
-        """The guarded ASGI application for an address."""
+    def guarded(
+        self,
+        *,
+        host: str,
+        port: int,
+        token: str | None,
+        hosts: Collection[str] = (),
+        origins: Collection[str] = (),
+    ) -> Guard:
+        """The guarded ASGI application for an address, with other names and sites let in."""
         app = Starlette(
             routes=[
                 *(Route(path, self.file) for path in FILES),
@@ -119,21 +140,30 @@ class Application:
             },
         )
         app.router.redirect_slashes = False
-        return Guard(app, host=host, port=port, token=token)
+        return Guard(app, host=host, port=port, token=token, hosts=hosts, origins=origins)
 
     async def complete(self, request: Request) -> Any:
         """/v1/completions and /v1/chat/completions."""
         is_chat = request.url.path.endswith("/chat/completions")
         order = read_order(await read_body(request), self._served, is_chat=is_chat)
         job = self._writer.submit(order)
+        self._note(order.ignored)
         answer = Answer(order, self._served)
+        # a header has ASCII only
+        headers = {SUBSTITUTED: quote(self._served.model)} if order.is_substitute else {}
         if order.stream:
-            return EventStream(self._writer, job, answer)
-        rows: list[list[Piece]] = [[] for _ in range(len(order.prompts) * order.n)]
+            return EventStream(self._writer, job, answer, headers)
         async with watched(self._writer, job, request.receive):
-            async for piece in job.pieces():
-                rows[piece.row].append(piece)
-        return json_response(answer.whole(rows, job.n_prompt_tokens))
+            async for part in job.parts():
+                answer.add(part)
+        return json_response(answer.whole(job.n_prompt_tokens), headers=headers)
+
+    def _note(self, ignored: Iterable[str]) -> None:
+        """Print a line for each ignored parameter, the first time that it comes."""
+        for name in ignored:
+            if name not in self._noted and len(self._noted) < MOST_IGNORED:
+                self._noted.add(name)
+                tell(f"Note: requests have {shown(name)}, which this server does not know: ignored")
 
     async def models(self, request: Request) -> Response:
         """/v1/models: the run as the only model."""

@@ -7,9 +7,10 @@ import json
 import math
 import operator
 import os
+import re
 import socket
 import traceback
-from collections.abc import Callable, Mapping, MutableMapping
+from collections.abc import Callable, Collection, Mapping, MutableMapping
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,9 @@ from engine.console import complain
 from engine.settings import shown
 
 EVERYWHERE = ("0.0.0.0", "::")
+# what containers call the machine that they run on
+CONTAINER_NAMES = ("host.docker.internal", "host.containers.internal")
+SUBSTITUTED = "x-served-model"  # header: the model that answers in place of the requested one
 # no token is needed for the page, which asks for it
 PUBLIC = ("/", "/page.css", "/page.js", "/icon.svg")
 
@@ -95,12 +99,12 @@ def report(error: Exception) -> None:
     )
 
 
-def own_names(host: str, port: int) -> set[str]:
-    """The Host headers, in lower case, that mean a server at this address."""
-    names = {"localhost", "127.0.0.1", "[::1]", bracketed(host.lower())}
+def own_names(host: str) -> set[str]:
+    """The names, in lower case and as in a Host header, of a server at this address."""
+    names = {"localhost", "127.0.0.1", "[::1]", bracketed(host.lower())} - {""}
     if host in EVERYWHERE:
         names.add(socket.gethostname().lower())
-    return {f"{name}:{port}" for name in names} | (names if port == 80 else set())
+    return names
 
 
 def bracketed(host: str) -> str:
@@ -108,40 +112,76 @@ def bracketed(host: str) -> str:
     return f"[{host}]" if ":" in host else host
 
 
-def _is_address(host: str, port: int) -> bool:
-    """Whether a Host header is an IP address, not a name, with this port."""
-    if port == 80 and ":" not in host.rpartition("]")[2]:  # browsers omit it
-        host += ":80"
-    name, _, given_port = host.rpartition(":")
+def is_loopback(host: str) -> bool:
+    """Whether an address to listen on can be reached from this machine only."""
+    return host == "localhost" or (_is_address(host) and ipaddress.ip_address(host).is_loopback)
+
+
+def _is_address(name: str) -> bool:
+    """Whether a host is an IP address, with or without brackets, not a name."""
     try:
         ipaddress.ip_address(name.removeprefix("[").removesuffix("]"))
     except ValueError:
         return False
-    return given_port == str(port)
+    return True
+
+
+def _split(host: str) -> tuple[str, str]:
+    """The name and the port of a Host header; no port is an empty one."""
+    if ":" not in host.rpartition("]")[2]:
+        return host, ""
+    name, _, port = host.rpartition(":")
+    return name, port
 
 
 class Guard:
     """The outermost ASGI application: refuses foreign requests, and adds security headers.
 
-    The Host must be a name of this server, against DNS rebinding. An Origin must be the server's
-    own. If there is a token, all but the page's files require it.
+    The Host must be a name of this server, against DNS rebinding: a page that makes its own name
+    lead here still sends that name. An Origin must be the server's own, or one of `origins`, which
+    get CORS. If there is a token, all but the page's files require it. Only with a token are the
+    names known under which containers and tunnels reach this machine, and those in `hosts`.
     """
 
-    def __init__(self, app: Callable, *, host: str, port: int, token: str | None) -> None:
+    def __init__(
+        self,
+        app: Callable,
+        *,
+        host: str,
+        port: int,
+        token: str | None,
+        hosts: Collection[str] = (),
+        origins: Collection[str] = (),
+    ) -> None:
+        assert token is not None or not (hosts or origins), "the options are checked"
         self._app, self._host, self._port = app, host, port
-        self._names = own_names(host, port)
+        self._names = own_names(host)
         self._token = token.encode() if token else None
+        self._origins = frozenset(origins)
+        if token is not None:
+            self._names |= {*CONTAINER_NAMES, *map(bracketed, hosts)}
+            if not is_loopback(host):
+                own = socket.gethostname().lower()
+                self._names |= {own, own.partition(".")[0]}
 
     async def __call__(self, scope: dict[str, Any], receive: Callable, send: Callable) -> None:
+        headers = {name: value.decode("latin-1") for name, value in scope["headers"]}
+        origin = headers.get(b"origin", "").lower()
+        shared = cors_headers(headers, origin) if origin in self._origins else {}
+
         async def secured(message: MutableMapping[str, Any]) -> None:
             if message["type"] == "http.response.start":
                 given = list(message.get("headers", ()))
-                added = [(name.encode(), value.encode()) for name, value in HEADERS.items()]
+                added = [(k.encode(), v.encode("latin-1")) for k, v in (HEADERS | shared).items()]
                 message = {**message, "headers": given + added}
             await send(message)
 
         try:
-            self.check(scope)
+            self.check_place(headers)
+            if shared and b"access-control-request-method" in headers:  # sent without the token
+                await Response(status_code=204)(scope, receive, secured)
+                return
+            self.check_token(headers, scope["path"])
         except Refused as refusal:
             await refusal.response()(scope, receive, secured)
             return
@@ -150,18 +190,36 @@ class Guard:
         except Exception as error:  # Starlette has answered it, or the answer has started
             report(error)
 
-    def check(self, scope: dict[str, Any]) -> None:
-        """Raise Refused for a request with a foreign Host or Origin, or without the token."""
-        headers = {name: value.decode("latin-1") for name, value in scope["headers"]}
+    def _is_known(self, host: str) -> bool:
+        """Whether a Host header means this server."""
+        name, port = _split(host)
+        if self._token is None:
+            if port != str(self._port) and not (port == "" and self._port == 80):  # left out
+                return False
+            return name in self._names or (self._host in EVERYWHERE and _is_address(name))
+        # a tunnel, a proxy and `docker -p` have ports of their own
+        if not re.fullmatch("[0-9]{0,5}", port):
+            return False
+        # no page has an address or a name of the local network as its own domain
+        is_near = _is_address(name) or bool(re.fullmatch(r"[a-z0-9-]+\.local", name))
+        return name in self._names or (is_near and not is_loopback(self._host))
+
+    def check_place(self, headers: Mapping[bytes, str]) -> None:
+        """Raise Refused for a foreign Host or Origin."""
         host = headers.get(b"host", "").lower()
-        anywhere = self._host in EVERYWHERE and _is_address(host, self._port)
-        if host not in self._names and not anywhere:
+        if not self._is_known(host):
             names = ", ".join(sorted(self._names))
-            raise Refused(403, f"the Host header is {shown(host)}; this server is {names}")
+            way = "--allow-host NAME adds another" + ("" if self._token else ", with --token")
+            said = f"this server is {names}, at port {self._port}; {way}"
+            raise Refused(403, f"the Host header is {shown(host)}; {said}")
         origin = headers.get(b"origin")
-        if origin is not None and origin.lower() != f"http://{host}":
-            raise Refused(403, f"the Origin {shown(origin)} is another site; none may ask here")
-        if self._token is None or scope["path"] in PUBLIC:
+        if origin is not None and origin.lower() not in (f"http://{host}", *self._origins):
+            way = "--allow-origin ORIGIN lets one" + ("" if self._token else ", with --token")
+            raise Refused(403, f"the Origin {shown(origin)} is another site; {way}")
+
+    def check_token(self, headers: Mapping[bytes, str], path: str) -> None:
+        """Raise Refused for a request without the token, except for the page's files."""
+        if self._token is None or path in PUBLIC:
             return
         scheme, _, given = headers.get(b"authorization", "").partition(" ")
         right = hmac.compare_digest(given.strip().encode("latin-1"), self._token)
@@ -173,6 +231,23 @@ class Guard:
                 code="invalid_api_key",
                 headers={"www-authenticate": "Bearer"},
             )
+
+
+def cors_headers(headers: Mapping[bytes, str], origin: str) -> dict[str, str]:
+    """The headers by which a browser lets a page of this origin ask, and read the answers."""
+    shared = {
+        "access-control-allow-origin": headers.get(b"origin", origin),
+        "access-control-expose-headers": SUBSTITUTED,
+        "vary": "Origin",
+    }
+    if asked := headers.get(b"access-control-request-headers"):
+        shared["access-control-allow-headers"] = asked
+        shared["access-control-max-age"] = "600"
+    if b"access-control-request-method" in headers:
+        shared["access-control-allow-methods"] = "GET, POST"
+    if b"access-control-request-private-network" in headers:  # from a public site to a local one
+        shared["access-control-allow-private-network"] = "true"
+    return shared
 
 
 class TimedProtocol(H11Protocol):

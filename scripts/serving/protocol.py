@@ -1,30 +1,36 @@
 """OpenAI's protocol: requests are checked, and answers get their shapes."""
 
 import dataclasses
+import io
+import itertools
 import json
+import math
 import time
 import uuid
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TypeGuard
+from typing import Any, NamedTuple, TypeGuard
 
-from engine.settings import find_problems, shown, unknown_name
-from generation import Piece, SamplingConfig
+from engine.settings import find_problems, shown
+from generation import Piece, SamplingConfig, Token
 from scripts.serving.guard import Refused
 from text.tokenizer import ForeignTokenizer, Tokenizer
 
-MOST_ROWS = 16  # texts that a request may ask for: prompts times n
+MOST_COPIES = 16  # n: texts that a request may ask for of each prompt
+MOST_TEXTS = 1024  # that a request may ask for: prompts times n
+MOST_LIKELIEST = 20  # tokens beside the drawn one whose log-probabilities a request may ask for
+MOST_IGNORED = 100  # names of ignored parameters that are noted
+LONGEST_NAME = 60  # characters of such a name
 MOST_STOPS = 16
 MOST_PROBLEMS = 8  # in one refusal: a hostile request may have any number
 LONGEST_STOP = 1000
 LENGTHS = ("max_tokens", "max_completion_tokens")
-# unsupported parameters, with the values that change nothing
+PENALTIES = ("frequency_penalty", "presence_penalty")
+# parameters that an endpoint does not support, with the values that change nothing
 NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "frequency_penalty": (0,),
-    "presence_penalty": (0,),
     "best_of": (1,),
     "echo": (False,),
     "suffix": ("",),
-    "logit_bias": ({},),
+    "logit_bias": ({}, []),
     "top_logprobs": (0,),
     "tools": ([],),
     "tool_choice": ("none", "auto"),
@@ -72,25 +78,44 @@ class Order:
     n: int
     stop: list[str]
     seed: int | None
-    sampling: dict[str, Any]  # all fields of SamplingConfig
-    logprobs: bool
+    sampling: dict[str, Any]  # all fields of SamplingConfig; max_new_tokens may be 0
+    penalties: dict[str, float]
+    logprobs: int | None  # with each token, how many of the likeliest; None: not even its own
+    echo: bool  # whether the texts begin with their prompts
     stream: bool
     include_usage: bool
+    is_substitute: bool  # whether another model was requested
+    ignored: list[str]  # parameters that nothing here knows
+
+
+@dataclasses.dataclass(frozen=True)
+class Echo:
+    """What comes before the drawn tokens of a text: its prompt, if the request wants it back."""
+
+    row: int
+    text: str
+    ids: list[int]  # none without logprobs
+    tokens: list[Token]  # the same from the second one on: nothing predicts the first
+    finish: str | None  # "length" if no token is to be drawn
 
 
 def read_order(body: bytes, served: Served, *, is_chat: bool) -> Order:
-    """Check a request's body; Refused for wrong values, or for another model."""
+    """Check a request's body; Refused for wrong values. Unknown parameters are ignored."""
     given = parse_object(body)
     fields = _Fields(given)
-    check_model(given.get("model"), served)
+    name = given.get("model")
+    if name is not None and not isinstance(name, str):
+        fields.wrong("model", f"model is {shown(name)}; it must be text, as {shown(served.model)}")
     if is_chat:
         prompts: list[str | list[int]] = [_chat_prompt(fields)]
     else:
         prompts = _prompts(fields, served.tokenizer.vocab_size)
-    n = fields.take("n", 1, _whole_number(1, MOST_ROWS), f"a whole number from 1 to {MOST_ROWS}")
-    if len(prompts) * n > MOST_ROWS and not fields.problems:
+    up_to = f"a whole number from 1 to {MOST_COPIES}"
+    n = fields.take("n", 1, _whole_number(1, MOST_COPIES), up_to)
+    if len(prompts) * n > MOST_TEXTS and not fields.problems:
         rows = f"{len(prompts)} prompts with n = {n}" if n > 1 else f"{len(prompts)} prompts"
-        fields.wrong("prompt", f"{rows} are too many: {MOST_ROWS} texts at once at most")
+        said = f"{rows} are too many: {MOST_TEXTS} texts in a request at most; send several"
+        fields.wrong("prompt", said)
     stop = _stop_strings(fields)
     seed = fields.take(
         "seed", served.seed, _whole_number(-(2**63), 2**63 - 1), "a whole number of 64 bits"
@@ -100,19 +125,35 @@ def read_order(body: bytes, served: Served, *, is_chat: bool) -> Order:
     include_usage = options.get("include_usage") or False
     if not _is_bool(include_usage):
         fields.wrong("stream_options", "include_usage must be true or false")
-    if is_chat:
-        logprobs = fields.take("logprobs", False, _is_bool, "true or false")
-    else:
-        only_zero = "0: of the drawn token alone, of no others"
-        logprobs = fields.take("logprobs", False, lambda v: v is False or v == 0, only_zero)
-        logprobs = logprobs is not False
-    sampling = _sampling(fields, served)
-    for name, allowed in NEUTRAL.items():
-        listed = " or ".join(shown(value) for value in allowed)
-        said = f"{listed} or left out: this server does not support it"
-        fields.take(name, None, allowed.__contains__, said)
-    fields.refuse_if_wrong()
-    return Order(is_chat, prompts, n, stop, seed, sampling, logprobs, stream, include_usage)
+    echo = not is_chat and fields.take("echo", False, _is_bool, "true or false")
+    return Order(
+        is_chat=is_chat,
+        prompts=prompts,
+        n=n,
+        stop=stop,
+        seed=seed,
+        sampling=_sampling(fields, served, least=1 if is_chat else 0),
+        penalties={name: fields.take(name, 0, _is_penalty, "from -2 to 2") for name in PENALTIES},
+        logprobs=_logprobs(fields, is_chat),
+        echo=echo,
+        stream=stream,
+        include_usage=include_usage,
+        is_substitute=name != served.model and name not in served.aliases,
+        ignored=fields.finish(),  # last, since it raises for the problems of all
+    )
+
+
+def _logprobs(fields: "_Fields", is_chat: bool) -> int | None:
+    """How many of the likeliest tokens are wanted with each token; None for no logprobs."""
+    is_right, allowed = _whole_number(0, MOST_LIKELIEST), f"a whole number to {MOST_LIKELIEST}"
+    if not is_chat:
+        n = fields.take("logprobs", False, lambda v: v is False or is_right(v), allowed)
+        return None if n is False else n
+    wanted = fields.take("logprobs", False, _is_bool, "true or false")
+    n = fields.take("top_logprobs", 0, is_right, allowed)
+    if n > 0 and not wanted:
+        fields.wrong("top_logprobs", "top_logprobs needs logprobs to be true")
+    return n if wanted else None
 
 
 def parse_object(body: bytes) -> dict[str, Any]:
@@ -162,22 +203,33 @@ class _Fields:
         if len(self.problems) < MOST_PROBLEMS:
             self.problems.append((name, message))
 
-    def refuse_if_wrong(self) -> None:
-        """Raise Refused for the problems, with parameters that were not taken among them."""
-        unknown = [n for n in self.given if n not in self._known and self.given[n] is not None]
-        for name in unknown[:MOST_PROBLEMS]:
-            self.wrong(name, unknown_name(shown(name), name[:100], self._known))
+    def finish(self) -> list[str]:
+        """Raise Refused for the problems; returns the names of parameters that nothing took.
+
+        A parameter that would change the text, but that nothing took, is a problem.
+        """
+        for name, allowed in NEUTRAL.items():
+            if name not in self._known:
+                listed = " or ".join(shown(value) for value in allowed)
+                said = f"{listed} or left out: this server does not support it"
+                self.take(name, None, allowed.__contains__, said)
         if self.problems:
             message = "; ".join(message for _, message in self.problems)
             raise Refused(400, message, param=self.problems[0][0])
+        unknown = (n for n in self.given if n not in self._known and self.given[n] is not None)
+        return [name[:LONGEST_NAME] for name in itertools.islice(unknown, MOST_IGNORED)]
 
 
 def _is_bool(value: Any) -> bool:
     return isinstance(value, bool)
 
 
-def _whole_number(least: int, most: int) -> Callable[[Any], bool]:
+def _whole_number(least: int, most: float) -> Callable[[Any], bool]:
     return lambda v: isinstance(v, int) and not isinstance(v, bool) and least <= v <= most
+
+
+def _is_penalty(value: Any) -> bool:
+    return isinstance(value, int | float) and not _is_bool(value) and -2 <= value <= 2
 
 
 def _is_text(value: Any) -> TypeGuard[str]:
@@ -191,11 +243,8 @@ def _is_text(value: Any) -> TypeGuard[str]:
     return True
 
 
-def check_model(name: Any, served: Served) -> None:
+def check_model(name: str, served: Served) -> None:
     """Raise Refused, with 404, if no model of this name is served."""
-    if not isinstance(name, str):
-        message = f"model is {shown(name)}; it must be text, such as {shown(served.model)}"
-        raise Refused(400, message, param="model")
     if name != served.model and name not in served.aliases:
         message = f"the model {shown(name)} does not exist; this server has {shown(served.model)}"
         raise Refused(404, message, param="model", code="model_not_found")
@@ -270,12 +319,16 @@ def _stop_strings(fields: _Fields) -> list[str]:
     return [text for text in ([stop] if isinstance(stop, str) else stop) if text]
 
 
-def _sampling(fields: _Fields, served: Served) -> dict[str, Any]:
-    """All fields of SamplingConfig; null switches top_k and top_p off, and keeps the others."""
+def _sampling(fields: _Fields, served: Served, least: int) -> dict[str, Any]:
+    """All fields of SamplingConfig; null switches top_k and top_p off, and keeps the others.
+
+    A length beyond the limit becomes the limit; one below `least` is wrong.
+    """
     limit = served.answer_limit
-    allowed = f"a whole number from 1 to {limit}, the most that this server writes at once"
-    lengths = {fields.take(name, None, _whole_number(1, limit), allowed) for name in LENGTHS}
-    lengths.discard(None)
+    allowed = f"a whole number from {least}; this server writes {limit} tokens at most"
+    is_right = _whole_number(least, math.inf)
+    lengths = {fields.take(name, None, is_right, allowed) for name in LENGTHS}
+    lengths = {min(length, limit) for length in lengths if length is not None}
     if len(lengths) > 1:
         fields.wrong(LENGTHS[0], f"{' and '.join(LENGTHS)} differ; give one of them")
     given = {}
@@ -295,6 +348,15 @@ def _sampling(fields: _Fields, served: Served) -> dict[str, Any]:
     return served.sampling | given | {"max_new_tokens": length}
 
 
+class _Drawn(NamedTuple):
+    """A token of a text, as the logprobs of an answer have it."""
+
+    id: int
+    logprob: float | None  # None for a prompt's first token
+    likeliest: tuple[tuple[int, float], ...]
+    offset: int  # characters of the text before it
+
+
 class Answer:
     """The shapes of one answer: a single object, or the chunks of a stream."""
 
@@ -309,28 +371,37 @@ class Answer:
             "model": served.model,
             "system_fingerprint": served.fingerprint,
         }
-        self._lengths = [0] * (len(order.prompts) * order.n)  # characters sent of each row
+        n_rows = len(order.prompts) * order.n
+        self._lengths = [0] * n_rows  # characters so far of each row
         self._n_drawn = 0
+        # of an answer without streaming
+        self._texts = [io.StringIO() for _ in range(n_rows)]
+        self._tokens: list[list[_Drawn]] = [[] for _ in range(n_rows)]
+        self._finishes: list[str | None] = [None] * n_rows
 
-    def whole(self, rows: Sequence[Sequence[Piece]], n_prompt_tokens: int) -> dict[str, Any]:
-        """The answer without streaming, from the pieces of each row."""
+    def add(self, part: Echo | Piece) -> None:
+        """Keep a part for whole()."""
+        self._tokens[part.row] += self._drawn(part)
+        self._texts[part.row].write(part.text)
+        self._finishes[part.row] = part.finish
+
+    def whole(self, n_prompt_tokens: int) -> dict[str, Any]:
+        """The answer without streaming, from all parts."""
         choices = []
-        for row, pieces in enumerate(rows):
-            self._n_drawn += len(pieces)
-            text = "".join(piece.text for piece in pieces)
+        for row, finish in enumerate(self._finishes):
+            text = self._texts[row].getvalue()
             message = {"message": {"role": "assistant", "content": text}}
             said = message if self._order.is_chat else {"text": text}
-            choices.append(self._choice(row, said, self._logprobs(pieces), pieces[-1].finish))
+            choices.append(self._choice(row, said, self._logprobs(self._tokens[row]), finish))
         return self._head | {"choices": choices, "usage": self.usage(n_prompt_tokens)}
 
-    def chunk(self, piece: Piece) -> dict[str, Any] | None:
-        """The chunk for a piece; None if it would be empty."""
-        self._n_drawn += 1
-        logprobs = self._logprobs([piece])
-        if not piece.text and piece.finish is None and logprobs is None:
+    def chunk(self, part: Echo | Piece) -> dict[str, Any] | None:
+        """The chunk for a part; None if it would be empty."""
+        logprobs = self._logprobs(self._drawn(part))
+        if not part.text and part.finish is None and logprobs is None:
             return None
-        said = {"delta": {"content": piece.text}} if self._order.is_chat else {"text": piece.text}
-        return self._chunk([self._choice(piece.row, said, logprobs, piece.finish)])
+        said = {"delta": {"content": part.text}} if self._order.is_chat else {"text": part.text}
+        return self._chunk([self._choice(part.row, said, logprobs, part.finish)])
 
     def opening(self) -> list[dict[str, Any]]:
         """The chunks before the first piece: the role in a conversation."""
@@ -366,26 +437,54 @@ class Answer:
     ) -> dict[str, Any]:
         return {"index": row, **said, "logprobs": logprobs, "finish_reason": finish}
 
-    def _logprobs(self, pieces: Sequence[Piece]) -> dict[str, Any] | None:
-        """The log-probabilities of drawn tokens in the endpoint's shape, if requested."""
-        if not self._order.logprobs:
-            return None
-        texts = [self._tokenizer.decode([piece.token.id]) for piece in pieces]
-        logprobs = [piece.token.logprob for piece in pieces]
-        if self._order.is_chat:
-            entries = [
-                {"token": text, "logprob": logprob, "bytes": self._bytes(piece), "top_logprobs": []}
-                for text, logprob, piece in zip(texts, logprobs, pieces, strict=True)
-            ]
-            return {"content": entries}
-        offsets = []
-        for piece in pieces:
-            offsets.append(self._lengths[piece.row])
-            self._lengths[piece.row] += len(piece.text)
-        named = {"tokens": texts, "token_logprobs": logprobs}
-        return named | {"top_logprobs": None, "text_offset": offsets}
+    def _drawn(self, part: Echo | Piece) -> list[_Drawn]:
+        """The tokens of a part, if logprobs are requested; counts its tokens and characters."""
+        start = self._lengths[part.row]
+        self._lengths[part.row] += len(part.text)
+        if isinstance(part, Piece):
+            self._n_drawn += 1
+            token = part.token
+            drawn = [_Drawn(token.id, token.logprob, token.likeliest, start)]
+            return [] if self._order.logprobs is None else drawn
+        decoder, drawn = self._tokenizer.decoder(), []
+        for id, known in zip(part.ids, (None, *part.tokens), strict=False):  # both may be empty
+            logprob, likeliest = (known.logprob, known.likeliest) if known else (None, ())
+            drawn.append(_Drawn(id, logprob, likeliest, start))
+            start += len(decoder.add(id))
+        return drawn
 
-    def _bytes(self, piece: Piece) -> list[int] | None:
+    def _logprobs(self, tokens: Sequence[_Drawn]) -> dict[str, Any] | None:
+        """The log-probabilities of tokens in the endpoint's shape, if requested."""
+        if self._order.logprobs is None:
+            return None
+        if self._order.is_chat:
+            return {"content": [self._chat_entry(token) for token in tokens]}
+        tops = [self._top(token) for token in tokens] if self._order.logprobs > 0 else None
+        return {
+            "tokens": [self._tokenizer.decode([token.id]) for token in tokens],
+            "token_logprobs": [token.logprob for token in tokens],
+            "top_logprobs": tops,
+            "text_offset": [token.offset for token in tokens],
+        }
+
+    def _top(self, token: _Drawn) -> dict[str, float] | None:
+        """The likeliest tokens and the drawn one with their logprobs, by their texts."""
+        if token.logprob is None:
+            return None
+        top: dict[str, float] = {}
+        for id, logprob in (*token.likeliest, (token.id, token.logprob)):
+            top.setdefault(self._tokenizer.decode([id]), logprob)  # the best of parts of characters
+        return top
+
+    def _chat_entry(self, token: _Drawn) -> dict[str, Any]:
+        def entry(id: int, logprob: float | None) -> dict[str, Any]:
+            text = self._tokenizer.decode([id])
+            return {"token": text, "logprob": logprob, "bytes": self._bytes(id)}
+
+        tops = [entry(*likely) for likely in token.likeliest]
+        return entry(token.id, token.logprob) | {"top_logprobs": tops}
+
+    def _bytes(self, id: int) -> list[int] | None:
         if isinstance(self._tokenizer, ForeignTokenizer):  # its tokens have no bytes
             return None
-        return list(self._tokenizer.token_bytes(piece.token.id))
+        return list(self._tokenizer.token_bytes(id))

@@ -2,20 +2,24 @@
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Callable, Generator
+import dataclasses
+from collections.abc import AsyncIterator, Callable, Generator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import cast
 
 import torch
 from starlette.requests import ClientDisconnect
 
 from engine.processor import prepare_processor
 from exchange.saved_run import LoadedRun
-from generation import Piece, stream_text
+from generation import Piece, Token, evaluating, stream_text, tokens_of
+from model import GPTModel
 from scripts.serving.guard import Refused
-from scripts.serving.protocol import Order
+from scripts.serving.protocol import Echo, Order
 
 RETRY_SECONDS = 2
+MOST_ROWS = 16  # texts that are written in one batch
+MOST_SCORED = 100_000  # tokens of prompts whose log-probabilities a request may ask for
+SLICE = 128  # positions whose logits are computed at once
 
 
 class Job:
@@ -26,10 +30,10 @@ class Job:
         self.n_prompt_tokens = 0
         self.cancelled = False  # checked between two tokens
         self.future: Future[None] | None = None
-        self.events: asyncio.Queue[Piece | Exception | None] = asyncio.Queue()
+        self.events: asyncio.Queue[Echo | Piece | Exception | None] = asyncio.Queue()
 
-    async def pieces(self) -> AsyncIterator[Piece]:
-        """The pieces as they are drawn; raises an error of the thread, or ClientDisconnect."""
+    async def parts(self) -> AsyncIterator[Echo | Piece]:
+        """The parts of the texts as they come; raises the thread's error, or ClientDisconnect."""
         while (event := await self.events.get()) is not None:
             if isinstance(event, Exception):
                 raise event
@@ -86,30 +90,77 @@ class Writer:
     def _write(self, job: Job, loop: asyncio.AbstractEventLoop) -> None:
         """Generate a job's text; runs in the thread."""
         try:
-            with contextlib.closing(self._pieces(job)) as pieces:
-                for piece in pieces:
+            with contextlib.closing(self._parts(job)) as parts:
+                for part in parts:
                     if job.cancelled:
                         break
-                    loop.call_soon_threadsafe(job.events.put_nowait, piece)
-        except Exception as error:  # job.pieces() raises it
+                    loop.call_soon_threadsafe(job.events.put_nowait, part)
+        except Exception as error:  # job.parts() raises it
             loop.call_soon_threadsafe(job.events.put_nowait, error)
         finally:
             loop.call_soon_threadsafe(self._end, job)
 
-    def _pieces(self, job: Job) -> Generator[Piece, None, None]:
+    def _parts(self, job: Job) -> Generator[Echo | Piece, None, None]:
         order, tokenizer, device = job.order, self._run.tokenizer, self._run.device
         assert order is not None, "a cancelled job never runs"
         prompts = [tokenizer.encode(p) if isinstance(p, str) else p for p in order.prompts]
         prompts = [prompt or [tokenizer.end_of_text_id] for prompt in prompts]
         job.n_prompt_tokens = sum(map(len, prompts))
+        is_scored = order.echo and order.logprobs is not None
+        if is_scored:
+            check_scored(prompts, self._run.model.config.context_length)
         generator = torch.Generator(device=device)
         if order.seed is None:
             generator.seed()
         else:
             generator.manual_seed(order.seed)
-        options = order.sampling | {"stop": order.stop, "num_samples": order.n}
-        pieces = stream_text(self._run.model, tokenizer, prompts, generator=generator, **options)
-        return cast(Generator[Piece, None, None], pieces)
+        options = order.sampling | order.penalties | {"stop": order.stop, "num_samples": order.n}
+        options |= {"n_likeliest": order.logprobs or 0, "generator": generator}
+        is_empty = order.sampling["max_new_tokens"] == 0
+        n_at_once = MOST_ROWS // order.n
+        for first in range(0, len(prompts), n_at_once):
+            batch, row = prompts[first : first + n_at_once], first * order.n
+            if order.echo or is_empty:
+                for i, ids in enumerate(batch, first):
+                    yield from self._echoes(order, i, ids, is_scored)
+            if not is_empty:
+                for piece in stream_text(self._run.model, tokenizer, batch, **options):
+                    yield dataclasses.replace(piece, row=row + piece.row) if row else piece
+
+    def _echoes(
+        self, order: Order, i: int, ids: list[int], is_scored: bool
+    ) -> Generator[Echo, None, None]:
+        """The i-th prompt, as each of its texts begins with it."""
+        prompt = order.prompts[i]
+        text = prompt if isinstance(prompt, str) else self._run.tokenizer.decode(prompt)
+        tokens = score(self._run.model, ids, order.logprobs or 0) if is_scored else []
+        finish = "length" if order.sampling["max_new_tokens"] == 0 else None
+        for row in range(i * order.n, (i + 1) * order.n):
+            yield Echo(row, text if order.echo else "", ids if is_scored else [], tokens, finish)
+
+
+def check_scored(prompts: Sequence[Sequence[int]], limit: int) -> None:
+    """Raise Refused, with 400, if prompts are too long for their tokens' log-probabilities."""
+    longest, total = max(map(len, prompts)), sum(map(len, prompts))
+    if longest > limit:
+        said = f"a prompt has {longest} tokens, and the model's context {limit}; logprobs with echo"
+        raise Refused(400, f"{said} need all of it: shorten the prompt", param="prompt")
+    if total > MOST_SCORED:
+        said = f"the prompts have {total} tokens; with echo and logprobs {MOST_SCORED} are the most"
+        raise Refused(400, f"{said}: send fewer at once", param="prompt")
+
+
+@torch.no_grad()
+def score(model: GPTModel, ids: Sequence[int], n_likeliest: int) -> list[Token]:
+    """The tokens of a text but the first, each with its log-probability after those before it."""
+    chosen = torch.tensor(ids, device=model.token_embedding.weight.device)
+    tokens: list[Token] = []
+    with evaluating(model):
+        hidden = model.hidden(chosen[None])[0, :-1]  # (T - 1, C)
+        # in slices: all logits of a long text take hundreds of MB
+        for part, after in zip(hidden.split(SLICE), chosen[1:].split(SLICE), strict=True):
+            tokens += tokens_of(model.head(part).float(), after[:, None], n_likeliest)
+    return tokens
 
 
 @contextlib.asynccontextmanager
