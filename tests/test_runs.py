@@ -262,7 +262,7 @@ def test_a_named_run_of_another_text_is_refused_with_every_difference():
 
 # another value of each setting that may change
 NUMERIC = {"device": "cuda:0", "ranks": 2, "parallel": "ddp", "threads": 2, "micro_batch": 3}
-NUMERIC |= {"compiled": True, "torch": "3.0"}
+NUMERIC |= {"attention": "plain", "compiled": True, "torch": "3.0"}
 OF_RUN = {"sampling_params": {"top_k": 3}, "DEVICE": "cpu", "COMPILE": True, "PARALLEL": "fsdp"}
 OF_RUN |= {"LOG_EVERY": 3, "TRACKING": ["wandb"], "NIGHT_MODE": True}
 OF_TRAINING = {"num_epochs": 4, "max_steps": 9, "eval_freq": 7, "eval_iter": 2, "patience": 50}
