@@ -1,10 +1,15 @@
 """Data speed: tokenizing a text compared with tiktoken alone, and batches with `datasets`.
 
     python -m benchmarks.data [megabytes] [rounds]
+    python -m benchmarks.data --any [megabytes ...] [kinds or tokenizers ...]
 
 Each measurement has its own process, and the contenders take turns. The text is real text,
 repeated with some words swapped. tiktoken alone encodes documents in memory on all cores;
 preparing a text also reads, decodes, hashes, splits and writes it.
+
+--any prepares texts of one line without a blank with every tokenizer, of 10 and 100 MB each:
+"dna", "base64", "letter", "thai", "chinese", "javascript", "printable" x "char", "bpe:300",
+"bpe:4096", "gpt2", "auto".
 """
 
 import importlib.util
@@ -12,11 +17,14 @@ import json
 import math
 import os
 import random
+import shutil
 import statistics
+import string
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -105,10 +113,45 @@ def make_text(path: Path, size: int) -> None:
             file.write(line)
 
 
+def any_text(*names: str) -> None:
+    """Prepare the texts of KINDS, of some sizes with some tokenizers, print and write the rates."""
+    use_utf8()
+    sizes = [int(name) for name in names if name.isdecimal()] or [10, 100]
+    kinds = [name for name in names if name in KINDS] or list(KINDS)
+    tokenizers = [name for name in names if name in TOKENIZERS] or TOKENIZERS
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        for kind in kinds:
+            for megabytes in sizes:
+                text, cache = Path(folder, "text.txt"), Path(folder, "cache")
+                make_line(text, kind, megabytes * 1_000_000)
+                for tokenizer in tokenizers:
+                    found = in_a_process(f"prepare {tokenizer}", text, cache)
+                    shutil.rmtree(cache)
+                    rows.append({"kind": kind, "megabytes": megabytes, "tokenizer": tokenizer})
+                    rows[-1] |= found
+                    say(
+                        f"{kind:10} {megabytes:4} MB  {tokenizer:8} {found['seconds']:7.1f} s  "
+                        f"{found['peak_mb']:5.0f} MB, training {found['peak_mb_training']:.0f} MB"
+                    )
+    results = {"machine": machine(torch.device("cpu")), "rows": rows}
+    say(f"written to {write_results('any-text', torch.device('cpu'), results)}")
+
+
+def make_line(path: Path, kind: str, size: int) -> None:
+    """Write size bytes of one of KINDS in one line."""
+    chooser, written = random.Random(0), 0
+    with path.open("w", encoding="utf-8", newline="\n") as file:
+        while written < size:
+            text = "".join(chooser.choices(KINDS[kind], k=10_000))
+            file.write(text)
+            written += len(text.encode("utf-8"))
+
+
 def in_a_process(part: str, text: Path, cache: Path | str) -> dict:
     """Run one of PARTS in its own process and return its measurement."""
     done = subprocess.run(
-        [sys.executable, "-m", "benchmarks.data", "--part", part, str(text), str(cache)],
+        [sys.executable, "-m", "benchmarks.data", "--part", *part.split(), str(text), str(cache)],
         cwd=REPOSITORY,
         stdout=subprocess.PIPE,
         encoding="utf-8",
@@ -128,17 +171,30 @@ def measure_raw(text: Path, _: Path) -> dict:
     return {"seconds": seconds, "mb_per_s": text.stat().st_size / 1e6 / seconds}
 
 
-def measure_prepare(text: Path, cache: Path) -> dict:
+def measure_prepare(text: Path, cache: Path, tokenizer: str = "gpt2") -> dict:
     """The preparation of a text, or its lookup where the cache has it."""
     before = peak_bytes() or math.nan
     started_at = time.perf_counter()
-    tokenize(parse_data(str(text)), "gpt2", 0.9, cache)
+    tokenize(parse_data(str(text)), tokenizer, 0.9, cache)
     seconds = time.perf_counter() - started_at
+    peak = peak_bytes() or math.nan
     return {
         "seconds": seconds,
         "mb_per_s": text.stat().st_size / 1e6 / seconds,
-        "peak_mb_above_torch": ((peak_bytes() or math.nan) - before) / (1 << 20),
+        "peak_mb": peak / (1 << 20),
+        "peak_mb_above_torch": (peak - before) / (1 << 20),
+        "peak_mb_training": peak_bytes_of_children() / (1 << 20),
     }
+
+
+def peak_bytes_of_children() -> float:
+    """The peak resident memory of the child that trained a tokenizer; NaN on Windows."""
+    try:
+        import resource
+    except ImportError:
+        return math.nan
+    peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
 
 
 def measure_loader(text: Path, cache: Path) -> dict:
@@ -182,7 +238,17 @@ def batches_per_second(loader: torch.utils.data.DataLoader) -> float:
     return count / (time.perf_counter() - started_at)
 
 
-PARTS = {
+TOKENIZERS = ["char", "bpe:300", "bpe:4096", "gpt2", "auto"]
+KINDS = {  # what a text is a random row of
+    "dna": "ACGT",
+    "base64": f"{string.ascii_letters}{string.digits}+/",
+    "letter": "a",
+    "thai": [chr(code) for code in range(0x0E01, 0x0E2F)] + list("ะาิีึืุู่้เแโใไ") * 2,
+    "chinese": [chr(code) for code in range(0x4E00, 0x4E00 + 3000)],
+    "javascript": ["function(e){", "return ", "var t=", "n[i]", ";", "}", "&&", "0x1f", *"abcxyz"],
+    "printable": [chr(code) for code in range(33, 127)],
+}
+PARTS: dict[str, Callable[..., dict]] = {
     "raw": measure_raw,
     "prepare": measure_prepare,
     "loader": measure_loader,
@@ -192,7 +258,10 @@ PARTS = {
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--part"]:
-        print(json.dumps(PARTS[sys.argv[2]](*map(Path, sys.argv[3:]))))
+        part, *options = sys.argv[2:-2]
+        print(json.dumps(PARTS[part](*map(Path, sys.argv[-2:]), *options)))
+    elif sys.argv[1:2] == ["--any"]:
+        any_text(*sys.argv[2:])
     elif not all(argument.isdecimal() and int(argument) for argument in sys.argv[1:3]):
         sys.exit(__doc__)
     else:

@@ -144,15 +144,17 @@ def test_chunks_have_the_tokens_of_the_whole_text_in_whatever_pieces_it_comes(
     assert chunks_of(pieces, size) == chunks
 
 
-def test_a_text_with_places_to_cut_is_cut_about_every_chunk_and_another_refused():
+def test_a_text_is_cut_about_every_chunk_and_one_without_a_place_to_cut_after_the_most(
+    monkeypatch,
+):
     chunks = [part for part, _ in chunks_of([(ENGLISH, True)], 100)]
     assert "".join(chunks) == ENGLISH
     assert all(70 <= len(part) <= 100 for part in chunks[:-1])
-    before = ("word " * 99 + "x" * 90, False)
-    assert chunks_of([before, ("x " * 20, True)], 16, 100)[-1][1]
-    with pytest.raises(DataError, match="more than 100 characters in a row") as caught:
-        chunks_of([before, ("x" * 20, True)], 16, 100)
-    assert "' xxxxx" in str(caught.value)
+    monkeypatch.setattr(token_cache, "LONGEST_WORD", 8)
+    documents = [("word " * 9 + "!" + "x" * 90, False), ("x" * 90 + " y", True)]
+    sizes = [len(part) for part, _ in chunks_of(documents, 16, 30)]
+    # of the letters, multiples of 8, as many as 30 characters have room for
+    assert sizes == [14, 15, 15, 26, 24, 24, 24, 24, 24, 24, 14]
 
 
 def test_letters_and_digits_of_unicode_can_be_cut_off_from_what_follows(by_kind):
@@ -188,9 +190,11 @@ def test_the_cut_is_the_last_place_before_the_mark_or_the_first_behind_it(
     before = [place for place in places if place <= near]
     behind = [place for place in places if place > near]
     expected = before[-1] if before else behind[0] if behind else None
+    farthest = near + length
+    expected = expected if expected is None or expected <= farthest else None
     # what is known to hold no place changes nothing
     searched = places[0] - 1 if is_searched and places else 0
-    assert find_cut(text, start, near, searched) == expected
+    assert find_cut(text, start, near, farthest, searched) == expected
 
 
 @pytest.mark.parametrize(("name", "chunk"), [("gpt2", 50), ("bpe:500", 1000), ("char", 1 << 20)])

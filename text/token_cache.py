@@ -45,11 +45,19 @@ from text.documents import (
     validation_parts,
 )
 from text.sources import find_parts
-from text.tokenizer import Tokenizer, make_tokenizer, restore_tokenizer
+from text.tokenizer import (
+    BLANK,
+    LONGEST_WORD,
+    RUN,
+    Tokenizer,
+    can_train,
+    make_tokenizer,
+    restore_tokenizer,
+)
 
-FORMAT = 1  # of an entry; no other is read
-CHUNK = 1 << 20  # characters to encode in one task
-MOST_UNCUT = 1 << 26  # characters without a place to cut; a text has one in each sentence
+FORMAT = 2  # of an entry; no other is read
+CHUNK = 1 << 18  # characters to encode in one task, which no Ctrl-C can end
+MOST_UNCUT = 1 << 18  # characters without a place to cut, at most; a text has one in each sentence
 BLOCK = 16 << 20  # bytes of tokens per hash
 HASH_SPLIT_FROM = 20  # documents; the validation tokens of fewer are the last ones
 ORPHAN_AGE_S = 24 * 3600
@@ -90,7 +98,9 @@ def tokenize(
     if tokenizer.endswith(".json"):
         parts = [*texts, Part(tokenizer, Path(tokenizer).expanduser())]
         tokenizer_kind = "json"
-    request = _hash_of([FORMAT, asdict(spec), tokenizer, train_ratio])
+    if tokenizer == "auto":  # its choice depends on the library
+        tokenizer_kind = f"auto, {can_train()}"
+    request = _hash_of([FORMAT, asdict(spec), tokenizer, tokenizer_kind, train_ratio])
     found_path = tokens_folder / f"found-{request}.json"
     state = [_state_of(part) for part in parts]
     entry_id = _recall(found_path, state)
@@ -271,7 +281,7 @@ def _write_tokens(
     position, written = 0, []
     with (
         NewFile(path, durable=False) as file,
-        ThreadPoolExecutor(os.cpu_count()) as pool,
+        _encoders() as pool,
         ByteProgress("Tokenizing", sum(map(_size_of, sides))) as progress,
     ):
         for parts in sides:
@@ -290,6 +300,16 @@ def _write_tokens(
                 progress.show(report.bytes_read)
             written.append(_Side(position, ends, digests, counts))
     return written
+
+
+@contextlib.contextmanager
+def _encoders() -> Iterator[ThreadPoolExecutor]:
+    """A pool that an exception, such as KeyboardInterrupt, ends after the running tasks."""
+    pool = ThreadPoolExecutor(os.cpu_count())
+    try:
+        yield pool
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def _dtype_for(tokenizer: Tokenizer) -> str:
@@ -371,8 +391,8 @@ def cut_into_chunks(documents: Documents) -> Documents:
     """Rearrange documents in pieces into chunks of about CHUNK characters.
 
     The cuts depend on the document's text alone. They are where GPT-2's pattern starts a new word
-    in any context, so the tokens of the chunks are those of the document. A text without such a
-    place stays in one chunk; DataError if that is longer than MOST_UNCUT.
+    in any context, so the tokens of the chunks are those of the document. MOST_UNCUT characters
+    without such a place are cut where cut_long_words() cuts.
     """
     held, size, searched = [], 0, 0
     for piece, is_last in documents:
@@ -381,16 +401,13 @@ def cut_into_chunks(documents: Documents) -> Documents:
         if size > CHUNK:
             text, start = "".join(held), 0
             while len(text) - start > CHUNK:
-                cut = find_cut(text, start, start + CHUNK, searched)
+                farthest = start + max(CHUNK, MOST_UNCUT)
+                cut = find_cut(text, start, start + CHUNK, farthest, searched)
                 if cut is None:
-                    if len(text) - start > MOST_UNCUT:
-                        raise DataError(
-                            f"more than {MOST_UNCUT:,} characters in a row without a blank or a "
-                            f"punctuation mark, beginning {text[start : start + 20]!r}.\n"
-                            "That is no text; set DATA to something else."
-                        )
-                    searched = len(text) - 1
-                    break
+                    if len(text) <= farthest:
+                        searched = len(text) - 1
+                        break
+                    cut = _cut_run(text, start, farthest)
                 yield text[start:cut], False
                 start, searched = cut, 0
             searched = max(0, searched - start)
@@ -400,12 +417,12 @@ def cut_into_chunks(documents: Documents) -> Documents:
             held, size, searched = [], 0, 0
 
 
-def find_cut(text: str, start: int, near: int, searched: int = 0) -> int | None:
-    """The last place to cut a text after start and up to near, else the first one after near.
+def find_cut(text: str, start: int, near: int, farthest: int, searched: int = 0) -> int | None:
+    """The last place to cut a text after start and up to near, else the first one up to farthest.
 
-    That is between a letter or digit and a space or punctuation mark: a word of GPT-2's pattern
-    ends there, and its later matches don't depend on the text before. There is none below
-    `searched`.
+    That is behind a letter or digit and before a punctuation mark or the like, or before a blank:
+    a word of GPT-2's pattern ends there, and its later matches don't depend on the text before.
+    There is none below `searched`.
     """
     reach = 4096
     while searched < near:
@@ -416,11 +433,23 @@ def find_cut(text: str, start: int, near: int, searched: int = 0) -> int | None:
         if low == start:
             break
         reach *= 16
-    behind = _CUT.search(text, max(near, searched))
+    behind = _CUT.search(text, max(near, searched), farthest + 1)
     return behind.end() if behind else None
 
 
-_CUT = re.compile(r"[^\W_](?=[ \t\n\r.,;:!?\"()\[\]{}<>/，。！？；：、「」『』（）《》…—“”\u3000])")
+# the signs behind a letter include Thai's vowel signs and tone marks
+_CUT = re.compile(
+    r"[^\W_](?=[.,;:!?\"()\[\]{}<>/，。！？；：、「」『』（）《》…—“”\u0e31\u0e34-\u0e3a\u0e47-\u0e4e])"
+    rf"|[^{BLANK}](?=[{BLANK}])|[A-Za-z](?=[0-9])|[0-9](?=[A-Za-z])"
+)
+
+
+def _cut_run(text: str, start: int, stop: int) -> int:
+    """Where to cut text[start:stop] without a word's end: a multiple of LONGEST_WORD characters
+    behind the beginning of the last run of letters, digits, marks or blanks."""
+    length = RUN.match(text[start:stop][::-1]).end()  # type: ignore[union-attr]
+    cut = stop - length % LONGEST_WORD
+    return cut if cut > start else stop
 
 
 def _size_of(parts: list[Part]) -> int:

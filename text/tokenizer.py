@@ -1,8 +1,10 @@
 """Text to token ids and back: GPT-2's BPE, a trained BPE, characters, any tokenizer.json."""
 
+import collections
 import codecs
 import errno
 import hashlib
+import importlib.util
 import itertools
 import json
 import re
@@ -16,10 +18,11 @@ import tiktoken
 from tiktoken_ext.openai_public import r50k_pat_str
 
 from engine.errors import DataError, SettingsError
+from text.learn_bpe import learn_bpe
 from text.tokenizer_file import (
     END_OF_TEXT,
+    SHORT_WORDS,
     byte_level_json,
-    byte_symbols,
     check_tokenizer_tree,
     ranks_of,
     read_ranks,
@@ -33,14 +36,15 @@ GPT2_FINGERPRINT = "bpe-120d137cc5382960"
 END_NAMES = (END_OF_TEXT, "</s>", "<eos>", "<|end_of_text|>", "<|im_end|>", "[SEP]", "<eot>")
 
 MAX_TRAINED_VOCABULARY = 100_000
-TRAINING_CHARACTERS = 64_000_000  # to train a BPE on; more make no difference
+TRAINING_CHARACTERS = 64_000_000  # to train a BPE on at most; more make no difference
 MAX_TOKENIZER_FILE = 128 << 20
 MOST_MERGE_STEPS = 50_000_000  # to find the merges of a vocabulary; GPT-2's takes 3 million
 
 # \s of GPT-2's pattern; Python's \s has four more control characters
-_BLANK = "\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"
-# the lookbehind and the possessive quantifier keep the search linear
-_LONG_BLANKS = re.compile(f"(?<![{_BLANK}])[{_BLANK}]{{100000,}}+(?=.)", re.DOTALL)
+BLANK = "\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"
+LONGEST_WORD = 1 << 14  # characters of a run that GPT-2's pattern can't cut; a multiple of 64
+RUN = re.compile(rf"[^\W\d_]+|\d+|[{BLANK}]+|(?:[^\w{BLANK}]|_)+")  # letters, digits, blanks, marks
+_IS_BLANK = re.compile(f"[{BLANK}]")
 
 
 class ByteTokens:
@@ -78,22 +82,26 @@ class ByteDecoder:
 class BPETokenizer(ByteTokens):
     """Byte-level BPE with GPT-2's pre-tokenizer, run by tiktoken.
 
-    The ids are the ranks, which ranks has in order; end-of-text is last.
+    The ids are the ranks, which ranks has in order; end-of-text is last. With short_words, no word
+    of the pre-tokenizer is longer than 64 characters, and a blank before them.
     """
 
     kind = "bpe"
 
-    def __init__(self, name: str, ranks: dict[bytes, int]) -> None:
+    def __init__(self, name: str, ranks: dict[bytes, int], *, short_words: bool = False) -> None:
         self.name = name
         self._ranks = ranks
+        self._short_words = short_words
         self.end_of_text_id = len(ranks)
         self.vocab_size = len(ranks) + 1
         self.fingerprint = _fingerprint(
-            "bpe", b"".join(b"%d %b " % (r, t) for t, r in ranks.items())
+            "bpe",
+            b"".join(b"%d %b " % (r, t) for t, r in ranks.items())
+            + (SHORT_WORDS.encode() if short_words else b""),
         )
         self._encoding = tiktoken.Encoding(
             name,
-            pat_str=r50k_pat_str,
+            pat_str=SHORT_WORDS if short_words else r50k_pat_str,
             mergeable_ranks=ranks,
             special_tokens={END_OF_TEXT: self.end_of_text_id},
             explicit_n_vocab=self.vocab_size,
@@ -101,16 +109,19 @@ class BPETokenizer(ByteTokens):
 
     def encode(self, text: str) -> list[int]:
         """The ids of a text; "<|endoftext|>" in it is text, and lone surrogates become U+FFFD."""
-        parts = _cut_long_blanks(text)
+        parts = self._parts(text)
         return [token for part in parts for token in self._encoding.encode_ordinary(part)]
 
     def encode_array(self, text: str) -> np.ndarray:
         """The ids of a text without lone surrogates as an array; releases Python's global lock."""
         parts = [
             self._encoding.encode_to_numpy(part, disallowed_special=())
-            for part in _cut_long_blanks(text)
+            for part in self._parts(text)
         ]
         return parts[0] if len(parts) == 1 else np.concatenate(parts)
+
+    def _parts(self, text: str) -> list[str]:
+        return [text] if self._short_words else cut_long_words(text)
 
     def token_bytes(self, token: int) -> bytes:
         """The bytes of a token."""
@@ -118,7 +129,9 @@ class BPETokenizer(ByteTokens):
 
     def to_json(self) -> str:
         """The tokenizer as the text of a tokenizer.json (half a second for GPT-2's)."""
-        return json.dumps(byte_level_json(self._ranks), ensure_ascii=False)
+        return json.dumps(
+            byte_level_json(self._ranks, short_words=self._short_words), ensure_ascii=False
+        )
 
 
 class CharTokenizer(ByteTokens):
@@ -249,14 +262,29 @@ def _fingerprint(kind: str, content: bytes) -> str:
     return f"{kind}-{hashlib.sha256(content).hexdigest()[:16]}"
 
 
-def _cut_long_blanks(text: str) -> list[str]:
-    """Cut very long runs of white space before their last character, which changes no ids.
+def cut_long_words(text: str) -> list[str]:
+    """Cut each run of more than LONGEST_WORD letters, digits, marks or blanks after every
+    LONGEST_WORD of them, and one of blanks before its last, which GPT-2's pattern joins to the
+    next word.
 
-    GPT-2's pattern joins that character to the next word, and tiktoken's matcher overflows its
-    stack when it backtracks over a million characters.
+    tiktoken takes seconds for a word of a million letters, and its matcher overflows its stack
+    when it backtracks over a million blanks.
     """
-    cuts = [match.end() - 1 for match in _LONG_BLANKS.finditer(text)]
-    return [text[i:j] for i, j in itertools.pairwise([0, *cuts, len(text)])]
+    step = LONGEST_WORD // 2  # a run of LONGEST_WORD contains all of [at, at + step) for some at
+    cuts = [0]
+    at = 0
+    while at + step <= len(text):
+        end = RUN.match(text, at).end()  # type: ignore[union-attr]
+        if end - at < step:
+            at += step
+            continue
+        before = text[max(0, at - step) : at + 1]
+        start = at + 1 - RUN.match(before[::-1]).end()  # type: ignore[union-attr]
+        cuts += range(start + LONGEST_WORD, end, LONGEST_WORD)
+        if end < len(text) and _IS_BLANK.match(text, at) and end - 1 > cuts[-1]:
+            cuts.append(end - 1)
+        at = -(-end // step) * step
+    return [text[i:j] for i, j in itertools.pairwise([*cuts, len(text)])]
 
 
 def find_tokenizer_fault(name: str) -> str | None:
@@ -297,7 +325,10 @@ def make_tokenizer(name: str, texts: Callable[[], Iterable[str]]) -> tuple[Token
         tokenizer, _ = make_tokenizer(name, texts)
         return tokenizer, f"{tokenizer.name}; chosen because {why}"
     if name == "char":
-        tokenizer = CharTokenizer(set().union(*map(set, texts())))
+        chars: set[str] = set()
+        for text in texts():
+            chars.update(text)
+        tokenizer = CharTokenizer(chars)
     elif name == "gpt2" or name.endswith(".json"):
         tokenizer = load_tokenizer(name)
     else:
@@ -310,40 +341,39 @@ def choose_tokenizer(texts: Iterable[str]) -> tuple[str, str]:
     sample = list(_at_most(texts, 1_000_000))
     characters = sum(map(len, sample))
     gpt2 = GPT2Tokenizer()
-    rate = sum(len(gpt2.encode_array(text)) for text in sample) / max(1, characters)
+    # in short slices: Ctrl-C works between them
+    slices = (text[i : i + 100_000] for text in sample for i in range(0, len(text), 100_000))
+    rate = sum(len(gpt2.encode_array(text)) for text in slices) / max(1, characters)
     if rate <= 0.5:
         return "gpt2", f"GPT-2's needs {rate:.2f} tokens a character here"
     why = f"GPT-2's would need {rate:.2f} tokens a character"
     if characters < 200_000:
         return "char", f"{why}, and the text is too short to train one on"
-    try:
-        import tokenizers  # noqa: F401 (used in train_bpe)
-    except ImportError:
+    if not can_train():
         return "char", f"{why} (pip install tokenizers for one trained on the text)"
     return "bpe:4096", why
 
 
+def can_train() -> bool:
+    """Whether train_bpe() has the library that it needs."""
+    return importlib.util.find_spec("tokenizers") is not None
+
+
 def train_bpe(texts: Iterable[str], vocab_size: int) -> BPETokenizer:
-    """Train a byte-level BPE with GPT-2's pre-tokenizer; the same text gives the same ranks.
+    """Train a byte-level BPE with short words; the same text gives the same ranks.
 
     vocab_size includes the 256 bytes and end-of-text; a small text may yield fewer tokens. Raises
-    SettingsError if the library tokenizers is missing.
+    SettingsError if the library tokenizers is missing, ResourceError if training fails.
     """
-    try:
-        from tokenizers import Tokenizer as Trainable
-        from tokenizers import models, pre_tokenizers, trainers
-    except ImportError:
+    if not can_train():
         raise SettingsError(
             f'TOKENIZER = "bpe:{vocab_size}" needs a library: pip install tokenizers'
-        ) from None
-    trainable = Trainable(models.BPE())
-    trainable.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size - 1, initial_alphabet=sorted(byte_symbols()), show_progress=False
-    )
-    trainable.train_from_iterator(_at_most(texts, TRAINING_CHARACTERS, read_all=True), trainer)
-    trained = json.loads(trainable.to_str())["model"]
-    return BPETokenizer(f"BPE of {len(trained['vocab']) + 1:,} tokens", ranks_of(trained["vocab"]))
+        )
+    pieces = _at_most(texts, TRAINING_CHARACTERS, read_all=True)
+    vocabulary = learn_bpe(pieces, vocab_size - 1, SHORT_WORDS)
+    collections.deque(pieces, maxlen=0)  # errors of reading come before an hour of encoding
+    name = f"BPE of {len(vocabulary) + 1:,} tokens"
+    return BPETokenizer(name, ranks_of(vocabulary), short_words=True)
 
 
 def _at_most(texts: Iterable[str], characters: int, *, read_all: bool = False) -> Iterator[str]:
@@ -406,11 +436,14 @@ def restore_tokenizer(kind: str, content: bytes, path: Path | None = None) -> To
         return GPT2Tokenizer()
     if kind == "foreign":
         return _load_foreign(content, path)
-    vocabulary = json.loads(content)["model"]["vocab"]
+    tree = json.loads(content)
+    vocabulary = tree["model"]["vocab"]
     vocabulary = {token: i for token, i in vocabulary.items() if token != END_OF_TEXT}
     if kind == "char":
         return CharTokenizer([token for token in vocabulary if len(token) == 1])
-    return BPETokenizer(f"BPE of {len(vocabulary) + 1:,} tokens", ranks_of(vocabulary))
+    short_words = tree["pre_tokenizer"]["type"] == "Sequence"
+    name = f"BPE of {len(vocabulary) + 1:,} tokens"
+    return BPETokenizer(name, ranks_of(vocabulary), short_words=short_words)
 
 
 def _load_foreign(content: bytes, path: Path | None) -> ForeignTokenizer:

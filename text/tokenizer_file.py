@@ -10,6 +10,11 @@ from typing import Any
 from engine.errors import DataError
 
 END_OF_TEXT = "<|endoftext|>"
+# GPT-2's pattern with words of at most 64 characters, and a blank before them
+SHORT_WORDS = (
+    r"'(?:[sdmt]|ll|ve|re)| ?\p{L}{1,64}| ?\p{N}{1,64}| ?[^\s\p{L}\p{N}]{1,64}"
+    r"|\s{1,64}(?!\S)|\s"
+)
 MAX_MERGES = 2_000_000
 
 
@@ -59,15 +64,23 @@ def ranks_of(vocabulary: dict[str, int]) -> dict[bytes, int]:
     return ranks
 
 
-def byte_level_json(ranks: dict[bytes, int]) -> dict[str, Any]:
-    """A tokenizer.json's content for a byte-level BPE; ranks are in order."""
+def byte_level_json(ranks: dict[bytes, int], *, short_words: bool = False) -> dict[str, Any]:
+    """A tokenizer.json's content for a byte-level BPE; ranks are in order.
+
+    Its words are those of GPT-2's pattern or, if short_words, of SHORT_WORDS.
+    """
     symbols = dict(enumerate(byte_symbols()))
     shown = {token: token.decode("latin-1").translate(symbols) for token in ranks}
     vocabulary = {shown[token]: rank for token, rank in ranks.items()}
     merges = [[shown[left], shown[right]] for left, right in merge_pairs(ranks)]
-    byte_level: dict[str, Any] = {"type": "ByteLevel", "add_prefix_space": False}
-    byte_level |= {"trim_offsets": True, "use_regex": True}
-    return tokenizer_json(vocabulary, merges, pre_tokenizer=byte_level, decoder=byte_level)
+    decoder: dict[str, Any] = {"type": "ByteLevel", "add_prefix_space": False}
+    decoder |= {"trim_offsets": True, "use_regex": True}
+    pre_tokenizer = decoder
+    if short_words:
+        split = {"type": "Split", "pattern": {"Regex": SHORT_WORDS}, "behavior": "Isolated"}
+        steps = [split | {"invert": False}, decoder | {"use_regex": False}]
+        pre_tokenizer = {"type": "Sequence", "pretokenizers": steps}
+    return tokenizer_json(vocabulary, merges, pre_tokenizer=pre_tokenizer, decoder=decoder)
 
 
 def tokenizer_json(
