@@ -35,7 +35,7 @@ from planning.machine import (
 )
 from planning.plan import RunPlan, resolve_settings
 from planning.preflight import show_machine, show_model, show_text, show_training, show_windows
-from planning.runs import Candidates, SettledRun, find_candidates, settle_run
+from planning.runs import Candidates, SettledRun, differs, find_candidates, settle_run
 from planning.settings_file import read_given_settings
 from planning.trial import Compiled, Trial, try_out
 from storage.files import make_folder, write_atomically
@@ -266,7 +266,7 @@ def _find_candidates(plan: RunPlan, parallel: Parallel) -> Candidates:
         # a restart by torchrun resumes what the job began
         resume=(plan.run.RESUME is False and parallel.noted("run")) or plan.run.RESUME,
         mode=plan.mode,
-        data=plan.data,
+        settings=dataclasses.asdict(plan.run) | {"DATA": plan.data},
     )
 
 
@@ -288,6 +288,8 @@ def _read_text(plan: RunPlan, candidates: Candidates, parallel: Parallel) -> Tok
         stood_in = parallel.broadcast(None if first is None else first.stood_in)
         text = parallel.local_first(lambda: first or read(stood_in))
     except DataError as error:
+        if candidates.runs and candidates.runs[0].is_finished:
+            raise differs(candidates.runs[0], [f"text: {first_line(error)}"]) from error
         if before is None:
             raise
         raise DataError(
