@@ -347,7 +347,8 @@ def continue_prompts(
 def train(env: RuntimeEnv) -> Journal:
     """Train a prepared run, or resume it from its newest checkpoint.
 
-    The model ends with its last weights, with patience set with the best ones. Raises Stopped
+    The model ends with its last weights; with patience set, or where training has diverged, with
+    the best ones. Raises Stopped
     after a signal, with a checkpoint saved; BusyError if another program trains in the folder,
     CheckpointError if its checkpoints are bad, ResourceError if the disk refuses them,
     NumericsError if training diverges.
@@ -399,12 +400,19 @@ def _train(env: RuntimeEnv) -> Journal:
             trainer.insist(lambda: store.save_best(saving.best))
     finally:
         journal.close()
+    history = journal.history
     if trainer.steps < plan.total_steps:
         say(
             f"Stopped early: {config.patience} evaluations in a row have not been better than "
-            f"that of step {journal.history.steps[journal.history.best]}"
+            f"that of step {history.steps[history.best]}"
         )
-    if config.patience is not None:
+    if history.has_diverged:
+        losses, best = history.train_losses, history.steps[history.best]
+        say(
+            f"Warning: training diverged: the training loss rose from {losses[0]:.4g} to "
+            f"{losses[-1]:.4g}; the best weights, of step {best}, are used from here on"
+        )
+    if config.patience is not None or history.has_diverged:
         trainer.use_best()
     show_picture(run.path / PICTURE)
     return journal

@@ -232,13 +232,17 @@ def _passed_over(path: Path, differing: list[str]) -> str:
 
 def differs(run: Candidate, differing: list[str]) -> CheckpointError:
     """The error for a named run that differs from what is asked for, a line per difference."""
-    how = (
-        "is finished, with other settings" if run.is_finished else "can't go on with other settings"
-    )
+    how, more = "can't go on with other settings", ""
+    if run.is_finished:
+        how = "is finished, with other settings"
+        more = (
+            "\nWith the others as they were, more num_epochs, max_steps or, where that ended it, "
+            "patience goes on with it."
+        )
     listed = "\n  ".join(differing)
     return CheckpointError(
         f"the run in {run.path} {how}:\n  {listed}\n"
-        "Set them back, or choose another RUN_NAME for a new run."
+        f"Set them back, or choose another RUN_NAME for a new run.{more}"
     )
 
 

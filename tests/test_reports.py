@@ -6,10 +6,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import environment
+import main
+from tests.programs import write_settings
 from text.documents import DataSpec
 from text.split import split_documents
 from text.token_cache import tokenize
 from text.tokenizer_file import END_OF_TEXT
+from training import journal
 
 
 def corpora() -> list[tuple[np.ndarray, np.ndarray]]:
@@ -66,3 +70,47 @@ def test_twenty_equal_rows_are_divided_as_asked(tmp_path):
     data = DataSpec((str(write_rows(tmp_path / "a.jsonl", [f"row {i:02}" for i in range(20)])),))
     text = tokenize(data, "char", 0.9, tmp_path / "cache")
     assert (text.n_train, text.n_tokens, text.report["notes"]) == (18 * 7 - 1, 20 * 7 - 2, [])
+
+
+@pytest.fixture
+def start(tmp_path, monkeypatch, capsys):
+    """Start the program with settings; returns its exit code and what it printed."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(environment, "CACHE", tmp_path / "cache")
+    monkeypatch.setattr(journal, "render_losses", lambda **_: None)  # most of the time otherwise
+
+    def run(text: str | None = "river bell " * 50, **settings) -> tuple[int, str]:
+        sampling = {"sampling_params": {"max_new_tokens": 2}}
+        write_settings(tmp_path, text, **sampling | settings)
+        code = main.main(["settings.py"])
+        printed = capsys.readouterr()
+        assert "Traceback" not in printed.err
+        return code, printed.out + printed.err
+
+    return run
+
+
+def test_finite_divergence_is_no_success_and_the_best_weights_are_used(start, tmp_path):
+    wild = {"learning_rate": 10, "warmup_steps": 0, "max_grad_norm": 0, "eval_freq": 1}
+    code, said = start(RUN_NAME="one", max_steps=3, schedule="constant", **wild)
+    assert code == 5 and "finished successfully" not in said
+    summary = json.loads((tmp_path / "runs/one/summary.json").read_bytes())
+    best = summary["best_step"]
+    assert summary["weights_of_step"] == best
+    assert f"the best weights, of step {best}, are used" in said
+    assert "NumericsError: training diverged: the training loss rose from " in said
+    assert "begin a run with a third of it" in said
+
+
+@pytest.mark.parametrize(
+    ("first", "last", "diverged"),
+    [
+        (5.8, 945.0, True),
+        (5.8, 5.85, False),
+        (5.8, 6.0, False),
+        (5.8, 6.2, True),
+        (0.2, 0.25, False),
+    ],
+)
+def test_a_rise_within_noise_is_no_divergence(first, last, diverged):
+    assert journal.History(train_losses=[first, 1.0, last]).has_diverged == diverged
