@@ -14,6 +14,7 @@ from engine.devices import find_device_fault
 from engine.errors import SettingsError
 from engine.precision import PRECISIONS
 from engine.settings import (
+    ALIASES,
     check,
     find_problems,
     raise_if_any,
@@ -135,6 +136,28 @@ def _can_be_a_path(text: str) -> bool:
 
 
 SETTING_NAMES = tuple(f.name for f in dataclasses.fields(RunSettings))
+# the dicts of a settings file, and the names that belong into each
+SECTIONS = {
+    "custom_params": [*(f.name for f in dataclasses.fields(TrainingConfig)), *MODEL_SETTINGS],
+    "sampling_params": [f.name for f in dataclasses.fields(SamplingConfig)],
+}
+
+
+def section_of(name: str) -> str | None:
+    """The dict that a setting belongs into, also under another system's name; or None."""
+    ours = ALIASES.get(name, name)
+    return next((section for section, names in SECTIONS.items() if ours in names), None)
+
+
+def _about_unknown(name: str, value: Any) -> str:
+    """What is wrong with a name of a settings file that is no setting."""
+    section = section_of(name)
+    if section is None:
+        return unknown_name(name, name, SETTING_NAMES)
+    return (
+        f'{name} belongs into {section}: {section} = {{"{name}": {shown(value)}, ...}} '
+        f"(a name that only helps the file may be called _{name})"
+    )
 
 
 @dataclass(frozen=True)
@@ -226,7 +249,7 @@ def resolve_settings(given: dict[str, Any], place: str, models_file: Path = MODE
     """
     known = {name: value for name, value in given.items() if name in SETTING_NAMES}
     problems = [
-        unknown_name(name, name, SETTING_NAMES) for name in given if name not in SETTING_NAMES
+        _about_unknown(name, value) for name, value in given.items() if name not in SETTING_NAMES
     ]
     run_problems = find_problems(RunSettings, known)
     # one that is no dict is among run_problems
@@ -305,8 +328,8 @@ def read_models(path: Path) -> tuple[dict[str, dict[str, Any]], list[str]]:
 
 
 def _read_sampling(given: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    known = [f.name for f in dataclasses.fields(SamplingConfig)]
-    values, labels, problems, _ = translate_names([("sampling_params", given)], known)
+    known, given_at = SECTIONS["sampling_params"], [("sampling_params", given)]
+    values, labels, problems, _ = translate_names(given_at, known)
     return values, problems + find_problems(SamplingConfig, values, labels.__getitem__)
 
 
