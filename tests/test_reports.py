@@ -5,9 +5,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tokenizers
+from tokenizers import models, pre_tokenizers
 
 import environment
 import main
+from engine.errors import DataError, SettingsError
+from planning.plan import resolve_settings
+from planning.settings_file import read_given_settings
 from tests.programs import write_settings
 from text.documents import DataSpec
 from text.split import split_documents
@@ -114,3 +119,65 @@ def test_finite_divergence_is_no_success_and_the_best_weights_are_used(start, tm
 )
 def test_a_rise_within_noise_is_no_divergence(first, last, diverged):
     assert journal.History(train_losses=[first, 1.0, last]).has_diverged == diverged
+
+
+def test_settings_at_the_wrong_level_are_named_with_their_place(tmp_path):
+    file = tmp_path / "s.py"
+    misplaced = ("num_epochs = 1", "lr = 0.1", "emb_dim = 16", "temperature = 0.0", "dropout = 0.1")
+    file.write_text("\n".join(["DATA = 'x.txt'", "words = 7", *misplaced]), encoding="utf-8")
+    with pytest.raises(SettingsError) as caught:
+        resolve_settings(*read_given_settings(file))
+    said = str(caught.value).splitlines()
+    places = ["custom_params"] * 3 + ["sampling_params", "custom_params"]
+    for line, given, place in zip(said[1:], misplaced, places, strict=True):
+        name, value = given.split(" = ")
+        assert line.strip().startswith(
+            f'{name} belongs into {place}: {place} = {{"{name}": {value}'
+        )
+    # what is in the dict, too, is a helper of the file; another value is not
+    file.write_text("batch_size = 4\ncustom_params = {'batch_size': batch_size}", encoding="utf-8")
+    assert "batch_size" not in read_given_settings(file)[0]
+    file.write_text("batch_size = 4\ncustom_params = {'batch_size': 8}", encoding="utf-8")
+    assert read_given_settings(file)[0]["batch_size"] == 4
+
+
+@pytest.mark.parametrize(
+    ("line", "remedy"),
+    [
+        (r'DATA = "C:\Users\me"', 'Write a path as "C:/Users" or r"C:\\Users".'),
+        ("QUICK_MODE = true", "Write True in place of true."),
+        ("RUN_NAME = null", "Write None in place of null."),
+        ("DATA = “my.txt”", 'Write " in place of “'),
+        ("DATA ＝ 'x'", "Write = in place of ＝"),
+        ("custom_params = {'batch_size'：8}", "Write : in place of ："),
+        ("custom_params = {'batch_size': 8，}", "Write , in place of ，"),
+        ("DATA =\u200b 'x'", "Remove the sign U+200B"),
+        ("DATA = '中文.txt'", "Save GBK.py as UTF-8"),
+    ],
+)
+def test_the_faults_of_beginners_get_one_line_of_remedy(tmp_path, monkeypatch, line, remedy):
+    monkeypatch.chdir(tmp_path)
+    file = Path("GBK.py" if "GBK" in remedy else "s.py")
+    file.write_bytes(line.encode("gbk" if "GBK" in remedy else "utf-8"))
+    with pytest.raises(SettingsError) as caught:
+        read_given_settings(file)
+    assert f"{file} line 1 " in str(caught.value) and remedy in str(caught.value)
+
+
+def test_unknown_tokens_are_told_and_refused_above_half(tmp_path):
+    made = tokenizers.Tokenizer(models.WordLevel({"<unk>": 0, "lamp": 1}, unk_token="<unk>"))
+    made.pre_tokenizer = pre_tokenizers.Whitespace()
+    (tmp_path / "words.json").write_text(made.to_str(), encoding="utf-8")
+
+    def read(words: str):
+        (tmp_path / "a.txt").write_text(words, encoding="utf-8")
+        data = DataSpec((str(tmp_path / "a.txt"),))
+        return tokenize(data, str(tmp_path / "words.json"), 0.9, tmp_path / "cache").report
+
+    assert read("lamp " * 20) | {"notes": [], "unknown_tokens": 0} == read("lamp " * 20)
+    report = read("lamp lamp lamp 渡口 " * 5)
+    assert report["unknown_tokens"] == 5
+    [note] = report["notes"]
+    assert note.startswith("25.0% of the tokens stand for what the tokenizer (")
+    with pytest.raises(DataError, match=r"^75\.0% of .* does not know; at most half may"):
+        read("lamp river quiet 渡口 " * 5)

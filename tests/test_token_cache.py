@@ -210,6 +210,7 @@ def test_a_tokenizer_from_elsewhere_gets_each_document_whole_and_four_bytes_a_to
     tmp_path, build, monkeypatch
 ):
     monkeypatch.setattr(token_cache, "CHUNK", 16)
+    monkeypatch.setattr(token_cache, "MOST_UNKNOWN", 1.0)  # ", " and "." are unknown to it
     vocabulary = {f"▁w{i}": i for i in range(65_536)}
     made = tokenizers.Tokenizer(models.WordLevel(vocabulary, unk_token="▁w0"))
     made.pre_tokenizer = pre_tokenizers.Metaspace()  # which puts a blank before each text
@@ -360,6 +361,7 @@ def test_every_figure_of_the_report_equals_a_naive_count(
         "empty_documents": 2,
         "duplicate_documents": len(documents) - len(set(documents)),
         "documents_on_both_sides": int(has_val),  # "the same"
+        "unknown_tokens": 0,
         "bytes": sum(path.stat().st_size for path in in_file),
         "characters": characters,
         "tokens": len(tokens),

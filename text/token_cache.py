@@ -52,6 +52,7 @@ FORMAT = 2  # of an entry; no other is read
 CHUNK = 1 << 20  # characters to encode in one task
 MOST_UNCUT = 1 << 26  # characters without a place to cut; a text has one in each sentence
 BLOCK = 16 << 20  # bytes of tokens per hash
+MOST_UNKNOWN = 0.5  # of all tokens
 ORPHAN_AGE_S = 24 * 3600
 
 
@@ -217,6 +218,9 @@ def _build_entry(
         if not report.documents:
             names = ", ".join(spec.train + spec.val)
             raise DataError(f"{names} is empty.\nSet DATA to a text of at least a few sentences.")
+        unknown = _count_unknown(tokenizer, sides)
+        if unknown:
+            report.notes.append(_about_unknown(unknown, sides, tokenizer))
         split = None if val else _split(sides[0], train_ratio)
         if split is not None and split.cut is not None:
             report.notes.append(_note_on_cut(split, sides[0], train_ratio))
@@ -233,6 +237,7 @@ def _build_entry(
             "tokenizer_sha256": hashlib.sha256(tokenizer_json).hexdigest(),
             "block_sha256": _block_hashes(temporary / "tokens.bin"),
             "report": _report_of(report, sides, n_tokens, tokenizer, description)
+            | {"unknown_tokens": unknown}
             | ({"documents_on_both_sides": 1} if split and split.cut is not None else {}),
         }
         write_json(temporary / "entry.json", {"sha256": _hash_of(entry), "entry": entry})
@@ -513,6 +518,32 @@ def _note_on_cut(split: Split, documents: _Side, train_ratio: float) -> str:
         f"whole documents alone don't make the {1 - train_ratio:.0%} that train_ratio leaves "
         '(DATA = {"path": ..., "val": ...} names a validation text of its own)'
     )
+
+
+def _count_unknown(tokenizer: Tokenizer, sides: list[_Side]) -> int:
+    """How many tokens stand for what the tokenizer does not know."""
+    if tokenizer.kind != "foreign":
+        return 0  # ours know every byte
+    tree = json.loads(tokenizer.to_json())
+    model, token = tree["model"], tree["model"].get("unk_token")
+    if token is None:
+        unknown = model.get("unk_id")
+    else:
+        added = {entry["content"]: entry["id"] for entry in tree["added_tokens"]}
+        unknown = added.get(token, model["vocab"].get(token))
+    return 0 if unknown is None else int(sum(side.counts[unknown] for side in sides))
+
+
+def _about_unknown(unknown: int, sides: list[_Side], tokenizer: Tokenizer) -> str:
+    """A notice with the share of unknown tokens; DataError if it is above MOST_UNKNOWN."""
+    share = unknown / sum(side.counts.sum() for side in sides)
+    told = (
+        f"{share:.1%} of the tokens stand for what the tokenizer ({tokenizer.name}) does not know"
+    )
+    instead = 'TOKENIZER = "auto", "char" or "gpt2" knows every character'
+    if share > MOST_UNKNOWN:
+        raise DataError(f"{told}; at most half may.\n{instead}.")
+    return f"{told}, and are lost; {instead}"
 
 
 def _report_of(
