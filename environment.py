@@ -35,6 +35,7 @@ from planning.machine import (
 )
 from planning.plan import RunPlan, resolve_settings
 from planning.preflight import show_machine, show_model, show_text, show_training, show_windows
+from planning.prompt import fit_prompt
 from planning.runs import Candidates, SettledRun, differs, find_candidates, settle_run
 from planning.settings_file import read_given_settings
 from planning.trial import Compiled, Trial, try_out
@@ -109,7 +110,7 @@ def _prepare(settings: str | Path | None, parallel: Parallel) -> RuntimeEnv:
 
     text = _read_text(plan, candidates, parallel)
     run = settle_run(candidates, text.tokenizer.fingerprint, text.sha256)
-    asked = decide_training(plan.training, run.before)
+    asked, about_prompt = fit_prompt(decide_training(plan.training, run.before), text)
     windows, about_windows = _cut(text, plan, asked)
     machine = decide_machine(machine, plan, asked, windows, run.before)
 
@@ -124,7 +125,7 @@ def _prepare(settings: str | Path | None, parallel: Parallel) -> RuntimeEnv:
 
     trial = Trial.of(machine, model, optimizer, train_loader)
     compiled, training, about_trial = try_out(plan, asked, windows, trial, run.before)
-    adapted = [*about_windows, *machine.notices, *about_trial]
+    adapted = [*about_prompt, *about_windows, *machine.notices, *about_trial]
     record = _make_record(
         plan, candidates, text, trial, training, compiled=compiled, adapted=adapted
     )

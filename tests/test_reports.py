@@ -12,11 +12,14 @@ import environment
 import main
 from engine.errors import DataError, SettingsError
 from planning.plan import resolve_settings
+from planning.prompt import _beginning_if_not_latin
 from planning.settings_file import read_given_settings
 from tests.programs import write_settings
+from tests.texts import CHINESE
 from text.documents import DataSpec
 from text.split import split_documents
 from text.token_cache import tokenize
+from text.tokenizer import GPT2Tokenizer
 from text.tokenizer_file import END_OF_TEXT
 from training import journal
 
@@ -95,6 +98,7 @@ def start(tmp_path, monkeypatch, capsys):
     return run
 
 
+@pytest.mark.slow
 def test_finite_divergence_is_no_success_and_the_best_weights_are_used(start, tmp_path):
     wild = {"learning_rate": 10, "warmup_steps": 0, "max_grad_norm": 0, "eval_freq": 1}
     code, said = start(RUN_NAME="one", max_steps=3, schedule="constant", **wild)
@@ -181,3 +185,37 @@ def test_unknown_tokens_are_told_and_refused_above_half(tmp_path):
     assert note.startswith("25.0% of the tokens stand for what the tokenizer (")
     with pytest.raises(DataError, match=r"^75\.0% of .* does not know; at most half may"):
         read("lamp river quiet 渡口 " * 5)
+
+
+@pytest.mark.parametrize(
+    ("text", "prompt"),
+    [
+        (CHINESE, CHINESE.split("，")[0].split("\n")[0][:16]),
+        (
+            "\n\n渡口的老船工每天清早起来先看水色再看天色才把缆绳解开",
+            "渡口的老船工每天清早起来先看水色",
+        ),
+        ("Ранним утром старик вышел к реке и долго смотрел на воду", "Ранним утром"),
+        ("1 + 1 = 2\n2 + 2 = 4\n", "1 + 1 = 2"),
+        ("河 river and more words in English than in Chinese", None),
+        (" \n", None),
+    ],
+)
+def test_the_default_prompt_is_the_texts_beginning_where_that_is_not_latin(text, prompt):
+    assert _beginning_if_not_latin(text) == prompt
+
+
+def test_a_chinese_text_in_gpt2s_tokens_names_the_better_tokenizer_and_begins_with_its_own_words(
+    start, tmp_path
+):
+    chinese = CHINESE[:1500]
+    code, said = start(chinese, TOKENIZER="gpt2", RUN_NAME="one", max_steps=1)
+    assert code == 0
+    rate = len(GPT2Tokenizer().encode(chinese)) / len(chinese)
+    assert f"needs {rate:.2f} tokens a character here" in said
+    assert 'TOKENIZER = "char" needs 1.00' in said
+    record = json.loads((tmp_path / "runs/one/settings.json").read_bytes())
+    prompt = record["training"]["start_context"]
+    assert chinese.lstrip().startswith(prompt) and f"samples go on from {prompt!r}" in said
+    # the prompt of the run stays its own
+    assert start(None, TOKENIZER="gpt2", RUN_NAME="one", max_steps=1)[0] == 0

@@ -52,6 +52,7 @@ FORMAT = 2  # of an entry; no other is read
 CHUNK = 1 << 20  # characters to encode in one task
 MOST_UNCUT = 1 << 26  # characters without a place to cut; a text has one in each sentence
 BLOCK = 16 << 20  # bytes of tokens per hash
+MOST_RATE = 1.05  # tokens a character; from there on the characters themselves are fewer
 MOST_UNKNOWN = 0.5  # of all tokens
 ORPHAN_AGE_S = 24 * 3600
 
@@ -221,6 +222,7 @@ def _build_entry(
         unknown = _count_unknown(tokenizer, sides)
         if unknown:
             report.notes.append(_about_unknown(unknown, sides, tokenizer))
+        report.notes += _about_rate(tokenizer, sides, report.characters)
         split = None if val else _split(sides[0], train_ratio)
         if split is not None and split.cut is not None:
             report.notes.append(_note_on_cut(split, sides[0], train_ratio))
@@ -518,6 +520,17 @@ def _note_on_cut(split: Split, documents: _Side, train_ratio: float) -> str:
         f"whole documents alone don't make the {1 - train_ratio:.0%} that train_ratio leaves "
         '(DATA = {"path": ..., "val": ...} names a validation text of its own)'
     )
+
+
+def _about_rate(tokenizer: Tokenizer, sides: list[_Side], characters: int) -> list[str]:
+    """A notice where one token a character would be fewer than this tokenizer needs."""
+    needed = sum(side.counts.sum() - len(side.ends) for side in sides) / max(1, characters)
+    if tokenizer.kind == "char" or needed <= MOST_RATE:
+        return []
+    return [
+        f"the tokenizer needs {needed:.2f} tokens a character here, as it was made for other "
+        'texts; TOKENIZER = "char" needs 1.00, and "auto" chooses by the text'
+    ]
 
 
 def _count_unknown(tokenizer: Tokenizer, sides: list[_Side]) -> int:
