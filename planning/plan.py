@@ -33,6 +33,8 @@ from text.tokenizer import find_tokenizer_fault
 from training_utils import QUICK_MODE_STEPS, TrainingConfig, read_custom_params
 
 MODELS_FILE = Path(__file__).resolve().parent.parent / "config.json"
+LEAST_WIDTH_A_LAYER = 4  # of emb_dim; fewer are hardly ever meant
+HIGH_RATE = 0.1
 SMALL_MODEL, DEFAULT_MODEL = "small", "gpt2-124m"  # that MODEL "auto" chooses from
 
 
@@ -295,10 +297,28 @@ def resolve_settings(given: dict[str, Any], place: str, models_file: Path = MODE
     raise_if_any(find_problems(GPTConfig, model, label), place)
     if mode != "custom" and TrainingConfig(**custom) != TrainingConfig():
         notices.append(f"custom_params is not read in {mode} mode; CUSTOM_MODE = True uses it")
-    if model.get("drop_rate", 0) > 0.5:
-        notices.append(f"drop_rate ({model['drop_rate']}) is above 0.5: the model learns slowly")
+    notices += _about_odd_numbers(model, training)
     sampling_config = SamplingConfig(**sampling)
     return RunPlan(run, mode, model_name, model, training, sampling_config, origins, notices)
+
+
+def _about_odd_numbers(model: dict[str, Any], training: TrainingConfig) -> list[str]:
+    """Notices on numbers that are allowed, but hardly ever meant, with what to set instead."""
+    notices = []
+    if model.get("drop_rate", 0) > 0.5:
+        notices.append(f"drop_rate ({model['drop_rate']}) is above 0.5: the model learns slowly")
+    width, depth = model["emb_dim"], model["n_layers"]
+    if width < LEAST_WIDTH_A_LAYER * depth:
+        notices.append(
+            f"{depth} layers of width {width} are deep and narrow, which learns slowly: set "
+            f"n_layers to {max(1, width // 32)}, or a larger emb_dim (32 to 128 a layer are usual)"
+        )
+    if (training.learning_rate or 0) > HIGH_RATE:
+        notices.append(
+            f"learning_rate ({training.learning_rate:g}) is far above the usual 0.0001 to 0.01: "
+            "training will probably diverge; None works one out"
+        )
+    return notices
 
 
 def read_models(path: Path) -> tuple[dict[str, dict[str, Any]], list[str]]:

@@ -219,3 +219,16 @@ def test_a_chinese_text_in_gpt2s_tokens_names_the_better_tokenizer_and_begins_wi
     assert chinese.lstrip().startswith(prompt) and f"samples go on from {prompt!r}" in said
     # the prompt of the run stays its own
     assert start(None, TOKENIZER="gpt2", RUN_NAME="one", max_steps=1)[0] == 0
+
+
+def test_numbers_that_are_hardly_meant_get_a_notice_each():
+    def notices(**params) -> list[str]:
+        given = {"CUSTOM_MODE": True, "custom_params": params}
+        return resolve_settings(given, "config_run.py").notices
+
+    assert notices() == notices(emb_dim=64, n_layers=8, learning_rate=0.1) == []
+    shape, rate = notices(n_layers=48, emb_dim=64, learning_rate=5.0)
+    assert shape.startswith("48 layers of width 64 are deep") and "n_layers to 2" in shape
+    assert rate.startswith("learning_rate (5) is far above the usual")
+    with pytest.raises(SettingsError, match=r"learning_rate.* is 50; it must be .* at most 10"):
+        notices(learning_rate=50)
