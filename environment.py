@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 from data import TokenSlice, WindowPlan, make_loaders, measure_tokens, plan_windows
 from distributed.parallel import Parallel, join
 from engine.console import in_kernel, say
-from engine.errors import DataError, ResourceError
+from engine.errors import DataError, ResourceError, first_line
 from engine.memory import as_bytes
 from engine.metrics import TokenSize
 from engine.optim import build_optimizer, default_learning_rate
@@ -35,7 +35,8 @@ from planning.machine import (
 )
 from planning.plan import RunPlan, resolve_settings
 from planning.preflight import show_machine, show_model, show_text, show_training, show_windows
-from planning.runs import Candidates, SettledRun, find_candidates, settle_run
+from planning.prompt import fit_prompt
+from planning.runs import Candidates, SettledRun, differs, find_candidates, settle_run
 from planning.settings_file import read_given_settings
 from planning.trial import Compiled, Trial, try_out
 from storage.cache import usable_cache
@@ -107,6 +108,7 @@ def _prepare(settings: str | Path | None, parallel: Parallel) -> RuntimeEnv:
     text = _read_text(plan, candidates, cache, parallel)
     run = settle_run(candidates, text.tokenizer.fingerprint, text.sha256)
     asked = decide_training(plan, machine.device, text.n_tokens, run.before)
+    asked, about_prompt = fit_prompt(asked, text)
     windows, about_windows = _cut(text, plan, asked)
     machine = decide_machine(machine, plan, asked, windows, run.before)
 
@@ -122,7 +124,7 @@ def _prepare(settings: str | Path | None, parallel: Parallel) -> RuntimeEnv:
 
     trial = Trial.of(machine, model, optimizer, train_loader)
     compiled, training, about_trial = try_out(plan, asked, windows, trial, run.before)
-    adapted = [*about_windows, *machine.notices, *about_trial]
+    adapted = [*about_prompt, *about_windows, *machine.notices, *about_trial]
     record = _make_record(
         plan, candidates, text, trial, training, compiled=compiled, adapted=adapted
     )
@@ -252,7 +254,7 @@ def _find_candidates(plan: RunPlan, parallel: Parallel) -> Candidates:
         # a restart by torchrun resumes what the job began
         resume=(plan.run.RESUME is False and parallel.noted("run")) or plan.run.RESUME,
         mode=plan.mode,
-        data=plan.data,
+        settings=dataclasses.asdict(plan.run) | {"DATA": plan.data},
     )
 
 
@@ -276,6 +278,8 @@ def _read_text(
         stood_in = parallel.broadcast(None if first is None else first.stood_in)
         text = parallel.local_first(lambda: first or read(stood_in))
     except DataError as error:
+        if candidates.runs and candidates.runs[0].is_finished:
+            raise differs(candidates.runs[0], [f"text: {first_line(error)}"]) from error
         if before is None:
             raise
         raise DataError(

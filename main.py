@@ -25,6 +25,7 @@ from engine.console import complain, report_failure, say, use_utf8
 from engine.errors import (
     BusyError,
     CheckpointError,
+    NumericsError,
     PipelineError,
     ResourceError,
     RunFinished,
@@ -110,7 +111,10 @@ def _what_is_kept(env: RuntimeEnv | None) -> str:
 
 
 def run_pipeline(env: RuntimeEnv) -> None:
-    """Train, sample, plot and sum up; all files are in env.run.path."""
+    """Train, sample, plot and sum up; all files are in env.run.path.
+
+    Raises NumericsError in the end if training has diverged.
+    """
     _headline("TRAINING START")
     # the lock and the threads are for the samples and the summary too
     with env.parallel.held_by_main(env.run.opened), using_threads(env.run.record.threads):
@@ -124,6 +128,13 @@ def run_pipeline(env: RuntimeEnv) -> None:
             stop.check()
             _headline("TRAINING COMPLETE")
             sum_up(env, journal, stop)
+    if journal.history.has_diverged:
+        losses, rate = journal.history.train_losses, env.train_config.learning_rate
+        raise NumericsError(
+            f"training diverged: the training loss rose from {losses[0]:.4g} to {losses[-1]:.4g}.\n"
+            f"The learning rate was {rate:.3g}; begin a run with a third of it, or with a "
+            "max_grad_norm of 1."
+        )
     say("✓ Training pipeline finished successfully!")
 
 

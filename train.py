@@ -3,6 +3,7 @@
 import contextlib
 import math
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,7 +17,15 @@ from distributed.sharding import whole
 from distributed.signals import StopSignals
 from engine.console import say, show_picture, track
 from engine.devices import with_index
-from engine.errors import CheckpointError, NumericsError, ResourceError, SettingsError, Stopped
+from engine.errors import (
+    CheckpointError,
+    LostRankError,
+    NumericsError,
+    ResourceError,
+    SettingsError,
+    Stopped,
+    first_line,
+)
 from engine.memory import ADVICE, OutOfStepMemory
 from engine.optim import (
     Schedule,
@@ -45,6 +54,8 @@ SAMPLE_CHARACTERS = 1000  # of a prompt and its continuation; longer texts are c
 # takes less time than two steps on a CPU
 SAMPLE_EVERY, SAMPLES_A_RUN = 100, 10
 MOST_SKIPPED = 10  # steps in a row
+# from one try to save the end of a run to the next, where the disk refuses: four minutes in all
+END_WAITS_S = (1, 2, 4, 8, 16, 32, 64, 128)
 MOST_HALVINGS = 16  # steps in a row in which fp16 halves its loss scale: from 2 ** 16 to 1
 
 
@@ -219,10 +230,46 @@ class Trainer:
         is_due = self.saving is not None and (is_last or self.saving.clock.is_due(self.steps))
         step_s = time.monotonic() - self._step_began_at
         if self.stop.agree(is_due, step_s=step_s) == [True]:
-            self.save()
+            assert self.saving is not None
+            try:
+                self.save()
+            except ResourceError as error:
+                self._require_folder(error)
+                wait_s = self.saving.clock.failed()
+                say(
+                    f"Note: {first_line(error)} Training goes on; the next try is in {wait_s:.0f} s"
+                )
+
+    def insist(self, write: Callable[[], None]) -> None:
+        """Write at the end of a run; where the disk refuses, try again for sum(END_WAITS_S).
+
+        Raises Stopped after a signal, ResourceError of the last try. Collective.
+        """
+        for wait_s in END_WAITS_S:
+            try:
+                write()
+                return
+            except ResourceError as error:
+                self._require_folder(error)
+                say(f"Note: {first_line(error)} Trying again in {wait_s} s")
+            for _ in range(wait_s):
+                time.sleep(1)
+                self.stop.agree()
+                self.stop.check()
+        write()
+
+    def _require_folder(self, error: ResourceError) -> None:
+        """Raise an error that waiting does not mend: a lost rank, or a folder that was removed."""
+        assert self.saving is not None
+        folder = self.saving.store.checkpoints
+        if isinstance(error, LostRankError) or not self.parallel.from_main(folder.is_dir):
+            raise error
 
     def save(self) -> None:
-        """Save a checkpoint, unless one of this step exists or there was no step."""
+        """Save a checkpoint, unless one of this step exists or there was no step.
+
+        Raises ResourceError if the disk refuses it. Collective.
+        """
         saving, learner = self.saving, self.learner
         if saving is None or self.steps in (0, saving.last_step):
             return
@@ -301,7 +348,8 @@ def continue_prompts(
 def train(env: RuntimeEnv) -> Journal:
     """Train a prepared run, or resume it from its newest checkpoint.
 
-    The model ends with its last weights, with patience set with the best ones. Raises Stopped
+    The model ends with its last weights; with patience set, or where training has diverged, with
+    the best ones. Raises Stopped
     after a signal, with a checkpoint saved; BusyError if another program trains in the folder,
     CheckpointError if its checkpoints are bad, ResourceError if the disk refuses them,
     NumericsError if training diverges.
@@ -350,15 +398,22 @@ def _train(env: RuntimeEnv) -> Journal:
     try:
         with trainer.stop:
             _train_and_save(trainer, store, env.train_loader, env.val_loader)
+            trainer.insist(lambda: store.save_best(saving.best))
     finally:
         journal.close()
+    history = journal.history
     if trainer.steps < plan.total_steps:
         say(
             f"Stopped early: {config.patience} evaluations in a row have not been better than "
-            f"that of step {journal.history.steps[journal.history.best]}"
+            f"that of step {history.steps[history.best]}"
         )
-    store.save_best(saving.best)
-    if config.patience is not None:
+    if history.has_diverged:
+        losses, best = history.train_losses, history.steps[history.best]
+        say(
+            f"Warning: training diverged: the training loss rose from {losses[0]:.4g} to "
+            f"{losses[-1]:.4g}; the best weights, of step {best}, are used from here on"
+        )
+    if config.patience is not None or history.has_diverged:
         trainer.use_best()
     show_picture(run.path / PICTURE)
     return journal
@@ -369,7 +424,8 @@ def _train_and_save(trainer: Trainer, store: CheckpointStore, *loaders: DataLoad
     try:
         try:
             training_loop(trainer, *loaders)
-            trainer.save()  # for a run that patience has ended
+            # for a run that patience has ended, or whose last save failed
+            trainer.insist(trainer.save)
             trainer.stop.agree()
             trainer.stop.check()
         except Stopped as stopped:
@@ -384,15 +440,22 @@ def _train_and_save(trainer: Trainer, store: CheckpointStore, *loaders: DataLoad
         newest = store.newest()
         kept = "No checkpoint was made yet." if newest is None else f"The last good one: {newest}"
         raise NumericsError(f"{error}\n{kept}") from None
+    except LostRankError:
+        raise
+    except ResourceError as error:
+        raise ResourceError(f"{error}\n{_last_checkpoint(store)}") from error
     except OutOfStepMemory as error:
-        newest = store.newest()
-        kept = "No checkpoint was made yet." if newest is None else f"The last checkpoint: {newest}"
         windows = "a single window" if error.n_windows == 1 else f"{error.n_windows} windows"
         advice = ADVICE if error.n_windows == 1 else "Set a smaller batch_size, and accumulate."
         raise ResourceError(
             f"{error.where} ran out of memory with {windows} at a time: {str(error)[:100]}\n"
-            f"{advice}\n{kept}"
+            f"{advice}\n{_last_checkpoint(store)}"
         ) from error
+
+
+def _last_checkpoint(store: CheckpointStore) -> str:
+    newest = store.newest()
+    return "No checkpoint was made yet." if newest is None else f"The last checkpoint: {newest}."
 
 
 def train_model_simple(

@@ -144,6 +144,27 @@ def differences(before: RunRecord, asked: Asked) -> list[str]:
     return lines
 
 
+def free_differences(before: RunRecord, asked: Asked, settings: dict[str, Any]) -> list[str]:
+    """What differs of the settings that a resumed run may change, a line per difference.
+
+    settings is that of settings.json.
+    """
+    then = before.asked.training
+    pairs = {
+        name: (getattr(then, name), getattr(asked.training, name))
+        for name in names_on_resume(TrainingConfig, "free")
+    }
+    pairs |= {
+        name: (before.settings[name], settings[name])
+        for name in names_on_resume(RunSettings, "free")
+    }
+    return [
+        f"{name}: {shown(was)} then, {shown(now)} now"
+        for name, (was, now) in pairs.items()
+        if was != now
+    ]
+
+
 def total_steps(before: RunRecord, asked: Asked) -> int:
     """The optimizer steps of a resumed run by the settings of now."""
     length = asked.length

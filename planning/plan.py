@@ -14,6 +14,7 @@ from engine.devices import find_device_fault
 from engine.errors import SettingsError
 from engine.precision import PRECISIONS
 from engine.settings import (
+    ALIASES,
     check,
     find_problems,
     raise_if_any,
@@ -32,6 +33,8 @@ from text.tokenizer import find_tokenizer_fault
 from training_utils import QUICK_MODE_STEPS, TrainingConfig, read_custom_params
 
 MODELS_FILE = Path(__file__).resolve().parent.parent / "config.json"
+LEAST_WIDTH_A_LAYER = 4  # of emb_dim; fewer are hardly ever meant
+HIGH_RATE = 0.1
 SMALL_MODEL, DEFAULT_MODEL = "small", "gpt2-124m"  # that MODEL "auto" chooses from
 
 
@@ -135,6 +138,28 @@ def _can_be_a_path(text: str) -> bool:
 
 
 SETTING_NAMES = tuple(f.name for f in dataclasses.fields(RunSettings))
+# the dicts of a settings file, and the names that belong into each
+SECTIONS = {
+    "custom_params": [*(f.name for f in dataclasses.fields(TrainingConfig)), *MODEL_SETTINGS],
+    "sampling_params": [f.name for f in dataclasses.fields(SamplingConfig)],
+}
+
+
+def section_of(name: str) -> str | None:
+    """The dict that a setting belongs into, also under another system's name; or None."""
+    ours = ALIASES.get(name, name)
+    return next((section for section, names in SECTIONS.items() if ours in names), None)
+
+
+def _about_unknown(name: str, value: Any) -> str:
+    """What is wrong with a name of a settings file that is no setting."""
+    section = section_of(name)
+    if section is None:
+        return unknown_name(name, name, SETTING_NAMES)
+    return (
+        f'{name} belongs into {section}: {section} = {{"{name}": {shown(value)}, ...}} '
+        f"(a name that only helps the file may be called _{name})"
+    )
 
 
 @dataclass(frozen=True)
@@ -226,7 +251,7 @@ def resolve_settings(given: dict[str, Any], place: str, models_file: Path = MODE
     """
     known = {name: value for name, value in given.items() if name in SETTING_NAMES}
     problems = [
-        unknown_name(name, name, SETTING_NAMES) for name in given if name not in SETTING_NAMES
+        _about_unknown(name, value) for name, value in given.items() if name not in SETTING_NAMES
     ]
     run_problems = find_problems(RunSettings, known)
     # one that is no dict is among run_problems
@@ -272,10 +297,28 @@ def resolve_settings(given: dict[str, Any], place: str, models_file: Path = MODE
     raise_if_any(find_problems(GPTConfig, model, label), place)
     if mode != "custom" and TrainingConfig(**custom) != TrainingConfig():
         notices.append(f"custom_params is not read in {mode} mode; CUSTOM_MODE = True uses it")
-    if model.get("drop_rate", 0) > 0.5:
-        notices.append(f"drop_rate ({model['drop_rate']}) is above 0.5: the model learns slowly")
+    notices += _about_odd_numbers(model, training)
     sampling_config = SamplingConfig(**sampling)
     return RunPlan(run, mode, model_name, model, training, sampling_config, origins, notices)
+
+
+def _about_odd_numbers(model: dict[str, Any], training: TrainingConfig) -> list[str]:
+    """Notices on numbers that are allowed, but hardly ever meant, with what to set instead."""
+    notices = []
+    if model.get("drop_rate", 0) > 0.5:
+        notices.append(f"drop_rate ({model['drop_rate']}) is above 0.5: the model learns slowly")
+    width, depth = model["emb_dim"], model["n_layers"]
+    if width < LEAST_WIDTH_A_LAYER * depth:
+        notices.append(
+            f"{depth} layers of width {width} are deep and narrow, which learns slowly: set "
+            f"n_layers to {max(1, width // 32)}, or a larger emb_dim (32 to 128 a layer are usual)"
+        )
+    if (training.learning_rate or 0) > HIGH_RATE:
+        notices.append(
+            f"learning_rate ({training.learning_rate:g}) is far above the usual 0.0001 to 0.01: "
+            "training will probably diverge; None works one out"
+        )
+    return notices
 
 
 def read_models(path: Path) -> tuple[dict[str, dict[str, Any]], list[str]]:
@@ -305,8 +348,8 @@ def read_models(path: Path) -> tuple[dict[str, dict[str, Any]], list[str]]:
 
 
 def _read_sampling(given: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    known = [f.name for f in dataclasses.fields(SamplingConfig)]
-    values, labels, problems, _ = translate_names([("sampling_params", given)], known)
+    known, given_at = SECTIONS["sampling_params"], [("sampling_params", given)]
+    values, labels, problems, _ = translate_names(given_at, known)
     return values, problems + find_problems(SamplingConfig, values, labels.__getitem__)
 
 

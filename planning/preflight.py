@@ -104,6 +104,11 @@ def describe_text(report: dict[str, Any], plan: WindowPlan, n_parameters: int) -
     if any(aside.values()):
         counts = ", ".join(f"{number:,} {what}" for what, number in aside.items() if number)
         lines.append(f"{counts} (data.json in the run folder has more)")
+    if 2 * report["duplicate_documents"] >= report["documents"] > 1:
+        lines.append(
+            f"Note: {report['duplicate_documents'] / report['documents']:.0%} of the documents "
+            "repeat others: the model learns them by heart; leave them out of the text"
+        )
     per_parameter = plan.n_train / n_parameters
     verdict = "a few epochs are safe"
     if per_parameter < 1:

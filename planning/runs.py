@@ -5,10 +5,18 @@ import secrets
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from engine.errors import CheckpointError, ResourceError, RunFinished
 from engine.settings import shown
-from planning.decisions import RunRecord, differences, read_record, read_run_file, total_steps
+from planning.decisions import (
+    RunRecord,
+    differences,
+    free_differences,
+    read_record,
+    read_run_file,
+    total_steps,
+)
 from planning.plan import Asked
 from storage.files import DATA, SETTINGS, SUMMARY, FolderLock
 
@@ -22,6 +30,7 @@ class Candidate:
     tokenizer: str | None  # its fingerprint, from data.json
     text: str | None  # sha256 of its tokens
     fault: str | None = None  # why data.json can't be read
+    is_finished: bool = False  # and nothing more is asked of it
 
     def differences(self, tokenizer: str, text: str) -> list[str]:
         """How tokenizer and text differ, a line each."""
@@ -69,15 +78,15 @@ def find_candidates(
     run_name: str | None,
     resume: str | bool,
     mode: str,
-    data: object,
+    settings: dict[str, Any],
 ) -> Candidates:
-    """The runs that these settings may resume; data is settings.json's form of DATA.
+    """The runs that these settings may resume; settings is that of settings.json.
 
-    For a named run, raises CheckpointError with what differs, RunFinished or BusyError.
+    For a named run, raises CheckpointError with what differs, or BusyError.
     """
     now, run_id = time.strftime("%Y-%m-%d %H:%M:%S"), secrets.token_hex(8)
     if isinstance(resume, str) and resume != "auto":
-        path = _existing_run(resume)
+        path = _existing_run(resume, output_dir)
     elif run_name is not None:
         path = output_dir / run_name
         if not _is_taken(path):
@@ -90,21 +99,31 @@ def find_candidates(
                 "Choose another RUN_NAME, or move the folder away."
             )
     else:
-        runs, notes = _find_unfinished(output_dir, asked, data) if resume == "auto" else ([], [])
+        is_auto, data = resume == "auto", settings["DATA"]
+        runs, notes = _find_unfinished(output_dir, asked, data) if is_auto else ([], [])
         path = output_dir / f"{now.replace(' ', '_').replace(':', '-')}-{mode}"
         return Candidates(path, False, run_id, now, tuple(runs), tuple(notes))
-    return Candidates(path, True, run_id, now, (_continue_named(path, asked),))
+    return Candidates(path, True, run_id, now, (_continue_named(path, asked, settings),))
 
 
 def settle_run(candidates: Candidates, tokenizer: str, text: str) -> SettledRun:
-    """The first candidate with this tokenizer and text, or a new run; raises CheckpointError."""
+    """The first candidate with this tokenizer and text, or a new run.
+
+    Raises CheckpointError if a named run has another text, RunFinished if it has nothing to do.
+    """
     passed_over = []
     for run in candidates.runs:
         differing = run.differences(tokenizer, text)
+        if not differing and run.is_finished:
+            raise RunFinished(
+                f"The run in {run.path} is finished, with these settings and this text: nothing to "
+                "do. Another RUN_NAME begins a new one; more num_epochs, max_steps or, where that "
+                "ended it, patience goes on with it."
+            )
         if not differing:
             return SettledRun(run.path, candidates.named, run.record, candidates.notes)
         if candidates.named:
-            raise _differs(run.path, differing)
+            raise differs(run, differing)
         passed_over.append(_passed_over(run.path, differing))
     notes = (*candidates.notes, *passed_over[:1])
     return SettledRun(candidates.folder, candidates.named, None, notes)
@@ -124,41 +143,49 @@ def newest_finished_run(output_dir: Path) -> Path:
     return max(finished)[1]
 
 
-def _existing_run(resume: str) -> Path:
-    """The folder that RESUME names; CheckpointError if it is no run."""
+def _existing_run(resume: str, output_dir: Path) -> Path:
+    """The folder that RESUME names, by its path or its name; CheckpointError if it is no run."""
     path = Path(resume).expanduser()
     if path.is_file():
         raise CheckpointError(
             f"RESUME = {shown(resume)} is a file; runs are folders, with {SETTINGS} in them.\n"
             "Files such as .pt can run code when they are opened, so this one was not."
         )
-    if not (path / SETTINGS).is_file():
-        raise CheckpointError(
-            f"RESUME = {shown(resume)}: there is no run (looked for {path / SETTINGS}).\n"
-            'Set RESUME to a run\'s folder, such as those in OUTPUT_DIR, or to "auto".'
-        )
-    return path
+    for folder in (path, output_dir / resume):
+        if (folder / SETTINGS).is_file():
+            return folder
+    above = next((folder for folder in path.parents if (folder / SETTINGS).is_file()), None)
+    hint = (
+        f"It lies in the run {above}: set RESUME to that."
+        if above
+        else ('Set RESUME to a run\'s folder, such as those in OUTPUT_DIR, or to "auto".')
+    )
+    raise CheckpointError(
+        f"RESUME = {shown(resume)}: there is no run (looked for {path / SETTINGS}).\n{hint}"
+    )
 
 
-def _continue_named(path: Path, asked: Asked) -> Candidate:
+def _continue_named(path: Path, asked: Asked, settings: dict[str, Any]) -> Candidate:
     record = read_record(path)
     differing = differences(record, asked)
-    if (path / SUMMARY).exists() and (differing or not _has_more_to_do(path, record, asked)):
-        hint = f" (with other settings: {'; '.join(differing)})" if differing else ""
-        raise RunFinished(
-            f"The run in {path} is finished{hint}: nothing to do. Another RUN_NAME begins a new "
-            "one; more num_epochs, max_steps or, where that ended it, patience goes on with it."
-        )
+    is_finished = (path / SUMMARY).exists() and not (
+        not differing and _has_more_to_do(path, record, asked)
+    )
+    if is_finished:
+        differing += [d for d in free_differences(record, asked, settings) if d not in differing]
+    candidate = _candidate(path, record, is_finished=is_finished)
     if differing:
-        raise _differs(path, differing)
-    FolderLock(path).require_free()
-    return _candidate(path, record)
+        raise differs(candidate, differing)
+    if not is_finished:
+        FolderLock(path).require_free()
+    return candidate
 
 
-def _candidate(path: Path, record: RunRecord) -> Candidate:
+def _candidate(path: Path, record: RunRecord, *, is_finished: bool = False) -> Candidate:
     """A run and what its data.json says of the text; CheckpointError if that is damaged."""
     data = read_run_file(path / DATA)
-    return Candidate(path, record, data.get("tokenizer_id"), data.get("tokens_sha256"))
+    ids = data.get("tokenizer_id"), data.get("tokens_sha256")
+    return Candidate(path, record, *ids, is_finished=is_finished)
 
 
 def _has_more_to_do(path: Path, before: RunRecord, asked: Asked) -> bool:
@@ -203,11 +230,19 @@ def _passed_over(path: Path, differing: list[str]) -> str:
     return f"{path} is unfinished, but differs ({differing[0]}{more}): a new run begins"
 
 
-def _differs(path: Path, differing: list[str]) -> CheckpointError:
+def differs(run: Candidate, differing: list[str]) -> CheckpointError:
+    """The error for a named run that differs from what is asked for, a line per difference."""
+    how, more = "can't go on with other settings", ""
+    if run.is_finished:
+        how = "is finished, with other settings"
+        more = (
+            "\nWith the others as they were, more num_epochs, max_steps or, where that ended it, "
+            "patience goes on with it."
+        )
     listed = "\n  ".join(differing)
     return CheckpointError(
-        f"the run in {path} can't go on with other settings:\n  {listed}\n"
-        "Set them back, or choose another RUN_NAME for a new run."
+        f"the run in {run.path} {how}:\n  {listed}\n"
+        f"Set them back, or choose another RUN_NAME for a new run.{more}"
     )
 
 

@@ -2,16 +2,49 @@
 
 import difflib
 import importlib
+import re
 import runpy
 import sys
 import traceback
+import unicodedata
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 from engine.console import in_kernel, say
 from engine.errors import SettingsError
-from planning.plan import SETTING_NAMES
+from engine.settings import ALIASES
+from planning.plan import SETTING_NAMES, section_of
+
+# other languages' words, and Python's
+WORDS = {
+    "true": "True",
+    "TRUE": "True",
+    "false": "False",
+    "FALSE": "False",
+    "null": "None",
+    "NULL": "None",
+    "none": "None",
+    "undefined": "None",
+}
+# typographic signs, and what Python takes
+CURLED = {
+    "“": '"',
+    "”": '"',
+    "„": '"',
+    "«": '"',
+    "»": '"',
+    "‘": "'",
+    "’": "'",
+    "，": ",",
+    "、": ",",
+    "。": ".",
+    "【": "[",
+    "】": "]",
+    "—": "-",
+    "–": "-",
+    "−": "-",
+}
 
 
 def read_given_settings(path: str | Path | None) -> tuple[dict[str, Any], str]:
@@ -82,26 +115,62 @@ def _settings_among(names: dict[str, Any]) -> dict[str, Any]:
         if name in SETTING_NAMES
         or (name.isupper() and not name.startswith("_") and not isinstance(value, ModuleType))
         or _resembles_setting(name)
+        or _is_misplaced(name, value, names)
     }
+
+
+def _is_misplaced(name: str, value: Any, names: dict[str, Any]) -> bool:
+    """Whether a name belongs into a dict of the file, and does not just hold what is in it."""
+    section = section_of(name)
+    if section is None or callable(value) or isinstance(value, ModuleType):
+        return False
+    given = names.get(section)
+    overrides = given.get("model_overrides") if isinstance(given, dict) else None
+    held = [
+        repr(item)
+        for dict_ in (given, overrides)
+        if isinstance(dict_, dict)
+        for key, item in dict_.items()
+        if ALIASES.get(key, key) == ALIASES.get(name, name)
+    ]
+    return repr(value) not in held
 
 
 def _about_settings_file(place: str, error: BaseException) -> str:
     """What is wrong with a settings file that does not run, and in which line."""
     if isinstance(error, SyntaxError):
         where = f"{error.filename or place} line {error.lineno}"
+        if "codec can't decode" in error.msg and "unicodeescape" not in error.msg:
+            return (
+                f"{where} is not UTF-8.\nSave {place} as UTF-8 (in Notepad: Save as, Encoding), or "
+                "name its encoding in its first line, such as  # coding: gb18030"
+            )
         line = f"\n    {error.text.strip()}" if error.text else ""
-        # "C:\Users" begins a Unicode escape
-        is_path = "unicodeescape" in error.msg
-        advice = '\nWrite a path as "C:/Users" or r"C:\\Users".' if is_path else ""
-        return f"{where} is not Python: {error.msg}{line}{advice}"
+        return f"{where} is not Python: {error.msg}{line}{_remedy(error.msg)}"
+    reason, advice = f"{type(error).__name__}: {error}", ""
+    if isinstance(error, NameError) and error.name in WORDS:
+        advice = f"\nWrite {WORDS[error.name]} in place of {error.name}."
     if isinstance(error, ModuleNotFoundError) and error.name == "config_run":
         return "config_run.py is missing; restore it from the repository"
     frames = traceback.extract_tb(error.__traceback__)
     inside = [frame for frame in frames if Path(frame.filename).name == Path(place).name]
-    reason = f"{type(error).__name__}: {error}"
     if not inside:
         return f"{place} can't be read: {reason}"
-    return f"{place} line {inside[-1].lineno} fails: {reason}\n    {inside[-1].line}"
+    return f"{place} line {inside[-1].lineno} fails: {reason}\n    {inside[-1].line}{advice}"
+
+
+def _remedy(fault: str) -> str:
+    """A line that says what to write instead, for the faults of beginners; or nothing."""
+    if "unicodeescape" in fault:  # "C:\\Users" begins a Unicode escape
+        return '\nWrite a path as "C:/Users" or r"C:\\Users".'
+    found = re.search(r"invalid (?:non-printable )?character '?(.?)'? ?\(?U\+([0-9A-F]+)", fault)
+    if not found:
+        return ""
+    sign = chr(int(found[2], 16))
+    plain = unicodedata.normalize("NFKC", CURLED.get(sign, sign))
+    if plain != sign and plain.isascii() and plain.strip():
+        return f"\nWrite {plain} in place of {sign} (Python takes the plain signs only)."
+    return f"\nRemove the sign U+{found[2]}, or put the text around it in plain quotes."
 
 
 def _resembles_setting(name: str) -> bool:

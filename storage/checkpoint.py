@@ -42,6 +42,7 @@ FORMAT = 1  # of a checkpoint; no other is read
 WEIGHTS, OPTIMIZER, STATE = "model.safetensors", "optimizer.safetensors", "state.json"
 MOST_STATE_BYTES = 1 << 28
 SAVING_SHARE = 0.02  # of a run's time, at most, if saves are made by time
+RETRY_S, MOST_RETRY_S = 5.0, 600.0  # from a failed save to the next try, doubled each time
 DTYPES = {  # their names in safetensors
     torch.float32: "F32",
     torch.float16: "F16",
@@ -326,7 +327,7 @@ class SaveClock:
     """Tells when the next checkpoint is due: every `every` steps, or by time.
 
     By time it is due after `minutes`, but not before another save as slow as the last one fits
-    into SAVING_SHARE of the run's time.
+    into SAVING_SHARE of the run's time. After a failed one it is due as soon as failed() says.
     """
 
     every: int | None  # optimizer steps
@@ -335,9 +336,13 @@ class SaveClock:
     def __post_init__(self) -> None:
         self._started_at = self._last_at = time.monotonic()
         self._spent_s = self._last_s = 0.0
+        self._retry_s = 0.0  # 0: the last save did not fail
+        self._retry_at = 0.0
 
     def is_due(self, step: int) -> bool:
         """Whether to save after this step."""
+        if self._retry_s:
+            return time.monotonic() >= self._retry_at
         if self.every is not None:
             return step % self.every == 0
         now = time.monotonic()
@@ -346,9 +351,16 @@ class SaveClock:
 
     def note(self, began_at: float) -> None:
         """Note the end of a save that began at this time.monotonic()."""
+        self._retry_s = 0.0
         self._last_at = time.monotonic()
         self._last_s = self._last_at - began_at
         self._spent_s += self._last_s
+
+    def failed(self) -> float:
+        """Note a save that the disk refused; returns the seconds to the next try."""
+        self._retry_s = min(max(RETRY_S, 2 * self._retry_s), MOST_RETRY_S)
+        self._retry_at = time.monotonic() + self._retry_s
+        return self._retry_s
 
 
 def _name(step: int) -> str:

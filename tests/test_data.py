@@ -351,12 +351,13 @@ def test_the_report_says_whether_the_text_will_do():
     report |= {"files": [{}, {}], "documents": 3, "bytes": 1234, "characters": 1200}
     report |= {"passed_over": [{}], "duplicate_documents": 2, "documents_on_both_sides": 1}
     report |= {"tokens_per_character": 0.25, "vocabulary": 200, "vocabulary_used": 50}
-    first, second, third, _ = describe_text(report, windows, n_parameters)
+    first, second, third, fourth, _ = describe_text(report, windows, n_parameters)
     assert first == "3 documents in 2 files: 1,234 bytes, 1,200 characters"
     assert second.startswith(
         "1 passed over, 2 duplicates, 1 in both training and validation text ("
     )
-    assert third == "1,000 tokens, 0.25 a character, 25% of the vocabulary in use"
+    assert third.startswith("Note: 67% of the documents repeat others")
+    assert fourth == "1,000 tokens, 0.25 a character, 25% of the vocabulary in use"
 
 
 def test_create_dataloader_v1_has_the_defaults_it_is_known_for():

@@ -261,16 +261,21 @@ def on_a_small_disk(size: str, then: str = "true") -> str:
 
 
 @needs_mounts
-def test_a_disk_that_is_full_ends_the_run_with_6_and_keeps_the_checkpoint_before(launch, tmp_path):
+def test_a_disk_that_stays_full_ends_the_run_with_6_and_keeps_the_checkpoint_before(
+    launch, tmp_path
+):
     # two checkpoints of 1.6 MB of weights and twice as much of moments do not fit
     model = {"emb_dim": 128, "n_heads": 2, "n_layers": 2}
     settings = {"save_every": 5, "max_steps": 20, "OUTPUT_DIR": "disk", "model_overrides": model}
     filled_since = "from storage import checkpoint\ncheckpoint.require_space = lambda *_: None\n"
-    program = launch(on_a_small_disk("8m") + filled_since, **settings)
+    at_once = "checkpoint.RETRY_S = 0.0\nimport train\ntrain.END_WAITS_S = ()\n"
+    program = launch(on_a_small_disk("8m") + filled_since + at_once, **settings)
     program.ends_with(6)
-    said = r"can't write disk/one/checkpoints/step-00000010/\S+: No space left on device"
-    assert re.search(said, program.err), program.err
+    said = r"can't write disk/one/checkpoints/step-000000{}/\S+: No space left on device"
+    assert re.search(said.format(10) + ".* Training goes on", program.out), program.out
+    assert re.search(said.format(20), program.err), program.err
     assert "Free some space there" in program.err
+    assert "The last checkpoint: disk/one/checkpoints/step-00000005." in program.err
     left = tmp_path / "left" / "one"
     assert checkpoints(left) == ["step-00000005"]
     assert not [path for path in left.rglob("*") if path.name.startswith((".tmp", ".del"))]

@@ -320,7 +320,7 @@ def test_a_disk_without_room_is_told_before_training_each_time(workdir, start, m
 def test_a_run_that_patience_ended_goes_on_with_more_patience(workdir, start):
     impatient = {"max_steps": 12, "eval_freq": 1, "learning_rate": 5.0, "patience": 1}
     impatient["RUN_NAME"] = "one"
-    start(**impatient)
+    start(5, **impatient)  # it has diverged, too
     before = summary_in(workdir)
     assert before["steps"] < 12
     (loss,) = (
@@ -329,8 +329,8 @@ def test_a_run_that_patience_ended_goes_on_with_more_patience(workdir, start):
         if row.get("val/loss") is not None and row["step"] == before["weights_of_step"]
     )
     assert before["final_train_loss"] == loss
-    assert "patience goes on with it" in start(**impatient | {"max_steps": 15}).out
-    start(**impatient | {"patience": None})
+    assert "patience goes on with it" in start(4, **impatient | {"max_steps": 15}).err
+    start(5, **impatient | {"patience": None})
     assert summary_in(workdir)["steps"] == 12
 
 

@@ -136,10 +136,19 @@ def test_a_named_run_begins_goes_on_is_finished_changed_and_finished_again(start
     assert everything_in(folder) == before
     assert_goes_on(start(RUN_NAME="one"), "one")
     before = everything_in(".")
-    for settings in ({"RUN_NAME": "one"}, {"RESUME": "runs/one", "SEED": 7}):
+    for settings in ({"RUN_NAME": "one"}, {"RESUME": "one"}):
         finished = start(**settings)
         assert (finished.code, finished.err) == (0, "")
         assert "✓ The run in runs/one is finished" in finished.out
+        assert everything_in(".") == before
+    others = {"SEED": 7}, {"DATA": "dummy"}, {"DATA": "gone.txt"}, {"eval_freq": 3}
+    for other, what in zip(
+        others, ("seed: 123", "text: sha", "text: there", "eval_freq: 4"), strict=True
+    ):
+        refused = start(RUN_NAME="one", **other)
+        assert refused.code == 4
+        assert "runs/one is finished, with other settings:" in refused.err
+        assert f"\n  {what}" in refused.err
         assert everything_in(".") == before
 
     # longer, and with all that may change

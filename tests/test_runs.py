@@ -61,13 +61,14 @@ def keep(name: str, steps: int | None = None, plan: RunPlan = PLAN, **changes) -
 def find(
     run_name: str | None = None, resume: str | bool = "auto", data: str = "the-verdict", **settings
 ) -> Candidates:
+    plan = plan_of(**settings) if settings else PLAN
     return find_candidates(
-        (plan_of(**settings) if settings else PLAN).asked(),
+        plan.asked(),
         output_dir=Path("runs"),
         run_name=run_name,
         resume=resume,
         mode="custom",
-        data=data,
+        settings=dataclasses.asdict(plan.run) | {"DATA": data},
     )
 
 
@@ -177,7 +178,15 @@ def test_a_finished_run_goes_on_where_it_has_more_to_do(had, steps, asked, goes_
     if goes_on:
         assert found(run_name="one", **asked) == ["one"]
         return
-    with pytest.raises(RunFinished, match=r"^The run in runs/one is finished") as caught:
+    if asked == had:
+        with pytest.raises(RunFinished, match=r"^The run in runs/one is finished"):
+            settle_run(find("one", **asked), TOKENIZER, TEXT)
+        with pytest.raises(
+            CheckpointError, match=r"is finished, with other settings:\n  text: sha"
+        ):
+            settle_run(find("one", **asked), TOKENIZER, "b" * 64)
+        return
+    with pytest.raises(CheckpointError, match=r"^the run in runs/one is finished, with") as caught:
         find("one", **asked)
     assert ("total steps: 3 then, 2 now" in str(caught.value)) == (asked == {"max_steps": 2})
     assert ("seed: 123 then, 7 now" in str(caught.value)) == ("SEED" in asked)
@@ -186,13 +195,14 @@ def test_a_finished_run_goes_on_where_it_has_more_to_do(had, steps, asked, goes_
 def test_a_path_in_every_form_names_a_run_wherever_new_ones_go(monkeypatch):
     monkeypatch.setenv("HOME", str(Path.cwd()))
     run = keep("one").absolute()
-    for path in ("runs/one", "runs/one/", "./runs/../runs/one", str(run), "~/runs/one"):
+    for path in ("runs/one", "runs/one/", "./runs/../runs/one", str(run), "~/runs/one", "one"):
         [candidate] = find(resume=path, run_name="ignored").runs
         assert candidate.path.resolve() == run
     for path in ("runs/two", "runs", "runs/one/checkpoints", "."):
         with pytest.raises(CheckpointError) as caught:
             find(resume=path)
         assert f"there is no run (looked for {Path(path) / 'settings.json'})" in str(caught.value)
+        assert ("lies in the run runs/one" in str(caught.value)) == ("checkpoints" in path)
 
 
 def test_a_pickle_is_refused_without_being_opened():

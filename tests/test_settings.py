@@ -162,7 +162,7 @@ def test_unknown_name_is_refused_with_the_nearest():
 def test_name_like_no_other_of_its_place_is_refused_with_the_list_of_all():
     [problem] = problems_in(custom_plan, zzzzzz=1)
     assert all(name in problem for name in EXAMPLES)
-    for elsewhere in ({"sampling_params": {"lr": 1e-3}}, {"epochs": 3}):
+    for elsewhere in ({"sampling_params": {"lr": 1e-3}}, {"zzz": 3}):
         [problem] = problems_in(plan_of, **elsewhere)
         assert "did you mean" not in problem and "known are: " in problem
     assert len(problems_in(plan_of, **{"a\nb": 1}, custom_params={"c\nd": 1})) == 2

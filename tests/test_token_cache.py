@@ -11,7 +11,6 @@ import signal
 import subprocess
 import sys
 import time
-from array import array
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -30,7 +29,8 @@ from tests.texts import CHINESE, ENGLISH
 from text import token_cache
 from text.corpora import CORPORA
 from text.documents import DataSpec
-from text.token_cache import TokenizedText, choose_validation, cut_into_chunks, find_cut, tokenize
+from text.split import split_documents
+from text.token_cache import TokenizedText, cut_into_chunks, find_cut, tokenize
 from text.tokenizer import CharTokenizer, GPT2Tokenizer, train_bpe
 from text.tokenizer_file import END_OF_TEXT
 
@@ -214,6 +214,7 @@ def test_a_tokenizer_from_elsewhere_gets_each_document_whole_and_four_bytes_a_to
     tmp_path, build, monkeypatch
 ):
     monkeypatch.setattr(token_cache, "CHUNK", 16)
+    monkeypatch.setattr(token_cache, "MOST_UNKNOWN", 1.0)  # ", " and "." are unknown to it
     vocabulary = {f"▁w{i}": i for i in range(65_536)}
     made = tokenizers.Tokenizer(models.WordLevel(vocabulary, unk_token="▁w0"))
     made.pre_tokenizer = pre_tokenizers.Metaspace()  # which puts a blank before each text
@@ -238,11 +239,12 @@ def thirty(tmp_path) -> Path:
 
 
 def test_about_the_share_asked_for_is_trained_on_and_few_documents_are_not_chosen_from():
-    digests = array("Q", range(0, 2**64 - 1, 2**64 // 2000))
+    digests, sizes = np.arange(0, 2**64 - 1, 2**64 // 2000, dtype=np.uint64), np.full(2001, 9)
     for train_ratio in (0.5, 0.9, 0.98):
-        assert abs(1 - choose_validation(digests, train_ratio).mean() - train_ratio) < 0.001
-    assert choose_validation(digests[:19], 0.5) is None
-    assert choose_validation(digests[:20], 0.5) is not None
+        split = split_documents(digests, sizes, train_ratio)
+        assert split.cut is None and abs(1 - split.is_val.mean() - train_ratio) < 0.001
+    assert split_documents(digests[:19], sizes[:19], 0.5) is None
+    assert split_documents(digests[:20], sizes[:20], 0.5) is not None
 
 
 def test_few_documents_stay_as_they_are_with_one_end_of_text_between_them(tmp_path, build):
@@ -276,21 +278,26 @@ def test_the_order_of_documents_and_files_moves_none_to_the_other_side(
 
 @settings(max_examples=50, derandomize=True, deadline=None, database=None)
 @given(
-    st.lists(st.integers(0, 2**64 - 1), min_size=20, max_size=60),
-    st.floats(0, 1, exclude_min=True, exclude_max=True),
+    st.lists(st.tuples(st.integers(0, 2**64 - 1), st.integers(0, 5000)), min_size=20, max_size=60),
+    st.floats(0.001, 0.999),
 )
-@example([0] * 19 + [1], 0.999)
-@example([2**64 - 1] * 19 + [2**64 - 2], 0.001)
-def test_no_side_is_empty_and_equal_documents_stay_together(digests, train_ratio):
-    is_val = choose_validation(array("Q", digests), train_ratio)
-    if len(set(digests)) == 1:
-        assert is_val is None
+@example([(0, 9)] * 19 + [(1, 9)], 0.999)
+@example([(2**64 - 1, 1)] * 19 + [(2**64 - 2, 1)], 0.001)
+def test_no_side_is_empty_and_equal_documents_stay_together(documents, train_ratio):
+    digests = np.array([digest for digest, _ in documents], dtype=np.uint64)
+    sizes = np.array([size for _, size in documents])
+    split = split_documents(digests, sizes, train_ratio)
+    if split is None:
+        assert len(set(digests.tolist())) < 20  # copies
         return
-    sides = list(zip(digests, is_val.tolist(), strict=True))
+    sides = list(zip(digests.tolist(), split.is_val.tolist(), strict=True))
     train = {digest for digest, on_val in sides if not on_val}
     val = {digest for digest, on_val in sides if on_val}
-    assert train and val
-    assert max(train) < min(val)
+    assert train and not train & val
+    if split.cut is None:
+        assert val
+    else:
+        assert not split.is_val[split.cut] and 0 < split.n_cut < sizes[split.cut]
 
 
 @pytest.mark.parametrize("count", [1, 40])
@@ -358,6 +365,7 @@ def test_every_figure_of_the_report_equals_a_naive_count(
         "empty_documents": 2,
         "duplicate_documents": len(documents) - len(set(documents)),
         "documents_on_both_sides": int(has_val),  # "the same"
+        "unknown_tokens": 0,
         "bytes": sum(path.stat().st_size for path in in_file),
         "characters": characters,
         "tokens": len(tokens),

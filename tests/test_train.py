@@ -21,10 +21,11 @@ import engine.loss
 import train
 from data import WindowDataset
 from engine.console import say
-from engine.errors import CheckpointError, NumericsError, SettingsError, Stopped
+from engine.errors import CheckpointError, NumericsError, ResourceError, SettingsError, Stopped
 from engine.optim import Schedule, build_adamw, build_optimizer, learning_rate_at
 from engine.precision import Precision
 from model import GPTModel
+from storage import checkpoint
 from storage.checkpoint import CheckpointStore, SaveClock
 from tests.conftest import HostReads
 from tests.letters import (
@@ -48,6 +49,7 @@ from train import (
     Saving,
     SkippedSteps,
     Trainer,
+    _train_and_save,
     continue_prompts,
     train_model_simple,
     training_loop,
@@ -475,6 +477,69 @@ def stop_within(trainer: Trainer, loaders, where: str, at_step: int) -> None:
         training_loop(trainer, *loaders)
     assert len(passes) == 1  # an evaluation stops between two batches
     trainer.save()
+
+
+@pytest.mark.parametrize(
+    ("refusals", "saved"),
+    [
+        (0, [4, 8, 12]),
+        (1, [5, 8, 12]),  # full for a moment: the next step saves
+        (5, [9, 12]),
+        (9, [12]),  # freed while the end of the run waits
+    ],
+)
+def test_a_save_that_the_disk_refuses_is_told_trained_on_and_tried_again(
+    refusals, saved, tmp_path, monkeypatch, no_pictures, capsys
+):
+    left = refusals
+
+    def require_space(*_) -> None:
+        nonlocal left
+        left -= 1
+        if left >= 0:
+            raise ResourceError("can't write x: No space left on device.\nFree some.")
+
+    monkeypatch.setattr(checkpoint, "require_space", require_space)
+    monkeypatch.setattr(checkpoint, "RETRY_S", 1e-9)
+    monkeypatch.setattr(checkpoint, "MOST_RETRY_S", 1e-9 if refusals < 9 else 1e9)
+    if refusals == 9:  # the end comes long before the second try
+        monkeypatch.setattr(checkpoint, "RETRY_S", 1e9)
+        left = 3
+    monkeypatch.setattr("train.END_WAITS_S", (0, 0, 0))
+    trainer = saving_trainer(tmp_path, 12, save_every=4)
+    with trainer.stop:
+        _train_and_save(trainer, trainer.saving.store, *tiny_loaders())
+    said = capsys.readouterr().out
+    assert [int(step) for step in re.findall(r"^saved (\d+)$", said, re.MULTILINE)] == saved
+    assert said.count("No space left on device. T") == (3 if refusals == 9 else refusals)
+    assert saving_trainer(tmp_path, 12, save_every=4).steps == 12
+
+
+def test_a_run_that_ends_unsaved_names_its_last_checkpoint_and_waits_longer_each_time(
+    tmp_path, monkeypatch, no_pictures
+):
+    trainer = saving_trainer(tmp_path, 12, save_every=4)
+    clock, steps = trainer.saving.clock, []
+    monkeypatch.setattr("train.END_WAITS_S", (0, 0))
+
+    def refuse(folder, n_bytes, what) -> None:
+        steps.append(what)
+        if len(steps) > 1:
+            raise ResourceError("can't write x: No space left on device.\nFree some.")
+
+    monkeypatch.setattr(checkpoint, "require_space", refuse)
+    with pytest.raises(ResourceError, match="No space left") as caught, trainer.stop:
+        _train_and_save(trainer, trainer.saving.store, *tiny_loaders())
+    assert str(caught.value).endswith(
+        f"The last checkpoint: {tmp_path / 'checkpoints'}/step-00000004."
+    )
+    # after the steps 4, 8 and 12 and three times at the end
+    assert [int(what.split()[-1]) for what in steps] == [4, 8, 12, 12, 12, 12]
+    waits = [clock.failed() for _ in range(9)]
+    assert waits == sorted(waits) and waits[0] > 10 and waits[-1] == 600
+    assert not clock.is_due(16)
+    clock.note(0.0)
+    assert clock.is_due(16)
 
 
 @pytest.fixture(scope="module")

@@ -45,6 +45,7 @@ from text.documents import (
     validation_parts,
 )
 from text.sources import find_parts
+from text.split import Split, split_documents
 from text.tokenizer import (
     BLANK,
     LONGEST_WORD,
@@ -55,11 +56,12 @@ from text.tokenizer import (
     restore_tokenizer,
 )
 
-FORMAT = 2  # of an entry; no other is read
+FORMAT = 3  # of an entry; no other is read
 CHUNK = 1 << 18  # characters to encode in one task, which no Ctrl-C can end
 MOST_UNCUT = 1 << 18  # characters without a place to cut, at most; a text has one in each sentence
 BLOCK = 16 << 20  # bytes of tokens per hash
-HASH_SPLIT_FROM = 20  # documents; the validation tokens of fewer are the last ones
+MOST_RATE = 1.05  # tokens a character; from there on the characters themselves are fewer
+MOST_UNKNOWN = 0.5  # of all tokens
 ORPHAN_AGE_S = 24 * 3600
 
 
@@ -227,7 +229,14 @@ def _build_entry(
         if not report.documents:
             names = ", ".join(spec.train + spec.val)
             raise DataError(f"{names} is empty.\nSet DATA to a text of at least a few sentences.")
-        n_train = _arrange(temporary, sides, tokenizer, train_ratio, has_val=bool(val))
+        unknown = _count_unknown(tokenizer, sides)
+        if unknown:
+            report.notes.append(_about_unknown(unknown, sides, tokenizer))
+        report.notes += _about_rate(tokenizer, sides, report.characters)
+        split = None if val else _split(sides[0], train_ratio)
+        if split is not None and split.cut is not None:
+            report.notes.append(_note_on_cut(split, sides[0], train_ratio))
+        n_train = _arrange(temporary, sides, tokenizer, split, has_val=bool(val))
         dtype = _dtype_for(tokenizer)
         n_tokens = (temporary / "tokens.bin").stat().st_size // np.dtype(dtype).itemsize
         tokenizer_json = tokenizer.to_json().encode("utf-8")
@@ -239,7 +248,9 @@ def _build_entry(
             "tokenizer_kind": tokenizer.kind,
             "tokenizer_sha256": hashlib.sha256(tokenizer_json).hexdigest(),
             "block_sha256": _block_hashes(temporary / "tokens.bin"),
-            "report": _report_of(report, sides, n_tokens, tokenizer, description),
+            "report": _report_of(report, sides, n_tokens, tokenizer, description)
+            | {"unknown_tokens": unknown}
+            | ({"documents_on_both_sides": 1} if split and split.cut is not None else {}),
         }
         write_json(temporary / "entry.json", {"sha256": _hash_of(entry), "entry": entry})
         rename_folder(temporary, folder)  # if another process was faster, its entry stays
@@ -272,6 +283,16 @@ class _Side:
     ends: "array[int]"  # of each document; an end-of-text separates it from the next
     digests: "array[int]"  # of each document's text
     counts: np.ndarray  # (V,) how often each token occurs
+
+    @property
+    def stops(self) -> np.ndarray:
+        """Where each document ends, (N,) int64."""
+        return np.frombuffer(self.ends, dtype=np.uint64).astype(np.int64)
+
+    @property
+    def starts(self) -> np.ndarray:
+        """Where each document of the file's first side begins, (N,) int64."""
+        return np.concatenate(([0], self.stops[:-1] + 1))
 
 
 def _write_tokens(
@@ -457,32 +478,26 @@ def _size_of(parts: list[Part]) -> int:
 
 
 def _arrange(
-    folder: Path, sides: list[_Side], tokenizer: Tokenizer, train_ratio: float, *, has_val: bool
+    folder: Path, sides: list[_Side], tokenizer: Tokenizer, split: Split | None, *, has_val: bool
 ) -> int | None:
     """Make tokens.bin of all.bin, training tokens first; returns the number of those.
 
     Returns None if the caller is to split them by position: for one text, or few documents.
     """
     train = sides[0]
-    is_val = None if has_val else choose_validation(train.digests, train_ratio)
-    if is_val is None:
+    if split is None:
         rename_file(folder / "all.bin", folder / "tokens.bin")
         return train.stop if has_val else None
     dtype = np.dtype(_dtype_for(tokenizer))
     end_of_text = np.array([tokenizer.end_of_text_id], dtype=dtype).tobytes()
-    ends = np.frombuffer(train.ends, dtype=np.uint64).astype(np.int64)
-    starts = np.concatenate(([0], ends[:-1] + 1))
     sizes = []
     with (
         (folder / "all.bin").open("rb") as source,
         NewFile(folder / "tokens.bin", durable=False) as file,
     ):
-        for chosen in (~is_val, is_val):
+        for spans in _spans(train, split):
             size = 0
-            # copy adjacent documents as one, with the end-of-text between them
-            first = np.flatnonzero(chosen & ~np.concatenate(([False], chosen[:-1])))
-            last = np.flatnonzero(chosen & ~np.concatenate((chosen[1:], [False])))
-            for start, stop in zip(starts[first].tolist(), ends[last].tolist(), strict=True):
+            for start, stop in spans:
                 if size:
                     file.write(end_of_text)
                     size += 1
@@ -493,6 +508,26 @@ def _arrange(
     return sizes[0]
 
 
+def _spans(documents: _Side, split: Split) -> list[list[tuple[int, int]]]:
+    """The tokens of training and of validation, as (start, stop) in the token file.
+
+    Adjacent documents are one span, with the end-of-text between them.
+    """
+    starts, ends = documents.starts, documents.stops
+    heads, tails = ~split.is_val, split.is_val.copy()
+    head_ends, tail_starts = ends.copy(), starts.copy()
+    if split.cut is not None:
+        tails[split.cut] = True
+        head_ends[split.cut] = tail_starts[split.cut] = ends[split.cut] - split.n_cut
+    spans = []
+    for chosen, first, last in ((heads, starts, head_ends), (tails, tail_starts, ends)):
+        first, last = first[chosen], last[chosen]
+        is_new = np.concatenate(([True], first[1:] != last[:-1] + 1))
+        is_end = np.concatenate((is_new[1:], [True]))
+        spans.append(list(zip(first[is_new].tolist(), last[is_end].tolist(), strict=True)))
+    return spans
+
+
 def _copy(source: BinaryIO, file: NewFile, start: int, stop: int) -> None:
     source.seek(start)
     while start < stop:
@@ -501,22 +536,56 @@ def _copy(source: BinaryIO, file: NewFile, start: int, stop: int) -> None:
         start += len(block)
 
 
-def choose_validation(digests: "array[int]", train_ratio: float) -> np.ndarray | None:
-    """Which documents are for validation, by the hashes of their texts, for any seed the same.
+def _split(documents: _Side, train_ratio: float) -> Split | None:
+    digests = np.frombuffer(documents.digests, dtype=np.uint64)
+    return split_documents(digests, documents.stops - documents.starts, train_ratio)
 
-    Returns None for few documents, or if all are equal.
-    """
-    if len(digests) < HASH_SPLIT_FROM:
-        return None
-    values = np.frombuffer(digests, dtype=np.uint64)
-    if values.min() == values.max():
-        return None
-    is_val = values >= np.uint64(min(int(train_ratio * 2.0**64), 2**64 - 1))
-    if not is_val.any():
-        return values == values.max()
-    if is_val.all():
-        return values != values.min()
-    return is_val
+
+def _note_on_cut(split: Split, documents: _Side, train_ratio: float) -> str:
+    assert split.cut is not None
+    size = int(documents.stops[split.cut] - documents.starts[split.cut])
+    return (
+        f"the longest document is cut: its last {split.n_cut:,} of {size:,} tokens validate, as "
+        f"whole documents alone don't make the {1 - train_ratio:.0%} that train_ratio leaves "
+        '(DATA = {"path": ..., "val": ...} names a validation text of its own)'
+    )
+
+
+def _about_rate(tokenizer: Tokenizer, sides: list[_Side], characters: int) -> list[str]:
+    """A notice where one token a character would be fewer than this tokenizer needs."""
+    needed = sum(side.counts.sum() - len(side.ends) for side in sides) / max(1, characters)
+    if tokenizer.kind == "char" or needed <= MOST_RATE:
+        return []
+    return [
+        f"the tokenizer needs {needed:.2f} tokens a character here, as it was made for other "
+        'texts; TOKENIZER = "char" needs 1.00, and "auto" chooses by the text'
+    ]
+
+
+def _count_unknown(tokenizer: Tokenizer, sides: list[_Side]) -> int:
+    """How many tokens stand for what the tokenizer does not know."""
+    if tokenizer.kind != "foreign":
+        return 0  # ours know every byte
+    tree = json.loads(tokenizer.to_json())
+    model, token = tree["model"], tree["model"].get("unk_token")
+    if token is None:
+        unknown = model.get("unk_id")
+    else:
+        added = {entry["content"]: entry["id"] for entry in tree["added_tokens"]}
+        unknown = added.get(token, model["vocab"].get(token))
+    return 0 if unknown is None else int(sum(side.counts[unknown] for side in sides))
+
+
+def _about_unknown(unknown: int, sides: list[_Side], tokenizer: Tokenizer) -> str:
+    """A notice with the share of unknown tokens; DataError if it is above MOST_UNKNOWN."""
+    share = unknown / sum(side.counts.sum() for side in sides)
+    told = (
+        f"{share:.1%} of the tokens stand for what the tokenizer ({tokenizer.name}) does not know"
+    )
+    instead = 'TOKENIZER = "auto", "char" or "gpt2" knows every character'
+    if share > MOST_UNKNOWN:
+        raise DataError(f"{told}; at most half may.\n{instead}.")
+    return f"{told}, and are lost; {instead}"
 
 
 def _report_of(

@@ -1,7 +1,7 @@
 """Text to token ids and back: GPT-2's BPE, a trained BPE, characters, any tokenizer.json."""
 
-import collections
 import codecs
+import collections
 import errno
 import hashlib
 import importlib.util

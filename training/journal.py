@@ -25,6 +25,8 @@ from storage.tracking import MetricsFile, Trackers
 from visualize import render_losses
 
 PICTURE = "training_losses.png"
+# the rise of the training loss from start to end that may be noise: in nats, and as a share
+NOISE_NATS, NOISE_SHARE = 0.1, 0.05
 FETCH_EVERY = 50  # steps whose losses are fetched from the device in one copy
 MOST_MOMENTS, LAST_MOMENTS = 50, 10  # that samples.md keeps, and the last of them that always stay
 
@@ -58,6 +60,12 @@ class History:
         """The index of the evaluation with the lowest validation loss, after the first step."""
         trained = [i for i in range(len(self.steps)) if self.steps[i] > 0] or [0]
         return min(trained, key=lambda i: self.val_losses[i])
+
+    @property
+    def has_diverged(self) -> bool:
+        """Whether the training loss is above that of the untrained model by more than noise."""
+        first, last = self.train_losses[0], self.train_losses[-1]
+        return last - first > max(NOISE_NATS, NOISE_SHARE * first)
 
     @property
     def since_best(self) -> int:

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from engine.errors import BusyError
+from engine.console import say
+from engine.errors import BusyError, ResourceError, first_line
 from storage.files import (
     DATA,
     SETTINGS,
@@ -85,4 +86,7 @@ class RunFolder:
         self.record = dataclasses.replace(
             self.record, micro_batch=n_windows, changes=[*self.record.changes, change]
         )
-        write_json(self.path / SETTINGS, self.settings)
+        try:
+            write_json(self.path / SETTINGS, self.settings)
+        except ResourceError as error:  # it only saves a resumed run the search
+            say(f"Note: {first_line(error)} Training goes on")

@@ -1,0 +1,234 @@
+"""What users of comparable programs have reported: each fault tried, and the right behaviour."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tokenizers
+from tokenizers import models, pre_tokenizers
+
+import environment
+import main
+from engine.errors import DataError, SettingsError
+from planning.plan import resolve_settings
+from planning.prompt import _beginning_if_not_latin
+from planning.settings_file import read_given_settings
+from tests.programs import write_settings
+from tests.texts import CHINESE
+from text.documents import DataSpec
+from text.split import split_documents
+from text.token_cache import tokenize
+from text.tokenizer import GPT2Tokenizer
+from text.tokenizer_file import END_OF_TEXT
+from training import journal
+
+
+def corpora() -> list[tuple[np.ndarray, np.ndarray]]:
+    """40 corpora of 20 to 500 documents, their lengths from equal to Pareto with a heavy tail."""
+    random, made = np.random.default_rng(5), []
+    for number in range(40):
+        count = int(random.integers(20, 501))
+        # at 0 all are equal; 1.05 is heavier than any real collection
+        tail = np.linspace(8, 1.05, 40)[number]
+        sizes = np.full(count, 100) if number == 0 else 10 + 90 * random.pareto(tail, count)
+        made.append((random.integers(0, 2**64, count, dtype=np.uint64), sizes.astype(np.int64)))
+    return made
+
+
+@pytest.mark.parametrize("train_ratio", [0.5, 0.8, 0.9, 0.95])
+def test_the_share_that_validates_is_the_one_asked_for_whatever_the_lengths(train_ratio):
+    for digests, sizes in corpora():
+        split = split_documents(digests, sizes, train_ratio)
+        validates = sizes[split.is_val].sum() + split.n_cut
+        assert abs(validates / sizes.sum() - (1 - train_ratio)) < 0.02
+        if sizes.max() < 0.5 * (1 - train_ratio) * sizes.sum():
+            assert split.cut is None  # whole documents can make it
+
+
+def write_rows(path: Path, texts: list[str]) -> Path:
+    rows = (json.dumps({"text": text}) + "\n" for text in texts)
+    path.write_text("".join(rows), encoding="utf-8")
+    return path
+
+
+@pytest.mark.parametrize("novel", [0, 12, 24])
+def test_notes_and_a_novel_train_and_validate_on_both_and_the_cut_is_told(tmp_path, novel):
+    texts = [f"Note {i}: the lamp is in the {i * 7 % 12}th drawer." * 3 for i in range(24)]
+    texts.insert(novel, "".join(f"Chapter {i}. The ship went on and on. " for i in range(1000)))
+    data = DataSpec((str(write_rows(tmp_path / "a.jsonl", texts)),))
+    text = tokenize(data, "char", 0.9, tmp_path / "cache")
+    tokens = np.fromfile(text.path, dtype=text.dtype)
+    train, val = (
+        text.tokenizer.decode(ids).split(END_OF_TEXT)
+        for ids in (tokens[: text.n_train], tokens[text.n_train :])
+    )
+    assert abs(1 - text.n_train / text.n_tokens - 0.1) < 0.02
+    [head], [tail] = ([t for t in side if t not in texts] for side in (train, val))
+    assert head + tail == texts[novel]
+    whole = [t for t in train + val if t in texts]
+    assert sorted(whole) == sorted(t for t in texts if t != texts[novel])
+    assert len(train) > 10 and len(val) > 2
+    [note] = text.report["notes"]
+    assert note.startswith(f"the longest document is cut: its last {len(tail):,} of ")
+    assert text.report["documents_on_both_sides"] == 1
+
+
+def test_twenty_equal_rows_are_divided_as_asked(tmp_path):
+    data = DataSpec((str(write_rows(tmp_path / "a.jsonl", [f"row {i:02}" for i in range(20)])),))
+    text = tokenize(data, "char", 0.9, tmp_path / "cache")
+    assert (text.n_train, text.n_tokens, text.report["notes"]) == (18 * 7 - 1, 20 * 7 - 2, [])
+
+
+@pytest.fixture
+def start(tmp_path, monkeypatch, capsys):
+    """Start the program with settings; returns its exit code and what it printed."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(environment, "CACHE", tmp_path / "cache")
+    monkeypatch.setattr(journal, "render_losses", lambda **_: None)  # most of the time otherwise
+
+    def run(text: str | None = "river bell " * 50, **settings) -> tuple[int, str]:
+        sampling = {"sampling_params": {"max_new_tokens": 2}}
+        write_settings(tmp_path, text, **sampling | settings)
+        code = main.main(["settings.py"])
+        printed = capsys.readouterr()
+        assert "Traceback" not in printed.err
+        return code, printed.out + printed.err
+
+    return run
+
+
+@pytest.mark.slow
+def test_finite_divergence_is_no_success_and_the_best_weights_are_used(start, tmp_path):
+    wild = {"learning_rate": 10, "warmup_steps": 0, "max_grad_norm": 0, "eval_freq": 1}
+    code, said = start(RUN_NAME="one", max_steps=3, schedule="constant", **wild)
+    assert code == 5 and "finished successfully" not in said
+    summary = json.loads((tmp_path / "runs/one/summary.json").read_bytes())
+    best = summary["best_step"]
+    assert summary["weights_of_step"] == best
+    assert f"the best weights, of step {best}, are used" in said
+    assert "NumericsError: training diverged: the training loss rose from " in said
+    assert "begin a run with a third of it" in said
+
+
+@pytest.mark.parametrize(
+    ("first", "last", "diverged"),
+    [
+        (5.8, 945.0, True),
+        (5.8, 5.85, False),
+        (5.8, 6.0, False),
+        (5.8, 6.2, True),
+        (0.2, 0.25, False),
+    ],
+)
+def test_a_rise_within_noise_is_no_divergence(first, last, diverged):
+    assert journal.History(train_losses=[first, 1.0, last]).has_diverged == diverged
+
+
+def test_settings_at_the_wrong_level_are_named_with_their_place(tmp_path):
+    file = tmp_path / "s.py"
+    misplaced = ("num_epochs = 1", "lr = 0.1", "emb_dim = 16", "temperature = 0.0", "dropout = 0.1")
+    file.write_text("\n".join(["DATA = 'x.txt'", "words = 7", *misplaced]), encoding="utf-8")
+    with pytest.raises(SettingsError) as caught:
+        resolve_settings(*read_given_settings(file))
+    said = str(caught.value).splitlines()
+    places = ["custom_params"] * 3 + ["sampling_params", "custom_params"]
+    for line, given, place in zip(said[1:], misplaced, places, strict=True):
+        name, value = given.split(" = ")
+        assert line.strip().startswith(
+            f'{name} belongs into {place}: {place} = {{"{name}": {value}'
+        )
+    # what is in the dict, too, is a helper of the file; another value is not
+    file.write_text("batch_size = 4\ncustom_params = {'batch_size': batch_size}", encoding="utf-8")
+    assert "batch_size" not in read_given_settings(file)[0]
+    file.write_text("batch_size = 4\ncustom_params = {'batch_size': 8}", encoding="utf-8")
+    assert read_given_settings(file)[0]["batch_size"] == 4
+
+
+@pytest.mark.parametrize(
+    ("line", "remedy"),
+    [
+        (r'DATA = "C:\Users\me"', 'Write a path as "C:/Users" or r"C:\\Users".'),
+        ("QUICK_MODE = true", "Write True in place of true."),
+        ("RUN_NAME = null", "Write None in place of null."),
+        ("DATA = “my.txt”", 'Write " in place of “'),
+        ("DATA ＝ 'x'", "Write = in place of ＝"),
+        ("custom_params = {'batch_size'：8}", "Write : in place of ："),
+        ("custom_params = {'batch_size': 8，}", "Write , in place of ，"),
+        ("DATA =\u200b 'x'", "Remove the sign U+200B"),
+        ("DATA = '中文.txt'", "Save GBK.py as UTF-8"),
+    ],
+)
+def test_the_faults_of_beginners_get_one_line_of_remedy(tmp_path, monkeypatch, line, remedy):
+    monkeypatch.chdir(tmp_path)
+    file = Path("GBK.py" if "GBK" in remedy else "s.py")
+    file.write_bytes(line.encode("gbk" if "GBK" in remedy else "utf-8"))
+    with pytest.raises(SettingsError) as caught:
+        read_given_settings(file)
+    assert f"{file} line 1 " in str(caught.value) and remedy in str(caught.value)
+
+
+def test_unknown_tokens_are_told_and_refused_above_half(tmp_path):
+    made = tokenizers.Tokenizer(models.WordLevel({"<unk>": 0, "lamp": 1}, unk_token="<unk>"))
+    made.pre_tokenizer = pre_tokenizers.Whitespace()
+    (tmp_path / "words.json").write_text(made.to_str(), encoding="utf-8")
+
+    def read(words: str):
+        (tmp_path / "a.txt").write_text(words, encoding="utf-8")
+        data = DataSpec((str(tmp_path / "a.txt"),))
+        return tokenize(data, str(tmp_path / "words.json"), 0.9, tmp_path / "cache").report
+
+    assert read("lamp " * 20) | {"notes": [], "unknown_tokens": 0} == read("lamp " * 20)
+    report = read("lamp lamp lamp 渡口 " * 5)
+    assert report["unknown_tokens"] == 5
+    [note] = report["notes"]
+    assert note.startswith("25.0% of the tokens stand for what the tokenizer (")
+    with pytest.raises(DataError, match=r"^75\.0% of .* does not know; at most half may"):
+        read("lamp river quiet 渡口 " * 5)
+
+
+@pytest.mark.parametrize(
+    ("text", "prompt"),
+    [
+        (CHINESE, CHINESE.split("，")[0].split("\n")[0][:16]),
+        (
+            "\n\n渡口的老船工每天清早起来先看水色再看天色才把缆绳解开",
+            "渡口的老船工每天清早起来先看水色",
+        ),
+        ("Ранним утром старик вышел к реке и долго смотрел на воду", "Ранним утром"),
+        ("1 + 1 = 2\n2 + 2 = 4\n", "1 + 1 = 2"),
+        ("河 river and more words in English than in Chinese", None),
+        (" \n", None),
+    ],
+)
+def test_the_default_prompt_is_the_texts_beginning_where_that_is_not_latin(text, prompt):
+    assert _beginning_if_not_latin(text) == prompt
+
+
+def test_a_chinese_text_in_gpt2s_tokens_names_the_better_tokenizer_and_begins_with_its_own_words(
+    start, tmp_path
+):
+    chinese = CHINESE[:1500]
+    code, said = start(chinese, TOKENIZER="gpt2", RUN_NAME="one", max_steps=1)
+    assert code == 0
+    rate = len(GPT2Tokenizer().encode(chinese)) / len(chinese)
+    assert f"needs {rate:.2f} tokens a character here" in said
+    assert 'TOKENIZER = "char" needs 1.00' in said
+    record = json.loads((tmp_path / "runs/one/settings.json").read_bytes())
+    prompt = record["training"]["start_context"]
+    assert chinese.lstrip().startswith(prompt) and f"samples go on from {prompt!r}" in said
+    # the prompt of the run stays its own
+    assert start(None, TOKENIZER="gpt2", RUN_NAME="one", max_steps=1)[0] == 0
+
+
+def test_numbers_that_are_hardly_meant_get_a_notice_each():
+    def notices(**params) -> list[str]:
+        given = {"CUSTOM_MODE": True, "custom_params": params}
+        return resolve_settings(given, "config_run.py").notices
+
+    assert notices() == notices(emb_dim=64, n_layers=8, learning_rate=0.1) == []
+    shape, rate = notices(n_layers=48, emb_dim=64, learning_rate=5.0)
+    assert shape.startswith("48 layers of width 64 are deep") and "n_layers to 2" in shape
+    assert rate.startswith("learning_rate (5) is far above the usual")
+    with pytest.raises(SettingsError, match=r"learning_rate.* is 50; it must be .* at most 10"):
+        notices(learning_rate=50)
