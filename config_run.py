@@ -27,7 +27,7 @@ USE_DEFAULT = False  # custom mode with MODEL "auto" and USE_SMALL False: the 12
 custom_params = {
     "num_epochs": 3,  # how often to read through the text: 1 or more
     "max_steps": None,  # end after this many optimizer steps, whatever num_epochs says
-    "time_budget_minutes": None,  # so many steps as take this long, in place of num_epochs
+    "time_budget_minutes": None,  # a run of this length, in place of num_epochs
     "batch_size": 8,  # windows at a time: 1 or more
     "gradient_accumulation_steps": 1,  # a step sums up the gradients of so many batches
     "optimizer": "adamw",  # "adamw", or "muon": learns more in a step, which takes longer

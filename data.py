@@ -1,5 +1,6 @@
 """Tokens to batches: sliding windows over a training and a validation text."""
 
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -118,8 +119,8 @@ class WindowBatches(Sampler):
 
     A step takes step_size windows (None: batch_size), divided among parallel's ranks and then into
     micro-batches of at most micro_batch windows (None: batch_size). An epoch's last step may have
-    fewer. Each iteration is the next epoch. With seed None the windows are in order; with n_steps
-    each step samples from all windows, with replacement.
+    fewer. Each iteration is the next epoch, or what start_at() says. With seed None the windows are
+    in order; with n_steps each step samples from all windows, with replacement.
     """
 
     def __init__(
@@ -139,7 +140,7 @@ class WindowBatches(Sampler):
         self.step_size = step_size or batch_size
         self._is_random = n_steps is not None
         self.n_steps = n_steps or -(-dataset.n_whole // self.step_size)
-        self._next_epoch = self._next_step = 0
+        self.start_at(0)
 
     @property
     def per_step(self) -> int:
@@ -172,14 +173,25 @@ class WindowBatches(Sampler):
         return (self.n_steps - 1) * self.per_step + in_last + self.dataset.has_tail
 
     def __iter__(self) -> Iterator[list[int]]:
-        epoch, first = self._next_epoch, self._next_step
-        self._next_epoch, self._next_step = epoch + 1, 0
+        epoch, first, left = self._next_epoch, self._next_step, self._steps
+        self.start_at(epoch + 1)
+        with_tail = left is None and self.dataset.has_tail
+        left = self.n_steps - first if left is None else left
+        while left > 0:
+            last = min(self.n_steps, first + left)
+            yield from self._batches(epoch, first, last)
+            epoch, first, left = epoch + 1, 0, left - (last - first)
+        if with_tail:
+            yield [self.dataset.n_whole]
+
+    def _batches(self, epoch: int, first: int, last: int) -> Iterator[list[int]]:
+        """The micro-batches of an epoch's steps first to last - 1."""
         n_whole, size = self.dataset.n_whole, self.step_size
         dtype = np.uint32 if n_whole < 2**32 else np.int64  # every rank holds an epoch's order
         order = np.arange(0 if self._is_random else n_whole, dtype=dtype)
         if self.seed is not None:
             np.random.default_rng((self.seed, epoch)).shuffle(order)
-        for step in range(first, self.n_steps):
+        for step in range(first, last):
             windows = order[step * size : (step + 1) * size]
             if self._is_random:
                 assert self.seed is not None, "n_steps comes with a seed"
@@ -188,12 +200,57 @@ class WindowBatches(Sampler):
             windows = windows[self._share(step)]
             for start in range(0, len(windows), self.micro_batch):
                 yield windows[start : start + self.micro_batch].tolist()
-        if self.dataset.has_tail:
-            yield [n_whole]
 
-    def start_at(self, epoch: int, step: int = 0) -> None:
-        """Start the next iteration at this epoch and this step of it, counted from 0."""
-        self._next_epoch, self._next_step = epoch, step
+    def start_at(self, epoch: int, step: int = 0, steps: int | None = None) -> None:
+        """Start the next iteration at this epoch and this step of it, counted from 0.
+
+        It makes so many steps, through as many epochs as they take; None: to the epoch's end.
+        """
+        self._next_epoch, self._next_step, self._steps = epoch, step, steps
+
+
+class EvaluationBatches(Sampler):
+    """The micro-batches of an evaluation_loader(), computed as they are asked for."""
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        batch_size: int,
+        micro_batch: int,
+        max_batches: int | None,
+        parallel: Parallel,
+    ) -> None:
+        self._rank, self._world = parallel.rank, parallel.world
+        self._n_windows, self._batch_size, self._micro_batch = len(dataset), batch_size, micro_batch
+        self._n_whole = getattr(dataset, "n_whole", len(dataset))
+        # a tail is a batch of its own
+        n_batches = -(-self._n_whole // batch_size) + self._n_windows - self._n_whole
+        self._chosen: Sequence[int] | np.ndarray = range(n_batches)
+        if max_batches is not None and max_batches < n_batches:
+            self._chosen = np.linspace(0, n_batches - 1, max_batches).round().astype(int)
+
+    def _batch(self, number: int) -> range:
+        """The windows of a batch of the loader."""
+        start = int(number) * self._batch_size
+        if start >= self._n_whole:
+            return range(self._n_whole, self._n_windows)
+        return range(start, min(start + self._batch_size, self._n_whole))
+
+    def _all_ranks(self) -> Iterator[range]:
+        for batch in map(self._batch, self._chosen):
+            for start in range(0, len(batch), self._micro_batch):
+                yield batch[start : start + self._micro_batch]
+
+    def __iter__(self) -> Iterator[range]:
+        return itertools.islice(self._all_ranks(), self._rank, None, self._world)
+
+    def __len__(self) -> int:
+        # all batches but the last two, one of which may be a tail, are full
+        n_full = max(0, len(self._chosen) - 2)
+        sizes = [len(self._batch(number)) for number in self._chosen[n_full:]]
+        count = n_full * -(-self._batch_size // self._micro_batch)
+        count += sum(-(-size // self._micro_batch) for size in sizes)
+        return len(range(self._rank, count, self._world))
 
 
 @dataclass(frozen=True)
@@ -406,17 +463,10 @@ def evaluation_loader(
     batch_size = loader.batch_size or loader.batch_sampler.batch_size
     if isinstance(dataset, WindowDataset):
         dataset = dataset.without_overlap()
-    n_whole = getattr(dataset, "n_whole", len(dataset))
-    batches = [range(i, min(i + batch_size, n_whole)) for i in range(0, n_whole, batch_size)]
-    batches += [range(i, i + 1) for i in range(n_whole, len(dataset))]  # the tail
-    if max_batches is not None and max_batches < len(batches):
-        chosen = np.linspace(0, len(batches) - 1, max_batches).round().astype(int)
-        batches = [batches[i] for i in chosen]
     size = micro_batch or getattr(loader.batch_sampler, "micro_batch", batch_size)
-    micro_batches = [batch[i : i + size] for batch in batches for i in range(0, len(batch), size)]
     return DataLoader(
         dataset,
-        batch_sampler=parallel.share_of(micro_batches),
+        batch_sampler=EvaluationBatches(dataset, batch_size, size, max_batches, parallel),
         collate_fn=loader.collate_fn,
         pin_memory=loader.pin_memory,
         generator=torch.Generator(),

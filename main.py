@@ -18,6 +18,7 @@ os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 
 import torch
 
+from data import evaluation_loader
 from distributed.parallel import ALONE, join
 from distributed.sharding import whole
 from distributed.signals import StopSignals
@@ -36,9 +37,11 @@ from engine.errors import (
 from engine.metrics import bits_per_byte, bits_per_character, perplexity
 from engine.processor import using_threads
 from environment import RuntimeEnv, prepare_environment
+from planning.decisions import RunRecord
 from storage.files import write_json
 from train import continue_prompts, train
 from training.journal import PICTURE, Journal
+from training.spacing import Spacing, most_final_batches
 
 LINE = "=" * 70
 
@@ -122,7 +125,7 @@ def run_pipeline(env: RuntimeEnv) -> None:
         env.parallel.place = "after training"
         with StopSignals(env.parallel) as stop:
             show_samples(env, journal)
-            if journal.draw():
+            if journal.complete_picture():
                 say(f"✓ Saved training loss plot to {PICTURE}")
             stop.agree()
             stop.check()
@@ -164,7 +167,12 @@ def show_samples(env: RuntimeEnv, journal: Journal) -> None:
 
 def sum_up(env: RuntimeEnv, journal: Journal, stop: StopSignals) -> None:
     """Print the summary and then write summary.json, which marks a finished run."""
-    final_val = env.learner.evaluate(env.val_loader, stop=stop)
+    most = _most_final_batches(env.run.record)
+    final_val = env.learner.evaluate(env.val_loader, most, stop, label="Evaluating")
+    n_batches = len(evaluation_loader(env.val_loader))
+    over = "all"
+    if most is not None and most < n_batches:
+        over = f"{most:,} of {n_batches:,} batches of the"
     history, best = journal.history, journal.history.best
     step = journal.weights_of_step or history.steps[-1]
     final_train = history.train_losses[history.steps.index(step)]
@@ -174,7 +182,7 @@ def sum_up(env: RuntimeEnv, journal: Journal, stop: StopSignals) -> None:
     say("Training Summary:")
     say(f"  Final train loss: {final_train:.4f}")
     say(
-        f"  Final val loss: {final_val:.4f} ({whose}over all validation text; perplexity "
+        f"  Final val loss: {final_val:.4f} ({whose}over {over} validation text; perplexity "
         f"{perplexity(final_val):,.1f}, {per_character:.3f} bits a character, "
         f"{per_byte:.3f} a byte)"
     )
@@ -203,6 +211,16 @@ def sum_up(env: RuntimeEnv, journal: Journal, stop: StopSignals) -> None:
         "ranks": env.parallel.world,
     }
     env.parallel.on_main(lambda: write_json(env.run.path / "summary.json", summary))
+
+
+def _most_final_batches(record: RunRecord) -> int | None:
+    """The batches of the last evaluation; None: all, which a time budget has no room for."""
+    if record.asked.training.time_budget_minutes is None or record.asked.training.max_steps:
+        return None
+    training = record.training
+    assert training.eval_freq is not None  # try_out() has completed it
+    evaluations = Spacing(record.total_steps, record.steps_per_epoch, training.eval_freq)
+    return most_final_batches(evaluations, training.eval_iter)
 
 
 def _headline(text: str) -> None:

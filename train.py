@@ -44,14 +44,15 @@ from storage.checkpoint import BestWeights, CheckpointStore, SaveClock, copy_wei
 from storage.tracking import open_trackers
 from text.tokenizer import Tokenizer
 from training.journal import PICTURE, History, Journal
-from training.learner import Learner, Step, count_steps, steps_of_epoch
+from training.learner import Learner, Step, count_steps, steps_between
 from training.run_folder import RunFolder
+from training.spacing import SAMPLE_TOKENS, Allowance, Spacing
 from training_utils import TrainingConfig, as_prompts
 
-SAMPLE_TOKENS = 30
+DRAWN = {"temperature": 0.8, "top_k": 50}  # greedy text of a young model repeats one token
+SAMPLE_SEED = 123
 SAMPLE_CHARACTERS = 1000  # of a prompt and its continuation; longer texts are cut at the front
-# in long epochs also at evaluations: every 100 steps or more, ten a run; a sample of 16 prompts
-# takes less time than two steps on a CPU
+# at evaluations within epochs: every 100 steps or more, ten a run
 SAMPLE_EVERY, SAMPLES_A_RUN = 100, 10
 MOST_SKIPPED = 10  # steps in a row
 # from one try to save the end of a run to the next, where the disk refuses: four minutes in all
@@ -76,29 +77,32 @@ class LoopPlan:
 def training_loop(trainer: "Trainer", train_loader: DataLoader, val_loader: DataLoader) -> None:
     """Train until the plan's total_steps are done, in as many epochs as that takes.
 
-    Evaluates before the first step, every eval_freq steps and at each epoch's end, over the same
-    batches each time. Samples before the first step, at each epoch's end and, in long epochs, at
-    evaluations. Saves before it evaluates, so that a resumed run has at most one evaluation to
-    catch up on. Raises Stopped after a signal, at a step's end.
+    Evaluates where Spacing says: before the first step, every eval_freq steps, and at the end of
+    each long epoch and of the run, over the same batches each time. Samples before the first step,
+    at such ends and, in between, at evaluations, as far as there is time. Saves before it
+    evaluates, so that a resumed run has at most one evaluation to catch up on. Raises Stopped after
+    a signal, at a step's end.
     """
-    steps_per_epoch = count_steps(train_loader)
     learner, journal, plan = trainer.learner, trainer.journal, trainer.plan
+    steps_per_epoch = count_steps(train_loader)
+    spacing = Spacing(plan.total_steps, steps_per_epoch, plan.eval_freq)
 
     def evaluate_where_due() -> None:
         step = trainer.steps
-        epochs, within = divmod(step, steps_per_epoch)
-        epoch_ends = within == 0 or step in (plan.total_steps, plan.former_end)
-        if journal.has_evaluated() or not (epoch_ends or step % plan.eval_freq == 0):
+        run_ends = step in (plan.total_steps, plan.former_end)
+        epoch_ends = run_ends or spacing.ends_epoch(step)
+        if journal.has_evaluated() or not (epoch_ends or spacing.is_due(step)):
             return
         trainer.look_at(journal.pause())
         losses = [trainer.evaluate(loader) for loader in (train_loader, val_loader)]
-        epoch = epochs + (within > 0) if epoch_ends and step > 0 else None
+        epoch = -(-step // steps_per_epoch) if epoch_ends and step > 0 else None
         journal.evaluation(epoch, *losses)
         trainer.keep_best()
-        if epoch_ends:
-            trainer.sample("Before training" if step == 0 else f"After epoch {epoch}")
-        elif journal.steps_since_sample >= max(SAMPLE_EVERY, plan.total_steps // SAMPLES_A_RUN):
-            trainer.sample(f"After step {step}")
+        since_sample = max(SAMPLE_EVERY, plan.total_steps // SAMPLES_A_RUN)
+        if step == 0 or run_ends:
+            trainer.sample(f"After epoch {epoch}" if step > 0 else "Before training")
+        elif trainer.may_sample() and (epoch_ends or journal.steps_since_sample >= since_sample):
+            trainer.sample(f"After epoch {epoch}" if epoch_ends else f"After step {step}")
 
     def is_over() -> bool:
         out_of_patience = plan.patience is not None and journal.history.since_best >= plan.patience
@@ -108,10 +112,9 @@ def training_loop(trainer: "Trainer", train_loader: DataLoader, val_loader: Data
     learner.optimizer.zero_grad()  # the caller's gradients
     evaluate_where_due()
     while not is_over():
-        epoch, first = divmod(trainer.steps, steps_per_epoch)
-        last = min(steps_per_epoch, plan.total_steps - epoch * steps_per_epoch)
-        steps = steps_of_epoch(train_loader, epoch, first, last)
-        for taken in track(steps, last, f"Epoch {epoch + 1}", first):
+        first, last, label = spacing.bar_at(trainer.steps)
+        steps = steps_between(train_loader, trainer.steps, last)
+        for taken in track(steps, last - first, label, trainer.steps - first):
             trainer.stop.check()
             if is_over():
                 break
@@ -122,10 +125,10 @@ def training_loop(trainer: "Trainer", train_loader: DataLoader, val_loader: Data
             rate = learner.optimizer.param_groups[0]["lr"]
             trainer.look_at(journal.step(trainer.steps, loss, grad_norm, taken.n_targets, rate))
             trainer.save_where_due()
-            if trainer.steps < epoch * steps_per_epoch + last:
+            if trainer.steps < last:
                 evaluate_where_due()
         trainer.stop.check()
-        evaluate_where_due()  # below the epoch's progress bar
+        evaluate_where_due()  # below the progress bar
 
 
 @dataclass
@@ -185,6 +188,7 @@ class Trainer:
         self.stop = StopSignals(self.parallel)
         self.skipped = SkippedSteps(self.learner.precision.scales_loss)
         self._step_began_at = 0.0
+        self._samples = Allowance()
         if self.saving is not None and self.saving.run is not None:
             self.learner.on_smaller = self.saving.run.note_micro_batch
 
@@ -203,16 +207,24 @@ class Trainer:
         for row in rows:
             self.skipped.look_at(row, self.journal.history)
 
+    def may_sample(self) -> bool:
+        """Whether the run's time allows one more sample; ranks agree on it."""
+        return bool(self.parallel.lowest(self._samples.allows(self.journal.elapsed_s)))
+
     def sample(self, label: str) -> None:
-        """Print what the model writes after the plan's prompts, greedily."""
+        """Print what the model writes after the plan's prompts, drawn with the same seed."""
         began_at = time.monotonic()
         model = self.learner.model
+        # its own generator: the numbers of the run don't depend on samples
+        generator = torch.Generator(self.learner.device).manual_seed(SAMPLE_SEED)
         with whole(model, self.parallel), self.learner.precision.autocast():
-            options = {"max_new_tokens": SAMPLE_TOKENS, "temperature": 0.0}
+            options = {"max_new_tokens": SAMPLE_TOKENS, "generator": generator} | DRAWN
             texts = continue_prompts(model, self.tokenizer, self.plan.prompts, **options)
         texts = [t if len(t) <= SAMPLE_CHARACTERS else f"…{t[-SAMPLE_CHARACTERS:]}" for t in texts]
         self.journal.note_sample(label, texts)
-        self.journal.leave_out(time.monotonic() - began_at)
+        took_s = time.monotonic() - began_at
+        self._samples.spend(took_s)
+        self.journal.leave_out(took_s)
 
     def keep_best(self) -> None:
         """Copy the weights if their evaluation is the best so far; the next save writes them."""
@@ -415,6 +427,7 @@ def _train(env: RuntimeEnv) -> Journal:
         )
     if config.patience is not None or history.has_diverged:
         trainer.use_best()
+    journal.complete_picture()
     show_picture(run.path / PICTURE)
     return journal
 
@@ -477,7 +490,8 @@ def train_model_simple(
     """Train a GPTModel in a script of your own, without files and without a schedule.
 
     Returns (train_losses, val_losses, tokens_seen), one entry per evaluation: before the first
-    step, every eval_freq steps and at the end of each epoch. Samples continue start_context, one
+    step, every eval_freq steps and at the end of each epoch, if there are at most ten or an epoch
+    has at least 100 steps and eval_freq. Samples continue start_context, one
     text or a list of them. precision None is bf16 if the device has it; max_grad_norm 0 never
     clips. Under torchrun the loaders must be prepare_environment()'s, which have each process's
     share. Raises SettingsError with every wrong value, NumericsError if training diverges.

@@ -8,14 +8,18 @@ import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, TextIO, TypeVar
 
 from engine.errors import PipelineError, ResourceError, first_line, is_out_of_memory
+
+T = TypeVar("T")
 
 # control characters but newline and tab, and those that change the direction of writing
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 _is_silent = False
 LINE_EVERY_S = 2.0  # between progress lines in a notebook, whose page keeps them all
+# and elsewhere, where so many more come at once, so that a short run prints all of its own
+TERMINAL_LINE_EVERY_S, SPARE_LINES = 10.0, 5
 _next_report_at = 0.0  # by time.monotonic()
 _PLAIN_BAR = "{l_bar}{bar:30}| {n_fmt}/{total_fmt}"
 
@@ -52,19 +56,34 @@ def say(line: str = "") -> None:
         _print(line, "stdout")
 
 
-def report(*lines: str, keep: bool = False) -> bool:
+def report(*lines: str, keep: bool = False, asked: bool = False) -> bool:
     """Print lines on a run's progress; returns whether they were printed.
 
-    A notebook drops those that come within LINE_EVERY_S of the last one, unless `keep`.
+    Drops those that come too fast, unless `keep`: in a notebook within LINE_EVERY_S of the last
+    one, elsewhere faster than one each TERMINAL_LINE_EVERY_S, after the first SPARE_LINES. Only a
+    notebook drops lines that a setting asked for.
     """
-    global _next_report_at
-    if in_kernel():
-        now = time.monotonic()
-        if now < _next_report_at and not keep:
-            return False
-        _next_report_at = max(now, _next_report_at) + LINE_EVERY_S * len(lines)
+    if (in_kernel() or not asked) and not _has_room(len(lines), keep):
+        return False
     for line in lines:
         say(line)
+    return True
+
+
+def begin_report() -> None:
+    """Begin a run's progress: lines of an earlier run in this process don't count."""
+    global _next_report_at
+    _next_report_at = 0.0
+
+
+def _has_room(n_lines: int, keep: bool) -> bool:
+    """Whether lines come slowly enough, or are kept; counts them if so."""
+    global _next_report_at
+    every_s, spare = (LINE_EVERY_S, 0) if in_kernel() else (TERMINAL_LINE_EVERY_S, SPARE_LINES)
+    now = time.monotonic()
+    if now + spare * every_s < _next_report_at and not keep:
+        return False
+    _next_report_at = max(now, _next_report_at) + every_s * n_lines
     return True
 
 
@@ -114,7 +133,8 @@ def track(steps: Iterable, total: int, label: str, done: int = 0) -> Iterator:
     """Yield from steps and show "label: 100%|...| total/total" on standard error.
 
     done is how many were done before. On a terminal the bar moves; in a log file it is drawn once,
-    at the end. Without tqdm it is "label: done/total". A notebook shows a RunBar instead.
+    at the end, unless lines come too fast. Without tqdm it is "label: done/total". A notebook shows
+    a RunBar instead.
     """
     if _is_silent or in_kernel():
         yield from steps
@@ -130,18 +150,22 @@ def track(steps: Iterable, total: int, label: str, done: int = 0) -> Iterator:
             yield item
             done += 1
     finally:
-        if _tqdm() is not None:
-            bar = _tqdm().format_meter(
-                done,
-                total,
-                elapsed=0,
-                ascii=not _encoding(sys.stderr).lower().startswith("utf"),  # blocks become "#"
-                prefix=label,
-                bar_format=_PLAIN_BAR,
-            )
-        else:
-            bar = f"{label}: {done}/{total}"
-        _print(bar, "stderr")
+        if _has_room(1, keep=done < total):
+            _print(_plain_bar(done, total, label), "stderr")
+
+
+def _plain_bar(done: int, total: int, label: str) -> str:
+    """A bar as a line of a log file."""
+    if _tqdm() is None:
+        return f"{label}: {done}/{total}"
+    return _tqdm().format_meter(
+        done,
+        total,
+        elapsed=0,
+        ascii=not _encoding(sys.stderr).lower().startswith("utf"),  # blocks become "#"
+        prefix=label,
+        bar_format=_PLAIN_BAR,
+    )
 
 
 class _Bar(contextlib.AbstractContextManager):
@@ -184,20 +208,28 @@ class RunBar(_Bar):
         super().show(done)
 
 
-class ByteProgress(_Bar):
-    """A bar of bytes on a terminal or in a notebook, drawn when the work takes over a second."""
+class Progress(_Bar):
+    """A bar on a terminal or in a notebook, of bytes, drawn when the work takes over a second."""
 
-    def __init__(self, label: str, total: int) -> None:
+    def __init__(self, label: str, total: int, unit: str = "B") -> None:
         if _bars_move() and not _is_silent:
             self._bar = _tqdm()(
                 total=total,
                 desc=label,
                 file=sys.stdout if in_kernel() else sys.stderr,
-                unit="B",
+                unit=unit,
                 unit_scale=True,
                 delay=1.0,
                 leave=False,
             )
+
+
+def count_off(items: Iterable[T], total: int, label: str) -> Iterator[T]:
+    """Yield from items, with a Progress of them."""
+    with Progress(label, total, unit=" batches") as progress:
+        for done, item in enumerate(items, start=1):
+            yield item
+            progress.show(done)
 
 
 def _bars_move() -> bool:

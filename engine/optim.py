@@ -25,8 +25,9 @@ MOST_AT_ONCE, GPU_MOST_AT_ONCE = 2**22, 2**24
 
 SCHEDULES = ("cosine", "wsd", "constant")
 FLOOR = 0.1  # the share of the peak at which a decaying schedule ends
-# a run's default evaluations, and the most steps between two of them
-EVALUATIONS, LONGEST_EVAL_FREQ = 10, 100
+# a run's default evaluations, and the most steps between two of them; with a time budget these may
+# be more, as many as take LONGEST_EVAL_S
+EVALUATIONS, LONGEST_EVAL_FREQ, LONGEST_EVAL_S = 10, 100, 30.0
 MUON_TIMES_ADAMW = 2.5  # the ratio of their best learning rates at emb_dim 192
 WSD_DECAY_SHARE = 0.2  # of the run, at its end
 

@@ -1,16 +1,21 @@
 """Decisions by timed steps: whether compiling pays, and the steps of a time budget."""
 
+import bisect
+import contextlib
 import dataclasses
+import itertools
 import math
 import statistics
 import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
 from torch.utils.data import DataLoader
 
-from data import WindowPlan
+from data import WindowPlan, evaluation_loader
 from distributed.parallel import ALONE, Parallel
+from distributed.sharding import whole
 from engine.compiling import (
     compile_model,
     expected_savings,
@@ -21,19 +26,25 @@ from engine.console import say
 from engine.devices import synchronize
 from engine.errors import first_line
 from engine.memory import OutOfStepMemory
-from engine.optim import EVALUATIONS, LONGEST_EVAL_FREQ, set_learning_rate
+from engine.optim import EVALUATIONS, LONGEST_EVAL_FREQ, LONGEST_EVAL_S, set_learning_rate
 from engine.processor import using_threads
 from engine.randomness import random_state, set_random_state
+from generation import generate
 from model import GPTModel
 from planning.choices import WORTH_A_TRIAL, Choices
 from planning.decisions import RunRecord, complete_training
 from planning.machine import Machine
 from planning.plan import RunPlan
-from training.learner import Learner, steps_of_epoch
+from training.learner import Learner, steps_between
+from training.spacing import SAMPLE_TOKENS, Spacing, allowed_seconds, most_final_batches
 from training_utils import TrainingConfig
+from visualize import render_losses
 
 TIMED_STEPS = 3
-EVALUATION_COST = 1 / 3  # of a training step on as many tokens: no backward pass
+BUDGET_TRIAL_SHARE = 0.05  # of a time budget, for which its steps are timed beforehand
+EVALUATION_SHARE = 0.07  # of a time budget, the most that evaluations take
+LEAST_INTERVALS = 4  # between evaluations, where a time budget is short
+TIMED_BATCHES, TIMED_TOKENS = 4, 10  # of an evaluation and a sample
 
 
 @dataclass(frozen=True)
@@ -83,32 +94,77 @@ class Trial:
             return self._step_seconds()
         return self.learner.in_smaller_parts(self._step_seconds, "a trial")
 
+    def costs(self, budget_s: float, n_prompts: int) -> "Costs":
+        """What the parts of a run take, steps timed for a share of its budget. Collective."""
+        learner, n_batches = self.learner, min(TIMED_BATCHES, self.count_batches(self.loader))
+        steps_s = BUDGET_TRIAL_SHARE * budget_s
+        step = learner.in_smaller_parts(lambda: self._mean_step_seconds(steps_s), "a trial")
+        generator = torch.Generator(learner.device).manual_seed(0)
+
+        def evaluate() -> None:
+            learner.evaluate(self.loader, n_batches)
+
+        def sample() -> None:
+            options = {"max_new_tokens": TIMED_TOKENS, "generator": generator}
+            with whole(learner.model, learner.parallel), learner.precision.autocast():
+                generate(learner.model, [[0]] * n_prompts, **options)
+
+        with using_threads(self.threads):
+            costs = (step, _seconds(evaluate) / n_batches, _seconds(sample) / TIMED_TOKENS)
+            return Costs(*map(self.agreed, (*costs, _seconds(_draw))))
+
+    @staticmethod
+    def count_batches(loader: DataLoader) -> int:
+        """The batches of an evaluation over all of a loader's text."""
+        size = loader.batch_sampler.batch_size
+        return len(evaluation_loader(loader, micro_batch=size))
+
     def agreed(self, seconds: float) -> float:
         """The ranks' mean; all take the smallest of their micro-batches. Collective."""
         self.learner.micro_batch = self.parallel.lowest(self.learner.micro_batch)
         return self.parallel.mean(seconds)
 
     def _step_seconds(self) -> float:
+        step, seconds = next(steps_between(self.loader, 0, 1)), []
+        with self._undone():
+            for _ in range(1 + TIMED_STEPS):
+                started_at = time.perf_counter()
+                self.learner.try_step(step, 1.0)
+                synchronize(self.learner.device)
+                seconds.append(time.perf_counter() - started_at)
+        return statistics.median(seconds[1:])
+
+    def _mean_step_seconds(self, least_s: float) -> float:
+        """The mean over some steps, batches included: it tells what many take."""
+        steps = steps_between(self.loader, 0, 1_000_000_000)
+        with self._undone():
+            self.learner.try_step(next(steps), 1.0)
+            synchronize(self.learner.device)
+            started_at = time.perf_counter()
+            for count in itertools.count(1):
+                self.learner.try_step(next(steps), 1.0)
+                synchronize(self.learner.device)
+                seconds = time.perf_counter() - started_at
+                if count >= TIMED_STEPS and seconds >= least_s:
+                    break
+        return seconds / count
+
+    @contextlib.contextmanager
+    def _undone(self) -> Iterator[None]:
+        """Take steps in here with the run's threads; afterwards nothing has changed."""
         learner, optimizer = self.learner, self.learner.optimizer
         random_before = random_state(learner.device)
         rates = [group["lr"] for group in optimizer.param_groups]
         set_learning_rate(optimizer, 0.0)  # so that no weight changes
-        step = next(steps_of_epoch(self.loader, 0, 0, 1))
-        seconds = []
         try:
             with using_threads(self.threads):
-                for _ in range(1 + TIMED_STEPS):
-                    started_at = time.perf_counter()
-                    learner.try_step(step, 1.0)
-                    synchronize(learner.device)
-                    seconds.append(time.perf_counter() - started_at)
+                yield
         finally:
             self.loader.batch_sampler.start_at(0)
             optimizer.state.clear()
             for group, rate in zip(optimizer.param_groups, rates, strict=True):
                 group["lr"] = rate
             set_random_state(random_before, learner.device)
-        return statistics.median(seconds[1:])
 
     def compile(self, as_written: float | None) -> str | None:
         """Compile the model's steps; returns why it is eager again, None if it isn't."""
@@ -206,18 +262,124 @@ def _try_compiling(trial: Trial, total_steps: int | None, budget_s: float | None
     return Compiled(obstacle is None, obstacle or f"{reason} repay it")
 
 
-def steps_in(budget_s: float, trial: Trial, training: TrainingConfig) -> int:
-    """The optimizer steps that take budget_s seconds with their evaluations; at least 1."""
-    seconds = trial.agreed(trial.step_seconds())
-    batches = trial.loader.batch_sampler
-    batch_seconds = seconds * batches.batch_size / batches.step_size  # gradient accumulation
-    evaluation = 2 * training.eval_iter * batch_seconds * EVALUATION_COST
-    per_step = evaluation / (training.eval_freq or LONGEST_EVAL_FREQ)
-    steps = budget_s / (seconds + per_step)
-    n_evaluations = EVALUATIONS + 1  # one before the first step
-    if training.eval_freq is None and steps < LONGEST_EVAL_FREQ * n_evaluations:
-        steps = (budget_s - n_evaluations * evaluation) / seconds
-    return max(1, int(steps))
+def _seconds(work: Callable[[], None]) -> float:
+    """The seconds of some work that was done once before."""
+    work()
+    started_at = time.perf_counter()
+    work()
+    return time.perf_counter() - started_at
+
+
+def _draw() -> None:
+    two = [1.0, 1.0]
+    render_losses(
+        steps=[0, 1],
+        train_losses=two,
+        val_losses=two,
+        best=1,
+        batch_losses=two,
+        vocab_size=2,
+        title="",
+    )
+
+
+@dataclass(frozen=True)
+class Costs:
+    """The seconds that the parts of a run take."""
+
+    step: float
+    batch: float  # of an evaluation
+    token: float  # of a sample: one for each prompt
+    picture: float
+
+
+@dataclass(frozen=True)
+class Budget:
+    """A run's time, in seconds, and what it is spent on."""
+
+    seconds: float
+    costs: Costs
+    steps_per_epoch: int
+    batches: tuple[int, int]  # of all training and of all validation text
+    last_tokens: int  # of the samples after training, a prompt
+
+    def plan(self, asked: TrainingConfig) -> TrainingConfig:
+        """The hyper-parameters with max_steps, eval_freq and eval_iter: as many steps as fit, at
+        least 1, and at most EVALUATION_SHARE for evaluations, unless the least are more."""
+        most_iter = min(asked.eval_iter, max(self.batches))
+        halved = [most_iter >> n for n in range(most_iter.bit_length())]
+        for intervals, eval_iter in [*((EVALUATIONS, n) for n in halved), (LEAST_INTERVALS, 1)]:
+            found = self._longest(asked.eval_freq, intervals, eval_iter)
+            if self.evaluation_s(found, eval_iter) <= EVALUATION_SHARE * self.seconds:
+                break
+        return dataclasses.replace(
+            asked,
+            max_steps=found.total_steps,
+            eval_freq=found.eval_freq,
+            eval_iter=asked.eval_iter if eval_iter == most_iter else eval_iter,
+        )
+
+    def _longest(self, eval_freq: int | None, intervals: int, eval_iter: int) -> Spacing:
+        """The run with the most steps for which there is time."""
+
+        def run_of(steps: int) -> Spacing:
+            freq = eval_freq or self._eval_freq(steps, intervals)
+            return Spacing(steps, self.steps_per_epoch, freq)
+
+        counts = range(1, int(self.seconds / self.costs.step) + 2)
+        fit = bisect.bisect_right(
+            counts, self.seconds, key=lambda steps: self.total_s(run_of(steps), eval_iter)
+        )
+        return run_of(max(1, fit))
+
+    def _eval_freq(self, steps: int, intervals: int) -> int:
+        longest = max(LONGEST_EVAL_FREQ, round(LONGEST_EVAL_S / self.costs.step))
+        return max(1, min(longest, -(-steps // intervals)))
+
+    def total_s(self, evaluations: Spacing, eval_iter: int) -> float:
+        """The seconds of a run."""
+        steps_s = evaluations.total_steps * self.costs.step
+        return steps_s + self.evaluation_s(evaluations, eval_iter) + self._other_s(evaluations)
+
+    def evaluation_s(self, evaluations: Spacing, eval_iter: int) -> float:
+        """The seconds of a run's evaluations, with the one after training."""
+        count = evaluations.count()
+        each = sum(min(eval_iter, n) for n in self.batches)
+        return (
+            count * each + min(most_final_batches(evaluations, eval_iter), self.batches[1])
+        ) * self.costs.batch
+
+    def _other_s(self, evaluations: Spacing) -> float:
+        """The most seconds of pictures and samples."""
+        count, sample_s = evaluations.count(), SAMPLE_TOKENS * self.costs.token
+        between = sum(
+            min(count * each, allowed_seconds(self.seconds))
+            for each in (sample_s, self.costs.picture)
+        )
+        at_ends = 2 * sample_s + self.last_tokens * self.costs.token + self.costs.picture
+        return between + at_ends
+
+
+def _spend(
+    budget_s: float, trial: Trial, plan: RunPlan, asked: TrainingConfig, windows: WindowPlan
+) -> tuple[TrainingConfig, list[str]]:
+    """The hyper-parameters of a run that takes budget_s seconds; and notices."""
+    validated = -(-(windows.n_val - 1) // windows.max_length)
+    budget = Budget(
+        budget_s,
+        trial.costs(budget_s, len(asked.prompts)),
+        trial.steps_per_epoch,
+        (trial.count_batches(trial.loader), max(1, -(-validated // windows.batch_size))),
+        3 * plan.sampling.max_new_tokens,  # main draws three samples
+    )
+    planned = budget.plan(asked)
+    notices = [f"{planned.max_steps:,} steps are expected to take {budget_s / 60:g} minutes"]
+    if planned.eval_iter != asked.eval_iter:
+        notices.append(
+            f"eval_iter is lowered from {asked.eval_iter} to {planned.eval_iter}: evaluations "
+            f"would take more than {EVALUATION_SHARE:.0%} of the time"
+        )
+    return planned, notices
 
 
 def try_out(
@@ -244,9 +406,8 @@ def try_out(
         notices.append(f"the model is not compiled: {compiled.reason}")
     say(f"Compile: {'on' if compiled.on else 'off'} ({compiled.reason})")
     if budget_s is not None:
-        max_steps = steps_in(budget_s, trial, asked)
-        notices.append(f"{max_steps:,} steps are expected to take {minutes:g} minutes")
-        asked = dataclasses.replace(asked, max_steps=max_steps)
+        asked, about_budget = _spend(budget_s, trial, plan, asked, windows)
+        notices += about_budget
     total_steps = plan.count_steps(asked, trial.steps_per_epoch)
     training, about_steps = complete_training(asked, windows, total_steps)
     return compiled, training, notices + about_steps

@@ -116,3 +116,13 @@ def one_thread():
     yield
     torch.set_num_threads(before)
     torch.set_flush_denormal(False)  # a prepared run sets it, and hypothesis minds
+
+
+@pytest.fixture(autouse=True)
+def time_for_all(monkeypatch):
+    """No line, picture or sample is left out because the machine is slow or the test is fast."""
+    from engine import console
+    from training import spacing
+
+    monkeypatch.setattr(console, "SPARE_LINES", 1_000_000)
+    monkeypatch.setattr(spacing, "EXTRAS_GRACE_S", 1e9)

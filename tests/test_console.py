@@ -10,7 +10,7 @@ from types import ModuleType
 import pytest
 
 from engine import console
-from engine.console import ByteProgress, RunBar, complain, report, say, tell, track
+from engine.console import Progress, RunBar, complain, report, say, tell, track
 
 
 class Console(io.TextIOWrapper):
@@ -207,7 +207,7 @@ def test_without_tqdm_a_notebook_has_lines_and_no_bar(kernel, consoles, monkeypa
     bar.show(1)
     say("line")
     bar.close()
-    with ByteProgress("Reading", 10) as progress:
+    with Progress("Reading", 10) as progress:
         progress.show(5)
     assert (out.shown(), err.shown()) == ("line\n", "")
 

@@ -30,7 +30,7 @@ from tests.forking import CAN_FORK, run_fork
 from tests.letters import CPU, FP32, loader_of_13_windows, new_trainer, tiny_loaders, tiny_model
 from tests.resuming import Bench, compare, sha256, uninterrupted
 from train import training_loop
-from training.learner import steps_of_epoch
+from training.learner import steps_between
 
 BF16 = Precision("bf16", "as set", "cpu")
 MODELS = {
@@ -409,7 +409,7 @@ def test_an_evaluation_that_runs_out_of_memory_is_made_again_in_smaller_parts(ca
     assert capsys.readouterr().out.count(told) == 1
     sizes = []
     model.register_forward_pre_hook(lambda _, arguments: sizes.append(len(arguments[0])))
-    trainer.step(next(steps_of_epoch(train_loader, 0, 0, 1)))
+    trainer.step(next(steps_between(train_loader, 0, 1)))
     trainer.evaluate(val_loader)
     assert set(sizes) == {1}  # steps, and later evaluations
     assert "ran out of memory" not in capsys.readouterr().out
@@ -439,7 +439,7 @@ def test_what_smaller_parts_would_not_mend_is_not_tried_again():
 
     by_optimizer.learner.optimizer.register_step_pre_hook(fail)  # the weights may have changed
     by_model.learner.model.blocks[0].register_forward_pre_hook(fail)
-    [batches] = list(steps_of_epoch(loader_of_13_windows(2), 0, 0, 1))
+    [batches] = list(steps_between(loader_of_13_windows(2), 0, 1))
     for trainer, text in zip((by_optimizer, by_model), said, strict=True):
         with pytest.raises(RuntimeError, match=text) as raised:
             trainer.step(batches)

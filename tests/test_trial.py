@@ -16,12 +16,11 @@ from engine.optim import build_optimizer
 from engine.precision import Precision
 from planning import agreement, trial
 from planning.choices import WORTH_A_TRIAL, Choices
-from planning.trial import Compiled, Trial, decide_compiling, steps_in
+from planning.trial import Compiled, Costs, Trial, decide_compiling
 from tests.letters import BATCH, CONTEXT, FP32, tiny_loaders, tiny_model
 from tests.resuming import Bench, of_steps
 from training import learner
-from training.learner import Learner, steps_of_epoch, take_step
-from training_utils import TrainingConfig
+from training.learner import Learner, steps_between, take_step
 
 BF16 = Precision("bf16", "as set", "cpu")
 
@@ -112,54 +111,28 @@ def test_the_time_of_a_step_is_the_median_without_the_first(monkeypatch):
     monkeypatch.setattr(time, "perf_counter", lambda: now)
     tried = new_trial()
     assert tried.step_seconds() == 2.0
-    [[[first, *_], *_]] = steps_of_epoch(tried.loader, 0, 0, 1)
+    [[[first, *_], *_]] = steps_between(tried.loader, 0, 1)
     assert len(seen) == 4
     assert all(torch.equal(batches[0][0], first[0]) for batches in seen)
-
-
-@pytest.mark.parametrize(
-    ("budget", "settings", "expected"),
-    [
-        # an evaluation is 2 x eval_iter batches at a third of a step's time: here 2 s
-        (120.5, {"eval_freq": 10, "eval_iter": 3}, 100),
-        (120.5, {"eval_freq": 1, "eval_iter": 3}, 40),
-        # eleven of them where nothing is set, 10 s each
-        (210.5, {"eval_iter": 15}, 100),
-        # every 100 steps in a long run
-        (2200.5, {"eval_iter": 15}, 2000),
-        (1209.0, {"eval_iter": 15}, 1099),
-        (1211.0, {"eval_iter": 15}, 1100),
-        (0.5, {"eval_freq": 10, "eval_iter": 3}, 1),
-        (50.0, {"eval_iter": 15}, 1),  # shorter than its evaluations
-    ],
-)
-def test_steps_and_evaluations_take_the_time_that_is_there(monkeypatch, budget, settings, expected):
-    for step_s in (1.0, 0.25):
-        monkeypatch.setattr(Trial, "step_seconds", lambda self, s=step_s: s)
-        assert steps_in(budget * step_s, new_trial(), TrainingConfig(**settings)) == expected
-    # as many batches of a quarter of a step, which has several, take a quarter of the time
-    tried = new_trial()
-    tried.loader.batch_sampler.step_size = 4 * BATCH
-    settings = settings | {"eval_iter": 4 * settings["eval_iter"]}
-    assert steps_in(budget * step_s, tried, TrainingConfig(**settings)) == expected
 
 
 def test_a_run_with_a_time_budget_ends_with_its_schedule_and_goes_on_with_its_steps(
     workdir, monkeypatch, capsys
 ):
     monkeypatch.setattr(Trial, "step_seconds", lambda self, **_: 0.25)
+    monkeypatch.setattr(Trial, "costs", lambda *_: Costs(0.25, 0.005, 0.0, 0.0))
     bench = Bench(workdir, monkeypatch)
     bench.describe("run", max_steps=None, time_budget_minutes=0.1, eval_freq=None, eval_iter=1)
     bench.signal_at("take_step", 5)
     assert not bench.session()
     record = bench.env.run.record
-    # eleven evaluations of two batches at a third of 0.25 s leave 4.2 s
-    assert record.total_steps == record.training.max_steps == 16
-    assert "Note: 16 steps are expected to take 0.1 minutes" in capsys.readouterr().out
+    # evaluations of two batches, one a step of 0.25 s and one before, leave 5.76 s
+    assert record.total_steps == record.training.max_steps == 23
+    assert "Note: 23 steps are expected to take 0.1 minutes" in capsys.readouterr().out
     monkeypatch.setattr(Trial, "step_seconds", lambda self, **_: 0.01)  # as on a faster machine
     rows = of_steps(bench.finish()["rows"])
-    assert "5 of 16 steps are done" in capsys.readouterr().out
-    assert len(rows) == 16
+    assert "5 of 23 steps are done" in capsys.readouterr().out
+    assert len(rows) == 23
     rates = [float.fromhex(row["train/lr"]) for row in rows]
     assert rates[-1] == pytest.approx(max(rates) / 10)  # the schedule ends with the run
 

@@ -21,7 +21,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from engine.console import ByteProgress, say
+from engine.console import Progress, say
 from engine.errors import DataError, ResourceError
 from storage.files import (
     NewFile,
@@ -269,7 +269,7 @@ def _remove_orphans(tokens_folder: Path) -> None:
 def _texts(parts: list[Part], spec: DataSpec) -> Iterator[str]:
     """The text of all documents in chunks, to make a tokenizer from."""
     report = ReadingReport()
-    with ByteProgress("Reading", _size_of(parts)) as progress:
+    with Progress("Reading", _size_of(parts)) as progress:
         for chunk, _ in cut_into_chunks(read_documents(parts, spec, report)):
             progress.show(report.bytes_read)
             yield chunk
@@ -303,7 +303,7 @@ def _write_tokens(
     with (
         NewFile(path, durable=False) as file,
         _encoders() as pool,
-        ByteProgress("Tokenizing", sum(map(_size_of, sides))) as progress,
+        Progress("Tokenizing", sum(map(_size_of, sides))) as progress,
     ):
         for parts in sides:
             ends, digests, counts = array("Q"), array("Q"), np.zeros(tokenizer.vocab_size)

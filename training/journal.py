@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from engine.console import RunBar, report, say
+from engine.console import RunBar, begin_report, report, say
 from engine.errors import NumericsError, ResourceError, first_line
 from engine.metrics import (
     TokenSize,
@@ -22,6 +22,7 @@ from engine.metrics import (
 )
 from storage.files import PATIENCE_S, write_atomically
 from storage.tracking import MetricsFile, Trackers
+from training.spacing import Allowance
 from visualize import render_losses
 
 PICTURE = "training_losses.png"
@@ -93,11 +94,14 @@ class Journal:
         self.weights_of_step: int | None = None  # if the model has not the last step's weights
         self._bar = RunBar(self.total_steps)
         self._was_printed = True  # the last evaluation was printed
+        begin_report()
         self.steps = 0  # the last one that was noted
         self._tokens = 0
         self._pending: list[tuple[torch.Tensor, torch.Tensor, dict[str, Any]]] = []
         self._said: set[str] = set()
         self._refused: set[Path] = set()  # files whose last write failed
+        self._pictures = Allowance()
+        self._drawn_at = -1  # the evaluations in the picture
         self._earlier_s = 0.0  # of earlier processes
         self._first_step = 0  # of this process
         self._started_at = self._marked_at = time.perf_counter()
@@ -131,7 +135,8 @@ class Journal:
             left = as_duration(seconds_left(done, total, elapsed_s) or 0.0)
             report(
                 f"step {step}: batch loss {rows[-1]['train/loss']:.4f}, {self._speed():,.0f} "
-                f"tokens/s, {left} left"
+                f"tokens/s, {left} left",
+                asked=True,
             )
         return rows
 
@@ -195,7 +200,7 @@ class Journal:
             lines.append(f"Ep {epoch} (End Epoch): {losses}")
         self._was_printed = report(*lines, keep=step in (0, self.total_steps))
         self._log([row])
-        if self.folder is not None and step > 0:
+        if step > 0 and (step == self.total_steps or self._pictures.allows(self.elapsed_s)):
             self.draw()
         self._marked_at, self._marked_tokens = time.perf_counter(), self._tokens
 
@@ -204,6 +209,7 @@ class Journal:
         if self.folder is None:
             return False
         history = self.history
+        began_at = time.perf_counter()
         png = render_losses(
             steps=history.steps,
             train_losses=history.train_losses,
@@ -217,7 +223,13 @@ class Journal:
             self._say_once("matplotlib is not installed: no picture (pip install matplotlib)")
             return False
         written = [self._try_to_write(path, png) for path in (self.folder / PICTURE, Path(PICTURE))]
+        self._pictures.spend(time.perf_counter() - began_at)
+        self._drawn_at = len(history.steps) if all(written) else -1
         return any(written)
+
+    def complete_picture(self) -> bool:
+        """Draw the evaluations since the last picture, if there are any; False as draw()."""
+        return self._drawn_at == len(self.history.steps) or self.draw()
 
     def close(self) -> None:
         """Close the trackers and the bar at the end of training."""

@@ -4,7 +4,7 @@ import functools
 import gc
 import itertools
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import KW_ONLY, dataclass
 from typing import NamedTuple, TypeVar
 
@@ -17,7 +17,7 @@ from distributed.parallel import ALONE, Parallel
 from distributed.sharding import flush_gradients, full, replica, summing_up, whole
 from distributed.signals import StopSignals
 from engine.compiling import compile_again, is_compiled
-from engine.console import say
+from engine.console import count_off, say
 from engine.devices import release_memory
 from engine.errors import DataError, Stopped, is_out_of_memory
 from engine.memory import OutOfStepMemory, halved
@@ -91,13 +91,20 @@ class Learner:
         )
 
     def evaluate(
-        self, loader: DataLoader, max_batches: int | None = None, stop: StopSignals | None = None
+        self,
+        loader: DataLoader,
+        max_batches: int | None = None,
+        stop: StopSignals | None = None,
+        *,
+        label: str | None = None,
     ) -> float:
         """The mean loss over a loader's text, or over max_batches evenly spaced batches of it;
-        raises as mean_loss() does. Collective."""
+        raises as mean_loss() does. With a label it draws a bar. Collective."""
 
         def attempt() -> float:
             parts = evaluation_loader(loader, max_batches, self.parallel, self.micro_batch)
+            if label is not None:
+                parts = count_off(parts, len(parts), label)
             return mean_loss(self.model, parts, self.device, self.precision, stop, self.parallel)
 
         return self.in_smaller_parts(attempt, "an evaluation")
@@ -244,18 +251,21 @@ def count_steps(loader: DataLoader) -> int:
     return max(1, batches.n_steps if isinstance(batches, WindowBatches) else len(loader))
 
 
-def steps_of_epoch(loader: DataLoader, epoch: int, first: int, last: int) -> Iterator[Step]:
-    """The steps first to last - 1 of an epoch, all counted from 0."""
-    batches = loader.batch_sampler
+def steps_between(loader: DataLoader, first: int, last: int) -> Iterator[Step]:
+    """The steps first to last - 1 of a run, counted from 0, by one iterator over all epochs."""
+    batches, per_epoch = loader.batch_sampler, count_steps(loader)
     if not isinstance(batches, WindowBatches):
-        for ids, targets in itertools.islice(iter(loader), last - first):
-            yield Step([(ids, targets)], targets.numel(), len(ids))
+        while first < last:
+            steps = min(last, (first // per_epoch + 1) * per_epoch) - first
+            for ids, targets in itertools.islice(iter(loader), steps):
+                yield Step([(ids, targets)], targets.numel(), len(ids))
+            first += steps
         return
-    batches.start_at(epoch, first)
+    batches.start_at(*divmod(first, per_epoch), last - first)
     length = batches.dataset.max_length
     nothing = torch.zeros(0, length, dtype=torch.long)
     parts = iter(loader)
-    for step in range(first, last):
+    for step in (number % per_epoch for number in range(first, last)):
         own = -(-batches.count_own(step) // batches.micro_batch)
         yield Step(
             list(itertools.islice(parts, own)) or [(nothing, nothing)],
@@ -272,7 +282,7 @@ def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
 @torch.no_grad()
 def mean_loss(
     model: nn.Module,
-    loader: DataLoader,
+    loader: Iterable[Batch],
     device: torch.device,
     precision: Precision,
     stop: StopSignals | None = None,
