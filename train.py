@@ -468,7 +468,7 @@ def _train_and_save(trainer: Trainer, store: CheckpointStore, *loaders: DataLoad
 
 def _last_checkpoint(store: CheckpointStore) -> str:
     newest = store.newest()
-    return "No checkpoint was made yet." if newest is None else f"The last checkpoint: {newest}."
+    return "No checkpoint was made yet." if newest is None else f"The last checkpoint: {newest}"
 
 
 def train_model_simple(

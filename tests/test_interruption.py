@@ -275,7 +275,7 @@ def test_a_disk_that_stays_full_ends_the_run_with_6_and_keeps_the_checkpoint_bef
     assert re.search(said.format(10) + ".* Training goes on", program.out), program.out
     assert re.search(said.format(20), program.err), program.err
     assert "Free some space there" in program.err
-    assert "The last checkpoint: disk/one/checkpoints/step-00000005." in program.err
+    assert "The last checkpoint: disk/one/checkpoints/step-00000005" in program.err
     left = tmp_path / "left" / "one"
     assert checkpoints(left) == ["step-00000005"]
     assert not [path for path in left.rglob("*") if path.name.startswith((".tmp", ".del"))]

@@ -8,8 +8,8 @@ import pytest
 import tokenizers
 from tokenizers import models, pre_tokenizers
 
-import environment
 import main
+import storage.cache
 from engine.errors import DataError, SettingsError
 from planning.plan import resolve_settings
 from planning.prompt import _beginning_if_not_latin
@@ -84,7 +84,7 @@ def test_twenty_equal_rows_are_divided_as_asked(tmp_path):
 def start(tmp_path, monkeypatch, capsys):
     """Start the program with settings; returns its exit code and what it printed."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(environment, "CACHE", tmp_path / "cache")
+    monkeypatch.setattr(storage.cache, "CACHE", tmp_path / "cache")
     monkeypatch.setattr(journal, "render_losses", lambda **_: None)  # most of the time otherwise
 
     def run(text: str | None = "river bell " * 50, **settings) -> tuple[int, str]:

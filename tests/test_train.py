@@ -531,7 +531,7 @@ def test_a_run_that_ends_unsaved_names_its_last_checkpoint_and_waits_longer_each
     with pytest.raises(ResourceError, match="No space left") as caught, trainer.stop:
         _train_and_save(trainer, trainer.saving.store, *tiny_loaders())
     assert str(caught.value).endswith(
-        f"The last checkpoint: {tmp_path / 'checkpoints'}/step-00000004."
+        f"The last checkpoint: {tmp_path / 'checkpoints'}/step-00000004"
     )
     # after the steps 4, 8 and 12 and three times at the end
     assert [int(what.split()[-1]) for what in steps] == [4, 8, 12, 12, 12, 12]
