@@ -32,7 +32,8 @@ SETTINGS = (RunSettings, TrainingConfig, SamplingConfig)
 # those that take long, or until they are stopped
 LONG = {"python -m pytest", "python -m scripts.serve", "python -m benchmarks.train --peers"}
 LONG |= {f"python -m benchmarks.{name}" for name in ("train", "generate", "learn", "startup")}
-LONG |= {f"python -m benchmarks.{name}" for name in ("data", "saving", "survival", "scale")}
+LONG |= {f"python -m benchmarks.{name}" for name in ("data", "data --any", "saving", "scale")}
+LONG |= {f"python -m benchmarks.{name}" for name in ("survival", "budget")}
 
 PRINTED_IN_ORDER = r"""
 ======================================================================
