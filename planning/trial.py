@@ -145,7 +145,9 @@ class Trial:
                 self.learner.try_step(next(steps), 1.0)
                 synchronize(self.learner.device)
                 seconds = time.perf_counter() - started_at
-                if count >= TIMED_STEPS and seconds >= least_s:
+                # with a sharded model all ranks make each step, so they stop after the same one
+                is_enough = count >= TIMED_STEPS and seconds >= least_s
+                if self.learner.parallel.lowest(is_enough):
                     break
         return seconds / count
 

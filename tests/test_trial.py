@@ -10,6 +10,7 @@ import torch
 
 import engine.loss
 import model
+from distributed.parallel import Parallel
 from engine.errors import ResourceError
 from engine.memory import OutOfStepMemory
 from engine.optim import build_optimizer
@@ -145,6 +146,24 @@ def compiler(monkeypatch):
     monkeypatch.setattr(trial, "compile_model", lambda *_, **__: calls.append("compile"))
     monkeypatch.setattr(trial, "undo_compiling", lambda *_: calls.append("undo"))
     return calls
+
+
+def test_ranks_that_share_a_step_stop_timing_after_the_same_one(monkeypatch):
+    """A rank whose time is over goes on, with a sharded model, until that of all is."""
+    tried, votes, taken = new_trial(), [], []
+    answers = iter([False] * 6 + [True])
+
+    def lowest(number: int) -> int:
+        votes.append(bool(number))
+        return next(answers)
+
+    parallel = Parallel(0, 1)
+    monkeypatch.setattr(parallel, "lowest", lowest)
+    tried.learner.parallel = parallel
+    monkeypatch.setattr(Learner, "try_step", lambda self, step, norm: taken.append(step))
+    assert tried._mean_step_seconds(0.0) >= 0
+    assert votes == [False, False] + [True] * 5  # its own wish, at each step
+    assert len(taken) == 1 + len(votes)
 
 
 def large_steps(n: float) -> int:
