@@ -26,12 +26,12 @@ from planning.machine import (
     Machine,
     check_arithmetic,
     check_devices,
-    decide_attention,
     decide_machine,
     find_machine,
     fit_into_memory,
     fresh_model,
     pick_device,  # noqa: F401  scripts import it from here
+    set_attention,
 )
 from planning.plan import RunPlan, resolve_settings
 from planning.preflight import show_machine, show_model, show_text, show_training, show_windows
@@ -114,7 +114,7 @@ def _prepare(settings: str | Path | None, parallel: Parallel) -> RuntimeEnv:
 
     model = fresh_model(plan, asked, windows, text.tokenizer.vocab_size, machine)
     show_model(plan.model_name, model)
-    machine = decide_attention(machine, model, plan, asked, windows, run.before)
+    set_attention(model, machine, plan, asked, windows, run.before)
     machine = fit_into_memory(machine, model, asked, windows)
     train_loader, val_loader = _make_loaders(text, plan, asked, windows, machine)
     machine = check_arithmetic(machine, model, train_loader)

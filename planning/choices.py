@@ -67,7 +67,7 @@ class Choices:
         return figures if all(0 <= value < float("inf") for value in figures.values()) else None
 
     def keep(self, question: str, figures: dict[str, float]) -> None:
-        """Keep figures for a question; without a word where the cache can't be written."""
+        """Keep figures for a question; prints a note where the cache can't be written."""
         file = self._file(question)
         try:
             make_folder(file.parent)

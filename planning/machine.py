@@ -72,7 +72,6 @@ class Machine:
     threads: int = 1
     workers: int = 0  # of each loader
     micro_batch: int = 1  # the most windows of a forward pass
-    attention: str = "fused"  # one of model.ATTENTIONS
     choices: Choices | None = None  # what was measured here
     notices: tuple[str, ...] = ()  # of what differs from the settings
 
@@ -108,27 +107,26 @@ def _faster_precision(precision: Precision, choices: Choices) -> Precision:
     return Precision(choice.name, f"{reason}: {choice.reason}", precision.device_type)
 
 
-def decide_attention(
-    machine: Machine,
+def set_attention(
     model: GPTModel,
+    machine: Machine,
     plan: RunPlan,
     asked: TrainingConfig,
     windows: WindowPlan,
     before: RunRecord | None,
-) -> Machine:
-    """The machine with the kernel of a CPU's attention, by a trial if the run is long enough.
+) -> None:
+    """Set the kernel of a CPU's attention in the model, by a trial if the run is long enough.
 
-    Sets it in the model. A resumed run keeps its own. Collective.
+    A resumed run keeps its own. Collective.
     """
     config, dtype = model.config, DTYPES[machine.precision.name]
-    attention = usual_attention(dtype, config.context_length)
+    kernel = usual_attention(dtype, config.context_length)
     if before is not None:
-        attention = before.attention
+        kernel = before.attention
     elif machine.device.type == "cpu" and _is_worth_a_trial(plan, asked, windows, model):
-        attention = _faster_attention(config, attention, machine)
+        kernel = _faster_attention(config, kernel, machine)
     for block in model.blocks:
-        block.attention.kernel = attention
-    return machine.but(attention=attention)
+        block.attention.kernel = kernel
 
 
 def _is_worth_a_trial(

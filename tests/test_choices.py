@@ -18,7 +18,7 @@ from model import ATTENTIONS, GPTConfig, GPTModel
 from planning import choices, machine
 from planning.choices import Choice, Choices
 from planning.decisions import decide_training
-from planning.machine import decide_attention, find_machine
+from planning.machine import find_machine, set_attention
 from planning.plan import resolve_settings
 from tests.records import record_of
 from training_utils import TrainingConfig
@@ -143,16 +143,17 @@ def test_bf16_is_compared_with_fp32_where_its_units_may_be_weak(
 # ------------------------------------------------------------------ attention
 
 
-def decided(folder: Path, before=None, *, training: dict, **config) -> tuple[str, set]:
-    """The kernel that decide_attention() chooses for a tiny model, and what its blocks have."""
+def decided(folder: Path, before=None, *, training: dict, **config) -> str:
+    """The kernel that set_attention() sets in every block of a tiny model."""
     shape = {"context_length": 16, "emb_dim": 8, "n_heads": 2, "n_layers": 2} | config
     model = GPTModel(GPTConfig(vocab_size=32, **shape))
     plan = resolve_settings({"DEVICE": "cpu", "CUSTOM_MODE": True}, "config_run.py")
     windows, _ = plan_windows(9999, max_length=16, stride=16, batch_size=4, train_ratio=0.9)
     found = find_machine(plan, folder)
     asked = TrainingConfig(**training)
-    found = decide_attention(found, model, plan, asked, windows, before)
-    return found.attention, {block.attention.kernel for block in model.blocks}
+    set_attention(model, found, plan, asked, windows, before)
+    (kernel,) = {block.attention.kernel for block in model.blocks}
+    return kernel
 
 
 def test_the_attention_of_a_long_run_is_tried_and_that_of_others_the_usual(
@@ -162,17 +163,17 @@ def test_the_attention_of_a_long_run_is_tried_and_that_of_others_the_usual(
     seconds = {"fused": 2.0, "plain": 1.0}
     monkeypatch.setattr(machine, "attention_step", lambda c, d, kernel: clock(seconds[kernel]))
     long, short = {"max_steps": 10**9}, {"max_steps": 3}
-    assert decided(tmp_path, training=long) == ("plain", {"plain"})
+    assert decided(tmp_path, training=long) == "plain"
     assert "Attention: plain (fused 2e+03 ms, plain 1e+03 ms)" in capsys.readouterr().out
-    assert decided(tmp_path, training={"time_budget_minutes": 5})[0] == "plain"
-    assert decided(tmp_path, training=short) == ("fused", {"fused"})
-    assert decided(tmp_path, training=long, context_length=1024)[0] == "fused"  # memory
-    assert decided(tmp_path, training=long, attention_drop_rate=0.1)[0] == "fused"
+    assert decided(tmp_path, training={"time_budget_minutes": 5}) == "plain"
+    assert decided(tmp_path, training=short) == "fused"
+    assert decided(tmp_path, training=long, context_length=1024) == "fused"  # memory
+    assert decided(tmp_path, training=long, attention_drop_rate=0.1) == "fused"
     n_calls = len(clock.calls)
     plan = resolve_settings({"CUSTOM_MODE": True}, "config_run.py")
     for kernel in ATTENTIONS:  # a resumed run keeps its own
         before = record_of(plan, attention=kernel)
-        assert decided(tmp_path, before, training=long) == (kernel, {kernel})
+        assert decided(tmp_path, before, training=long) == kernel
     assert len(clock.calls) == n_calls
 
 
