@@ -33,6 +33,17 @@ class Letters:
         return "".join(chr(ord("a") + token) for token in ids)
 
 
+def model_for(tokenizer, spread: float, **shape) -> GPTModel:
+    """A tiny model of a tokenizer's vocabulary, its weights random with this deviation added."""
+    torch.manual_seed(0)
+    shape = {"emb_dim": 8, "n_heads": 1, "n_layers": 1, "context_length": 8} | shape
+    model = GPTModel(GPTConfig(vocab_size=tokenizer.vocab_size, tie_embeddings=False, **shape))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(spread * torch.randn_like(parameter))
+    return model.eval()
+
+
 def tiny_model(**changes) -> GPTModel:
     torch.manual_seed(0)
     shape = {"vocab_size": 8, "context_length": CONTEXT, "emb_dim": 16, "n_heads": 2, "n_layers": 1}

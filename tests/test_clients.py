@@ -11,12 +11,12 @@ import pytest
 import torch
 
 from generation import SamplingConfig, stream_text
-from model import GPTConfig, GPTModel
 from scripts.serving import app, writer
 from scripts.serving.app import Application
 from scripts.serving.guard import Guard, json_response
 from scripts.serving.protocol import Served
 from scripts.serving.writer import Writer
+from tests.letters import model_for
 from text.tokenizer import CharTokenizer
 
 TOKEN = "open-sesame"
@@ -153,19 +153,13 @@ CONTEXT = 64
 def run() -> SimpleNamespace:
     """A run's tiny model that has learnt nothing."""
     tokenizer = CharTokenizer(TEXT)
-    torch.manual_seed(0)
-    shape = {"emb_dim": 16, "n_heads": 2, "n_layers": 1, "context_length": CONTEXT}
-    model = GPTModel(GPTConfig(vocab_size=tokenizer.vocab_size, tie_embeddings=False, **shape))
+    model = model_for(tokenizer, 0.3, emb_dim=16, n_heads=2, context_length=CONTEXT)
     with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.3 * torch.randn_like(parameter))
         # it writes characters of the text, never their bytes or an end of text
         odd = [*{*range(tokenizer.vocab_size)}.difference(tokenizer.encode(TEXT))]
         model.final_norm.bias[0], model.head.weight[odd] = 10.0, -10.0
     device = torch.device("cpu")
-    return SimpleNamespace(
-        model=model.eval(), tokenizer=tokenizer, device=device, path=Path("tiny")
-    )
+    return SimpleNamespace(model=model, tokenizer=tokenizer, device=device, path=Path("tiny"))
 
 
 @pytest.fixture

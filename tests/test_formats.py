@@ -13,7 +13,7 @@ import pytest
 
 import main
 from engine.errors import DataError, SettingsError
-from tests.test_sources import documents, json_lines, parquet, read, refusal, save, table
+from tests.reading import documents, json_lines, parquet, read, refusal, save, table
 from text import documents as reader
 from text.documents import ReadingReport
 from text.separators import LOOKED_AT

@@ -18,7 +18,7 @@ from generation import (
     text_to_token_ids,
     token_ids_to_text,
 )
-from model import GPTConfig, GPTModel
+from tests.letters import model_for
 from tests.texts import train_in_the_library
 from text.tokenizer import CharTokenizer, GPT2Tokenizer, restore_tokenizer, train_bpe
 from text.tokenizer_file import END_OF_TEXT
@@ -39,17 +39,7 @@ def by_kind() -> dict:
         "char": CharTokenizer(LEARNT),
         "foreign": restore_tokenizer("foreign", foreign),
     }
-    return {kind: (tokenizer, tiny_model(tokenizer)) for kind, tokenizer in made.items()}
-
-
-def tiny_model(tokenizer, context_length: int = 8) -> GPTModel:
-    torch.manual_seed(0)
-    shape = {"emb_dim": 8, "n_heads": 1, "n_layers": 1, "context_length": context_length}
-    model = GPTModel(GPTConfig(vocab_size=tokenizer.vocab_size, tie_embeddings=False, **shape))
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.5 * torch.randn_like(parameter))
-    return model.eval()
+    return {kind: (tokenizer, model_for(tokenizer, 0.5)) for kind, tokenizer in made.items()}
 
 
 @pytest.fixture(params=KINDS)
@@ -244,7 +234,7 @@ def test_text_goes_on_as_its_ids_do_and_no_other_randomness_is_used(parts):
 
 def test_a_control_token_s_name_is_read_as_text_and_no_text_as_its_end(parts, monkeypatch):
     tokenizer, _ = parts
-    model = tiny_model(tokenizer, context_length=200)
+    model = model_for(tokenizer, 0.5, context_length=200)
     read, hidden = [], model.hidden
     monkeypatch.setattr(model, "hidden", lambda ids, *a: read.append(ids) or hidden(ids, *a))
     prompt = f"a{END_OF_TEXT}b<eos>{END_OF_TEXT}"
