@@ -361,10 +361,9 @@ def train(env: RuntimeEnv) -> Journal:
     """Train a prepared run, or resume it from its newest checkpoint.
 
     The model ends with its last weights; with patience set, or where training has diverged, with
-    the best ones. Raises Stopped
-    after a signal, with a checkpoint saved; BusyError if another program trains in the folder,
-    CheckpointError if its checkpoints are bad, ResourceError if the disk refuses them,
-    NumericsError if training diverges.
+    the best ones. Raises Stopped after a signal, with a checkpoint saved; BusyError if another
+    program trains in the folder, CheckpointError if its checkpoints are bad, ResourceError if the
+    disk refuses them, NumericsError if training diverges.
     """
     held = env.parallel.held_by_main(env.run.opened)
     with env.parallel.watched(), held, using_threads(env.run.record.threads):
@@ -491,10 +490,10 @@ def train_model_simple(
 
     Returns (train_losses, val_losses, tokens_seen), one entry per evaluation: before the first
     step, every eval_freq steps and at the end of each epoch, if there are at most ten or an epoch
-    has at least 100 steps and eval_freq. Samples continue start_context, one
-    text or a list of them. precision None is bf16 if the device has it; max_grad_norm 0 never
-    clips. Under torchrun the loaders must be prepare_environment()'s, which have each process's
-    share. Raises SettingsError with every wrong value, NumericsError if training diverges.
+    has at least 100 steps and eval_freq. Samples continue start_context, one text or a list of
+    them. precision None is bf16 if the device has it; max_grad_norm 0 never clips. Under torchrun
+    the loaders must be prepare_environment()'s, which have each process's share. Raises
+    SettingsError with every wrong value, NumericsError if training diverges.
     """
     counts = {"num_epochs": num_epochs, "eval_freq": eval_freq, "eval_iter": eval_iter}
     problems = [

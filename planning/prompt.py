@@ -10,7 +10,7 @@ from engine.settings import shown
 from text.token_cache import TokenizedText
 from training_utils import TrainingConfig
 
-SAMPLE_TOKENS = 20_000  # of the training text, to see its script
+SEEN_TOKENS = 20_000  # of the training text, to see its script
 LEAST_LATIN = 0.2  # of the letters, for the shipped English prompt
 MOST_CHARACTERS = 16  # of a prompt from the text
 
@@ -22,7 +22,7 @@ def fit_prompt(asked: TrainingConfig, text: TokenizedText) -> tuple[TrainingConf
     """
     if asked.start_context != TrainingConfig().start_context:
         return asked, []
-    ids = np.fromfile(text.path, dtype=text.dtype, count=min(SAMPLE_TOKENS, text.n_tokens))
+    ids = np.fromfile(text.path, dtype=text.dtype, count=min(SEEN_TOKENS, text.n_tokens))
     prompt = _beginning_if_not_latin(text.tokenizer.decode(ids.tolist()))
     if prompt is None:
         return asked, []
