@@ -24,9 +24,21 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 ROOMS = {  # the files that are changed, and those that must notice it
     "planning": (
         ["planning/*.py"],
-        ["test_machine", "test_runs", "test_settings", "test_trial", "test_environment"],
+        [
+            "test_choices",
+            "test_environment",
+            "test_machine",
+            "test_pretended_gpus",
+            "test_runs",
+            "test_settings",
+            "test_short_epochs",
+            "test_trial",
+        ],
     ),
-    "training": (["training/*.py"], ["test_train", "test_journal", "test_memory"]),
+    "training": (
+        ["training/*.py"],
+        ["test_train", "test_journal", "test_memory", "test_short_epochs", "test_run_folder"],
+    ),
     "storage": (["storage/*.py"], ["test_storage", "test_checkpoint", "test_tracking"]),
     "loss": (["engine/loss.py"], ["test_loss", "test_model"]),
     "generation": (["generation.py"], ["test_generation", "test_sampling"]),
