@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 from data import TokenSlice, WindowPlan, make_loaders, measure_tokens, plan_windows
 from distributed.parallel import Parallel, join
 from engine.console import in_kernel, say
-from engine.errors import DataError, ResourceError, first_line
+from engine.errors import DataError, ResourceError, RunFinished, first_line
 from engine.memory import as_bytes
 from engine.metrics import TokenSize
 from engine.optim import build_optimizer, default_learning_rate
@@ -21,7 +21,13 @@ from engine.precision import Precision
 from engine.processor import prepare_processor
 from exchange.saved_run import LoadedRun, load_run  # noqa: F401  users import them from here
 from model import GPTModel
-from planning.decisions import KeptPrecision, RunRecord, decide_training, keep_identity
+from planning.decisions import (
+    KeptPrecision,
+    RunRecord,
+    complete_training,
+    decide_training,
+    keep_identity,
+)
 from planning.machine import (
     Machine,
     check_arithmetic,
@@ -85,7 +91,7 @@ def prepare_environment(settings: str | Path | None = None) -> RuntimeEnv:
     weights until train() loads the checkpoint. Under torchrun every process calls it and gets its
     share of the batches. Raises SettingsError with every wrong setting, DataError for the text,
     ResourceError for the device, CheckpointError if a named run can't be resumed, RunFinished if
-    nothing is left to do.
+    nothing is left to do or DRY_RUN is set.
     """
     _free_earlier_runs()
     prepare_processor()
@@ -120,6 +126,9 @@ def _prepare(settings: str | Path | None, parallel: Parallel) -> RuntimeEnv:
     machine = check_arithmetic(machine, model, train_loader)
     rate = asked.learning_rate or default_learning_rate(model.config.emb_dim, asked.optimizer)
     asked = dataclasses.replace(asked, learning_rate=rate)
+    if plan.run.DRY_RUN:
+        notices = [*about_prompt, *about_windows, *machine.notices]
+        raise _end_dry_run(run, plan, asked, windows, train_loader, notices)
     optimizer = build_optimizer(asked.optimizer, model, rate, asked.weight_decay)
 
     trial = Trial.of(machine, model, optimizer, train_loader)
@@ -129,7 +138,7 @@ def _prepare(settings: str | Path | None, parallel: Parallel) -> RuntimeEnv:
         plan, candidates, text, trial, training, compiled=compiled, adapted=adapted
     )
 
-    show_training(record)
+    show_training(plan.mode, training, record.total_steps, adapted)
     show_windows(text, windows, model)
     batch = [part.to(machine.device) for part in train_loader.dataset.__getitems__([0])]
     check_devices(model, optimizer, batch, machine.device)
@@ -196,6 +205,24 @@ def _make_loaders(
     )
 
 
+def _end_dry_run(
+    run: SettledRun,
+    plan: RunPlan,
+    asked: TrainingConfig,
+    windows: WindowPlan,
+    loader: DataLoader,
+    notices: list[str],
+) -> RunFinished:
+    """Print what DRY_RUN leaves undone; the exception that ends it."""
+    total_steps = None
+    if asked.time_budget_minutes is None or asked.max_steps is not None:
+        total_steps = plan.count_steps(asked, loader.batch_sampler.n_steps)
+    training, about_steps = complete_training(asked, windows, total_steps)
+    show_training(plan.mode, training, total_steps, notices + about_steps)
+    does = "begins this run" if run.before is None else f"goes on with {run.path}"
+    return RunFinished(f"DRY_RUN is True: nothing was trained or saved. DRY_RUN = False {does}.")
+
+
 def _make_record(
     plan: RunPlan,
     candidates: Candidates,
@@ -218,6 +245,7 @@ def _make_record(
         model_name=plan.model_name,
         model=learner.model.config,
         training=training,
+        recipe=plan.recipe,
         sampling=plan.sampling,
         device=learner.device.type if parallel.world > 1 else str(learner.device),
         ranks=parallel.world,
@@ -268,9 +296,12 @@ def _read_text(
         before = None
     stand_in = None if before is None else before.stood_in
 
+    tokenizer = plan.tokenizer
+    assert tokenizer is not None, "decide_recipe() sets it"
+
     def read(stand_in: bool | None) -> TokenizedText:
         ratio = plan.training.train_ratio
-        return tokenize(spec, plan.run.TOKENIZER, ratio, cache, stand_in=stand_in)
+        return tokenize(spec, tokenizer, ratio, cache, stand_in=stand_in)
 
     try:
         # other ranks usually find the main rank's tokens in the cache
