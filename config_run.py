@@ -40,14 +40,21 @@ custom_params = {
     # "adamw", or "muon": learns more in a step, which takes longer;  None: "adamw"
     "optimizer": None,
     "learning_rate": None,  # peak step size, 0.0001 to 0.01 as a rule; wide models want less
+    "embedding_rate": None,  # the peak for embeddings, head and norms;  None: learning_rate
     # the rate after warm-up: "cosine", "wsd" (stays, then falls), "constant";  None: "cosine"
     "schedule": None,
     "warmup_steps": None,  # steps in which the rate rises to its peak: 0 or more
-    "weight_decay": None,  # pull of the matrices towards zero: 0 or more;  None: 0.1
+    "decay_share": None,  # share of the run in which "wsd" falls: above 0 to 1;  None: 0.2
+    "final_rate": None,  # share of the peak where "cosine" and "wsd" end: 0 to 1;  None: 0.1
+    "beta2": None,  # memory of AdamW for squared gradients: above 0, below 1;  None: 0.95
+    "weight_decay": None,  # pull of the matrices towards zero: 0 to 10;  None: 0.1
+    "decay_embeddings": None,  # True: pull the embeddings towards zero too;  None: False
     "max_grad_norm": 1.0,  # longer gradients are cut to this length; 0 never cuts
     "max_length": None,  # tokens the model sees at once: 1 or more; None: as config.json says
     "stride": None,  # tokens from one window's start to the next; None: max_length, no overlap
-    "sampling": "windows",  # "windows": each in turn, shuffled;  "random": cut anywhere, each step
+    # "windows": each in turn, shuffled;  "random": cut anywhere, each step;  None: "windows"
+    "sampling": None,
+    "shift_windows": None,  # True: "windows" begin at another token each epoch;  None: False
     "train_ratio": 0.9,  # share of the text to train on, the rest validates: between 0 and 1
     "eval_freq": None,  # evaluate every so many steps: 1 or more
     "eval_iter": 10,  # batches in an evaluation: 1 or more
