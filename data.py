@@ -2,7 +2,7 @@
 
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -17,10 +17,10 @@ from engine.console import say
 from engine.devices import free_memory
 from engine.errors import DataError
 from engine.metrics import TokenSize
-from text.tokenizer import GPT2Tokenizer, Tokenizer
+from text.tokenizer import ByteTokens, GPT2Tokenizer, Tokenizer
 
 MIN_TOKENS = 4  # an input and its target to train on, and as many to validate on
-MEASURED_TOKENS = 1_000_000  # of the validation text, for characters and bytes a token
+COUNTED_TOKENS = 1 << 20  # of a text that are counted at once, so that it need not fit into memory
 LONGEST_TRAIN_SHARE = 0.95  # the most of a short text that is trained on, so that a window fits
 
 
@@ -104,11 +104,19 @@ class WindowDataset(Dataset):
 
     def without_overlap(self) -> "WindowDataset":
         """Windows of the same tokens with the same length that do not overlap."""
-        if self.stride >= self.max_length:
-            return self
-        apart = WindowDataset(self.tokens, self.max_length, self.max_length)
+        return self if self.stride >= self.max_length else self.with_stride(self.max_length)
+
+    def with_stride(self, stride: int) -> "WindowDataset":
+        """Windows of the same tokens with the same length, and this many tokens apart."""
+        apart = WindowDataset(self.tokens, self.max_length, stride)
         apart._resident = self._resident
         return apart
+
+    def span(self, start: int, stop: int) -> torch.Tensor:
+        """The tokens from start to stop, (stop - start,) int64, where batches are gathered."""
+        if self._resident is not None:
+            return self._resident[start:stop].long()
+        return torch.from_numpy(_as_array(self.tokens)[start:stop].astype(np.int64))
 
     def move_to(self, device: torch.device) -> None:
         """Copy the tokens to a device (4 bytes each) and gather batches there."""
@@ -225,6 +233,47 @@ class WindowBatches(Sampler):
         self._next_epoch, self._next_step, self._steps = epoch, step, steps
 
 
+class OverlappingWindows(Dataset):
+    """Windows of a text that score each token but the first once, with half a window before it.
+
+    They are as long as those given, T, and begin every T // 2 tokens; an item is (ids, targets), of
+    T and T // 2, the targets being of the ids' last positions. What these leave at the beginning
+    and at the end of the text is scored by up to two shorter windows, which come last. The tokens
+    of the first half window have only those before them.
+    """
+
+    def __init__(self, windows: WindowDataset) -> None:
+        self.tokens, length = windows.tokens, windows.max_length
+        self._n_scored = max(1, length // 2)
+        self._lead = length - self._n_scored  # ids before the first one whose target is scored
+        self._whole = windows.with_stride(self._n_scored)
+        self.n_whole = self._whole.n_whole
+        scored = 1 + self._lead + self.n_whole * self._n_scored  # tokens, with the first one
+        ends = [(0, 1, min(1 + self._lead, len(self.tokens)))]
+        ends += [(self.n_whole * self._n_scored, scored, len(self.tokens))]
+        # of each shorter window the first id, the first target and the last one's end
+        self._shorter = [end for end in ends if end[1] < end[2]]
+
+    def __len__(self) -> int:
+        return self.n_whole + len(self._shorter)
+
+    def scored(self, numbers: range) -> tuple[int, int]:
+        """The tokens that adjacent windows score, all long ones or a shorter one: first and end."""
+        if numbers[0] >= self.n_whole:
+            return self._shorter[numbers[0] - self.n_whole][1:]
+        first, last = numbers[0] * self._n_scored, numbers[-1] * self._n_scored
+        return 1 + self._lead + first, 1 + self._lead + last + self._n_scored
+
+    def __getitems__(self, indices: Sequence[int]) -> Batch:
+        """A batch of long windows, or a shorter one: ids (B, T) and targets (B, T // 2) int64."""
+        if indices[0] < self.n_whole:
+            ids, targets = self._whole.__getitems__(indices)
+            return ids, targets[:, self._lead :]
+        start, first, stop = self._shorter[indices[0] - self.n_whole]
+        window = self._whole.span(start, stop)[None]  # (1, T + 1)
+        return window[:, :-1], window[:, first - start :]
+
+
 class EvaluationBatches(Sampler):
     """The micro-batches of an evaluation_loader(), computed as they are asked for."""
 
@@ -239,21 +288,27 @@ class EvaluationBatches(Sampler):
         self._rank, self._world = parallel.rank, parallel.world
         self._n_windows, self._batch_size, self._micro_batch = len(dataset), batch_size, micro_batch
         self._n_whole = getattr(dataset, "n_whole", len(dataset))
-        # a tail is a batch of its own
-        n_batches = -(-self._n_whole // batch_size) + self._n_windows - self._n_whole
-        self._chosen: Sequence[int] | np.ndarray = range(n_batches)
-        if max_batches is not None and max_batches < n_batches:
-            self._chosen = np.linspace(0, n_batches - 1, max_batches).round().astype(int)
+        # shorter windows are batches of their own
+        self._n_full = -(-self._n_whole // batch_size)
+        self.n_batches = self._n_full + self._n_windows - self._n_whole  # of the whole text
+        self.chosen: Sequence[int] | np.ndarray = range(self.n_batches)
+        if max_batches is not None and max_batches < self.n_batches:
+            self.chosen = np.linspace(0, self.n_batches - 1, max_batches).round().astype(int)
 
     def _batch(self, number: int) -> range:
         """The windows of a batch of the loader."""
+        if number >= self._n_full:
+            alone = self._n_whole + int(number) - self._n_full
+            return range(alone, alone + 1)
         start = int(number) * self._batch_size
-        if start >= self._n_whole:
-            return range(self._n_whole, self._n_windows)
         return range(start, min(start + self._batch_size, self._n_whole))
 
+    def windows(self) -> Iterator[range]:
+        """The windows of each batch, of all ranks."""
+        return map(self._batch, self.chosen)
+
     def _all_ranks(self) -> Iterator[range]:
-        for batch in map(self._batch, self._chosen):
+        for batch in self.windows():
             for start in range(0, len(batch), self._micro_batch):
                 yield batch[start : start + self._micro_batch]
 
@@ -261,10 +316,10 @@ class EvaluationBatches(Sampler):
         return itertools.islice(self._all_ranks(), self._rank, None, self._world)
 
     def __len__(self) -> int:
-        # all batches but the last two, one of which may be a tail, are full
-        n_full = max(0, len(self._chosen) - 2)
-        sizes = [len(self._batch(number)) for number in self._chosen[n_full:]]
-        count = n_full * -(-self._batch_size // self._micro_batch)
+        # only the last full batch and those of shorter windows, two at most, can be smaller
+        n_equal = max(0, len(self.chosen) - 3)
+        sizes = [len(self._batch(number)) for number in self.chosen[n_equal:]]
+        count = n_equal * -(-self._batch_size // self._micro_batch)
         count += sum(-(-size // self._micro_batch) for size in sizes)
         return len(range(self._rank, count, self._world))
 
@@ -456,12 +511,37 @@ def create_dataloader_v1(
     )
 
 
-def measure_tokens(tokens: Tokens, tokenizer: Tokenizer) -> TokenSize:
-    """The mean characters and bytes of the first million tokens; an end of text has none."""
-    ids = _as_array(tokens[:MEASURED_TOKENS])
-    text = tokenizer.decode(ids[ids != tokenizer.end_of_text_id].tolist())
-    n_bytes = len(text.encode("utf-8", "replace"))
-    return TokenSize(max(1, len(text)) / len(ids), max(1, n_bytes) / len(ids))
+def measure_tokens(
+    tokens: Tokens, tokenizer: Tokenizer, parts: Iterable[tuple[int, int]] | None = None
+) -> TokenSize:
+    """The mean characters and bytes of tokens, or of the parts between two places each.
+
+    The mean is over all of them, and an end of text has none. It is exact where a token stands for
+    bytes; tokens of another tokenizer are decoded, a million at once.
+    """
+    array = _as_array(tokens)
+    pieces = (
+        array[start : min(start + COUNTED_TOKENS, end)]
+        for first, end in ([(0, len(array))] if parts is None else parts)
+        for start in range(first, end, COUNTED_TOKENS)
+    )
+    n_tokens = characters = n_bytes = 0
+    if isinstance(tokenizer, ByteTokens):
+        counts = np.zeros(tokenizer.vocab_size, dtype=np.int64)
+        for ids in pieces:
+            counts += np.bincount(ids, minlength=len(counts))
+        n_tokens, counts[tokenizer.end_of_text_id] = counts.sum().item(), 0
+        for token in np.flatnonzero(counts).tolist():
+            content, count = tokenizer.token_bytes(token), counts[token].item()
+            n_bytes += count * len(content)
+            # bytes that go on with a character are 10xxxxxx
+            characters += count * sum(byte & 0xC0 != 0x80 for byte in content)
+    else:
+        for ids in pieces:
+            text = tokenizer.decode(ids[ids != tokenizer.end_of_text_id].tolist())
+            n_tokens, characters = n_tokens + len(ids), characters + len(text)
+            n_bytes += len(text.encode("utf-8", "replace"))
+    return TokenSize(max(1, characters) / n_tokens, max(1, n_bytes) / n_tokens)
 
 
 def in_parts(batches: list[Batch], size: int) -> list[Batch]:
@@ -487,15 +567,20 @@ def evaluation_loader(
     max_batches: int | None = None,
     parallel: Parallel = ALONE,
     micro_batch: int | None = None,
+    *,
+    overlapping: bool = False,
 ) -> DataLoader:
     """A loader over the same windows in order: all of them, or max_batches evenly spaced batches.
 
     It gives the same micro-batches each time, of at most micro_batch windows (None: the loader's),
-    and uses no random generator. Each rank gets a share of them.
+    and uses no random generator. Each rank gets a share of them. The windows of a text don't
+    overlap, or are its OverlappingWindows.
     """
     dataset = loader.dataset
     batch_size = loader.batch_size or loader.batch_sampler.batch_size
-    if isinstance(dataset, WindowDataset):
+    if overlapping:
+        dataset = OverlappingWindows(dataset)
+    elif isinstance(dataset, WindowDataset):
         dataset = dataset.without_overlap()
     size = micro_batch or getattr(loader.batch_sampler, "micro_batch", batch_size)
     return DataLoader(
