@@ -17,20 +17,21 @@ from text.facts import TextFacts
 
 # fitted by: python -m benchmarks.recipe (docs/recipes.md says what each one means)
 COEFFICIENTS = {
-    "size": 26.7,  # h = size N^-size_power + bytes T^-bytes_power + heart ...
+    "size": 27.5,  # h = size N^-size_power + bytes T^-bytes_power + heart ...
     "size_power": 0.35,
-    "bytes": 403.0,
+    "bytes": 400.0,
     "bytes_power": 0.55,
-    "token_share": 0.5,  # a byte counts (bytes a token) ^ -token_share
-    "repeats": 15.0,  # passes after which further ones add 1/e of a first one
-    "heart": 0.028,
+    "token_share": 0.46,  # a byte counts (bytes a token) ^ -token_share
+    "repeats": 4.7,  # passes after which further ones add 1/e of a first one
+    "heart": 0.02,
     "heart_power": 0.35,
-    "turn": 6.3,  # passes after which a model as large as the text has bytes learns it by heart
+    "turn": 31.5,  # passes after which a model with a parameter a byte learns the text by heart
+    "turn_muon": 0.2,  # with Muon so much sooner
     "turn_power": 0.5,
     "turn_dropout": 10.0,
     "turn_decay": 0.5,
     "entropy": 0.6,  # the share of bz2's bits that no training removes
-    "wide": 0.04,  # less of them for each further byte of a character
+    "wide": 0.125,  # less of them for each further byte of a character
     "noise_from": 0.65,  # bz2's share of the byte entropy from where less can be learnt,
     "noise_to": 0.95,  # and where nothing can
     "batch": 2048.0,  # tokens, the best batch of a run of 1.5 million
@@ -38,9 +39,11 @@ COEFFICIENTS = {
     "batch_loss": 0.00375,  # of a batch off by a factor of 2; four times that for 4
     "steps": 250.0,  # fewer cost few_steps for each halving, squared
     "few_steps": 0.02,
-    "rare": 150.0,  # mean uses of a token in the text below which each halving costs rare_loss
-    "rare_loss": 0.01,
-    "context": 0.015,  # the loss of a context of 256 bytes, falling with its length
+    "thin": 0.5,  # tokens a parameter, below which each halving costs thin_loss, squared
+    "thin_loss": 0.004,
+    "rare": 400.0,  # mean uses of a token in the text below which each halving costs rare_loss
+    "rare_loss": 0.006,
+    "context": 0.021,  # the loss of a context of 256 bytes, falling with its length
     "context_power": 0.7,
     "adamw": 0.5,  # what a byte counts with AdamW, and in GPT-2's architecture
     "gpt2": 0.7,
@@ -137,13 +140,13 @@ def _rounded(value: float) -> float:
 class _Candidates:
     """Arrays of one value a candidate, (C, 1) float64, so that they meet times of (K,)."""
 
+    tokenizers: list[str]
     layers: np.ndarray
     width: np.ndarray
     vocabulary: np.ndarray
     token_bytes: np.ndarray
     context: np.ndarray
     windows: np.ndarray  # a step
-    tokenizers: list[str]
 
     @property
     def batch(self) -> np.ndarray:
@@ -162,8 +165,8 @@ class _Candidates:
 
     def some(self, kept: np.ndarray) -> "_Candidates":
         """Those at some indices."""
-        arrays = [value[kept] for value in list(vars(self).values())[:-1]]
-        return _Candidates(*arrays, tokenizers=[self.tokenizers[i] for i in kept])
+        _, *arrays = vars(self).values()
+        return _Candidates([self.tokenizers[i] for i in kept], *(array[kept] for array in arrays))
 
 
 @dataclass(frozen=True)
@@ -227,7 +230,7 @@ def _find_candidates(text: TextFacts, machine: MachineFacts, fixed: Fixed) -> _C
                     rows.append((layers, width, vocabulary, token_bytes, context, windows))
                     names.append(tokenizer)
     columns = [column[:, None] for column in np.array(rows, dtype=np.float64).T]
-    found = _Candidates(*columns, tokenizers=names)
+    found = _Candidates(names, *columns)
     gpt2 = np.array([name == "gpt2" for name in names])[:, None]
     # a vocabulary outweighs no model, and GPT-2's is for large ones
     sound = found.vocabulary * found.width <= found.in_blocks
@@ -323,7 +326,7 @@ def _predict(
     if fixed.training.get("weight_decay") is not None:
         decay = np.full_like(decay, fixed.training["weight_decay"])
     strength = np.maximum(0.5, 1 + k["turn_decay"] * np.log2(np.maximum(decay, 1e-3) / 0.1))
-    turn = k["turn"] * (unique / c.size) ** k["turn_power"]
+    turn = k["turn"] * (1 if is_adamw else k["turn_muon"]) * (unique / c.size) ** k["turn_power"]
     turn = turn * (1 + k["turn_dropout"] * dropout) * strength
     bits = _law(text, fixed, c, steps, passes, turn)
     return _Forecast(bits, steps, passes, turn, dropout, decay, rate, embedding_rate, step_s)
@@ -348,6 +351,8 @@ def _law(
     best_batch = k["batch"] * (steps * c.batch / 1.5e6) ** k["batch_power"]
     losses = k["batch_loss"] * np.log2(c.batch / best_batch) ** 2
     losses = losses + k["few_steps"] * np.maximum(0, np.log2(k["steps"] / steps)) ** 2
+    thin = np.maximum(0, np.log2(k["thin"] * c.size / (steps * c.batch)))
+    losses = losses + k["thin_loss"] * thin**2
     uses = unique / c.token_bytes / c.vocabulary
     losses = losses + k["rare_loss"] * np.maximum(0, np.log2(k["rare"] / uses))
     losses = losses + k["context"] * (256 / (c.context * c.token_bytes)) ** k["context_power"]

@@ -33,7 +33,14 @@ from text.documents import (
 from text.learn_bpe import learn_bpe
 from text.sources import find_parts
 from text.split import FEWEST
-from text.tokenizer import BPETokenizer, CharTokenizer, GPT2Tokenizer, can_train, load_tokenizer
+from text.tokenizer import (
+    BPETokenizer,
+    CharTokenizer,
+    GPT2Tokenizer,
+    Tokenizer,
+    can_train,
+    load_tokenizer,
+)
 from text.tokenizer_file import SHORT_WORDS, ranks_of
 
 FORMAT = 1  # of the facts in the cache; no other is read
@@ -189,7 +196,7 @@ def measure_text(
     if held_out is not None:
         n_bytes, val_bytes = n_bytes + held_out.n_bytes, held_out.n_bytes
         n_characters += held_out.n_characters
-        fingerprint = hashlib.sha256((fingerprint + held_out.content.hexdigest()).encode())[:24]
+        fingerprint = _joined(fingerprint, held_out.content.hexdigest())
         letters |= held_out.letters()
     found = _measure_tokenizers(train, val or train, letters, tokenizer, n_bytes - val_bytes)
     repeated, leaked = measure_repeats(train, val)
@@ -208,6 +215,10 @@ def measure_text(
         vocabularies={name: size for name, (_, size) in found.items()},
         can_train=can_train(),
     )
+
+
+def _joined(*digests: str) -> str:
+    return hashlib.sha256("".join(digests).encode()).hexdigest()
 
 
 class _Sample:
@@ -307,6 +318,7 @@ def _measure_tokenizers(
             raise SettingsError(f'TOKENIZER = "{wanted}" needs a library: pip install tokenizers')
         ranks = ranks_of(learn_bpe(_evenly(train, BPE_BYTES), largest - 1, SHORT_WORDS))
     for name in names:
+        own: Tokenizer
         if name.startswith("bpe:"):
             # the first tokens of a vocabulary are those of a smaller one
             size = int(name[4:]) - 1
