@@ -22,6 +22,7 @@ from engine.metrics import (
 )
 from storage.files import PATIENCE_S, write_atomically
 from storage.tracking import MetricsFile, Trackers
+from training.pace import Spent
 from training.spacing import Allowance
 from visualize import render_losses
 
@@ -88,6 +89,7 @@ class Journal:
     token_size: TokenSize | None = None
     trackers: Trackers = field(default_factory=lambda: Trackers([]))
     history: History = field(default_factory=History)
+    spent: Spent = field(default_factory=Spent)
 
     def __post_init__(self) -> None:
         self._metrics = None if self.folder is None else MetricsFile(self.folder / "metrics.jsonl")
@@ -112,6 +114,16 @@ class Journal:
     def elapsed_s(self) -> float:
         """The seconds of the run so far, including earlier processes."""
         return self._earlier_s + time.perf_counter() - self._started_at
+
+    @property
+    def step_s(self) -> float:
+        """The mean seconds of a step so far, without evaluations, samples, pictures and saves."""
+        return max(0.0, self.elapsed_s - self.spent.total_s) / max(1, self.steps)
+
+    def plan_anew(self, total_steps: int) -> None:
+        """Note that the run has another number of steps from here on."""
+        self.total_steps = total_steps
+        self._bar.change_total(total_steps)
 
     def step(
         self,
@@ -223,7 +235,8 @@ class Journal:
             self._say_once("matplotlib is not installed: no picture (pip install matplotlib)")
             return False
         written = [self._try_to_write(path, png) for path in (self.folder / PICTURE, Path(PICTURE))]
-        self._pictures.spend(time.perf_counter() - began_at)
+        self._pictures.spend(took_s := time.perf_counter() - began_at)
+        self.spent.note("picture", took_s)
         self._drawn_at = len(history.steps) if all(written) else -1
         return any(written)
 
@@ -277,6 +290,7 @@ class Journal:
         del history["batch_losses"]
         return {
             "history": history,
+            "spent": vars(self.spent),
             "steps": self.steps,
             "tokens": self._tokens,
             "tokens_per_s": self._speed(),
@@ -292,6 +306,7 @@ class Journal:
         samples = [Moment(*kept) for kept in state["history"].pop("samples")]
         self.history = History(**state["history"], samples=samples)
         self.history.batch_losses = _losses_in(rows, state["steps"])
+        self.spent = Spent(**state["spent"])
         self.steps = self._first_step = state["steps"]
         self._tokens = self._marked_tokens = state["tokens"]
         self._tokens_per_s = state["tokens_per_s"]
