@@ -41,7 +41,7 @@ class NewPlan:
 def recorded_plans(changes: Sequence[Any], total_steps: int) -> list[NewPlan]:
     """The new plans among the changes in settings.json of a run that has total_steps now.
 
-    None where the run's length was set anew after the last of them.
+    Those from before the run's length was last set anew are none of them.
     """
     names = NewPlan.__dataclass_fields__
     plans = [
@@ -49,7 +49,13 @@ def recorded_plans(changes: Sequence[Any], total_steps: int) -> list[NewPlan]:
         for change in changes
         if isinstance(change, dict) and "after_step" in change
     ]
-    return plans if plans and plans[-1].total_steps[1] == total_steps else []
+    followed: list[NewPlan] = []
+    for plan in reversed(plans):
+        if plan.total_steps[1] != total_steps:
+            break
+        followed.insert(0, plan)
+        total_steps = plan.total_steps[0]
+    return followed
 
 
 def first_review(total_steps: int, schedule: Schedule | None) -> int | None:
