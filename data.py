@@ -1,7 +1,8 @@
 """Tokens to batches: sliding windows over a training and a validation text."""
 
 import itertools
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -16,10 +17,10 @@ from engine.console import say
 from engine.devices import free_memory
 from engine.errors import DataError
 from engine.metrics import TokenSize
-from text.tokenizer import GPT2Tokenizer, Tokenizer
+from text.tokenizer import ByteTokens, GPT2Tokenizer, Tokenizer
 
 MIN_TOKENS = 4  # an input and its target to train on, and as many to validate on
-MEASURED_TOKENS = 1_000_000  # of the validation text, for characters and bytes a token
+COUNTED_TOKENS = 1 << 20  # of a text that are counted at once, so that it need not fit into memory
 LONGEST_TRAIN_SHARE = 0.95  # the most of a short text that is trained on, so that a window fits
 
 
@@ -103,11 +104,19 @@ class WindowDataset(Dataset):
 
     def without_overlap(self) -> "WindowDataset":
         """Windows of the same tokens with the same length that do not overlap."""
-        if self.stride >= self.max_length:
-            return self
-        apart = WindowDataset(self.tokens, self.max_length, self.max_length)
+        return self if self.stride >= self.max_length else self.with_stride(self.max_length)
+
+    def with_stride(self, stride: int) -> "WindowDataset":
+        """Windows of the same tokens with the same length, and this many tokens apart."""
+        apart = WindowDataset(self.tokens, self.max_length, stride)
         apart._resident = self._resident
         return apart
+
+    def span(self, start: int, stop: int) -> torch.Tensor:
+        """The tokens from start to stop, (stop - start,) int64, where batches are gathered."""
+        if self._resident is not None:
+            return self._resident[start:stop].long()
+        return torch.from_numpy(_as_array(self.tokens)[start:stop].astype(np.int64))
 
     def move_to(self, device: torch.device) -> None:
         """Copy the tokens to a device (4 bytes each) and gather batches there."""
@@ -120,7 +129,9 @@ class WindowBatches(Sampler):
     A step takes step_size windows (None: batch_size), divided among parallel's ranks and then into
     micro-batches of at most micro_batch windows (None: batch_size). An epoch's last step may have
     fewer. Each iteration is the next epoch, or what start_at() says. With seed None the windows are
-    in order; with n_steps each step samples from all windows, with replacement.
+    in order; with n_steps each step samples from all windows, with replacement. With a spacing
+    above 1 an epoch takes every spacing-th window: the first epoch from window 0 on, each other
+    from an offset of its own below spacing. All epochs take the same number of windows.
     """
 
     def __init__(
@@ -132,14 +143,18 @@ class WindowBatches(Sampler):
         step_size: int | None = None,
         micro_batch: int | None = None,
         *,
+        spacing: int = 1,
         parallel: Parallel = ALONE,
     ) -> None:
         self._rank, self._world = parallel.rank, parallel.world
         self.dataset, self.batch_size, self.seed = dataset, batch_size, seed
+        assert spacing == 1 or not (dataset.has_tail or n_steps), "windows are spaced, or sampled"
+        self._spacing = spacing
+        self._n_windows = min(dataset.n_whole, max(1, dataset.n_whole // spacing))
         self.micro_batch = micro_batch or batch_size
         self.step_size = step_size or batch_size
         self._is_random = n_steps is not None
-        self.n_steps = n_steps or -(-dataset.n_whole // self.step_size)
+        self.n_steps = n_steps or -(-self._n_windows // self.step_size)
         self.start_at(0)
 
     @property
@@ -151,7 +166,7 @@ class WindowBatches(Sampler):
         """The windows of an epoch's step, counted from 0, on all ranks."""
         if self._is_random:
             return self.step_size
-        return min(self.step_size, self.dataset.n_whole - step * self.step_size)
+        return min(self.step_size, self._n_windows - step * self.step_size)
 
     def count_own(self, step: int) -> int:
         """The windows of a step on this rank."""
@@ -188,7 +203,9 @@ class WindowBatches(Sampler):
         """The micro-batches of an epoch's steps first to last - 1."""
         n_whole, size = self.dataset.n_whole, self.step_size
         dtype = np.uint32 if n_whole < 2**32 else np.int64  # every rank holds an epoch's order
-        order = np.arange(0 if self._is_random else n_whole, dtype=dtype)
+        count = 0 if self._is_random else self._n_windows
+        spaced = range(self.offset(epoch), n_whole, self._spacing)[:count]
+        order = np.arange(spaced.start, spaced.stop, spaced.step, dtype=dtype)
         if self.seed is not None:
             np.random.default_rng((self.seed, epoch)).shuffle(order)
         for step in range(first, last):
@@ -201,12 +218,60 @@ class WindowBatches(Sampler):
             for start in range(0, len(windows), self.micro_batch):
                 yield windows[start : start + self.micro_batch].tolist()
 
+    def offset(self, epoch: int) -> int:
+        """The window that an epoch begins at; all possible offsets come before any comes again."""
+        count = min(self._spacing, self.dataset.n_whole - (self._n_windows - 1) * self._spacing)
+        # multiples of the golden ratio spread a few epochs evenly
+        pace = next(n for n in itertools.count(round(0.618 * count)) if math.gcd(n, count) == 1)
+        return epoch * pace % count
+
     def start_at(self, epoch: int, step: int = 0, steps: int | None = None) -> None:
         """Start the next iteration at this epoch and this step of it, counted from 0.
 
         It makes so many steps, through as many epochs as they take; None: to the epoch's end.
         """
         self._next_epoch, self._next_step, self._steps = epoch, step, steps
+
+
+class OverlappingWindows(Dataset):
+    """Windows of a text that score each token but the first once, with half a window before it.
+
+    They are as long as those given, T, and begin every T // 2 tokens; an item is (ids, targets), of
+    T and T // 2, the targets being of the ids' last positions. What these leave at the beginning
+    and at the end of the text is scored by up to two shorter windows, which come last. The tokens
+    of the first half window have only those before them.
+    """
+
+    def __init__(self, windows: WindowDataset) -> None:
+        self.tokens, length = windows.tokens, windows.max_length
+        self._n_scored = max(1, length // 2)
+        self._lead = length - self._n_scored  # ids before the first one whose target is scored
+        self._whole = windows.with_stride(self._n_scored)
+        self.n_whole = self._whole.n_whole
+        scored = 1 + self._lead + self.n_whole * self._n_scored  # tokens, with the first one
+        ends = [(0, 1, min(1 + self._lead, len(self.tokens)))]
+        ends += [(self.n_whole * self._n_scored, scored, len(self.tokens))]
+        # of each shorter window the first id, the first target and the last one's end
+        self._shorter = [end for end in ends if end[1] < end[2]]
+
+    def __len__(self) -> int:
+        return self.n_whole + len(self._shorter)
+
+    def scored(self, numbers: range) -> tuple[int, int]:
+        """The tokens that adjacent windows score, all long ones or a shorter one: first and end."""
+        if numbers[0] >= self.n_whole:
+            return self._shorter[numbers[0] - self.n_whole][1:]
+        first, last = numbers[0] * self._n_scored, numbers[-1] * self._n_scored
+        return 1 + self._lead + first, 1 + self._lead + last + self._n_scored
+
+    def __getitems__(self, indices: Sequence[int]) -> Batch:
+        """A batch of long windows, or a shorter one: ids (B, T) and targets (B, T // 2) int64."""
+        if indices[0] < self.n_whole:
+            ids, targets = self._whole.__getitems__(indices)
+            return ids, targets[:, self._lead :]
+        start, first, stop = self._shorter[indices[0] - self.n_whole]
+        window = self._whole.span(start, stop)[None]  # (1, T + 1)
+        return window[:, :-1], window[:, first - start :]
 
 
 class EvaluationBatches(Sampler):
@@ -223,21 +288,27 @@ class EvaluationBatches(Sampler):
         self._rank, self._world = parallel.rank, parallel.world
         self._n_windows, self._batch_size, self._micro_batch = len(dataset), batch_size, micro_batch
         self._n_whole = getattr(dataset, "n_whole", len(dataset))
-        # a tail is a batch of its own
-        n_batches = -(-self._n_whole // batch_size) + self._n_windows - self._n_whole
-        self._chosen: Sequence[int] | np.ndarray = range(n_batches)
-        if max_batches is not None and max_batches < n_batches:
-            self._chosen = np.linspace(0, n_batches - 1, max_batches).round().astype(int)
+        # shorter windows are batches of their own
+        self._n_full = -(-self._n_whole // batch_size)
+        self.n_batches = self._n_full + self._n_windows - self._n_whole  # of the whole text
+        self.chosen: Sequence[int] | np.ndarray = range(self.n_batches)
+        if max_batches is not None and max_batches < self.n_batches:
+            self.chosen = np.linspace(0, self.n_batches - 1, max_batches).round().astype(int)
 
     def _batch(self, number: int) -> range:
         """The windows of a batch of the loader."""
+        if number >= self._n_full:
+            alone = self._n_whole + int(number) - self._n_full
+            return range(alone, alone + 1)
         start = int(number) * self._batch_size
-        if start >= self._n_whole:
-            return range(self._n_whole, self._n_windows)
         return range(start, min(start + self._batch_size, self._n_whole))
 
+    def windows(self) -> Iterator[range]:
+        """The windows of each batch, of all ranks."""
+        return map(self._batch, self.chosen)
+
     def _all_ranks(self) -> Iterator[range]:
-        for batch in map(self._batch, self._chosen):
+        for batch in self.windows():
             for start in range(0, len(batch), self._micro_batch):
                 yield batch[start : start + self._micro_batch]
 
@@ -245,23 +316,27 @@ class EvaluationBatches(Sampler):
         return itertools.islice(self._all_ranks(), self._rank, None, self._world)
 
     def __len__(self) -> int:
-        # all batches but the last two, one of which may be a tail, are full
-        n_full = max(0, len(self._chosen) - 2)
-        sizes = [len(self._batch(number)) for number in self._chosen[n_full:]]
-        count = n_full * -(-self._batch_size // self._micro_batch)
+        # only the last full batch and those of shorter windows, two at most, can be smaller
+        n_equal = max(0, len(self.chosen) - 3)
+        sizes = [len(self._batch(number)) for number in self.chosen[n_equal:]]
+        count = n_equal * -(-self._batch_size // self._micro_batch)
         count += sum(-(-size // self._micro_batch) for size in sizes)
         return len(range(self._rank, count, self._world))
 
 
 @dataclass(frozen=True)
 class WindowPlan:
-    """How a text of n_tokens is divided: training tokens first, then validation tokens."""
+    """How a text of n_tokens is divided: training tokens first, then validation tokens.
+
+    With shift_windows each epoch's windows begin at another token, below stride.
+    """
 
     n_tokens: int
     n_train: int
     max_length: int
     stride: int
     batch_size: int
+    shift_windows: bool = False
 
     @property
     def n_val(self) -> int:
@@ -270,12 +345,14 @@ class WindowPlan:
 
     @property
     def n_windows(self) -> int:
-        """Training windows of an epoch."""
-        return max(0, (self.n_train - 1 - self.max_length) // self.stride + 1)
+        """Training windows of an epoch: those that fit, with shift_windows at every shift."""
+        n_places = max(0, self.n_train - self.max_length)
+        n_windows = -(-n_places // self.stride)
+        return min(n_windows, max(1, n_places // self.stride)) if self.shift_windows else n_windows
 
     @property
     def n_unused(self) -> int:
-        """Training tokens after the last window."""
+        """Training tokens after the last window of the first epoch."""
         return self.n_train - ((self.n_windows - 1) * self.stride + self.max_length + 1)
 
 
@@ -287,6 +364,7 @@ def plan_windows(
     batch_size: int,
     train_ratio: float,
     n_train: int | None = None,
+    shift_windows: bool = False,
 ) -> tuple[WindowPlan, list[str]]:
     """Divide a text so that there is at least one training and one validation batch.
 
@@ -316,7 +394,8 @@ def plan_windows(
                 f"the split is moved from {asked} to {n_train} of {n_tokens} tokens, so that "
                 "there is a window to train on and something to validate on"
             )
-    plan = WindowPlan(n_tokens, n_train, max_length, stride or max_length, batch_size)
+    asked_of_windows = (max_length, stride or max_length, batch_size, shift_windows)
+    plan = WindowPlan(n_tokens, n_train, *asked_of_windows)
     if plan.n_windows == 0:
         plan = replace(plan, max_length=n_train - 1, stride=min(plan.stride, n_train - 1))
         notices.append(
@@ -353,16 +432,17 @@ def make_loaders(
 ) -> tuple[DataLoader, DataLoader]:
     """Loaders of (ids, targets), each (B, T) int64, for training and for validation.
 
-    Training windows have a new order each epoch, or with sampling "random" start anywhere. A step
-    takes plan.batch_size * accumulation windows in micro-batches of micro_batch (None:
-    plan.batch_size); each rank gets its share of them, and all validation windows. Those do not
-    overlap, and the last one may be shorter.
+    Training windows have a new order each epoch, and with plan.shift_windows another offset; or,
+    with sampling "random", they start anywhere. A step takes plan.batch_size * accumulation
+    windows in micro-batches of micro_batch (None: plan.batch_size); each rank gets its share of
+    them, and all validation windows. Those do not overlap, and the last one may be shorter.
     """
-    length, stride = plan.max_length, 1 if sampling == "random" else plan.stride
+    is_random, length = sampling == "random", plan.max_length
+    stride = 1 if is_random or plan.shift_windows else plan.stride
     train = WindowDataset(tokens[: plan.n_train], length, stride)
     val = WindowDataset(tokens[plan.n_train :], length, length, keep_tail=True)
     step_size = plan.batch_size * accumulation
-    n_steps = -(-plan.n_windows // step_size) if sampling == "random" else None
+    n_steps = -(-plan.n_windows // step_size) if is_random else None
     pin_memory = device.type == "cuda"
     # small texts stay on the GPU
     if pin_memory and num_workers == 0 and 4 * plan.n_tokens < free_memory(device) / 10:
@@ -382,7 +462,16 @@ def make_loaders(
         )
 
     size = plan.batch_size
-    batches = WindowBatches(train, size, seed, n_steps, step_size, micro_batch, parallel=parallel)
+    batches = WindowBatches(
+        train,
+        size,
+        seed,
+        n_steps,
+        step_size,
+        micro_batch,
+        spacing=plan.stride if plan.shift_windows else 1,
+        parallel=parallel,
+    )
     return load(batches), load(WindowBatches(val, size, None, micro_batch=micro_batch))
 
 
@@ -422,12 +511,37 @@ def create_dataloader_v1(
     )
 
 
-def measure_tokens(tokens: Tokens, tokenizer: Tokenizer) -> TokenSize:
-    """The mean characters and bytes of the first million tokens; an end of text has none."""
-    ids = _as_array(tokens[:MEASURED_TOKENS])
-    text = tokenizer.decode(ids[ids != tokenizer.end_of_text_id].tolist())
-    n_bytes = len(text.encode("utf-8", "replace"))
-    return TokenSize(max(1, len(text)) / len(ids), max(1, n_bytes) / len(ids))
+def measure_tokens(
+    tokens: Tokens, tokenizer: Tokenizer, parts: Iterable[tuple[int, int]] | None = None
+) -> TokenSize:
+    """The mean characters and bytes of tokens, or of the parts between two places each.
+
+    The mean is over all of them, and an end of text has none. It is exact where a token stands for
+    bytes; tokens of another tokenizer are decoded, a million at once.
+    """
+    array = _as_array(tokens)
+    pieces = (
+        array[start : min(start + COUNTED_TOKENS, end)]
+        for first, end in ([(0, len(array))] if parts is None else parts)
+        for start in range(first, end, COUNTED_TOKENS)
+    )
+    n_tokens = characters = n_bytes = 0
+    if isinstance(tokenizer, ByteTokens):
+        counts = np.zeros(tokenizer.vocab_size, dtype=np.int64)
+        for ids in pieces:
+            counts += np.bincount(ids, minlength=len(counts))
+        n_tokens, counts[tokenizer.end_of_text_id] = counts.sum().item(), 0
+        for token in np.flatnonzero(counts).tolist():
+            content, count = tokenizer.token_bytes(token), counts[token].item()
+            n_bytes += count * len(content)
+            # bytes that go on with a character are 10xxxxxx
+            characters += count * sum(byte & 0xC0 != 0x80 for byte in content)
+    else:
+        for ids in pieces:
+            text = tokenizer.decode(ids[ids != tokenizer.end_of_text_id].tolist())
+            n_tokens, characters = n_tokens + len(ids), characters + len(text)
+            n_bytes += len(text.encode("utf-8", "replace"))
+    return TokenSize(max(1, characters) / n_tokens, max(1, n_bytes) / n_tokens)
 
 
 def in_parts(batches: list[Batch], size: int) -> list[Batch]:
@@ -453,15 +567,20 @@ def evaluation_loader(
     max_batches: int | None = None,
     parallel: Parallel = ALONE,
     micro_batch: int | None = None,
+    *,
+    overlapping: bool = False,
 ) -> DataLoader:
     """A loader over the same windows in order: all of them, or max_batches evenly spaced batches.
 
     It gives the same micro-batches each time, of at most micro_batch windows (None: the loader's),
-    and uses no random generator. Each rank gets a share of them.
+    and uses no random generator. Each rank gets a share of them. The windows of a text don't
+    overlap, or are its OverlappingWindows.
     """
     dataset = loader.dataset
     batch_size = loader.batch_size or loader.batch_sampler.batch_size
-    if isinstance(dataset, WindowDataset):
+    if overlapping:
+        dataset = OverlappingWindows(dataset)
+    elif isinstance(dataset, WindowDataset):
         dataset = dataset.without_overlap()
     size = micro_batch or getattr(loader.batch_sampler, "micro_batch", batch_size)
     return DataLoader(

@@ -13,15 +13,21 @@ from torch.utils.data import DataLoader
 from data import TokenSlice, WindowPlan, make_loaders, measure_tokens, plan_windows
 from distributed.parallel import Parallel, join
 from engine.console import in_kernel, say
-from engine.errors import DataError, ResourceError, first_line
+from engine.errors import DataError, ResourceError, RunFinished, first_line
 from engine.memory import as_bytes
 from engine.metrics import TokenSize
-from engine.optim import build_optimizer, default_learning_rate
+from engine.optim import Rules, build_optimizer, default_learning_rate
 from engine.precision import Precision
 from engine.processor import prepare_processor
 from exchange.saved_run import LoadedRun, load_run  # noqa: F401  users import them from here
 from model import GPTModel
-from planning.decisions import KeptPrecision, RunRecord, decide_training, keep_identity
+from planning.decisions import (
+    KeptPrecision,
+    RunRecord,
+    complete_training,
+    decide_training,
+    keep_identity,
+)
 from planning.machine import (
     Machine,
     check_arithmetic,
@@ -85,7 +91,7 @@ def prepare_environment(settings: str | Path | None = None) -> RuntimeEnv:
     weights until train() loads the checkpoint. Under torchrun every process calls it and gets its
     share of the batches. Raises SettingsError with every wrong setting, DataError for the text,
     ResourceError for the device, CheckpointError if a named run can't be resumed, RunFinished if
-    nothing is left to do.
+    nothing is left to do or DRY_RUN is set.
     """
     _free_earlier_runs()
     prepare_processor()
@@ -117,10 +123,15 @@ def _prepare(settings: str | Path | None, parallel: Parallel) -> RuntimeEnv:
     set_attention(model, machine, plan, asked, windows, run.before)
     machine = fit_into_memory(machine, model, asked, windows)
     train_loader, val_loader = _make_loaders(text, plan, asked, windows, machine)
+    token_size = measure_tokens(val_loader.dataset.tokens, text.tokenizer)
+    plan = dataclasses.replace(plan, sampling=plan.sampling.fitted(token_size))
     machine = check_arithmetic(machine, model, train_loader)
     rate = asked.learning_rate or default_learning_rate(model.config.emb_dim, asked.optimizer)
     asked = dataclasses.replace(asked, learning_rate=rate)
-    optimizer = build_optimizer(asked.optimizer, model, rate, asked.weight_decay)
+    if plan.run.DRY_RUN:
+        notices = [*about_prompt, *about_windows, *machine.notices]
+        raise _end_dry_run(run, plan, asked, windows, train_loader, notices)
+    optimizer = _build_optimizer(model, asked, rate)
 
     trial = Trial.of(machine, model, optimizer, train_loader)
     compiled, training, about_trial = try_out(plan, asked, windows, trial, run.before)
@@ -129,7 +140,7 @@ def _prepare(settings: str | Path | None, parallel: Parallel) -> RuntimeEnv:
         plan, candidates, text, trial, training, compiled=compiled, adapted=adapted
     )
 
-    show_training(record)
+    show_training(plan.mode, training, record.total_steps, adapted)
     show_windows(text, windows, model)
     batch = [part.to(machine.device) for part in train_loader.dataset.__getitems__([0])]
     check_devices(model, optimizer, batch, machine.device)
@@ -144,7 +155,7 @@ def _prepare(settings: str | Path | None, parallel: Parallel) -> RuntimeEnv:
         tokenizer=text.tokenizer,
         learner=trial.learner_of_the_run(),
         run=_run_folder(run, record, text, windows),
-        token_size=measure_tokens(val_loader.dataset.tokens, text.tokenizer),
+        token_size=token_size,
     )
 
 
@@ -177,6 +188,8 @@ def _cut(text: TokenizedText, plan: RunPlan, asked: TrainingConfig) -> tuple[Win
         batch_size=asked.batch_size,
         train_ratio=asked.train_ratio,
         n_train=text.n_train,
+        # "random" windows begin anywhere in any case
+        shift_windows=asked.shift_windows and asked.sampling == "windows",
     )
 
 
@@ -194,6 +207,31 @@ def _make_loaders(
         micro_batch=machine.micro_batch,
         parallel=machine.parallel,
     )
+
+
+def _build_optimizer(
+    model: GPTModel, asked: TrainingConfig, learning_rate: float
+) -> torch.optim.Optimizer:
+    rules = Rules(asked.embedding_rate, asked.decay_embeddings, asked.beta2)
+    return build_optimizer(asked.optimizer, model, learning_rate, asked.weight_decay, rules)
+
+
+def _end_dry_run(
+    run: SettledRun,
+    plan: RunPlan,
+    asked: TrainingConfig,
+    windows: WindowPlan,
+    loader: DataLoader,
+    notices: list[str],
+) -> RunFinished:
+    """Print what DRY_RUN leaves undone; the exception that ends it."""
+    total_steps = None
+    if asked.time_budget_minutes is None or asked.max_steps is not None:
+        total_steps = plan.count_steps(asked, loader.batch_sampler.n_steps)
+    training, about_steps = complete_training(asked, windows, total_steps)
+    show_training(plan.mode, training, total_steps, notices + about_steps)
+    does = "begins this run" if run.before is None else f"goes on with {run.path}"
+    return RunFinished(f"DRY_RUN is True: nothing was trained or saved. DRY_RUN = False {does}.")
 
 
 def _make_record(
@@ -218,6 +256,7 @@ def _make_record(
         model_name=plan.model_name,
         model=learner.model.config,
         training=training,
+        recipe=plan.recipe,
         sampling=plan.sampling,
         device=learner.device.type if parallel.world > 1 else str(learner.device),
         ranks=parallel.world,
@@ -268,9 +307,12 @@ def _read_text(
         before = None
     stand_in = None if before is None else before.stood_in
 
+    tokenizer = plan.tokenizer
+    assert tokenizer is not None, "decide_recipe() sets it"
+
     def read(stand_in: bool | None) -> TokenizedText:
         ratio = plan.training.train_ratio
-        return tokenize(spec, plan.run.TOKENIZER, ratio, cache, stand_in=stand_in)
+        return tokenize(spec, tokenizer, ratio, cache, stand_in=stand_in)
 
     try:
         # other ranks usually find the main rank's tokens in the cache

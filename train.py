@@ -554,16 +554,13 @@ def _plan_loop(env: RuntimeEnv) -> LoopPlan:
     run, config = env.run, env.train_config
     record, to_come = run.record, tuple(run.new_plans)
     total_steps = to_come[0].total_steps[0] if to_come else record.total_steps
-    # try_out() has completed them
-    assert config.eval_freq and config.learning_rate and config.warmup_steps is not None
+    assert config.eval_freq  # try_out() has completed it
     return LoopPlan(
         total_steps=total_steps,
         eval_freq=config.eval_freq,
         eval_iter=config.eval_iter,
         max_grad_norm=config.max_grad_norm,
-        schedule=make_schedule(
-            config.schedule, config.learning_rate, config.warmup_steps, total_steps
-        ),
+        schedule=_schedule_of(config, total_steps),
         prompts=config.prompts,
         patience=config.patience,
         budget=_budget_until(run.deadline, env),
@@ -578,6 +575,7 @@ def _budget_until(deadline: float | None, env: RuntimeEnv) -> Budget | None:
     minutes = config.time_budget_minutes
     if deadline is None or minutes is None or record.asked.training.max_steps is not None:
         return None
+    assert record.sampling.max_new_tokens is not None  # fitted() to the text
     seconds = usable_seconds(deadline, 60 * minutes, env.parallel)
     costs = Costs(0.0, 0.0, 0.0, UNSEEN_PICTURE_S, expected_save_s(env.model))
     return Budget(
@@ -607,6 +605,19 @@ def say_new_plan(new: NewPlan, journal: Journal) -> None:
     say(
         f"Note: after step {new.after_step:,} the validation text gains nothing more and the model "
         f"begins to learn by heart: {then} (best so far: step {history.steps[history.best]:,})"
+    )
+
+
+def _schedule_of(config: TrainingConfig, total_steps: int) -> Schedule:
+    # try_out() has completed them
+    assert config.learning_rate and config.warmup_steps is not None
+    return make_schedule(
+        config.schedule,
+        config.learning_rate,
+        config.warmup_steps,
+        total_steps,
+        decay_share=config.decay_share,
+        final_rate=config.final_rate,
     )
 
 

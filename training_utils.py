@@ -4,7 +4,7 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any, Self
 
-from engine.optim import OPTIMIZERS, SCHEDULES
+from engine.optim import BETA2, DECAY_SHARE, FINAL_RATE, OPTIMIZERS, SCHEDULES
 from engine.settings import (
     check,
     find_problems,
@@ -35,13 +35,19 @@ class TrainingConfig:
     gradient_accumulation_steps: int = setting(1, on_resume="fixed", minimum=1, maximum=1_000_000)
     optimizer: str = setting("adamw", on_resume="fixed", choices=OPTIMIZERS)
     learning_rate: float | None = setting(None, on_resume="fixed", above=0, maximum=10)
+    embedding_rate: float | None = setting(None, on_resume="fixed", above=0, maximum=10)
     schedule: str = setting("cosine", on_resume="fixed", choices=SCHEDULES)
     warmup_steps: int | None = setting(None, on_resume="fixed", minimum=0)
-    weight_decay: float = setting(0.1, on_resume="fixed", minimum=0, below=1)
+    decay_share: float = setting(DECAY_SHARE, on_resume="fixed", above=0, maximum=1)
+    final_rate: float = setting(FINAL_RATE, on_resume="fixed", minimum=0, maximum=1)
+    beta2: float = setting(BETA2, on_resume="fixed", above=0, below=1)
+    weight_decay: float = setting(0.1, on_resume="fixed", minimum=0, maximum=10)
+    decay_embeddings: bool = setting(False, on_resume="fixed")
     max_grad_norm: float = setting(1.0, on_resume="fixed", minimum=0)
     max_length: int | None = setting(None, minimum=1, maximum=1_000_000)
     stride: int | None = setting(None, on_resume="fixed", minimum=1, maximum=1_000_000_000)
     sampling: str = setting("windows", on_resume="fixed", choices=("windows", "random"))
+    shift_windows: bool = setting(False, on_resume="fixed")
     train_ratio: float = setting(0.9, on_resume="fixed", above=0, below=1)
     eval_freq: int | None = setting(None, on_resume="free", minimum=1)
     eval_iter: int = setting(10, on_resume="free", minimum=1)
@@ -123,14 +129,17 @@ class CustomTrainingConfig(TrainingConfig):
             raise_if_any([f"it is {shown(given)}; it must be a dict {{...}}"], "custom_params")
         arguments, problems, _ = read_custom_params(given, "custom_params")
         raise_if_any(problems, "custom_params")
-        return cls(**arguments)
+        return cls(**with_defaults(arguments))
 
     def update(self, **changes: Any) -> None:
-        """Change settings, or none and raise SettingsError; model fields add to model_overrides."""
+        """Change settings, or none and raise SettingsError; model fields add to model_overrides.
+
+        None sets the default.
+        """
         arguments, problems, _ = read_custom_params(changes, "")
         raise_if_any(problems, type(self).__name__)
         arguments["model_overrides"] = self.model_overrides | arguments["model_overrides"]
-        changed = type(self)(**(self.to_dict() | arguments))
+        changed = type(self)(**with_defaults(self.to_dict() | arguments))
         for name, value in vars(changed).items():
             object.__setattr__(self, name, value)  # frozen against everything but this
 
@@ -145,10 +154,12 @@ def read_custom_params(
 ) -> tuple[dict[str, Any], list[str], list[str]]:
     """Translate a dict, which messages call `place`, to TrainingConfig's arguments.
 
-    Model fields go into model_overrides. Returns the arguments, every problem and every notice.
+    Model fields go into model_overrides. Returns the arguments, in which None stands for what is
+    not set, every problem and every notice.
     """
     given = dict(given)
-    overrides = given.pop("model_overrides", {})
+    overrides = given.pop("model_overrides", None)
+    overrides = {} if overrides is None else overrides
     overrides_place = f'{place}["model_overrides"]' if place else "model_overrides"
     misplaced = []
     if not isinstance(overrides, dict):
@@ -159,6 +170,17 @@ def read_custom_params(
         [(place, given), (overrides_place, overrides)], [*training, *MODEL_SETTINGS]
     )
     arguments = {name: value for name, value in values.items() if name in training}
-    problems += find_problems(TrainingConfig, arguments, lambda name: labels.get(name, name))
+    filled = with_defaults(arguments)
+    problems += find_problems(TrainingConfig, filled, lambda name: labels.get(name, name))
     arguments["model_overrides"] = {n: v for n, v in values.items() if n in MODEL_SETTINGS}
     return arguments, misplaced + problems, notices
+
+
+def with_defaults(arguments: dict[str, Any]) -> dict[str, Any]:
+    """TrainingConfig's arguments, its default in place of each None; model fields of None go."""
+    defaults: dict[str, Any] = {f.name: f.default for f in dataclasses.fields(TrainingConfig)}
+    filled = {name: defaults[name] if v is None else v for name, v in arguments.items()}
+    if overrides := arguments.get("model_overrides"):
+        set_here = {name: value for name, value in overrides.items() if value is not None}
+        filled["model_overrides"] = set_here
+    return filled

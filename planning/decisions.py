@@ -15,6 +15,7 @@ from engine.settings import check, find_problems, from_json, names_on_resume, se
 from generation import SamplingConfig
 from model import ATTENTIONS, GPTConfig
 from planning.plan import SETTING_NAMES, Asked, RunPlan, RunSettings
+from planning.recipe import Recipe
 from storage.files import SETTINGS
 from training_utils import TrainingConfig
 
@@ -47,6 +48,7 @@ class RunRecord:
     model_name: str
     model: GPTConfig
     training: TrainingConfig
+    recipe: Recipe | None  # with MINUTES
     sampling: SamplingConfig
     # decided at each start
     device: str = setting(on_resume="numeric")
@@ -127,14 +129,17 @@ def differences(before: RunRecord, asked: Asked) -> list[str]:
             lines.append(f"{name}: {shown(was)} then, {shown(now)} now")
 
     then = before.asked
-    for name in ("mode", "seed", "tokenizer"):
+    for name in ("mode", "seed", "minutes"):
         compare(name, getattr(then, name), getattr(asked, name), getattr(then, name))
+    chosen = then.tokenizer if before.recipe is None else before.recipe.tokenizer
+    compare("tokenizer", then.tokenizer, asked.tokenizer, chosen)
     compare("precision", then.precision, asked.precision, before.precision.name)
     model = dataclasses.asdict(before.model)
     for name in sorted(then.model.keys() | asked.model.keys()):
         compare(name, then.model.get(name), asked.model.get(name), model.get(name))
     for name in names_on_resume(TrainingConfig, "fixed"):
-        compare(name, *(getattr(t, name) for t in (then.training, asked.training, before.training)))
+        values = (then.training_value(name), asked.training_value(name))
+        compare(name, *values, getattr(before.training, name))
     total = total_steps(before, asked)
     if total < before.total_steps:
         lines.append(
@@ -181,7 +186,7 @@ def decide_training(
 
     In full mode a GPU's new run takes larger batches: with small ones it would wait for the host.
     """
-    asked = plan.training
+    asked = _with_recipe(plan.training, plan.recipe)
     if before is None:
         if plan.mode == "full" and device.type != "cpu" and asked.max_length is not None:
             n_windows = n_tokens // asked.max_length
@@ -189,18 +194,27 @@ def decide_training(
             batch_size = max(asked.batch_size, min(largest, n_windows // LEAST_STEPS))
             asked = dataclasses.replace(asked, batch_size=batch_size)
         return asked
-    then = before.asked.training.to_dict()
+    then = _with_recipe(before.asked.training, before.recipe).to_dict()
     became = before.training.to_dict()
     decided = {n: became[n] for n, value in asked.to_dict().items() if then[n] == value}
     return dataclasses.replace(asked, **decided)
 
 
+def _with_recipe(asked: TrainingConfig, recipe: Recipe | None) -> TrainingConfig:
+    return asked if recipe is None else dataclasses.replace(asked, **recipe.training)
+
+
 def complete_training(
-    training: TrainingConfig, windows: WindowPlan, total_steps: int
+    training: TrainingConfig, windows: WindowPlan, total_steps: int | None
 ) -> tuple[TrainingConfig, list[str]]:
-    """The hyper-parameters with the values that windows and total_steps decide; and notices."""
-    warmup_steps, notices = training.warmup_steps, []
-    if warmup_steps is None:
+    """The hyper-parameters with the values that windows and total_steps decide; and notices.
+
+    Where total_steps is not known yet, what it decides stays None.
+    """
+    warmup_steps, eval_freq, notices = training.warmup_steps, training.eval_freq, []
+    if total_steps is None:
+        pass
+    elif warmup_steps is None:
         warmup_steps = default_warmup_steps(total_steps)
     elif warmup_steps >= total_steps:
         warmup_steps = total_steps - 1
@@ -208,9 +222,11 @@ def complete_training(
             f"warmup_steps is lowered from {training.warmup_steps} to {warmup_steps}: the run has "
             f"{total_steps} steps"
         )
+    if total_steps is not None and eval_freq is None:
+        eval_freq = default_eval_freq(total_steps)
     complete = dataclasses.replace(
         training,
-        eval_freq=training.eval_freq or default_eval_freq(total_steps),
+        eval_freq=eval_freq,
         batch_size=windows.batch_size,
         max_length=windows.max_length,
         stride=windows.stride,

@@ -6,11 +6,11 @@ from data import WindowPlan
 from engine.console import say
 from engine.devices import device_count, device_name
 from model import GPTModel
-from planning.decisions import RunRecord
 from planning.machine import Machine, why_no_gpu
 from planning.plan import RunPlan
 from text.documents import DataSpec
 from text.token_cache import TokenizedText
+from training_utils import TrainingConfig
 
 HOW_MANY = "torchrun --nproc-per-node 2 main.py uses two"
 
@@ -60,21 +60,26 @@ def show_model(name: str, model: GPTModel) -> None:
     say(f"  Total params: {model.count_parameters():,}")
 
 
-def show_training(record: RunRecord) -> None:
-    training, mode = record.training, record.mode
-    for notice in record.adapted:
+def show_training(
+    mode: str, training: TrainingConfig, total_steps: int | None, adapted: list[str]
+) -> None:
+    """The notices and the numbers of training; total_steps None: what its minutes allow."""
+    for notice in adapted:
         say(f"Note: {notice}")
     purpose = ", for testing" if mode == "quick" else ""
     length = f"{training.num_epochs} epoch{'s' * (training.num_epochs != 1)}"
     if training.max_steps is not None:
         length = f"{training.max_steps} steps"
+    elif training.time_budget_minutes is not None:
+        length = f"{training.time_budget_minutes:g} minutes"
     say(f"✓ Using {mode} training config ({length}{purpose})")
     accumulation = training.gradient_accumulation_steps
     batch = f"{accumulation} x " * (accumulation > 1) + f"{training.batch_size}"
+    count = "steps that fit, each" if total_steps is None else f"{total_steps:,} steps"
+    warmup = "" if training.warmup_steps is None else f", {training.warmup_steps} warm-up steps"
     say(
-        f"  {record.total_steps:,} steps of {batch} x {training.max_length} "
-        f"tokens, learning rate {training.learning_rate:.3g} ({training.schedule}, "
-        f"{training.warmup_steps} warm-up steps)"
+        f"  {count} of {batch} x {training.max_length} tokens, learning rate "
+        f"{training.learning_rate:.3g} ({training.schedule}{warmup})"
     )
     say("✓ Data loaders ready")
 

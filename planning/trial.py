@@ -378,9 +378,9 @@ class Budget:
         """The seconds of a run's evaluations, with the one after training."""
         count = evaluations.count(done or -1)
         each = self.batches_of_one(eval_iter)
-        return (
-            count * each + min(most_final_batches(evaluations, eval_iter), self.batches[1])
-        ) * self.costs.batch
+        # the last one's windows overlap by half
+        last = min(most_final_batches(evaluations, eval_iter), 2 * self.batches[1])
+        return (count * each + last) * self.costs.batch
 
     def batches_of_one(self, eval_iter: int) -> int:
         """The batches of an evaluation on the way, of both texts."""
@@ -416,6 +416,7 @@ def _spend(
     deadline: float | None,
 ) -> tuple[TrainingConfig, list[str]]:
     """The hyper-parameters of a run that takes some minutes, or ends at a deadline; and notices."""
+    assert plan.sampling.max_new_tokens is not None  # fitted() to the text
     validated = -(-(windows.n_val - 1) // windows.max_length)
     costs, seconds = trial.costs(60 * minutes, len(asked.prompts)), 60 * minutes
     if deadline is not None:

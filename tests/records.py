@@ -21,6 +21,7 @@ def record_of(plan: RunPlan, **changes) -> RunRecord:
         model_name=plan.model_name,
         model=GPTConfig(**plan.model, vocab_size=10),
         training=plan.training,
+        recipe=plan.recipe,
         sampling=plan.sampling,
         device="cpu",
         ranks=1,
