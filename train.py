@@ -52,6 +52,7 @@ from training.pace import (
     TIME,
     NewPlan,
     first_review,
+    forecast_loss,
     learns_by_heart,
     plan_for_time,
     plan_to_end,
@@ -129,6 +130,7 @@ def training_loop(trainer: "Trainer", train_loader: DataLoader, val_loader: Data
     def end_step() -> None:
         evaluate_where_due()
         trainer.plan_anew_where_due()
+        trainer.forecast_where_due()
 
     def is_over() -> bool:
         plan = trainer.plan
@@ -309,6 +311,21 @@ class Trainer:
                 return
         self._follow(new)
         say_new_plan(new, self.journal)
+
+    def forecast_where_due(self) -> None:
+        """Tell what is expected of a run of so many minutes where its decay begins, once."""
+        plan, history = self.plan, self.journal.history
+        schedule = plan.schedule
+        if schedule is None or schedule.kind != "wsd" or plan.budget is None:
+            return
+        if self.steps != plan.total_steps - schedule.decay_steps or history.forecast is not None:
+            return
+        if any(new.why == BY_HEART for new in self.planned):
+            return
+        first = sum(step <= schedule.warmup_steps for step in history.steps)
+        steps, losses = history.steps[first:], history.val_losses[first:]
+        if found := forecast_loss(steps, losses, plan.total_steps):
+            self.journal.note_forecast(*found)
 
     def is_planned(self) -> bool:
         """Whether the run was planned anew after this step, and what was due there is done."""

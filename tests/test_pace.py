@@ -19,6 +19,7 @@ from training.pace import (
     NewPlan,
     Spent,
     first_review,
+    forecast_loss,
     learns_by_heart,
     plan_for_time,
     plan_to_end,
@@ -153,6 +154,17 @@ def test_what_is_left_of_a_budget_is_filled_with_steps(step_s):
     assert budget.total_s(Spacing(100, 500, 50), 10) > budget.total_s(Spacing(100, 500, 50), 10, 1)
 
 
+def test_a_forecast_continues_the_later_half_of_the_flat_phase_and_adds_what_the_decay_gains():
+    steps = list(range(10, 101, 10))
+    losses = [5 * step**-0.1 if step >= 50 else 9.0 for step in steps]
+    found = forecast_loss(steps, losses, 200)
+    at_end = 5 * 200**-0.1
+    assert found == pytest.approx([(1 - gain) * at_end for gain in (0.07, 0.05, 0.03)])
+    assert forecast_loss(steps, [3.0 + step / 1e4 for step in steps], 200)[1] == 0.95 * 3.001
+    assert forecast_loss([10, 60, 100], [4.0, 3.0, 2.9], 200) is None
+    assert forecast_loss([], [], 200) is None
+
+
 def test_what_parts_take_is_kept_apart_and_a_default_serves_where_nothing_was_seen():
     spent = Spent()
     spent.note("sample", 1.0)
@@ -202,6 +214,7 @@ def test_a_run_planned_anew_repeats_that_plan_wherever_it_is_stopped(workdir, mo
     assert change["total_steps"] == [23, 12]
     assert "after step 5 the run is planned anew: 12 steps instead of 23" in capsys.readouterr().out
     assert len(of_steps(whole["rows"])) == 12
+    assert bench.journal.history.forecast[1] < bench.journal.history.val_losses[-4]
     last = [float.fromhex(row["train/lr"]) for row in of_steps(whole["rows"])]
     assert last[-1] == pytest.approx(max(last) / 10)  # the decay has moved with the end
 

@@ -55,6 +55,8 @@ class History:
     batch_losses: list[float] = field(default_factory=list)  # NaN: unknown
     samples: list[Moment] = field(default_factory=list)  # at most MOST_MOMENTS
     skipped: int = 0  # steps whose loss or gradient was not finite
+    # the final validation loss as expected where the decay began: the least, the middle, the most
+    forecast: list[float] | None = None
     elapsed_s: float = 0.0
 
     @property
@@ -124,6 +126,19 @@ class Journal:
         """Note that the run has another number of steps from here on."""
         self.total_steps = total_steps
         self._bar.change_total(total_steps)
+
+    def note_forecast(self, least: float, expected: float, most: float) -> None:
+        """Print and log the final validation loss that is expected after this step."""
+        self.history.forecast = [least, expected, most]
+        in_bits = ""
+        if self.token_size is not None:
+            in_bits = f", or {bits_per_byte(expected, self.token_size):.3f} bits a byte"
+        say(
+            f"Forecast: validation loss {expected:.3f} at the end ({least:.3f} to {most:.3f})"
+            f"{in_bits}; the learning rate falls from here, step {self.steps:,}, on"
+        )
+        row = {"least": least, "expected": expected, "most": most}
+        self._log([{"step": self.steps} | {f"forecast/val_{n}": x for n, x in row.items()}])
 
     def step(
         self,

@@ -1,6 +1,8 @@
 """How long the parts of a run take, and its plan made anew on the way: by the time that is left,
 or because the model begins to learn its text by heart."""
 
+import math
+import statistics
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
@@ -15,6 +17,9 @@ LEAST_STEPS = 8  # of a run that is planned anew
 LEAST_EVALUATIONS, LEAST_RECENT, RECENT_SHARE = 6, 4, 0.25
 GAIN, FALL = 0.002, 0.01
 SHORT_DECAY = 0.25  # of the steps done: a decay that begins at once
+# what the decay of "wsd" takes off the loss, as a share of it: the least, the usual and the most
+DECAY_GAINS = (0.03, 0.05, 0.07)
+LEAST_FITTED = 3  # evaluations that a forecast needs
 TIME, BY_HEART = "time", "by heart"  # why a plan is made anew
 
 
@@ -107,6 +112,26 @@ def learns_by_heart(
     gains = min(val_losses[-recent:]) < (1 - GAIN) * min(val_losses[:-recent])
     falls = train_losses[-1] < (1 - FALL) * train_losses[-recent - 1]
     return falls and not gains
+
+
+def forecast_loss(
+    steps: Sequence[int], val_losses: Sequence[float], total_steps: int
+) -> tuple[float, float, float] | None:
+    """The least, the expected and the highest final validation loss of a run about to decay.
+
+    steps (from 1) and val_losses are its evaluations between warm-up and decay, over the later half
+    of which a power law of the step is fitted and continued to total_steps; the decay takes
+    DECAY_GAINS off that. None where there are too few.
+    """
+    kept = [(s, loss) for s, loss in zip(steps, val_losses, strict=True) if 2 * s >= steps[-1]]
+    if len(kept) < LEAST_FITTED:
+        return None
+    x, y = ([math.log(pair[i]) for pair in kept] for i in (0, 1))
+    slope, intercept = statistics.linear_regression(x, y)
+    # a law that rises, by noise, is none
+    at_end = math.exp(intercept + slope * math.log(total_steps)) if slope < 0 else min(val_losses)
+    least, usual, most = DECAY_GAINS
+    return at_end * (1 - most), at_end * (1 - usual), at_end * (1 - least)
 
 
 @dataclass
