@@ -166,7 +166,7 @@ def test_the_last_evaluation_is_part_of_a_budget(workdir, monkeypatch, capsys, n
     (workdir / "settings.py").write_text(settings, encoding="utf-8")
     assert main.main(["settings.py"]) == 0
     found = re.search(r"over (\d+) of (\d+) batches of the validation", capsys.readouterr().out)
-    assert 2 <= int(found[1]) < int(found[2]) == 250
+    assert 2 <= int(found[1]) < int(found[2]) == 250  # they overlap by half
 
 
 def test_samples_on_the_way_are_drawn_alike_and_leave_the_runs_generator_alone(monkeypatch):
