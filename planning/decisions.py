@@ -24,6 +24,8 @@ from training_utils import TrainingConfig
 MOST_SETTINGS_BYTES = 1 << 24
 # of full mode on a GPU: the tokens of a step, where an epoch of a short text still has these steps
 GPU_STEP_TOKENS, LEAST_STEPS = 32_768, 32
+# of MINUTES, the share below which a recipe's own minutes count: the card says so
+ENOUGH_SHARE = 0.8
 
 
 @dataclass(frozen=True)
@@ -229,8 +231,21 @@ def decide_training(
     return dataclasses.replace(asked, learning_rate=rate)
 
 
+def find_deadline(plan: RunPlan, asked: TrainingConfig, began_at: float) -> float | None:
+    """When a run with MINUTES is to end that began at a time, by the same clock; None without."""
+    if plan.recipe is None or asked.time_budget_minutes is None:
+        return None
+    return began_at + 60 * asked.time_budget_minutes
+
+
 def _with_recipe(asked: TrainingConfig, recipe: Recipe | None) -> TrainingConfig:
-    return asked if recipe is None else dataclasses.replace(asked, **recipe.training)
+    """The hyper-parameters with those of a recipe, and its minutes where MINUTES are too many."""
+    if recipe is None or asked.time_budget_minutes is None:
+        return asked
+    minutes = asked.time_budget_minutes
+    if recipe.minutes < ENOUGH_SHARE * minutes:
+        minutes = recipe.minutes
+    return dataclasses.replace(asked, time_budget_minutes=minutes, **recipe.training)
 
 
 def complete_training(

@@ -4,6 +4,7 @@ import contextlib
 import itertools
 import os
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
@@ -372,6 +373,7 @@ def in_minutes(monkeypatch, step_seconds):
     monkeypatch.setattr(environment, "measure_speed", measure)
     step_seconds(3.0)
     monkeypatch.setattr(trial.Trial, "costs", lambda *_: trial.Costs(3.0, 0.1, 0.0, 0.0))
+    monkeypatch.setattr(trial, "usable_seconds", lambda *_: 14.0)
 
     def write(**given: Any) -> list[float]:
         given = {"DATA": "text.txt", "MINUTES": 0.25} | given
@@ -383,7 +385,7 @@ def in_minutes(monkeypatch, step_seconds):
 
 
 def test_minutes_choose_a_run_which_goes_on_with_its_own_recipe(in_minutes, capsys):
-    measured = in_minutes()
+    measured, began_at = in_minutes(), time.perf_counter()
     env = prepare_environment("settings.py")
     printed = capsys.readouterr().out
     record, recipe = env.run.record, env.run.record.recipe
@@ -400,6 +402,7 @@ def test_minutes_choose_a_run_which_goes_on_with_its_own_recipe(in_minutes, caps
         assert training[name] == value or name in adapted
     assert training["time_budget_minutes"] == 0.25 and 2 <= record.total_steps <= 5
     assert record.asked.length.num_epochs is None
+    assert 0 < env.run.deadline - began_at < 16
 
     in_minutes(DRY_RUN=True)
     assert main.main(["settings.py"]) == 0
