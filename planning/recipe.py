@@ -17,12 +17,12 @@ from text.facts import TextFacts
 
 # fitted by: python -m benchmarks.recipe (docs/recipes.md says what each one means)
 COEFFICIENTS = {
-    "size": 27.5,  # h = size N^-size_power + bytes T^-bytes_power + heart ...
+    "size": 29.9,  # h = size N^-size_power + bytes T^-bytes_power + heart ...
     "size_power": 0.35,
-    "bytes": 400.0,
+    "bytes": 396.0,
     "bytes_power": 0.55,
-    "token_share": 0.46,  # a byte counts (bytes a token) ^ -token_share
-    "repeats": 4.7,  # passes after which further ones add 1/e of a first one
+    "token_share": 0.41,  # a byte counts (bytes a token) ^ -token_share
+    "repeats": 4.3,  # passes after which further ones add 1/e of a first one
     "heart": 0.02,
     "heart_power": 0.35,
     "turn": 31.5,  # passes after which a model with a parameter a byte learns the text by heart
@@ -31,7 +31,7 @@ COEFFICIENTS = {
     "turn_dropout": 10.0,
     "turn_decay": 0.5,
     "entropy": 0.6,  # the share of bz2's bits that no training removes
-    "wide": 0.125,  # less of them for each further byte of a character
+    "wide": 0.129,  # less of them for each further byte of a character
     "noise_from": 0.65,  # bz2's share of the byte entropy from where less can be learnt,
     "noise_to": 0.95,  # and where nothing can
     "batch": 2048.0,  # tokens, the best batch of a run of 1.5 million
@@ -43,8 +43,8 @@ COEFFICIENTS = {
     "thin_loss": 0.004,
     "rare": 400.0,  # mean uses of a token in the text below which each halving costs rare_loss
     "rare_loss": 0.006,
-    "context": 0.021,  # the loss of a context of 256 bytes, falling with its length
-    "context_power": 0.7,
+    "context": 0.01,  # the loss of a context of 256 bytes, falling with its length
+    "context_power": 1.0,
     "adamw": 0.5,  # what a byte counts with AdamW, and in GPT-2's architecture
     "gpt2": 0.7,
     "interval": 0.08,  # half of the 80 % interval; half as much again beyond the fitted range
@@ -198,7 +198,9 @@ def choose_recipe(text: TextFacts, machine: MachineFacts, minutes: float, fixed:
     reached = np.concatenate([bits[:, :-2], bits[:, -2:].max(axis=1, keepdims=True)], axis=1)
     best = reached.min(axis=1)
     tied = np.flatnonzero(best <= best.min() * (1 + TIES))
-    chosen = min(tied.tolist(), key=lambda i: (candidates.size[i, 0], best[i]))
+    chosen = min(
+        tied.tolist(), key=lambda i: (candidates.size[i, 0], candidates.context[i, 0], best[i])
+    )
     time = float(times[np.argmin(reached[chosen])])
     own = candidates.some(np.array([chosen]))
     choice = _Choice(text, machine, fixed, own, _predict(text, machine, fixed, own, [time]))
@@ -264,8 +266,8 @@ def _contexts(text: TextFacts, width: int, token_bytes: float, fixed: Fixed) -> 
     asked = fixed.training.get("max_length") or fixed.model.get("context_length")
     if asked:
         return [asked]
-    # attention takes a fifth of a step at most, and both sides of the text hold two windows
-    longest = min(max(64, 1.2 * width), CONTEXTS[-1])
+    # attention takes a quarter of a step at most, and both sides of the text hold two windows
+    longest = min(max(64, 1.4 * width), CONTEXTS[-1])
     longest = min(longest, text.val_bytes / token_bytes / 2, text.train_bytes / token_bytes / 4)
     documents = max(64, 2 * text.document_bytes / token_bytes)
     fitting = [length for length in CONTEXTS if length <= min(longest, documents)]
@@ -514,7 +516,7 @@ class _Choice:
             "n_layers": f"what learns most from {used:.3g} min of this machine",
             "emb_dim": f"reads the text {passes:.2g} times in that time",
             "n_heads": f"{width // _heads(width)} wide each",
-            "context_length": "attention takes at most a fifth of a step",
+            "context_length": "attention takes at most a quarter of a step",
             "drop_rate": "no byte is read twice" if not dropout else f"for {passes:.2g} passes",
             "batch_size": f"{float(c.batch[0, 0]):,.0f} tokens a step for {tokens:,.0f} in all",
             "optimizer": "learns more in a step than AdamW",
