@@ -20,7 +20,8 @@ from engine.metrics import TokenSize
 from text.tokenizer import ByteTokens, GPT2Tokenizer, Tokenizer
 
 MIN_TOKENS = 4  # an input and its target to train on, and as many to validate on
-COUNTED_TOKENS = 1 << 20  # of a text that are counted at once, so that it need not fit into memory
+# of a text that are counted at once, so that it need not fit into memory
+COUNTED_TOKENS, COUNTED_PARTS = 1 << 14, 1 << 6
 LONGEST_TRAIN_SHARE = 0.95  # the most of a short text that is trained on, so that a window fits
 
 
@@ -257,12 +258,12 @@ class OverlappingWindows(Dataset):
     def __len__(self) -> int:
         return self.n_whole + len(self._shorter)
 
-    def scored(self, numbers: range) -> tuple[int, int]:
-        """The tokens that adjacent windows score, all long ones or a shorter one: first and end."""
-        if numbers[0] >= self.n_whole:
-            return self._shorter[numbers[0] - self.n_whole][1:]
-        first, last = numbers[0] * self._n_scored, numbers[-1] * self._n_scored
-        return 1 + self._lead + first, 1 + self._lead + last + self._n_scored
+    def scored(self, number: int) -> tuple[int, int]:
+        """The tokens that a window scores: the first and the end."""
+        if number >= self.n_whole:
+            return self._shorter[number - self.n_whole][1:]
+        first = 1 + self._lead + number * self._n_scored
+        return first, first + self._n_scored
 
     def __getitems__(self, indices: Sequence[int]) -> Batch:
         """A batch of long windows, or a shorter one: ids (B, T) and targets (B, T // 2) int64."""
@@ -286,42 +287,39 @@ class EvaluationBatches(Sampler):
         parallel: Parallel,
     ) -> None:
         self._rank, self._world = parallel.rank, parallel.world
-        self._n_windows, self._batch_size, self._micro_batch = len(dataset), batch_size, micro_batch
-        self._n_whole = getattr(dataset, "n_whole", len(dataset))
-        # shorter windows are batches of their own
-        self._n_full = -(-self._n_whole // batch_size)
-        self.n_batches = self._n_full + self._n_windows - self._n_whole  # of the whole text
-        self.chosen: Sequence[int] | np.ndarray = range(self.n_batches)
-        if max_batches is not None and max_batches < self.n_batches:
-            self.chosen = np.linspace(0, self.n_batches - 1, max_batches).round().astype(int)
+        self._batch_size, self._micro_batch = batch_size, micro_batch
+        self._n_whole = self._n_chosen = getattr(dataset, "n_whole", len(dataset))
+        self._n_shorter = len(dataset) - self._n_whole  # each of which is a batch of its own
+        n_full = -(-self._n_whole // batch_size)
+        self.n_batches = self.of_batches = n_full + self._n_shorter
+        if max_batches is not None and max_batches < n_full:
+            self._n_chosen, self._n_shorter = max_batches * batch_size, 0
+            self.n_batches = max_batches
 
-    def _batch(self, number: int) -> range:
-        """The windows of a batch of the loader."""
-        if number >= self._n_full:
-            alone = self._n_whole + int(number) - self._n_full
-            return range(alone, alone + 1)
-        start = int(number) * self._batch_size
-        return range(start, min(start + self._batch_size, self._n_whole))
+    def _window(self, number: int) -> int:
+        """One of the chosen windows, which are the middles of as many equal parts."""
+        return (2 * number + 1) * self._n_whole // (2 * self._n_chosen)
 
-    def windows(self) -> Iterator[range]:
+    def windows(self) -> Iterator[list[int]]:
         """The windows of each batch, of all ranks."""
-        return map(self._batch, self.chosen)
+        for start in range(0, self._n_chosen, self._batch_size):
+            numbers = range(start, min(start + self._batch_size, self._n_chosen))
+            yield list(map(self._window, numbers))
+        for number in range(self._n_shorter):
+            yield [self._n_whole + number]
 
-    def _all_ranks(self) -> Iterator[range]:
+    def _all_ranks(self) -> Iterator[list[int]]:
         for batch in self.windows():
             for start in range(0, len(batch), self._micro_batch):
                 yield batch[start : start + self._micro_batch]
 
-    def __iter__(self) -> Iterator[range]:
+    def __iter__(self) -> Iterator[list[int]]:
         return itertools.islice(self._all_ranks(), self._rank, None, self._world)
 
     def __len__(self) -> int:
-        # only the last full batch and those of shorter windows, two at most, can be smaller
-        n_equal = max(0, len(self.chosen) - 3)
-        sizes = [len(self._batch(number)) for number in self.chosen[n_equal:]]
-        count = n_equal * -(-self._batch_size // self._micro_batch)
-        count += sum(-(-size // self._micro_batch) for size in sizes)
-        return len(range(self._rank, count, self._world))
+        n_full, rest = divmod(self._n_chosen, self._batch_size)
+        count = n_full * -(-self._batch_size // self._micro_batch) + -(-rest // self._micro_batch)
+        return len(range(self._rank, count + self._n_shorter, self._world))
 
 
 @dataclass(frozen=True)
@@ -511,6 +509,17 @@ def create_dataloader_v1(
     )
 
 
+def _in_pieces(array: np.ndarray, parts: Iterable[tuple[int, int]]) -> Iterator[np.ndarray]:
+    """Parts of an array, each between two places, in pieces of up to a million tokens."""
+    short = (
+        array[start : min(start + COUNTED_TOKENS, end)]
+        for first, end in parts
+        for start in range(first, end, COUNTED_TOKENS)
+    )
+    while some := list(itertools.islice(short, COUNTED_PARTS)):  # one by one takes long
+        yield np.concatenate(some)
+
+
 def measure_tokens(
     tokens: Tokens, tokenizer: Tokenizer, parts: Iterable[tuple[int, int]] | None = None
 ) -> TokenSize:
@@ -519,12 +528,7 @@ def measure_tokens(
     The mean is over all of them, and an end of text has none. It is exact where a token stands for
     bytes; tokens of another tokenizer are decoded, a million at once.
     """
-    array = _as_array(tokens)
-    pieces = (
-        array[start : min(start + COUNTED_TOKENS, end)]
-        for first, end in ([(0, len(array))] if parts is None else parts)
-        for start in range(first, end, COUNTED_TOKENS)
-    )
+    pieces = _in_pieces(_as_array(tokens), [(0, len(tokens))] if parts is None else parts)
     n_tokens = characters = n_bytes = 0
     if isinstance(tokenizer, ByteTokens):
         counts = np.zeros(tokenizer.vocab_size, dtype=np.int64)
@@ -570,7 +574,7 @@ def evaluation_loader(
     *,
     overlapping: bool = False,
 ) -> DataLoader:
-    """A loader over the same windows in order: all of them, or max_batches evenly spaced batches.
+    """A loader over the same windows in order: all, or max_batches of windows evenly spread.
 
     It gives the same micro-batches each time, of at most micro_batch windows (None: the loader's),
     and uses no random generator. Each rank gets a share of them. The windows of a text don't

@@ -67,7 +67,7 @@ def _expected(recipe: Recipe, text: TextFacts) -> str:
 
 def _about_machine(recipe: Recipe, machine: MachineFacts) -> str:
     return (
-        f"{machine.flops / 1e9:,.0f} GFLOP/s in training steps, so about "
+        f"{machine.flops / 1e9:,.3g} GFLOP/s in training steps, so about "
         f"{recipe.tokens_per_s:,.0f} tokens a second with this model"
     )
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,13 +11,14 @@ import torch
 
 from data import WindowPlan
 from engine.errors import CheckpointError, SettingsError
-from engine.optim import default_eval_freq, default_warmup_steps
+from engine.optim import default_eval_freq, default_learning_rate, default_warmup_steps
 from engine.settings import check, find_problems, from_json, names_on_resume, setting, shown
 from generation import SamplingConfig
 from model import ATTENTIONS, GPTConfig
-from planning.plan import SETTING_NAMES, Asked, RunPlan, RunSettings
-from planning.recipe import Recipe
+from planning.plan import SETTING_NAMES, Asked, RecipeChoice, RunPlan, RunSettings
+from planning.recipe import MachineFacts, Recipe, choose_recipe
 from storage.files import SETTINGS
+from text.facts import TextFacts
 from training_utils import TrainingConfig
 
 MOST_SETTINGS_BYTES = 1 << 24
@@ -48,7 +50,7 @@ class RunRecord:
     model_name: str
     model: GPTConfig
     training: TrainingConfig
-    recipe: Recipe | None  # with MINUTES
+    choice: RecipeChoice | None  # with MINUTES
     sampling: SamplingConfig
     # decided at each start
     device: str = setting(on_resume="numeric")
@@ -73,12 +75,20 @@ class RunRecord:
 
     @staticmethod
     def conflicts(values: dict[str, Any]) -> list[str]:
-        """Wrong names and types in settings; other rules may depend on the machine."""
+        """A choice without minutes, or wrong names and types in settings; other rules may depend on
+        the machine."""
         settings = values["settings"]
+        if (values["choice"] is None) != (values["asked"].minutes is None):
+            return ["choice must be there where minutes are asked for, and only there"]
         if lacking := [name for name in SETTING_NAMES if name not in settings]:
             return [f"settings lacks {', '.join(lacking)}"]
         known = {name: settings[name] for name in SETTING_NAMES}
         return find_problems(RunSettings, known, 'settings["{}"]'.format, joined=False)
+
+    @property
+    def recipe(self) -> Recipe | None:
+        """What was chosen for the run's MINUTES."""
+        return None if self.choice is None else self.choice.recipe
 
     def to_json(self) -> dict[str, Any]:
         """The content of settings.json."""
@@ -179,6 +189,24 @@ def total_steps(before: RunRecord, asked: Asked) -> int:
     return min(total, length.at_most or total)
 
 
+def decide_recipe(
+    plan: RunPlan,
+    text: TextFacts,
+    measure: Callable[[], MachineFacts],
+    before: RunRecord | None,
+) -> RunPlan:
+    """The plan with the recipe of its MINUTES; a resumed run keeps its own."""
+    if plan.fixed is None or plan.run.MINUTES is None:
+        return plan
+    choice = None if before is None else before.choice
+    if choice is None:
+        machine = measure()
+        recipe = choose_recipe(text, machine, plan.run.MINUTES, plan.fixed)
+        choice = RecipeChoice(recipe, text, machine)
+    recipe = choice.recipe
+    return dataclasses.replace(plan, choice=choice, model=recipe.model, tokenizer=recipe.tokenizer)
+
+
 def decide_training(
     plan: RunPlan, device: torch.device, n_tokens: int, before: RunRecord | None
 ) -> TrainingConfig:
@@ -187,17 +215,18 @@ def decide_training(
     In full mode a GPU's new run takes larger batches: with small ones it would wait for the host.
     """
     asked = _with_recipe(plan.training, plan.recipe)
-    if before is None:
-        if plan.mode == "full" and device.type != "cpu" and asked.max_length is not None:
-            n_windows = n_tokens // asked.max_length
-            largest = GPU_STEP_TOKENS // asked.max_length
-            batch_size = max(asked.batch_size, min(largest, n_windows // LEAST_STEPS))
-            asked = dataclasses.replace(asked, batch_size=batch_size)
-        return asked
-    then = _with_recipe(before.asked.training, before.recipe).to_dict()
-    became = before.training.to_dict()
-    decided = {n: became[n] for n, value in asked.to_dict().items() if then[n] == value}
-    return dataclasses.replace(asked, **decided)
+    if before is not None:
+        then = _with_recipe(before.asked.training, before.recipe).to_dict()
+        became = before.training.to_dict()
+        decided = {n: became[n] for n, value in asked.to_dict().items() if then[n] == value}
+        asked = dataclasses.replace(asked, **decided)
+    elif plan.mode == "full" and device.type != "cpu" and asked.max_length is not None:
+        n_windows = n_tokens // asked.max_length
+        largest = GPU_STEP_TOKENS // asked.max_length
+        batch_size = max(asked.batch_size, min(largest, n_windows // LEAST_STEPS))
+        asked = dataclasses.replace(asked, batch_size=batch_size)
+    rate = asked.learning_rate or default_learning_rate(plan.model["emb_dim"], asked.optimizer)
+    return dataclasses.replace(asked, learning_rate=rate)
 
 
 def _with_recipe(asked: TrainingConfig, recipe: Recipe | None) -> TrainingConfig:

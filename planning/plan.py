@@ -26,9 +26,10 @@ from engine.settings import (
 )
 from generation import SamplingConfig
 from model import MODEL_SETTINGS, GPTConfig
-from planning.recipe import Fixed, Recipe
+from planning.recipe import Fixed, MachineFacts, Recipe
 from storage.files import RESERVED, is_portable_name
 from storage.tracking import TRACKERS
+from text.facts import TextFacts
 from text.sources import parse_data
 from text.tokenizer import find_tokenizer_fault
 from training_utils import QUICK_MODE_STEPS, TrainingConfig, read_custom_params, with_defaults
@@ -47,6 +48,7 @@ RECIPE_CHOOSES = (
     "optimizer",
     "learning_rate",
     "embedding_rate",
+    "sampling",
     "schedule",
     "decay_share",
     "final_rate",
@@ -220,6 +222,18 @@ class Asked:
 
 
 @dataclass(frozen=True)
+class RecipeChoice:
+    """A recipe, and what it was chosen from."""
+
+    recipe: Recipe
+    text: TextFacts
+    machine: MachineFacts
+
+    def __post_init__(self) -> None:
+        check(self)
+
+
+@dataclass(frozen=True)
 class RunPlan:
     """All settings of a run after every rule of precedence, and the reason of each result."""
 
@@ -233,12 +247,17 @@ class RunPlan:
     origins: dict[str, str]
     notices: list[str]
     fixed: Fixed | None = None  # with MINUTES: what the user has set
-    recipe: Recipe | None = None
+    choice: RecipeChoice | None = None
 
     @property
     def most_steps(self) -> int | None:
         """The most optimizer steps that the mode allows."""
         return QUICK_MODE_STEPS if self.mode == "quick" else None
+
+    @property
+    def recipe(self) -> Recipe | None:
+        """What is chosen for MINUTES."""
+        return None if self.choice is None else self.choice.recipe
 
     @property
     def data(self) -> Any:

@@ -66,7 +66,7 @@ TIME_RUNGS = 4  # the minutes that are looked at lie 2**(1/4) apart
 LEAST_MINUTES, MOST_MINUTES = 0.25, 10_000.0
 MEMORY_SHARE = 0.8  # of the memory, the most that a run may need
 # bytes for each token, layer and unit of width; and of a chunk of logits
-BLOCK_BYTES, HEAD_BYTES = 60, 100e6
+BLOCK_BYTES, HEAD_BYTES = 80, 2e7
 SMALL_TEXT = 20_000  # bytes, below which a forecast means little
 DIGITS = 2  # of the machine's figures, and of the chosen rates
 
@@ -294,6 +294,20 @@ def _memory(c: _Candidates, machine: MachineFacts, windows: np.ndarray) -> np.nd
     return kept + activations + head
 
 
+def step_costs(
+    layers: Any, width: Any, vocabulary: Any, context: Any, windows: Any, *, is_adamw: bool = False
+) -> tuple[Any, Any, Any, Any]:
+    """What an optimizer step is made of: operations, tokens, parameters and layers.
+
+    Of numbers or arrays; windows are those of the step. Muon's operations are those of its
+    Newton-Schulz iterations.
+    """
+    in_blocks = layers * (4 * width**2 + 3 * width * _mlp_width(width))
+    size, tokens = in_blocks + vocabulary * width, windows * context
+    work = tokens * (6 * size + 12 * layers * width * context)
+    return work + (0 if is_adamw else 24 * width * in_blocks), tokens, size, layers
+
+
 def _predict(
     text: TextFacts, machine: MachineFacts, fixed: Fixed, c: _Candidates, times: Any
 ) -> _Forecast:
@@ -301,10 +315,13 @@ def _predict(
     k = COEFFICIENTS
     is_adamw = fixed.training.get("optimizer") == "adamw"
     seconds = np.maximum(1.0, k["usable"] * 60 * np.asarray(times) - k["start_s"])
-    work = 6 * c.size + 12 * c.layers * c.width * c.context
-    orthogonalizing = 0 if is_adamw else 24 * c.width * c.in_blocks / machine.flops
-    step_s = c.batch * (work / machine.flops + machine.token_s) + orthogonalizing
-    step_s = step_s + machine.parameter_s * c.size + machine.layer_s * c.layers
+    costs = step_costs(c.layers, c.width, c.vocabulary, c.context, c.windows, is_adamw=is_adamw)
+    step_s = (
+        costs[0] / machine.flops
+        + costs[1] * machine.token_s
+        + costs[2] * machine.parameter_s
+        + costs[3] * machine.layer_s
+    )
     steps = seconds / step_s
     unique, tokens = text.unique_bytes, steps * c.batch
     passes = tokens * c.token_bytes / unique

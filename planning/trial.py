@@ -332,9 +332,11 @@ class Budget:
             found = self._longest(asked.eval_freq, intervals, eval_iter)
             if self.evaluation_s(found, eval_iter) <= EVALUATION_SHARE * self.seconds:
                 break
+        warmup = asked.warmup_steps
         return dataclasses.replace(
             asked,
             max_steps=found.total_steps,
+            warmup_steps=None if warmup is None else min(warmup, found.total_steps - 1),
             eval_freq=found.eval_freq,
             eval_iter=asked.eval_iter if eval_iter == most_iter else eval_iter,
         )
@@ -432,6 +434,11 @@ def _spend(
     planned = budget.plan(asked)
     left = "" if deadline is None else f"{max(0.0, seconds) / 60:.3g} of "
     notices = [f"{planned.max_steps:,} steps are expected to take {left}{minutes:g} minutes"]
+    if planned.warmup_steps != asked.warmup_steps:
+        notices.append(
+            f"warmup_steps is lowered from {asked.warmup_steps} to {planned.warmup_steps}: the run "
+            f"has {planned.max_steps} steps"
+        )
     if planned.eval_iter != asked.eval_iter:
         notices.append(
             f"eval_iter is lowered from {asked.eval_iter} to {planned.eval_iter}: evaluations "

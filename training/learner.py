@@ -101,7 +101,7 @@ class Learner:
         overlapping: bool = False,
         label: str | None = None,
     ) -> float:
-        """The mean loss over a loader's text, or over max_batches evenly spaced batches of it;
+        """The mean loss over a loader's text, or over max_batches of windows evenly spread over it;
         raises as mean_loss() does. With a label it draws a bar. Collective."""
 
         def attempt() -> float:
@@ -126,17 +126,17 @@ class Learner:
         """The Score of a loader's text, each token with at least half a window before it.
 
         Only the tokens of the first half window have less. It takes twice the time of an
-        evaluate(), and with max_batches scores as many evenly spaced batches; raises and draws as
-        that does. Collective.
+        evaluate(); with max_batches it scores as many batches of windows evenly spread. Raises and
+        draws as that does. Collective.
         """
         loss = self.evaluate(loader, max_batches, stop, overlapping=True, label=label)
         of_all_ranks = evaluation_loader(loader, max_batches, overlapping=True)
         windows, batches = of_all_ranks.dataset, of_all_ranks.batch_sampler
-        parts = [(1, len(windows.tokens))]  # nothing comes before the first token
-        if len(batches.chosen) < batches.n_batches:
-            parts = [windows.scored(numbers) for numbers in batches.windows()]
+        parts: Iterable[tuple[int, int]] = [(1, len(windows.tokens))]  # none comes before the first
+        if batches.n_batches < batches.of_batches:
+            parts = (windows.scored(number) for batch in batches.windows() for number in batch)
         size = measure_tokens(windows.tokens, tokenizer, parts)
-        return Score(loss, size, len(batches.chosen), batches.n_batches)
+        return Score(loss, size, batches.n_batches, batches.of_batches)
 
     def in_smaller_parts(self, attempt: Callable[[], T], label: str) -> T:
         """The result of an attempt, repeated with half the micro-batch whenever memory runs out.
