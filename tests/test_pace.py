@@ -4,12 +4,16 @@ text by heart; and that a stopped run repeats it."""
 import itertools
 import json
 import math
+import time
 from dataclasses import replace
 
 import pytest
 
+import environment
 import train
+from distributed.parallel import ALONE
 from engine.optim import Schedule, learning_rate_at, make_schedule
+from planning import trial
 from planning.trial import Budget, Costs, Trial
 from tests.resuming import Bench, compare, of_steps
 from training.journal import Journal
@@ -175,7 +179,7 @@ def test_what_parts_take_is_kept_apart_and_a_default_serves_where_nothing_was_se
 
 
 class TimedBench(Bench):
-    """Runs that are to end after 6 s, of which each step takes step_s by a clock of its own."""
+    """Runs that are to end in 5 s, of which each step takes step_s by a clock of its own."""
 
     def __init__(self, *arguments) -> None:
         super().__init__(*arguments)
@@ -184,7 +188,12 @@ class TimedBench(Bench):
         patch = self.patch
         patch.setattr(Trial, "step_seconds", lambda trial, **_: 0.25)
         patch.setattr(Trial, "costs", lambda *_: Costs(0.25, 0.005, 0.0, 0.0))
-        patch.setattr(train, "usable_seconds", lambda *_: 6.0)
+        # of what was left at the trial some more is gone when training begins
+        patch.setattr(trial, "usable_seconds", lambda *_: 5.5)
+        patch.setattr(train, "usable_seconds", lambda *_: 5.0)
+        until = {"deadline": 0.0}
+        try_out = environment.try_out
+        patch.setattr(environment, "try_out", lambda *a, **o: try_out(*a, **(o | until)))
         patch.setattr(train, "expected_save_s", lambda model: 0.0)
         patch.setattr(train, "UNSEEN_PICTURE_S", 0.0)
         patch.setattr(Spent, "mean", lambda spent, kind, default=0.0: 0.0)
@@ -193,8 +202,14 @@ class TimedBench(Bench):
         patch.setattr(Journal, "elapsed_s", clock)
 
     def describe(self, name: str, **settings) -> None:
-        budget = {"max_steps": None, "time_budget_minutes": 0.1, "schedule": "wsd", "eval_freq": 3}
-        super().describe(name, **(budget | {"eval_iter": 1} | settings))
+        budget = {"max_steps": None, "time_budget_minutes": 0.1, "schedule": "wsd", "eval_freq": 2}
+        super().describe(name, **(budget | {"eval_iter": 1, "warmup_steps": 2} | settings))
+
+
+def test_what_is_left_until_a_deadline_leaves_room_for_python_to_end(monkeypatch):
+    monkeypatch.setattr(time, "perf_counter", lambda: 1000.0)
+    assert trial.usable_seconds(1060.0, 100.0, ALONE) == pytest.approx(60 - 1 - 1)
+    assert trial.usable_seconds(990.0, 100.0, ALONE) < 0
 
 
 def plans_of(bench: Bench) -> list[dict]:
@@ -209,11 +224,13 @@ def test_a_run_planned_anew_repeats_that_plan_wherever_it_is_stopped(workdir, mo
     bench.describe("whole")
     whole = bench.finish()
     [change] = plans_of(bench)
-    # 23 steps of 0.25 s were planned: a quarter of them would be 6, but 5 took 35 % of the time
-    assert change["after_step"] == 5
-    assert change["total_steps"] == [23, 12]
-    assert "after step 5 the run is planned anew: 12 steps instead of 23" in capsys.readouterr().out
-    assert len(of_steps(whole["rows"])) == 12
+    # 21 steps of 0.25 s were planned: a quarter of them would be 5, but 4 took 35 % of the time
+    assert change["after_step"] == 4
+    assert change["total_steps"] == [21, 10]
+    said = capsys.readouterr().out
+    assert "21 steps are expected to take 0.0917 of 0.1 minutes" in said
+    assert "after step 4 the run is planned anew: 10 steps instead of 21" in said
+    assert len(of_steps(whole["rows"])) == 10
     assert bench.journal.history.forecast[1] < bench.journal.history.val_losses[-4]
     last = [float.fromhex(row["train/lr"]) for row in of_steps(whole["rows"])]
     assert last[-1] == pytest.approx(max(last) / 10)  # the decay has moved with the end
