@@ -114,7 +114,7 @@ def test_recipes_are_valid_fit_and_get_no_worse_with_time():
 
 @pytest.mark.slow
 def test_recipes_of_the_whole_table_are_valid_fit_and_get_no_worse_with_time():
-    table(7, 6, 12)
+    table(6, 6, 10)
 
 
 def rungs(n_bytes: int, n_steps: int) -> list[list[int]]:
