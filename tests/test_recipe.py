@@ -5,6 +5,7 @@ import itertools
 import json
 import math
 import random
+import re
 import subprocess
 import sys
 
@@ -21,7 +22,15 @@ from planning import speed
 from planning.card import card_lines
 from planning.choices import Choices
 from planning.machine import Machine
-from planning.recipe import LADDER, Fixed, MachineFacts, Recipe, choose_recipe, step_costs
+from planning.recipe import (
+    COEFFICIENTS,
+    LADDER,
+    Fixed,
+    MachineFacts,
+    Recipe,
+    choose_recipe,
+    step_costs,
+)
 from tests.conftest import REPOSITORY
 from text import facts
 from text.documents import DataSpec
@@ -240,6 +249,13 @@ def test_memory_is_near_that_of_the_estimate():
 def test_choosing_loads_no_torch():
     code = "import sys, planning.recipe; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY).returncode == 0
+
+
+@pytest.mark.parametrize("page", ["recipes.md", "recipes.zh-CN.md"])
+def test_the_docs_explain_every_coefficient(page):
+    text = (REPOSITORY / "docs" / page).read_text(encoding="utf-8")
+    rows = [line.split("|")[1] for line in text.splitlines() if line.startswith("| `")]
+    assert set(COEFFICIENTS) <= set(re.findall(r"`(\w+)`", "".join(rows)))
 
 
 # ------------------------------------------------------------------ odd texts
