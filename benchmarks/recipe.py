@@ -12,7 +12,6 @@ chosen, and prints the regret. --rehearse does it all with runs of a few steps, 
 
 import argparse
 import json
-import os
 import subprocess
 import sys
 import tempfile
@@ -45,21 +44,19 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 TEXTS = REPOSITORY.parent / "shared" / "data"
 FIT_TEXTS = ("tinyshakespeare.txt", "ci.txt")
 REFERENCE = MachineFacts("cpu", 6e11, 15e-6, 1e-9, 8 * 10**9)  # two cores with fast bf16
-FITTED = ("size", "size_power", "bytes", "bytes_power", "token_share", "repeats", "heart")
-FITTED += ("turn_muon", "context")  # shared by all texts; each text's part of "entropy" is free
-TRIES, HUBER = 4000, 0.03
+# shared by all texts; each text's part of "entropy" is free
+FITTED = (
+    *("size", "size_power", "bytes", "bytes_power", "token_share", "repeats", "heart"),
+    *("turn_muon", "context"),
+)
+TRIES, HUBER, PRIOR = 30, 0.03, 0.01
 SIZES = ((3, 96), (4, 128), (4, 192), (5, 256), (6, 320))
-NANOGPT = Fixed(  # its README's run on a CPU, at the same time instead of 2,000 steps
-    "char",
-    {
-        "architecture": "gpt2", "n_layers": 4, "n_heads": 4, "emb_dim": 128, "drop_rate": 0.0,
-        "context_length": 64,
-    },
-    {
-        "batch_size": 12, "optimizer": "adamw", "learning_rate": 1e-3, "schedule": "cosine",
-        "warmup_steps": 100, "weight_decay": 0.1, "beta2": 0.99, "final_rate": 0.1,
-    },
-)  # fmt: skip
+# nanoGPT's run on a CPU by its README, but for the same time in place of 2,000 steps
+NANOGPT_MODEL = {"architecture": "gpt2", "n_layers": 4, "n_heads": 4, "emb_dim": 128}
+NANOGPT_TRAINING = {"batch_size": 12, "optimizer": "adamw", "learning_rate": 1e-3}
+NANOGPT_TRAINING |= {"schedule": "cosine", "warmup_steps": 100, "weight_decay": 0.1, "beta2": 0.99}
+NANOGPT_MODEL |= {"drop_rate": 0.0, "context_length": 64}
+NANOGPT = Fixed("char", NANOGPT_MODEL, NANOGPT_TRAINING | {"final_rate": 0.1})
 
 
 @dataclass(frozen=True)
@@ -109,12 +106,11 @@ def rivals(text: str, facts: TextFacts, minutes: float) -> dict[str, Run]:
     for name in ("char", "bpe:1024", "bpe:4096"):
         if name != own.tokenizer and name in facts.bytes_per_token:
             fixed[name] = Fixed(name, {}, {})
-    for name, factor in (("batch x 2", 2.0), ("batch / 2", 0.5)):
+    for factor in (2.0, 0.5):
         windows = max(1, int(factor * training["batch_size"]))
-        fixed[name] = Fixed(own.tokenizer, shape, {"batch_size": windows})
-    for name, factor in (("rate x 2", 2.0), ("rate / 2", 0.5)):
         rate = factor * training["learning_rate"]
-        fixed[name] = Fixed(own.tokenizer, shape, {"learning_rate": rate})
+        fixed[f"batch x {factor}"] = Fixed(own.tokenizer, shape, {"batch_size": windows})
+        fixed[f"rate x {factor}"] = Fixed(own.tokenizer, shape, {"learning_rate": rate})
     return {name: Run(text, minutes, values) for name, values in fixed.items()}
 
 
@@ -139,22 +135,15 @@ def train(run: Run, most_steps: int | None) -> dict[str, Any]:
         chosen["warmup_steps"] = min(chosen["warmup_steps"], steps // 4)
         model = {n: v for n, v in recipe.model.items() if n != "context_length"}
         chosen |= {"max_length": recipe.model["context_length"], "model_overrides": model}
-        settings = {
-            "DATA": str(path), "TOKENIZER": recipe.tokenizer, "CUSTOM_MODE": True,
-            "MODEL": "llama-mini", "custom_params": chosen, "SEED": run.seed, "RUN_NAME": "run",
-        }  # fmt: skip
-        lines = [f"{key} = {value!r}\n" for key, value in settings.items()]
-        (folder / "settings.py").write_text("".join(lines), encoding="utf-8")
-        done = subprocess.run(
-            [sys.executable, str(REPOSITORY / "main.py"), "settings.py"],
-            cwd=folder,
-            env=os.environ | {"PYTHONPATH": str(REPOSITORY)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            encoding="utf-8",
+        settings = (
+            f"DATA, TOKENIZER, SEED = {str(path)!r}, {recipe.tokenizer!r}, {run.seed}\n"
+            f"CUSTOM_MODE, MODEL, RUN_NAME = True, 'llama-mini', 'run'\ncustom_params = {chosen!r}"
         )
+        (folder / "settings.py").write_text(settings, encoding="utf-8")
+        command = [sys.executable, str(REPOSITORY / "main.py"), "settings.py"]
+        done = subprocess.run(command, cwd=folder, capture_output=True, encoding="utf-8")
         if done.returncode != 0:
-            raise RuntimeError(f"{run} ended with {done.returncode}:\n{done.stdout[-2000:]}")
+            raise RuntimeError(f"{run} ended with {done.returncode}:\n{done.stderr[-2000:]}")
         summary = json.loads((folder / "runs" / "run" / "summary.json").read_bytes())
     bits = summary["final_val_bits_per_byte"]
     return {"facts": asdict(facts), "recipe": asdict(recipe), "steps": steps, "bits": bits}
@@ -178,50 +167,56 @@ def train_all(runs: list[Run], results: dict[str, Any], file: Path, most: int | 
 def predicted(found: dict[str, Any], k: dict[str, float]) -> float:
     """What the law says of a run, with some coefficients."""
     facts, recipe = TextFacts(**found["facts"]), Recipe(**found["recipe"])
-    fixed = json.loads(found["key"])["fixed"]
-    training, model = recipe.training | fixed["training"], recipe.model
+    training = recipe.training | json.loads(found["key"])["fixed"]["training"]
+    model = recipe.model
+    name, rate = recipe.tokenizer, facts.bytes_per_token[recipe.tokenizer]
     windows = training["batch_size"] * training["gradient_accumulation_steps"]
-    name = recipe.tokenizer
-    values = (model["n_layers"], model["emb_dim"], facts.vocabularies[name])
-    values += (facts.bytes_per_token[name], model["context_length"], windows)
-    c = Candidates([name], *(np.array([[float(value)]]) for value in values))
+    shape = [model["n_layers"], model["emb_dim"], facts.vocabularies[name], rate]
+    shape += [model["context_length"], windows]
+    c = Candidates([name], *(np.array([[float(value)]]) for value in shape))
     dropout, decay = (np.array([[v]]) for v in (model["drop_rate"], training["weight_decay"]))
     turn = turning_passes(facts, c, dropout, decay, k=k)
     return float(expected_bits(facts, c, np.array([[float(found["steps"])]]), turn, k=k)[0, 0])
 
 
 def fit(runs: list[dict[str, Any]], tries: int) -> tuple[dict[str, float], dict[str, float]]:
-    """The coefficients that meet some runs best, and each text's part of "entropy"."""
-    generator = np.random.default_rng(0)
+    """The coefficients that meet some runs best, and each text's part of "entropy".
+
+    Levenberg and Marquardt's method on the logarithms, outliers weighted as by Huber.
+    """
     texts = sorted({json.loads(run["key"])["text"] for run in runs})
-    values = {name: COEFFICIENTS[name] for name in FITTED} | dict.fromkeys(texts, 1.0)
+    places = [len(FITTED) + texts.index(json.loads(run["key"])["text"]) for run in runs]
 
-    def error(values: dict[str, float]) -> float:
-        total = 0.0
-        for run in runs:
-            part = values[json.loads(run["key"])["text"]]
-            shared = {name: values[name] for name in FITTED}
-            k = COEFFICIENTS | shared | {"entropy": COEFFICIENTS["entropy"] * part}
-            off = abs(float(np.log(predicted(run, k) / run["bits"])))
-            total += off**2 if off < HUBER else HUBER * (2 * off - HUBER)
-        # what the runs can't tell stays where it is
-        return total + 1e-3 * sum(np.log(values[n] / COEFFICIENTS[n]) ** 2 for n in FITTED)
+    def coefficients(logs: np.ndarray, place: int) -> dict[str, float]:
+        own = {name: COEFFICIENTS[name] * float(np.exp(logs[i])) for i, name in enumerate(FITTED)}
+        return COEFFICIENTS | own | {"entropy": COEFFICIENTS["entropy"] * np.exp(logs[place])}
 
-    least = error(values)
-    for number in range(tries):
-        scale = 0.2 * 0.1 ** (number / tries)
-        other = {n: v * float(np.exp(scale * generator.normal())) for n, v in values.items()}
-        if (found := error(other)) < least:
-            values, least = other, found
-    return {n: values[n] for n in FITTED}, {text: values[text] for text in texts}
+    def residuals(logs: np.ndarray) -> np.ndarray:
+        found = zip(runs, places, strict=True)
+        off = [np.log(predicted(run, coefficients(logs, at)) / run["bits"]) for run, at in found]
+        weights = np.sqrt(np.minimum(1, HUBER / np.maximum(np.abs(off), 1e-9)))
+        return np.concatenate([weights * off, PRIOR * logs])  # what runs can't tell stays
+
+    logs, damping = np.zeros(len(FITTED) + len(texts)), 1e-3
+    now = residuals(logs)
+    for _ in range(tries):
+        moved = [residuals(logs + 1e-4 * row) for row in np.eye(len(logs))]
+        slopes = (np.array(moved).T - now[:, None]) / 1e-4
+        normal = slopes.T @ slopes + damping * np.eye(len(logs))
+        other = logs - np.clip(np.linalg.solve(normal, slopes.T @ now), -0.5, 0.5)
+        better = (after := residuals(other)) @ after < now @ now
+        logs, now = (other, after) if better else (logs, now)
+        damping *= 0.3 if better else 5
+    shared = {n: v for n, v in coefficients(logs, 0).items() if n in FITTED}
+    return shared, {text: float(np.exp(logs[len(FITTED) + i])) for i, text in enumerate(texts)}
 
 
 def left_out_errors(runs: list[dict[str, Any]], tries: int) -> dict[str, list[float]]:
     """Each text's relative errors by a fit to the other texts."""
-    errors = {}
-    for text in sorted({json.loads(run["key"])["text"] for run in runs}):
-        own = [run for run in runs if json.loads(run["key"])["text"] == text]
-        others = [run for run in runs if run not in own]
+    texts, errors = [json.loads(run["key"])["text"] for run in runs], {}
+    for text in sorted(set(texts)):
+        own = [run for run, its in zip(runs, texts, strict=True) if its == text]
+        others = [run for run, its in zip(runs, texts, strict=True) if its != text]
         k = COEFFICIENTS | (fit(others, tries)[0] if others else {})
         errors[text] = [round(predicted(run, k) / run["bits"] - 1, 4) for run in own]
     return errors
@@ -236,9 +231,10 @@ def main() -> None:
     parser.add_argument("--rehearse", action="store_true")
     parser.add_argument("--results", type=Path, default=RESULTS / "recipe-cpu.json")
     asked = parser.parse_args()
-    about: dict[str, Any] = {"machine": machine(torch.device("cpu")), "runs": {}}
-    results = json.loads(asked.results.read_bytes()) if asked.results.is_file() else about
-    most, tries = (8, 20) if asked.rehearse else (None, TRIES)
+    results: dict[str, Any] = {"machine": machine(torch.device("cpu")), "runs": {}}
+    if asked.results.is_file():
+        results = json.loads(asked.results.read_bytes())
+    most, tries = (8, 2) if asked.rehearse else (None, TRIES)
     if asked.verify:
         for text, minutes in ((t, m) for t in asked.texts for m in (1.0, 3.0)):
             named = rivals(text, facts_of(Run(text, minutes, NANOGPT), Path())[0], minutes)
@@ -246,8 +242,7 @@ def main() -> None:
             train_all(runs, results, asked.results, most)
             bits = {n: results["runs"][r.key]["bits"] for n, r in named.items() if r in runs}
             best = min(bits, key=bits.__getitem__)
-            regret = bits["auto"] / bits[best] - 1
-            say(f"{text} {minutes:g} min: auto {bits['auto']:.4f}, regret {regret:.2%} to {best}")
+            say(f"{text} {minutes:g} min: {bits}, regret {bits['auto'] / bits[best] - 1:.2%}")
         return
     runs = fit_runs(asked.texts)
     train_all(runs[:: len(runs) // 3] if asked.rehearse else runs, results, asked.results, most)
@@ -256,7 +251,6 @@ def main() -> None:
     results["left_out"] = left_out_errors(found, tries)
     write_json(asked.results, results)
     say(json.dumps({n: float(f"{v:.3g}") for n, v in results["coefficients"].items()}))
-    say(f"written to {asked.results}")
 
 
 if __name__ == "__main__":

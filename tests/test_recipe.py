@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 
+from benchmarks import recipe as benchmark
 from distributed.parallel import ALONE
 from engine.memory import estimate_memory
 from engine.precision import choose_precision
@@ -443,3 +444,41 @@ def test_the_card_shows_every_choice_and_how_to_set_it():
     ):  # fmt: skip
         assert shown in card
     assert '"weight_decay"' not in card
+
+
+# ------------------------------------------------------------------ the fit
+
+
+def test_the_fit_finds_the_numbers_behind_some_results():
+    results = []
+    for run in benchmark.fit_runs(["a", "b"])[::6]:
+        recipe = choose_recipe(english(), benchmark.REFERENCE, run.minutes, run.fixed)
+        found = {"facts": dataclasses.asdict(english()), "recipe": dataclasses.asdict(recipe)}
+        results.append(found | {"steps": recipe.steps, "key": run.key})
+    assert benchmark.predicted(results[0], COEFFICIENTS) == pytest.approx(
+        results[0]["recipe"]["bits_per_byte"], rel=0.01
+    )
+    truth = COEFFICIENTS | {"size": 36.0, "token_share": 0.3}
+    results = [found | {"bits": benchmark.predicted(found, truth)} for found in results]
+
+    fitted, parts = benchmark.fit(results, 3)
+    assert parts == pytest.approx({"a": 1, "b": 1}, abs=0.03)
+    for found in results:
+        assert benchmark.predicted(found, COEFFICIENTS | fitted) == pytest.approx(
+            found["bits"], rel=0.01
+        )
+    assert set(benchmark.left_out_errors(results, 1)) == {"a", "b"}
+
+
+@pytest.mark.slow
+def test_the_benchmark_trains_fits_and_goes_on_where_it_stopped(tmp_path):
+    text = (REPOSITORY / "corpus" / "sample-en.txt").read_text("utf-8")[:12_000]
+    (tmp_path / "text.txt").write_text(text, encoding="utf-8")
+    command = [sys.executable, "-m", "benchmarks.recipe", "--rehearse", "--texts"]
+    command += [str(tmp_path / "text.txt"), "--results", str(tmp_path / "results.json")]
+    for _ in range(2):
+        subprocess.run(command, cwd=REPOSITORY, check=True, capture_output=True)
+        results = json.loads((tmp_path / "results.json").read_bytes())
+        assert len(results["runs"]) == 4
+        assert all(1 < run["bits"] < 9 for run in results["runs"].values())
+        assert results["coefficients"].keys() == set(benchmark.FITTED)
