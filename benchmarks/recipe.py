@@ -11,6 +11,7 @@ chosen, and prints the regret. --rehearse does it all with runs of a few steps, 
 """
 
 import argparse
+import itertools
 import json
 import subprocess
 import sys
@@ -40,7 +41,7 @@ from storage.files import write_json
 from text.documents import DataSpec
 from text.facts import TextFacts, find_facts
 
-REPOSITORY = Path(__file__).resolve().parent.parent
+REPOSITORY = RESULTS.parent.parent
 TEXTS = REPOSITORY.parent / "shared" / "data"
 FIT_TEXTS = ("tinyshakespeare.txt", "ci.txt")
 REFERENCE = MachineFacts("cpu", 6e11, 15e-6, 1e-9, 8 * 10**9)  # two cores with fast bf16
@@ -82,13 +83,12 @@ def fit_runs(texts: Iterable[str]) -> list[Run]:
         for layers, width in SIZES:
             shape = Fixed(None, {"n_layers": layers, "emb_dim": width}, {})
             runs += [Run(text, minutes, shape) for minutes in (1 / 3, 1.0, 3.0)]
-        for name in ("char", "bpe:512", "bpe:2048", "bpe:4096"):
-            runs.append(Run(text, 1.0, Fixed(name, {}, {})))
-        for first_bytes in (100_000, 300_000):
-            for minutes in (0.5, 1.5, 4.0):
-                for dropout, decay in ((0.0, 0.1), (0.2, 1.0)):
-                    fixed = Fixed(None, {"drop_rate": dropout}, {"weight_decay": decay})
-                    runs.append(Run(text, minutes, fixed, first_bytes))
+        names = ("char", "bpe:512", "bpe:2048", "bpe:4096")
+        runs += [Run(text, 1.0, Fixed(name, {}, {})) for name in names]
+        for dropout, decay in ((0.0, 0.1), (0.2, 1.0)):
+            fixed = Fixed(None, {"drop_rate": dropout}, {"weight_decay": decay})
+            parts = itertools.product((0.5, 1.5, 4.0), (100_000, 300_000))
+            runs += [Run(text, minutes, fixed, first_bytes) for minutes, first_bytes in parts]
         runs += [Run(text, 1.0, Fixed(None, {}, {}), seed=seed) for seed in (2, 3)]
     return runs
 
@@ -96,19 +96,15 @@ def fit_runs(texts: Iterable[str]) -> list[Run]:
 def rivals(text: str, facts: TextFacts, minutes: float) -> dict[str, Run]:
     """The law's choice, its neighbors and nanoGPT's recipe, by name."""
     own = choose_recipe(facts, REFERENCE, minutes, Fixed(None, {}, {}))
-    model, training = own.model, own.training
-    shape = {"n_layers": model["n_layers"], "emb_dim": model["emb_dim"]}
+    shape = {name: own.model[name] for name in ("n_layers", "emb_dim")}
+    shapes = [{"n_layers": layers, "emb_dim": width} for layers, width in SIZES]
+    names = {"char", "bpe:1024", "bpe:4096"} & facts.bytes_per_token.keys() - {own.tokenizer}
     fixed = {"auto": Fixed(None, {}, {}), "nanoGPT": NANOGPT}
-    for layers, width in SIZES:
-        if shape != {"n_layers": layers, "emb_dim": width}:
-            name = f"{layers} x {width}"
-            fixed[name] = Fixed(None, {"n_layers": layers, "emb_dim": width}, {})
-    for name in ("char", "bpe:1024", "bpe:4096"):
-        if name != own.tokenizer and name in facts.bytes_per_token:
-            fixed[name] = Fixed(name, {}, {})
+    fixed |= {str(other): Fixed(None, other, {}) for other in shapes if other != shape}
+    fixed |= {name: Fixed(name, {}, {}) for name in sorted(names)}
     for factor in (2.0, 0.5):
-        windows = max(1, int(factor * training["batch_size"]))
-        rate = factor * training["learning_rate"]
+        windows = max(1, int(factor * own.training["batch_size"]))
+        rate = factor * own.training["learning_rate"]
         fixed[f"batch x {factor}"] = Fixed(own.tokenizer, shape, {"batch_size": windows})
         fixed[f"rate x {factor}"] = Fixed(own.tokenizer, shape, {"learning_rate": rate})
     return {name: Run(text, minutes, values) for name, values in fixed.items()}
@@ -145,8 +141,8 @@ def train(run: Run, most_steps: int | None) -> dict[str, Any]:
         if done.returncode != 0:
             raise RuntimeError(f"{run} ended with {done.returncode}:\n{done.stderr[-2000:]}")
         summary = json.loads((folder / "runs" / "run" / "summary.json").read_bytes())
-    bits = summary["final_val_bits_per_byte"]
-    return {"facts": asdict(facts), "recipe": asdict(recipe), "steps": steps, "bits": bits}
+    found = {"facts": asdict(facts), "recipe": asdict(recipe), "steps": steps}
+    return found | {"bits": summary["final_val_bits_per_byte"]}
 
 
 def train_all(runs: list[Run], results: dict[str, Any], file: Path, most: int | None) -> None:
@@ -180,10 +176,8 @@ def predicted(found: dict[str, Any], k: dict[str, float]) -> float:
 
 
 def fit(runs: list[dict[str, Any]], tries: int) -> tuple[dict[str, float], dict[str, float]]:
-    """The coefficients that meet some runs best, and each text's part of "entropy".
-
-    Levenberg and Marquardt's method on the logarithms, outliers weighted as by Huber.
-    """
+    """The coefficients that meet some runs best, by Levenberg and Marquardt's method with Huber's
+    weights on the logarithms; and each text's part of "entropy"."""
     texts = sorted({json.loads(run["key"])["text"] for run in runs})
     places = [len(FITTED) + texts.index(json.loads(run["key"])["text"]) for run in runs]
 
@@ -232,8 +226,7 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=RESULTS / "recipe-cpu.json")
     asked = parser.parse_args()
     results: dict[str, Any] = {"machine": machine(torch.device("cpu")), "runs": {}}
-    if asked.results.is_file():
-        results = json.loads(asked.results.read_bytes())
+    results |= json.loads(asked.results.read_bytes()) if asked.results.is_file() else {}
     most, tries = (8, 2) if asked.rehearse else (None, TRIES)
     if asked.verify:
         for text, minutes in ((t, m) for t in asked.texts for m in (1.0, 3.0)):
