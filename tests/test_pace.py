@@ -6,13 +6,15 @@ import json
 import math
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
 import environment
 import train
 from distributed.parallel import ALONE
-from engine.errors import SettingsError
+from engine import clock
+from engine.errors import ResourceError, SettingsError
 from engine.optim import Schedule, learning_rate_at, make_schedule
 from planning import trial
 from planning.trial import Budget, Costs, Trial
@@ -30,6 +32,7 @@ from training.pace import (
     plan_to_end,
     recorded_plans,
 )
+from training.run_folder import RunFolder
 from training.spacing import Spacing
 
 WSD = Schedule("wsd", 1.0, 10, 400, 80)
@@ -257,6 +260,30 @@ def test_a_run_planned_anew_repeats_that_plan_wherever_it_is_stopped(workdir, mo
     assert [len(outcome["saved state"].pop("new_plans")) for outcome in (whole, found)] == [1, 1]
     compare(found, whole)
     assert len(plans_of(bench)) == 1
+
+
+def test_a_plan_that_the_disk_refuses_is_not_followed(workdir, monkeypatch, capsys):
+    def refuse(*arguments) -> None:
+        raise ResourceError("the disk is full.\nFree some space.")
+
+    monkeypatch.setattr(RunFolder, "note_plan", refuse)
+    bench = TimedBench(workdir, monkeypatch)
+    bench.step_s = 0.5
+    bench.describe("run")
+    assert bench.session()
+    assert plans_of(bench) == []
+    assert bench.journal.steps == 21
+    assert capsys.readouterr().out.count("the disk is full. The run keeps its 21 steps") == 1
+
+
+def test_a_process_knows_when_it_began(monkeypatch):
+    def began_before_s() -> float:
+        return time.perf_counter() - clock.process_began_at()
+
+    age_s = began_before_s()
+    assert time.process_time() - 0.1 < age_s < 86_400
+    monkeypatch.setattr(clock, "STAT", Path("nowhere"))  # as on other systems
+    assert began_before_s() == pytest.approx(time.process_time(), abs=0.1)
 
 
 def killed_at(step: int):
