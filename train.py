@@ -333,9 +333,9 @@ class Trainer:
 
     def _follow(self, new: NewPlan) -> None:
         self.planned.append(new)
-        total = new.total_steps[1]
-        self.plan = replace(self.plan, total_steps=total, schedule=new.apply(self.plan.schedule))
-        self.journal.plan_anew(total)
+        schedule = new.apply(self.plan.schedule)
+        self.plan = replace(self.plan, total_steps=new.total_steps, schedule=schedule)
+        self.journal.plan_anew(new.total_steps)
 
     def _plan_for_time(self, schedule: Schedule) -> NewPlan | None:
         """The plan with the steps for which there is time, at a quarter of the run, once."""
@@ -570,7 +570,7 @@ def _plan_loop(env: RuntimeEnv) -> LoopPlan:
     """The plan that a run begins with, and those that earlier processes made on its way."""
     run, config = env.run, env.train_config
     record, to_come = run.record, tuple(run.new_plans)
-    total_steps = to_come[0].total_steps[0] if to_come else record.total_steps
+    total_steps = to_come[0].steps_before if to_come else record.total_steps
     assert config.eval_freq  # try_out() has completed it
     return LoopPlan(
         total_steps=total_steps,
@@ -607,7 +607,7 @@ def _budget_until(deadline: float | None, env: RuntimeEnv) -> Budget | None:
 
 def say_new_plan(new: NewPlan, journal: Journal) -> None:
     """Say in a line what changes, unless it is hardly anything."""
-    was, now = new.total_steps
+    was, now = new.steps_before, new.total_steps
     if new.why == TIME:
         if abs(now - was) > WORTH_SAYING * was:
             say(

@@ -136,7 +136,8 @@ def time_minutes(asked: argparse.Namespace) -> None:
         for n_bytes in asked.bytes or SIZES_OF_MINUTES:
             runs.append(run := measure_minutes(n_bytes, minutes, busy=asked.busy))
             planned = ", ".join(
-                f"{plan['why']} after {plan['after_step']:,}: {plan['total_steps']}"
+                f"{plan['why']} after {plan['after_step']:,}: {plan['total_steps']:,} of "
+                f"{plan['steps_before']:,} steps"
                 for plan in run["plans"]
             )
             say(

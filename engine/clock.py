@@ -1,23 +1,27 @@
-"""When this process began, by the clock that runs are timed with."""
+"""When a program began: a run of so many minutes counts them from there."""
 
 import os
 import time
 from pathlib import Path
 
-STAT, UPTIME = Path("/proc/self/stat"), Path("/proc/uptime")
-START_FIELD = 19  # of STAT, after the process's name: clock ticks from the machine's start on
+STAT = Path("/proc/self/stat")
+START_TIME = 19  # its field, counted from 0 behind the process's name
 
 
 def process_began_at() -> float:
     """The time.perf_counter() at which this process began.
 
-    Where the system does not tell, as long ago as the CPU time that the process has used.
+    Linux keeps it. Elsewhere the processor time stands for the time since then, which is less where
+    the process has waited, as for a disk from which it is read.
     """
-    now, used_s = time.perf_counter(), time.process_time()
+    return time.perf_counter() - max(time.process_time(), _age_s())
+
+
+def _age_s() -> float:
+    """The seconds since this process began; 0 where the system doesn't tell."""
     try:
-        ticks = int(STAT.read_text().rpartition(")")[2].split()[START_FIELD])
-        uptime_s = float(UPTIME.read_text().split()[0])
-        age_s = uptime_s - ticks / os.sysconf("SC_CLK_TCK")
-    except (OSError, ValueError, IndexError, AttributeError):  # not Linux
-        return now - used_s
-    return now - max(0.0, age_s)
+        fields = STAT.read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
+        began_s = int(fields[START_TIME]) / os.sysconf("SC_CLK_TCK")
+        return time.clock_gettime(time.CLOCK_BOOTTIME) - began_s
+    except (OSError, LookupError, ValueError, AttributeError):
+        return 0.0

@@ -54,6 +54,7 @@ TIMED_BATCHES, TIMED_TOKENS = 4, 10  # of an evaluation and a sample
 # of a run of so many minutes: the share that is planned, and the seconds that Python takes to end
 # after torch was imported (1.0 to 1.8)
 AIM, ENDING_S = 0.99, 1.0
+LEAST_SHARE = 0.1  # of its minutes, that it trains even where its start-up took longer
 RECIPE_WARMUP = 0.25  # of the steps, the most for the recipe's warm-up
 SAVED_BYTES_A_S = 2e8  # of a checkpoint, hashed and synced
 
@@ -406,9 +407,10 @@ class Budget:
 
 def usable_seconds(deadline: float, of_s: float, parallel: Parallel) -> float:
     """The seconds that the main rank has left to plan for, of of_s that end at its deadline, by
-    time.perf_counter(). Collective."""
+    time.perf_counter(); but LEAST_SHARE of of_s at least. Collective."""
     spare_s = (1 - AIM) * of_s + ENDING_S
-    return parallel.broadcast(deadline - time.perf_counter() - spare_s)
+    left_s = deadline - time.perf_counter() - spare_s
+    return parallel.broadcast(max(left_s, LEAST_SHARE * of_s))
 
 
 def _spend(
@@ -437,7 +439,7 @@ def _spend(
     # the recipe's warm-up is for the steps that it expected
     is_recipes = plan.recipe is not None and "warmup_steps" in plan.recipe.training
     planned = budget.plan(asked, most_warmup=RECIPE_WARMUP if is_recipes else 1.0)
-    left = "" if deadline is None else f"{max(0.0, seconds) / 60:.3g} of "
+    left = "" if deadline is None else f"{seconds / 60:.3g} of "
     notices = [f"{planned.max_steps:,} steps are expected to take {left}{minutes:g} minutes"]
     if planned.warmup_steps != asked.warmup_steps:
         notices.append(

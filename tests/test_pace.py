@@ -6,12 +6,15 @@ import json
 import math
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
 import environment
 import train
 from distributed.parallel import ALONE
+from engine import clock
+from engine.errors import ResourceError, SettingsError
 from engine.optim import Schedule, learning_rate_at, make_schedule
 from planning import trial
 from planning.trial import Budget, Costs, Trial
@@ -29,6 +32,7 @@ from training.pace import (
     plan_to_end,
     recorded_plans,
 )
+from training.run_folder import RunFolder
 from training.spacing import Spacing
 
 WSD = Schedule("wsd", 1.0, 10, 400, 80)
@@ -43,7 +47,7 @@ def rates(schedule: Schedule) -> list[float]:
 )
 def test_a_run_with_more_or_less_time_keeps_its_rates_so_far_and_the_share_of_its_decay(now, decay):
     new = plan_for_time(100, 400, now, WSD)
-    assert new == NewPlan(100, TIME, [400, now], [80, decay])
+    assert new == NewPlan(100, TIME, 400, now, decay)
     planned = new.apply(WSD)
     assert rates(planned)[:100] == rates(WSD)[:100]
     assert rates(planned)[-1] == pytest.approx(rates(WSD)[-1])
@@ -66,14 +70,14 @@ def test_other_schedules_follow_the_new_length_and_a_run_without_one_has_none():
 )
 def test_a_run_that_is_to_end_decays_first_unless_it_does_already(step, total, decay):
     new = plan_to_end(step, WSD)
-    assert new == NewPlan(step, BY_HEART, [400, total], [80, decay])
+    assert new == NewPlan(step, BY_HEART, 400, total, decay)
     if total > step:
         planned = new.apply(WSD)
         assert rates(planned)[:step] == rates(WSD)[:step]
         assert rates(planned)[-1] == pytest.approx(0.1)
         assert sorted(rates(planned)[step:], reverse=True) == rates(planned)[step:]
     cosine = make_schedule("cosine", 1.0, 10, 400)
-    assert plan_to_end(step, cosine).total_steps == [400, step]
+    assert plan_to_end(step, cosine).total_steps == step
 
 
 @pytest.mark.parametrize(
@@ -121,7 +125,7 @@ def test_by_heart_is_where_validation_gains_nothing_while_training_does(
 
 
 def test_plans_are_read_back_up_to_where_the_run_was_made_longer():
-    plans = [NewPlan(100, TIME, [400, 350], [80, 70]), NewPlan(200, BY_HEART, [350, 250], [70, 50])]
+    plans = [NewPlan(100, TIME, 400, 350, 70), NewPlan(200, BY_HEART, 350, 250, 50)]
     changes = [{"at": "noon"} | new.to_json() for new in plans]
     other = {"at": "two", "threads": [1, 2]}
     kept = json.loads(json.dumps([other, *changes, other]))
@@ -129,8 +133,11 @@ def test_plans_are_read_back_up_to_where_the_run_was_made_longer():
     assert recorded_plans(kept, 900) == []  # max_steps was set since
     assert recorded_plans([other], 400) == []
     longer = [changes[0], {"at": "one", "total_steps": [350, 500]}]
-    again = NewPlan(400, BY_HEART, [500, 450], [70, 50])
+    again = NewPlan(400, BY_HEART, 500, 450, 50)
     assert recorded_plans([*longer, again.to_json()], 450) == [again]
+    for damage in ({"total_steps": "many"}, {"why": "so"}, {"more": 1}):
+        with pytest.raises(SettingsError):
+            recorded_plans([again.to_json() | damage], 450)
 
 
 @pytest.mark.parametrize("per_epoch", [1, 7, 100, 333])
@@ -209,7 +216,7 @@ class TimedBench(Bench):
 def test_what_is_left_until_a_deadline_leaves_room_for_python_to_end(monkeypatch):
     monkeypatch.setattr(time, "perf_counter", lambda: 1000.0)
     assert trial.usable_seconds(1060.0, 100.0, ALONE) == pytest.approx(60 - 1 - 1)
-    assert trial.usable_seconds(990.0, 100.0, ALONE) < 0
+    assert trial.usable_seconds(990.0, 100.0, ALONE) == 10.0  # start-up took longer
 
 
 def plans_of(bench: Bench) -> list[dict]:
@@ -226,7 +233,7 @@ def test_a_run_planned_anew_repeats_that_plan_wherever_it_is_stopped(workdir, mo
     [change] = plans_of(bench)
     # 21 steps of 0.25 s were planned: a quarter of them would be 5, but 4 took 35 % of the time
     assert change["after_step"] == 4
-    assert change["total_steps"] == [21, 10]
+    assert (change["steps_before"], change["total_steps"]) == (21, 10)
     said = capsys.readouterr().out
     assert "21 steps are expected to take 0.0917 of 0.1 minutes" in said
     assert "after step 4 the run is planned anew: 10 steps instead of 21" in said
@@ -253,6 +260,30 @@ def test_a_run_planned_anew_repeats_that_plan_wherever_it_is_stopped(workdir, mo
     assert [len(outcome["saved state"].pop("new_plans")) for outcome in (whole, found)] == [1, 1]
     compare(found, whole)
     assert len(plans_of(bench)) == 1
+
+
+def test_a_plan_that_the_disk_refuses_is_not_followed(workdir, monkeypatch, capsys):
+    def refuse(*arguments) -> None:
+        raise ResourceError("the disk is full.\nFree some space.")
+
+    monkeypatch.setattr(RunFolder, "note_plan", refuse)
+    bench = TimedBench(workdir, monkeypatch)
+    bench.step_s = 0.5
+    bench.describe("run")
+    assert bench.session()
+    assert plans_of(bench) == []
+    assert bench.journal.steps == 21
+    assert capsys.readouterr().out.count("the disk is full. The run keeps its 21 steps") == 1
+
+
+def test_a_process_knows_when_it_began(monkeypatch):
+    def began_before_s() -> float:
+        return time.perf_counter() - clock.process_began_at()
+
+    age_s = began_before_s()
+    assert time.process_time() - 0.1 < age_s < 86_400
+    monkeypatch.setattr(clock, "STAT", Path("nowhere"))  # as on other systems
+    assert began_before_s() == pytest.approx(time.process_time(), abs=0.1)
 
 
 def killed_at(step: int):
@@ -286,7 +317,7 @@ def test_a_run_that_learns_by_heart_decays_ends_early_and_resumes_exactly(
     [change] = plans_of(bench)
     # evaluations of 2 and 4 come before the four that gain nothing
     assert change["after_step"] == 12 and change["why"] == BY_HEART
-    assert change["total_steps"] == [40, 15]
+    assert (change["steps_before"], change["total_steps"]) == (40, 15)
     assert "the run ends after step 15 (best so far: step 4)" in said
     assert "the best weights, of step 4, are used from here on" in said
     assert bench.journal.weights_of_step == 4

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from engine.optim import Schedule
+from engine.settings import check, from_json, setting
 
 FIRST_SHARE = 0.25  # of a run, after which its steps are planned anew from the time they took
 LATE_SHARE = 0.35  # of its time, after which they are at the latest
@@ -20,23 +21,27 @@ SHORT_DECAY = 0.25  # of the steps done: a decay that begins at once
 # what the decay of "wsd" takes off the loss, as a share of it: the least, the usual and the most
 DECAY_GAINS = (0.03, 0.05, 0.07)
 LEAST_FITTED = 3  # evaluations that a forecast needs
-TIME, BY_HEART = "time", "by heart"  # why a plan is made anew
+REASONS = TIME, BY_HEART = "time", "by heart"  # why a plan is made anew
 
 
 @dataclass(frozen=True)
 class NewPlan:
     """A change of a run's total steps on the way, which a resumed run repeats at the same step."""
 
-    after_step: int  # and its evaluation
-    why: str  # TIME or BY_HEART
-    total_steps: list[int]  # before and from here on
-    decay_steps: list[int]  # of "wsd", before and from here on
+    after_step: int = setting(minimum=1)  # and its evaluation
+    why: str = setting(choices=REASONS)
+    steps_before: int = setting(minimum=1)
+    total_steps: int = setting(minimum=1)
+    decay_steps: int = setting(minimum=0)  # of "wsd"
+
+    def __post_init__(self) -> None:
+        check(self)
 
     def apply(self, schedule: Schedule | None) -> Schedule | None:
         """The schedule from here on."""
         if schedule is None:
             return None
-        return replace(schedule, total_steps=self.total_steps[1], decay_steps=self.decay_steps[1])
+        return replace(schedule, total_steps=self.total_steps, decay_steps=self.decay_steps)
 
     def to_json(self) -> dict[str, Any]:
         """What settings.json and a checkpoint keep of it."""
@@ -46,20 +51,20 @@ class NewPlan:
 def recorded_plans(changes: Sequence[Any], total_steps: int) -> list[NewPlan]:
     """The new plans among the changes in settings.json of a run that has total_steps now.
 
-    Those from before the run's length was last set anew are none of them.
+    Those from before the run's length was last set anew are none of them. SettingsError for a
+    damaged one.
     """
-    names = NewPlan.__dataclass_fields__
     plans = [
-        NewPlan(**{name: change[name] for name in names})
+        from_json(NewPlan, {name: x for name, x in change.items() if name != "at"}, "changes")
         for change in changes
         if isinstance(change, dict) and "after_step" in change
     ]
     followed: list[NewPlan] = []
     for plan in reversed(plans):
-        if plan.total_steps[1] != total_steps:
+        if plan.total_steps != total_steps:
             break
         followed.insert(0, plan)
-        total_steps = plan.total_steps[0]
+        total_steps = plan.steps_before
     return followed
 
 
@@ -81,8 +86,7 @@ def plan_for_time(after_step: int, total_steps: int, now: int, schedule: Schedul
     """
     decay = round(schedule.decay_steps * now / total_steps)
     most = now - max(after_step, schedule.warmup_steps)
-    decays = [schedule.decay_steps, max(0, min(decay, most))]
-    return NewPlan(after_step, TIME, [total_steps, now], decays)
+    return NewPlan(after_step, TIME, total_steps, now, max(0, min(decay, most)))
 
 
 def plan_to_end(after_step: int, schedule: Schedule) -> NewPlan:
@@ -92,9 +96,9 @@ def plan_to_end(after_step: int, schedule: Schedule) -> NewPlan:
     """
     total, decay = schedule.total_steps, schedule.decay_steps
     if schedule.kind != "wsd" or after_step > total - decay:
-        return NewPlan(after_step, BY_HEART, [total, after_step], [decay, decay])
+        return NewPlan(after_step, BY_HEART, total, after_step, decay)
     short = max(1, min(decay, round(SHORT_DECAY * after_step)))
-    return NewPlan(after_step, BY_HEART, [total, after_step + short], [decay, short])
+    return NewPlan(after_step, BY_HEART, total, after_step + short, short)
 
 
 def learns_by_heart(

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from engine.console import say
-from engine.errors import BusyError, ResourceError, first_line
+from engine.errors import BusyError, CheckpointError, ResourceError, SettingsError, first_line
 from storage.files import (
     DATA,
     SETTINGS,
@@ -51,8 +51,12 @@ class RunFolder:
 
     @property
     def new_plans(self) -> list[NewPlan]:
-        """What has changed the steps of the run since it began."""
-        return recorded_plans(self.record.changes, self.record.total_steps)
+        """What has changed the steps of the run on its way; CheckpointError if it is damaged."""
+        try:
+            return recorded_plans(self.record.changes, self.record.total_steps)
+        except SettingsError as error:
+            reason = " ".join(str(error).split())
+            raise CheckpointError(f"{self.path / SETTINGS} is damaged: {reason}") from None
 
     @contextlib.contextmanager
     def opened(self) -> Iterator[None]:
@@ -100,8 +104,9 @@ class RunFolder:
         `write` makes the main rank write. If the disk refuses, raises ResourceError and changes
         nothing.
         """
-        training = dataclasses.replace(self.record.training, max_steps=plan.total_steps[1])
-        record = self._changed(plan.to_json(), total_steps=plan.total_steps[1], training=training)
+        total = plan.total_steps
+        training = dataclasses.replace(self.record.training, max_steps=total)
+        record = self._changed(plan.to_json(), total_steps=total, training=training)
         write(lambda: write_json(self.path / SETTINGS, record.to_json()))
         self.record = record
 
