@@ -52,6 +52,7 @@ from planning.preflight import (
     show_windows,
 )
 from planning.prompt import fit_prompt
+from planning.recipe import MachineFacts
 from planning.runs import Candidates, SettledRun, find_candidates, settle_run
 from planning.settings_file import read_given_settings
 from planning.speed import measure_speed
@@ -331,11 +332,12 @@ def _choose_recipe(
     with candidates.naming_the_run(plan.data):
         facts = parallel.from_main(find)
     candidates = candidates.with_text(facts.fingerprint)
-    decided = parallel.from_main(
-        lambda: decide_recipe(
-            plan, facts, lambda: measure_speed(machine, minutes), candidates.likeliest
-        )
-    )
+    before, ranks = candidates.likeliest, parallel.world
+
+    def measure() -> MachineFacts:
+        return measure_speed(machine, minutes)
+
+    decided = parallel.from_main(lambda: decide_recipe(plan, facts, measure, before, ranks))
     show_card(decided)
     return decided, candidates
 

@@ -196,15 +196,20 @@ def decide_recipe(
     text: TextFacts,
     measure: Callable[[], MachineFacts],
     before: RunRecord | None,
+    ranks: int = 1,
 ) -> RunPlan:
-    """The plan with the recipe of its MINUTES; a resumed run keeps its own."""
+    """The plan with the recipe of its MINUTES, with batches that the ranks can share; a resumed run
+    keeps its own."""
     if plan.fixed is None or plan.run.MINUTES is None:
         return plan
     choice = None if before is None else before.choice
     if choice is None:
         machine = measure()
         recipe = choose_recipe(text, machine, plan.run.MINUTES, plan.fixed)
-        choice = RecipeChoice(recipe, text, machine)
+        training = recipe.training
+        if windows := training.get("batch_size"):
+            training = training | {"batch_size": max(ranks, windows // ranks * ranks)}
+        choice = RecipeChoice(dataclasses.replace(recipe, training=training), text, machine)
     recipe = choice.recipe
     return dataclasses.replace(plan, choice=choice, model=recipe.model, tokenizer=recipe.tokenizer)
 
