@@ -220,7 +220,7 @@ def test_where_the_compiler_fails_steps_are_as_written_and_the_attempt_left_no_t
 
 
 def small_model(**changes) -> GPTModel:
-    return tiny_model(vocab_size=23, context_length=16, n_layers=2, **changes).eval()
+    return tiny_model(vocab_size=23, context_length=16, **changes).eval()
 
 
 @torch.no_grad()
