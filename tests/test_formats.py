@@ -20,44 +20,9 @@ from text.separators import LOOKED_AT
 from text.sources import parse_data
 from text.token_cache import tokenize
 
-TEXTS = {  # by language, with what only its encodings have
-    "English": (
-        "“It’s a long way,” she said — and the old man’s café was closed. He didn’t answer; the "
-        "river was quiet, and the lamp in the window had gone out. “We’ll wait,” she told him. "
-    ),
-    "German": (
-        "Über die Brücke fuhr der Zug nach Süden, während draußen die Bäume grün wurden. Später "
-        "hörte man die Glocken läuten, und die Mädchen gingen fröhlich über die große Straße. "
-    ),
-    "French": (
-        "L’été dernier, nous étions allés à la mer où ma mère possédait une vieille maison. Près "
-        "de la fenêtre, le café était déjà prêt ; élève ou maître, chacun préférait rêver là. "
-    ),
-    "Spanish": (
-        "¿Dónde está el niño que jugaba aquí mañana y tarde? Mi corazón también recordó la canción "
-        "del río, y el señor José llegó más tarde con un pequeño árbol bajo el brazo. "
-    ),
-    "Russian": (
-        "Все счастливые семьи похожи друг на друга, каждая несчастливая семья несчастлива "
-        "по-своему. Старик вышел на крыльцо и долго смотрел на реку, где уже темнело. "
-    ),
-    "Chinese": (
-        "渡口的老船工每天清早起来，先看水色，再看天色，才把缆绳解开。孩子们在岸上等着他，说要到对面去上学。"
-        "那时候我还小，不知道这条路有多长，只是跟着大人走。后来这里没有了渡船，人们都从桥上过去。"
-    ),
-    "Japanese": (
-        "昔々、あるところにお爺さんとお婆さんが住んでいました。お爺さんは山へ柴刈りに、お婆さんは川へ洗濯に"
-        "行きました。テレビもラジオもない時代のことです。春になると、桜の花が咲きました。"
-    ),
-    "Korean": (
-        "옛날 어느 마을에 할아버지와 할머니가 살고 있었습니다. 할아버지는 산으로 나무를 하러 가고, "
-        "할머니는 강으로 빨래를 하러 갔습니다. 봄이 되면 꽃이 피고 아이들은 길에서 놀았습니다. "
-    ),
-}
-TRADITIONAL = (
-    "渡口的老船工每天清早起來，先看水色，再看天色，才把纜繩解開。孩子們在岸上等著他，說要到對面去上學。"
-    "那時候我還小，不知道這條路有多長，只是跟著大人走。後來這裡沒有了渡船，人們都從橋上過去。"
-)
+# by language, with what only its encodings have
+TEXTS = json.loads((Path(__file__).parent / "languages.json").read_text(encoding="utf-8"))
+TRADITIONAL = TEXTS.pop("Traditional Chinese")
 WRITTEN_IN = {  # the ten encodings, and the texts that people have in them
     "utf-8": list(TEXTS.values()),
     "utf-16-le": list(TEXTS.values()),

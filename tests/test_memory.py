@@ -317,19 +317,6 @@ def test_where_not_even_one_window_fits_the_run_says_so_before_it_begins(bench):
     assert not bench.run.exists()
 
 
-def test_a_run_goes_on_with_as_many_windows_at_a_time_or_says_what_less_memory_means(bench):
-    bench.describe("run", activation_checkpointing=True)
-    bench.signal_at("take_step", 3, after=True)
-    with pytest.MonkeyPatch.context() as patch:
-        limit_memory(patch, 2)
-        assert not bench.session()
-    env, micro_batch = prepared(bench)
-    assert micro_batch == 2 and env.run.notes == [] and env.model.activation_checkpointing
-    env, micro_batch = prepared(bench, 1)
-    assert micro_batch == 1 and env.run.record.changes[-1]["micro_batch"] == [2, 1]
-    assert any("micro_batch was 2 and is 1" in note for note in env.run.notes)
-
-
 def run_out_of_memory(
     above: int, *, from_call: int = 1, training: bool = True
 ) -> Callable[[GPTModel], None]:

@@ -120,16 +120,14 @@ def test_a_conversation_is_its_contents_joined_with_blank_lines(server, model):
 
 
 def test_a_stream_comes_in_pieces_that_make_the_whole_and_says_who_speaks(server, model):
-    client, options = server.openai, {"model": "tiny", "temperature": 0, "max_tokens": 20}
-    chunks = list(client.completions.create(prompt="The ferry", stream=True, **options))
+    options = {"model": "tiny", "temperature": 0, "max_tokens": 20, "stream": True}
+    chunks = list(server.openai.completions.create(prompt="The ferry", **options))
     whole = continued(model, "The ferry")
     assert "".join(c.choices[0].text for c in chunks) == whole
     assert [c.choices[0].finish_reason for c in chunks] == [None] * 19 + ["length"]
-    assert all(c.usage is None for c in chunks)
-    assert len({c.id for c in chunks}) == 1
-
-    options |= {"stream": True, "stream_options": {"include_usage": True}}
-    first, *chunks, last = client.chat.completions.create(messages=user("The ferry"), **options)
+    assert all(c.usage is None for c in chunks) and len({c.id for c in chunks}) == 1
+    options |= {"stream_options": {"include_usage": True}, "messages": user("The ferry")}
+    first, *chunks, last = server.openai.chat.completions.create(**options)
     assert (first.choices[0].delta.role, first.choices[0].delta.content) == ("assistant", "")
     assert "".join(c.choices[0].delta.content for c in chunks) == whole
     assert last.choices == []

