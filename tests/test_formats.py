@@ -11,7 +11,6 @@ from pathlib import Path
 
 import pytest
 
-import main
 from engine.errors import DataError, SettingsError
 from tests.reading import documents, json_lines, parquet, read, refusal, save, table
 from text import documents as reader
@@ -345,22 +344,6 @@ def test_bad_rows_at_the_end_of_a_text_are_told_before_a_tokenizer_is_trained(wo
     save("x.jsonl", b'{"text": "word"}\n' * 3000 + b"{\n" * 40)
     with pytest.raises(DataError, match=r"^x\.jsonl line 3001: not valid JSON: column 2"):
         tokenize(parse_data("x.jsonl"), "bpe:300", 0.9, Path("cache"))
-
-
-def test_a_run_on_too_many_bad_rows_ends_with_3_and_says_how_to_go_on(workdir, capsys):
-    save("x.jsonl", ten_thousand_rows(200))
-    save("settings.py", b"DATA = 'x.jsonl'\nTOKENIZER = 'char'\n")
-    assert main.main(["settings.py"]) == 3
-    assert '"bad_rows": "skip"' in capsys.readouterr().err
-    for _ in range(2):  # the second time, the notes come from the cache
-        spec = parse_data({"path": "x.jsonl", "bad_rows": "skip"})
-        text = tokenize(spec, "char", 0.9, Path("cache"))
-        assert text.report["documents"] == 9_800
-        assert "200 bad rows passed over (2.00%)" in text.report["notes"][0]
-    save("x.txt", PLAIN.encode())
-    for separator, count in (("file", 1), ("line", 2)):  # each has an entry of its own
-        spec = parse_data({"path": "x.txt", "separator": separator})
-        assert tokenize(spec, "char", 0.9, Path("cache")).report["documents"] == count
 
 
 def test_bad_rows_of_a_parquet_file_are_passed_over(workdir):

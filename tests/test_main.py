@@ -309,6 +309,16 @@ def test_a_disk_without_room_is_told_before_training_each_time(workdir, start, m
         assert "Before training" not in printed.out
 
 
+def test_a_run_that_diverged_and_that_patience_ended_has_the_loss_of_its_best_weights(
+    workdir, start
+):
+    start(5, max_steps=12, eval_freq=1, learning_rate=5.0, patience=1)
+    summary = summary_in(workdir)
+    assert summary["steps"] < 12
+    rows = {row["step"]: row for row in rows_in(workdir) if "val/loss" in row}
+    assert summary["final_train_loss"] == rows[summary["weights_of_step"]]["eval/train_loss"]
+
+
 def test_what_a_run_had_in_memory_is_free_once_main_returns(start, monkeypatch):
     models, real = [], training.learner.take_step
 

@@ -197,19 +197,6 @@ def test_the_cut_is_the_last_place_before_the_mark_or_the_first_behind_it(
     assert find_cut(text, start, near, farthest, searched) == expected
 
 
-@pytest.mark.parametrize(("name", "chunk"), [("gpt2", 50), ("bpe:500", 1000), ("char", 1 << 20)])
-def test_tokens_of_a_file_equal_those_of_its_whole_text(tmp_path, build, monkeypatch, name, chunk):
-    whole = ENGLISH[:9000] + CHINESE[:3000].replace("\n", "\r\n")
-    whole += "\x01 👩‍👩‍👧 " + "ab" * 700
-    monkeypatch.setattr(token_cache, "CHUNK", chunk)
-    # making tokenizer.json of GPT-2 takes long, and it is restored without
-    monkeypatch.setattr(GPT2Tokenizer, "to_json", lambda self: "{}")
-    text = build(write_text(tmp_path / "a.txt", whole), name=name)
-    assert tokens_of(text) == text.tokenizer.encode(whole)
-    assert text.n_train is None
-    assert text.tokenizer.kind == name.partition(":")[0]
-
-
 def test_a_tokenizer_from_elsewhere_gets_each_document_whole_and_four_bytes_a_token(
     tmp_path, build, monkeypatch
 ):
@@ -418,8 +405,9 @@ def test_a_file_is_known_by_path_size_and_time(tmp_path, build, cache, monkeypat
 def test_each_request_has_an_entry_of_its_own_for_which_the_text_is_not_read_again(
     tmp_path, cache, by_kind, monkeypatch
 ):
-    both = [{"text": line, "body": f"({line})"} for line in numbered(30)]
-    path = write_text(tmp_path / "a.jsonl", "\n".join(map(json.dumps, both)))
+    both = [{"text": line, "body": f"({line})"} for line in numbered(100)]
+    # one bad row of 101, which is told, also from the cache
+    path = write_text(tmp_path / "a.jsonl", "\n".join([*map(json.dumps, both), "{"]))
     file = write_text(tmp_path / "tokenizer.json", by_kind["bpe"].to_json())
     spec = DataSpec((str(path),))
     requests = [
@@ -429,10 +417,13 @@ def test_each_request_has_an_entry_of_its_own_for_which_the_text_is_not_read_aga
         (replace(spec, val=spec.train), "char", 0.8),
         (replace(spec, train=spec.train * 2), "char", 0.8),
         (replace(spec, encoding="latin-1"), "char", 0.8),
+        (replace(spec, bad_rows="skip"), "char", 0.8),
+        (replace(spec, separator="line"), "char", 0.8),
     ]
     made = [tokenize(*request, cache) for request in requests]
     paths = {text.path for text in made}
     assert len(paths) == len(requests)
+    assert "1 bad row passed over (0.99%)" in made[0].report["notes"][0]
     with monkeypatch.context() as patch:
         patch.setattr(token_cache, "read_documents", never_read)
         patch.setattr(token_cache, "file_sha256", never_read)

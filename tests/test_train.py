@@ -50,7 +50,6 @@ from train import (
     SkippedSteps,
     Trainer,
     _train_and_save,
-    continue_prompts,
     train_model_simple,
     training_loop,
 )
@@ -755,26 +754,6 @@ def test_prompts_are_continued_in_one_batch_as_alone_and_of_a_very_long_one_the_
     for text, prompt in zip(texts, prompts[:3], strict=True):
         assert text.startswith(prompt) and len(text) == len(prompt) + 3
     assert long.startswith("…") and "ab" * 400 in long and len(long) == 1 + 1000
-
-
-def test_a_sample_ends_at_the_end_of_text_and_the_others_go_on():
-    class Ending(Letters):
-        end_of_text_id = 3
-
-    model, prompts = tiny_model(), ["abc", "hh", "g"]
-    texts, ended = (
-        continue_prompts(
-            model,
-            tokenizer,
-            prompts,
-            max_new_tokens=30,
-            generator=torch.Generator().manual_seed(5),
-        )
-        for tokenizer in (Letters(), Ending())
-    )
-    assert ended == [text.split("d")[0] for text in texts]
-    assert len({len(text) for text in ended}) == 3  # each at a place of its own
-    assert all(text.startswith(prompt) for text, prompt in zip(ended, prompts, strict=True))
 
 
 def test_samples_come_at_epochs_ends_and_in_long_ones_at_evaluations(monkeypatch):
