@@ -22,6 +22,7 @@ from engine.errors import ResourceError
 from tests.conftest import REPOSITORY
 from tests.forking import CAN_FORK, fork
 from tests.programs import write_settings
+from tests.resuming import rows_of
 
 CHECKPOINT_FILES = {"model.safetensors", "optimizer.safetensors", "state.json", "manifest.json"}
 
@@ -33,11 +34,6 @@ def only_run(folder: Path) -> Path:
 
 def summary_in(folder: Path) -> dict:
     return json.loads((only_run(folder) / "summary.json").read_text(encoding="utf-8"))
-
-
-def rows_in(folder: Path) -> list[dict]:
-    lines = (only_run(folder) / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    return [json.loads(line) for line in lines]
 
 
 def names_in(folder: Path) -> set[str]:
@@ -236,7 +232,7 @@ def test_without_matplotlib_and_tqdm_a_run_trains_and_a_step_that_is_not_finite_
     assert "Steps skipped: 1 (a loss or gradient was not finite)" in printed.out
     summary = summary_in(workdir)
     assert (summary["steps"], summary["steps_skipped"]) == (8, 1)
-    losses = [row["train/loss"] for row in rows_in(workdir) if "train/loss" in row]
+    losses = [row["train/loss"] for row in rows_of(only_run(workdir)) if "train/loss" in row]
     assert [loss is None for loss in losses] == [step == 3 for step in range(1, 9)]
 
 
@@ -315,7 +311,7 @@ def test_a_run_that_diverged_and_that_patience_ended_has_the_loss_of_its_best_we
     start(5, max_steps=12, eval_freq=1, learning_rate=5.0, patience=1)
     summary = summary_in(workdir)
     assert summary["steps"] < 12
-    rows = {row["step"]: row for row in rows_in(workdir) if "val/loss" in row}
+    rows = {row["step"]: row for row in rows_of(only_run(workdir)) if "val/loss" in row}
     assert summary["final_train_loss"] == rows[summary["weights_of_step"]]["eval/train_loss"]
 
 

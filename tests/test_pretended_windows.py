@@ -4,6 +4,7 @@ import os
 import random
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -42,17 +43,10 @@ def calm():
 def hurry(monkeypatch):
     """Let what is held open be waited for without taking time."""
 
-    class Clock:
-        now = 0.0
-        monotonic = staticmethod(lambda: Clock.now)
-        strftime = staticmethod(time.strftime)
-
-        @staticmethod
-        def sleep(seconds: float) -> None:
-            Clock.now += seconds
-
-    monkeypatch.setattr(storage, "time", Clock)
-    return Clock
+    clock = SimpleNamespace(now=0.0, monotonic=lambda: clock.now, strftime=time.strftime)
+    clock.sleep = lambda seconds: setattr(clock, "now", clock.now + seconds)
+    monkeypatch.setattr(storage, "time", clock)
+    return clock
 
 
 # ----------------------------------------------------------------------------- the pretence
