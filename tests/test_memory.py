@@ -7,7 +7,6 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -28,6 +27,7 @@ from environment import prepare_environment
 from model import GPTConfig, GPTModel
 from tests.forking import CAN_FORK, run_fork
 from tests.letters import CPU, FP32, loader_of_13_windows, new_trainer, tiny_loaders, tiny_model
+from tests.pretend.windows import CAN_PRETEND, windows
 from tests.resuming import Bench, compare, sha256, uninterrupted
 from train import training_loop
 from training.learner import steps_between
@@ -250,19 +250,12 @@ def test_errors_that_say_that_memory_ran_out_are_known():
     assert all(map(is_out_of_memory, known)) and not any(map(is_out_of_memory, others))
 
 
-def test_windows_is_asked_for_what_is_free(monkeypatch):
-    def fill(place) -> int:
-        status = place._obj
-        assert status.size == ctypes.sizeof(status) == 64
-        status.total, status.available = 16 << 30, 5 << 30
-        return 1
-
-    kernel32 = SimpleNamespace(GlobalMemoryStatusEx=fill)
-    monkeypatch.setattr(ctypes, "windll", SimpleNamespace(kernel32=kernel32), raising=False)
-    monkeypatch.setattr(sys, "platform", "win32")
-    assert memory._system_room() == 5 << 30
-    kernel32.GlobalMemoryStatusEx = lambda place: 0
-    assert memory._system_room() is None
+@pytest.mark.skipif(not CAN_PRETEND, reason="needs Linux to pretend")
+def test_windows_is_asked_for_what_is_free():
+    with windows(), pytest.MonkeyPatch.context() as patch:
+        assert memory._system_room() == 8 << 30
+        patch.setattr(ctypes.windll.kernel32, "GlobalMemoryStatusEx", lambda place: 0)
+        assert memory._system_room() is None
 
 
 def limit_memory(patch: pytest.MonkeyPatch, n_windows: float | None) -> None:
