@@ -32,13 +32,19 @@ custom_params = {
     "gradient_accumulation_steps": 1,  # a step sums up the gradients of so many batches
     "optimizer": "adamw",  # "adamw", or "muon": learns more in a step, which takes longer
     "learning_rate": None,  # peak step size, 0.0001 to 0.01 as a rule; wide models want less
+    "embedding_rate": None,  # the peak for embeddings, head and norms;  None: learning_rate
     "schedule": "cosine",  # the rate after warm-up: "cosine", "wsd" (stays, then falls), "constant"
     "warmup_steps": None,  # steps in which the rate rises to its peak: 0 or more
-    "weight_decay": 0.1,  # pull of the matrices towards zero: 0 to below 1
+    "decay_share": 0.2,  # share of the run in which the rate of "wsd" falls: above 0 to 1
+    "final_rate": 0.1,  # share of the peak at which "cosine" and "wsd" end: 0 to 1
+    "beta2": 0.95,  # memory of AdamW for squared gradients: above 0, below 1
+    "weight_decay": 0.1,  # pull of the matrices towards zero: 0 to 10
+    "decay_embeddings": False,  # True: pull the embeddings towards zero too
     "max_grad_norm": 1.0,  # longer gradients are cut to this length; 0 never cuts
     "max_length": None,  # tokens the model sees at once: 1 or more; None: as config.json says
     "stride": None,  # tokens from one window's start to the next; None: max_length, no overlap
     "sampling": "windows",  # "windows": each in turn, shuffled;  "random": cut anywhere, each step
+    "shift_windows": False,  # True: "windows" begin at another token each epoch
     "train_ratio": 0.9,  # share of the text to train on, the rest validates: between 0 and 1
     "eval_freq": None,  # evaluate every so many steps: 1 or more
     "eval_iter": 10,  # batches in an evaluation: 1 or more

@@ -1,6 +1,7 @@
 """Tokens to batches: sliding windows over a training and a validation text."""
 
 import itertools
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -120,7 +121,9 @@ class WindowBatches(Sampler):
     A step takes step_size windows (None: batch_size), divided among parallel's ranks and then into
     micro-batches of at most micro_batch windows (None: batch_size). An epoch's last step may have
     fewer. Each iteration is the next epoch, or what start_at() says. With seed None the windows are
-    in order; with n_steps each step samples from all windows, with replacement.
+    in order; with n_steps each step samples from all windows, with replacement. With a spacing
+    above 1 an epoch takes every spacing-th window: the first epoch from window 0 on, each other
+    from an offset of its own below spacing. All epochs take the same number of windows.
     """
 
     def __init__(
@@ -132,14 +135,18 @@ class WindowBatches(Sampler):
         step_size: int | None = None,
         micro_batch: int | None = None,
         *,
+        spacing: int = 1,
         parallel: Parallel = ALONE,
     ) -> None:
         self._rank, self._world = parallel.rank, parallel.world
         self.dataset, self.batch_size, self.seed = dataset, batch_size, seed
+        assert spacing == 1 or not (dataset.has_tail or n_steps), "windows are spaced, or sampled"
+        self._spacing = spacing
+        self._n_windows = min(dataset.n_whole, max(1, dataset.n_whole // spacing))
         self.micro_batch = micro_batch or batch_size
         self.step_size = step_size or batch_size
         self._is_random = n_steps is not None
-        self.n_steps = n_steps or -(-dataset.n_whole // self.step_size)
+        self.n_steps = n_steps or -(-self._n_windows // self.step_size)
         self.start_at(0)
 
     @property
@@ -151,7 +158,7 @@ class WindowBatches(Sampler):
         """The windows of an epoch's step, counted from 0, on all ranks."""
         if self._is_random:
             return self.step_size
-        return min(self.step_size, self.dataset.n_whole - step * self.step_size)
+        return min(self.step_size, self._n_windows - step * self.step_size)
 
     def count_own(self, step: int) -> int:
         """The windows of a step on this rank."""
@@ -188,7 +195,9 @@ class WindowBatches(Sampler):
         """The micro-batches of an epoch's steps first to last - 1."""
         n_whole, size = self.dataset.n_whole, self.step_size
         dtype = np.uint32 if n_whole < 2**32 else np.int64  # every rank holds an epoch's order
-        order = np.arange(0 if self._is_random else n_whole, dtype=dtype)
+        count = 0 if self._is_random else self._n_windows
+        spaced = range(self.offset(epoch), n_whole, self._spacing)[:count]
+        order = np.arange(spaced.start, spaced.stop, spaced.step, dtype=dtype)
         if self.seed is not None:
             np.random.default_rng((self.seed, epoch)).shuffle(order)
         for step in range(first, last):
@@ -200,6 +209,13 @@ class WindowBatches(Sampler):
             windows = windows[self._share(step)]
             for start in range(0, len(windows), self.micro_batch):
                 yield windows[start : start + self.micro_batch].tolist()
+
+    def offset(self, epoch: int) -> int:
+        """The window that an epoch begins at; all possible offsets come before any comes again."""
+        count = min(self._spacing, self.dataset.n_whole - (self._n_windows - 1) * self._spacing)
+        # multiples of the golden ratio spread a few epochs evenly
+        pace = next(n for n in itertools.count(round(0.618 * count)) if math.gcd(n, count) == 1)
+        return epoch * pace % count
 
     def start_at(self, epoch: int, step: int = 0, steps: int | None = None) -> None:
         """Start the next iteration at this epoch and this step of it, counted from 0.
@@ -255,13 +271,17 @@ class EvaluationBatches(Sampler):
 
 @dataclass(frozen=True)
 class WindowPlan:
-    """How a text of n_tokens is divided: training tokens first, then validation tokens."""
+    """How a text of n_tokens is divided: training tokens first, then validation tokens.
+
+    With shift_windows each epoch's windows begin at another token, below stride.
+    """
 
     n_tokens: int
     n_train: int
     max_length: int
     stride: int
     batch_size: int
+    shift_windows: bool = False
 
     @property
     def n_val(self) -> int:
@@ -270,12 +290,14 @@ class WindowPlan:
 
     @property
     def n_windows(self) -> int:
-        """Training windows of an epoch."""
-        return max(0, (self.n_train - 1 - self.max_length) // self.stride + 1)
+        """Training windows of an epoch: those that fit, with shift_windows at every shift."""
+        n_places = max(0, self.n_train - self.max_length)
+        n_windows = -(-n_places // self.stride)
+        return min(n_windows, max(1, n_places // self.stride)) if self.shift_windows else n_windows
 
     @property
     def n_unused(self) -> int:
-        """Training tokens after the last window."""
+        """Training tokens after the last window of the first epoch."""
         return self.n_train - ((self.n_windows - 1) * self.stride + self.max_length + 1)
 
 
@@ -287,6 +309,7 @@ def plan_windows(
     batch_size: int,
     train_ratio: float,
     n_train: int | None = None,
+    shift_windows: bool = False,
 ) -> tuple[WindowPlan, list[str]]:
     """Divide a text so that there is at least one training and one validation batch.
 
@@ -316,7 +339,8 @@ def plan_windows(
                 f"the split is moved from {asked} to {n_train} of {n_tokens} tokens, so that "
                 "there is a window to train on and something to validate on"
             )
-    plan = WindowPlan(n_tokens, n_train, max_length, stride or max_length, batch_size)
+    asked_of_windows = (max_length, stride or max_length, batch_size, shift_windows)
+    plan = WindowPlan(n_tokens, n_train, *asked_of_windows)
     if plan.n_windows == 0:
         plan = replace(plan, max_length=n_train - 1, stride=min(plan.stride, n_train - 1))
         notices.append(
@@ -353,16 +377,17 @@ def make_loaders(
 ) -> tuple[DataLoader, DataLoader]:
     """Loaders of (ids, targets), each (B, T) int64, for training and for validation.
 
-    Training windows have a new order each epoch, or with sampling "random" start anywhere. A step
-    takes plan.batch_size * accumulation windows in micro-batches of micro_batch (None:
-    plan.batch_size); each rank gets its share of them, and all validation windows. Those do not
-    overlap, and the last one may be shorter.
+    Training windows have a new order each epoch, and with plan.shift_windows another offset; or,
+    with sampling "random", they start anywhere. A step takes plan.batch_size * accumulation
+    windows in micro-batches of micro_batch (None: plan.batch_size); each rank gets its share of
+    them, and all validation windows. Those do not overlap, and the last one may be shorter.
     """
-    length, stride = plan.max_length, 1 if sampling == "random" else plan.stride
+    is_random, length = sampling == "random", plan.max_length
+    stride = 1 if is_random or plan.shift_windows else plan.stride
     train = WindowDataset(tokens[: plan.n_train], length, stride)
     val = WindowDataset(tokens[plan.n_train :], length, length, keep_tail=True)
     step_size = plan.batch_size * accumulation
-    n_steps = -(-plan.n_windows // step_size) if sampling == "random" else None
+    n_steps = -(-plan.n_windows // step_size) if is_random else None
     pin_memory = device.type == "cuda"
     # small texts stay on the GPU
     if pin_memory and num_workers == 0 and 4 * plan.n_tokens < free_memory(device) / 10:
@@ -382,7 +407,16 @@ def make_loaders(
         )
 
     size = plan.batch_size
-    batches = WindowBatches(train, size, seed, n_steps, step_size, micro_batch, parallel=parallel)
+    batches = WindowBatches(
+        train,
+        size,
+        seed,
+        n_steps,
+        step_size,
+        micro_batch,
+        spacing=plan.stride if plan.shift_windows else 1,
+        parallel=parallel,
+    )
     return load(batches), load(WindowBatches(val, size, None, micro_batch=micro_batch))
 
 

@@ -16,7 +16,7 @@ from engine.console import in_kernel, say
 from engine.errors import DataError, ResourceError, first_line
 from engine.memory import as_bytes
 from engine.metrics import TokenSize
-from engine.optim import build_optimizer, default_learning_rate
+from engine.optim import Rules, build_optimizer, default_learning_rate
 from engine.precision import Precision
 from engine.processor import prepare_processor
 from exchange.saved_run import LoadedRun, load_run  # noqa: F401  users import them from here
@@ -120,7 +120,7 @@ def _prepare(settings: str | Path | None, parallel: Parallel) -> RuntimeEnv:
     machine = check_arithmetic(machine, model, train_loader)
     rate = asked.learning_rate or default_learning_rate(model.config.emb_dim, asked.optimizer)
     asked = dataclasses.replace(asked, learning_rate=rate)
-    optimizer = build_optimizer(asked.optimizer, model, rate, asked.weight_decay)
+    optimizer = _build_optimizer(model, asked, rate)
 
     trial = Trial.of(machine, model, optimizer, train_loader)
     compiled, training, about_trial = try_out(plan, asked, windows, trial, run.before)
@@ -177,6 +177,8 @@ def _cut(text: TokenizedText, plan: RunPlan, asked: TrainingConfig) -> tuple[Win
         batch_size=asked.batch_size,
         train_ratio=asked.train_ratio,
         n_train=text.n_train,
+        # "random" windows begin anywhere in any case
+        shift_windows=asked.shift_windows and asked.sampling == "windows",
     )
 
 
@@ -194,6 +196,13 @@ def _make_loaders(
         micro_batch=machine.micro_batch,
         parallel=machine.parallel,
     )
+
+
+def _build_optimizer(
+    model: GPTModel, asked: TrainingConfig, learning_rate: float
+) -> torch.optim.Optimizer:
+    rules = Rules(asked.embedding_rate, asked.decay_embeddings, asked.beta2)
+    return build_optimizer(asked.optimizer, model, learning_rate, asked.weight_decay, rules)
 
 
 def _make_record(

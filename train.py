@@ -387,16 +387,13 @@ def _train(env: RuntimeEnv) -> Journal:
         token_size=env.token_size,
     )
     saving = Saving(run, store, SaveClock(config.save_every, config.save_minutes))
-    # try_out() has completed them
-    assert config.eval_freq and config.learning_rate and config.warmup_steps is not None
+    assert config.eval_freq  # try_out() has completed it
     plan = LoopPlan(
         total_steps=record.total_steps,
         eval_freq=config.eval_freq,
         eval_iter=config.eval_iter,
         max_grad_norm=config.max_grad_norm,
-        schedule=make_schedule(
-            config.schedule, config.learning_rate, config.warmup_steps, record.total_steps
-        ),
+        schedule=_schedule_of(config, record.total_steps),
         prompts=config.prompts,
         patience=config.patience,
     )
@@ -429,6 +426,19 @@ def _train(env: RuntimeEnv) -> Journal:
     journal.complete_picture()
     show_picture(run.path / PICTURE)
     return journal
+
+
+def _schedule_of(config: TrainingConfig, total_steps: int) -> Schedule:
+    # try_out() has completed them
+    assert config.learning_rate and config.warmup_steps is not None
+    return make_schedule(
+        config.schedule,
+        config.learning_rate,
+        config.warmup_steps,
+        total_steps,
+        decay_share=config.decay_share,
+        final_rate=config.final_rate,
+    )
 
 
 def _train_and_save(trainer: Trainer, store: CheckpointStore, *loaders: DataLoader) -> None:

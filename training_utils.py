@@ -4,7 +4,7 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any, Self
 
-from engine.optim import OPTIMIZERS, SCHEDULES
+from engine.optim import BETA2, DECAY_SHARE, FINAL_RATE, OPTIMIZERS, SCHEDULES
 from engine.settings import (
     check,
     find_problems,
@@ -35,13 +35,19 @@ class TrainingConfig:
     gradient_accumulation_steps: int = setting(1, on_resume="fixed", minimum=1, maximum=1_000_000)
     optimizer: str = setting("adamw", on_resume="fixed", choices=OPTIMIZERS)
     learning_rate: float | None = setting(None, on_resume="fixed", above=0, maximum=10)
+    embedding_rate: float | None = setting(None, on_resume="fixed", above=0, maximum=10)
     schedule: str = setting("cosine", on_resume="fixed", choices=SCHEDULES)
     warmup_steps: int | None = setting(None, on_resume="fixed", minimum=0)
-    weight_decay: float = setting(0.1, on_resume="fixed", minimum=0, below=1)
+    decay_share: float = setting(DECAY_SHARE, on_resume="fixed", above=0, maximum=1)
+    final_rate: float = setting(FINAL_RATE, on_resume="fixed", minimum=0, maximum=1)
+    beta2: float = setting(BETA2, on_resume="fixed", above=0, below=1)
+    weight_decay: float = setting(0.1, on_resume="fixed", minimum=0, maximum=10)
+    decay_embeddings: bool = setting(False, on_resume="fixed")
     max_grad_norm: float = setting(1.0, on_resume="fixed", minimum=0)
     max_length: int | None = setting(None, minimum=1, maximum=1_000_000)
     stride: int | None = setting(None, on_resume="fixed", minimum=1, maximum=1_000_000_000)
     sampling: str = setting("windows", on_resume="fixed", choices=("windows", "random"))
+    shift_windows: bool = setting(False, on_resume="fixed")
     train_ratio: float = setting(0.9, on_resume="fixed", above=0, below=1)
     eval_freq: int | None = setting(None, on_resume="free", minimum=1)
     eval_iter: int = setting(10, on_resume="free", minimum=1)

@@ -14,7 +14,7 @@ from engine.devices import KINDS
 from engine.precision import DTYPES, choose_precision
 
 OPTIMIZERS = ("adamw", "muon")
-BETAS, EPS = (0.9, 0.95), 1e-8  # AdamW's
+BETA1, BETA2, EPS = 0.9, 0.95, 1e-8  # AdamW's
 # Muon's, as in torch.optim.Muon
 MOMENTUM = 0.95
 NEWTON_SCHULZ_STEPS = 5
@@ -24,12 +24,12 @@ MUON_RMS = 0.2  # of an update, AdamW's usual one, so that both use the same lea
 MOST_AT_ONCE, GPU_MOST_AT_ONCE = 2**22, 2**24
 
 SCHEDULES = ("cosine", "wsd", "constant")
-FLOOR = 0.1  # the share of the peak at which a decaying schedule ends
+FINAL_RATE = 0.1  # the share of the peak at which a decaying schedule ends
+DECAY_SHARE = 0.2  # of a run, at its end, in which the rate of "wsd" falls
 # a run's default evaluations, and the most steps between two of them; with a time budget these may
 # be more, as many as take LONGEST_EVAL_S
 EVALUATIONS, LONGEST_EVAL_FREQ, LONGEST_EVAL_S = 10, 100, 30.0
 MUON_TIMES_ADAMW = 2.5  # the ratio of their best learning rates at emb_dim 192
-WSD_DECAY_SHARE = 0.2  # of the run, at its end
 
 
 @dataclass(frozen=True)
@@ -41,15 +41,17 @@ class Schedule:
     warmup_steps: int
     total_steps: int
     decay_steps: int = 0  # of "wsd" alone
+    final_rate: float = FINAL_RATE  # the share of the peak at which "cosine" and "wsd" end
 
 
 def learning_rate_at(step: int, schedule: Schedule) -> float:
     """The learning rate of optimizer step `step`, counted from 0.
 
-    Warm-up is linear and never 0. Then "constant" stays at the peak; "cosine" falls to FLOOR times
-    the peak; "wsd" (warm-up, stable, decay; Hu et al. 2024, "MiniCPM") stays at the peak and falls
-    linearly to that floor in its last decay_steps. Beyond total_steps the last rate holds.
+    Warm-up is linear and never 0. Then "constant" stays at the peak; "cosine" falls to final_rate
+    times the peak; "wsd" (warm-up, stable, decay; Hu et al. 2024, "MiniCPM") stays at the peak and
+    falls linearly to the same rate in its last decay_steps. Beyond total_steps the last rate holds.
     """
+    floor = schedule.final_rate
     if step < schedule.warmup_steps:
         return schedule.peak * (step + 1) / (schedule.warmup_steps + 1)
     if schedule.kind == "constant":
@@ -57,16 +59,25 @@ def learning_rate_at(step: int, schedule: Schedule) -> float:
     if schedule.kind == "wsd":
         steps_left = max(0, schedule.total_steps - 1 - step)  # after this one
         share = min(1.0, steps_left / max(1, schedule.decay_steps))
-        return schedule.peak * (FLOOR + (1 - FLOOR) * share)
+        return schedule.peak * (floor + (1 - floor) * share)
     last = max(schedule.warmup_steps, schedule.total_steps - 1)
     progress = (min(step, last) - schedule.warmup_steps) / max(1, last - schedule.warmup_steps)
-    return schedule.peak * (FLOOR + (1 - FLOOR) * 0.5 * (1 + math.cos(math.pi * progress)))
+    return schedule.peak * (floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * progress)))
 
 
-def make_schedule(kind: str, peak: float, warmup_steps: int, total_steps: int) -> Schedule:
+def make_schedule(
+    kind: str,
+    peak: float,
+    warmup_steps: int,
+    total_steps: int,
+    *,
+    decay_share: float = DECAY_SHARE,
+    final_rate: float = FINAL_RATE,
+) -> Schedule:
     """The schedule of a new run; the decay of "wsd" never overlaps the warm-up."""
-    decay_steps = min(math.ceil(WSD_DECAY_SHARE * total_steps), total_steps - warmup_steps)
-    return Schedule(kind, peak, warmup_steps, total_steps, decay_steps * (kind == "wsd"))
+    decay_steps = min(math.ceil(decay_share * total_steps), total_steps - warmup_steps)
+    decay_steps *= kind == "wsd"
+    return Schedule(kind, peak, warmup_steps, total_steps, decay_steps, final_rate)
 
 
 def extend_schedule(schedule: Schedule, total_steps: int, step: int) -> Schedule:
@@ -96,28 +107,54 @@ def default_eval_freq(total_steps: int) -> int:
     return max(1, min(LONGEST_EVAL_FREQ, total_steps // EVALUATIONS))
 
 
+@dataclass(frozen=True)
+class Rules:
+    """How the parameters that are no hidden matrices train, and AdamW's second moments."""
+
+    embedding_rate: float | None = None  # their peak learning rate; None: that of the matrices
+    decay_embeddings: bool = False  # weight decay for embeddings too
+    beta2: float = BETA2
+
+
+DEFAULT_RULES = Rules()
+
+
 def build_optimizer(
-    kind: str, model: nn.Module, learning_rate: float, weight_decay: float
+    kind: str,
+    model: nn.Module,
+    learning_rate: float,
+    weight_decay: float,
+    rules: Rules = DEFAULT_RULES,
 ) -> torch.optim.Optimizer:
     """The optimizer that TrainingConfig.optimizer names, for the model's parameters."""
     build = {"adamw": build_adamw, "muon": build_muon}[kind]
-    return build(model, learning_rate, weight_decay)
+    return build(model, learning_rate, weight_decay, rules)
 
 
-def build_adamw(model: nn.Module, learning_rate: float, weight_decay: float) -> torch.optim.AdamW:
-    """AdamW with weight decay for Linear layers' weights, but not a head tied to an embedding."""
-    groups = _adamw_groups(model, set(), weight_decay)
-    fused = _has_fused_adamw(model)
-    return torch.optim.AdamW(groups, lr=learning_rate, betas=BETAS, eps=EPS, fused=fused)
+def build_adamw(
+    model: nn.Module, learning_rate: float, weight_decay: float, rules: Rules = DEFAULT_RULES
+) -> torch.optim.AdamW:
+    """AdamW with weight decay for Linear layers' weights, but not a head tied to an embedding.
+
+    The first group has the model's hidden_matrices(), the others have the rest of its parameters.
+    """
+    hidden = [weight for weight, _ in model.hidden_matrices() if weight.requires_grad]
+    first = {"params": hidden, "scale": 1.0, "weight_decay": weight_decay}
+    groups = [first, *_other_groups(model, set(hidden), learning_rate, weight_decay, rules)]
+    betas, fused = (BETA1, rules.beta2), _has_fused_adamw(model)
+    return torch.optim.AdamW(groups, lr=learning_rate, betas=betas, eps=EPS, fused=fused)
 
 
-def build_muon(model: nn.Module, learning_rate: float, weight_decay: float) -> "Muon":
+def build_muon(
+    model: nn.Module, learning_rate: float, weight_decay: float, rules: Rules = DEFAULT_RULES
+) -> "Muon":
     """Muon for the model's hidden_matrices(), AdamW as in build_adamw() for the rest."""
     matrices = [(weight, rows) for weight, rows in model.hidden_matrices() if weight.requires_grad]
+    hidden = {weight for weight, _ in matrices}
     precision = choose_precision("auto", next(model.parameters()).device)
     return Muon(
         matrices,
-        _adamw_groups(model, {weight for weight, _ in matrices}, weight_decay),
+        _other_groups(model, hidden, learning_rate, weight_decay, rules),
         learning_rate,
         weight_decay,
         fused=_has_fused_adamw(model),
@@ -125,16 +162,24 @@ def build_muon(model: nn.Module, learning_rate: float, weight_decay: float) -> "
     )
 
 
-def _adamw_groups(
-    model: nn.Module, others: set[nn.Parameter], weight_decay: float
+def _other_groups(
+    model: nn.Module,
+    hidden: set[nn.Parameter],
+    learning_rate: float,
+    weight_decay: float,
+    rules: Rules,
 ) -> list[dict[str, Any]]:
-    """The trained parameters but others: weights of Linear layers, which decay, and the rest."""
-    parameters = [p for p in model.parameters() if p.requires_grad and p not in others]
+    """The groups of the trained parameters that are not hidden: those that decay, and the rest."""
+    parameters = [p for p in model.parameters() if p.requires_grad and p not in hidden]
     embeddings = {m.weight for m in model.modules() if isinstance(m, nn.Embedding)}
     decayed = {m.weight for m in model.modules() if isinstance(m, nn.Linear)} - embeddings
+    if rules.decay_embeddings:
+        decayed |= embeddings
+    scale = 1.0 if rules.embedding_rate is None else rules.embedding_rate / learning_rate
+    common = {"lr": learning_rate * scale, "scale": scale, "betas": (BETA1, rules.beta2)}
     return [
-        {"params": [p for p in parameters if p in decayed], "weight_decay": weight_decay},
-        {"params": [p for p in parameters if p not in decayed], "weight_decay": 0.0},
+        {"params": [p for p in parameters if p in decayed], "weight_decay": weight_decay} | common,
+        {"params": [p for p in parameters if p not in decayed], "weight_decay": 0.0} | common,
     ]
 
 
@@ -147,7 +192,8 @@ class Muon(torch.optim.Optimizer):
 
     A matrix's update is its orthogonalized momentum with the rms of AdamW's updates (Liu et al.
     2025, "Muon is scalable for LLM training"), so both take the same learning rate. `matrices` are
-    weights with the row counts of the matrices merged in them, orthogonalized one by one in dtype.
+    weights with the row counts of the matrices merged in them, orthogonalized one by one in dtype;
+    adamw_groups have torch.optim.AdamW's "betas", and a "scale" (see set_learning_rate()).
     Where fused is True, a GradScaler's found_inf and grad_scale act on the device, as in AdamW.
     """
 
@@ -167,7 +213,7 @@ class Muon(torch.optim.Optimizer):
             "weight_decay": weight_decay,
         }
         others = [group | {"fused": fused} for group in adamw_groups]
-        super().__init__([muon_group, *others], {"lr": learning_rate})
+        super().__init__([muon_group, *others], {"lr": learning_rate, "scale": 1.0})
         self._dtype = dtype
         self._step_supports_amp_scaling = fused
 
@@ -210,8 +256,8 @@ class Muon(torch.optim.Optimizer):
             fused=group["fused"],
             found_inf=found_inf,
             amsgrad=False,
-            beta1=BETAS[0],
-            beta2=BETAS[1],
+            beta1=group["betas"][0],
+            beta2=group["betas"][1],
             lr=group["lr"],
             weight_decay=group["weight_decay"],
             eps=EPS,
@@ -337,6 +383,6 @@ def orthogonalize(matrices: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float) -> None:
-    """Set every parameter group's learning rate."""
+    """Set the rate of each parameter group to learning_rate times the group's "scale"."""
     for group in optimizer.param_groups:
-        group["lr"] = learning_rate
+        group["lr"] = learning_rate * group["scale"]

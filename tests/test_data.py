@@ -20,6 +20,7 @@ from data import (
     plan_windows,
     to_array,
 )
+from distributed.parallel import Parallel
 from engine.errors import DataError
 from engine.metrics import TokenSize
 from planning.preflight import describe_text
@@ -235,6 +236,75 @@ def test_random_crops_are_a_function_of_seed_epoch_and_step_and_start_anywhere()
     assert len(found) == 60 * 4
     assert sorted({str(pair) for pair in found}) == sorted(map(str, naive_windows(range(20), 8, 1)))
     assert targets_of(val) == list(range(21, 40))
+
+
+def shifting(n_tokens: int, stride: int = 8, batch_size: int = 4, **options) -> DataLoader:
+    """Training windows of 8 tokens that begin elsewhere each epoch."""
+    changes = {"stride": stride, "batch_size": batch_size, "shift_windows": True}
+    return loaders(n_tokens, changes=changes | {"train_ratio": 0.5}, **options)[0]
+
+
+@pytest.mark.parametrize("stride", [1, 3, 8, 11, 12])
+def test_shifted_windows_begin_at_every_offset_once_before_one_comes_again(stride):
+    for n_train in (9, 10, 8 + stride, 8 + 3 * stride, 9 + 3 * stride, 7 + 9 * stride):
+        loader, places = shifting(2 * n_train, stride, 2), n_train - 8
+        windows, _ = plan(2 * n_train, stride=stride, train_ratio=0.5, shift_windows=True)
+        # as many as fit at the largest offset, or one that may be anywhere
+        n_windows = max(1, places // stride)
+        assert windows.n_windows == n_windows
+        offsets = []
+        for epoch in range(2 * min(stride, places)):
+            starts = sorted(flat(epoch_starts(loader, epoch)))
+            assert starts == [starts[0] + stride * i for i in range(n_windows)]
+            offsets.append(starts[0])
+        once = offsets[: len(offsets) // 2]
+        assert once[0] == 0 and sorted(once) == list(range(min(stride, places)))
+        assert once * 2 == offsets
+
+
+def test_the_offsets_of_a_few_epochs_lie_far_apart():
+    sampler = shifting(4000, stride=256).batch_sampler
+    for n_epochs in (2, 4, 8, 16):
+        offsets = sorted(map(sampler.offset, range(n_epochs)))
+        gaps = [after - before for before, after in zip(offsets, [*offsets[1:], 256], strict=True)]
+        assert min(gaps) > 0.4 * 256 / n_epochs
+
+
+def test_shifted_windows_have_their_targets_and_the_order_of_unshifted_ones():
+    shifted, plain = shifting(400), loaders(400, changes={"train_ratio": 0.5})[0]
+    assert len(naive_windows(range(200), 8, 8)) == len(plain.dataset) == 24 == 192 / 8
+    for epoch in (0, 1, 5):
+        offset = shifted.batch_sampler.offset(epoch)
+        expected = [[start + offset for start in batch] for batch in epoch_starts(plain, epoch)]
+        assert epoch_starts(shifted, epoch) == expected
+        assert (offset > 0) == (epoch > 0)
+        shifted.batch_sampler.start_at(epoch)
+        assert sorted(pairs_of(shifted)) == naive_windows(range(offset, 200), 8, 8)[:24]
+    # the loss on the training text is over the same windows as ever
+    evaluations = (evaluation_loader(loader) for loader in (shifted, plain))
+    assert [pairs_of(view) for view in evaluations] == [naive_windows(range(200), 8, 8)] * 2
+
+
+def test_shifted_steps_are_the_same_in_any_parts_by_workers_and_from_a_device():
+    whole = shifting(900, batch_size=5, accumulation=2, micro_batch=10)
+    steps = [epoch_starts(whole, epoch) for epoch in range(3)]
+    parts = shifting(900, batch_size=5, accumulation=2, micro_batch=4)
+    halves = [
+        shifting(900, batch_size=5, accumulation=2, micro_batch=10, parallel=Parallel(rank, 2))
+        for rank in range(2)
+    ]
+    for epoch, first in ((0, 0), (1, 2), (2, 5)):
+        expected = flat(steps[epoch][first:])
+        assert flat(epoch_starts(parts, epoch, first)) == expected
+        of_ranks = [epoch_starts(half, epoch, first) for half in halves]
+        assert flat(map(flat, zip(*of_ranks, strict=True))) == expected
+    parts.dataset.move_to(CPU)
+    parts.batch_sampler.start_at(1, 2, 8)  # through two epochs' ends
+    expected = (steps[1] + steps[2])[2:10]
+    assert flat(starts_of(parts)) == flat(expected)
+    helped = shifting(900, batch_size=5, accumulation=2, micro_batch=10, num_workers=1)
+    helped.batch_sampler.start_at(1, 2, 8)
+    assert starts_of(helped) == expected
 
 
 @settings(derandomize=True, deadline=None, max_examples=100, database=None)

@@ -1,5 +1,6 @@
 """Learning rates, AdamW and Muon, and which precision is chosen."""
 
+import math
 import platform
 from dataclasses import replace
 
@@ -12,10 +13,11 @@ from torch import nn
 import engine.optim
 from engine.errors import SettingsError
 from engine.optim import (
-    FLOOR,
+    FINAL_RATE,
     OPTIMIZERS,
     SCHEDULES,
     Muon,
+    Rules,
     Schedule,
     build_adamw,
     build_muon,
@@ -60,6 +62,24 @@ def test_learning_rate_at_start_warmups_end_middle_last_and_beyond(kind, shares)
     assert found == pytest.approx(shares, rel=1e-12)
 
 
+def test_the_share_that_decays_and_the_rate_at_the_end_are_as_set():
+    def shares(kind, **settings):
+        return rates_of(make_schedule(kind, 2.0, 2, 10, **settings), 12)
+
+    low = {"decay_share": 0.55, "final_rate": 0.0}  # six steps, rounded up
+    falling = [1 - (i + 1) / 6 for i in range(6)]
+    found = [rate / 2.0 for rate in shares("wsd", **low)]
+    assert found == pytest.approx([1 / 3, 2 / 3, 1, 1, *falling, 0, 0])
+    # the decay begins after the warm-up at the earliest
+    found = [rate / 2.0 for rate in shares("wsd", decay_share=1.0, final_rate=0.5)]
+    falling = [1 - 0.5 * (i + 1) / 8 for i in range(8)]
+    assert found == pytest.approx([1 / 3, 2 / 3, *falling, 0.5, 0.5])
+    assert shares("cosine", **low)[2:] == pytest.approx(
+        [1 + math.cos(math.pi * i / 7) for i in range(8)] + [0, 0], abs=1e-12
+    )
+    assert shares("constant", **low) == shares("constant")
+
+
 def test_cosine_equals_torchs():
     schedule = Schedule("cosine", peak=0.5, warmup_steps=0, total_steps=40)
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.5)
@@ -94,7 +114,7 @@ def test_learning_rate_rises_in_equal_steps_is_never_zero_and_falls_to_its_floor
     n_stable = falling.count(schedule.peak)
     n_after = schedule.total_steps - schedule.warmup_steps  # 1: the peak is the last step
     ends_low = schedule.kind == "wsd" or (schedule.kind == "cosine" and n_after > 1)
-    assert falling[n_after - 1] == pytest.approx((FLOOR if ends_low else 1) * schedule.peak)
+    assert falling[n_after - 1] == pytest.approx((FINAL_RATE if ends_low else 1) * schedule.peak)
     if schedule.kind == "wsd":
         assert n_after - n_stable == schedule.decay_steps
     if schedule.kind != "wsd" or schedule.decay_steps < n_after:
@@ -110,7 +130,7 @@ def test_learning_rate_rises_in_equal_steps_is_never_zero_and_falls_to_its_floor
 def test_a_longer_run_keeps_its_old_rates_and_adds_steps_at_the_last_one(kind, done, moves):
     old = make_schedule(kind, 1.0, 5, 60)  # of wsd steps 0 to 47 are before the decay of 12
     rates = rates_of(old, 60)
-    expected = rates + [1.0 if kind == "constant" else FLOOR] * 30
+    expected = rates + [1.0 if kind == "constant" else FINAL_RATE] * 30
     if moves:
         assert rates[47] == 1.0 > rates[48]
         expected = rates[:48] + [1.0] * 30 + [1 - 0.9 * (i + 1) / 12 for i in range(12)]
@@ -176,18 +196,64 @@ def test_every_trained_parameter_is_in_exactly_one_group_whose_rate_is_set(kind,
         assert {group["lr"] for group in optimizer.param_groups} == {0.25}
 
 
+@both_kinds
+def test_parameters_outside_the_blocks_matrices_keep_their_share_of_the_rate(kind):
+    model = tiny_model(tie_embeddings=False)
+    hidden = {id(weight) for weight, _ in model.hidden_matrices()}
+    optimizer = build_optimizer(kind, model, 1e-2, 0.1, Rules(embedding_rate=4e-2))
+    for rate in (1e-2, 0.5, 0.0):
+        for group in optimizer.param_groups:
+            of_matrices, *mixed = {id(p) in hidden for p in group["params"]}
+            assert group["lr"] == pytest.approx(rate if of_matrices else 4 * rate) and not mixed
+        set_learning_rate(optimizer, 0.5 if rate == 1e-2 else 0.0)
+
+
+@pytest.mark.parametrize("kind", ["adamw", "muon"])
+def test_with_every_rule_set_steps_equal_those_of_torchs_adamw(kind):
+    ours, theirs = (tiny_model(tie_embeddings=False, qkv_bias=True) for _ in range(2))
+    rules = Rules(embedding_rate=4e-2, decay_embeddings=True, beta2=0.7)
+    optimizer = build_optimizer(kind, ours, 1e-2, 0.1, rules)
+    rates = {"blocks": (1e-2, 0.1), "others": (4e-2, 0.1), "vectors": (4e-2, 0.0)}
+    groups = {name: [] for name in rates}
+    for name, p in theirs.named_parameters():
+        matrix = "blocks" if name.startswith("blocks") else "others"
+        groups[matrix if p.dim() == 2 else "vectors"].append(p)
+    assert [len(group) for group in groups.values()] == [4, 3, 10]
+    torchs = torch.optim.AdamW(
+        [
+            {"params": groups[name], "lr": rate, "weight_decay": decay}
+            for name, (rate, decay) in rates.items()
+        ],
+        betas=(0.9, 0.7),
+        eps=1e-8,
+        foreach=False,
+    )
+    step_with_random_gradients((ours, optimizer), (theirs, torchs))
+    compared = 0
+    for name, p in ours.named_parameters():
+        if kind == "adamw" or not (name.startswith("blocks") and p.dim() == 2):
+            torch.testing.assert_close(p, theirs.get_parameter(name), msg=name)
+            compared += 1
+    assert compared == (17 if kind == "adamw" else 13)
+
+
+@pytest.mark.parametrize("with_embeddings", [False, True])
 @pytest.mark.parametrize("tied", [False, True])
 @both_kinds
-def test_only_the_weights_of_linear_layers_decay(kind, tied):
+def test_only_the_weights_of_linear_layers_decay_and_embeddings_if_asked(
+    kind, tied, with_embeddings
+):
     model = tiny_model(tie_embeddings=tied, qkv_bias=True)
-    optimizer = build_optimizer(kind, model, learning_rate=0.5, weight_decay=0.1)
+    rules = Rules(decay_embeddings=with_embeddings)
+    optimizer = build_optimizer(kind, model, 0.5, 0.1, rules)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     for p in model.parameters():
         p.grad = torch.zeros_like(p)  # so that decay is all that moves a weight
     optimizer.step()
     linear = ("qkv.weight", "out_proj.weight", "mlp.0.weight", "mlp.2.weight", "head.weight")
+    decayed = (*linear, "embedding.weight") if with_embeddings else linear
     for name, p in model.named_parameters():
-        factor = 1 - 0.5 * 0.1 if name.endswith(linear) else 1
+        factor = 1 - 0.5 * 0.1 if name.endswith(decayed) else 1
         torch.testing.assert_close(p.detach(), before[name] * factor, msg=name)
     assert ("head.weight" in before) != tied  # a tied head goes by the embedding's name
 
