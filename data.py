@@ -2,7 +2,7 @@
 
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -17,10 +17,11 @@ from engine.console import say
 from engine.devices import free_memory
 from engine.errors import DataError
 from engine.metrics import TokenSize
-from text.tokenizer import GPT2Tokenizer, Tokenizer
+from text.tokenizer import ByteTokens, GPT2Tokenizer, Tokenizer
 
 MIN_TOKENS = 4  # an input and its target to train on, and as many to validate on
-MEASURED_TOKENS = 1_000_000  # of the validation text, for characters and bytes a token
+# of a text that are counted at once, so that it need not fit into memory
+COUNTED_TOKENS, COUNTED_PARTS = 1 << 14, 1 << 6
 LONGEST_TRAIN_SHARE = 0.95  # the most of a short text that is trained on, so that a window fits
 
 
@@ -104,11 +105,19 @@ class WindowDataset(Dataset):
 
     def without_overlap(self) -> "WindowDataset":
         """Windows of the same tokens with the same length that do not overlap."""
-        if self.stride >= self.max_length:
-            return self
-        apart = WindowDataset(self.tokens, self.max_length, self.max_length)
+        return self if self.stride >= self.max_length else self.with_stride(self.max_length)
+
+    def with_stride(self, stride: int) -> "WindowDataset":
+        """Windows of the same tokens with the same length, and this many tokens apart."""
+        apart = WindowDataset(self.tokens, self.max_length, stride)
         apart._resident = self._resident
         return apart
+
+    def span(self, start: int, stop: int) -> torch.Tensor:
+        """The tokens from start to stop, (stop - start,) int64, where batches are gathered."""
+        if self._resident is not None:
+            return self._resident[start:stop].long()
+        return torch.from_numpy(_as_array(self.tokens)[start:stop].astype(np.int64))
 
     def move_to(self, device: torch.device) -> None:
         """Copy the tokens to a device (4 bytes each) and gather batches there."""
@@ -225,6 +234,47 @@ class WindowBatches(Sampler):
         self._next_epoch, self._next_step, self._steps = epoch, step, steps
 
 
+class OverlappingWindows(Dataset):
+    """Windows of a text that score each token but the first once, with half a window before it.
+
+    They are as long as those given, T, and begin every T // 2 tokens; an item is (ids, targets), of
+    T and T // 2, the targets being of the ids' last positions. What these leave at the beginning
+    and at the end of the text is scored by up to two shorter windows, which come last. The tokens
+    of the first half window have only those before them.
+    """
+
+    def __init__(self, windows: WindowDataset) -> None:
+        self.tokens, length = windows.tokens, windows.max_length
+        self._n_scored = max(1, length // 2)
+        self._lead = length - self._n_scored  # ids before the first one whose target is scored
+        self._whole = windows.with_stride(self._n_scored)
+        self.n_whole = self._whole.n_whole
+        scored = 1 + self._lead + self.n_whole * self._n_scored  # tokens, with the first one
+        ends = [(0, 1, min(1 + self._lead, len(self.tokens)))]
+        ends += [(self.n_whole * self._n_scored, scored, len(self.tokens))]
+        # of each shorter window the first id, the first target and the last one's end
+        self._shorter = [end for end in ends if end[1] < end[2]]
+
+    def __len__(self) -> int:
+        return self.n_whole + len(self._shorter)
+
+    def scored(self, number: int) -> tuple[int, int]:
+        """The tokens that a window scores: the first and the end."""
+        if number >= self.n_whole:
+            return self._shorter[number - self.n_whole][1:]
+        first = 1 + self._lead + number * self._n_scored
+        return first, first + self._n_scored
+
+    def __getitems__(self, indices: Sequence[int]) -> Batch:
+        """A batch of long windows, or a shorter one: ids (B, T) and targets (B, T // 2) int64."""
+        if indices[0] < self.n_whole:
+            ids, targets = self._whole.__getitems__(indices)
+            return ids, targets[:, self._lead :]
+        start, first, stop = self._shorter[indices[0] - self.n_whole]
+        window = self._whole.span(start, stop)[None]  # (1, T + 1)
+        return window[:, :-1], window[:, first - start :]
+
+
 class EvaluationBatches(Sampler):
     """The micro-batches of an evaluation_loader(), computed as they are asked for."""
 
@@ -237,36 +287,39 @@ class EvaluationBatches(Sampler):
         parallel: Parallel,
     ) -> None:
         self._rank, self._world = parallel.rank, parallel.world
-        self._n_windows, self._batch_size, self._micro_batch = len(dataset), batch_size, micro_batch
-        self._n_whole = getattr(dataset, "n_whole", len(dataset))
-        # a tail is a batch of its own
-        n_batches = -(-self._n_whole // batch_size) + self._n_windows - self._n_whole
-        self._chosen: Sequence[int] | np.ndarray = range(n_batches)
-        if max_batches is not None and max_batches < n_batches:
-            self._chosen = np.linspace(0, n_batches - 1, max_batches).round().astype(int)
+        self._batch_size, self._micro_batch = batch_size, micro_batch
+        self._n_whole = self._n_chosen = getattr(dataset, "n_whole", len(dataset))
+        self._n_shorter = len(dataset) - self._n_whole  # each of which is a batch of its own
+        n_full = -(-self._n_whole // batch_size)
+        self.n_batches = self.of_batches = n_full + self._n_shorter
+        if max_batches is not None and max_batches < n_full:
+            self._n_chosen, self._n_shorter = max_batches * batch_size, 0
+            self.n_batches = max_batches
 
-    def _batch(self, number: int) -> range:
-        """The windows of a batch of the loader."""
-        start = int(number) * self._batch_size
-        if start >= self._n_whole:
-            return range(self._n_whole, self._n_windows)
-        return range(start, min(start + self._batch_size, self._n_whole))
+    def _window(self, number: int) -> int:
+        """One of the chosen windows, which are the middles of as many equal parts."""
+        return (2 * number + 1) * self._n_whole // (2 * self._n_chosen)
 
-    def _all_ranks(self) -> Iterator[range]:
-        for batch in map(self._batch, self._chosen):
+    def windows(self) -> Iterator[list[int]]:
+        """The windows of each batch, of all ranks."""
+        for start in range(0, self._n_chosen, self._batch_size):
+            numbers = range(start, min(start + self._batch_size, self._n_chosen))
+            yield list(map(self._window, numbers))
+        for number in range(self._n_shorter):
+            yield [self._n_whole + number]
+
+    def _all_ranks(self) -> Iterator[list[int]]:
+        for batch in self.windows():
             for start in range(0, len(batch), self._micro_batch):
                 yield batch[start : start + self._micro_batch]
 
-    def __iter__(self) -> Iterator[range]:
+    def __iter__(self) -> Iterator[list[int]]:
         return itertools.islice(self._all_ranks(), self._rank, None, self._world)
 
     def __len__(self) -> int:
-        # all batches but the last two, one of which may be a tail, are full
-        n_full = max(0, len(self._chosen) - 2)
-        sizes = [len(self._batch(number)) for number in self._chosen[n_full:]]
-        count = n_full * -(-self._batch_size // self._micro_batch)
-        count += sum(-(-size // self._micro_batch) for size in sizes)
-        return len(range(self._rank, count, self._world))
+        n_full, rest = divmod(self._n_chosen, self._batch_size)
+        count = n_full * -(-self._batch_size // self._micro_batch) + -(-rest // self._micro_batch)
+        return len(range(self._rank, count + self._n_shorter, self._world))
 
 
 @dataclass(frozen=True)
@@ -456,12 +509,43 @@ def create_dataloader_v1(
     )
 
 
-def measure_tokens(tokens: Tokens, tokenizer: Tokenizer) -> TokenSize:
-    """The mean characters and bytes of the first million tokens; an end of text has none."""
-    ids = _as_array(tokens[:MEASURED_TOKENS])
-    text = tokenizer.decode(ids[ids != tokenizer.end_of_text_id].tolist())
-    n_bytes = len(text.encode("utf-8", "replace"))
-    return TokenSize(max(1, len(text)) / len(ids), max(1, n_bytes) / len(ids))
+def _in_pieces(array: np.ndarray, parts: Iterable[tuple[int, int]]) -> Iterator[np.ndarray]:
+    """Parts of an array, each between two places, in pieces of up to a million tokens."""
+    short = (
+        array[start : min(start + COUNTED_TOKENS, end)]
+        for first, end in parts
+        for start in range(first, end, COUNTED_TOKENS)
+    )
+    while some := list(itertools.islice(short, COUNTED_PARTS)):  # one by one takes long
+        yield np.concatenate(some)
+
+
+def measure_tokens(
+    tokens: Tokens, tokenizer: Tokenizer, parts: Iterable[tuple[int, int]] | None = None
+) -> TokenSize:
+    """The mean characters and bytes of tokens, or of the parts between two places each.
+
+    The mean is over all of them, and an end of text has none. It is exact where a token stands for
+    bytes; tokens of another tokenizer are decoded, a million at once.
+    """
+    pieces = _in_pieces(_as_array(tokens), [(0, len(tokens))] if parts is None else parts)
+    n_tokens = characters = n_bytes = 0
+    if isinstance(tokenizer, ByteTokens):
+        counts = np.zeros(tokenizer.vocab_size, dtype=np.int64)
+        for ids in pieces:
+            counts += np.bincount(ids, minlength=len(counts))
+        n_tokens, counts[tokenizer.end_of_text_id] = counts.sum().item(), 0
+        for token in np.flatnonzero(counts).tolist():
+            content, count = tokenizer.token_bytes(token), counts[token].item()
+            n_bytes += count * len(content)
+            # bytes that go on with a character are 10xxxxxx
+            characters += count * sum(byte & 0xC0 != 0x80 for byte in content)
+    else:
+        for ids in pieces:
+            text = tokenizer.decode(ids[ids != tokenizer.end_of_text_id].tolist())
+            n_tokens, characters = n_tokens + len(ids), characters + len(text)
+            n_bytes += len(text.encode("utf-8", "replace"))
+    return TokenSize(max(1, characters) / n_tokens, max(1, n_bytes) / n_tokens)
 
 
 def in_parts(batches: list[Batch], size: int) -> list[Batch]:
@@ -487,15 +571,20 @@ def evaluation_loader(
     max_batches: int | None = None,
     parallel: Parallel = ALONE,
     micro_batch: int | None = None,
+    *,
+    overlapping: bool = False,
 ) -> DataLoader:
-    """A loader over the same windows in order: all of them, or max_batches evenly spaced batches.
+    """A loader over the same windows in order: all, or max_batches of windows evenly spread.
 
     It gives the same micro-batches each time, of at most micro_batch windows (None: the loader's),
-    and uses no random generator. Each rank gets a share of them.
+    and uses no random generator. Each rank gets a share of them. The windows of a text don't
+    overlap, or are its OverlappingWindows.
     """
     dataset = loader.dataset
     batch_size = loader.batch_size or loader.batch_sampler.batch_size
-    if isinstance(dataset, WindowDataset):
+    if overlapping:
+        dataset = OverlappingWindows(dataset)
+    elif isinstance(dataset, WindowDataset):
         dataset = dataset.without_overlap()
     size = micro_batch or getattr(loader.batch_sampler, "micro_batch", batch_size)
     return DataLoader(

@@ -117,6 +117,8 @@ def _prepare(settings: str | Path | None, parallel: Parallel) -> RuntimeEnv:
     set_attention(model, machine, plan, asked, windows, run.before)
     machine = fit_into_memory(machine, model, asked, windows)
     train_loader, val_loader = _make_loaders(text, plan, asked, windows, machine)
+    token_size = measure_tokens(val_loader.dataset.tokens, text.tokenizer)
+    plan = dataclasses.replace(plan, sampling=plan.sampling.fitted(token_size))
     machine = check_arithmetic(machine, model, train_loader)
     rate = asked.learning_rate or default_learning_rate(model.config.emb_dim, asked.optimizer)
     asked = dataclasses.replace(asked, learning_rate=rate)
@@ -144,7 +146,7 @@ def _prepare(settings: str | Path | None, parallel: Parallel) -> RuntimeEnv:
         tokenizer=text.tokenizer,
         learner=trial.learner_of_the_run(),
         run=_run_folder(run, record, text, windows),
-        token_size=measure_tokens(val_loader.dataset.tokens, text.tokenizer),
+        token_size=token_size,
     )
 
 

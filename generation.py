@@ -7,8 +7,8 @@ which has room for as many new tokens.
 import contextlib
 import functools
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -25,6 +25,7 @@ from engine.compiling import (
 )
 from engine.devices import steady_attention
 from engine.errors import NumericsError, SettingsError, is_out_of_memory
+from engine.metrics import TokenSize
 from engine.settings import check, find_problems, raise_if_any, setting, unknown_name
 from engine.weights import OneRowProducts
 from model import KVCache
@@ -32,6 +33,8 @@ from text.tokenizer import Tokenizer
 
 # the likeliest tokens that top_p tries first: a CPU sorts 50,000 logits for milliseconds
 NUCLEUS = 1024
+# characters of a sample whose max_new_tokens is None; and the most tokens of any
+SAMPLE_CHARACTERS, LONGEST_SAMPLE = 300, 100_000
 NOT_FINITE = "the model's logits are not finite: there is no token to choose"
 
 
@@ -39,7 +42,8 @@ NOT_FINITE = "the model's logits are not finite: there is no token to choose"
 class SamplingConfig:
     """How many tokens are sampled, and how. Raises SettingsError with every wrong value."""
 
-    max_new_tokens: int = setting(50, minimum=1, maximum=100_000)
+    # None: as many as make some SAMPLE_CHARACTERS, which fitted() computes
+    max_new_tokens: int | None = setting(50, minimum=1, maximum=LONGEST_SAMPLE)
     temperature: float = setting(0.8, minimum=0, maximum=1e9)
     top_k: int | None = setting(50, minimum=1)
     top_p: float | None = setting(0.9, minimum=0, maximum=1)
@@ -49,6 +53,24 @@ class SamplingConfig:
 
     def __post_init__(self) -> None:
         check(self)
+
+    def fitted(self, size: TokenSize) -> "SamplingConfig":
+        """With a number of tokens, given the mean length of a token of the text."""
+        if self.max_new_tokens is not None:
+            return self
+        count = min(LONGEST_SAMPLE, max(1, round(SAMPLE_CHARACTERS / size.characters)))
+        return replace(self, max_new_tokens=count)
+
+
+def find_sampling_problems(
+    values: Mapping[str, Any], label: Callable[[str], str] = str
+) -> list[str]:
+    """find_problems() of SamplingConfig's fields for a generation, which needs a length."""
+    problems = find_problems(SamplingConfig, values, label)
+    if values.get("max_new_tokens", 0) is None:
+        name = label("max_new_tokens")
+        problems.append(f"{name} is None; it must be a whole number from 1 to {LONGEST_SAMPLE:,}")
+    return problems
 
 
 @dataclass(frozen=True)
@@ -255,7 +277,7 @@ class Rows:
         names = [field.name for field in fields(SamplingConfig)]
         known = {name: value for name, value in sampling.items() if name in names}
         problems = [unknown_name(name, name, names) for name in sampling.keys() - known.keys()]
-        problems += find_problems(SamplingConfig, known)
+        problems += find_sampling_problems(known)
         vocab_size = model.config.vocab_size
         if len(prompts) == 0 or not all(len(prompt) for prompt in prompts):
             problems.append("ids has a prompt without a token; each must have one or more")

@@ -18,7 +18,6 @@ os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 
 import torch
 
-from data import evaluation_loader
 from distributed.parallel import ALONE, join
 from distributed.sharding import whole
 from distributed.signals import StopSignals
@@ -34,7 +33,6 @@ from engine.errors import (
     Stopped,
     first_line,
 )
-from engine.metrics import bits_per_byte, bits_per_character, perplexity
 from engine.processor import using_threads
 from environment import RuntimeEnv, prepare_environment
 from planning.decisions import RunRecord
@@ -168,34 +166,31 @@ def show_samples(env: RuntimeEnv, journal: Journal) -> None:
 def sum_up(env: RuntimeEnv, journal: Journal, stop: StopSignals) -> None:
     """Print the summary and then write summary.json, which marks a finished run."""
     most = _most_final_batches(env.run.record)
-    final_val = env.learner.evaluate(env.val_loader, most, stop, label="Evaluating")
-    n_batches = len(evaluation_loader(env.val_loader))
-    over = "all"
-    if most is not None and most < n_batches:
-        over = f"{most:,} of {n_batches:,} batches of the"
+    score = env.learner.score(env.val_loader, env.tokenizer, most, stop, label="Evaluating")
+    over = "all validation text"
+    if score.n_batches < score.of_batches:
+        over = f"{score.n_batches:,} of {score.of_batches:,} batches of the validation text"
     history, best = journal.history, journal.history.best
     step = journal.weights_of_step or history.steps[-1]
     final_train = history.train_losses[history.steps.index(step)]
-    per_character = bits_per_character(final_val, env.token_size)
-    per_byte = bits_per_byte(final_val, env.token_size)
     whose = "" if journal.weights_of_step is None else "with the best weights, "
     say("Training Summary:")
     say(f"  Final train loss: {final_train:.4f}")
-    say(
-        f"  Final val loss: {final_val:.4f} ({whose}over {over} validation text; perplexity "
-        f"{perplexity(final_val):,.1f}, {per_character:.3f} bits a character, "
-        f"{per_byte:.3f} a byte)"
-    )
+    say(f"  Final val loss: {score.loss:.4f}")
     say(f"  Best val loss: {history.val_losses[best]:.4f} (at step {history.steps[best]})")
     if history.skipped:
         say(f"  Steps skipped: {history.skipped} (a loss or gradient was not finite)")
     say(f"  Run folder: {env.run.path}")
+    say(
+        f"  Bits a byte: {score.bits_per_byte:.3f} ({score.bits_per_character:.3f} a character, "
+        f"perplexity {score.perplexity:,.1f}; {whose}over {over})"
+    )
     summary = {
         "final_train_loss": final_train,
-        "final_val_loss": final_val,
-        "final_val_perplexity": perplexity(final_val),
-        "final_val_bits_per_character": per_character,
-        "final_val_bits_per_byte": per_byte,
+        "final_val_loss": score.loss,
+        "final_val_perplexity": score.perplexity,
+        "final_val_bits_per_character": score.bits_per_character,
+        "final_val_bits_per_byte": score.bits_per_byte,
         "best_val_loss": history.val_losses[best],
         "best_step": history.steps[best],
         "initial_val_loss": history.val_losses[0],

@@ -470,13 +470,14 @@ class GPTModel(nn.Module):
     ) -> Tensor:
         """(B, T) token ids -> (B, T, V) logits of each position's next token.
 
-        With targets, (B, T) or the first rows', next_token_loss(), without ever holding all logits.
+        With targets, (B, T) or those of the first rows or the last positions, next_token_loss(),
+        without ever holding all logits.
         """
         hidden = self.hidden(ids)
         if targets is None:
             return self.head(hidden)
-        if len(targets) < len(ids):  # the backward pass of a slice copies
-            hidden = hidden[: len(targets)]
+        if targets.shape != ids.shape:  # the backward pass of a slice copies
+            hidden = hidden[: len(targets), -targets.shape[1] :]
         return next_token_loss(hidden, self.head.weight, targets, n_targets)
 
     def hidden(self, ids: Tensor, newest: Newest | None = None) -> Tensor:

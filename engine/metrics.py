@@ -6,10 +6,35 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class TokenSize:
-    """The mean length of a token of the validation text."""
+    """The mean length of a token of a text."""
 
     characters: float
     bytes: float  # of UTF-8
+
+
+@dataclass(frozen=True)
+class Score:
+    """What a model scores on a text, or on some of its batches."""
+
+    loss: float  # nats a token
+    size: TokenSize  # of the tokens that were scored
+    n_batches: int
+    of_batches: int  # those of the whole text
+
+    @property
+    def perplexity(self) -> float:
+        """perplexity() of the loss."""
+        return perplexity(self.loss)
+
+    @property
+    def bits_per_character(self) -> float:
+        """bits_per_character() of the loss."""
+        return bits_per_character(self.loss, self.size)
+
+    @property
+    def bits_per_byte(self) -> float:
+        """bits_per_byte() of the loss."""
+        return bits_per_byte(self.loss, self.size)
 
 
 def perplexity(loss: float) -> float:

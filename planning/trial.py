@@ -366,6 +366,7 @@ def _spend(
     budget_s: float, trial: Trial, plan: RunPlan, asked: TrainingConfig, windows: WindowPlan
 ) -> tuple[TrainingConfig, list[str]]:
     """The hyper-parameters of a run that takes budget_s seconds; and notices."""
+    assert plan.sampling.max_new_tokens is not None  # fitted() to the text
     validated = -(-(windows.n_val - 1) // windows.max_length)
     budget = Budget(
         budget_s,

@@ -17,10 +17,10 @@ from engine.console import complain, printable, report_failure, use_utf8
 from engine.devices import find_device_fault
 from engine.errors import PipelineError, ResourceError, SettingsError
 from engine.processor import default_threads
-from engine.settings import find_problems, raise_if_any, shown, unknown_name
+from engine.settings import raise_if_any, shown, unknown_name
 from engine.weights import WEIGHTS
 from exchange.saved_run import LoadedRun, load_run
-from generation import SamplingConfig
+from generation import SamplingConfig, find_sampling_problems
 
 HIGHEST_SEED = 2**32 - 1
 _FIELDS = {field.name: field for field in dataclasses.fields(SamplingConfig)}
@@ -100,7 +100,7 @@ def add_sampling_options(parser: argparse.ArgumentParser) -> None:
     """Add a flag for each field of SamplingConfig, and --seed; None if not given."""
     group = parser.add_argument_group("sampling (what is not given is as the run has it)")
     for name, field in _FIELDS.items():
-        can_be_none = "None" in str(field.type)
+        can_be_none = "None" in str(field.type) and name != "max_new_tokens"
         group.add_argument(
             flag_of(name),
             metavar="N" if "int" in str(field.type) else "X",
@@ -123,7 +123,9 @@ def add_stop_option(parser: argparse._ActionsContainer) -> None:
 
 def sampling_of(arguments: argparse.Namespace, run: LoadedRun) -> dict[str, Any]:
     """All fields of SamplingConfig, from the options or the run; SettingsError for problems."""
-    return dataclasses.asdict(run.sampling) | _given_sampling(arguments)
+    sampling = dataclasses.asdict(run.sampling) | _given_sampling(arguments)
+    raise_if_any(find_sampling_problems(sampling), "the run's settings.json")
+    return sampling
 
 
 def seed_of(arguments: argparse.Namespace) -> int:
@@ -138,14 +140,14 @@ def read_sampling(texts: dict[str, str]) -> dict[str, Any]:
     """Fields of SamplingConfig parsed from texts; SettingsError for wrong names and values."""
     problems = [unknown_name(name, name, _FIELDS) for name in texts if name not in _FIELDS]
     known = {name: _value(name, text) for name, text in texts.items() if name in _FIELDS}
-    raise_if_any(problems + find_problems(SamplingConfig, known), "the sampling settings")
+    raise_if_any(problems + find_sampling_problems(known), "the sampling settings")
     return known
 
 
 def _given_sampling(arguments: argparse.Namespace) -> dict[str, Any]:
     texts = {name: getattr(arguments, name) for name in _FIELDS}
     given = {name: _value(name, text) for name, text in texts.items() if text is not None}
-    problems = find_problems(SamplingConfig, given, flag_of) + _seed_problems(arguments.seed)
+    problems = find_sampling_problems(given, flag_of) + _seed_problems(arguments.seed)
     raise_if_any(problems, "the options")
     return given
 

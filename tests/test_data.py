@@ -473,7 +473,7 @@ def test_create_dataloader_v1_fits_itself_to_a_short_text_and_says_so(capsys):
             create_dataloader_v1(text, **options)
 
 
-def test_an_evaluation_shows_evenly_spaced_batches_in_order():
+def test_an_evaluation_shows_all_windows_or_evenly_spread_ones_in_order():
     train, _ = loaders(420, changes={"batch_size": 2})  # 41 windows, so 21 batches
     training = epoch_starts(train, 1)
     train.batch_sampler.start_at(1)
@@ -483,9 +483,10 @@ def test_an_evaluation_shows_evenly_spaced_batches_in_order():
         (None, in_order),
         (21, in_order),
         (100, in_order),
-        (1, [in_order[0]]),
-        (2, [in_order[0], in_order[20]]),
-        (5, [in_order[i] for i in (0, 5, 10, 15, 20)]),
+        # the middles of as many parts of the 41 windows
+        (1, [[8 * 10, 8 * 30]]),
+        (2, [[8 * 5, 8 * 15], [8 * 25, 8 * 35]]),
+        (20, [[8 * (41 * (4 * i + 1) // 80), 8 * (41 * (4 * i + 3) // 80)] for i in range(20)]),
     ]:
         view = evaluation_loader(train, max_batches)
         assert starts_of(view) == starts_of(view) == expected
@@ -497,6 +498,8 @@ def test_an_evaluation_shows_evenly_spaced_batches_in_order():
     starts = flat(starts_of(evaluation_loader(train)))
     assert starts == list(range(0, starts[-1] + 1, 8))
     assert targets_of(evaluation_loader(val)) == list(range(321, 400))
+    # of a part the tail, 7 targets beyond 9 windows, is none
+    assert starts_of(evaluation_loader(val, 2)) == [[320, 328, 336, 344], [360, 368, 376, 384]]
 
 
 def test_an_evaluation_works_on_any_loader_of_pairs():
@@ -504,7 +507,7 @@ def test_an_evaluation_works_on_any_loader_of_pairs():
     loader = DataLoader(pairs, batch_size=3, shuffle=True, drop_last=True)
     view = evaluation_loader(loader)
     assert starts_of(view) == starts_of(view) == [[0, 2, 4], [6, 8, 10], [12, 14, 16], [18]]
-    assert starts_of(evaluation_loader(loader, 2)) == [[0, 2, 4], [18]]
+    assert starts_of(evaluation_loader(loader, 2)) == [[0, 4, 8], [10, 14, 18]]
 
 
 def test_a_token_stands_for_its_share_of_characters_and_bytes(tmp_path):

@@ -17,6 +17,7 @@ from model import GPTConfig, GPTModel
 from planning import trial
 from storage import tracking
 from tests.programs import everything_in, write_settings
+from text.tokenizer import GPT2Tokenizer
 
 TEXT = "The ferry crosses the river at dawn, and the bell rings twice for bread. " * 12
 
@@ -44,6 +45,15 @@ def begin_run(**changes: Any) -> RuntimeEnv:
     with env.run.opened():
         pass
     return env
+
+
+def test_the_length_of_samples_may_follow_from_the_texts_characters():
+    sampling = {"sampling_params": {"max_new_tokens": None}}
+    for name, characters in (("char", 1), ("gpt2", len(TEXT) / len(GPT2Tokenizer().encode(TEXT)))):
+        env = prepare(TOKENIZER=name, train_ratio=0.5, **sampling)
+        length = env.run.record.sampling.max_new_tokens
+        assert length == pytest.approx(300 / characters, rel=0.05)
+        assert length == round(300 / env.token_size.characters)
 
 
 def test_the_best_device_is_taken_in_the_order_mps_cuda_xpu_cpu(monkeypatch):

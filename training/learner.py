@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
-from data import WindowBatches, evaluation_loader, in_parts
+from data import WindowBatches, evaluation_loader, in_parts, measure_tokens
 from distributed.parallel import ALONE, Parallel
 from distributed.sharding import flush_gradients, full, replica, summing_up, whole
 from distributed.signals import StopSignals
@@ -21,9 +21,11 @@ from engine.console import count_off, say
 from engine.devices import release_memory
 from engine.errors import DataError, Stopped, is_out_of_memory
 from engine.memory import OutOfStepMemory, halved
+from engine.metrics import Score
 from engine.precision import Precision
 from engine.randomness import random_state, set_random_state
 from generation import evaluating
+from text.tokenizer import Tokenizer
 
 T = TypeVar("T")
 Batch = tuple[torch.Tensor, torch.Tensor]  # ids and targets, (B, T) each
@@ -96,18 +98,45 @@ class Learner:
         max_batches: int | None = None,
         stop: StopSignals | None = None,
         *,
+        overlapping: bool = False,
         label: str | None = None,
     ) -> float:
-        """The mean loss over a loader's text, or over max_batches evenly spaced batches of it;
+        """The mean loss over a loader's text, or over max_batches of windows evenly spread over it;
         raises as mean_loss() does. With a label it draws a bar. Collective."""
 
         def attempt() -> float:
-            parts = evaluation_loader(loader, max_batches, self.parallel, self.micro_batch)
+            parts = evaluation_loader(
+                loader, max_batches, self.parallel, self.micro_batch, overlapping=overlapping
+            )
             if label is not None:
                 parts = count_off(parts, len(parts), label)
             return mean_loss(self.model, parts, self.device, self.precision, stop, self.parallel)
 
         return self.in_smaller_parts(attempt, "an evaluation")
+
+    def score(
+        self,
+        loader: DataLoader,
+        tokenizer: Tokenizer,
+        max_batches: int | None = None,
+        stop: StopSignals | None = None,
+        *,
+        label: str | None = None,
+    ) -> Score:
+        """The Score of a loader's text, each token with at least half a window before it.
+
+        Only the tokens of the first half window have less. It takes twice the time of an
+        evaluate(); with max_batches it scores as many batches of windows evenly spread. Raises and
+        draws as that does. Collective.
+        """
+        loss = self.evaluate(loader, max_batches, stop, overlapping=True, label=label)
+        of_all_ranks = evaluation_loader(loader, max_batches, overlapping=True)
+        windows, batches = of_all_ranks.dataset, of_all_ranks.batch_sampler
+        parts: Iterable[tuple[int, int]] = [(1, len(windows.tokens))]  # none comes before the first
+        if batches.n_batches < batches.of_batches:
+            parts = (windows.scored(number) for batch in batches.windows() for number in batch)
+        size = measure_tokens(windows.tokens, tokenizer, parts)
+        return Score(loss, size, batches.n_batches, batches.of_batches)
 
     def in_smaller_parts(self, attempt: Callable[[], T], label: str) -> T:
         """The result of an attempt, repeated with half the micro-batch whenever memory runs out.
