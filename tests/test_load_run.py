@@ -1,6 +1,5 @@
 """A trained run, loaded for use: the right weights, exactly, wherever it is and whoever made it."""
 
-import ast
 import contextlib
 import functools
 import gc
@@ -9,6 +8,7 @@ import json
 import os
 import pickle
 import random
+import re
 import shutil
 import signal
 import sys
@@ -30,6 +30,7 @@ from planning.decisions import MOST_SETTINGS_BYTES, read_record
 from planning.runs import newest_finished_run
 from storage import files as storage
 from storage.checkpoint import weights_of
+from tests.conftest import REPOSITORY
 from tests.faults.saving import forked
 from tests.hostile import HOSTILE_TENSORS, Canary, hostile_json, mutated, project_trees, reseal
 from tests.trained import TEXT, Trained, edit_settings, listing, read, remade, train_run
@@ -260,21 +261,6 @@ def test_reading_changes_nothing_on_the_disk(trained, workdir, damaged, capsys):
     assert len([line for line in said if line.startswith("Note: ")]) == damaged, said
 
 
-def test_a_pickle_is_refused_without_being_opened(original, workdir):
-    canary = Canary(workdir / "canary")
-    (workdir / "pickle.pt").write_bytes(pickle.dumps(canary))
-    torch.save(canary, workdir / "torch.pt")
-    if hasattr(os, "mkfifo"):
-        os.mkfifo(workdir / "pipe.pt")  # who opens it waits for ever
-    for path in workdir.glob("*.pt"):
-        audit_events().clear()
-        with pytest.raises(CheckpointError, match=rf"{path.name} is no run"):
-            load_run(path.name)
-        opened = [str(arguments[0]) for _, arguments in audit_events()]
-        assert not [name for name in opened if name.endswith(".pt")]
-    assert not canary.path.exists()
-
-
 def test_what_is_no_run_is_refused_by_name(trained):
     names = ["two", "runs/two", "runs", ".", "", "runs/one/settings.json", "runs/one/checkpoints"]
     names += ["../../etc/passwd", "~nobody-of-this-name/run", "x" * 300, "x/" * 3000, "a\0b", "*"]
@@ -398,12 +384,15 @@ def test_a_pickle_under_any_name_in_a_run_folder_is_never_run(run, tmp_path, wri
     assert canary.path.exists()  # it would have been seen
 
 
-PICKLES = ("pickle", "cPickle", "_pickle", "dill", "cloudpickle", "joblib", "shelve", "marshal")
-BANNED_NAMES = ("eval", "exec", "compile", "__import__")
-BANNED_ARGUMENTS = ("trust_remote_code", "weights_only", "allow_pickle")
-BANNED_METHODS = ("load_checkpoint", "load_state_dict_from_url", "read_pickle")
-BANNED_ATTRIBUTES = ("torch.load", "torch.save", "torch.package", "os.system", "os.popen")
-BANNED_ATTRIBUTES += ("yaml.load", "yaml.unsafe_load", "hub.load")
+DANGER = re.compile(
+    r"""(?<![.\w])(?<!def\ )(eval|exec|compile|__import__)\(
+    |^[ \t]*(import|from)\ (c?pickle|_pickle|dill|cloudpickle|joblib|shelve|marshal)\b
+    |distributed(\.|\ import\ )checkpoint
+    |torch(\.|\ import\ )(load|save|package)\b|hub\.load|load_state_dict_from_url
+    |\b(load_checkpoint|read_pickle)\b|yaml\.(unsafe_)?load\b|os\.(system|popen)\b
+    |\b(trust_remote_code|weights_only|allow_pickle)\s*=|\bshell\s*=\s*(?!False\b)""",
+    re.VERBOSE | re.IGNORECASE | re.MULTILINE,
+)
 DANGEROUS = """load(name, trust_remote_code=True)
 load(name, weights_only=False)
 run(line, shell=True)
@@ -421,41 +410,18 @@ pandas.read_pickle(path)
 eval(text)"""
 
 
-def is_danger(node: ast.AST) -> bool:
-    """Whether a call or an import is one by which data can become code or a command."""
-    if isinstance(node, ast.keyword) and node.arg == "shell":
-        return not (isinstance(node.value, ast.Constant) and node.value.value is False)
-    if isinstance(node, ast.keyword):
-        return node.arg in BANNED_ARGUMENTS
-    if isinstance(node, ast.Attribute):
-        owner = getattr(node.value, "id", getattr(node.value, "attr", ""))
-        return f"{owner}.{node.attr}" in BANNED_ATTRIBUTES or node.attr in BANNED_METHODS
-    if isinstance(node, ast.Import | ast.ImportFrom):
-        module = getattr(node, "module", None)
-        names = [f"{module}.{a.name}" if module else a.name for a in node.names]
-        return any(
-            name in BANNED_ATTRIBUTES
-            or name.split(".")[0] in PICKLES
-            or "distributed.checkpoint" in name
-            for name in names
-        )
-    return isinstance(node, ast.Name) and node.id in BANNED_NAMES
-
-
-def dangers(tree: ast.Module) -> list[str]:
-    found = [node for node in ast.walk(tree) if is_danger(node)]
-    return [f"line {node.lineno}: {ast.unparse(node)}" for node in found]
-
-
 def test_nothing_in_the_project_makes_code_or_commands_of_data():
-    trees = project_trees()
-    assert {"environment.py", "model.py", "engine/settings.py", "text/tokenizer.py"} <= set(trees)
-    found = {name: dangers(tree) for name, tree in trees.items()}
-    assert {name: lines for name, lines in found.items() if lines} == {}
-    assert all(len(dangers(ast.parse(code))) == 1 for code in DANGEROUS.splitlines())
+    assert all(map(DANGER.search, DANGEROUS.splitlines()))
+    assert not any(map(DANGER.search, ("model.eval()", "re.compile(x)", "run(x, shell=False)")))
+    assert {"environment.py", "engine/settings.py", "text/tokenizer.py"} <= set(project_trees())
+    for name in project_trees():
+        assert DANGER.findall((REPOSITORY / name).read_text(encoding="utf-8")) == [], name
 
 
 HUGE = {"emb_dim": 65_536, "n_heads": 1, "n_layers": 1024, "context_length": 1_000_000}
+# each way to say so; test_checkpoint has all the kinds there are
+KINDS_OF_TENSORS = ["a header of 16 EB", "a header of blanks", "a long shape", "deep"]
+KINDS_OF_TENSORS += ["one name twice", "half of a byte", "one tensor of many"]
 HUGE_MODELS = [
     HUGE,
     HUGE | {"positions": "sinusoidal"},
@@ -464,21 +430,6 @@ HUGE_MODELS = [
     {"emb_dim": 65_536, "ff_dim": 1_000_000},
     {"context_length": 1_000_000},
 ]
-
-
-def test_hostile_tensors_and_settings_of_a_huge_model_are_refused_before_it_is_built(run):
-    settings = read(run / "settings.json")
-    for values in HUGE_MODELS:
-        edit_settings(run, model=settings["model"] | {"n_kv_heads": None} | values)
-        assert "runs" in refused(lambda: load_run("one"))
-    edit_settings(run, **settings)
-    assert load_run("one").step == 4
-    # each way to say so; test_checkpoint has all the kinds there are
-    for kind in ("deep", "one name twice", "half of a byte", "one tensor of many"):
-        for folder in (BEST, NEWEST):
-            (run / folder / "model.safetensors").write_bytes(HOSTILE_TENSORS[kind])
-            reseal(run / folder)
-        refused(lambda: load_run("one"))
 
 
 def test_positions_that_no_memory_holds_are_refused(run, monkeypatch):
@@ -535,12 +486,11 @@ def test_a_token_of_any_length_is_read_in_no_time(tmp_path):
 
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/clear_refs"), reason="Linux tells the peak")
-def test_hostile_files_take_little_memory(run):
+def test_hostile_files_and_huge_models_are_refused_and_take_little_memory(run):
     def take_all() -> None:
         gc.freeze()  # what other tests have left
         files = [run / folder / "model.safetensors" for folder in (BEST, NEWEST)]
-        kinds = ("a header of 16 EB", "a header of blanks", "a long shape")
-        cases = [(files, HOSTILE_TENSORS[kind]) for kind in kinds]
+        cases = [(files, HOSTILE_TENSORS[kind]) for kind in KINDS_OF_TENSORS]
         for name in ("tokenizer.json", "settings.json"):
             cases += [([run / name], content) for content in hostile_json(50_000).values()]
         record = read(run / "settings.json")
@@ -586,7 +536,7 @@ def mutate_value(value: object, chooser: random.Random) -> object:
     "name", ["settings.json", "tokenizer.json", "foreign", "model.safetensors", "manifest.json"]
 )
 def test_mutations_are_loaded_or_refused_and_end_in_no_other_way(run, name):
-    chooser, count = random.Random(name), 40
+    chooser, count = random.Random(name), 25
     file = run / name if name.startswith(("settings", "tokenizer")) else run / BEST / name
     if name == "foreign":  # the same tokenizer as the library itself has to read it
         file = run / "tokenizer.json"

@@ -16,29 +16,13 @@ import main
 import storage.cache
 from model import GPTConfig, GPTModel
 from storage.checkpoint import CheckpointStore
+from tests.programs import write_settings
 from text.tokenizer import Tokenizer
 from training import journal
 
 TEXT = "the river carries the bell and the bell carries the river. 钟声 " * 12
-SETTINGS = {
-    "RUN_NAME": "one",
-    "DATA": "text.txt",
-    "TOKENIZER": "char",
-    "CUSTOM_MODE": True,
-    "PRECISION": "fp32",
-    "COMPILE": False,
-    "sampling_params": {"max_new_tokens": 3, "temperature": 0.5},
-    "custom_params": {
-        "max_steps": 4,
-        "batch_size": 2,
-        "max_length": 16,
-        "eval_freq": 2,
-        "eval_iter": 1,
-        "save_every": 1,
-        "start_context": "the",
-        "model_overrides": {"emb_dim": 8, "n_heads": 2, "n_layers": 1},
-    },
-}
+SETTINGS = {"max_steps": 4, "eval_freq": 2, "save_every": 1, "start_context": "the"}
+SETTINGS |= {"sampling_params": {"max_new_tokens": 3, "temperature": 0.5}}
 
 
 @dataclass
@@ -50,11 +34,9 @@ class Trained:
     tokenizer: Tokenizer
 
 
-def train_run(folder: Path, **settings) -> Trained:
+def train_run(folder: Path) -> Trained:
     """Train the run "one" of four steps in this process, the last its best, in folder/runs."""
-    (folder / "text.txt").write_text(TEXT, encoding="utf-8")
-    lines = [f"{name} = {value!r}\n" for name, value in (SETTINGS | settings).items()]
-    (folder / "settings.py").write_text("".join(lines), encoding="utf-8")
+    write_settings(folder, TEXT, RUN_NAME="one", COMPILE=False, **SETTINGS)
     with pytest.MonkeyPatch.context() as patch, contextlib.chdir(folder):
         patch.setattr(storage.cache, "CACHE", folder / "cache")
         patch.setattr(journal, "render_losses", lambda **_: None)  # most of the time otherwise
