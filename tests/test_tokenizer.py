@@ -135,18 +135,6 @@ def oracle(saved, tmp_path_factory) -> tiktoken.Encoding:
         return tiktoken.get_encoding("gpt2")
 
 
-PIECES = st.sampled_from(
-    [*" \n\t\r'’.,0aZé春\x00\u3000", "\r\n", "'ll", "  ", "<|endoftext|>", "👍🏽"]
-)
-
-
-@settings(max_examples=100, derandomize=True, deadline=None, database=None)
-@given(st.text() | st.lists(PIECES | st.characters(exclude_categories=["Cs"])).map("".join))
-@example("\ufeff")
-def test_any_text_has_tiktokens_ids(ours, oracle, text):
-    assert ours.encode(text) == oracle.encode(text, disallowed_special=())
-
-
 def test_vocabulary_and_ids_equal_tiktokens_and_halves_of_characters_are_replaced(ours, oracle):
     assert ours.vocab_size == oracle.n_vocab == 50257
     assert ours.end_of_text_id == oracle.eot_token == 50256
@@ -217,19 +205,25 @@ def test_texts_come_back_from_saved_files_and_have_the_ids_of_transformers(
             assert their.decode([*a, end], skip_special_tokens=True) == "a"
 
 
+PIECES = st.sampled_from(
+    [*" \n\t\r'’.,0aZé春\x00\u3000", "\r\n", "'ll", "  ", "<|endoftext|>", "👍🏽"]
+)
 ANY_TEXT = st.text(st.characters(exclude_categories=["Cs"])) | st.lists(PIECES).map("".join)
 
 
-@settings(max_examples=150, derandomize=True, deadline=None, database=None)
-@given(st.sampled_from(KINDS), ANY_TEXT)
-@example("bpe", "\ufeff\ufffd")
-@example("foreign", "\ufffd\ufffd a")
+@pytest.mark.parametrize("kind", KINDS)
+@settings(max_examples=50, derandomize=True, deadline=None, database=None)
+@given(text=ANY_TEXT)
+@example("\ufeff\ufffd")
+@example("\ufffd\ufffd a")
 def test_any_text_has_the_librarys_ids_and_comes_back_whole_and_in_a_stream(
-    by_kind, theirs, kind, text
+    by_kind, theirs, oracle, kind, text
 ):
     tokenizer = by_kind[kind]
     ids = tokenizer.encode(text)
-    if kind in theirs and END_OF_TEXT not in text:
+    if kind == "gpt2":
+        assert ids == oracle.encode(text, disallowed_special=())
+    elif END_OF_TEXT not in text:
         assert theirs[kind].encode(text).ids == ids
     assert tokenizer.encode_array(text).tolist() == ids
     assert tokenizer.decode(ids) == text
