@@ -29,10 +29,7 @@ from tests.resuming import (
 )
 from training import learner
 
-KINDS = {
-    "muon in bf16": {"optimizer": "muon", "PRECISION": "bf16"},
-    "random windows, accumulated": {"sampling": "random"} | ACCUMULATION,
-}
+MUON = {"optimizer": "muon", "PRECISION": "bf16", "sampling": "random"} | ACCUMULATION
 # so high a rate that no evaluation is as good as an early one
 PATIENT = {"patience": 3, "eval_freq": 2, "learning_rate": 3.0, "schedule": "constant"}
 
@@ -44,7 +41,7 @@ def bench(workdir, monkeypatch) -> Bench:
 
 def test_a_run_stopped_after_many_of_its_steps_equals_one_that_was_never_stopped(bench):
     # evaluations are after 7 and 14, epochs' ends after 8 and 16
-    check_stops(bench, [1, 2, 6, 7, 8, 9, 15, 16, STEPS])
+    check_stops(bench, [1, 7, 8, 9, 16, STEPS])
     rows = rows_of(bench.run)
     assert [row["step"] for row in rows if "train/loss" in row] == list(range(1, STEPS + 1))
     evaluations = [row["step"] for row in rows if "val/loss" in row]
@@ -56,9 +53,8 @@ def test_a_run_stopped_after_many_of_its_steps_equals_one_that_was_never_stopped
     assert len(bench.drawn["batch_losses"]) == STEPS
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_every_kind_of_run_resumes_exactly_wherever_it_is_stopped(bench, kind):
-    check_stops(bench, [1, 7, 8, 13], **KINDS[kind])  # 8 is an epoch's end
+def test_a_run_by_muon_in_bf16_on_random_windows_accumulated_resumes_exactly(bench):
+    check_stops(bench, [1, 7, 8], **MUON)  # 8 is an epoch's end
 
 
 @pytest.mark.slow
