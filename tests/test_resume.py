@@ -68,14 +68,6 @@ def test_another_seed_gives_other_numbers(bench):
     assert of_steps(one["rows"])[0] != of_steps(another["rows"])[0]
 
 
-def test_a_run_stopped_in_evaluations_makes_them_again(bench):
-    bench.describe("run")
-    # an evaluation is two calls, one for each text; a session makes the one again that was stopped
-    bench.signal_at("mean_loss", 1, 5, 8, 14, 18)
-    compare(bench.finish(), uninterrupted(bench))
-    assert bench.stopped_at == [0, 7, 8, 16, 20]
-
-
 def test_a_run_stopped_while_it_writes_samples_resumes_exactly(bench):
     bench.patch.setattr(train, "SAMPLE_EVERY", 3)  # so that it writes between epochs' ends, too
     expected = uninterrupted(bench, eval_freq=3)
