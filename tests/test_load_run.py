@@ -1,6 +1,7 @@
 """A trained run, loaded for use: the right weights, exactly, wherever it is and whoever made it."""
 
 import contextlib
+import dataclasses
 import functools
 import gc
 import io
@@ -15,44 +16,100 @@ import sys
 import time
 from collections import deque
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import safetensors.torch
 import torch
 
+import environment
 import exchange.saved_run
+import main
 from engine.errors import CheckpointError, DataError, PipelineError, ResourceError, SettingsError
 from engine.weights import Bf16Linear, Int8Linear, choose_weights
 from exchange.saved_run import load_run
 from generation import SamplingConfig
+from model import GPTConfig, GPTModel
 from planning.decisions import MOST_SETTINGS_BYTES, read_record
 from planning.runs import newest_finished_run
-from storage import files as storage
-from storage.checkpoint import weights_of
+from storage import cache, files
+from storage.checkpoint import CheckpointStore, weights_of
 from tests.conftest import REPOSITORY
 from tests.faults.saving import forked
 from tests.hostile import HOSTILE_TENSORS, Canary, hostile_json, mutated, project_trees, reseal
-from tests.trained import TEXT, Trained, edit_settings, listing, read, remade, train_run
-from text.tokenizer import BPETokenizer, CharTokenizer, GPT2Tokenizer, load_tokenizer, train_bpe
+from tests.programs import everything_in, write_settings
+from text.tokenizer import (
+    BPETokenizer,
+    CharTokenizer,
+    GPT2Tokenizer,
+    Tokenizer,
+    load_tokenizer,
+    train_bpe,
+)
 from text.tokenizer_file import END_OF_TEXT
+from training import journal
 
 BEST, NEWEST = "best/step-00000004", "checkpoints/step-00000004"
 PLANTED = {"OPENAI_API_KEY": "sk-s3cr3t-one", "HF_TOKEN": "hf_s3cr3t-two"}
 PLANTED |= {"AWS_SECRET_ACCESS_KEY": "s3cr3t/three", "MY_PASSWORD": "s3cr3t four"}
 PLANTED |= dict.fromkeys(("USER", "LOGNAME", "USERNAME"), "somebody-by-name")
+TEXT = "the river carries the bell and the bell carries the river. 钟声 " * 12
+SETTINGS = {"max_steps": 4, "eval_freq": 2, "save_every": 1, "start_context": "the"}
+SETTINGS |= {"sampling_params": {"max_new_tokens": 3, "temperature": 0.5}}
+
+
+@dataclass
+class Trained:
+    """A run's folder, and the model as training left it."""
+
+    path: Path
+    model: torch.nn.Module
+    tokenizer: Tokenizer
+
+
+def read(path: Path) -> dict:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def edit_settings(run: Path, **changes) -> None:
+    """Change settings.json; None takes a name out."""
+    settings = read(run / "settings.json") | changes
+    settings = {name: value for name, value in settings.items() if value is not None}
+    (run / "settings.json").write_text(json.dumps(settings), encoding="utf-8")
+
+
+def remade(run: Path, tokenizer: Tokenizer, **overrides) -> GPTModel:
+    """Give a run's folder other weights, as those of step 9, and the tokenizer they are for."""
+    record = read(run / "settings.json")
+    sizes = {name: record["model"][name] for name in ("context_length", "emb_dim", "n_heads")}
+    config = GPTConfig(**sizes, n_layers=1, vocab_size=tokenizer.vocab_size, **overrides)
+    model = GPTModel(config).eval()
+    optimizer = torch.optim.SGD(model.parameters())
+    CheckpointStore(run, record["run_id"], 2).save(9, model, optimizer, {}, None)
+    edit_settings(run, model=dataclasses.asdict(config), tokenizer=tokenizer.fingerprint)
+    if tokenizer.kind != "gpt2":  # which needs no file
+        (run / "tokenizer.json").write_text(tokenizer.to_json(), encoding="utf-8")
+    return model
 
 
 @pytest.fixture(scope="module")
 def original(tmp_path_factory) -> Trained:
-    """A finished run of four steps, trained beside secrets; nobody changes it."""
+    """The finished run "one" of four steps, trained beside secrets; nobody changes it."""
     home = tmp_path_factory.mktemp("home-of-somebody")
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()) as said:
         for name, value in (PLANTED | {"HOME": str(home), "USERPROFILE": str(home)}).items():
             patch.setenv(name, value)
-        trained = train_run(home)
+        patch.chdir(home)
+        patch.setattr(cache, "CACHE", home / "cache")
+        patch.setattr(journal, "render_losses", lambda **_: None)  # most of the time otherwise
+        patch.setattr(os, "fsync", lambda handle: None)  # nobody cuts the power here
+        write_settings(home, TEXT, RUN_NAME="one", COMPILE=False, **SETTINGS)
+        env = environment.prepare_environment("settings.py")
+        main.run_pipeline(env)
+        run = env.run.path.resolve()
     (home / "printed").write_text(said.getvalue(), encoding="utf-8")
-    return trained
+    return Trained(run, env.model.eval(), env.tokenizer)
 
 
 @pytest.fixture
@@ -247,12 +304,12 @@ def test_reading_changes_nothing_on_the_disk(trained, workdir, damaged, capsys):
         newest.write_bytes(newest.read_bytes()[:-1] + b"?")
         (trained.path / "checkpoints" / ".tmp-1-step-00000009").mkdir()  # a save in progress
         (trained.path / "best" / ".del-1-step-00000001").mkdir()
-    before = listing(workdir)
+    before = everything_in(workdir)
     audit_events().clear()
     for which in ("best", "last"):
         load_run("one", which=which)
     events = list(audit_events())
-    assert listing(workdir) == before
+    assert everything_in(workdir) == before
     assert {event for event, _ in events} == {"open"}
     writing = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
     opened = [arguments for _, arguments in events]
@@ -548,7 +605,7 @@ def test_mutations_are_loaded_or_refused_and_end_in_no_other_way(run, name):
         if file.suffix == ".json" and chooser.random() < 0.6:
             tree = mutate_value(json.loads(good), chooser)
             is_sealed = name == "manifest.json" and isinstance(tree, dict) and "content" in tree
-            changed = storage._seal(tree["content"]) if is_sealed else json.dumps(tree).encode()
+            changed = files._seal(tree["content"]) if is_sealed else json.dumps(tree).encode()
         else:
             cut = chooser.choice((2000, len(good)))  # the numbers of a tensor file, too
             changed = mutated(good[:cut], chooser) + good[cut:]
