@@ -114,9 +114,8 @@ def test_what_came_after_the_last_checkpoint_is_done_again_exactly(bench):
     compare(bench.finish(), uninterrupted(bench, save_every=5))
 
 
-@pytest.mark.parametrize("settings", [{}, PATIENT], ids=["to its end", "patient"])
-def test_a_run_started_again_after_its_last_step_has_nothing_to_change(bench, settings):
-    bench.describe("run", save_every=2, **settings)
+def test_a_run_that_patience_ended_has_nothing_to_change_when_it_is_started_again(bench):
+    bench.describe("run", save_every=2, **PATIENT)
     compare(bench.finish(), bench.finish())
 
 
