@@ -35,6 +35,7 @@ SETTINGS = {
         "eval_freq": 2,
         "eval_iter": 1,
         "save_every": 1,
+        "keep_checkpoints": 3,  # more than a spare one: a finished run keeps them all
         "start_context": "the",
         "model_overrides": {"emb_dim": 8, "n_heads": 2, "n_layers": 1},
     },
