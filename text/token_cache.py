@@ -23,6 +23,7 @@ import numpy as np
 
 from engine.console import Progress, say
 from engine.errors import DataError, ResourceError
+from storage.cache import keep_within_limit, note_use
 from storage.files import (
     NewFile,
     discard,
@@ -121,6 +122,8 @@ def tokenize(
         _build_entry(folder, [train, val], spec, tokenizer, train_ratio, report)
         text = _open_entry(folder, report)
         assert text is not None, f"{folder} was written and can't be read"
+        keep_within_limit([path.parent for path in tokens_folder.glob("*/entry.json")], folder)
+    note_use(folder)
     write_json(found_path, {"state": state, "entry": entry_id})
     text.report["passed_over"] = report.passed_over
     for file, part in zip(text.report["files"], texts, strict=True):
