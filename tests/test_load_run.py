@@ -55,7 +55,13 @@ PLANTED = {"OPENAI_API_KEY": "sk-s3cr3t-one", "HF_TOKEN": "hf_s3cr3t-two"}
 PLANTED |= {"AWS_SECRET_ACCESS_KEY": "s3cr3t/three", "MY_PASSWORD": "s3cr3t four"}
 PLANTED |= dict.fromkeys(("USER", "LOGNAME", "USERNAME"), "somebody-by-name")
 TEXT = "the river carries the bell and the bell carries the river. 钟声 " * 12
-SETTINGS = {"max_steps": 4, "eval_freq": 2, "save_every": 1, "start_context": "the"}
+SETTINGS = {
+    "max_steps": 4,
+    "eval_freq": 2,
+    "save_every": 1,
+    "keep_checkpoints": 3,
+    "start_context": "the",
+}
 SETTINGS |= {"sampling_params": {"max_new_tokens": 3, "temperature": 0.5}}
 
 
