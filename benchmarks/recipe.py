@@ -44,16 +44,7 @@ REPOSITORY = RESULTS.parent.parent
 TEXTS = REPOSITORY.parent / "shared" / "data"
 REFERENCE = MachineFacts("cpu", 6e11, 15e-6, 1e-9, 8 * 10**9)  # two cores with fast bf16
 # shared by all texts; each text's part of "entropy" is free
-FITTED = (
-    "size",
-    "size_power",
-    "bytes",
-    "bytes_power",
-    "token_share",
-    "repeats",
-    "heart",
-    "context",
-)
+FITTED = (*tuple(COEFFICIENTS)[:7], "turn_muon", "context")
 TRIES, HUBER, PRIOR = 30, 0.03, 0.01
 SIZES = ((3, 96), (4, 128), (4, 192), (5, 256), (6, 320))
 # nanoGPT's run on a CPU by its README, but for the same time in place of 2,000 steps
@@ -141,7 +132,7 @@ def train(run: Run, most_steps: int | None) -> dict[str, Any]:
             f"CUSTOM_MODE, MODEL, RUN_NAME = True, 'llama-mini', 'run'\ncustom_params = {chosen!r}"
         )
         (folder / "settings.py").write_text(settings, encoding="utf-8")
-        command = [sys.executable, str(REPOSITORY / "main.py"), "settings.py"]
+        command = [sys.executable, REPOSITORY / "main.py", "settings.py"]
         done = subprocess.run(command, cwd=folder, capture_output=True, encoding="utf-8")
         if done.returncode != 0:
             raise RuntimeError(f"{run} ended with {done.returncode}:\n{done.stderr[-2000:]}")
@@ -164,8 +155,8 @@ def train_all(runs: list[Run], results: dict[str, Any], file: Path, most: int | 
 def predicted(found: dict[str, Any], k: dict[str, float]) -> float:
     """What the law says of a run, with some coefficients."""
     facts, recipe = TextFacts(**found["facts"]), Recipe(**found["recipe"])
-    training = recipe.training | json.loads(found["key"])["fixed"]["training"]
-    model = recipe.model
+    model, fixed = recipe.model, json.loads(found["key"])["fixed"]
+    training = recipe.training | fixed["training"]
     name, rate = recipe.tokenizer, facts.bytes_per_token[recipe.tokenizer]
     windows = training["batch_size"] * training["gradient_accumulation_steps"]
     shape = [model["n_layers"], model["emb_dim"], facts.vocabularies[name], rate]
@@ -222,8 +213,8 @@ def main() -> None:
     use_utf8()
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--texts", nargs="+", default=["tinyshakespeare.txt", "ci.txt"])
-    parser.add_argument("--verify", action="store_true")
-    parser.add_argument("--rehearse", action="store_true")
+    for name in ("--verify", "--rehearse"):
+        parser.add_argument(name, action="store_true")
     parser.add_argument("--results", type=Path, default=RESULTS / "recipe-cpu.json")
     asked = parser.parse_args()
     results: dict[str, Any] = {"machine": machine(torch.device("cpu")), "runs": {}}
@@ -232,14 +223,15 @@ def main() -> None:
     if asked.verify:
         for text, minutes in ((t, m) for t in asked.texts for m in (1.0, 3.0)):
             named = rivals(text, facts_of(Run(text, minutes, NANOGPT), Path())[0], minutes)
-            runs = list(named.values())[:2] if asked.rehearse else list(named.values())
+            runs = list(named.values())[: 2 if asked.rehearse else None]
             train_all(runs, results, asked.results, most)
             bits = {n: results["runs"][r.key]["bits"] for n, r in named.items() if r in runs}
             regret = bits["auto"] / min(bits.values()) - 1
             say(f"{text} {minutes:g} min: {bits}, regret {regret:.2%}")
         return
     runs = fit_runs(asked.texts)
-    train_all(runs[:: len(runs) // 3] if asked.rehearse else runs, results, asked.results, most)
+    runs = [runs[0], runs[-1]] if asked.rehearse else runs
+    train_all(runs, results, asked.results, most)
     found = [run | {"key": key} for key, run in results["runs"].items()]
     results["coefficients"], results["texts"] = fit(found, tries)
     results["left_out"] = left_out_errors(found, tries)
