@@ -132,7 +132,7 @@ def train(run: Run, most_steps: int | None) -> dict[str, Any]:
             f"CUSTOM_MODE, MODEL, RUN_NAME = True, 'llama-mini', 'run'\ncustom_params = {chosen!r}"
         )
         (folder / "settings.py").write_text(settings, encoding="utf-8")
-        command = [sys.executable, REPOSITORY / "main.py", "settings.py"]
+        command = [sys.executable, str(REPOSITORY / "main.py"), "settings.py"]
         done = subprocess.run(command, cwd=folder, capture_output=True, encoding="utf-8")
         if done.returncode != 0:
             raise RuntimeError(f"{run} ended with {done.returncode}:\n{done.stderr[-2000:]}")
