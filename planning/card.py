@@ -1,0 +1,134 @@
+"""The card of a recipe: what these minutes are expected to bring, with which settings, and why."""
+
+import textwrap
+
+from engine.memory import as_bytes
+from planning.recipe import LEAST_MINUTES, MachineFacts, Recipe
+from text.facts import TextFacts
+
+LABEL_WIDTH, WIDTH = 14, 100
+
+
+def card_lines(recipe: Recipe, text: TextFacts, machine: MachineFacts, minutes: float) -> list[str]:
+    """The card, a list of lines of at most 100 characters: facts, forecast, choices, warnings.
+
+    Each choice ends with the line that sets it.
+    """
+    rows = [
+        ("Your text", _about_text(text)),
+        (f"In {_minutes(minutes)}", _expected(recipe, text)),
+        ("Machine", _about_machine(recipe, machine)),
+        ("Model", _about_model(recipe)),
+        ("Tokens", _about_tokens(recipe, text)),
+        ("Training", _about_training(recipe)),
+        ("Memory", f"some {as_bytes(recipe.memory)}; on disk up to {as_bytes(recipe.disk)}"),
+        ("By heart", _by_heart(recipe)),
+        ("Runner-up", recipe.runner_up),
+        *(("Note", warning) for warning in recipe.warnings),
+        ("To change", _how_to_set(recipe)),
+    ]
+    lines = []
+    for label, words in rows:
+        first, *others = textwrap.wrap(words, WIDTH - LABEL_WIDTH, break_long_words=False)
+        lines.append(f"{label:<{LABEL_WIDTH}}{first}")
+        lines += [" " * LABEL_WIDTH + line for line in others]
+    return lines
+
+
+def _about_text(text: TextFacts) -> str:
+    size = text.train_bytes + text.val_bytes
+    return (
+        f"{_size(size)}, {text.n_characters:,} characters, {text.distinct_characters:,} different "
+        f"ones; bz2 needs {text.bz2_bits:.2f} bits a byte, byte frequencies "
+        f"{text.entropies[0]:.2f}"
+    )
+
+
+def _size(n_bytes: int) -> str:
+    for unit, size in (("GB", 1e9), ("MB", 1e6), ("KB", 1e3)):
+        if n_bytes >= size:
+            return f"{n_bytes / size:.3g} {unit}"
+    return f"{n_bytes} bytes"
+
+
+def _minutes(minutes: float) -> str:
+    return f"{minutes:g} min"
+
+
+def _expected(recipe: Recipe, text: TextFacts) -> str:
+    words = (
+        f"about {recipe.bits_per_byte:.2f} bits a byte on the validation text (80 %: "
+        f"{recipe.low:.2f} to {recipe.high:.2f})"
+    )
+    if text.bytes_per_character < 1.2:
+        return words
+    return f"{words}, or {recipe.bits_per_byte * text.bytes_per_character:.2f} bits a character"
+
+
+def _about_machine(recipe: Recipe, machine: MachineFacts) -> str:
+    return (
+        f"{machine.flops / 1e9:,.3g} GFLOP/s in training steps, so about "
+        f"{recipe.tokens_per_s:,.0f} tokens a second with this model"
+    )
+
+
+def _about_model(recipe: Recipe) -> str:
+    model, why = recipe.model, recipe.reasons
+    return (
+        f"{model['n_layers']} layers, {model['emb_dim']} wide, {recipe.parameters:,} parameters "
+        f"({model['architecture']}): {why['n_layers']}, {why['emb_dim']}; "
+        f"context {model['context_length']}"
+    )
+
+
+def _about_tokens(recipe: Recipe, text: TextFacts) -> str:
+    name = recipe.tokenizer
+    others = {
+        other: rate
+        for other, rate in text.bytes_per_token.items()
+        if other in ("char", "gpt2") and other != name
+    }
+    compared = ", ".join(f"{other} {rate:.2f}" for other, rate in others.items())
+    own = f"{name}, {text.bytes_per_token[name]:.2f} bytes each"
+    return f"{own} ({compared})" if compared else own
+
+
+def _about_training(recipe: Recipe) -> str:
+    """The main hyper-parameters, those the user has set by name alone."""
+    training, context = recipe.training, recipe.model["context_length"]
+    parts = []
+    if "batch_size" in training:
+        windows = training["batch_size"] * training.get("gradient_accumulation_steps", 1)
+        parts.append(f"batch {training['batch_size']} ({windows * context:,} tokens)")
+    parts += [f"{recipe.steps:,} steps", f"{recipe.passes:.2g} passes through the text"]
+    shown = {"optimizer": "{}", "learning_rate": "rate {:g}", "embedding_rate": "embeddings {:g}"}
+    shown |= {"decay_share": "falling over the last {:.0%}", "weight_decay": "decay {:g}"}
+    parts += [words.format(training[name]) for name, words in shown.items() if name in training]
+    parts.append(f"dropout {recipe.model['drop_rate']:g}")
+    as_set = [name for name, why in recipe.reasons.items() if why == "as set"]
+    return " · ".join(parts) + (f" · as set: {', '.join(as_set)}" if as_set else "")
+
+
+def _by_heart(recipe: Recipe) -> str:
+    if recipe.by_heart_minute is None:
+        return "never in practice: the text is too large for this model"
+    ends = "this run ends before" if recipe.by_heart_minute > recipe.minutes else "it would begin"
+    return f"from about minute {recipe.by_heart_minute:g} on; {ends}"
+
+
+def _how_to_set(recipe: Recipe) -> str:
+    """The lines that set what was chosen, in the form of config_run.py."""
+    model = recipe.model
+    chosen = {"n_layers": model["n_layers"], "emb_dim": model["emb_dim"]}
+    chosen |= {"n_heads": model["n_heads"], "max_length": model["context_length"]}
+    chosen |= {"drop_rate": model["drop_rate"]}
+    chosen |= {
+        name: recipe.training[name]
+        for name in ("batch_size", "learning_rate", "weight_decay")
+        if name in recipe.training
+    }
+    values = ", ".join(f'"{name}": {value!r}' for name, value in chosen.items())
+    return (
+        f'MINUTES (from {LEAST_MINUTES:g}), TOKENIZER = "{recipe.tokenizer}", and with '
+        f"CUSTOM_MODE = True any of custom_params = {{{values}}}"
+    )
