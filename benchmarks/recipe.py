@@ -2,12 +2,11 @@
 
     python -m benchmarks.recipe [--texts A.txt B.txt ...] [--verify] [--rehearse] [--results FILE]
 
-Short runs of the real program on each text: sizes and times, passes through small parts, tokenizers
-and seeds. A run's budget is in tokens, those of a reference machine, so that other load changes no
-loss. Each result is written at once, and a later call goes on from there. Then the law's numbers
-are fitted, and the error for each text by a fit without it: the source of the card's interval.
---verify trains, on texts that the fit has not seen, what the law chooses against what else could be
-chosen, and prints the regret. --rehearse does it all with runs of a few steps, in some minutes.
+Short runs of the real program: sizes and times, passes through small parts, tokenizers, seeds.
+Budgets are in tokens, those of a reference machine, so that other load changes no loss. A later
+call goes on from the results that are there. Then the law's numbers are fitted, also without each
+text for the error there. --verify trains what the law chooses against what else could be chosen,
+on texts that the fit has not seen, and prints the regret. --rehearse does it with a few steps.
 """
 
 import argparse
@@ -43,21 +42,19 @@ from text.facts import TextFacts, find_facts
 
 REPOSITORY = RESULTS.parent.parent
 TEXTS = REPOSITORY.parent / "shared" / "data"
-FIT_TEXTS = ("tinyshakespeare.txt", "ci.txt")
 REFERENCE = MachineFacts("cpu", 6e11, 15e-6, 1e-9, 8 * 10**9)  # two cores with fast bf16
 # shared by all texts; each text's part of "entropy" is free
-FITTED = (
-    *("size", "size_power", "bytes", "bytes_power", "token_share", "repeats", "heart"),
-    *("turn_muon", "context"),
-)
+FITTED = (*tuple(COEFFICIENTS)[:7], "turn_muon", "context")
 TRIES, HUBER, PRIOR = 30, 0.03, 0.01
 SIZES = ((3, 96), (4, 128), (4, 192), (5, 256), (6, 320))
 # nanoGPT's run on a CPU by its README, but for the same time in place of 2,000 steps
-NANOGPT_MODEL = {"architecture": "gpt2", "n_layers": 4, "n_heads": 4, "emb_dim": 128}
-NANOGPT_TRAINING = {"batch_size": 12, "optimizer": "adamw", "learning_rate": 1e-3}
-NANOGPT_TRAINING |= {"schedule": "cosine", "warmup_steps": 100, "weight_decay": 0.1, "beta2": 0.99}
-NANOGPT_MODEL |= {"drop_rate": 0.0, "context_length": 64}
-NANOGPT = Fixed("char", NANOGPT_MODEL, NANOGPT_TRAINING | {"final_rate": 0.1})
+NANOGPT = Fixed(
+    "char",
+    {"architecture": "gpt2", "n_layers": 4, "n_heads": 4, "emb_dim": 128, "drop_rate": 0.0,
+     "context_length": 64},
+    {"batch_size": 12, "optimizer": "adamw", "learning_rate": 1e-3, "schedule": "cosine",
+     "warmup_steps": 100, "weight_decay": 0.1, "beta2": 0.99, "final_rate": 0.1},
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -83,8 +80,7 @@ def fit_runs(texts: Iterable[str]) -> list[Run]:
         for layers, width in SIZES:
             shape = Fixed(None, {"n_layers": layers, "emb_dim": width}, {})
             runs += [Run(text, minutes, shape) for minutes in (1 / 3, 1.0, 3.0)]
-        names = ("char", "bpe:512", "bpe:2048", "bpe:4096")
-        runs += [Run(text, 1.0, Fixed(name, {}, {})) for name in names]
+        runs += [Run(text, 1.0, Fixed(f"bpe:{n}", {}, {})) for n in (512, 2048, 4096)]
         for dropout, decay in ((0.0, 0.1), (0.2, 1.0)):
             fixed = Fixed(None, {"drop_rate": dropout}, {"weight_decay": decay})
             parts = itertools.product((0.5, 1.5, 4.0), (100_000, 300_000))
@@ -152,19 +148,15 @@ def train_all(runs: list[Run], results: dict[str, Any], file: Path, most: int | 
             results["runs"][run.key] = train(run, most)
             write_json(file, results)
         found = results["runs"][run.key]
-        recipe = Recipe(**found["recipe"])
-        say(
-            f"{number}/{len(runs)} {run.text} {run.minutes:.3g} min, {recipe.tokenizer}, "
-            f"{recipe.model['n_layers']} x {recipe.model['emb_dim']}, {found['steps']} steps: "
-            f"{found['bits']:.4f} bits a byte, {recipe.bits_per_byte:.4f} expected"
-        )
+        told = f"{found['bits']:.4f} bits a byte, {found['recipe']['bits_per_byte']:.4f} expected"
+        say(f"{number}/{len(runs)} {run.text} {run.minutes:.3g} min, {run.fixed}: {told}")
 
 
 def predicted(found: dict[str, Any], k: dict[str, float]) -> float:
     """What the law says of a run, with some coefficients."""
     facts, recipe = TextFacts(**found["facts"]), Recipe(**found["recipe"])
-    training = recipe.training | json.loads(found["key"])["fixed"]["training"]
-    model = recipe.model
+    model, fixed = recipe.model, json.loads(found["key"])["fixed"]
+    training = recipe.training | fixed["training"]
     name, rate = recipe.tokenizer, facts.bytes_per_token[recipe.tokenizer]
     windows = training["batch_size"] * training["gradient_accumulation_steps"]
     shape = [model["n_layers"], model["emb_dim"], facts.vocabularies[name], rate]
@@ -182,7 +174,7 @@ def fit(runs: list[dict[str, Any]], tries: int) -> tuple[dict[str, float], dict[
     places = [len(FITTED) + texts.index(json.loads(run["key"])["text"]) for run in runs]
 
     def coefficients(logs: np.ndarray, place: int) -> dict[str, float]:
-        own = {name: COEFFICIENTS[name] * float(np.exp(logs[i])) for i, name in enumerate(FITTED)}
+        own = {n: COEFFICIENTS[n] * float(np.exp(logs[i])) for i, n in enumerate(FITTED)}
         return COEFFICIENTS | own | {"entropy": COEFFICIENTS["entropy"] * np.exp(logs[place])}
 
     def residuals(logs: np.ndarray) -> np.ndarray:
@@ -217,12 +209,12 @@ def left_out_errors(runs: list[dict[str, Any]], tries: int) -> dict[str, list[fl
 
 
 def main() -> None:
-    """Train, fit, write the file; or with --verify print the regret."""
+    """Train, fit and write the file, or print the regret."""
     use_utf8()
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--texts", nargs="+", default=list(FIT_TEXTS), help="paths, or of shared/")
-    parser.add_argument("--verify", action="store_true")
-    parser.add_argument("--rehearse", action="store_true")
+    parser.add_argument("--texts", nargs="+", default=["tinyshakespeare.txt", "ci.txt"])
+    for name in ("--verify", "--rehearse"):
+        parser.add_argument(name, action="store_true")
     parser.add_argument("--results", type=Path, default=RESULTS / "recipe-cpu.json")
     asked = parser.parse_args()
     results: dict[str, Any] = {"machine": machine(torch.device("cpu")), "runs": {}}
@@ -231,19 +223,20 @@ def main() -> None:
     if asked.verify:
         for text, minutes in ((t, m) for t in asked.texts for m in (1.0, 3.0)):
             named = rivals(text, facts_of(Run(text, minutes, NANOGPT), Path())[0], minutes)
-            runs = list(named.values())[:2] if asked.rehearse else list(named.values())
+            runs = list(named.values())[: 2 if asked.rehearse else None]
             train_all(runs, results, asked.results, most)
             bits = {n: results["runs"][r.key]["bits"] for n, r in named.items() if r in runs}
-            best = min(bits, key=bits.__getitem__)
-            say(f"{text} {minutes:g} min: {bits}, regret {bits['auto'] / bits[best] - 1:.2%}")
+            regret = bits["auto"] / min(bits.values()) - 1
+            say(f"{text} {minutes:g} min: {bits}, regret {regret:.2%}")
         return
     runs = fit_runs(asked.texts)
-    train_all(runs[:: len(runs) // 3] if asked.rehearse else runs, results, asked.results, most)
+    runs = [runs[0], runs[-1]] if asked.rehearse else runs
+    train_all(runs, results, asked.results, most)
     found = [run | {"key": key} for key, run in results["runs"].items()]
     results["coefficients"], results["texts"] = fit(found, tries)
     results["left_out"] = left_out_errors(found, tries)
     write_json(asked.results, results)
-    say(json.dumps({n: float(f"{v:.3g}") for n, v in results["coefficients"].items()}))
+    say(json.dumps(results["coefficients"]))
 
 
 if __name__ == "__main__":

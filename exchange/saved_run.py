@@ -145,7 +145,15 @@ def _find_run(folder: str | Path | None) -> Path:
     if path is None:
         return newest_finished_run(output_dir)
     is_named = os.path.exists(output_dir / path) or not os.path.exists(path)
-    return output_dir / path if is_named else path
+    found = output_dir / path if is_named else path
+    if not os.path.isfile(found / SETTINGS):
+        for folder in found.parents:
+            if os.path.isfile(folder / SETTINGS):
+                raise CheckpointError(
+                    f"{found} is no run, but lies in the run {folder}: name that one.\n"
+                    "--which best (the default) takes its best weights, --which last the last ones."
+                )
+    return found
 
 
 def _tokenizer_of(path: Path, record: RunRecord) -> Tokenizer:

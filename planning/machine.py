@@ -29,6 +29,7 @@ from engine.devices import (
     with_index,
 )
 from engine.errors import ResourceError, SettingsError, first_line, is_out_of_memory
+from engine.main_guard import require_main_guard
 from engine.memory import (
     ADVICE,
     as_bytes,
@@ -474,7 +475,8 @@ def decide_machine(
 ) -> Machine:
     """The machine with precision, threads, workers and micro-batch; before is a resumed run's.
 
-    Raises SettingsError if the ranks can't have equal shares of a step.
+    Raises SettingsError if the ranks can't have equal shares of a step, or if workers need a main
+    guard.
     """
     device, parallel, night = machine.device, machine.parallel, plan.run.NIGHT_MODE
     machine = decide_precision(machine, plan.run.PRECISION, before)
@@ -483,6 +485,7 @@ def decide_machine(
     micro_batch, about_memory = decide_micro_batch(night, device, most, parallel, before)
     threads, about_threads = decide_threads(night, device, parallel, before)
     workers, about_workers = decide_workers(asked.num_workers, parallel.local_world)
+    require_main_guard(workers)
     notices = (*about_memory, *about_threads, *about_workers)
     return machine.but(*notices, threads=threads, workers=workers, micro_batch=micro_batch)
 

@@ -13,6 +13,7 @@ from text.documents import DataSpec
 from text.token_cache import TokenizedText
 from training_utils import TrainingConfig
 
+FEW_TOKENS = 32  # to validate on
 HOW_MANY = "torchrun --nproc-per-node 2 main.py uses two"
 
 
@@ -104,6 +105,11 @@ def show_windows(plan: RunPlan, text: TokenizedText, windows: WindowPlan, model:
         f"  {windows.n_train:,} tokens to train on in {windows.n_windows:,} windows "
         f"({windows.n_unused} left over), {windows.n_val:,} to validate on"
     )
+    if windows.n_val < FEW_TOKENS:
+        say(
+            f"  Note: {windows.n_val} tokens to validate on say little: the validation loss and "
+            'the best weights are chance; a longer text, or DATA\'s "val", has more'
+        )
 
 
 def describe_text(report: dict[str, Any], plan: WindowPlan, n_parameters: int) -> list[str]:

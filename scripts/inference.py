@@ -14,7 +14,7 @@ import torch
 
 from engine.console import tell
 from engine.errors import DataError, SettingsError
-from engine.settings import raise_if_any
+from engine.settings import raise_if_any, shown
 from exchange.saved_run import LoadedRun
 from generation import stream_text
 from scripts.options import (
@@ -47,6 +47,8 @@ def main() -> int:
     run = load(arguments)
     seed = seed_of(arguments)
     tell(f"{describe(run)}, seed {seed}")
+    for prompt in prompts:
+        say_if_cut(run, prompt)
     options = sampling_of(arguments, run) | {
         "stop": arguments.stop,
         "num_samples": arguments.num_samples,
@@ -184,6 +186,16 @@ def _read_file(file: str, name: str) -> str:
     if len(content) > MOST_BYTES:
         raise DataError(f"{name} has more than {MOST_BYTES >> 20} MB; shorten it: the end counts.")
     return text.removeprefix("\ufeff")
+
+
+def say_if_cut(run: LoadedRun, prompt: str) -> None:
+    """Say on standard error how much of a prompt is read if it is longer than the context."""
+    context, length = run.model.config.context_length, len(run.tokenizer.encode(prompt))
+    if length > context:
+        tell(
+            f"Note: the prompt {shown(prompt[:20])}... has {length:,} tokens and the model's "
+            f"context {context:,}: it reads the last {max(1, context // 2):,}"
+        )
 
 
 def continue_texts(

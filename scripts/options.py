@@ -46,9 +46,12 @@ class Parser(argparse.ArgumentParser):
         parsed, rest = self.parse_known_args(given)
         if rest:
             name = rest[0].partition("=")[0]
-            if not name.startswith("-"):
-                self.error(f"{shown(name)} is no option; text with blanks needs quotes around it")
             known = [flag for action in self._actions for flag in action.option_strings]
+            if not name.startswith("-"):
+                hint = "text with blanks needs quotes around it"
+                if "--prompt" in known and "--prompt" not in given:
+                    hint = f'to go on from it give --prompt "{" ".join(rest)}"'
+                self.error(f"{shown(name)} is no option; {hint}")
             self.error(unknown_name(name, name, known))
         return parsed
 

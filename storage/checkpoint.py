@@ -41,6 +41,7 @@ from storage.files import (
 FORMAT = 1  # of a checkpoint; no other is read
 WEIGHTS, OPTIMIZER, STATE = "model.safetensors", "optimizer.safetensors", "state.json"
 MOST_STATE_BYTES = 1 << 28
+SPARE = 2  # checkpoints to keep, at most, of which a finished run keeps the last alone
 SAVING_SHARE = 0.02  # of a run's time, at most, if saves are made by time
 RETRY_S, MOST_RETRY_S = 5.0, 600.0  # from a failed save to the next try, doubled each time
 DTYPES = {  # their names in safetensors
@@ -116,17 +117,35 @@ class CheckpointStore:
                 folder.write(WEIGHTS, safetensors_chunks(weights))
                 folder.write(OPTIMIZER, safetensors_chunks(moments))
                 folder.write(STATE, [content.encode("utf-8", "backslashreplace")])
-            self._prune(best)
+            self._prune(best, self._keep)
 
         self._parallel.on_main(commit)
 
     def save_best(self, best: BestWeights | None) -> None:
-        """Commit the best weights if they are not on the disk yet."""
-        self._parallel.on_main(lambda: self._write_best(best))
+        """Commit the best weights of a finished run, and remove what it does not need any more.
+
+        It keeps the best weights and the last checkpoint, which can be gone on from; with more
+        than SPARE of them asked for, all of those.
+        """
+
+        def finish() -> None:
+            self._write_best(best)
+            if self._keep > SPARE:
+                return
+            self._prune(best, keep=1)
+            newest = self.newest()
+            if best is not None and newest is not None and best.step == _step_of(newest):
+                for path in _newest_first(self.best)[1:]:  # those before the last evaluation
+                    remove_folder(path)
+
+        self._parallel.on_main(finish)
 
     def _write_best(self, best: BestWeights | None) -> None:
-        if best is not None and not self._has(best):
-            with NewFolder(self.best / _name(best.step), self._facts(best.step)) as folder:
+        if best is None or self._has(best):
+            return
+        name = _name(best.step)
+        with NewFolder(self.best / name, self._facts(best.step)) as folder:
+            if not folder.link(WEIGHTS, self.checkpoints / name, safetensors_chunks(best.weights)):
                 folder.write(WEIGHTS, safetensors_chunks(best.weights))
 
     def _has(self, best: BestWeights) -> bool:
@@ -166,8 +185,12 @@ class CheckpointStore:
             for best in _newest_first(self.best):
                 if _step_of(best) > _step_of(path):  # a GPU repeats this step with other bits
                     remove_folder(best)
-            if found.state["best_step"] is not None:
-                found.best = self._read_best(found.state["best_step"], model)
+            if (step := found.state["best_step"]) is not None:
+                # after the last evaluation of a finished run, which is made again, only its own
+                # weights may be there
+                places = [self.best / name for name in (_name(step), path.name)]
+                if [place.exists() for place in places] != [False, True]:
+                    found.best = self._read_best(step, model)
             return found
         if bad:
             listed = "\n  ".join(bad)
@@ -217,11 +240,11 @@ class CheckpointStore:
         _check_names(weights, weights_of(model), path)
         return BestWeights(step, weights)
 
-    def _prune(self, best: BestWeights | None) -> None:
+    def _prune(self, best: BestWeights | None, keep: int) -> None:
         newest_first = _newest_first(self.checkpoints)
-        for path in newest_first[self._keep :]:
+        for path in newest_first[keep:]:
             remove_folder(path)
-        needed = {_best_step(path) for path in newest_first[: self._keep]} | {best and best.step}
+        needed = {_best_step(path) for path in newest_first[:keep]} | {best and best.step}
         for path in _newest_first(self.best):
             if _step_of(path) not in needed:
                 remove_folder(path)

@@ -5,16 +5,20 @@ Metrics are named group/name; a step is an optimizer step.
 
 import importlib.util
 import os
+import queue
 import sys
+import threading
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from engine.console import say
 from engine.errors import ResourceError, SettingsError, first_line
 from storage.files import PATIENCE_S, append_json_lines, fsync_file, write_atomically
 
 TRACKERS = ("tensorboard", "wandb")  # the names in TRACKING are those of the packages
+ANSWER_S = 5.0  # that wandb's server has to answer; wandb itself waits for 90
 
 
 class MetricsFile:
@@ -159,7 +163,10 @@ class _TensorBoard:
 
 
 class _WeightsAndBiases:
-    """Online if this machine has an account, else in the run's folder; WANDB_MODE overrides."""
+    """Online if this machine has an account and wandb's server answers, else in the run's folder.
+
+    WANDB_MODE overrides that.
+    """
 
     def __init__(self, folder: Path, run_id: str, settings: dict[str, Any], step: int) -> None:
         # read at import; without it wandb sends crash reports, even offline
@@ -169,6 +176,12 @@ class _WeightsAndBiases:
         wandb.setup(wandb.Settings(silent=True, console="off"))
         mode: Any = os.environ.get("WANDB_MODE")
         mode = mode or ("online" if _has_account(wandb) else "offline")
+        if mode == "online" and (fault := _why_unreachable(wandb.setup().settings)):
+            mode = "offline"
+            say(
+                f"Note: {fault}: Weights & Biases stays offline;  wandb sync "
+                f"{folder / 'wandb'}/offline-run-*  sends the curves later"
+            )
         self._run = wandb.init(
             project="gpt",
             name=folder.name,
@@ -199,3 +212,35 @@ def _has_account(wandb: Any) -> bool:
         return wandb.login(prompt=False, verify=False)
     except TypeError:  # before 0.31, login() always asks
         return bool(wandb.api.api_key)
+
+
+def _why_unreachable(settings: Any) -> str | None:
+    """Why wandb's server can't be reached; None if it answers, whatever it says.
+
+    It has ANSWER_S seconds, or those of WANDB_INIT_TIMEOUT.
+    """
+    import requests
+
+    seconds = float(os.environ.get("WANDB_INIT_TIMEOUT") or ANSWER_S)
+    proxies = {"http": settings.http_proxy, "https": settings.https_proxy}
+    answers: queue.Queue[str | None] = queue.Queue()
+
+    def ask() -> None:
+        try:
+            requests.head(settings.base_url, timeout=seconds, proxies=proxies).close()
+        except requests.exceptions.SSLError:  # wandb may know certificates that requests does not
+            answers.put(None)
+        except (requests.exceptions.RequestException, OSError) as error:
+            slow = isinstance(error, requests.exceptions.Timeout)
+            answers.put(late if slow else f"{host} can't be reached")
+        else:
+            answers.put(None)
+
+    host = urlsplit(settings.base_url).hostname
+    late = f"{host} does not answer within {seconds:g} s"
+    # in a thread, for name resolution has no timeout
+    threading.Thread(target=ask, daemon=True).start()
+    try:
+        return answers.get(timeout=seconds)
+    except queue.Empty:
+        return late

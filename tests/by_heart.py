@@ -5,12 +5,15 @@ import io
 import json
 import os
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
 
 import environment
+from engine.errors import BusyError
+from storage.files import FolderLock
 from tests.conftest import train_in
 
 POEM = "春江潮水连海平，海上明月共潮生。"
@@ -45,17 +48,27 @@ _trained: list[Path] = []
 
 
 def tiny_run(factory: pytest.TempPathFactory) -> Path:
-    """A run that has STORY by heart, and ENDLESS without an end; trained once a session.
+    """A run that has STORY by heart, and ENDLESS without an end; pytest's workers share it.
 
     By heart is what any processor's rounding leaves the likeliest: what follows on other prompts
     is for a test to compute.
     """
-    if not _trained:
-        _trained.append(_train(factory.mktemp("tiny")))
+    base = factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "by-heart"
+    folder.mkdir(exist_ok=True)
+    while not _trained:
+        try:
+            with FolderLock(folder):
+                if not (folder / "checked").exists():
+                    _train(folder)
+                    (folder / "checked").touch()
+                _trained.append(folder / "runs" / "tiny")
+        except BusyError:  # another worker trains it
+            time.sleep(0.1)
     return _trained[0]
 
 
-def _train(folder: Path) -> Path:
+def _train(folder: Path) -> None:
     documents = ([STORY] * 50 + ["啦la " * 700]) * 8
     for name, texts in ("train.jsonl", documents), ("val.jsonl", [f"{STORY}\n{STORY}"]):
         lines = "".join(json.dumps({"text": text}) + "\n" for text in texts)
@@ -74,7 +87,6 @@ def _train(folder: Path) -> Path:
         for (known, window), probabilities in zip(windows, logits.softmax(-1), strict=True):
             of_next = probabilities[range(known - 1, 47), window[known:]]
             assert of_next.min() > 0.6, f"not by heart: {of_next.min():.2f}"
-    return run
 
 
 def program(name: str, *arguments: str, first: str = "") -> str:

@@ -21,6 +21,8 @@ from text.tokenizer import CharTokenizer
 
 TOKEN = "open-sesame"
 RIGHT = {"Authorization": f"Bearer {TOKEN}"}
+HERE = ("localhost:8000", "127.0.0.1:8000", "[::1]:8000", "LocalHost:8000")
+AT_80, ADDRESSES = ("localhost", "localhost:80", "[::1]"), ("192.168.1.5:8000", "[fe80::1]:8000")
 LOCAL = ("localhost", "localhost:9000", "127.0.0.1:9000", "[::1]:2222", "LOCALHOST:8000")
 CONTAINERS = ("host.docker.internal:8000", "host.docker.internal", "host.containers.internal:9000")
 NEAR = ("mybox.local:8000", "192.168.1.5:8000", "[fd00::5]:9000", "desk:8000", "desk.lan")
@@ -90,10 +92,26 @@ def test_with_a_token_containers_tunnels_and_the_local_network_are_known_but_no_
         assert "--allow-host NAME" in refused.json()["error"]["message"]
 
 
-def test_without_a_token_only_this_machine_is_known_at_its_own_port():
-    guard = Guard(hello, host="127.0.0.1", port=8000, token=None)
-    assert ask(guard, "localhost:8000").status_code == 200
-    for host in ("localhost:9000", "localhost", *CONTAINERS, *NEAR, *REBINDING):
+@pytest.mark.parametrize(
+    ("address", "port", "known", "unknown"),
+    [
+        ("127.0.0.1", 8000, HERE, ("localhost:9000", "localhost", *NEAR)),
+        ("FE80::1", 8000, (*HERE, "[fe80::1]:8000"), ("192.168.1.5:8000",)),
+        ("0.0.0.0", 8000, (*HERE, *ADDRESSES), ("192.168.1.5:8001", "192.168.1.5")),
+        ("0.0.0.0", 80, (*AT_80, "192.168.1.5", "192.168.1.5:80", "[fd00::5]"), ADDRESSES),
+        ("127.0.0.1", 80, AT_80, ("192.168.1.5",)),
+    ],
+)
+def test_without_a_token_only_names_of_this_machine_and_port_and_its_own_pages_are_known(
+    address, port, known, unknown
+):
+    guard = Guard(hello, host=address, port=port, token=None)
+    for host in known:
+        assert ask(guard, host).status_code == 200, host
+        assert ask(guard, host, Origin=f"http://{host}").status_code == 200, host
+        for origin in ("http://evil.example", "null", "", f"https://{host}", f"http://{host}1"):
+            assert ask(guard, host, Origin=origin).status_code == 403, (host, origin)
+    for host in (*unknown, *CONTAINERS, *REBINDING):
         refused = ask(guard, host)
         assert refused.status_code == 403, host
         assert "with --token" in refused.json()["error"]["message"]
@@ -205,213 +223,32 @@ def written(run, prompt: str, **options: Any) -> str:
     return "".join(p.text for p in stream_text(run.model, run.tokenizer, [prompt], **options))
 
 
-CHAT, TEXTS, OTHER = "chat/completions", "completions", "gpt-3.5-turbo"
-HI = [{"role": "user", "content": "Hi"}]
-TALK = [
-    {"role": "system", "content": "You are a ferryman."},
-    *HI,
-    {"role": "assistant", "content": "The bell rang."},
-    {"role": "user", "content": "Twice?"},
-]
-PARTS = [{"role": "user", "content": [{"type": "text", "text": "Hi"}]}]
-PICTURE = {"type": "image_url", "image_url": {"url": "data:image/png;base64,AAAA"}}
-TOOL = {"type": "function", "function": {"name": "now", "parameters": {"type": "object"}}}
-# its text completion, with all the settings that it sends
-SILLY_TAVERN = json.loads(r"""{
-  "prompt": "You: Hi\nFerryman:", "model": "tiny", "max_new_tokens": 350, "max_tokens": 350,
-  "temperature": 0.7, "top_p": 0.5, "typical_p": 1, "typical": 1, "min_p": 0, "top_k": 40,
-  "repetition_penalty": 1.2, "frequency_penalty": 0, "presence_penalty": 0, "skew": 0,
-  "min_tokens": 0, "add_bos_token": true, "smoothing_factor": 0, "smoothing_curve": 1,
-  "dry_allowed_length": 2, "dry_multiplier": 0, "dry_base": 1.75, "top_a": 0, "tfs": 1,
-  "dry_sequence_breakers": "[\"\\n\"]", "dry_penalty_last_n": 0, "max_tokens_second": 0,
-  "stopping_strings": ["\nYou:"], "stop": ["\nYou:"], "truncation_length": 2048,
-  "ban_eos_token": false, "skip_special_tokens": true, "mirostat_mode": 0, "mirostat_tau": 5,
-  "mirostat_eta": 0.1, "custom_token_bans": "", "banned_strings": [], "guided_json": {},
-  "xtc_threshold": 0.1, "xtc_probability": 0, "nsigma": 0, "sampler_priority": ["top_k"],
-  "include_stop_str_in_output": false, "early_stopping": false, "no_repeat_ngram_size": 0,
-  "api_type": "ooba", "api_server": "http://127.0.0.1:8000", "stream": true
-}""")
-LANG_CHAIN = {"model": "gpt-3.5-turbo-instruct", "temperature": 0.7, "max_tokens": 256, "top_p": 1}
-LANG_CHAIN |= {"frequency_penalty": 0, "presence_penalty": 0, "n": 1, "best_of": 1}
-LM_EVAL = {"model": "tiny", "temperature": 0, "max_tokens": 1, "logprobs": 1, "seed": 1234}
-LM_EVAL |= {"echo": True}
-FIELDS = {"properties": {"a": {"type": "string"}}, "type": "object"}
-SCHEMA = {"type": "json_schema", "json_schema": {"name": "a", "schema": FIELDS}}
-NO_TOOLS, NO_JSON = "tools is [", "response_format is {"
-SHAPES: list[tuple[str, str, Any, str | None]] = [  # client, endpoint, body, what a 400 says
-    ("Open WebUI", "models", None, None),
-    ("Open WebUI", CHAT, {"stream": True, "model": "tiny", "messages": HI}, None),
-    (
-        "Open WebUI",
-        CHAT,
-        {"stream": True, "model": "tiny", "messages": TALK, "num_ctx": 4096, "keep_alive": "5m"}
-        | {"stream_options": {"include_usage": True}, "max_tokens": 8192, "num_keep": 24},
-        None,
-    ),
-    (
-        "Open WebUI",
-        CHAT,
-        {"model": "tiny", "messages": HI, "stream": False, "max_completion_tokens": 1000}
-        | {"metadata": {"task": "title_generation"}, "chat_id": "1f", "session_id": "x"},
-        None,
-    ),
-    (
-        "Open WebUI",
-        CHAT,
-        {"model": "tiny", "messages": PARTS, "stream": True, "id": "a", "tool_ids": []}
-        | {"features": {"web_search": False}, "user": {"name": "a", "role": "admin"}},
-        None,
-    ),
-    (
-        "Open WebUI",
-        CHAT,
-        {"model": "tiny", "messages": HI, "frequency_penalty": 0.5, "presence_penalty": 0.5}
-        | {"mirostat": 0, "tfs_z": 1, "repeat_last_n": 64, "seed": 42, "stop": ["###"]},
-        None,
-    ),
-    (
-        "Open WebUI",
-        CHAT,
-        {"model": "tiny", "messages": [{"role": "user", "content": [PICTURE]}]},
-        '"type": "text"',
-    ),
-    ("SillyTavern", TEXTS, SILLY_TAVERN, None),
-    ("SillyTavern", TEXTS, SILLY_TAVERN | {"logprobs": 10, "stream": False}, None),
-    ("SillyTavern", TEXTS, SILLY_TAVERN | {"n": 3, "sampler_seed": 5, "model": None}, None),
-    ("SillyTavern", TEXTS, SILLY_TAVERN | {"dynamic_temperature": True, "logit_bias": []}, None),
-    (
-        "SillyTavern",
-        CHAT,
-        {"messages": TALK, "model": OTHER, "temperature": 1, "max_tokens": 300, "stream": True}
-        | {"presence_penalty": 0, "frequency_penalty": 0, "top_p": 1, "top_k": 0, "stop": []}
-        | {"logit_bias": {}, "seed": -1, "n": 1, "reasoning_effort": "medium"},
-        None,
-    ),
-    (
-        "SillyTavern",
-        CHAT,
-        {"messages": [{"role": "system", "content": "x", "name": "example_user"}, *HI]}
-        | {"model": "tiny", "char_name": "Ferryman", "user_name": "You", "logprobs": True}
-        | {"top_logprobs": 5},
-        None,
-    ),
-    ("LangChain", TEXTS, LANG_CHAIN | {"prompt": ["The ferry"]}, None),
-    ("LangChain", TEXTS, LANG_CHAIN | {"prompt": ["a"] * 20, "logit_bias": {}}, None),
-    ("LangChain", TEXTS, LANG_CHAIN | {"prompt": ["The"], "stream": True, "logprobs": None}, None),
-    (
-        "LangChain",
-        CHAT,
-        {"messages": HI, "model": OTHER, "temperature": 0.7, "n": 1, "stream": False},
-        None,
-    ),
-    (
-        "LangChain",
-        CHAT,
-        {"messages": TALK, "model": "gpt-4o-mini", "max_completion_tokens": 64, "stream": True}
-        | {"stream_options": {"include_usage": True}, "disabled_params": {"x": None}},
-        None,
-    ),
-    (
-        "LangChain",
-        CHAT,
-        {"messages": HI, "model": "tiny", "tools": [TOOL], "tool_choice": "auto"},
-        NO_TOOLS,
-    ),
-    (
-        "LangChain",
-        CHAT,
-        {"messages": HI, "model": "tiny", "response_format": SCHEMA},
-        NO_JSON,
-    ),
-    ("openai for Python", "models/tiny", None, None),
-    ("openai for Python", CHAT, {"messages": HI, "model": "gpt-4o"}, None),
-    ("openai for Python", CHAT, {"messages": HI, "model": "tiny", "n": 2, "seed": 7}, None),
-    (
-        "openai for Python",
-        CHAT,
-        {"messages": [{"role": "developer", "content": "x"}, *HI], "model": "tiny", "store": False}
-        | {"service_tier": "auto", "prompt_cache_key": "k", "safety_identifier": "u"},
-        None,
-    ),
-    (
-        "openai for Python",
-        CHAT,
-        {"messages": HI, "model": "tiny", "response_format": {"type": "json_object"}},
-        NO_JSON,
-    ),
-    ("openai for Python", TEXTS, {"prompt": "The", "model": "tiny", "max_tokens": 0}, None),
-    (
-        "openai for Python",
-        TEXTS,
-        {"prompt": "The", "model": "tiny", "max_tokens": 3, "suffix": "river"},
-        "suffix is 'river'",
-    ),
-    (
-        "openai for Python",
-        TEXTS,
-        {"prompt": "The", "model": "tiny", "logit_bias": {"5": -100}},
-        "logit_bias is {",
-    ),
-    ("openai for Node", CHAT, {"model": OTHER, "messages": HI, "stream": True}, None),
-    (
-        "openai for Node",
-        CHAT,
-        {"model": OTHER, "messages": TALK, "temperature": 2, "top_p": 0.9, "max_tokens": 4096}
-        | {"frequency_penalty": 2, "presence_penalty": -2},
-        None,
-    ),
-    (
-        "openai for Node",
-        CHAT,
-        {"model": OTHER, "messages": [{"role": "tool", "content": "5", "tool_call_id": "a"}]},
-        '"role" is one of',
-    ),
-    ("openai for Node", TEXTS, {"model": OTHER, "prompt": [5, 6, 7], "max_tokens": 5}, None),
-    ("openai for Node", TEXTS, {"model": OTHER, "prompt": "a", "temperature": "hot"}, "a number"),
-    ("lm-eval", TEXTS, LM_EVAL | {"prompt": [[5, 6, 7, 8]]}, None),
-    ("lm-eval", TEXTS, LM_EVAL | {"prompt": [[5, 6, 7, 8], [9, 10], *[[1, 2]] * 30]}, None),
-    ("lm-eval", TEXTS, LM_EVAL | {"prompt": [[5] * 65]}, "shorten the prompt"),
-    (
-        "lm-eval",
-        TEXTS,
-        {"prompt": ["The ferry"], "model": "tiny", "max_tokens": 256, "temperature": 0}
-        | {"stop": ["\n\n", "Q:"], "seed": 1234},
-        None,
-    ),
-    (
-        "lm-eval",
-        CHAT,
-        {"messages": HI, "model": "tiny", "max_tokens": 1280, "temperature": 0, "stop": []}
-        | {"seed": 1234},
-        None,
-    ),
-    ("curl", TEXTS, {"prompt": "The ferry"}, None),
-    ("curl", TEXTS, {"model": "llama3", "prompt": "The", "options": {"num_predict": 9}}, None),
-    ("curl", CHAT, {"messages": HI, "max_tokens": -1}, "max_tokens is -1"),
-    ("curl", CHAT, {"prompt": "The"}, "messages is missing"),
-]
+CHAT, TEXTS = "chat/completions", "completions"
+# what programs really send: the client, where to, the body, and what a request that is refused says
+REQUESTS = (Path(__file__).parent / "recorded_requests.jsonl").read_text(encoding="utf-8")
 
 
 def test_every_recorded_request_is_answered_or_told_what_to_do(send):
-    clients = {client for client, *_ in SHAPES}
-    assert len(SHAPES) >= 40
+    requests = list(map(json.loads, REQUESTS.splitlines()))
+    assert len(requests) >= 40
+    clients = {request["client"] for request in requests}
     assert clients >= {"Open WebUI", "SillyTavern", "LangChain", "lm-eval", "curl"}
-    answers = send(*((what, body) for _, what, body, _ in SHAPES))
-    for (client, what, body, said), answer in zip(SHAPES, answers, strict=True):
-        place = f"{client}, {what}, {body}: {answer.text}"
-        if said is not None:
+    answers = send(*((request["path"], request.get("body")) for request in requests))
+    for request, answer in zip(requests, answers, strict=True):
+        body, place = request.get("body", {}), f"{request}: {answer.text}"
+        if "told" in request:
             assert answer.status_code == 400, place
-            assert said in answer.json()["error"]["message"], place
+            assert request["told"] in answer.json()["error"]["message"], place
             continue
         assert answer.status_code == 200, place
-        if body is not None and body.get("stream"):
+        if body.get("stream"):
             *events, done, _ = answer.text.split("\n\n")
             assert done == "data: [DONE]", place
             chunks = [json.loads(event.removeprefix("data: ")) for event in events]
             assert not any("error" in chunk for chunk in chunks), place
             finishes = [c["finish_reason"] for chunk in chunks for c in chunk["choices"]]
             assert finishes.count(None) < len(finishes), place
-        elif body is not None:
+        elif body:
             prompts, n = body.get("prompt"), body.get("n") or 1
             is_list = isinstance(prompts, list) and not isinstance(prompts[0], int)
             assert len(answer.json()["choices"]) == (len(prompts) if is_list else 1) * n, place
@@ -548,6 +385,8 @@ def test_a_conversation_names_the_likeliest_tokens_where_they_are_asked_for(send
     (choice,) = right.json()["choices"]
     ids = run.tokenizer.encode("The ferry")
     for entry in choice["logprobs"]["content"]:
+        assert entry["logprob"] == max(top["logprob"] for top in entry["top_logprobs"])
+        assert bytes(entry["bytes"]).decode() == entry["token"]
         best = logprobs_of(run, ids)[-1].topk(3)
         tops = entry["top_logprobs"]
         assert [top["logprob"] for top in tops] == pytest.approx(best.values.tolist(), abs=1e-4)

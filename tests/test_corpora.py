@@ -239,26 +239,19 @@ def test_server_that_does_not_answer_never_ends_or_trickles_is_given_up_on(
     assert not (tmp_path / "text.txt").exists()
 
 
-def test_busy_server_is_asked_again_after_longer_and_longer_waits(tmp_path, server, waits):
+def test_busy_server_is_asked_again_after_longer_and_longer_waits_and_a_redirect_followed(
+    tmp_path, server, waits
+):
     server.answers = [
         answer(429, b"busy"),
         answer(500, b"busy"),
+        redirect("/moved/text.txt"),
         lambda handler: handler.send(200, GOOD),  # which ends where the connection does
     ]
     assert download(server.url, tmp_path / "text.txt") == SHA256
     assert (tmp_path / "text.txt").read_bytes() == GOOD
-    assert server.requests == 3
+    assert server.requests == 4
     assert len(waits) == 2 and 0 < waits[0] < waits[1]
-
-
-def test_redirect_is_followed_but_not_to_a_file_of_this_machine(tmp_path, server):
-    server.answers = redirect("/moved/text.txt"), redirect("/text.txt"), OK
-    assert download(server.url, tmp_path / "text.txt") == SHA256
-    assert server.requests == 3
-    secret = tmp_path / "text.txt"
-    server.answers = [redirect(secret.as_uri())]
-    told = failure(server.url, tmp_path / "cache")
-    assert "redirects to file://, which is not followed" in told
 
 
 def test_redirect_leads_where_a_browser_would_go_but_not_inside():

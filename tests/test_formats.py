@@ -11,7 +11,6 @@ from pathlib import Path
 
 import pytest
 
-import main
 from engine.errors import DataError, SettingsError
 from tests.reading import documents, json_lines, parquet, read, refusal, save, table
 from text import documents as reader
@@ -20,44 +19,9 @@ from text.separators import LOOKED_AT
 from text.sources import parse_data
 from text.token_cache import tokenize
 
-TEXTS = {  # by language, with what only its encodings have
-    "English": (
-        "“It’s a long way,” she said — and the old man’s café was closed. He didn’t answer; the "
-        "river was quiet, and the lamp in the window had gone out. “We’ll wait,” she told him. "
-    ),
-    "German": (
-        "Über die Brücke fuhr der Zug nach Süden, während draußen die Bäume grün wurden. Später "
-        "hörte man die Glocken läuten, und die Mädchen gingen fröhlich über die große Straße. "
-    ),
-    "French": (
-        "L’été dernier, nous étions allés à la mer où ma mère possédait une vieille maison. Près "
-        "de la fenêtre, le café était déjà prêt ; élève ou maître, chacun préférait rêver là. "
-    ),
-    "Spanish": (
-        "¿Dónde está el niño que jugaba aquí mañana y tarde? Mi corazón también recordó la canción "
-        "del río, y el señor José llegó más tarde con un pequeño árbol bajo el brazo. "
-    ),
-    "Russian": (
-        "Все счастливые семьи похожи друг на друга, каждая несчастливая семья несчастлива "
-        "по-своему. Старик вышел на крыльцо и долго смотрел на реку, где уже темнело. "
-    ),
-    "Chinese": (
-        "渡口的老船工每天清早起来，先看水色，再看天色，才把缆绳解开。孩子们在岸上等着他，说要到对面去上学。"
-        "那时候我还小，不知道这条路有多长，只是跟着大人走。后来这里没有了渡船，人们都从桥上过去。"
-    ),
-    "Japanese": (
-        "昔々、あるところにお爺さんとお婆さんが住んでいました。お爺さんは山へ柴刈りに、お婆さんは川へ洗濯に"
-        "行きました。テレビもラジオもない時代のことです。春になると、桜の花が咲きました。"
-    ),
-    "Korean": (
-        "옛날 어느 마을에 할아버지와 할머니가 살고 있었습니다. 할아버지는 산으로 나무를 하러 가고, "
-        "할머니는 강으로 빨래를 하러 갔습니다. 봄이 되면 꽃이 피고 아이들은 길에서 놀았습니다. "
-    ),
-}
-TRADITIONAL = (
-    "渡口的老船工每天清早起來，先看水色，再看天色，才把纜繩解開。孩子們在岸上等著他，說要到對面去上學。"
-    "那時候我還小，不知道這條路有多長，只是跟著大人走。後來這裡沒有了渡船，人們都從橋上過去。"
-)
+# by language, with what only its encodings have
+TEXTS = json.loads((Path(__file__).parent / "languages.json").read_text(encoding="utf-8"))
+TRADITIONAL = TEXTS.pop("Traditional Chinese")
 WRITTEN_IN = {  # the ten encodings, and the texts that people have in them
     "utf-8": list(TEXTS.values()),
     "utf-16-le": list(TEXTS.values()),
@@ -380,22 +344,6 @@ def test_bad_rows_at_the_end_of_a_text_are_told_before_a_tokenizer_is_trained(wo
     save("x.jsonl", b'{"text": "word"}\n' * 3000 + b"{\n" * 40)
     with pytest.raises(DataError, match=r"^x\.jsonl line 3001: not valid JSON: column 2"):
         tokenize(parse_data("x.jsonl"), "bpe:300", 0.9, Path("cache"))
-
-
-def test_a_run_on_too_many_bad_rows_ends_with_3_and_says_how_to_go_on(workdir, capsys):
-    save("x.jsonl", ten_thousand_rows(200))
-    save("settings.py", b"DATA = 'x.jsonl'\nTOKENIZER = 'char'\n")
-    assert main.main(["settings.py"]) == 3
-    assert '"bad_rows": "skip"' in capsys.readouterr().err
-    for _ in range(2):  # the second time, the notes come from the cache
-        spec = parse_data({"path": "x.jsonl", "bad_rows": "skip"})
-        text = tokenize(spec, "char", 0.9, Path("cache"))
-        assert text.report["documents"] == 9_800
-        assert "200 bad rows passed over (2.00%)" in text.report["notes"][0]
-    save("x.txt", PLAIN.encode())
-    for separator, count in (("file", 1), ("line", 2)):  # each has an entry of its own
-        spec = parse_data({"path": "x.txt", "separator": separator})
-        assert tokenize(spec, "char", 0.9, Path("cache")).report["documents"] == count
 
 
 def test_bad_rows_of_a_parquet_file_are_passed_over(workdir):

@@ -18,10 +18,8 @@ LLAMA = {"architecture": "llama", "n_heads": 4}
 FORMS = {
     "learned": {},
     "tied": {"tie_embeddings": True, "qkv_bias": True},
-    "sinusoidal": {"positions": "sinusoidal"},
     "sinusoidal, tied": {"positions": "sinusoidal", "tie_embeddings": True},
-    "llama": LLAMA | {"ff_dim": 40},
-    "shared heads": LLAMA | {"n_kv_heads": 2, "tie_embeddings": True},
+    "shared heads": LLAMA | {"ff_dim": 40, "n_kv_heads": 2, "tie_embeddings": True},
     "qwen3": LLAMA | {"n_kv_heads": 1, "qk_norm": True},
 }
 all_forms = pytest.mark.parametrize("form", FORMS)

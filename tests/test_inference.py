@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import io
 import os
 import re
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from exchange.saved_run import load_run
 from generation import SamplingConfig, stream_text
 from scripts import inference
 from scripts.options import run_program
@@ -24,9 +26,16 @@ def tiny_run(tmp_path_factory) -> Path:
     return by_heart.tiny_run(tmp_path_factory)
 
 
+@pytest.fixture(scope="module")
+def load_once():
+    """load_run(), which reads a run with the same options once: test_load_run has the loading."""
+    return functools.cache(load_run)
+
+
 @pytest.fixture
-def infer(tiny_run, monkeypatch, capsys):
+def infer(tiny_run, load_once, monkeypatch, capsys):
     """Run the program in this process, on the tiny run where no other is named."""
+    monkeypatch.setattr("scripts.options.load_run", load_once)
 
     def call(
         *arguments: str,

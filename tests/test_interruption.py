@@ -219,22 +219,6 @@ def test_an_error_of_ours_ends_a_run_that_has_workers(launch):
     wait_until(lambda: not program.living())
 
 
-def test_a_second_program_in_the_same_folder_exits_7_and_names_the_first(
-    launch, launch_held, tmp_path
-):
-    first = launch_held(1, RUN_NAME=None)
-    second = launch(RUN_NAME=None)
-    second.ends_with(7)
-    (folder,) = (tmp_path / "runs").iterdir()
-    assert f"{folder} is in use by process {first.pid} on {socket.gethostname()}" in second.err
-    assert "Before training" not in second.out and "Resuming" not in second.out
-    assert first.process.poll() is None
-    go_on(first)
-    first.ends_with(0)
-    assert (folder / "summary.json").exists()
-    assert len(list((folder / "checkpoints").iterdir())) == 1
-
-
 def has_mounts() -> bool:
     command = ["unshare", "-rm", "mount", "-t", "tmpfs", "tmpfs", "/mnt"]
     with contextlib.suppress(OSError):

@@ -1,5 +1,7 @@
 """A script of one's own, in another folder, with the repository on PYTHONPATH."""
 
+import pytest
+
 from tests.conftest import REPOSITORY
 from tests.launching import Program
 
@@ -56,6 +58,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.slow
 def test_a_script_sets_config_run_prepares_and_trains_and_makes_a_loader_of_a_string(tmp_path):
     story = (REPOSITORY / "corpus" / "sample-en.txt").read_text(encoding="utf-8")
     (tmp_path / "story.txt").write_text(story[:4000], encoding="utf-8")

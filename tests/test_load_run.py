@@ -1,7 +1,7 @@
 """A trained run, loaded for use: the right weights, exactly, wherever it is and whoever made it."""
 
-import ast
 import contextlib
+import dataclasses
 import functools
 import gc
 import io
@@ -9,49 +9,113 @@ import json
 import os
 import pickle
 import random
+import re
 import shutil
 import signal
 import sys
 import time
 from collections import deque
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import safetensors.torch
 import torch
 
+import environment
 import exchange.saved_run
+import main
 from engine.errors import CheckpointError, DataError, PipelineError, ResourceError, SettingsError
 from engine.weights import Bf16Linear, Int8Linear, choose_weights
 from exchange.saved_run import load_run
 from generation import SamplingConfig
+from model import GPTConfig, GPTModel
 from planning.decisions import MOST_SETTINGS_BYTES, read_record
 from planning.runs import newest_finished_run
-from storage import files as storage
-from storage.checkpoint import weights_of
+from storage import cache, files
+from storage.checkpoint import CheckpointStore, weights_of
+from tests.conftest import REPOSITORY
 from tests.faults.saving import forked
 from tests.hostile import HOSTILE_TENSORS, Canary, hostile_json, mutated, project_trees, reseal
-from tests.trained import TEXT, Trained, edit_settings, listing, read, remade, train_run
-from text.tokenizer import BPETokenizer, CharTokenizer, GPT2Tokenizer, load_tokenizer, train_bpe
+from tests.programs import everything_in, write_settings
+from text.tokenizer import (
+    BPETokenizer,
+    CharTokenizer,
+    GPT2Tokenizer,
+    Tokenizer,
+    load_tokenizer,
+    train_bpe,
+)
 from text.tokenizer_file import END_OF_TEXT
+from training import journal
 
 BEST, NEWEST = "best/step-00000004", "checkpoints/step-00000004"
 PLANTED = {"OPENAI_API_KEY": "sk-s3cr3t-one", "HF_TOKEN": "hf_s3cr3t-two"}
 PLANTED |= {"AWS_SECRET_ACCESS_KEY": "s3cr3t/three", "MY_PASSWORD": "s3cr3t four"}
 PLANTED |= dict.fromkeys(("USER", "LOGNAME", "USERNAME"), "somebody-by-name")
+TEXT = "the river carries the bell and the bell carries the river. 钟声 " * 12
+SETTINGS = {
+    "max_steps": 4,
+    "eval_freq": 2,
+    "save_every": 1,
+    "keep_checkpoints": 3,
+    "start_context": "the",
+}
+SETTINGS |= {"sampling_params": {"max_new_tokens": 3, "temperature": 0.5}}
+
+
+@dataclass
+class Trained:
+    """A run's folder, and the model as training left it."""
+
+    path: Path
+    model: torch.nn.Module
+    tokenizer: Tokenizer
+
+
+def read(path: Path) -> dict:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def edit_settings(run: Path, **changes) -> None:
+    """Change settings.json; None takes a name out."""
+    settings = read(run / "settings.json") | changes
+    settings = {name: value for name, value in settings.items() if value is not None}
+    (run / "settings.json").write_text(json.dumps(settings), encoding="utf-8")
+
+
+def remade(run: Path, tokenizer: Tokenizer, **overrides) -> GPTModel:
+    """Give a run's folder other weights, as those of step 9, and the tokenizer they are for."""
+    record = read(run / "settings.json")
+    sizes = {name: record["model"][name] for name in ("context_length", "emb_dim", "n_heads")}
+    config = GPTConfig(**sizes, n_layers=1, vocab_size=tokenizer.vocab_size, **overrides)
+    model = GPTModel(config).eval()
+    optimizer = torch.optim.SGD(model.parameters())
+    CheckpointStore(run, record["run_id"], 2).save(9, model, optimizer, {}, None)
+    edit_settings(run, model=dataclasses.asdict(config), tokenizer=tokenizer.fingerprint)
+    if tokenizer.kind != "gpt2":  # which needs no file
+        (run / "tokenizer.json").write_text(tokenizer.to_json(), encoding="utf-8")
+    return model
 
 
 @pytest.fixture(scope="module")
 def original(tmp_path_factory) -> Trained:
-    """A finished run of four steps, trained beside secrets; nobody changes it."""
+    """The finished run "one" of four steps, trained beside secrets; nobody changes it."""
     home = tmp_path_factory.mktemp("home-of-somebody")
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()) as said:
         for name, value in (PLANTED | {"HOME": str(home), "USERPROFILE": str(home)}).items():
             patch.setenv(name, value)
-        trained = train_run(home)
+        patch.chdir(home)
+        patch.setattr(cache, "CACHE", home / "cache")
+        patch.setattr(journal, "render_losses", lambda **_: None)  # most of the time otherwise
+        patch.setattr(os, "fsync", lambda handle: None)  # nobody cuts the power here
+        write_settings(home, TEXT, RUN_NAME="one", COMPILE=False, **SETTINGS)
+        env = environment.prepare_environment("settings.py")
+        main.run_pipeline(env)
+        run = env.run.path.resolve()
     (home / "printed").write_text(said.getvalue(), encoding="utf-8")
-    return trained
+    return Trained(run, env.model.eval(), env.tokenizer)
 
 
 @pytest.fixture
@@ -246,33 +310,18 @@ def test_reading_changes_nothing_on_the_disk(trained, workdir, damaged, capsys):
         newest.write_bytes(newest.read_bytes()[:-1] + b"?")
         (trained.path / "checkpoints" / ".tmp-1-step-00000009").mkdir()  # a save in progress
         (trained.path / "best" / ".del-1-step-00000001").mkdir()
-    before = listing(workdir)
+    before = everything_in(workdir)
     audit_events().clear()
     for which in ("best", "last"):
         load_run("one", which=which)
     events = list(audit_events())
-    assert listing(workdir) == before
+    assert everything_in(workdir) == before
     assert {event for event, _ in events} == {"open"}
     writing = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
     opened = [arguments for _, arguments in events]
     assert not [path for path, _, flags in opened if isinstance(flags, int) and flags & writing]
     said = capsys.readouterr().err.splitlines()
     assert len([line for line in said if line.startswith("Note: ")]) == damaged, said
-
-
-def test_a_pickle_is_refused_without_being_opened(original, workdir):
-    canary = Canary(workdir / "canary")
-    (workdir / "pickle.pt").write_bytes(pickle.dumps(canary))
-    torch.save(canary, workdir / "torch.pt")
-    if hasattr(os, "mkfifo"):
-        os.mkfifo(workdir / "pipe.pt")  # who opens it waits for ever
-    for path in workdir.glob("*.pt"):
-        audit_events().clear()
-        with pytest.raises(CheckpointError, match=rf"{path.name} is no run"):
-            load_run(path.name)
-        opened = [str(arguments[0]) for _, arguments in audit_events()]
-        assert not [name for name in opened if name.endswith(".pt")]
-    assert not canary.path.exists()
 
 
 def test_what_is_no_run_is_refused_by_name(trained):
@@ -398,12 +447,15 @@ def test_a_pickle_under_any_name_in_a_run_folder_is_never_run(run, tmp_path, wri
     assert canary.path.exists()  # it would have been seen
 
 
-PICKLES = ("pickle", "cPickle", "_pickle", "dill", "cloudpickle", "joblib", "shelve", "marshal")
-BANNED_NAMES = ("eval", "exec", "compile", "__import__")
-BANNED_ARGUMENTS = ("trust_remote_code", "weights_only", "allow_pickle")
-BANNED_METHODS = ("load_checkpoint", "load_state_dict_from_url", "read_pickle")
-BANNED_ATTRIBUTES = ("torch.load", "torch.save", "torch.package", "os.system", "os.popen")
-BANNED_ATTRIBUTES += ("yaml.load", "yaml.unsafe_load", "hub.load")
+DANGER = re.compile(
+    r"""(?<![.\w])(?<!def\ )(eval|exec|compile|__import__)\(
+    |^[ \t]*(import|from)\ (c?pickle|_pickle|dill|cloudpickle|joblib|shelve|marshal)\b
+    |distributed(\.|\ import\ )checkpoint
+    |torch(\.|\ import\ )(load|save|package)\b|hub\.load|load_state_dict_from_url
+    |\b(load_checkpoint|read_pickle)\b|yaml\.(unsafe_)?load\b|os\.(system|popen)\b
+    |\b(trust_remote_code|weights_only|allow_pickle)\s*=|\bshell\s*=\s*(?!False\b)""",
+    re.VERBOSE | re.IGNORECASE | re.MULTILINE,
+)
 DANGEROUS = """load(name, trust_remote_code=True)
 load(name, weights_only=False)
 run(line, shell=True)
@@ -421,41 +473,18 @@ pandas.read_pickle(path)
 eval(text)"""
 
 
-def is_danger(node: ast.AST) -> bool:
-    """Whether a call or an import is one by which data can become code or a command."""
-    if isinstance(node, ast.keyword) and node.arg == "shell":
-        return not (isinstance(node.value, ast.Constant) and node.value.value is False)
-    if isinstance(node, ast.keyword):
-        return node.arg in BANNED_ARGUMENTS
-    if isinstance(node, ast.Attribute):
-        owner = getattr(node.value, "id", getattr(node.value, "attr", ""))
-        return f"{owner}.{node.attr}" in BANNED_ATTRIBUTES or node.attr in BANNED_METHODS
-    if isinstance(node, ast.Import | ast.ImportFrom):
-        module = getattr(node, "module", None)
-        names = [f"{module}.{a.name}" if module else a.name for a in node.names]
-        return any(
-            name in BANNED_ATTRIBUTES
-            or name.split(".")[0] in PICKLES
-            or "distributed.checkpoint" in name
-            for name in names
-        )
-    return isinstance(node, ast.Name) and node.id in BANNED_NAMES
-
-
-def dangers(tree: ast.Module) -> list[str]:
-    found = [node for node in ast.walk(tree) if is_danger(node)]
-    return [f"line {node.lineno}: {ast.unparse(node)}" for node in found]
-
-
 def test_nothing_in_the_project_makes_code_or_commands_of_data():
-    trees = project_trees()
-    assert {"environment.py", "model.py", "engine/settings.py", "text/tokenizer.py"} <= set(trees)
-    found = {name: dangers(tree) for name, tree in trees.items()}
-    assert {name: lines for name, lines in found.items() if lines} == {}
-    assert all(len(dangers(ast.parse(code))) == 1 for code in DANGEROUS.splitlines())
+    assert all(map(DANGER.search, DANGEROUS.splitlines()))
+    assert not any(map(DANGER.search, ("model.eval()", "re.compile(x)", "run(x, shell=False)")))
+    assert {"environment.py", "engine/settings.py", "text/tokenizer.py"} <= set(project_trees())
+    for name in project_trees():
+        assert DANGER.findall((REPOSITORY / name).read_text(encoding="utf-8")) == [], name
 
 
 HUGE = {"emb_dim": 65_536, "n_heads": 1, "n_layers": 1024, "context_length": 1_000_000}
+# each way to say so; test_checkpoint has all the kinds there are
+KINDS_OF_TENSORS = ["a header of 16 EB", "a header of blanks", "a long shape", "deep"]
+KINDS_OF_TENSORS += ["one name twice", "half of a byte", "one tensor of many"]
 HUGE_MODELS = [
     HUGE,
     HUGE | {"positions": "sinusoidal"},
@@ -464,21 +493,6 @@ HUGE_MODELS = [
     {"emb_dim": 65_536, "ff_dim": 1_000_000},
     {"context_length": 1_000_000},
 ]
-
-
-def test_hostile_tensors_and_settings_of_a_huge_model_are_refused_before_it_is_built(run):
-    settings = read(run / "settings.json")
-    for values in HUGE_MODELS:
-        edit_settings(run, model=settings["model"] | {"n_kv_heads": None} | values)
-        assert "runs" in refused(lambda: load_run("one"))
-    edit_settings(run, **settings)
-    assert load_run("one").step == 4
-    # each way to say so; test_checkpoint has all the kinds there are
-    for kind in ("deep", "one name twice", "half of a byte", "one tensor of many"):
-        for folder in (BEST, NEWEST):
-            (run / folder / "model.safetensors").write_bytes(HOSTILE_TENSORS[kind])
-            reseal(run / folder)
-        refused(lambda: load_run("one"))
 
 
 def test_positions_that_no_memory_holds_are_refused(run, monkeypatch):
@@ -535,12 +549,11 @@ def test_a_token_of_any_length_is_read_in_no_time(tmp_path):
 
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/clear_refs"), reason="Linux tells the peak")
-def test_hostile_files_take_little_memory(run):
+def test_hostile_files_and_huge_models_are_refused_and_take_little_memory(run):
     def take_all() -> None:
         gc.freeze()  # what other tests have left
         files = [run / folder / "model.safetensors" for folder in (BEST, NEWEST)]
-        kinds = ("a header of 16 EB", "a header of blanks", "a long shape")
-        cases = [(files, HOSTILE_TENSORS[kind]) for kind in kinds]
+        cases = [(files, HOSTILE_TENSORS[kind]) for kind in KINDS_OF_TENSORS]
         for name in ("tokenizer.json", "settings.json"):
             cases += [([run / name], content) for content in hostile_json(50_000).values()]
         record = read(run / "settings.json")
@@ -586,7 +599,7 @@ def mutate_value(value: object, chooser: random.Random) -> object:
     "name", ["settings.json", "tokenizer.json", "foreign", "model.safetensors", "manifest.json"]
 )
 def test_mutations_are_loaded_or_refused_and_end_in_no_other_way(run, name):
-    chooser, count = random.Random(name), 40
+    chooser, count = random.Random(name), 25
     file = run / name if name.startswith(("settings", "tokenizer")) else run / BEST / name
     if name == "foreign":  # the same tokenizer as the library itself has to read it
         file = run / "tokenizer.json"
@@ -594,11 +607,13 @@ def test_mutations_are_loaded_or_refused_and_end_in_no_other_way(run, name):
     elif file.parent.name == Path(BEST).name:
         shutil.rmtree(run / "checkpoints")  # the last weights would stand in
     good, loaded = file.read_bytes(), 0
-    for _ in range(count):
-        if file.suffix == ".json" and chooser.random() < 0.6:
+    for number in range(count):
+        if number == 0:  # so that what is refused later is refused for its change
+            changed = good
+        elif file.suffix == ".json" and chooser.random() < 0.6:
             tree = mutate_value(json.loads(good), chooser)
             is_sealed = name == "manifest.json" and isinstance(tree, dict) and "content" in tree
-            changed = storage._seal(tree["content"]) if is_sealed else json.dumps(tree).encode()
+            changed = files._seal(tree["content"]) if is_sealed else json.dumps(tree).encode()
         else:
             cut = chooser.choice((2000, len(good)))  # the numbers of a tensor file, too
             changed = mutated(good[:cut], chooser) + good[cut:]

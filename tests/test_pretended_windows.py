@@ -2,10 +2,9 @@
 
 import os
 import random
-import subprocess
-import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -23,7 +22,7 @@ from storage.checkpoint import (
     weights_of,
 )
 from storage.files import FolderLock, NewFolder, rename_file
-from tests.conftest import REPOSITORY
+from tests.faults.locks import owner_of
 from tests.launching import launching
 from tests.pretend.windows import CAN_PRETEND, SIGBREAK, windows
 from text.documents import DataSpec, ReadingReport
@@ -44,17 +43,10 @@ def calm():
 def hurry(monkeypatch):
     """Let what is held open be waited for without taking time."""
 
-    class Clock:
-        now = 0.0
-        monotonic = staticmethod(lambda: Clock.now)
-        strftime = staticmethod(time.strftime)
-
-        @staticmethod
-        def sleep(seconds: float) -> None:
-            Clock.now += seconds
-
-    monkeypatch.setattr(storage, "time", Clock)
-    return Clock
+    clock = SimpleNamespace(now=0.0, monotonic=lambda: clock.now, strftime=time.strftime)
+    clock.sleep = lambda seconds: setattr(clock, "now", clock.now + seconds)
+    monkeypatch.setattr(storage, "time", clock)
+    return clock
 
 
 # ----------------------------------------------------------------------------- the pretence
@@ -152,27 +144,13 @@ def test_a_pattern_is_no_name_there_and_finds_its_files(tmp_path, calm):
         find_parts(["C:\new"], tmp_path / "cache", ReadingReport())
 
 
-HOLD = """
-import sys
-from storage.files import FolderLock
-with FolderLock(sys.argv[1]):
-    print("held", flush=True)
-    sys.stdin.read()
-"""
-
-
 def test_the_lock_of_another_process_is_seen_and_ends_with_it(tmp_path, calm):
-    holder = subprocess.Popen(
-        [sys.executable, "-c", HOLD, str(tmp_path)],
-        cwd=REPOSITORY,
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-    )
-    with holder:
-        assert holder.stdout.readline() == b"held\n"
-        with pytest.raises(BusyError, match=f"process {holder.pid} on "), FolderLock(tmp_path):
-            pass
-        holder.kill()
+    with (
+        owner_of(tmp_path) as (owner, _),
+        pytest.raises(BusyError, match=f"process {owner} on "),
+        FolderLock(tmp_path),
+    ):
+        pass
     with FolderLock(tmp_path):
         pass
 

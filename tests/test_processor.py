@@ -73,6 +73,17 @@ def test_a_number_set_from_outside_stands(machine, monkeypatch):
             assert default_threads() == expected
 
 
+def test_processes_share_the_cores_and_torchruns_own_number_is_nobodys_wish(machine, monkeypatch):
+    machine([str(number) for number in range(12)], torchs_own=5)
+    monkeypatch.setattr(os, "cpu_count", lambda: 24)
+    for processes, threads in ((1, 5), (2, 6), (5, 2), (99, 1)):  # alone: torch's own choice
+        assert default_threads(processes) == threads
+    # torch's number was made from one that is set
+    for variable, processes, threads in (("1", 1, 5), ("1", 2, 6), ("3", 2, 5)):
+        monkeypatch.setenv("OMP_NUM_THREADS", variable)
+        assert default_threads(processes) == threads
+
+
 def test_cores_that_the_process_may_not_use_do_not_count_or_tell_nothing(machine, monkeypatch):
     folder = machine(TWO_A_CORE, torchs_own=5) / "cpu"
     for allowed, expected in ((set(range(8)), 4), ({0, 4}, 1), ({0, 1, 2, 6}, 3), ({7}, 1)):

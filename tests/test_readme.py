@@ -229,19 +229,20 @@ def test_the_figures_are_those_that_the_benchmarks_wrote(page):
     train, startup, data = (written(f"{name}-cpu") for name in ("train", "startup", "data"))
     generation, scale = written("generate-cpu"), written("scale-cpu")
     saving, survival = written("saving-cpu"), written("survival-cpu")
+    second = "秒" if page.endswith(".zh-CN.md") else "s"
     shown = [
         f"{train['multiply_rates']['bf16'] / 1e9:,.0f} GFLOP/s",
         f" {startup['beyond_s']:.1f} ",
         f"{data['prepared_mb_per_s']:.1f} MB/s",
         f" {data['ratio']:.0%}",
         f" {data['peak_mb_above_torch']:.0f} MB",
-        f" {data['found_again_s']:.2f} s",
+        f" {data['found_again_s']:.2f} {second}",
         f"{statistics.median(generation['bytes_per_s']) / 1e9:.0f} GB/s",
         f" {' x '.join(map(str, [*scale['batch'], scale['max_length']]))} ",
         *(f" {row['efficiency']:.2f} " for row in scale["rows"]),
-        f" {statistics.median(saving['save_s']):.1f} s",
+        f" {statistics.median(saving['save_s']):.1f} {second}",
         f" {saving['share_of_time']:.1%}",
-        f" {statistics.median(saving['sigterm_s']):.1f} s",
+        f" {statistics.median(saving['sigterm_s']):.1f} {second}",
         f" {survival['storm']['kills']:,} ",
         f" {survival['storm']['acknowledged']:,} ",
         f" {survival['power']['cuts']:,} ",

@@ -112,7 +112,7 @@ def table(n_sizes: int, n_speeds: int, n_minutes: int) -> None:
 
 
 def test_recipes_are_valid_fit_and_get_no_worse_with_time():
-    table(3, 2, 3)
+    table(2, 2, 3)
 
 
 @pytest.mark.slow
@@ -479,6 +479,6 @@ def test_the_benchmark_trains_fits_and_goes_on_where_it_stopped(tmp_path):
     for _ in range(2):
         subprocess.run(command, cwd=REPOSITORY, check=True, capture_output=True)
         results = json.loads((tmp_path / "results.json").read_bytes())
-        assert len(results["runs"]) == 4
+        assert len(results["runs"]) == 2
         assert all(1 < run["bits"] < 9 for run in results["runs"].values())
         assert results["coefficients"].keys() == set(benchmark.FITTED)

@@ -9,7 +9,6 @@ import tokenizers
 from tokenizers import models, pre_tokenizers
 
 import main
-import storage.cache
 from engine.errors import DataError, SettingsError
 from planning.plan import resolve_settings
 from planning.prompt import _beginning_if_not_latin
@@ -80,30 +79,16 @@ def test_twenty_equal_rows_are_divided_as_asked(tmp_path):
     assert (text.n_train, text.n_tokens, text.report["notes"]) == (18 * 7 - 1, 20 * 7 - 2, [])
 
 
-@pytest.fixture
-def start(tmp_path, monkeypatch, capsys):
-    """Start the program with settings; returns its exit code and what it printed."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(storage.cache, "CACHE", tmp_path / "cache")
-    monkeypatch.setattr(journal, "render_losses", lambda **_: None)  # most of the time otherwise
-
-    def run(text: str | None = "river bell " * 50, **settings) -> tuple[int, str]:
-        sampling = {"sampling_params": {"max_new_tokens": 2}}
-        write_settings(tmp_path, text, **sampling | settings)
-        code = main.main(["settings.py"])
-        printed = capsys.readouterr()
-        assert "Traceback" not in printed.err
-        return code, printed.out + printed.err
-
-    return run
-
-
 @pytest.mark.slow
-def test_finite_divergence_is_no_success_and_the_best_weights_are_used(start, tmp_path):
+def test_finite_divergence_is_no_success_and_the_best_weights_are_used(
+    workdir, no_pictures, capsys
+):
     wild = {"learning_rate": 10, "warmup_steps": 0, "max_grad_norm": 0, "eval_freq": 1}
-    code, said = start(RUN_NAME="one", max_steps=3, schedule="constant", **wild)
-    assert code == 5 and "finished successfully" not in said
-    summary = json.loads((tmp_path / "runs/one/summary.json").read_bytes())
+    write_settings(workdir, RUN_NAME="one", max_steps=3, schedule="constant", **wild)
+    assert main.main(["settings.py"]) == 5
+    said = "".join(capsys.readouterr())
+    assert "finished successfully" not in said and "Traceback" not in said
+    summary = json.loads((workdir / "runs/one/summary.json").read_bytes())
     best = summary["best_step"]
     assert summary["weights_of_step"] == best
     assert f"the best weights, of step {best}, are used" in said
@@ -206,19 +191,20 @@ def test_the_default_prompt_is_the_texts_beginning_where_that_is_not_latin(text,
 
 
 def test_a_chinese_text_in_gpt2s_tokens_names_the_better_tokenizer_and_begins_with_its_own_words(
-    start, tmp_path
+    workdir, no_pictures, capsys
 ):
     chinese = CHINESE[:1500]
-    code, said = start(chinese, TOKENIZER="gpt2", RUN_NAME="one", max_steps=1)
-    assert code == 0
+    write_settings(workdir, chinese, RUN_NAME="one", max_steps=1)
+    [note] = tokenize(DataSpec(("text.txt",)), "gpt2", 0.9, workdir / "cache").report["notes"]
     rate = len(GPT2Tokenizer().encode(chinese)) / len(chinese)
-    assert f"needs {rate:.2f} tokens a character here" in said
-    assert 'TOKENIZER = "char" needs 1.00' in said
-    record = json.loads((tmp_path / "runs/one/settings.json").read_bytes())
-    prompt = record["training"]["start_context"]
-    assert chinese.lstrip().startswith(prompt) and f"samples go on from {prompt!r}" in said
-    # the prompt of the run stays its own
-    assert start(None, TOKENIZER="gpt2", RUN_NAME="one", max_steps=1)[0] == 0
+    assert f"needs {rate:.2f} tokens a character here" in note
+    assert 'TOKENIZER = "char" needs 1.00' in note
+    for _ in range(2):  # the prompt of the run stays its own
+        assert main.main(["settings.py"]) == 0
+        record = json.loads((workdir / "runs/one/settings.json").read_bytes())
+        prompt = record["training"]["start_context"]
+        assert chinese.lstrip().startswith(prompt)
+    assert f"samples go on from {prompt!r}" in capsys.readouterr().out
 
 
 def test_a_tokenizer_made_of_the_text_is_not_called_one_for_other_texts(start):

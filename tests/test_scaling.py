@@ -84,19 +84,6 @@ def models():
     return {case.name: case for case in scaling.read_results(FILE)[1]}
 
 
-@pytest.fixture(scope="module")
-def rows(models):
-    """(plan, its pieces) of every row and network, those that don't fit too."""
-    plans = [
-        make_plan(case, parallel, ranks, H100.memory)[0]
-        for case in models.values()
-        for ranks in RANKS
-        if case.n_windows % ranks == 0
-        for parallel in PARALLEL
-    ]
-    return [(plan, make_pieces(plan, H100, network)) for plan in plans for network in networks()]
-
-
 # ------------------------------------------------------------------------------------- the docs
 
 
@@ -149,14 +136,6 @@ def test_the_calculators_commands_are_understood(capsys):
 
 
 # ------------------------------------------------------------------------------------- torchrun
-
-
-def test_both_languages_have_the_same_commands_and_sections():
-    english, chinese = map(read, DOCS)
-    assert fences(english) == fences(chinese) and len(fences(english)) == 5
-    assert english.count("\n## ") == chinese.count("\n## ")
-    assert english.count("\n|") == chinese.count("\n|")
-    assert english.count("\n- ") == chinese.count("\n- ")
 
 
 def test_torchrun_knows_every_option_of_its_commands():
@@ -394,9 +373,15 @@ def simulated_seconds(p: Pieces) -> float:
     return ends[1] - ends[0]
 
 
-def test_formula_and_simulation_agree_in_the_tables_rows_and_whatever_the_pieces_are(rows):
-    assert len(rows) > 70
-    for plan, pieces in rows[::7]:  # of every model, number of ranks and network some
+def test_formula_and_simulation_agree_in_the_tables_rows_and_whatever_the_pieces_are(models):
+    kinds = [(r, p, n) for r in RANKS for p in PARALLEL for n in networks()]
+    cases = [(case, *kind) for case in models.values() for kind in kinds]
+    assert len(cases) > 70
+    for case, ranks, parallel, network in cases[::7]:  # some of each, those that don't fit too
+        if case.n_windows % ranks:
+            continue
+        plan, _ = make_plan(case, parallel, ranks, H100.memory)
+        pieces = make_pieces(plan, H100, network)
         assert step_seconds(pieces) == pytest.approx(simulated_seconds(pieces), rel=0.02), plan
     draw = random.Random(1)
     for _ in range(100):
@@ -420,12 +405,6 @@ def test_a_step_alone_is_its_work_and_without_a_network_nothing_else(models):
     plan, _ = make_plan(case, "ddp", 256, H100.memory)
     launching, agreeing = 12 * 90 * 5e-6, 2 * 255 * 30e-6
     assert step_seconds(make_pieces(plan, H100, FAST)) == pytest.approx(launching + agreeing)
-
-
-def test_a_slower_network_is_never_faster_and_work_alone_the_best(rows):
-    for (plan, fast), (_, slow) in zip(rows[::2], rows[1::2], strict=True):
-        assert efficiency(plan, H100, step_seconds(fast)) <= 1 + 1e-9
-        assert step_seconds(slow) >= step_seconds(fast)
 
 
 # ------------------------------------------------------------------------------------- measuring

@@ -66,8 +66,8 @@ def dotted(node: ast.AST) -> str:
 
 def torch_names(tree: ast.Module) -> Iterator[str]:
     """Every name of torch that a file uses, as torch.cuda.graph, whatever it is imported as."""
-    known = {}
-    for node in ast.walk(tree):
+    known, nodes = {}, list(ast.walk(tree))
+    for node in nodes:
         if isinstance(node, ast.Import):
             for name in (alias for alias in node.names if alias.name.partition(".")[0] == "torch"):
                 known[name.asname or "torch"] = name.name if name.asname else "torch"
@@ -76,7 +76,7 @@ def torch_names(tree: ast.Module) -> Iterator[str]:
             for name in node.names:
                 known[name.asname or name.name] = f"{node.module}.{name.name}"
                 yield f"{node.module}.{name.name}"
-    for node in ast.walk(tree):
+    for node in nodes:
         if isinstance(node, ast.Attribute):
             first, _, rest = dotted(node).partition(".")
             if first in known:

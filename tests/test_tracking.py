@@ -360,14 +360,31 @@ def test_wandb_goes_online_with_an_account_alone_and_training_goes_on_whatever_i
     assert shown_by_wandb(records) == expected
     assert not (tmp_path / "wandb").exists()  # the run's folder has it all
 
-    # an account; a machine too busy to connect in two seconds gets more
-    with pretended_wandb() as (address, connections):
-        (tmp_path / "netrc").write_text(f"machine {address}\n  login user\n  password {'0' * 40}\n")
-        account = {"WANDB_BASE_URL": f"http://{address}", "NETRC": str(tmp_path / "netrc")}
-        for seconds in ("2", "60"):
-            if not connections:
-                session = account | {"WANDB_INIT_TIMEOUT": seconds}
-                printed = track_with_wandb(tmp_path, {f"online {seconds}": session})
+    # an account, but a server that hangs up, and one that never answers: offline, and said
+    with (
+        pretended_wandb() as (address, connections),
+        socket.create_server(("127.0.0.1", 0)) as mute,
+    ):
+        hosts = {"hangs up": address, "is mute": f"127.0.0.1:{mute.getsockname()[1]}"}
+        lines = [
+            f"machine {host}\n  login user\n  password {'0' * 40}\n" for host in hosts.values()
+        ]
+        (tmp_path / "netrc").write_text("".join(lines))
+        account = {"NETRC": str(tmp_path / "netrc")}
+        sessions = {
+            name: account | {"WANDB_BASE_URL": f"http://{host}"} for name, host in hosts.items()
+        }
+        sessions["is mute"]["WANDB_INIT_TIMEOUT"] = "0.5"
+        printed = track_with_wandb(tmp_path, sessions)
     assert connections != []
-    assert printed[-1].endswith(" went on")
-    assert any(line.startswith(failed) for line in printed)
+    faults = ("can't be reached", "does not answer within 0.5 s")
+    expected = []
+    for name, fault in zip(sessions, faults, strict=True):
+        sync = f"wandb sync {Path(name, 'wandb')}/offline-run-*  sends the curves later"
+        note = f"Note: 127.0.0.1 {fault}: Weights & Biases stays offline;  {sync}"
+        expected += [note, f"{name} went on"]
+    assert printed == expected
+    assert {6: {"train/loss": 1.5}}.items() <= {
+        step: {"train/loss": values["train/loss"]}
+        for step, values in shown_by_wandb(records_of(tmp_path / "is mute")).items()
+    }.items()

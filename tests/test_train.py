@@ -50,7 +50,6 @@ from train import (
     SkippedSteps,
     Trainer,
     _train_and_save,
-    continue_prompts,
     train_model_simple,
     training_loop,
 )
@@ -156,7 +155,7 @@ def test_train_model_simple_is_the_same_loop_clips_at_1_and_writes_nothing(workd
 
 
 def test_training_lowers_the_loss_down_to_that_of_the_noise():
-    history = history_of(120, n_batches=120, eval_iter=10)
+    history = history_of(80, n_batches=80, eval_iter=10)
     assert history.batch_losses[0] == pytest.approx(math.log(8), rel=0.05)
     assert history.train_losses[0] == pytest.approx(math.log(8), rel=0.05)
     # the letter before leaves 1.04 nats, and no letters leave less than the toss, ln 2
@@ -757,26 +756,6 @@ def test_prompts_are_continued_in_one_batch_as_alone_and_of_a_very_long_one_the_
     assert long.startswith("…") and "ab" * 400 in long and len(long) == 1 + 1000
 
 
-def test_a_sample_ends_at_the_end_of_text_and_the_others_go_on():
-    class Ending(Letters):
-        end_of_text_id = 3
-
-    model, prompts = tiny_model(), ["abc", "hh", "g"]
-    texts, ended = (
-        continue_prompts(
-            model,
-            tokenizer,
-            prompts,
-            max_new_tokens=30,
-            generator=torch.Generator().manual_seed(5),
-        )
-        for tokenizer in (Letters(), Ending())
-    )
-    assert ended == [text.split("d")[0] for text in texts]
-    assert len({len(text) for text in ended}) == 3  # each at a place of its own
-    assert all(text.startswith(prompt) for text, prompt in zip(ended, prompts, strict=True))
-
-
 def test_samples_come_at_epochs_ends_and_in_long_ones_at_evaluations(monkeypatch):
     monkeypatch.setattr(train, "SAMPLE_EVERY", 10)
     for total_steps, n_batches, within in (
@@ -789,12 +768,9 @@ def test_samples_come_at_epochs_ends_and_in_long_ones_at_evaluations(monkeypatch
         assert [moment.label for moment in history.samples] == expected
 
 
-def test_the_loop_is_short_and_leaves_files_and_ranks_to_others():
-    source = inspect.getsource(training_loop)
-    assert len(source.splitlines()) < 80
-    nodes = list(ast.walk(ast.parse(source)))
-    names = {node.id for node in nodes if isinstance(node, ast.Name)}
-    names |= {node.attr for node in nodes if isinstance(node, ast.Attribute)}
+def test_the_loop_leaves_files_and_ranks_to_others():
+    nodes = list(ast.walk(ast.parse(inspect.getsource(training_loop))))
+    names = {getattr(node, "id", getattr(node, "attr", "")) for node in nodes}
     assert "journal" in names
     foreign = re.compile("rank|world|path|folder|open|write|file|fsync|json", re.IGNORECASE)
     assert [name for name in names if foreign.search(name)] == []

@@ -23,6 +23,7 @@ import numpy as np
 
 from engine.console import Progress, say
 from engine.errors import DataError, ResourceError
+from storage.cache import keep_within_limit, note_use
 from storage.files import (
     NewFile,
     discard,
@@ -34,6 +35,7 @@ from storage.files import (
     write_atomically,
     write_json,
 )
+from text.corpora import CORPORA
 from text.documents import (
     DataSpec,
     Documents,
@@ -44,6 +46,7 @@ from text.documents import (
     read_documents,
     validation_parts,
 )
+from text.repeats import Repeats
 from text.sources import find_parts
 from text.split import Split, split_documents
 from text.tokenizer import (
@@ -62,6 +65,8 @@ MOST_UNCUT = 1 << 18  # characters without a place to cut, at most; a text has o
 BLOCK = 16 << 20  # bytes of tokens per hash
 MOST_RATE = 1.05  # tokens a character; from there on the characters themselves are fewer
 MOST_UNKNOWN = 0.5  # of all tokens
+MOST_COPIED = 0.45  # of the text, without a notice; of one that was pasted twice it is half
+LEAST_USED = 0.03  # of the vocabulary, without a notice
 ORPHAN_AGE_S = 24 * 3600
 
 
@@ -121,7 +126,10 @@ def tokenize(
         _build_entry(folder, [train, val], spec, tokenizer, train_ratio, report)
         text = _open_entry(folder, report)
         assert text is not None, f"{folder} was written and can't be read"
+        keep_within_limit([path.parent for path in tokens_folder.glob("*/entry.json")], folder)
+    note_use(folder)
     write_json(found_path, {"state": state, "entry": entry_id})
+    text.notices.extend(_about_vocabulary(text, spec))
     text.report["passed_over"] = report.passed_over
     for file, part in zip(text.report["files"], texts, strict=True):
         if part.path is not None:
@@ -296,11 +304,20 @@ class _Side:
         return np.concatenate(([0], self.stops[:-1] + 1))
 
 
+def _watched(documents: Documents, repeats: Repeats) -> Documents:
+    for piece, is_last in documents:
+        repeats.add(piece, is_last)
+        yield piece, is_last
+
+
 def _write_tokens(
     path: Path, tokenizer: Tokenizer, sides: list[list[Part]], spec: DataSpec, report: ReadingReport
 ) -> list[_Side]:
-    """Write the tokens of all documents in order, with an end-of-text between those of a side."""
-    position, written = 0, []
+    """Write the tokens of all documents in order, with an end-of-text between those of a side.
+
+    Adds a note to the report if the documents repeat themselves.
+    """
+    position, written, repeats = 0, [], Repeats()
     with (
         NewFile(path, durable=False) as file,
         _encoders() as pool,
@@ -309,7 +326,8 @@ def _write_tokens(
         for parts in sides:
             ends, digests, counts = array("Q"), array("Q"), np.zeros(tokenizer.vocab_size)
             open_digests: list[bytes] = []
-            for batch in _encode(read_documents(parts, spec, report), tokenizer, pool):
+            documents = _watched(read_documents(parts, spec, report), repeats)
+            for batch in _encode(documents, tokenizer, pool):
                 counts += batch.counts
                 for n_ids, digest, is_last in batch.chunks:
                     open_digests.append(digest)
@@ -321,6 +339,11 @@ def _write_tokens(
                 file.write(batch.ids.data.cast("B"))
                 progress.show(report.bytes_read)
             written.append(_Side(position, ends, digests, counts))
+    if repeats.share >= MOST_COPIED:
+        report.notes.append(
+            f"{repeats.share:.0%} of the text repeats what came before in the same document: the "
+            "model learns it by heart; leave the copies out of the text"
+        )
     return written
 
 
@@ -560,6 +583,17 @@ def _about_rate(tokenizer: Tokenizer, sides: list[_Side], characters: int) -> li
     return [
         f"the tokenizer needs {needed:.2f} tokens a character here, as it was made for other "
         'texts; TOKENIZER = "char" needs 1.00, and "auto" chooses by the text'
+    ]
+
+
+def _about_vocabulary(text: TokenizedText, spec: DataSpec) -> list[str]:
+    """A notice where hardly any of the vocabulary occurs, unless a named text is tried out."""
+    size, used = text.report["vocabulary"], text.report["vocabulary_used"]
+    if used > LEAST_USED * size or CORPORA.keys() >= set(spec.train + spec.val):
+        return []
+    return [
+        f"{1 - used / size:.0%} of the tokenizer's {size:,} tokens do not occur in this text; a "
+        'vocabulary of its own makes a smaller and better model: TOKENIZER = "char" or "bpe:1024"'
     ]
 
 
