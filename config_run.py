@@ -70,7 +70,7 @@ custom_params = {
 
 # ---------------------------------------------------------------- text after training
 sampling_params = {
-    "max_new_tokens": 50,  # tokens in each sample
+    "max_new_tokens": 50,  # tokens in each sample;  None: as many as make some 300 characters
     "temperature": 0.8,  # 0: always the likeliest token; higher: bolder
     "top_k": 50,  # the top-k sample draws from the k likeliest tokens;  None: from all
     "top_p": 0.9,  # the top-p sample draws from the likeliest that sum to p: 0 to 1;  None: all

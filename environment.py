@@ -3,6 +3,7 @@
 import dataclasses
 import gc
 import sys
+import time
 import weakref
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +28,7 @@ from planning.decisions import (
     complete_training,
     decide_recipe,
     decide_training,
+    find_deadline,
     keep_identity,
 )
 from planning.machine import (
@@ -50,6 +52,7 @@ from planning.preflight import (
     show_windows,
 )
 from planning.prompt import fit_prompt
+from planning.recipe import MachineFacts
 from planning.runs import Candidates, SettledRun, find_candidates, settle_run
 from planning.settings_file import read_given_settings
 from planning.speed import measure_speed
@@ -93,7 +96,9 @@ class RuntimeEnv:
         return self.learner.precision
 
 
-def prepare_environment(settings: str | Path | None = None) -> RuntimeEnv:
+def prepare_environment(
+    settings: str | Path | None = None, *, began_at: float | None = None
+) -> RuntimeEnv:
     """Build a run from config_run.py, or from another settings file of the same shape.
 
     Reads config_run when called, so a script may set its attributes first. Writes only downloads
@@ -101,18 +106,20 @@ def prepare_environment(settings: str | Path | None = None) -> RuntimeEnv:
     weights until train() loads the checkpoint. Under torchrun every process calls it and gets its
     share of the batches. Raises SettingsError with every wrong setting, DataError for the text,
     ResourceError for the device, CheckpointError if a named run can't be resumed, RunFinished if
-    nothing is left to do or DRY_RUN is set.
+    nothing is left to do or DRY_RUN is set. MINUTES count from began_at, by time.perf_counter();
+    None: from this call.
     """
+    began_at = time.perf_counter() if began_at is None else began_at
     _free_earlier_runs()
     prepare_processor()
     parallel = join()
     with parallel.watched():
-        env = _prepare(settings, parallel)
+        env = _prepare(settings, parallel, began_at)
     _earlier_models.add(env.model)
     return env
 
 
-def _prepare(settings: str | Path | None, parallel: Parallel) -> RuntimeEnv:
+def _prepare(settings: str | Path | None, parallel: Parallel, began_at: float) -> RuntimeEnv:
     plan = resolve_settings(*read_given_settings(settings))
     check_trackers(plan.run.TRACKING)
     parallel.require_same(**plan.as_words())
@@ -125,6 +132,7 @@ def _prepare(settings: str | Path | None, parallel: Parallel) -> RuntimeEnv:
     text = _read_text(plan, candidates, cache, parallel)
     run = settle_run(candidates, text.tokenizer.fingerprint, text.sha256)
     asked = decide_training(plan, machine.device, text.n_tokens, run.before)
+    deadline = find_deadline(plan, asked, began_at)
     asked, about_prompt = fit_prompt(asked, text)
     windows, about_windows = _cut(text, plan, asked)
     machine = decide_machine(machine, plan, asked, windows, run.before)
@@ -140,10 +148,9 @@ def _prepare(settings: str | Path | None, parallel: Parallel) -> RuntimeEnv:
     notices = [*about_prompt, *about_windows, *machine.notices]
     if plan.run.DRY_RUN:
         raise _end_dry_run(run, plan, asked, windows, train_loader, notices)
-
     optimizer = _build_optimizer(model, asked)
     trial = Trial.of(machine, model, optimizer, train_loader)
-    compiled, training, more = try_out(plan, asked, windows, trial, run.before)
+    compiled, training, more = try_out(plan, asked, windows, trial, run.before, deadline=deadline)
     adapted = [*notices, *more]
     record = _record(plan, candidates, text, trial, training, compiled=compiled, adapted=adapted)
 
@@ -159,7 +166,7 @@ def _prepare(settings: str | Path | None, parallel: Parallel) -> RuntimeEnv:
         train_config=training,
         tokenizer=text.tokenizer,
         learner=trial.learner_of_the_run(),
-        run=_run_folder(run, record, text, windows),
+        run=_run_folder(run, record, text, windows, deadline),
         token_size=token_size,
     )
 
@@ -325,11 +332,12 @@ def _choose_recipe(
     with candidates.naming_the_run(plan.data):
         facts = parallel.from_main(find)
     candidates = candidates.with_text(facts.fingerprint)
-    decided = parallel.from_main(
-        lambda: decide_recipe(
-            plan, facts, lambda: measure_speed(machine, minutes), candidates.likeliest
-        )
-    )
+    before, ranks = candidates.likeliest, parallel.world
+
+    def measure() -> MachineFacts:
+        return measure_speed(machine, minutes)
+
+    decided = parallel.from_main(lambda: decide_recipe(plan, facts, measure, before, ranks))
     show_card(decided)
     return decided, candidates
 
@@ -356,7 +364,11 @@ def _read_text(
 
 
 def _run_folder(
-    run: SettledRun, record: RunRecord, text: TokenizedText, windows: WindowPlan
+    run: SettledRun,
+    record: RunRecord,
+    text: TokenizedText,
+    windows: WindowPlan,
+    deadline: float | None,
 ) -> RunFolder:
     notes: list[str] = []
     if run.before is not None:
@@ -380,4 +392,5 @@ def _run_folder(
         data=data,
         tokenizer_file=text.tokenizer_file,
         notes=[*run.notes, *notes],
+        deadline=deadline,
     )

@@ -6,8 +6,9 @@ On tiny-shakespeare two sides train for the same time: GPT-2's architecture with
 with QK-norm and Muon. Each first tries the same number of learning rates, a factor of two apart,
 for a share of the time, then trains at the best one with three seeds. For 30 s, and on ci, only
 the second side trains, at one rate.
-Runs use the trainer itself, from a settings file to train(); losses are over the full validation
-text. Training time excludes import, evaluation and compiling, which are printed.
+Runs use the trainer itself, from a settings file to train(); losses and bits a byte are those of
+its summary: over the full validation text, each token with half a window or more before it.
+Training time excludes import, evaluation and compiling, which are printed.
 """
 
 import contextlib
@@ -25,7 +26,6 @@ from engine.console import say, use_utf8
 from engine.metrics import bits_per_character
 from environment import pick_device, prepare_environment
 from train import train
-from training.learner import mean_loss
 
 TEXTS = Path(__file__).resolve().parents[2] / "shared" / "data"
 SEEDS = (1, 2, 3)
@@ -104,6 +104,7 @@ class Outcome:
     seed: int
     rate: float
     loss: float  # over all validation text, in the case's unit
+    bits_per_byte: float  # of the same
     train_seconds: float
     other_seconds: float  # evaluation, compiling, preparing
     steps: int
@@ -144,8 +145,9 @@ def measure(case: Case) -> dict:
         outcomes = [run(case, side, best, seed, 1.0) for seed in SEEDS]
         for o in outcomes:
             say(
-                f"  {side.name}, rate {best:g}, seed {o.seed}: {o.loss:.4f} after {o.steps:,} "
-                f"steps in {o.train_seconds:.1f} s (and {o.other_seconds:.1f} s for the rest)"
+                f"  {side.name}, rate {best:g}, seed {o.seed}: {o.loss:.4f}, {o.bits_per_byte:.4f} "
+                f"bits a byte, after {o.steps:,} steps in {o.train_seconds:.1f} s (and "
+                f"{o.other_seconds:.1f} s for the rest)"
             )
         losses = [outcome.loss for outcome in outcomes]
         sides.append(
@@ -156,12 +158,16 @@ def measure(case: Case) -> dict:
                 "rates": {f"{outcome.rate:g}": outcome.loss for outcome in swept},
                 "rate": best,
                 "median_loss": statistics.median(losses),
+                "median_bits_per_byte": statistics.median(o.bits_per_byte for o in outcomes),
                 "worst_loss": max(losses),
                 "most_seconds": max(outcome.train_seconds for outcome in outcomes),
                 "runs": [vars(outcome) for outcome in outcomes],
             }
         )
-        say(f"{case.name}: {side.name}: {sides[-1]['median_loss']:.4f} {unit} (median)")
+        say(
+            f"{case.name}: {side.name}: {sides[-1]['median_loss']:.4f} {unit}, "
+            f"{sides[-1]['median_bits_per_byte']:.4f} bits a byte (medians)"
+        )
     return {
         "name": case.name,
         "text": case.text,
@@ -206,7 +212,7 @@ def run(case: Case, side: Side, rate: float, seed: int, share: float) -> Outcome
     ):
         seconds.append(seconds[-1] + (after - before) / speeds[step])
     took = time.perf_counter() - started_at
-    loss = mean_loss(env.model, env.val_loader, env.device, env.precision)
+    score = env.learner.score(env.val_loader, env.tokenizer)
 
     def in_unit(nats: float) -> float:
         return bits_per_character(nats, env.token_size) if case.in_bits else nats
@@ -214,7 +220,8 @@ def run(case: Case, side: Side, rate: float, seed: int, share: float) -> Outcome
     return Outcome(
         seed=seed,
         rate=rate,
-        loss=in_unit(loss),
+        loss=score.bits_per_character if case.in_bits else score.loss,
+        bits_per_byte=score.bits_per_byte,
         train_seconds=seconds[-1],
         other_seconds=took - seconds[-1],
         steps=history.steps[-1],

@@ -24,6 +24,8 @@ from training_utils import TrainingConfig
 MOST_SETTINGS_BYTES = 1 << 24
 # of full mode on a GPU: the tokens of a step, where an epoch of a short text still has these steps
 GPU_STEP_TOKENS, LEAST_STEPS = 32_768, 32
+# of MINUTES, the share below which a recipe's own minutes count: the card says so
+ENOUGH_SHARE = 0.8
 
 
 @dataclass(frozen=True)
@@ -194,15 +196,20 @@ def decide_recipe(
     text: TextFacts,
     measure: Callable[[], MachineFacts],
     before: RunRecord | None,
+    ranks: int = 1,
 ) -> RunPlan:
-    """The plan with the recipe of its MINUTES; a resumed run keeps its own."""
+    """The plan with the recipe of its MINUTES, with batches that the ranks can share; a resumed run
+    keeps its own."""
     if plan.fixed is None or plan.run.MINUTES is None:
         return plan
     choice = None if before is None else before.choice
     if choice is None:
         machine = measure()
         recipe = choose_recipe(text, machine, plan.run.MINUTES, plan.fixed)
-        choice = RecipeChoice(recipe, text, machine)
+        training = recipe.training
+        if windows := training.get("batch_size"):
+            training = training | {"batch_size": max(ranks, windows // ranks * ranks)}
+        choice = RecipeChoice(dataclasses.replace(recipe, training=training), text, machine)
     recipe = choice.recipe
     return dataclasses.replace(plan, choice=choice, model=recipe.model, tokenizer=recipe.tokenizer)
 
@@ -229,8 +236,21 @@ def decide_training(
     return dataclasses.replace(asked, learning_rate=rate)
 
 
+def find_deadline(plan: RunPlan, asked: TrainingConfig, began_at: float) -> float | None:
+    """When a run with MINUTES is to end that began at a time, by the same clock; None without."""
+    if plan.recipe is None or asked.time_budget_minutes is None:
+        return None
+    return began_at + 60 * asked.time_budget_minutes
+
+
 def _with_recipe(asked: TrainingConfig, recipe: Recipe | None) -> TrainingConfig:
-    return asked if recipe is None else dataclasses.replace(asked, **recipe.training)
+    """The hyper-parameters with those of a recipe, and its minutes where MINUTES are too many."""
+    if recipe is None or asked.time_budget_minutes is None:
+        return asked
+    minutes = asked.time_budget_minutes
+    if recipe.minutes < ENOUGH_SHARE * minutes:
+        minutes = recipe.minutes
+    return dataclasses.replace(asked, time_budget_minutes=minutes, **recipe.training)
 
 
 def complete_training(

@@ -7,6 +7,7 @@ the least wins. The law is bounded by the entropies of the text and by what can 
 """
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,12 +18,12 @@ from text.facts import TextFacts
 
 # fitted by: python -m benchmarks.recipe (docs/recipes.md says what each one means)
 COEFFICIENTS = {
-    "size": 27.5,  # h = size N^-size_power + bytes T^-bytes_power + heart ...
+    "size": 29.9,  # h = size N^-size_power + bytes T^-bytes_power + heart ...
     "size_power": 0.35,
-    "bytes": 400.0,
+    "bytes": 396.0,
     "bytes_power": 0.55,
-    "token_share": 0.46,  # a byte counts (bytes a token) ^ -token_share
-    "repeats": 4.7,  # passes after which further ones add 1/e of a first one
+    "token_share": 0.41,  # a byte counts (bytes a token) ^ -token_share
+    "repeats": 4.3,  # passes after which further ones add 1/e of a first one
     "heart": 0.02,
     "heart_power": 0.35,
     "turn": 31.5,  # passes after which a model with a parameter a byte learns the text by heart
@@ -31,7 +32,7 @@ COEFFICIENTS = {
     "turn_dropout": 10.0,
     "turn_decay": 0.5,
     "entropy": 0.6,  # the share of bz2's bits that no training removes
-    "wide": 0.125,  # less of them for each further byte of a character
+    "wide": 0.129,  # less of them for each further byte of a character
     "noise_from": 0.65,  # bz2's share of the byte entropy from where less can be learnt,
     "noise_to": 0.95,  # and where nothing can
     "batch": 2048.0,  # tokens, the best batch of a run of 1.5 million
@@ -43,8 +44,8 @@ COEFFICIENTS = {
     "thin_loss": 0.004,
     "rare": 400.0,  # mean uses of a token in the text below which each halving costs rare_loss
     "rare_loss": 0.006,
-    "context": 0.021,  # the loss of a context of 256 bytes, falling with its length
-    "context_power": 0.7,
+    "context": 0.01,  # the loss of a context of 256 bytes, falling with its length
+    "context_power": 1.0,
     "adamw": 0.5,  # what a byte counts with AdamW, and in GPT-2's architecture
     "gpt2": 0.7,
     "interval": 0.08,  # half of the 80 % interval; half as much again beyond the fitted range
@@ -137,8 +138,11 @@ def _rounded(value: float) -> float:
 
 
 @dataclass(frozen=True)
-class _Candidates:
-    """Arrays of one value a candidate, (C, 1) float64, so that they meet times of (K,)."""
+class Candidates:
+    """Models with their tokenizers and batches.
+
+    Each array has a value a candidate, (C, 1) float64, so that they meet times of (K,).
+    """
 
     tokenizers: list[str]
     layers: np.ndarray
@@ -163,10 +167,10 @@ class _Candidates:
         """N of the law: the parameters in products, the head's among them."""
         return self.in_blocks + self.vocabulary * self.width
 
-    def some(self, kept: np.ndarray) -> "_Candidates":
+    def some(self, kept: np.ndarray) -> "Candidates":
         """Those at some indices."""
         _, *arrays = vars(self).values()
-        return _Candidates([self.tokenizers[i] for i in kept], *(array[kept] for array in arrays))
+        return Candidates([self.tokenizers[i] for i in kept], *(array[kept] for array in arrays))
 
 
 @dataclass(frozen=True)
@@ -198,7 +202,9 @@ def choose_recipe(text: TextFacts, machine: MachineFacts, minutes: float, fixed:
     reached = np.concatenate([bits[:, :-2], bits[:, -2:].max(axis=1, keepdims=True)], axis=1)
     best = reached.min(axis=1)
     tied = np.flatnonzero(best <= best.min() * (1 + TIES))
-    chosen = min(tied.tolist(), key=lambda i: (candidates.size[i, 0], best[i]))
+    chosen = min(
+        tied.tolist(), key=lambda i: (candidates.size[i, 0], candidates.context[i, 0], best[i])
+    )
     time = float(times[np.argmin(reached[chosen])])
     own = candidates.some(np.array([chosen]))
     choice = _Choice(text, machine, fixed, own, _predict(text, machine, fixed, own, [time]))
@@ -219,7 +225,7 @@ def _mlp_width(width: Any) -> Any:
     return -(-8 * width // 192) * 64
 
 
-def _find_candidates(text: TextFacts, machine: MachineFacts, fixed: Fixed) -> _Candidates:
+def _find_candidates(text: TextFacts, machine: MachineFacts, fixed: Fixed) -> Candidates:
     """What may be chosen for a text within the memory and around what is set."""
     rows, names = [], []
     for tokenizer in _tokenizers(text, fixed):
@@ -230,7 +236,7 @@ def _find_candidates(text: TextFacts, machine: MachineFacts, fixed: Fixed) -> _C
                     rows.append((layers, width, vocabulary, token_bytes, context, windows))
                     names.append(tokenizer)
     columns = [column[:, None] for column in np.array(rows, dtype=np.float64).T]
-    found = _Candidates(names, *columns)
+    found = Candidates(names, *columns)
     gpt2 = np.array([name == "gpt2" for name in names])[:, None]
     # a vocabulary outweighs no model, and GPT-2's is for large ones
     sound = found.vocabulary * found.width <= found.in_blocks
@@ -264,8 +270,8 @@ def _contexts(text: TextFacts, width: int, token_bytes: float, fixed: Fixed) -> 
     asked = fixed.training.get("max_length") or fixed.model.get("context_length")
     if asked:
         return [asked]
-    # attention takes a fifth of a step at most, and both sides of the text hold two windows
-    longest = min(max(64, 1.2 * width), CONTEXTS[-1])
+    # attention takes a quarter of a step at most, and both sides of the text hold two windows
+    longest = min(max(64, 1.4 * width), CONTEXTS[-1])
     longest = min(longest, text.val_bytes / token_bytes / 2, text.train_bytes / token_bytes / 4)
     documents = max(64, 2 * text.document_bytes / token_bytes)
     fitting = [length for length in CONTEXTS if length <= min(longest, documents)]
@@ -283,7 +289,7 @@ def _batches(text: TextFacts, context: int, token_bytes: float, fixed: Fixed) ->
     return sorted(fitting)
 
 
-def _memory(c: _Candidates, machine: MachineFacts, windows: np.ndarray) -> np.ndarray:
+def _memory(c: Candidates, machine: MachineFacts, windows: np.ndarray) -> np.ndarray:
     """About the bytes of training in micro-batches of some windows, as engine/memory counts."""
     weights, blocks = 4 * c.size, c.in_blocks
     kept = 2 * weights + 4 * blocks + 8 * (c.size - blocks)
@@ -309,7 +315,7 @@ def step_costs(
 
 
 def _predict(
-    text: TextFacts, machine: MachineFacts, fixed: Fixed, c: _Candidates, times: Any
+    text: TextFacts, machine: MachineFacts, fixed: Fixed, c: Candidates, times: Any
 ) -> _Forecast:
     """The forecast for candidates after some minutes, (K,)."""
     k = COEFFICIENTS
@@ -342,28 +348,48 @@ def _predict(
     decay = np.clip(1 / (rate * steps * tau), 0.02, 3)
     if fixed.training.get("weight_decay") is not None:
         decay = np.full_like(decay, fixed.training["weight_decay"])
-    strength = np.maximum(0.5, 1 + k["turn_decay"] * np.log2(np.maximum(decay, 1e-3) / 0.1))
-    turn = k["turn"] * (1 if is_adamw else k["turn_muon"]) * (unique / c.size) ** k["turn_power"]
-    turn = turn * (1 + k["turn_dropout"] * dropout) * strength
-    bits = _law(text, fixed, c, steps, passes, turn)
+    turn = turning_passes(text, c, dropout, decay, is_adamw=is_adamw)
+    is_gpt2 = fixed.model.get("architecture") == "gpt2"
+    bits = expected_bits(text, c, steps, turn, is_adamw=is_adamw, is_gpt2=is_gpt2)
     return _Forecast(bits, steps, passes, turn, dropout, decay, rate, embedding_rate, step_s)
 
 
-def _law(
-    text: TextFacts, fixed: Fixed, c: _Candidates, steps: Any, passes: Any, turn: Any
+def turning_passes(
+    text: TextFacts,
+    c: Candidates,
+    dropout: np.ndarray,
+    weight_decay: np.ndarray,
+    *,
+    is_adamw: bool = False,
+    k: Mapping[str, float] = COEFFICIENTS,
 ) -> np.ndarray:
-    """The bits a byte of candidates, (C, K)."""
-    k, unique = COEFFICIENTS, text.unique_bytes
+    """The passes through a text from which candidates learn it by heart, (C, K)."""
+    strength = 1 + k["turn_decay"] * np.log2(np.maximum(weight_decay, 1e-3) / 0.1)
+    general = k["turn"] * (1 if is_adamw else k["turn_muon"])
+    turn = general * (text.unique_bytes / c.size) ** k["turn_power"]
+    return turn * (1 + k["turn_dropout"] * dropout) * np.maximum(0.5, strength)
+
+
+def expected_bits(
+    text: TextFacts,
+    c: Candidates,
+    steps: np.ndarray,
+    turn: np.ndarray,
+    *,
+    is_adamw: bool = False,
+    is_gpt2: bool = False,
+    k: Mapping[str, float] = COEFFICIENTS,
+) -> np.ndarray:
+    """The law: the validation loss of candidates after some steps, (C, K), in bits a byte."""
+    unique = text.unique_bytes
+    passes = steps * c.batch * c.token_bytes / unique
     again = k["repeats"] * (1 - np.exp(-np.maximum(0, passes - 1) / k["repeats"]))
     read = unique * (np.minimum(passes, 1) + again) * c.token_bytes ** -k["token_share"]
-    if fixed.training.get("optimizer") == "adamw":
-        read = read * k["adamw"]
-    if fixed.model.get("architecture") == "gpt2":
-        read = read * k["gpt2"]
+    read = read * (k["adamw"] if is_adamw else 1) * (k["gpt2"] if is_gpt2 else 1)
     heart = k["heart"] * (c.size / unique) ** k["heart_power"] * np.maximum(0, passes / turn - 0.5)
     h = k["size"] * c.size ** -k["size_power"] + k["bytes"] * read ** -k["bytes_power"] + heart
 
-    entropy, floor = text.entropies[0], _floor(text)
+    entropy, floor = text.entropies[0], _floor(text, k)
     bits = floor + (entropy - floor) * h / (1 + h)
     best_batch = k["batch"] * (steps * c.batch / 1.5e6) ** k["batch_power"]
     losses = k["batch_loss"] * np.log2(c.batch / best_batch) ** 2
@@ -378,9 +404,9 @@ def _law(
     return np.where(steps < 1, 16.0, bits * (1 + losses * learnable))
 
 
-def _floor(text: TextFacts) -> float:
+def _floor(text: TextFacts, k: Mapping[str, float]) -> float:
     """The bits a byte that no training removes; for noise the entropy of its bytes."""
-    k, entropy = COEFFICIENTS, text.entropies[0]
+    entropy = text.entropies[0]
     narrow = max(0.5, 1 - k["wide"] * (text.bytes_per_character - 1))
     share = (text.bz2_bits / entropy if entropy else 1) - k["noise_from"]
     noise = min(1.0, max(0.0, share / (k["noise_to"] - k["noise_from"])))
@@ -388,7 +414,7 @@ def _floor(text: TextFacts) -> float:
     return float(min(entropy, text.bz2_bits * (part + (1 - part) * noise)))
 
 
-def _runner_up(c: _Candidates, best: np.ndarray, chosen: int) -> str:
+def _runner_up(c: Candidates, best: np.ndarray, chosen: int) -> str:
     """The best candidate of another model or tokenizer, with its forecast."""
     own = (c.layers[chosen, 0], c.width[chosen, 0], c.tokenizers[chosen])
     others = [
@@ -402,7 +428,7 @@ def _runner_up(c: _Candidates, best: np.ndarray, chosen: int) -> str:
     return f"{_shape(c, i)} with {c.tokenizers[i]}: {best[i]:.2f}"
 
 
-def _shape(c: _Candidates, i: int = 0) -> str:
+def _shape(c: Candidates, i: int = 0) -> str:
     return f"{c.layers[i, 0]:.0f} x {c.width[i, 0]:.0f}"
 
 
@@ -413,7 +439,7 @@ class _Choice:
     text: TextFacts
     machine: MachineFacts
     fixed: Fixed
-    candidate: _Candidates
+    candidate: Candidates
     forecast: _Forecast
 
     def recipe(self, minutes: float, used: float, *, bits: float, runner_up: str) -> Recipe:
@@ -514,7 +540,7 @@ class _Choice:
             "n_layers": f"what learns most from {used:.3g} min of this machine",
             "emb_dim": f"reads the text {passes:.2g} times in that time",
             "n_heads": f"{width // _heads(width)} wide each",
-            "context_length": "attention takes at most a fifth of a step",
+            "context_length": "attention takes at most a quarter of a step",
             "drop_rate": "no byte is read twice" if not dropout else f"for {passes:.2g} passes",
             "batch_size": f"{float(c.batch[0, 0]):,.0f} tokens a step for {tokens:,.0f} in all",
             "optimizer": "learns more in a step than AdamW",

@@ -1,6 +1,7 @@
 """How fast a machine trains: a few steps of two or three small models, timed once and kept."""
 
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
 import numpy as np
@@ -89,7 +90,7 @@ def measure_speed(machine: Machine, minutes: float) -> MachineFacts:
     return facts
 
 
-def _time_probes(machine: Machine, probes: tuple[Probe, ...], most_s: float) -> list[float]:
+def _time_probes(machine: Machine, probes: Sequence[Probe], most_s: float) -> list[float]:
     """The seconds of a step of each probe; at least one, the others while there is time."""
     device, seconds = machine.device, list[float]()
     threads = torch.get_num_threads() if machine.choices is None else machine.choices.threads

@@ -55,6 +55,7 @@ TIMED_BATCHES, TIMED_TOKENS = 4, 10  # of an evaluation and a sample
 # after torch was imported (1.0 to 1.8)
 AIM, ENDING_S = 0.99, 1.0
 LEAST_SHARE = 0.1  # of its minutes, that it trains even where its start-up took longer
+RECIPE_WARMUP = 0.25  # of the steps, the most for the recipe's warm-up
 SAVED_BYTES_A_S = 2e8  # of a checkpoint, hashed and synced
 
 
@@ -324,20 +325,22 @@ class Budget:
     last_tokens: int  # of the samples after training, a prompt
     save_minutes: float = math.inf  # between checkpoints
 
-    def plan(self, asked: TrainingConfig) -> TrainingConfig:
+    def plan(self, asked: TrainingConfig, *, most_warmup: float = 1.0) -> TrainingConfig:
         """The hyper-parameters with max_steps, eval_freq and eval_iter: as many steps as fit, at
-        least 1, and at most EVALUATION_SHARE for evaluations, unless the least are more."""
+        least 1, and at most EVALUATION_SHARE for evaluations, unless the least are more. Warm-up
+        has at most a share of most_warmup of the steps."""
         most_iter = min(asked.eval_iter, max(self.batches))
         halved = [most_iter >> n for n in range(most_iter.bit_length())]
         for intervals, eval_iter in [*((EVALUATIONS, n) for n in halved), (LEAST_INTERVALS, 1)]:
             found = self._longest(asked.eval_freq, intervals, eval_iter)
             if self.evaluation_s(found, eval_iter) <= EVALUATION_SHARE * self.seconds:
                 break
-        warmup = asked.warmup_steps
+        most = min(int(most_warmup * found.total_steps), found.total_steps - 1)
+        warmup = None if asked.warmup_steps is None else min(asked.warmup_steps, most)
         return dataclasses.replace(
             asked,
             max_steps=found.total_steps,
-            warmup_steps=None if warmup is None else min(warmup, found.total_steps - 1),
+            warmup_steps=warmup,
             eval_freq=found.eval_freq,
             eval_iter=asked.eval_iter if eval_iter == most_iter else eval_iter,
         )
@@ -433,7 +436,9 @@ def _spend(
         3 * plan.sampling.max_new_tokens,  # main draws three samples
         asked.save_minutes,
     )
-    planned = budget.plan(asked)
+    # the recipe's warm-up is for the steps that it expected
+    is_recipes = plan.recipe is not None and "warmup_steps" in plan.recipe.training
+    planned = budget.plan(asked, most_warmup=RECIPE_WARMUP if is_recipes else 1.0)
     left = "" if deadline is None else f"{seconds / 60:.3g} of "
     notices = [f"{planned.max_steps:,} steps are expected to take {left}{minutes:g} minutes"]
     if planned.warmup_steps != asked.warmup_steps:

@@ -123,7 +123,9 @@ def add_stop_option(parser: argparse._ActionsContainer) -> None:
 
 def sampling_of(arguments: argparse.Namespace, run: LoadedRun) -> dict[str, Any]:
     """All fields of SamplingConfig, from the options or the run; SettingsError for problems."""
-    return dataclasses.asdict(run.sampling) | _given_sampling(arguments)
+    sampling = dataclasses.asdict(run.sampling) | _given_sampling(arguments)
+    raise_if_any(find_sampling_problems(sampling), "the run's settings.json")
+    return sampling
 
 
 def seed_of(arguments: argparse.Namespace) -> int:

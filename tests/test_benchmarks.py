@@ -353,6 +353,7 @@ def test_a_run_that_learns_is_the_trainers_own(tmp_path, monkeypatch):
     case = learn.Case("tiny", "text.txt", "char", 0.5, 1.0, True, (side,))
     outcome = learn.run(case, side, 1e-2, seed=1, share=1.0)
     assert outcome.loss < outcome.losses[0]
+    assert outcome.bits_per_byte == outcome.loss  # a character of this text is a byte
     assert outcome.train_seconds == outcome.seconds[-1] > 0
     assert len(outcome.seconds) == len(outcome.tokens) == len(outcome.losses)
     assert outcome.tokens[-1] == outcome.steps * 4 * 32

@@ -4,6 +4,7 @@ import contextlib
 import itertools
 import os
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from planning import trial
 from storage import tracking
 from tests.programs import everything_in, write_settings
 from tests.records import MACHINE
+from text.tokenizer import GPT2Tokenizer
 
 TEXT = "The ferry crosses the river at dawn, and the bell rings twice for bread. " * 12
 
@@ -48,6 +50,15 @@ def begin_run(**changes: Any) -> RuntimeEnv:
     with env.run.opened():
         pass
     return env
+
+
+def test_the_length_of_samples_may_follow_from_the_texts_characters():
+    sampling = {"sampling_params": {"max_new_tokens": None}}
+    for name, characters in (("char", 1), ("gpt2", len(TEXT) / len(GPT2Tokenizer().encode(TEXT)))):
+        env = prepare(TOKENIZER=name, train_ratio=0.5, **sampling)
+        length = env.run.record.sampling.max_new_tokens
+        assert length == pytest.approx(300 / characters, rel=0.05)
+        assert length == round(300 / env.token_size.characters)
 
 
 def test_the_best_device_is_taken_in_the_order_mps_cuda_xpu_cpu(monkeypatch):
@@ -372,6 +383,7 @@ def in_minutes(monkeypatch, step_seconds):
     monkeypatch.setattr(environment, "measure_speed", measure)
     step_seconds(3.0)
     monkeypatch.setattr(trial.Trial, "costs", lambda *_: trial.Costs(3.0, 0.1, 0.0, 0.0))
+    monkeypatch.setattr(trial, "usable_seconds", lambda *_: 14.0)
 
     def write(**given: Any) -> list[float]:
         given = {"DATA": "text.txt", "MINUTES": 0.25} | given
@@ -383,7 +395,7 @@ def in_minutes(monkeypatch, step_seconds):
 
 
 def test_minutes_choose_a_run_which_goes_on_with_its_own_recipe(in_minutes, capsys):
-    measured = in_minutes()
+    measured, began_at = in_minutes(), time.perf_counter()
     env = prepare_environment("settings.py")
     printed = capsys.readouterr().out
     record, recipe = env.run.record, env.run.record.recipe
@@ -400,6 +412,7 @@ def test_minutes_choose_a_run_which_goes_on_with_its_own_recipe(in_minutes, caps
         assert training[name] == value or name in adapted
     assert training["time_budget_minutes"] == 0.25 and 2 <= record.total_steps <= 5
     assert record.asked.length.num_epochs is None
+    assert 0 < env.run.deadline - began_at < 16
 
     in_minutes(DRY_RUN=True)
     assert main.main(["settings.py"]) == 0

@@ -8,7 +8,8 @@ import torch
 
 import generation
 from engine.errors import NumericsError, SettingsError
-from generation import evaluating, generate, generate_text_simple, stream
+from engine.metrics import TokenSize
+from generation import SamplingConfig, evaluating, generate, generate_text_simple, stream
 from model import GPTConfig, GPTModel, KVCache
 
 CPU = torch.device("cpu")
@@ -411,6 +412,7 @@ def test_what_makes_no_sense_is_refused_before_the_model_runs():
         ([[-1, 2]], {}, "a token that is not in 0 to 22"),
         ([[1]], {"num_samples": 0}, "num_samples is 0"),
         ([[1]], {"max_new_tokens": -1}, "max_new_tokens is -1"),
+        ([[1], []], {"max_new_tokens": None}, "max_new_tokens is None; it must be a whole number"),
         ([[1]], {"temperature": math.nan}, "temperature is nan"),
         ([[1], []], {"num_samples": -1, "top_p": 2.0, "temperature": -1.0}, "4 problems"),
         (torch.zeros(3, dtype=torch.long), {}, r"needs \(B, T\)"),
@@ -422,3 +424,12 @@ def test_what_makes_no_sense_is_refused_before_the_model_runs():
         with pytest.raises(SettingsError, match=said):
             generate(model, prompts, **({"max_new_tokens": 3} | options))
     assert model.training
+
+
+def test_a_sample_without_a_number_of_tokens_is_some_300_characters_long():
+    asked = SamplingConfig(max_new_tokens=None, top_k=7)
+    for characters, count in ((1.0, 300), (2.4, 125), (0.7, 429), (1e9, 1), (1e-9, 100_000)):
+        fitted = asked.fitted(TokenSize(characters, bytes=1.0))
+        assert fitted == SamplingConfig(max_new_tokens=count, top_k=7)
+    own = SamplingConfig(max_new_tokens=9)
+    assert own.fitted(TokenSize(2.4, 2.4)) == own

@@ -3,6 +3,7 @@
 import gc
 import itertools
 import json
+import math
 import os
 import re
 import shutil
@@ -101,6 +102,13 @@ def test_a_run_on_chinese_text_writes_readable_samples_of_each_prompt(workdir, s
     assert (split["train_tokens"], split["validation_tokens"]) == (800, 200)
     summary = summary_in(workdir)  # of crops at random places
     assert summary["final_val_loss"] < summary["initial_val_loss"]
+    # a token is a character, and the first one is not scored
+    bits = summary["final_val_loss"] / math.log(2)
+    per_byte = bits * 199 / len(text[1:200].encode("utf-8"))
+    assert summary["final_val_bits_per_character"] == pytest.approx(bits)
+    assert summary["final_val_bits_per_byte"] == pytest.approx(per_byte)
+    last = f"Bits a byte: {per_byte:.3f} ({bits:.3f} a character, perplexity "
+    assert last in printed and "over all validation text)\n✓ Training pipeline" in printed
 
 
 def test_the_last_samples_heed_every_limit_and_end_where_the_model_ends_its_text(

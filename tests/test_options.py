@@ -122,6 +122,8 @@ def test_seeds_and_values_are_read_from_their_text():
     ):
         (read,) = options.read_sampling({name: text}).values()
         assert (read, type(read)) == (value, type(value))
+    with pytest.raises(SettingsError, match="max_new_tokens is None; it must be a whole number"):
+        options.read_sampling({"max_new_tokens": "none"})
     for text in ("", "nan", "inf", "-1", "None", "1,5", DIGITS, "1e400"):
         with pytest.raises(SettingsError, match="temperature is "):
             options.read_sampling({"temperature": text})

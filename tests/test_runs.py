@@ -27,7 +27,7 @@ from planning.plan import RunPlan, RunSettings, resolve_settings
 from planning.runs import Candidate, Candidates, find_candidates, settle_run
 from storage.files import FolderLock
 from tests.hostile import Canary
-from tests.records import TEXT_FACTS, plan_in_minutes, record_of
+from tests.records import MACHINE, TEXT_FACTS, plan_in_minutes, record_of
 from training_utils import TrainingConfig
 
 
@@ -188,6 +188,12 @@ def test_a_run_with_minutes_goes_on_with_its_own_recipe_or_with_another_text_not
     assert (record.recipe, record.choice) == (plan.recipe, plan.choice)
     assert decide_recipe(fresh, TEXT_FACTS, lambda: 1 / 0, record) == plan  # nothing is measured
     assert record.asked == fresh.asked()
+    windows = plan.recipe.training["batch_size"]
+    for ranks in (1, 3, windows + 1):  # which share each step equally
+        shared = decide_recipe(fresh, TEXT_FACTS, lambda: MACHINE, None, ranks)
+        found = shared.recipe.training["batch_size"]
+        assert found % ranks == 0 and abs(found - windows) < ranks
+        assert shared.recipe.model == plan.recipe.model
     training = decide_training(plan, torch.device("cpu"), 1000, None)
     for name, value in plan.recipe.training.items():
         assert getattr(training, name) == value

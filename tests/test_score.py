@@ -31,7 +31,7 @@ class Case:
     loader: torch.utils.data.DataLoader
 
     def learner(self, **options) -> Learner:
-        return Learner(self.model, torch.optim.SGD(self.model.parameters()), FP32, **options)
+        return Learner(self.model, None, FP32, **options)  # it makes no step
 
 
 def case_of(text: str, length: int, *, batch_size: int = 2, n_train: int = 40) -> Case:

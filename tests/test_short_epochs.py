@@ -144,6 +144,21 @@ def test_a_budget_heeds_eval_freq_and_is_one_step_at_least():
     assert Budget(0.1, costs, 1, (1, 1), 0).plan(TrainingConfig()).max_steps == 1
 
 
+def test_warm_up_is_shorter_than_the_run_that_fits_and_at_most_the_share_it_may_have():
+    budget = Budget(100.0, Costs(1.0, 0.0, 0.0, 0.0), 10**6, (100, 100), last_tokens=0)
+    steps = budget.plan(TrainingConfig()).max_steps
+    assert 90 < steps <= 100
+    for asked, share, got in (
+        (None, 0.25, None),
+        (20, 1.0, 20),
+        (500, 1.0, steps - 1),
+        (500, 0.25, steps // 4),
+        (20, 0.25, 20),
+    ):
+        planned = budget.plan(TrainingConfig(warmup_steps=asked), most_warmup=share)
+        assert (planned.warmup_steps, planned.max_steps) == (got, steps)
+
+
 def test_a_budgets_run_resumes_with_the_evaluations_that_were_planned(workdir, monkeypatch):
     settings = {"max_steps": None, "time_budget_minutes": 0.02, "eval_freq": None, "eval_iter": 8}
     monkeypatch.setattr(Trial, "step_seconds", lambda self, **_: 0.05)

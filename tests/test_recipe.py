@@ -1,0 +1,484 @@
+"""Facts of texts and machines, and the recipes that are chosen from them."""
+
+import dataclasses
+import itertools
+import json
+import math
+import random
+import re
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+from benchmarks import recipe as benchmark
+from distributed.parallel import ALONE
+from engine.memory import estimate_memory
+from engine.precision import choose_precision
+from engine.settings import from_json
+from model import GPTConfig, GPTModel
+from planning import speed
+from planning.card import card_lines
+from planning.choices import Choices
+from planning.machine import Machine
+from planning.recipe import (
+    COEFFICIENTS,
+    LADDER,
+    Fixed,
+    MachineFacts,
+    Recipe,
+    choose_recipe,
+    step_costs,
+)
+from tests.conftest import REPOSITORY
+from text import facts
+from text.documents import DataSpec
+from text.facts import TextFacts, find_facts, measure_text
+from text.tokenizer import train_bpe
+from training_utils import TrainingConfig
+
+NOTHING = Fixed(None, {}, {})
+CPU = MachineFacts("cpu", 6e11, 15e-6, 1e-9, 8 * 10**9)
+# as measured on tiny-shakespeare
+BYTES_A_TOKEN = {"char": 1.0, "gpt2": 3.09, "bpe:512": 1.88, "bpe:1024": 2.26, "bpe:2048": 2.56}
+BYTES_A_TOKEN |= {"bpe:4096": 2.9, "bpe:8192": 3.19, "bpe:16384": 3.31}
+VOCABULARIES = {n: int(n[4:]) for n in BYTES_A_TOKEN if n.startswith("bpe")}
+VOCABULARIES |= {"char": 322, "gpt2": 50257}
+
+
+def english(n_bytes: int = 1_115_394, **changes) -> TextFacts:
+    """What is measured of tiny-shakespeare, or of a text like it of another size."""
+    usual = {
+        "fingerprint": "x",
+        "train_bytes": round(0.9 * n_bytes),
+        "val_bytes": n_bytes - round(0.9 * n_bytes),
+        "n_characters": n_bytes,
+        "distinct_characters": 65,
+        "entropies": [4.77, 3.54, 2.75],
+        "bz2_bits": 2.27,
+        "repeated": 0.0,
+        "leaked": 0.0,
+        "document_bytes": n_bytes,
+        "bytes_per_token": BYTES_A_TOKEN,
+        "vocabularies": VOCABULARIES,
+        "can_train": True,
+    }
+    return TextFacts(**(usual | changes))
+
+
+def measured(*texts: str, **options) -> TextFacts:
+    options = {"tokenizer": "char"} | options
+    return measure_text(((text, True) for text in texts), 0.9, **options)
+
+
+@pytest.fixture
+def without_training(monkeypatch):
+    """No child process that learns a vocabulary: only characters and GPT-2's tokens."""
+    monkeypatch.setattr(facts, "can_train", lambda: False)
+
+
+# ------------------------------------------------------------------ the recipe
+
+
+def rung(recipe: Recipe) -> int:
+    return LADDER.index((recipe.model["n_layers"], recipe.model["emb_dim"]))
+
+
+def check(recipe: Recipe, text: TextFacts, machine: MachineFacts, minutes: float) -> None:
+    """A recipe is valid, fits, and is itself again after it went through JSON."""
+    TrainingConfig(**recipe.training, max_steps=max(2, recipe.steps))
+    GPTConfig(vocab_size=text.vocabularies[recipe.tokenizer], **recipe.model)
+    assert recipe.memory <= machine.memory
+    assert recipe.minutes <= minutes and 0 < recipe.low < recipe.bits_per_byte < recipe.high
+    assert recipe.model["context_length"] <= max(8, text.val_bytes)
+    assert from_json(Recipe, json.loads(json.dumps(dataclasses.asdict(recipe))), "x") == recipe
+
+
+def table(n_sizes: int, n_speeds: int, n_minutes: int) -> None:
+    """Check 10 KB to 10 GB x 50 GFLOP/s to 800 TFLOP/s x 0.25 to 10,000 minutes."""
+    minutes = np.geomspace(0.25, 10_000, n_minutes).tolist()
+    for n_bytes in np.geomspace(1e4, 1e10, n_sizes):
+        for flops in np.geomspace(5e10, 8e14, n_speeds):
+            memory = 10**9 if flops < 1e12 else 10**11
+            machine = MachineFacts("cpu", flops, 9e6 / flops, 6e2 / flops, memory)
+            text, before = english(int(n_bytes)), math.inf
+            for time in minutes:
+                recipe = choose_recipe(text, machine, time, NOTHING)
+                check(recipe, text, machine, time)
+                assert recipe.bits_per_byte <= before
+                before = recipe.bits_per_byte
+
+
+def test_recipes_are_valid_fit_and_get_no_worse_with_time():
+    table(3, 2, 3)
+
+
+@pytest.mark.slow
+def test_recipes_of_the_whole_table_are_valid_fit_and_get_no_worse_with_time():
+    table(6, 6, 10)
+
+
+def rungs(n_bytes: int, n_steps: int) -> list[list[int]]:
+    """The rungs of recipes that differ by a quarter in time, speed or text."""
+    near = [1.25**k for k in range(n_steps)]
+    rows = [
+        [(english(n_bytes), CPU, factor) for factor in near],
+        [(english(n_bytes), dataclasses.replace(CPU, flops=3e11 * f), 3.0) for f in near],
+        [(english(int(n_bytes * factor)), CPU, 3.0) for factor in near],
+    ]
+    return [[rung(choose_recipe(*facts, NOTHING)) for facts in row] for row in rows]
+
+
+def jumps(rows: list[list[int]]) -> list[int]:
+    return [abs(b - a) for row in rows for a, b in itertools.pairwise(row)]
+
+
+def test_a_little_more_time_speed_or_text_moves_the_model_by_one_rung_at_most():
+    assert max(jumps(rungs(1_115_394, 4))) == 1
+
+
+@pytest.mark.slow
+def test_nothing_from_100_kb_to_100_mb_moves_the_model_by_more_than_one_rung():
+    for n_bytes in (100_000, 1_115_394, 30_000_000):
+        assert max(jumps(rungs(n_bytes, 16))) == 1
+
+
+def test_the_forecasts_are_near_what_was_measured():
+    """Bits a byte of runs on two cores, medians of three seeds where there are three."""
+    shape = {"n_layers": 6, "emb_dim": 192, "drop_rate": 0.0}
+    for tokenizer, context, minutes, bits in (
+        ("char", 256, 1.85, 2.213),
+        ("bpe:1024", 256, 1.67, 2.19),
+        ("bpe:1024", 128, 1.67, 2.17),
+    ):
+        fixed = Fixed(tokenizer, shape | {"context_length": context}, {"batch_size": 16})
+        recipe = choose_recipe(english(), CPU, minutes, fixed)
+        assert recipe.bits_per_byte == pytest.approx(bits, rel=0.025)
+        assert recipe.low < bits < recipe.high
+    chosen = choose_recipe(english(), CPU, 1.67, NOTHING)
+    assert chosen.tokenizer.startswith("bpe") and chosen.bits_per_byte < 2.2
+
+
+def test_what_is_set_stays_and_the_rest_is_chosen_around_it():
+    fixed = Fixed(
+        "char",
+        {"n_heads": 5, "drop_rate": 0.3},
+        {"batch_size": 7, "optimizer": "adamw", "learning_rate": 1e-3, "max_length": 96},
+    )
+    recipe = choose_recipe(english(), CPU, 2, fixed)
+    check(recipe, english(), CPU, 2)
+    assert recipe.tokenizer == "char"
+    assert (recipe.model["n_heads"], recipe.model["drop_rate"]) == (5, 0.3)
+    assert recipe.model["context_length"] == 96 and recipe.model["emb_dim"] % 10 == 0
+    assert not {"batch_size", "optimizer", "learning_rate"} & recipe.training.keys()
+    as_set = {name for name, why in recipe.reasons.items() if why == "as set"}
+    assert as_set == {"tokenizer", "n_heads", "drop_rate", "batch_size", "optimizer"} | {
+        "learning_rate"
+    }
+    # AdamW learns less in the same time, and so does the other architecture
+    muon = choose_recipe(english(), CPU, 2, Fixed("char", {}, {}))
+    assert muon.bits_per_byte < recipe.bits_per_byte
+    gpt2 = choose_recipe(english(), CPU, 2, Fixed("char", {"architecture": "gpt2"}, {}))
+    GPTConfig(vocab_size=322, **gpt2.model)
+    assert muon.bits_per_byte < gpt2.bits_per_byte
+    nothing_left = {"n_layers": 3, "emb_dim": 60, "n_heads": 3}
+    only = choose_recipe(english(), CPU, 2, Fixed("char", nothing_left, {}))
+    assert only.runner_up.startswith("none") and only.model["emb_dim"] == 60
+
+
+def test_every_chosen_value_has_a_reason_and_unequal_figures_do_not_matter():
+    recipe = choose_recipe(english(), CPU, 3, NOTHING)
+    unexplained = {"architecture", "qkv_bias", "qk_norm", "zero_init", "tie_embeddings"}
+    unexplained |= {"gradient_accumulation_steps", "sampling"}
+    assert {*recipe.model, *recipe.training} - unexplained | {"tokenizer"} == {*recipe.reasons}
+    assert "as set" not in recipe.reasons.values()
+    about = dataclasses.replace(CPU, flops=6.04e11, memory=8_010_000_000)
+    assert choose_recipe(english(), about, 3, NOTHING) == recipe
+
+
+def test_rates_follow_width_batch_and_steps():
+    def rate(width: int, windows: int, minutes: float) -> tuple[float, float, int]:
+        model = {"n_layers": 2, "emb_dim": width, "context_length": 64}
+        fixed = Fixed("char", model, {"batch_size": windows})
+        training = (recipe := choose_recipe(english(10**8), CPU, minutes, fixed)).training
+        return training["learning_rate"], training["embedding_rate"], recipe.steps
+
+    matrices, embeddings, steps = rate(192, 64, 2)
+    assert matrices == pytest.approx(6e-3 * (450 / steps) ** 0.3, rel=0.02)
+    assert embeddings == matrices
+    wide, of_wide, steps = rate(768, 64, 2)
+    assert wide == pytest.approx(of_wide / 2, rel=0.02)
+    assert of_wide == pytest.approx(6e-3 * (450 / steps) ** 0.3, rel=0.02)
+
+
+def test_what_is_short_of_memory_gets_a_smaller_model_or_a_warning():
+    machine = dataclasses.replace(CPU, flops=8e14, token_s=1e-8, parameter_s=1e-12)
+    large = choose_recipe(english(10**9), dataclasses.replace(machine, memory=10**11), 60, NOTHING)
+    small = choose_recipe(english(10**9), dataclasses.replace(machine, memory=10**9), 60, NOTHING)
+    assert small.memory <= 10**9 < large.memory and small.parameters < large.parameters
+    wide = Fixed("char", {"n_layers": 24, "emb_dim": 2048}, {})
+    none = choose_recipe(english(), dataclasses.replace(machine, memory=10**8), 60, wide)
+    assert "GB of memory" in none.warnings[-1]
+
+
+def test_memory_is_near_that_of_the_estimate():
+    for minutes in (0.5, 2):
+        recipe = choose_recipe(english(), CPU, minutes, NOTHING)
+        model = GPTModel(GPTConfig(vocab_size=VOCABULARIES[recipe.tokenizer], **recipe.model))
+        n_windows = recipe.training["batch_size"]
+        estimate = estimate_memory(
+            model,
+            n_tokens=recipe.model["context_length"],
+            n_windows=n_windows,
+            precision=choose_precision("fp32", torch.device("cpu")),
+            device=torch.device("cpu"),
+            optimizer="muon",
+            keeps_best=True,
+        )
+        assert recipe.memory == pytest.approx(estimate.total(n_windows), rel=0.35)
+
+
+def test_choosing_loads_no_torch():
+    code = "import sys, planning.recipe; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY).returncode == 0
+
+
+@pytest.mark.parametrize("page", ["recipes.md", "recipes.zh-CN.md"])
+def test_the_docs_explain_every_coefficient(page):
+    text = (REPOSITORY / "docs" / page).read_text(encoding="utf-8")
+    rows = [line.split("|")[1] for line in text.splitlines() if line.startswith("| `")]
+    assert set(COEFFICIENTS) <= set(re.findall(r"`(\w+)`", "".join(rows)))
+
+
+# ------------------------------------------------------------------ odd texts
+
+
+def words(text: TextFacts, minutes: float = 5) -> str:
+    recipe = choose_recipe(text, CPU, minutes, NOTHING)
+    check(recipe, text, CPU, minutes)
+    return " ".join(recipe.warnings)
+
+
+def test_odd_texts_get_a_sane_recipe_and_the_right_words(without_training):
+    sentence = "The quick brown fox jumps over the lazy dog. "
+    few = measured("".join(random.Random(1).choices("abcdefgh ", k=500)))
+    assert "very little" in words(few) and "MINUTES = " in words(few)
+    copies = measured(sentence * 2000)
+    assert "repeats what came before" in words(copies) and "word for word" in words(copies)
+    lines = measured(*["the same line again\n"] * 20_000)
+    assert "repeats" in words(lines) and min(lines.repeated, lines.leaked) > 0.99
+    draw = random.Random(0)
+    noise = measured("".join(draw.choices(sentence, k=60_000)))
+    recipe = choose_recipe(noise, CPU, 5, NOTHING)
+    assert "tells almost nothing" in words(noise)
+    assert recipe.bits_per_byte == pytest.approx(noise.entropies[0], rel=0.02)
+    assert rung(recipe) <= 2
+    dna = measured("".join(draw.choices("ACGT", k=60_000)))
+    assert choose_recipe(dna, CPU, 5, NOTHING).bits_per_byte == pytest.approx(2, rel=0.02)
+    assert words(english()) == "" and "tokenizers." in words(measured(sentence, tokenizer=None))
+
+
+def test_time_that_a_text_is_not_worth_is_left():
+    recipe = choose_recipe(english(50_000), CPU, 600, NOTHING)
+    assert recipe.minutes < 60 and "gains nothing more" in recipe.warnings[0]
+    assert recipe.by_heart_minute is not None
+    assert choose_recipe(english(10**9), CPU, 1, NOTHING).by_heart_minute > 1000
+
+
+# ------------------------------------------------------------------ facts of a text
+
+
+def test_facts_equal_what_is_computed_directly(without_training):
+    draw = random.Random(3)
+    text = "".join(draw.choices("ab \u8bcd\u00e9", k=4000))
+    content = text.encode()
+    found = measured(text, tokenizer=None)
+    assert found.train_bytes + found.val_bytes == len(content)
+    assert found.val_bytes == pytest.approx(len(content) / 10, abs=3)
+    assert (found.n_characters, found.distinct_characters) == (4000, 5)
+    train = content[: found.train_bytes]
+
+    def entropy(order: int) -> float:
+        grams = [train[i : i + order] for i in range(len(train) - order + 1)]
+        shares = [grams.count(gram) / len(grams) for gram in set(grams)]
+        return -sum(share * math.log2(share) for share in shares)
+
+    expected = [entropy(1), entropy(2) - entropy(1), entropy(3) - entropy(2)]
+    assert found.entropies == pytest.approx(expected, abs=1e-3)
+    assert found.bytes_per_token["char"] == pytest.approx(len(content) / 4000, rel=0.1)
+    assert found.vocabularies == {"char": 5 + 257, "gpt2": 50257}
+    assert found.document_bytes == len(content)
+    assert measured(text).fingerprint == found.fingerprint
+    assert measured(text[:100], text[100:]).fingerprint != found.fingerprint
+
+
+def test_repeats_and_leaks_are_seen_at_any_distance():
+    draw = random.Random(5)
+    part = draw.randbytes(40_000)
+    train = part + draw.randbytes(60_000) + part
+    repeated, leaked = facts.measure_repeats(train, part[1000:4000] + draw.randbytes(3000))
+    assert repeated == pytest.approx(40 / 140, abs=0.01)
+    assert leaked == pytest.approx(0.5, abs=0.02)
+    assert facts.measure_repeats(train[:60], train) == (0.0, 0.0)
+
+
+def test_a_large_text_is_sampled_evenly_and_counted_in_full(monkeypatch, without_training):
+    monkeypatch.setattr(facts, "SAMPLE_BYTES", 200_000)
+    monkeypatch.setattr(facts, "CHUNK", 1000)
+    halves = ["a" * 600_000, "b" * 600_000]
+    found = measured("".join(halves))
+    assert (found.train_bytes, found.val_bytes, found.n_characters) == (
+        pytest.approx(1_080_000, rel=0.02),
+        pytest.approx(120_000, rel=0.1),
+        1_200_000,
+    )
+    p = 600 / 1080  # of the training part
+    assert found.entropies[0] == pytest.approx(
+        -p * math.log2(p) - (1 - p) * math.log2(1 - p), abs=0.02
+    )
+
+
+def test_many_documents_are_divided_by_documents(without_training):
+    draw = random.Random(7)
+    texts = ["".join(draw.choices("abcdefgh ", k=200)) for _ in range(400)]
+    found = measured(*texts)
+    assert found.leaked == 0 and 0.05 < found.val_bytes / 80_000 < 0.2
+    assert found.document_bytes == 200
+    # copies of one document are on one side
+    assert measured(*texts, *texts).leaked < 0.02
+    alone = measured(*texts, validation=((text, True) for text in texts[:20]))
+    assert (alone.train_bytes, alone.val_bytes, alone.leaked) == (80_000, 4000, 1.0)
+
+
+def test_smaller_vocabularies_are_the_first_tokens_of_a_larger(monkeypatch):
+    pytest.importorskip("tokenizers")
+    monkeypatch.setattr(facts, "BPE_SIZES", (512, 700))
+    monkeypatch.setattr(facts, "LEAST_BYTES_A_TOKEN", 20)
+    text = (REPOSITORY / "corpus" / "sample-en.txt").read_text("utf-8")[:20_000]
+    found = measured(text, tokenizer=None)
+    cut = len(text.encode()) - found.val_bytes
+    content = text.encode()
+    own = train_bpe([content[:cut].decode()], 512)
+    assert list(found.bytes_per_token) == ["char", "gpt2", "bpe:512", "bpe:700"]
+    n_tokens = len(own.encode(content[cut:].decode()))
+    assert found.bytes_per_token["bpe:512"] == pytest.approx(found.val_bytes / n_tokens, rel=1e-3)
+    assert found.bytes_per_token["bpe:512"] < found.bytes_per_token["bpe:700"]
+
+
+def test_facts_are_kept_by_the_files_state(tmp_path, monkeypatch, without_training):
+    file = tmp_path / "text.txt"
+    file.write_text("Some words of a text. " * 30, encoding="utf-8")
+    spec = DataSpec(train=(str(file),))
+    first = find_facts(spec, 0.9, tmp_path, tokenizer="char")
+    monkeypatch.setattr(facts, "measure_text", None)
+    assert find_facts(spec, 0.9, tmp_path, tokenizer="char") == first
+    (kept,) = (tmp_path / "facts").iterdir()
+    kept.write_text("{}")
+    monkeypatch.undo()
+    monkeypatch.setattr(facts, "can_train", lambda: False)
+    assert find_facts(spec, 0.9, tmp_path, tokenizer="char") == first  # a damaged file is like none
+    file.write_text("Other words, and more of them. " * 30, encoding="utf-8")
+    assert find_facts(spec, 0.9, tmp_path, tokenizer="char").fingerprint != first.fingerprint
+
+
+# ------------------------------------------------------------------ the machine and the card
+
+
+def test_the_figures_of_a_machine_are_found_in_its_steps():
+    costs = [probe.costs() for probe in speed.CPU_PROBES]
+    truth = np.array([1 / 6e11, 15e-6, 1e-9, 0.0])
+    found = speed.solve(costs, [float(c @ truth) for c in costs], "cpu")
+    assert found["flops"] == pytest.approx(6e11) and found["token_s"] == pytest.approx(15e-6)
+    assert found["parameter_s"] == pytest.approx(1e-9) and found["layer_s"] == 0
+    costs = [probe.costs() for probe in speed.GPU_PROBES]
+    truth = np.array([1 / 2e14, 1e-8, speed.GPU_PARAMETER_S, 3e-4])
+    found = speed.solve(costs, [float(c @ truth) for c in costs], "cuda")
+    assert found["flops"] == pytest.approx(2e14) and found["layer_s"] == pytest.approx(3e-4)
+    # one timing, or some that contradict each other, still give figures that are not negative
+    for seconds in ([0.5], [0.5, 0.1, 0.01], [1e-9, 1e-9, 1e-9]):
+        found = speed.solve(costs, seconds, "cuda")
+        assert found["flops"] > 0 and all(value >= 0 for value in found.values())
+
+
+def test_a_steps_operations_are_those_of_the_model():
+    model = GPTModel(
+        GPTConfig(
+            vocab_size=512, context_length=64, emb_dim=64, n_heads=1, n_layers=2,
+            architecture="llama",
+        )
+    )  # fmt: skip
+    work, tokens, size, layers = step_costs(2, 64, 512, 64, 3, is_adamw=True)
+    norms = 6 * tokens * (2 * 2 + 1) * 64
+    assert work + norms == tokens * model.flop_per_token()
+    assert (tokens, layers) == (192, 2) and size == model.count_parameters() - 5 * 64
+
+
+def test_speed_is_measured_once_in_little_time(tmp_path, monkeypatch, capsys):
+    device = torch.device("cpu")
+    monkeypatch.setattr(speed, "CPU_PROBES", [speed.Probe(1, 64, 64, 16, 2)])
+    choices = Choices(tmp_path, device, torch.get_num_threads())
+    machine = Machine(device, ALONE, choose_precision("fp32", device), choices=choices)
+    state = torch.get_rng_state()
+    first = speed.measure_speed(machine, 10)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert "GFLOP/s" in capsys.readouterr().out
+    monkeypatch.setattr(speed, "_step_seconds", None)
+    again = speed.measure_speed(machine, 10)
+    assert dataclasses.replace(again, memory=first.memory) == first
+    assert "as measured before" in capsys.readouterr().out
+
+
+def test_the_card_shows_every_choice_and_how_to_set_it():
+    text, minutes = english(50_000), 30
+    recipe = choose_recipe(text, CPU, minutes, Fixed(None, {}, {"weight_decay": 0.2}))
+    lines = card_lines(recipe, text, CPU, minutes)
+    card = " ".join(" ".join(lines).split())
+    assert max(map(len, lines)) <= 100
+    for shown in (
+        "In 30 min", f"{recipe.low:.2f} to {recipe.high:.2f}", recipe.tokenizer, "50 KB",
+        f"{recipe.model['n_layers']} layers, {recipe.model['emb_dim']} wide", recipe.runner_up,
+        f"{recipe.steps:,} steps", f"minute {recipe.by_heart_minute:g}", recipe.warnings[0],
+        f'"n_layers": {recipe.model["n_layers"]}', "as set: weight_decay",
+    ):  # fmt: skip
+        assert shown in card
+    assert '"weight_decay"' not in card
+
+
+# ------------------------------------------------------------------ the fit
+
+
+def test_the_fit_finds_the_numbers_behind_some_results():
+    results = []
+    for run in benchmark.fit_runs(["a", "b"])[::6]:
+        recipe = choose_recipe(english(), benchmark.REFERENCE, run.minutes, run.fixed)
+        found = {"facts": dataclasses.asdict(english()), "recipe": dataclasses.asdict(recipe)}
+        results.append(found | {"steps": recipe.steps, "key": run.key})
+    assert benchmark.predicted(results[0], COEFFICIENTS) == pytest.approx(
+        results[0]["recipe"]["bits_per_byte"], rel=0.01
+    )
+    truth = COEFFICIENTS | {"size": 36.0, "token_share": 0.3}
+    results = [found | {"bits": benchmark.predicted(found, truth)} for found in results]
+
+    fitted, parts = benchmark.fit(results, 3)
+    assert parts == pytest.approx({"a": 1, "b": 1}, abs=0.03)
+    for found in results:
+        assert benchmark.predicted(found, COEFFICIENTS | fitted) == pytest.approx(
+            found["bits"], rel=0.01
+        )
+    assert set(benchmark.left_out_errors(results, 1)) == {"a", "b"}
+
+
+@pytest.mark.slow
+def test_the_benchmark_trains_fits_and_goes_on_where_it_stopped(tmp_path):
+    text = (REPOSITORY / "corpus" / "sample-en.txt").read_text("utf-8")[:12_000]
+    (tmp_path / "text.txt").write_text(text, encoding="utf-8")
+    command = [sys.executable, "-m", "benchmarks.recipe", "--rehearse", "--texts"]
+    command += [str(tmp_path / "text.txt"), "--results", str(tmp_path / "results.json")]
+    for _ in range(2):
+        subprocess.run(command, cwd=REPOSITORY, check=True, capture_output=True)
+        results = json.loads((tmp_path / "results.json").read_bytes())
+        assert len(results["runs"]) == 4
+        assert all(1 < run["bits"] < 9 for run in results["runs"].values())
+        assert results["coefficients"].keys() == set(benchmark.FITTED)
