@@ -7,44 +7,54 @@
 # "dummy". More can be said with {"path": ..., "val": ..., "field": "text", "encoding": "gb18030",
 # "separator": "line", "bad_rows": "skip"}.
 DATA = "the-verdict"
-# How text becomes tokens: "gpt2" (50,257 tokens, for English), "char" (one a character),
-# "bpe:4096" (4,096 tokens learnt from your text), a tokenizer.json's path, or "auto".
-TOKENIZER = "gpt2"
+# The minutes that training may take: 0.25 to 10,000. Model, tokenizer and all other numbers are
+# then chosen for your text and this machine, and shown before training. None: the modes below.
+MINUTES = None
+DRY_RUN = False  # True: show what would be trained, and end before it
 
 # ---------------------------------------------------------------- which kind of run
 QUICK_MODE = True  # True: the whole chain in seconds, with a small model;  False: full training
-CUSTOM_MODE = False  # True: your numbers below, in custom_params; wins over QUICK_MODE
+# True: your numbers below, in custom_params; wins over QUICK_MODE. With MINUTES your numbers stay,
+# and the others are chosen around them.
+CUSTOM_MODE = False
 
-# ---------------------------------------------------------------- which model
-# "auto": the mode chooses;  or a name from config.json: "small", "mini", "gpt2-124m",
-# "llama-mini", "llama-124m"
+# ---------------------------------------------------------------- which model, which tokenizer
+# "auto": MINUTES chooses, or without it the mode;  or a name from config.json: "small", "mini",
+# "gpt2-124m", "llama-mini", "llama-124m"
 MODEL = "auto"
 USE_SMALL = True  # custom mode with MODEL "auto": the small model
 USE_DEFAULT = False  # custom mode with MODEL "auto" and USE_SMALL False: the 124M model
+# How text becomes tokens: "gpt2" (50,257 tokens, for English), "char" (one a character),
+# "bpe:4096" (4,096 tokens learnt from your text), a tokenizer.json's path, or "auto": by the text.
+TOKENIZER = None  # None: MINUTES chooses;  without MINUTES "gpt2"
 
 # ---------------------------------------------------------------- your numbers (custom mode)
-# Leave any of them out. None means: worked out for you from the model and the text.
+# Leave any of them out. None means: chosen by MINUTES, or without it worked out from the model and
+# the text, or the value that the comment names.
 custom_params = {
     "num_epochs": 3,  # how often to read through the text: 1 or more
     "max_steps": None,  # end after this many optimizer steps, whatever num_epochs says
     "time_budget_minutes": None,  # a run of this length, in place of num_epochs
-    "batch_size": 8,  # windows at a time: 1 or more
-    "gradient_accumulation_steps": 1,  # a step sums up the gradients of so many batches
-    "optimizer": "adamw",  # "adamw", or "muon": learns more in a step, which takes longer
+    "batch_size": None,  # windows at a time: 1 or more;  None: 8
+    "gradient_accumulation_steps": None,  # batches whose gradients a step sums up;  None: 1
+    # "adamw", or "muon": learns more in a step, which takes longer;  None: "adamw"
+    "optimizer": None,
     "learning_rate": None,  # peak step size, 0.0001 to 0.01 as a rule; wide models want less
     "embedding_rate": None,  # the peak for embeddings, head and norms;  None: learning_rate
-    "schedule": "cosine",  # the rate after warm-up: "cosine", "wsd" (stays, then falls), "constant"
+    # the rate after warm-up: "cosine", "wsd" (stays, then falls), "constant";  None: "cosine"
+    "schedule": None,
     "warmup_steps": None,  # steps in which the rate rises to its peak: 0 or more
-    "decay_share": 0.2,  # share of the run in which the rate of "wsd" falls: above 0 to 1
-    "final_rate": 0.1,  # share of the peak at which "cosine" and "wsd" end: 0 to 1
-    "beta2": 0.95,  # memory of AdamW for squared gradients: above 0, below 1
-    "weight_decay": 0.1,  # pull of the matrices towards zero: 0 to 10
-    "decay_embeddings": False,  # True: pull the embeddings towards zero too
+    "decay_share": None,  # share of the run in which "wsd" falls: above 0 to 1;  None: 0.2
+    "final_rate": None,  # share of the peak where "cosine" and "wsd" end: 0 to 1;  None: 0.1
+    "beta2": None,  # memory of AdamW for squared gradients: above 0, below 1;  None: 0.95
+    "weight_decay": None,  # pull of the matrices towards zero: 0 to 10;  None: 0.1
+    "decay_embeddings": None,  # True: pull the embeddings towards zero too;  None: False
     "max_grad_norm": 1.0,  # longer gradients are cut to this length; 0 never cuts
     "max_length": None,  # tokens the model sees at once: 1 or more; None: as config.json says
     "stride": None,  # tokens from one window's start to the next; None: max_length, no overlap
-    "sampling": "windows",  # "windows": each in turn, shuffled;  "random": cut anywhere, each step
-    "shift_windows": False,  # True: "windows" begin at another token each epoch
+    # "windows": each in turn, shuffled;  "random": cut anywhere, each step;  None: "windows"
+    "sampling": None,
+    "shift_windows": None,  # True: "windows" begin at another token each epoch;  None: False
     "train_ratio": 0.9,  # share of the text to train on, the rest validates: between 0 and 1
     "eval_freq": None,  # evaluate every so many steps: 1 or more
     "eval_iter": 10,  # batches in an evaluation: 1 or more
@@ -60,7 +70,7 @@ custom_params = {
 
 # ---------------------------------------------------------------- text after training
 sampling_params = {
-    "max_new_tokens": 50,  # tokens in each sample
+    "max_new_tokens": 50,  # tokens in each sample;  None: as many as make some 300 characters
     "temperature": 0.8,  # 0: always the likeliest token; higher: bolder
     "top_k": 50,  # the top-k sample draws from the k likeliest tokens;  None: from all
     "top_p": 0.9,  # the top-p sample draws from the likeliest that sum to p: 0 to 1;  None: all

@@ -3,6 +3,7 @@
 import dataclasses
 import gc
 import sys
+import time
 import weakref
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,15 +14,23 @@ from torch.utils.data import DataLoader
 from data import TokenSlice, WindowPlan, make_loaders, measure_tokens, plan_windows
 from distributed.parallel import Parallel, join
 from engine.console import in_kernel, say
-from engine.errors import DataError, ResourceError, first_line
+from engine.errors import ResourceError, RunFinished
 from engine.memory import as_bytes
 from engine.metrics import TokenSize
-from engine.optim import Rules, build_optimizer, default_learning_rate
+from engine.optim import Rules, build_optimizer
 from engine.precision import Precision
 from engine.processor import prepare_processor
 from exchange.saved_run import LoadedRun, load_run  # noqa: F401  users import them from here
 from model import GPTModel
-from planning.decisions import KeptPrecision, RunRecord, decide_training, keep_identity
+from planning.decisions import (
+    KeptPrecision,
+    RunRecord,
+    complete_training,
+    decide_recipe,
+    decide_training,
+    find_deadline,
+    keep_identity,
+)
 from planning.machine import (
     Machine,
     check_arithmetic,
@@ -34,13 +43,23 @@ from planning.machine import (
     set_attention,
 )
 from planning.plan import RunPlan, resolve_settings
-from planning.preflight import show_machine, show_model, show_text, show_training, show_windows
+from planning.preflight import (
+    show_card,
+    show_machine,
+    show_model,
+    show_text,
+    show_training,
+    show_windows,
+)
 from planning.prompt import fit_prompt
-from planning.runs import Candidates, SettledRun, differs, find_candidates, settle_run
+from planning.recipe import MachineFacts
+from planning.runs import Candidates, SettledRun, find_candidates, settle_run
 from planning.settings_file import read_given_settings
+from planning.speed import measure_speed
 from planning.trial import Compiled, Trial, try_out
 from storage.cache import usable_cache
 from storage.tracking import check_trackers
+from text.facts import TextFacts, find_facts
 from text.sources import parse_data
 from text.token_cache import TokenizedText, tokenize
 from text.tokenizer import Tokenizer
@@ -77,7 +96,9 @@ class RuntimeEnv:
         return self.learner.precision
 
 
-def prepare_environment(settings: str | Path | None = None) -> RuntimeEnv:
+def prepare_environment(
+    settings: str | Path | None = None, *, began_at: float | None = None
+) -> RuntimeEnv:
     """Build a run from config_run.py, or from another settings file of the same shape.
 
     Reads config_run when called, so a script may set its attributes first. Writes only downloads
@@ -85,18 +106,20 @@ def prepare_environment(settings: str | Path | None = None) -> RuntimeEnv:
     weights until train() loads the checkpoint. Under torchrun every process calls it and gets its
     share of the batches. Raises SettingsError with every wrong setting, DataError for the text,
     ResourceError for the device, CheckpointError if a named run can't be resumed, RunFinished if
-    nothing is left to do.
+    nothing is left to do or DRY_RUN is set. MINUTES count from began_at, by time.perf_counter();
+    None: from this call.
     """
+    began_at = time.perf_counter() if began_at is None else began_at
     _free_earlier_runs()
     prepare_processor()
     parallel = join()
     with parallel.watched():
-        env = _prepare(settings, parallel)
+        env = _prepare(settings, parallel, began_at)
     _earlier_models.add(env.model)
     return env
 
 
-def _prepare(settings: str | Path | None, parallel: Parallel) -> RuntimeEnv:
+def _prepare(settings: str | Path | None, parallel: Parallel, began_at: float) -> RuntimeEnv:
     plan = resolve_settings(*read_given_settings(settings))
     check_trackers(plan.run.TRACKING)
     parallel.require_same(**plan.as_words())
@@ -104,38 +127,36 @@ def _prepare(settings: str | Path | None, parallel: Parallel) -> RuntimeEnv:
     candidates = parallel.from_main(lambda: _find_candidates(plan, parallel))
     machine = find_machine(plan, cache := usable_cache(), parallel)
     show_machine(machine, plan)
+    plan, candidates = _choose_recipe(plan, candidates, machine, cache)
 
     text = _read_text(plan, candidates, cache, parallel)
     run = settle_run(candidates, text.tokenizer.fingerprint, text.sha256)
     asked = decide_training(plan, machine.device, text.n_tokens, run.before)
+    deadline = find_deadline(plan, asked, began_at)
     asked, about_prompt = fit_prompt(asked, text)
     windows, about_windows = _cut(text, plan, asked)
     machine = decide_machine(machine, plan, asked, windows, run.before)
 
     model = fresh_model(plan, asked, windows, text.tokenizer.vocab_size, machine)
-    show_model(plan.model_name, model)
+    show_model(plan, model)
     set_attention(model, machine, plan, asked, windows, run.before)
     machine = fit_into_memory(machine, model, asked, windows)
     train_loader, val_loader = _make_loaders(text, plan, asked, windows, machine)
     token_size = measure_tokens(val_loader.dataset.tokens, text.tokenizer)
     plan = dataclasses.replace(plan, sampling=plan.sampling.fitted(token_size))
     machine = check_arithmetic(machine, model, train_loader)
-    rate = asked.learning_rate or default_learning_rate(model.config.emb_dim, asked.optimizer)
-    asked = dataclasses.replace(asked, learning_rate=rate)
-    optimizer = _build_optimizer(model, asked, rate)
-
+    notices = [*about_prompt, *about_windows, *machine.notices]
+    if plan.run.DRY_RUN:
+        raise _end_dry_run(run, plan, asked, windows, train_loader, notices)
+    optimizer = _build_optimizer(model, asked)
     trial = Trial.of(machine, model, optimizer, train_loader)
-    compiled, training, about_trial = try_out(plan, asked, windows, trial, run.before)
-    adapted = [*about_prompt, *about_windows, *machine.notices, *about_trial]
-    record = _make_record(
-        plan, candidates, text, trial, training, compiled=compiled, adapted=adapted
-    )
+    compiled, training, more = try_out(plan, asked, windows, trial, run.before, deadline=deadline)
+    adapted = [*notices, *more]
+    record = _record(plan, candidates, text, trial, training, compiled=compiled, adapted=adapted)
 
-    show_training(record)
-    show_windows(text, windows, model)
-    batch = [part.to(machine.device) for part in train_loader.dataset.__getitems__([0])]
-    check_devices(model, optimizer, batch, machine.device)
-    say(f"✓ Device consistency verified (using {machine.device})")
+    show_training(plan.mode, training, record.total_steps, adapted)
+    show_windows(plan, text, windows, model)
+    _verify_devices(model, optimizer, train_loader, machine.device)
     return RuntimeEnv(
         device=machine.device,
         model=model,
@@ -145,7 +166,7 @@ def _prepare(settings: str | Path | None, parallel: Parallel) -> RuntimeEnv:
         train_config=training,
         tokenizer=text.tokenizer,
         learner=trial.learner_of_the_run(),
-        run=_run_folder(run, record, text, windows),
+        run=_run_folder(run, record, text, windows, deadline),
         token_size=token_size,
     )
 
@@ -200,14 +221,39 @@ def _make_loaders(
     )
 
 
-def _build_optimizer(
-    model: GPTModel, asked: TrainingConfig, learning_rate: float
-) -> torch.optim.Optimizer:
+def _build_optimizer(model: GPTModel, asked: TrainingConfig) -> torch.optim.Optimizer:
+    assert asked.learning_rate is not None, "decide_training() sets it"
     rules = Rules(asked.embedding_rate, asked.decay_embeddings, asked.beta2)
-    return build_optimizer(asked.optimizer, model, learning_rate, asked.weight_decay, rules)
+    return build_optimizer(asked.optimizer, model, asked.learning_rate, asked.weight_decay, rules)
 
 
-def _make_record(
+def _end_dry_run(
+    run: SettledRun,
+    plan: RunPlan,
+    asked: TrainingConfig,
+    windows: WindowPlan,
+    loader: DataLoader,
+    notices: list[str],
+) -> RunFinished:
+    """Print what DRY_RUN leaves undone; the exception that ends it."""
+    total_steps = None
+    if asked.time_budget_minutes is None or asked.max_steps is not None:
+        total_steps = plan.count_steps(asked, loader.batch_sampler.n_steps)
+    training, about_steps = complete_training(asked, windows, total_steps)
+    show_training(plan.mode, training, total_steps, notices + about_steps)
+    does = "begins this run" if run.before is None else f"goes on with {run.path}"
+    return RunFinished(f"DRY_RUN is True: nothing was trained or saved. DRY_RUN = False {does}.")
+
+
+def _verify_devices(
+    model: GPTModel, optimizer: torch.optim.Optimizer, loader: DataLoader, device: torch.device
+) -> None:
+    batch = [part.to(device) for part in loader.dataset.__getitems__([0])]
+    check_devices(model, optimizer, batch, device)
+    say(f"✓ Device consistency verified (using {device})")
+
+
+def _record(
     plan: RunPlan,
     candidates: Candidates,
     text: TokenizedText,
@@ -229,6 +275,7 @@ def _make_record(
         model_name=plan.model_name,
         model=learner.model.config,
         training=training,
+        choice=plan.choice,
         sampling=plan.sampling,
         device=learner.device.type if parallel.world > 1 else str(learner.device),
         ranks=parallel.world,
@@ -269,41 +316,59 @@ def _find_candidates(plan: RunPlan, parallel: Parallel) -> Candidates:
     )
 
 
+def _choose_recipe(
+    plan: RunPlan, candidates: Candidates, machine: Machine, cache: Path
+) -> tuple[RunPlan, Candidates]:
+    """With MINUTES, the plan with its recipe, and those candidates whose text is this one."""
+    fixed, minutes, parallel = plan.fixed, plan.run.MINUTES, machine.parallel
+    if fixed is None or minutes is None:
+        return plan, candidates
+    spec, ratio = parse_data(plan.run.DATA), plan.training.train_ratio
+    stand_in = candidates.stand_in(plan.data)
+
+    def find() -> TextFacts:
+        return find_facts(spec, ratio, cache, tokenizer=fixed.tokenizer, stand_in=stand_in)
+
+    with candidates.naming_the_run(plan.data):
+        facts = parallel.from_main(find)
+    candidates = candidates.with_text(facts.fingerprint)
+    before, ranks = candidates.likeliest, parallel.world
+
+    def measure() -> MachineFacts:
+        return measure_speed(machine, minutes)
+
+    decided = parallel.from_main(lambda: decide_recipe(plan, facts, measure, before, ranks))
+    show_card(decided)
+    return decided, candidates
+
+
 def _read_text(
     plan: RunPlan, candidates: Candidates, cache: Path, parallel: Parallel
 ) -> TokenizedText:
     """The text as tokens; with the DATA of the likeliest candidate, only that run's own text."""
-    spec = parse_data(plan.run.DATA)
-    before = candidates.likeliest
-    if before is not None and before.settings["DATA"] != plan.data:
-        before = None
-    stand_in = None if before is None else before.stood_in
+    spec, tokenizer, ratio = parse_data(plan.run.DATA), plan.tokenizer, plan.training.train_ratio
+    stand_in = candidates.stand_in(plan.data)
+    assert tokenizer is not None, "decide_recipe() sets it"
 
     def read(stand_in: bool | None) -> TokenizedText:
-        ratio = plan.training.train_ratio
-        return tokenize(spec, plan.run.TOKENIZER, ratio, cache, stand_in=stand_in)
+        return tokenize(spec, tokenizer, ratio, cache, stand_in=stand_in)
 
-    try:
+    with candidates.naming_the_run(plan.data):
         # other ranks usually find the main rank's tokens in the cache
         first = parallel.on_main(lambda: read(stand_in))
         stood_in = parallel.broadcast(None if first is None else first.stood_in)
         text = parallel.local_first(lambda: first or read(stood_in))
-    except DataError as error:
-        if candidates.runs and candidates.runs[0].is_finished:
-            raise differs(candidates.runs[0], [f"text: {first_line(error)}"]) from error
-        if before is None:
-            raise
-        raise DataError(
-            f"{error}\nThe unfinished run {candidates.runs[0].path} goes on with this text only; "
-            "RESUME = False begins a new one."
-        ) from error
     show_text(text, spec)
     parallel.require_same(text=text.sha256, tokenizer=text.tokenizer.fingerprint)
     return text
 
 
 def _run_folder(
-    run: SettledRun, record: RunRecord, text: TokenizedText, windows: WindowPlan
+    run: SettledRun,
+    record: RunRecord,
+    text: TokenizedText,
+    windows: WindowPlan,
+    deadline: float | None,
 ) -> RunFolder:
     notes: list[str] = []
     if run.before is not None:
@@ -327,4 +392,5 @@ def _run_folder(
         data=data,
         tokenizer_file=text.tokenizer_file,
         notes=[*run.notes, *notes],
+        deadline=deadline,
     )

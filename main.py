@@ -6,6 +6,7 @@ import os
 import signal
 import sys
 import threading
+import time
 import traceback
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,6 +22,7 @@ import torch
 from distributed.parallel import ALONE, join
 from distributed.sharding import whole
 from distributed.signals import StopSignals
+from engine.clock import process_began_at
 from engine.console import complain, report_failure, say, use_utf8
 from engine.errors import (
     BusyError,
@@ -44,16 +46,20 @@ from training.spacing import Spacing, most_final_batches
 LINE = "=" * 70
 
 
-def main(arguments: list[str]) -> int:
-    """Run the pipeline; returns the exit code (see engine/errors.py)."""
+def main(arguments: list[str], *, began_at: float | None = None) -> int:
+    """Run the pipeline; returns the exit code (see engine/errors.py).
+
+    MINUTES count from began_at, by time.perf_counter(); None: from this call.
+    """
     use_utf8()
+    began_at = time.perf_counter() if began_at is None else began_at
     env, parallel = None, ALONE
     try:
         parallel = join()
         with parallel.watched():
             settings = _settings_file(arguments)
             say(f"{LINE}\nGPT Model Training Pipeline\n{LINE}")
-            env = prepare_environment(settings)
+            env = prepare_environment(settings, began_at=began_at)
             with _no_more_worker_errors():
                 run_pipeline(env)
     except RunFinished as finished:
@@ -232,4 +238,4 @@ def _settings_file(arguments: list[str]) -> str | None:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main(sys.argv[1:], began_at=process_began_at()))

@@ -40,20 +40,32 @@ from engine.randomness import random_state, set_random_state
 from engine.settings import find_problems, raise_if_any, shown
 from environment import RuntimeEnv
 from generation import generate, text_to_token_ids
+from planning.trial import Budget, Costs, Trial, expected_save_s, usable_seconds
 from storage.checkpoint import BestWeights, CheckpointStore, SaveClock, copy_weights, load_weights
 from storage.tracking import open_trackers
 from text.tokenizer import Tokenizer
 from training.journal import PICTURE, History, Journal
 from training.learner import Learner, Step, count_steps, steps_between
+from training.pace import (
+    BY_HEART,
+    LATE_SHARE,
+    TIME,
+    NewPlan,
+    first_review,
+    forecast_loss,
+    learns_by_heart,
+    plan_for_time,
+    plan_to_end,
+)
 from training.run_folder import RunFolder
-from training.spacing import SAMPLE_TOKENS, Allowance, Spacing
+from training.spacing import SAMPLE_EVERY, SAMPLE_TOKENS, SAMPLES_A_RUN, Allowance, Spacing
 from training_utils import TrainingConfig, as_prompts
 
 DRAWN = {"temperature": 0.8, "top_k": 50}  # greedy text of a young model repeats one token
 SAMPLE_SEED = 123
 SAMPLE_CHARACTERS = 1000  # of a prompt and its continuation; longer texts are cut at the front
-# at evaluations within epochs: every 100 steps or more, ten a run
-SAMPLE_EVERY, SAMPLES_A_RUN = 100, 10
+WORTH_SAYING = 0.02  # of the steps, that a new plan adds or takes
+UNSEEN_PICTURE_S = 0.3  # where none was drawn yet
 MOST_SKIPPED = 10  # steps in a row
 # from one try to save the end of a run to the next, where the disk refuses: four minutes in all
 END_WAITS_S = (1, 2, 4, 8, 16, 32, 64, 128)
@@ -72,6 +84,9 @@ class LoopPlan:
     prompts: list[str]  # of samples
     patience: int | None = None  # evaluations without a better one, then the run ends
     former_end: int | None = None  # the last step of a run that was made longer since
+    budget: Budget | None = None  # the run's time, by which its steps are planned anew, once
+    stops_by_heart: bool = False  # ends a run that only learns its text by heart
+    to_come: tuple[NewPlan, ...] = ()  # new plans that an earlier process has recorded
 
 
 def training_loop(trainer: "Trainer", train_loader: DataLoader, val_loader: DataLoader) -> None:
@@ -83,18 +98,26 @@ def training_loop(trainer: "Trainer", train_loader: DataLoader, val_loader: Data
     evaluates, so that a resumed run has at most one evaluation to catch up on. Raises Stopped after
     a signal, at a step's end.
     """
-    learner, journal, plan = trainer.learner, trainer.journal, trainer.plan
+    learner, journal = trainer.learner, trainer.journal
     steps_per_epoch = count_steps(train_loader)
-    spacing = Spacing(plan.total_steps, steps_per_epoch, plan.eval_freq)
+
+    def spacing() -> Spacing:
+        return Spacing(trainer.plan.total_steps, steps_per_epoch, trainer.plan.eval_freq)
 
     def evaluate_where_due() -> None:
-        step = trainer.steps
+        step, plan = trainer.steps, trainer.plan
         run_ends = step in (plan.total_steps, plan.former_end)
-        epoch_ends = run_ends or spacing.ends_epoch(step)
-        if journal.has_evaluated() or not (epoch_ends or spacing.is_due(step)):
+        epoch_ends = run_ends or spacing().ends_epoch(step)
+        if (
+            journal.has_evaluated()
+            or trainer.is_planned()
+            or not (epoch_ends or spacing().is_due(step))
+        ):
             return
         trainer.look_at(journal.pause())
+        began_at = time.perf_counter()
         losses = [trainer.evaluate(loader) for loader in (train_loader, val_loader)]
+        journal.spent.note("evaluation", time.perf_counter() - began_at)
         epoch = -(-step // steps_per_epoch) if epoch_ends and step > 0 else None
         journal.evaluation(epoch, *losses)
         trainer.keep_best()
@@ -104,31 +127,37 @@ def training_loop(trainer: "Trainer", train_loader: DataLoader, val_loader: Data
         elif trainer.may_sample() and (epoch_ends or journal.steps_since_sample >= since_sample):
             trainer.sample(f"After epoch {epoch}" if epoch_ends else f"After step {step}")
 
+    def end_step() -> None:
+        evaluate_where_due()
+        trainer.plan_anew_where_due()
+        trainer.forecast_where_due()
+
     def is_over() -> bool:
+        plan = trainer.plan
         out_of_patience = plan.patience is not None and journal.history.since_best >= plan.patience
         return trainer.steps >= plan.total_steps or out_of_patience
 
     learner.model.train()
     learner.optimizer.zero_grad()  # the caller's gradients
-    evaluate_where_due()
+    end_step()
     while not is_over():
-        first, last, label = spacing.bar_at(trainer.steps)
+        bar = first, last, label = spacing().bar_at(trainer.steps)
         steps = steps_between(train_loader, trainer.steps, last)
         for taken in track(steps, last - first, label, trainer.steps - first):
             trainer.stop.check()
-            if is_over():
+            if is_over() or spacing().bar_at(trainer.steps) != bar:
                 break
-            if plan.schedule is not None:
-                set_learning_rate(learner.optimizer, learning_rate_at(trainer.steps, plan.schedule))
+            if (schedule := trainer.plan.schedule) is not None:
+                set_learning_rate(learner.optimizer, learning_rate_at(trainer.steps, schedule))
             loss, grad_norm = trainer.step(taken)
             trainer.steps += 1
             rate = learner.optimizer.param_groups[0]["lr"]
             trainer.look_at(journal.step(trainer.steps, loss, grad_norm, taken.n_targets, rate))
             trainer.save_where_due()
             if trainer.steps < last:
-                evaluate_where_due()
+                end_step()
         trainer.stop.check()
-        evaluate_where_due()  # below the progress bar
+        end_step()  # below the progress bar
 
 
 @dataclass
@@ -187,6 +216,8 @@ class Trainer:
         self.parallel = self.learner.parallel
         self.stop = StopSignals(self.parallel)
         self.skipped = SkippedSteps(self.learner.precision.scales_loss)
+        self.planned: list[NewPlan] = []  # the new plans that are followed
+        self._is_late = False  # for a new plan by time
         self._step_began_at = 0.0
         self._samples = Allowance()
         if self.saving is not None and self.saving.run is not None:
@@ -224,6 +255,7 @@ class Trainer:
         self.journal.note_sample(label, texts)
         took_s = time.monotonic() - began_at
         self._samples.spend(took_s)
+        self.journal.spent.note("sample", took_s)
         self.journal.leave_out(took_s)
 
     def keep_best(self) -> None:
@@ -241,7 +273,10 @@ class Trainer:
         is_last = self.steps == self.plan.total_steps
         is_due = self.saving is not None and (is_last or self.saving.clock.is_due(self.steps))
         step_s = time.monotonic() - self._step_began_at
-        if self.stop.agree(is_due, step_s=step_s) == [True]:
+        budget = self.plan.budget
+        is_late = budget is not None and self.journal.elapsed_s > LATE_SHARE * budget.seconds
+        saves, self._is_late = map(bool, self.stop.agree(is_due, is_late, step_s=step_s))
+        if saves:
             assert self.saving is not None
             try:
                 self.save()
@@ -251,6 +286,92 @@ class Trainer:
                 say(
                     f"Note: {first_line(error)} Training goes on; the next try is in {wait_s:.0f} s"
                 )
+
+    def plan_anew_where_due(self) -> None:
+        """Plan the run anew after this step's evaluation, by its time or where it learns by heart;
+        or as recorded by an earlier process. Collective."""
+        plan = self.plan
+        if plan.schedule is None or not 0 < self.steps < plan.total_steps or self.is_planned():
+            return
+        if plan.to_come:
+            if plan.to_come[0].after_step == self.steps:
+                self.plan = replace(plan, to_come=plan.to_come[1:])
+                self._follow(plan.to_come[0])
+            return
+        new = self._plan_for_time(plan.schedule) or self._plan_by_heart(plan.schedule)
+        if new is None:
+            return
+        if self.saving is not None and self.saving.run is not None:
+            try:
+                self.saving.run.note_plan(new, self.parallel.on_main)
+            except ResourceError as error:
+                self._require_folder(error)
+                say(f"Note: {first_line(error)} The run keeps its {plan.total_steps:,} steps")
+                self.plan = replace(plan, budget=None, stops_by_heart=False)
+                return
+        self._follow(new)
+        say_new_plan(new, self.journal)
+
+    def forecast_where_due(self) -> None:
+        """Tell what is expected of a run of so many minutes where its decay begins, once."""
+        plan, history = self.plan, self.journal.history
+        schedule = plan.schedule
+        if schedule is None or schedule.kind != "wsd" or plan.budget is None:
+            return
+        if self.steps != plan.total_steps - schedule.decay_steps or history.forecast is not None:
+            return
+        if any(new.why == BY_HEART for new in self.planned):
+            return
+        first = sum(step <= schedule.warmup_steps for step in history.steps)
+        steps, losses = history.steps[first:], history.val_losses[first:]
+        if found := forecast_loss(steps, losses, schedule):
+            self.journal.note_forecast(*found)
+
+    def is_planned(self) -> bool:
+        """Whether the run was planned anew after this step, and what was due there is done."""
+        return bool(self.planned) and self.planned[-1].after_step == self.steps
+
+    def _follow(self, new: NewPlan) -> None:
+        self.planned.append(new)
+        schedule = new.apply(self.plan.schedule)
+        self.plan = replace(self.plan, total_steps=new.total_steps, schedule=schedule)
+        self.journal.plan_anew(new.total_steps)
+
+    def _plan_for_time(self, schedule: Schedule) -> NewPlan | None:
+        """The plan with the steps for which there is time, at a quarter of the run, once."""
+        plan, journal = self.plan, self.journal
+        review = first_review(plan.total_steps, schedule)
+        if plan.budget is None or self.planned or review is None:
+            return None
+        decays = schedule.kind == "wsd" and self.steps > plan.total_steps - schedule.decay_steps
+        if decays or (self.steps < review and not self._is_late):
+            return None
+        self.look_at(journal.fetch())  # waits for the device
+        budget, spent = plan.budget, journal.spent
+        costs = Costs(
+            step=journal.step_s,
+            batch=spent.mean("evaluation") / budget.batches_of_one(plan.eval_iter),
+            token=spent.mean("sample") / SAMPLE_TOKENS,
+            picture=spent.mean("picture", budget.costs.picture),
+            save=spent.mean("save", budget.costs.save),
+        )
+        left = replace(budget, seconds=budget.seconds - journal.elapsed_s, costs=costs)
+        steps = left.steps_after(self.steps, plan.eval_freq, plan.eval_iter)
+        now = max(self.parallel.broadcast(steps), schedule.warmup_steps + 1)
+        return plan_for_time(self.steps, plan.total_steps, now, schedule)
+
+    def _plan_by_heart(self, schedule: Schedule) -> NewPlan | None:
+        """The plan that ends a run which only learns its text by heart, after an evaluation."""
+        history = self.journal.history
+        is_asked = self.plan.stops_by_heart and self.journal.has_evaluated()
+        if not is_asked or self.steps <= schedule.warmup_steps:
+            return None
+        before = [plan.after_step for plan in self.planned if plan.why == BY_HEART]
+        since = sum(0 < step <= max(before, default=0) for step in history.steps)
+        # without the evaluation of the untrained model
+        if not learns_by_heart(history.train_losses[1:], history.val_losses[1:], since):
+            return None
+        return plan_to_end(self.steps, schedule)
 
     def insist(self, write: Callable[[], None]) -> None:
         """Write at the end of a run; where the disk refuses, try again for sum(END_WAITS_S).
@@ -298,11 +419,15 @@ class Trainer:
             "scaler": learner.scaler.state_dict(),
             "schedule": vars(self.plan.schedule),
             "total_steps": self.plan.total_steps,
+            "new_plans": [new.to_json() for new in self.planned],
+            "budget_s": None if self.plan.budget is None else self.plan.budget.seconds,
         }
         saving.store.save(self.steps, learner.model, learner.optimizer, state, saving.best)
         saving.last_step = self.steps
         saving.clock.note(began_at)
-        self.journal.leave_out(time.monotonic() - began_at)
+        took_s = time.monotonic() - began_at
+        self.journal.leave_out(took_s)
+        self.journal.spent.note("save", took_s)
 
     def restore(self) -> None:
         """Resume from the newest checkpoint, if there is one; CheckpointError if all are bad."""
@@ -335,9 +460,24 @@ class Trainer:
         schedule = Schedule(**state["schedule"])
         # after the checkpoint at its former end, the run has yet to make its last evaluation
         former_end = self.steps if self.steps == state["total_steps"] else None
-        if self.plan.total_steps > state["total_steps"]:
-            schedule = extend_schedule(schedule, self.plan.total_steps, self.steps)
-        self.plan = replace(self.plan, schedule=schedule, former_end=former_end)
+        plan, budget = self.plan, self.plan.budget
+        self.planned = [NewPlan(**new) for new in state["new_plans"]]
+        to_come = tuple(new for new in plan.to_come if new not in self.planned)
+        # a new plan that the checkpoint follows may be shorter than the one before
+        total = plan.total_steps if to_come == plan.to_come else state["total_steps"]
+        if total > state["total_steps"]:
+            schedule = extend_schedule(schedule, total, self.steps)
+        if budget is not None and state["budget_s"] is not None:
+            budget = replace(budget, seconds=state["budget_s"])
+        self.plan = replace(
+            plan,
+            total_steps=total,
+            schedule=schedule,
+            former_end=former_end,
+            budget=budget,
+            to_come=to_come,
+        )
+        self.journal.plan_anew(total)
 
     def use_best(self) -> None:
         """Load the best weights into the model."""
@@ -387,20 +527,12 @@ def _train(env: RuntimeEnv) -> Journal:
         token_size=env.token_size,
     )
     saving = Saving(run, store, SaveClock(config.save_every, config.save_minutes))
-    assert config.eval_freq  # try_out() has completed it
-    plan = LoopPlan(
-        total_steps=record.total_steps,
-        eval_freq=config.eval_freq,
-        eval_iter=config.eval_iter,
-        max_grad_norm=config.max_grad_norm,
-        schedule=_schedule_of(config, record.total_steps),
-        prompts=config.prompts,
-        patience=config.patience,
-    )
-    trainer = Trainer(env.learner, journal, env.tokenizer, plan, saving)
+    trainer = Trainer(env.learner, journal, env.tokenizer, _plan_loop(env), saving)
     trainer.restore()
     if run.goes_on or trainer.steps > 0:
-        say(f"Resuming {run.path}: {trainer.steps:,} of {plan.total_steps:,} steps are done")
+        say(
+            f"Resuming {run.path}: {trainer.steps:,} of {trainer.plan.total_steps:,} steps are done"
+        )
     trackers = parallel.only_main(record.settings["TRACKING"]) or []
     journal.trackers = open_trackers(trackers, run.path, record.run_id, run.settings, trainer.steps)
     try:
@@ -410,22 +542,87 @@ def _train(env: RuntimeEnv) -> Journal:
     finally:
         journal.close()
     history = journal.history
-    if trainer.steps < plan.total_steps:
+    best_step = history.steps[history.best]
+    if trainer.steps < trainer.plan.total_steps:
         say(
             f"Stopped early: {config.patience} evaluations in a row have not been better than "
-            f"that of step {history.steps[history.best]}"
+            f"that of step {best_step}"
+        )
+    elif trainer.planned and trainer.planned[-1].why == BY_HEART:
+        say(
+            "Stopped early, as the model began to learn its text by heart; the best weights, of "
+            f"step {best_step}, are used from here on"
         )
     if history.has_diverged:
-        losses, best = history.train_losses, history.steps[history.best]
+        losses = history.train_losses
         say(
             f"Warning: training diverged: the training loss rose from {losses[0]:.4g} to "
-            f"{losses[-1]:.4g}; the best weights, of step {best}, are used from here on"
+            f"{losses[-1]:.4g}; the best weights, of step {best_step}, are used from here on"
         )
-    if config.patience is not None or history.has_diverged:
+    if config.patience is not None or history.has_diverged or trainer.plan.stops_by_heart:
         trainer.use_best()
     journal.complete_picture()
     show_picture(run.path / PICTURE)
     return journal
+
+
+def _plan_loop(env: RuntimeEnv) -> LoopPlan:
+    """The plan that a run begins with, and those that earlier processes made on its way."""
+    run, config = env.run, env.train_config
+    record, to_come = run.record, tuple(run.new_plans)
+    total_steps = to_come[0].steps_before if to_come else record.total_steps
+    assert config.eval_freq  # try_out() has completed it
+    return LoopPlan(
+        total_steps=total_steps,
+        eval_freq=config.eval_freq,
+        eval_iter=config.eval_iter,
+        max_grad_norm=config.max_grad_norm,
+        schedule=_schedule_of(config, total_steps),
+        prompts=config.prompts,
+        patience=config.patience,
+        budget=_budget_until(run.deadline, env),
+        stops_by_heart=record.mode == "auto",
+        to_come=to_come,
+    )
+
+
+def _budget_until(deadline: float | None, env: RuntimeEnv) -> Budget | None:
+    """The time of a run that ends at a deadline, in seconds from now; None without one."""
+    record, config = env.run.record, env.train_config
+    minutes = config.time_budget_minutes
+    if deadline is None or minutes is None or record.asked.training.max_steps is not None:
+        return None
+    assert record.sampling.max_new_tokens is not None  # fitted() to the text
+    seconds = usable_seconds(deadline, 60 * minutes, env.parallel)
+    costs = Costs(0.0, 0.0, 0.0, UNSEEN_PICTURE_S, expected_save_s(env.model))
+    return Budget(
+        seconds,
+        costs,
+        record.steps_per_epoch,
+        (Trial.count_batches(env.train_loader), Trial.count_batches(env.val_loader)),
+        3 * record.sampling.max_new_tokens,  # main draws three samples
+        config.save_minutes,
+    )
+
+
+def say_new_plan(new: NewPlan, journal: Journal) -> None:
+    """Say in a line what changes, unless it is hardly anything."""
+    was, now = new.steps_before, new.total_steps
+    if new.why == TIME:
+        if abs(now - was) > WORTH_SAYING * was:
+            say(
+                f"Note: after step {new.after_step:,} the run is planned anew: {now:,} steps "
+                f"instead of {was:,}, at the {journal.step_s:.2g} s that a step took so far"
+            )
+        return
+    history = journal.history
+    then = "the run ends here"
+    if now > new.after_step:
+        then = f"the learning rate falls from here on, and the run ends after step {now:,}"
+    say(
+        f"Note: after step {new.after_step:,} the validation text gains nothing more and the model "
+        f"begins to learn by heart: {then} (best so far: step {history.steps[history.best]:,})"
+    )
 
 
 def _schedule_of(config: TrainingConfig, total_steps: int) -> Schedule:

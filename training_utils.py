@@ -129,14 +129,17 @@ class CustomTrainingConfig(TrainingConfig):
             raise_if_any([f"it is {shown(given)}; it must be a dict {{...}}"], "custom_params")
         arguments, problems, _ = read_custom_params(given, "custom_params")
         raise_if_any(problems, "custom_params")
-        return cls(**arguments)
+        return cls(**with_defaults(arguments))
 
     def update(self, **changes: Any) -> None:
-        """Change settings, or none and raise SettingsError; model fields add to model_overrides."""
+        """Change settings, or none and raise SettingsError; model fields add to model_overrides.
+
+        None sets the default.
+        """
         arguments, problems, _ = read_custom_params(changes, "")
         raise_if_any(problems, type(self).__name__)
         arguments["model_overrides"] = self.model_overrides | arguments["model_overrides"]
-        changed = type(self)(**(self.to_dict() | arguments))
+        changed = type(self)(**with_defaults(self.to_dict() | arguments))
         for name, value in vars(changed).items():
             object.__setattr__(self, name, value)  # frozen against everything but this
 
@@ -151,10 +154,12 @@ def read_custom_params(
 ) -> tuple[dict[str, Any], list[str], list[str]]:
     """Translate a dict, which messages call `place`, to TrainingConfig's arguments.
 
-    Model fields go into model_overrides. Returns the arguments, every problem and every notice.
+    Model fields go into model_overrides. Returns the arguments, in which None stands for what is
+    not set, every problem and every notice.
     """
     given = dict(given)
-    overrides = given.pop("model_overrides", {})
+    overrides = given.pop("model_overrides", None)
+    overrides = {} if overrides is None else overrides
     overrides_place = f'{place}["model_overrides"]' if place else "model_overrides"
     misplaced = []
     if not isinstance(overrides, dict):
@@ -165,6 +170,17 @@ def read_custom_params(
         [(place, given), (overrides_place, overrides)], [*training, *MODEL_SETTINGS]
     )
     arguments = {name: value for name, value in values.items() if name in training}
-    problems += find_problems(TrainingConfig, arguments, lambda name: labels.get(name, name))
+    filled = with_defaults(arguments)
+    problems += find_problems(TrainingConfig, filled, lambda name: labels.get(name, name))
     arguments["model_overrides"] = {n: v for n, v in values.items() if n in MODEL_SETTINGS}
     return arguments, misplaced + problems, notices
+
+
+def with_defaults(arguments: dict[str, Any]) -> dict[str, Any]:
+    """TrainingConfig's arguments, its default in place of each None; model fields of None go."""
+    defaults: dict[str, Any] = {f.name: f.default for f in dataclasses.fields(TrainingConfig)}
+    filled = {name: defaults[name] if v is None else v for name, v in arguments.items()}
+    if overrides := arguments.get("model_overrides"):
+        set_here = {name: value for name, value in overrides.items() if value is not None}
+        filled["model_overrides"] = set_here
+    return filled

@@ -207,6 +207,15 @@ class RunBar(_Bar):
             )
         super().show(done)
 
+    def change_total(self, total: int) -> None:
+        """Go on with another number of steps."""
+        self._total = total
+        if self._bar is not None:
+            done = self._bar.n
+            self._bar.reset(total)  # a notebook's widget takes its length from nothing else
+            self._bar.initial = done
+            self._bar.update(done)
+
 
 class Progress(_Bar):
     """A bar on a terminal or in a notebook, of bytes, drawn when the work takes over a second."""

@@ -58,7 +58,7 @@ class BusyError(PipelineError):
 
 
 class RunFinished(PipelineError):
-    """Not a failure: the named run is already complete."""
+    """Not a failure: the named run is already complete, or DRY_RUN ends it before training."""
 
     exit_code = 0
 

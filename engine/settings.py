@@ -146,9 +146,11 @@ def from_json(cls: type[T], value: Any, place: str) -> T:
     problems += [f"{shown(name)} is unknown" for name in itertools.islice(unknown, 3)]
     raise_if_any(problems, place)
     nested = {
-        name: from_json(hint, value[name], f'{place}["{name}"]')
+        name: from_json(kind, value[name], f'{place}["{name}"]')
         for name, hint in hints.items()
-        if isinstance(hint, type) and dataclasses.is_dataclass(hint)
+        for kind in typing.get_args(hint) or [hint]
+        if isinstance(kind, type) and dataclasses.is_dataclass(kind)
+        if value[name] is not None or kind is hint  # None where the hint allows it
     }
     return cls(**(value | nested))
 

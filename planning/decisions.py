@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,17 +11,21 @@ import torch
 
 from data import WindowPlan
 from engine.errors import CheckpointError, SettingsError
-from engine.optim import default_eval_freq, default_warmup_steps
+from engine.optim import default_eval_freq, default_learning_rate, default_warmup_steps
 from engine.settings import check, find_problems, from_json, names_on_resume, setting, shown
 from generation import SamplingConfig
 from model import ATTENTIONS, GPTConfig
-from planning.plan import SETTING_NAMES, Asked, RunPlan, RunSettings
+from planning.plan import SETTING_NAMES, Asked, RecipeChoice, RunPlan, RunSettings
+from planning.recipe import MachineFacts, Recipe, choose_recipe
 from storage.files import SETTINGS
+from text.facts import TextFacts
 from training_utils import TrainingConfig
 
 MOST_SETTINGS_BYTES = 1 << 24
 # of full mode on a GPU: the tokens of a step, where an epoch of a short text still has these steps
 GPU_STEP_TOKENS, LEAST_STEPS = 32_768, 32
+# of MINUTES, the share below which a recipe's own minutes count: the card says so
+ENOUGH_SHARE = 0.8
 
 
 @dataclass(frozen=True)
@@ -47,6 +52,7 @@ class RunRecord:
     model_name: str
     model: GPTConfig
     training: TrainingConfig
+    choice: RecipeChoice | None  # with MINUTES
     sampling: SamplingConfig
     # decided at each start
     device: str = setting(on_resume="numeric")
@@ -71,12 +77,20 @@ class RunRecord:
 
     @staticmethod
     def conflicts(values: dict[str, Any]) -> list[str]:
-        """Wrong names and types in settings; other rules may depend on the machine."""
+        """A choice without minutes, or wrong names and types in settings; other rules may depend on
+        the machine."""
         settings = values["settings"]
+        if (values["choice"] is None) != (values["asked"].minutes is None):
+            return ["choice must be there where minutes are asked for, and only there"]
         if lacking := [name for name in SETTING_NAMES if name not in settings]:
             return [f"settings lacks {', '.join(lacking)}"]
         known = {name: settings[name] for name in SETTING_NAMES}
         return find_problems(RunSettings, known, 'settings["{}"]'.format, joined=False)
+
+    @property
+    def recipe(self) -> Recipe | None:
+        """What was chosen for the run's MINUTES."""
+        return None if self.choice is None else self.choice.recipe
 
     def to_json(self) -> dict[str, Any]:
         """The content of settings.json."""
@@ -127,14 +141,17 @@ def differences(before: RunRecord, asked: Asked) -> list[str]:
             lines.append(f"{name}: {shown(was)} then, {shown(now)} now")
 
     then = before.asked
-    for name in ("mode", "seed", "tokenizer"):
+    for name in ("mode", "seed", "minutes"):
         compare(name, getattr(then, name), getattr(asked, name), getattr(then, name))
+    chosen = then.tokenizer if before.recipe is None else before.recipe.tokenizer
+    compare("tokenizer", then.tokenizer, asked.tokenizer, chosen)
     compare("precision", then.precision, asked.precision, before.precision.name)
     model = dataclasses.asdict(before.model)
     for name in sorted(then.model.keys() | asked.model.keys()):
         compare(name, then.model.get(name), asked.model.get(name), model.get(name))
     for name in names_on_resume(TrainingConfig, "fixed"):
-        compare(name, *(getattr(t, name) for t in (then.training, asked.training, before.training)))
+        values = (then.training_value(name), asked.training_value(name))
+        compare(name, *values, getattr(before.training, name))
     total = total_steps(before, asked)
     if total < before.total_steps:
         lines.append(
@@ -174,6 +191,29 @@ def total_steps(before: RunRecord, asked: Asked) -> int:
     return min(total, length.at_most or total)
 
 
+def decide_recipe(
+    plan: RunPlan,
+    text: TextFacts,
+    measure: Callable[[], MachineFacts],
+    before: RunRecord | None,
+    ranks: int = 1,
+) -> RunPlan:
+    """The plan with the recipe of its MINUTES, with batches that the ranks can share; a resumed run
+    keeps its own."""
+    if plan.fixed is None or plan.run.MINUTES is None:
+        return plan
+    choice = None if before is None else before.choice
+    if choice is None:
+        machine = measure()
+        recipe = choose_recipe(text, machine, plan.run.MINUTES, plan.fixed)
+        training = recipe.training
+        if windows := training.get("batch_size"):
+            training = training | {"batch_size": max(ranks, windows // ranks * ranks)}
+        choice = RecipeChoice(dataclasses.replace(recipe, training=training), text, machine)
+    recipe = choice.recipe
+    return dataclasses.replace(plan, choice=choice, model=recipe.model, tokenizer=recipe.tokenizer)
+
+
 def decide_training(
     plan: RunPlan, device: torch.device, n_tokens: int, before: RunRecord | None
 ) -> TrainingConfig:
@@ -181,26 +221,49 @@ def decide_training(
 
     In full mode a GPU's new run takes larger batches: with small ones it would wait for the host.
     """
-    asked = plan.training
-    if before is None:
-        if plan.mode == "full" and device.type != "cpu" and asked.max_length is not None:
-            n_windows = n_tokens // asked.max_length
-            largest = GPU_STEP_TOKENS // asked.max_length
-            batch_size = max(asked.batch_size, min(largest, n_windows // LEAST_STEPS))
-            asked = dataclasses.replace(asked, batch_size=batch_size)
+    asked = _with_recipe(plan.training, plan.recipe)
+    if before is not None:
+        then = _with_recipe(before.asked.training, before.recipe).to_dict()
+        became = before.training.to_dict()
+        decided = {n: became[n] for n, value in asked.to_dict().items() if then[n] == value}
+        asked = dataclasses.replace(asked, **decided)
+    elif plan.mode == "full" and device.type != "cpu" and asked.max_length is not None:
+        n_windows = n_tokens // asked.max_length
+        largest = GPU_STEP_TOKENS // asked.max_length
+        batch_size = max(asked.batch_size, min(largest, n_windows // LEAST_STEPS))
+        asked = dataclasses.replace(asked, batch_size=batch_size)
+    rate = asked.learning_rate or default_learning_rate(plan.model["emb_dim"], asked.optimizer)
+    return dataclasses.replace(asked, learning_rate=rate)
+
+
+def find_deadline(plan: RunPlan, asked: TrainingConfig, began_at: float) -> float | None:
+    """When a run with MINUTES is to end that began at a time, by the same clock; None without."""
+    if plan.recipe is None or asked.time_budget_minutes is None:
+        return None
+    return began_at + 60 * asked.time_budget_minutes
+
+
+def _with_recipe(asked: TrainingConfig, recipe: Recipe | None) -> TrainingConfig:
+    """The hyper-parameters with those of a recipe, and its minutes where MINUTES are too many."""
+    if recipe is None or asked.time_budget_minutes is None:
         return asked
-    then = before.asked.training.to_dict()
-    became = before.training.to_dict()
-    decided = {n: became[n] for n, value in asked.to_dict().items() if then[n] == value}
-    return dataclasses.replace(asked, **decided)
+    minutes = asked.time_budget_minutes
+    if recipe.minutes < ENOUGH_SHARE * minutes:
+        minutes = recipe.minutes
+    return dataclasses.replace(asked, time_budget_minutes=minutes, **recipe.training)
 
 
 def complete_training(
-    training: TrainingConfig, windows: WindowPlan, total_steps: int
+    training: TrainingConfig, windows: WindowPlan, total_steps: int | None
 ) -> tuple[TrainingConfig, list[str]]:
-    """The hyper-parameters with the values that windows and total_steps decide; and notices."""
-    warmup_steps, notices = training.warmup_steps, []
-    if warmup_steps is None:
+    """The hyper-parameters with the values that windows and total_steps decide; and notices.
+
+    Where total_steps is not known yet, what it decides stays None.
+    """
+    warmup_steps, eval_freq, notices = training.warmup_steps, training.eval_freq, []
+    if total_steps is None:
+        pass
+    elif warmup_steps is None:
         warmup_steps = default_warmup_steps(total_steps)
     elif warmup_steps >= total_steps:
         warmup_steps = total_steps - 1
@@ -208,9 +271,11 @@ def complete_training(
             f"warmup_steps is lowered from {training.warmup_steps} to {warmup_steps}: the run has "
             f"{total_steps} steps"
         )
+    if total_steps is not None and eval_freq is None:
+        eval_freq = default_eval_freq(total_steps)
     complete = dataclasses.replace(
         training,
-        eval_freq=training.eval_freq or default_eval_freq(total_steps),
+        eval_freq=eval_freq,
         batch_size=windows.batch_size,
         max_length=windows.max_length,
         stride=windows.stride,

@@ -26,16 +26,38 @@ from engine.settings import (
 )
 from generation import SamplingConfig
 from model import MODEL_SETTINGS, GPTConfig
+from planning.recipe import Fixed, MachineFacts, Recipe
 from storage.files import RESERVED, is_portable_name
 from storage.tracking import TRACKERS
+from text.facts import TextFacts
 from text.sources import parse_data
 from text.tokenizer import find_tokenizer_fault
-from training_utils import QUICK_MODE_STEPS, TrainingConfig, read_custom_params
+from training_utils import QUICK_MODE_STEPS, TrainingConfig, read_custom_params, with_defaults
 
 MODELS_FILE = Path(__file__).resolve().parent.parent / "config.json"
 LEAST_WIDTH_A_LAYER = 4  # of emb_dim; fewer are hardly ever meant
 HIGH_RATE = 0.1
 SMALL_MODEL, DEFAULT_MODEL = "small", "gpt2-124m"  # that MODEL "auto" chooses from
+RECIPE_MODEL = "auto"  # the name of a model that the recipe has chosen
+RECIPE_BASE = {"architecture": "llama"}  # of such models, unless the user sets another
+DEFAULT_TOKENIZER = "gpt2"  # where no recipe chooses one
+# TrainingConfig's names that a recipe chooses; config_run.py ships them as None
+RECIPE_CHOOSES = (
+    "batch_size",
+    "gradient_accumulation_steps",
+    "optimizer",
+    "learning_rate",
+    "embedding_rate",
+    "sampling",
+    "schedule",
+    "decay_share",
+    "final_rate",
+    "warmup_steps",
+    "weight_decay",
+    "decay_embeddings",
+    "beta2",
+    "shift_windows",
+)
 
 
 @dataclass(frozen=True)
@@ -43,7 +65,8 @@ class RunSettings:
     """The names of config_run.py and their defaults."""
 
     DATA: str | dict[str, Any] | list[Any] = setting("the-verdict")
-    TOKENIZER: str = setting("gpt2", on_resume="fixed")
+    TOKENIZER: str | None = setting(None, on_resume="fixed")
+    MINUTES: float | None = setting(None, minimum=0.25, maximum=10_000)
     QUICK_MODE: bool = setting(True)
     CUSTOM_MODE: bool = setting(False)
     MODEL: str = setting("auto")
@@ -62,6 +85,7 @@ class RunSettings:
     RESUME: str | bool = setting("auto")
     TRACKING: list[Any] = setting([], on_resume="free")
     NIGHT_MODE: bool = setting(False, on_resume="free")
+    DRY_RUN: bool = setting(False)
 
     def __post_init__(self) -> None:
         check(self)
@@ -74,7 +98,8 @@ class RunSettings:
             parse_data(values["DATA"])
         except SettingsError as error:
             problems.append(str(error))
-        if fault := find_tokenizer_fault(values["TOKENIZER"]):
+        tokenizer = values["TOKENIZER"]
+        if tokenizer is not None and (fault := find_tokenizer_fault(tokenizer)):
             problems.append(f"TOKENIZER {fault}")
         if values["COMPILE"] not in ("auto", True, False):
             problems.append(
@@ -181,10 +206,28 @@ class Asked:
     mode: str
     seed: int
     precision: str
-    tokenizer: str
-    model: dict[str, Any]  # GPTConfig's arguments, all but vocab_size
+    minutes: float | None
+    tokenizer: str | None  # None: the recipe's
+    model: dict[str, Any]  # GPTConfig's arguments but vocab_size; with minutes, those that were set
     training: TrainingConfig
+    left_open: list[Any]  # TrainingConfig's names that the recipe may choose
     length: Length
+
+    def __post_init__(self) -> None:
+        check(self)
+
+    def training_value(self, name: str) -> Any:
+        """The value of a training setting; None for one that is left to the recipe."""
+        return None if name in self.left_open else getattr(self.training, name)
+
+
+@dataclass(frozen=True)
+class RecipeChoice:
+    """A recipe, and what it was chosen from."""
+
+    recipe: Recipe
+    text: TextFacts
+    machine: MachineFacts
 
     def __post_init__(self) -> None:
         check(self)
@@ -195,18 +238,26 @@ class RunPlan:
     """All settings of a run after every rule of precedence, and the reason of each result."""
 
     run: RunSettings
-    mode: str  # "quick", "full" or "custom"
+    mode: str  # "quick", "full", "auto" or "custom"
     model_name: str
-    model: dict[str, Any]  # GPTConfig's arguments, all but vocab_size
-    training: TrainingConfig
+    model: dict[str, Any]  # GPTConfig's arguments but vocab_size; empty until the recipe has chosen
+    tokenizer: str | None  # None until the recipe has chosen
+    training: TrainingConfig  # as asked; decide_training() adds what the recipe has chosen
     sampling: SamplingConfig
     origins: dict[str, str]
     notices: list[str]
+    fixed: Fixed | None = None  # with MINUTES: what the user has set
+    choice: RecipeChoice | None = None
 
     @property
     def most_steps(self) -> int | None:
         """The most optimizer steps that the mode allows."""
         return QUICK_MODE_STEPS if self.mode == "quick" else None
+
+    @property
+    def recipe(self) -> Recipe | None:
+        """What is chosen for MINUTES."""
+        return None if self.choice is None else self.choice.recipe
 
     @property
     def data(self) -> Any:
@@ -217,7 +268,8 @@ class RunPlan:
         """The settings that must be the same on all ranks, each as JSON."""
         settings = dataclasses.asdict(self.asked()) | {"DATA": self.data}
         settings |= {
-            n: getattr(self.run, n) for n in ("DEVICE", "PARALLEL", "COMPILE", "NIGHT_MODE")
+            n: getattr(self.run, n)
+            for n in ("DEVICE", "PARALLEL", "COMPILE", "NIGHT_MODE", "DRY_RUN")
         }
         return {name: json.dumps(value, sort_keys=True) for name, value in settings.items()}
 
@@ -228,14 +280,19 @@ class RunPlan:
 
     def asked(self) -> Asked:
         """What decides whether an earlier run can be resumed."""
-        training = self.training
+        training, fixed, left_open = self.training, self.fixed, []
+        if fixed is not None:
+            left_open = [name for name in RECIPE_CHOOSES if name not in fixed.training]
+            left_open.append("time_budget_minutes")  # by MINUTES
         return Asked(
             mode=self.mode,
             seed=self.run.SEED,
             precision=self.run.PRECISION,
-            tokenizer=self.run.TOKENIZER,
-            model=self.model,
+            minutes=self.run.MINUTES,
+            tokenizer=self.tokenizer if fixed is None else fixed.tokenizer,
+            model=self.model if fixed is None else fixed.model,
             training=training,
+            left_open=left_open,
             length=Length(
                 num_epochs=None if training.time_budget_minutes else training.num_epochs,
                 max_steps=training.max_steps,
@@ -261,31 +318,68 @@ def resolve_settings(given: dict[str, Any], place: str, models_file: Path = MODE
     sampling, sampling_problems = _read_sampling(given_sampling)
     models, model_problems = read_models(models_file)
     problems += run_problems + custom_problems + sampling_problems + model_problems
-    problems += find_problems(
-        GPTConfig, custom["model_overrides"], 'model_overrides["{}"]'.format, joined=False
-    )
+    overrides = with_defaults(custom)["model_overrides"]
+    problems += find_problems(GPTConfig, overrides, 'model_overrides["{}"]'.format, joined=False)
     if run_problems + model_problems:
         raise_if_any(problems, place)
     run = RunSettings(**known)
     mode, why_mode = _choose_mode(run)
     model_name, why_model = _choose_model(run, mode)
-    if model_name not in models:
+    if model_name not in (RECIPE_MODEL, *models):
         problems.append(_about_missing_model(model_name, why_model, models))
+    problems += _about_two_lengths(run, mode, custom)
     raise_if_any(problems, place)
 
-    training = {
-        "quick": TrainingConfig.get_quick_test_config,
-        "full": TrainingConfig.get_full_training_config,
-        "custom": lambda: TrainingConfig(**custom),
-    }[mode]()
-    source = "custom_params" if mode == "custom" else f"the {mode} preset"
-    model = models[model_name] | training.model_overrides
-    origins = {"mode": why_mode, "model": why_model, "training": source}
-    if training.max_length is None:
-        origins["max_length"] = f'context_length of "{model_name}" in config.json'
-    else:
+    training = _choose_training(run, mode, custom)
+    entry = models.get(model_name, {})  # none of the recipe's
+    model, origins = _join_model(model_name, entry, training, mode, place)
+    origins |= {"mode": why_mode, "model": why_model}
+    if mode != "custom" and TrainingConfig(**with_defaults(custom)) != TrainingConfig():
+        notices.append(f"custom_params is not read in {mode} mode; CUSTOM_MODE = True uses it")
+    notices += _about_odd_numbers(model, training)
+    plan = RunPlan(
+        run=run,
+        mode=mode,
+        model_name=model_name,
+        model=model,
+        tokenizer=run.TOKENIZER,
+        training=training,
+        sampling=SamplingConfig(**sampling),
+        origins=origins,
+        notices=notices,
+    )
+    if run.MINUTES is not None:
+        return _leave_to_recipe(plan, custom if mode == "custom" else {})
+    return dataclasses.replace(plan, tokenizer=run.TOKENIZER or DEFAULT_TOKENIZER)
+
+
+def _choose_training(run: RunSettings, mode: str, custom: dict[str, Any]) -> TrainingConfig:
+    """The hyper-parameters as asked; MINUTES is their time budget."""
+    budget = {} if run.MINUTES is None else {"time_budget_minutes": float(run.MINUTES)}
+    if mode == "quick":
+        return TrainingConfig.get_quick_test_config()
+    if mode == "full":
+        return TrainingConfig.get_full_training_config()
+    return TrainingConfig(**(with_defaults(custom) if mode == "custom" else {}) | budget)
+
+
+def _join_model(
+    model_name: str, entry: dict[str, Any], training: TrainingConfig, mode: str, place: str
+) -> tuple[dict[str, Any], dict[str, str]]:
+    """The model's fields that are set, and where its context and the training come from.
+
+    Raises SettingsError, naming place, if they don't fit together.
+    """
+    is_open = model_name == RECIPE_MODEL
+    source = {"custom": "custom_params", "auto": "the recipe"}.get(mode, f"the {mode} preset")
+    model = entry | training.model_overrides
+    origins = {"training": source, "max_length": source}
+    if training.max_length is not None:
         model["context_length"] = training.max_length
-        origins["max_length"] = source
+    elif is_open:
+        origins["max_length"] = "the recipe"
+    else:
+        origins["max_length"] = f'context_length of "{model_name}" in config.json'
 
     def label(name: str) -> str:  # where the value of a model field comes from
         if name == "context_length" and training.max_length is not None:
@@ -294,12 +388,34 @@ def resolve_settings(given: dict[str, Any], place: str, models_file: Path = MODE
             return f'model_overrides["{name}"]'
         return f'config.json["{model_name}"]["{name}"]'
 
-    raise_if_any(find_problems(GPTConfig, model, label), place)
-    if mode != "custom" and TrainingConfig(**custom) != TrainingConfig():
-        notices.append(f"custom_params is not read in {mode} mode; CUSTOM_MODE = True uses it")
-    notices += _about_odd_numbers(model, training)
-    sampling_config = SamplingConfig(**sampling)
-    return RunPlan(run, mode, model_name, model, training, sampling_config, origins, notices)
+    checked = RECIPE_BASE | model if is_open else model
+    raise_if_any(find_problems(GPTConfig, checked, label), place)
+    return model, origins
+
+
+def _leave_to_recipe(plan: RunPlan, custom: dict[str, Any]) -> RunPlan:
+    """The plan of a run with MINUTES: what is set stays, and the recipe chooses the rest."""
+    model = plan.model
+    if plan.model_name != RECIPE_MODEL:  # then no field is open, also those of its architecture
+        model = dataclasses.asdict(GPTConfig(**model, vocab_size=1))
+        del model["vocab_size"]
+    set_here = {n: v for n, v in custom.items() if v is not None}
+    tokenizer = None if plan.tokenizer == "auto" else plan.tokenizer
+    training = {n: set_here[n] for n in RECIPE_CHOOSES if n in set_here}
+    return dataclasses.replace(
+        plan, tokenizer=tokenizer, model=model, fixed=Fixed(tokenizer, model, training)
+    )
+
+
+def _about_two_lengths(run: RunSettings, mode: str, custom: dict[str, Any]) -> list[str]:
+    """Problems of a run whose length is set by MINUTES and by custom_params too."""
+    names = ("time_budget_minutes", "max_steps") if mode == "custom" else ("time_budget_minutes",)
+    return [
+        f'MINUTES ({shown(run.MINUTES)}) and custom_params["{name}"] ({shown(custom[name])}) both '
+        "set the length of the run; set one of them"
+        for name in names
+        if run.MINUTES is not None and custom.get(name) is not None
+    ]
 
 
 def _about_odd_numbers(model: dict[str, Any], training: TrainingConfig) -> list[str]:
@@ -307,8 +423,8 @@ def _about_odd_numbers(model: dict[str, Any], training: TrainingConfig) -> list[
     notices = []
     if model.get("drop_rate", 0) > 0.5:
         notices.append(f"drop_rate ({model['drop_rate']}) is above 0.5: the model learns slowly")
-    width, depth = model["emb_dim"], model["n_layers"]
-    if width < LEAST_WIDTH_A_LAYER * depth:
+    width, depth = model.get("emb_dim"), model.get("n_layers")  # None: the recipe's
+    if width and depth and width < LEAST_WIDTH_A_LAYER * depth:
         notices.append(
             f"{depth} layers of width {width} are deep and narrow, which learns slowly: set "
             f"n_layers to {max(1, width // 32)}, or a larger emb_dim (32 to 128 a layer are usual)"
@@ -357,6 +473,9 @@ def _choose_mode(run: RunSettings) -> tuple[str, str]:
     if run.CUSTOM_MODE:
         beaten = ", which wins over QUICK_MODE" if run.QUICK_MODE else ""
         return "custom", f"CUSTOM_MODE is True{beaten}"
+    if run.MINUTES is not None:
+        beaten = ", which wins over QUICK_MODE" if run.QUICK_MODE else ""
+        return "auto", f"MINUTES is {run.MINUTES:g}{beaten}"
     if run.QUICK_MODE:
         return "quick", "QUICK_MODE is True"
     return "full", "QUICK_MODE and CUSTOM_MODE are False"
@@ -365,6 +484,8 @@ def _choose_mode(run: RunSettings) -> tuple[str, str]:
 def _choose_model(run: RunSettings, mode: str) -> tuple[str, str]:
     if run.MODEL != "auto":
         return run.MODEL, f'MODEL = "{run.MODEL}"'
+    if run.MINUTES is not None:
+        return RECIPE_MODEL, "chosen for the text, this machine and MINUTES"
     if mode != "custom":
         return SMALL_MODEL if mode == "quick" else DEFAULT_MODEL, f"{mode} mode's own"
     if run.USE_SMALL:

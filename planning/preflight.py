@@ -6,11 +6,12 @@ from data import WindowPlan
 from engine.console import say
 from engine.devices import device_count, device_name
 from model import GPTModel
-from planning.decisions import RunRecord
+from planning.card import card_lines
 from planning.machine import Machine, why_no_gpu
-from planning.plan import RunPlan
+from planning.plan import RECIPE_MODEL, RunPlan
 from text.documents import DataSpec
 from text.token_cache import TokenizedText
+from training_utils import TrainingConfig
 
 FEW_TOKENS = 32  # to validate on
 HOW_MANY = "torchrun --nproc-per-node 2 main.py uses two"
@@ -32,9 +33,18 @@ def show_machine(machine: Machine, plan: RunPlan) -> None:
         say(f"Note: {reason}")
     say(f"Precision: {precision.name} ({precision.reason})")
     say(f"Mode: {plan.mode} ({plan.origins['mode']})")
-    say(f"Model: {plan.model_name} ({plan.origins['model']})")
+    if plan.model_name != RECIPE_MODEL:  # else the card has it
+        say(f"Model: {plan.model_name} ({plan.origins['model']})")
     for notice in plan.notices:
         say(f"Note: {notice}")
+
+
+def show_card(plan: RunPlan) -> None:
+    """What was chosen for MINUTES, and what is expected of it."""
+    choice, minutes = plan.choice, plan.run.MINUTES
+    assert choice is not None and minutes is not None, "decide_recipe() has chosen"
+    lines = card_lines(choice.recipe, choice.text, choice.machine, minutes)
+    say("\n".join(["", *lines, ""]))
 
 
 def show_text(text: TokenizedText, spec: DataSpec) -> None:
@@ -48,8 +58,10 @@ def show_text(text: TokenizedText, spec: DataSpec) -> None:
     say(f"✓ Tokenizer initialized ({text.report['tokenizer']})")
 
 
-def show_model(name: str, model: GPTModel) -> None:
-    config = model.config
+def show_model(plan: RunPlan, model: GPTModel) -> None:
+    if plan.recipe is not None:  # the card has it
+        return
+    name, config = plan.model_name, model.config
     purpose = " (for testing)" if name == "small" else ""
     say(f"✓ Using {name} model configuration{purpose}")
     say("Model Configuration")
@@ -61,28 +73,34 @@ def show_model(name: str, model: GPTModel) -> None:
     say(f"  Total params: {model.count_parameters():,}")
 
 
-def show_training(record: RunRecord) -> None:
-    training, mode = record.training, record.mode
-    for notice in record.adapted:
+def show_training(
+    mode: str, training: TrainingConfig, total_steps: int | None, adapted: list[str]
+) -> None:
+    """The notices and the numbers of training; total_steps None: what its minutes allow."""
+    for notice in adapted:
         say(f"Note: {notice}")
     purpose = ", for testing" if mode == "quick" else ""
     length = f"{training.num_epochs} epoch{'s' * (training.num_epochs != 1)}"
     if training.max_steps is not None:
         length = f"{training.max_steps} steps"
+    elif training.time_budget_minutes is not None:
+        length = f"{training.time_budget_minutes:g} minutes"
     say(f"✓ Using {mode} training config ({length}{purpose})")
     accumulation = training.gradient_accumulation_steps
     batch = f"{accumulation} x " * (accumulation > 1) + f"{training.batch_size}"
+    count = "steps that fit, each" if total_steps is None else f"{total_steps:,} steps"
+    warmup = "" if training.warmup_steps is None else f", {training.warmup_steps} warm-up steps"
     say(
-        f"  {record.total_steps:,} steps of {batch} x {training.max_length} "
-        f"tokens, learning rate {training.learning_rate:.3g} ({training.schedule}, "
-        f"{training.warmup_steps} warm-up steps)"
+        f"  {count} of {batch} x {training.max_length} tokens, learning rate "
+        f"{training.learning_rate:.3g} ({training.schedule}{warmup})"
     )
     say("✓ Data loaders ready")
 
 
-def show_windows(text: TokenizedText, windows: WindowPlan, model: GPTModel) -> None:
-    for line in describe_text(text.report, windows, model.count_parameters()):
-        say(f"  {line}")
+def show_windows(plan: RunPlan, text: TokenizedText, windows: WindowPlan, model: GPTModel) -> None:
+    if plan.recipe is None:  # else the card has them
+        for line in describe_text(text.report, windows, model.count_parameters()):
+            say(f"  {line}")
     say(
         f"  {windows.n_train:,} tokens to train on in {windows.n_windows:,} windows "
         f"({windows.n_unused} left over), {windows.n_val:,} to validate on"

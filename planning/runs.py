@@ -1,13 +1,15 @@
 """Which run is resumed: candidates by their settings, then settled by the text that is read."""
 
 import contextlib
+import dataclasses
 import secrets
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from engine.errors import CheckpointError, ResourceError, RunFinished
+from engine.errors import CheckpointError, DataError, ResourceError, RunFinished, first_line
 from engine.settings import shown
 from planning.decisions import (
     RunRecord,
@@ -59,6 +61,45 @@ class Candidates:
     def likeliest(self) -> RunRecord | None:
         """The record of the run that is resumed unless the text differs; None: a new run."""
         return self.runs[0].record if self.runs else None
+
+    def stand_in(self, data: object) -> bool | None:
+        """Whether the likeliest run read a stand-in for this DATA; None where nothing is known."""
+        before = self.likeliest
+        return before.stood_in if before and before.settings["DATA"] == data else None
+
+    @contextlib.contextmanager
+    def naming_the_run(self, data: object) -> Iterator[None]:
+        """Add to an error about the text of this DATA which run was to go on with it."""
+        try:
+            yield
+        except DataError as error:
+            if self.runs and self.runs[0].is_finished:
+                raise differs(self.runs[0], [f"text: {first_line(error)}"]) from error
+            if self.stand_in(data) is None:
+                raise
+            raise DataError(
+                f"{error}\nThe unfinished run {self.runs[0].path} goes on with this text only; "
+                "RESUME = False begins a new one."
+            ) from error
+
+    def with_text(self, fingerprint: str) -> "Candidates":
+        """Those whose recipe was chosen for this text; CheckpointError if a named run's was not."""
+        fitting, others = [], []
+        for run in self.runs:
+            choice = run.record.choice
+            assert choice is not None, "these runs have MINUTES"
+            if choice.text.fingerprint == fingerprint:
+                fitting.append(run)
+            else:
+                was, now = choice.text.fingerprint[:12], fingerprint[:12]
+                others.append((run, [f"text: sha256 {was}... then, {now}... now"]))
+        notes = self.notes
+        if others and not fitting:
+            run, differing = others[0]
+            if self.named:
+                raise differs(run, differing)
+            notes = (*notes, _passed_over(run.path, differing))
+        return dataclasses.replace(self, runs=tuple(fitting), notes=notes)
 
 
 @dataclass(frozen=True)

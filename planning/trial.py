@@ -36,7 +36,13 @@ from planning.decisions import RunRecord, complete_training
 from planning.machine import Machine
 from planning.plan import RunPlan
 from training.learner import Learner, steps_between
-from training.spacing import SAMPLE_TOKENS, Spacing, allowed_seconds, most_final_batches
+from training.spacing import (
+    SAMPLE_TOKENS,
+    SAMPLES_A_RUN,
+    Spacing,
+    allowed_seconds,
+    most_final_batches,
+)
 from training_utils import TrainingConfig
 from visualize import render_losses
 
@@ -45,6 +51,12 @@ BUDGET_TRIAL_SHARE = 0.05  # of a time budget, for which its steps are timed bef
 EVALUATION_SHARE = 0.07  # of a time budget, the most that evaluations take
 LEAST_INTERVALS = 4  # between evaluations, where a time budget is short
 TIMED_BATCHES, TIMED_TOKENS = 4, 10  # of an evaluation and a sample
+# of a run of so many minutes: the share that is planned, and the seconds that Python takes to end
+# after torch was imported (1.0 to 1.8)
+AIM, ENDING_S = 0.99, 1.0
+LEAST_SHARE = 0.1  # of its minutes, that it trains even where its start-up took longer
+RECIPE_WARMUP = 0.25  # of the steps, the most for the recipe's warm-up
+SAVED_BYTES_A_S = 2e8  # of a checkpoint, hashed and synced
 
 
 @dataclass(frozen=True)
@@ -110,8 +122,9 @@ class Trial:
                 generate(learner.model, [[0]] * n_prompts, **options)
 
         with using_threads(self.threads):
-            costs = (step, _seconds(evaluate) / n_batches, _seconds(sample) / TIMED_TOKENS)
-            return Costs(*map(self.agreed, (*costs, _seconds(_draw))))
+            batch, token = _seconds(evaluate) / n_batches, _seconds(sample) / TIMED_TOKENS
+            costs = (step, batch, token, _seconds(_draw), expected_save_s(learner.model))
+            return Costs(*map(self.agreed, costs))
 
     @staticmethod
     def count_batches(loader: DataLoader) -> int:
@@ -272,6 +285,11 @@ def _seconds(work: Callable[[], None]) -> float:
     return time.perf_counter() - started_at
 
 
+def expected_save_s(model: torch.nn.Module) -> float:
+    """The seconds of a checkpoint on a usual disk: weights, two moments, and the best weights."""
+    return sum(4 * p.nbytes for p in model.parameters()) / SAVED_BYTES_A_S
+
+
 def _draw() -> None:
     two = [1.0, 1.0]
     render_losses(
@@ -293,6 +311,7 @@ class Costs:
     batch: float  # of an evaluation
     token: float  # of a sample: one for each prompt
     picture: float
+    save: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -304,19 +323,24 @@ class Budget:
     steps_per_epoch: int
     batches: tuple[int, int]  # of all training and of all validation text
     last_tokens: int  # of the samples after training, a prompt
+    save_minutes: float = math.inf  # between checkpoints
 
-    def plan(self, asked: TrainingConfig) -> TrainingConfig:
+    def plan(self, asked: TrainingConfig, *, most_warmup: float = 1.0) -> TrainingConfig:
         """The hyper-parameters with max_steps, eval_freq and eval_iter: as many steps as fit, at
-        least 1, and at most EVALUATION_SHARE for evaluations, unless the least are more."""
+        least 1, and at most EVALUATION_SHARE for evaluations, unless the least are more. Warm-up
+        has at most a share of most_warmup of the steps."""
         most_iter = min(asked.eval_iter, max(self.batches))
         halved = [most_iter >> n for n in range(most_iter.bit_length())]
         for intervals, eval_iter in [*((EVALUATIONS, n) for n in halved), (LEAST_INTERVALS, 1)]:
             found = self._longest(asked.eval_freq, intervals, eval_iter)
             if self.evaluation_s(found, eval_iter) <= EVALUATION_SHARE * self.seconds:
                 break
+        most = min(int(most_warmup * found.total_steps), found.total_steps - 1)
+        warmup = None if asked.warmup_steps is None else min(asked.warmup_steps, most)
         return dataclasses.replace(
             asked,
             max_steps=found.total_steps,
+            warmup_steps=warmup,
             eval_freq=found.eval_freq,
             eval_iter=asked.eval_iter if eval_iter == most_iter else eval_iter,
         )
@@ -328,55 +352,100 @@ class Budget:
             freq = eval_freq or self._eval_freq(steps, intervals)
             return Spacing(steps, self.steps_per_epoch, freq)
 
-        counts = range(1, int(self.seconds / self.costs.step) + 2)
+        return run_of(self._most_steps(run_of, eval_iter))
+
+    def steps_after(self, done: int, eval_freq: int, eval_iter: int) -> int:
+        """The total steps of a run that has the budget left after `done`; at least one more."""
+
+        def run_of(steps: int) -> Spacing:
+            return Spacing(steps, self.steps_per_epoch, eval_freq)
+
+        return self._most_steps(run_of, eval_iter, done)
+
+    def _most_steps(self, run_of: Callable[[int], Spacing], eval_iter: int, done: int = 0) -> int:
+        most = done + int(max(0.0, self.seconds) / max(self.costs.step, 1e-9)) + 2
+        counts = range(done + 1, most)
         fit = bisect.bisect_right(
-            counts, self.seconds, key=lambda steps: self.total_s(run_of(steps), eval_iter)
+            counts, self.seconds, key=lambda steps: self.total_s(run_of(steps), eval_iter, done)
         )
-        return run_of(max(1, fit))
+        return done + max(1, fit)
 
     def _eval_freq(self, steps: int, intervals: int) -> int:
         longest = max(LONGEST_EVAL_FREQ, round(LONGEST_EVAL_S / self.costs.step))
         return max(1, min(longest, -(-steps // intervals)))
 
-    def total_s(self, evaluations: Spacing, eval_iter: int) -> float:
-        """The seconds of a run."""
-        steps_s = evaluations.total_steps * self.costs.step
-        return steps_s + self.evaluation_s(evaluations, eval_iter) + self._other_s(evaluations)
+    def total_s(self, evaluations: Spacing, eval_iter: int, done: int = 0) -> float:
+        """The seconds of a run, or of its rest after `done` steps and their evaluation."""
+        steps_s = (evaluations.total_steps - done) * self.costs.step
+        evaluations_s = self.evaluation_s(evaluations, eval_iter, done)
+        return steps_s + evaluations_s + self._other_s(evaluations, done)
 
-    def evaluation_s(self, evaluations: Spacing, eval_iter: int) -> float:
+    def evaluation_s(self, evaluations: Spacing, eval_iter: int, done: int = 0) -> float:
         """The seconds of a run's evaluations, with the one after training."""
-        count = evaluations.count()
-        each = sum(min(eval_iter, n) for n in self.batches)
-        return (
-            count * each + min(most_final_batches(evaluations, eval_iter), self.batches[1])
-        ) * self.costs.batch
+        count = evaluations.count(done or -1)
+        each = self.batches_of_one(eval_iter)
+        # the last one's windows overlap by half
+        last = min(most_final_batches(evaluations, eval_iter), 2 * self.batches[1])
+        return (count * each + last) * self.costs.batch
 
-    def _other_s(self, evaluations: Spacing) -> float:
-        """The most seconds of pictures and samples."""
-        count, sample_s = evaluations.count(), SAMPLE_TOKENS * self.costs.token
+    def batches_of_one(self, eval_iter: int) -> int:
+        """The batches of an evaluation on the way, of both texts."""
+        return sum(min(eval_iter, n) for n in self.batches)
+
+    def _other_s(self, evaluations: Spacing, done: int) -> float:
+        """The most seconds of pictures, samples and checkpoints."""
+        count, sample_s = evaluations.count(done or -1), SAMPLE_TOKENS * self.costs.token
+        samples = min(count, SAMPLES_A_RUN)
         between = sum(
-            min(count * each, allowed_seconds(self.seconds))
-            for each in (sample_s, self.costs.picture)
+            min(each, allowed_seconds(self.seconds))
+            for each in (samples * sample_s, count * self.costs.picture)
         )
-        at_ends = 2 * sample_s + self.last_tokens * self.costs.token + self.costs.picture
-        return between + at_ends
+        at_ends = (2 - (done > 0)) * sample_s + self.last_tokens * self.costs.token
+        saves_s = (1 + self.seconds // (60 * self.save_minutes)) * self.costs.save
+        return between + at_ends + self.costs.picture + saves_s
+
+
+def usable_seconds(deadline: float, of_s: float, parallel: Parallel) -> float:
+    """The seconds that the main rank has left to plan for, of of_s that end at its deadline, by
+    time.perf_counter(); but LEAST_SHARE of of_s at least. Collective."""
+    spare_s = (1 - AIM) * of_s + ENDING_S
+    left_s = deadline - time.perf_counter() - spare_s
+    return parallel.broadcast(max(left_s, LEAST_SHARE * of_s))
 
 
 def _spend(
-    budget_s: float, trial: Trial, plan: RunPlan, asked: TrainingConfig, windows: WindowPlan
+    minutes: float,
+    trial: Trial,
+    plan: RunPlan,
+    asked: TrainingConfig,
+    windows: WindowPlan,
+    *,
+    deadline: float | None,
 ) -> tuple[TrainingConfig, list[str]]:
-    """The hyper-parameters of a run that takes budget_s seconds; and notices."""
+    """The hyper-parameters of a run that takes some minutes, or ends at a deadline; and notices."""
     assert plan.sampling.max_new_tokens is not None  # fitted() to the text
     validated = -(-(windows.n_val - 1) // windows.max_length)
+    costs, seconds = trial.costs(60 * minutes, len(asked.prompts)), 60 * minutes
+    if deadline is not None:
+        seconds = usable_seconds(deadline, 60 * minutes, trial.parallel)
     budget = Budget(
-        budget_s,
-        trial.costs(budget_s, len(asked.prompts)),
+        seconds,
+        costs,
         trial.steps_per_epoch,
         (trial.count_batches(trial.loader), max(1, -(-validated // windows.batch_size))),
         3 * plan.sampling.max_new_tokens,  # main draws three samples
+        asked.save_minutes,
     )
-    planned = budget.plan(asked)
-    notices = [f"{planned.max_steps:,} steps are expected to take {budget_s / 60:g} minutes"]
+    # the recipe's warm-up is for the steps that it expected
+    is_recipes = plan.recipe is not None and "warmup_steps" in plan.recipe.training
+    planned = budget.plan(asked, most_warmup=RECIPE_WARMUP if is_recipes else 1.0)
+    left = "" if deadline is None else f"{seconds / 60:.3g} of "
+    notices = [f"{planned.max_steps:,} steps are expected to take {left}{minutes:g} minutes"]
+    if planned.warmup_steps != asked.warmup_steps:
+        notices.append(
+            f"warmup_steps is lowered from {asked.warmup_steps} to {planned.warmup_steps}: the run "
+            f"has {planned.max_steps} steps"
+        )
     if planned.eval_iter != asked.eval_iter:
         notices.append(
             f"eval_iter is lowered from {asked.eval_iter} to {planned.eval_iter}: evaluations "
@@ -391,8 +460,14 @@ def try_out(
     windows: WindowPlan,
     trial: Trial,
     before: RunRecord | None,
+    *,
+    deadline: float | None = None,
 ) -> tuple[Compiled, TrainingConfig, list[str]]:
-    """Time steps to decide on compiling and complete the hyper-parameters; and notices."""
+    """Time steps to decide on compiling and complete the hyper-parameters; and notices.
+
+    The steps of time_budget_minutes take these minutes from now on, or end at a deadline, by
+    time.perf_counter(), of which all that the program has done before is a part.
+    """
     requested, why = plan.run.COMPILE, None
     if requested == "auto" and before is not None:
         requested, why = before.compiled, "as when this run began"
@@ -408,8 +483,8 @@ def try_out(
     elif requested is True and not compiled.on:
         notices.append(f"the model is not compiled: {compiled.reason}")
     say(f"Compile: {'on' if compiled.on else 'off'} ({compiled.reason})")
-    if budget_s is not None:
-        asked, about_budget = _spend(budget_s, trial, plan, asked, windows)
+    if minutes is not None:
+        asked, about_budget = _spend(minutes, trial, plan, asked, windows, deadline=deadline)
         notices += about_budget
     total_steps = plan.count_steps(asked, trial.steps_per_epoch)
     training, about_steps = complete_training(asked, windows, total_steps)

@@ -5,8 +5,19 @@ import json
 
 from engine.settings import from_json
 from model import GPTConfig
-from planning.decisions import KeptPrecision, RunRecord
-from planning.plan import RunPlan
+from planning.decisions import KeptPrecision, RunRecord, decide_recipe
+from planning.plan import RunPlan, resolve_settings
+from planning.recipe import MachineFacts
+from text.facts import measure_text
+
+MACHINE = MachineFacts("cpu", 1e11, 1e-5, 1e-9, 8_000_000_000)
+TEXT_FACTS = measure_text([("The ferry crosses the river at dawn. " * 40, True)], 0.9)
+
+
+def plan_in_minutes(**given) -> RunPlan:
+    """A plan with the recipe of its MINUTES, for a short text on a usual machine."""
+    plan = resolve_settings({"MINUTES": 1.0} | given, "config_run.py")
+    return decide_recipe(plan, TEXT_FACTS, lambda: MACHINE, None)
 
 
 def record_of(plan: RunPlan, **changes) -> RunRecord:
@@ -21,6 +32,7 @@ def record_of(plan: RunPlan, **changes) -> RunRecord:
         model_name=plan.model_name,
         model=GPTConfig(**plan.model, vocab_size=10),
         training=plan.training,
+        choice=plan.choice,
         sampling=plan.sampling,
         device="cpu",
         ranks=1,

@@ -133,7 +133,7 @@ class Bench:
         newest = max((self.run / "checkpoints").glob("step-*"))
         best_step = self.journal.history.steps[self.journal.history.best]
         state = json.loads((newest / "state.json").read_text(encoding="utf-8"))
-        for name in ("metrics_bytes", "tokens_per_s"):  # a speed has more digits, or fewer
+        for name in ("metrics_bytes", "tokens_per_s", "spent"):  # times have more digits, or fewer
             state["journal"].pop(name, None)
         state["journal"]["history"].pop("elapsed_s")
         self.drawn.pop("title", None)

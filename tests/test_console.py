@@ -200,6 +200,18 @@ def test_in_a_notebook_one_bar_with_the_time_left_stands_for_all_epochs(kernel, 
     assert len(drawn.split("\r")) < 16
 
 
+def test_a_notebooks_bar_goes_on_with_another_number_of_steps(kernel, clock, consoles):
+    out, _ = consoles("utf-8")
+    bar = RunBar(8)
+    bar.change_total(9)
+    bar.show(2)
+    bar.change_total(4)
+    bar.show(4)
+    bar.close()
+    drawn = out.shown()
+    assert "2/9" in drawn and re.search(r"Steps: 100%\|[^\n]*4/4 [^\n]*\n$", drawn)
+
+
 def test_without_tqdm_a_notebook_has_lines_and_no_bar(kernel, consoles, monkeypatch, clock):
     monkeypatch.setitem(sys.modules, "tqdm", None)
     out, err = consoles("utf-8")

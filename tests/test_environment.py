@@ -3,12 +3,15 @@
 import contextlib
 import os
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+import environment
+import main
 import planning.machine
 from engine.errors import ResourceError, SettingsError
 from engine.optim import build_adamw
@@ -17,6 +20,7 @@ from model import GPTConfig, GPTModel
 from planning import trial
 from storage import tracking
 from tests.programs import everything_in, write_settings
+from tests.records import MACHINE
 from text.tokenizer import GPT2Tokenizer
 
 TEXT = "The ferry crosses the river at dawn, and the bell rings twice for bread. " * 12
@@ -295,3 +299,80 @@ def test_a_run_goes_on_with_what_was_worked_out_when_it_began():
     assert env.train_config.warmup_steps == before.warmup_steps == 4
     assert env.train_config.eval_freq == before.eval_freq == 4
     assert env.train_config.learning_rate == before.learning_rate
+
+
+@pytest.fixture
+def in_minutes(monkeypatch, step_seconds):
+    """Prepare a run with MINUTES on a machine whose speed is known, and whose steps take 3 s."""
+    measured = []
+
+    def measure(machine, minutes):
+        measured.append(minutes)
+        return MACHINE
+
+    monkeypatch.setattr(environment, "measure_speed", measure)
+    step_seconds(3.0)
+    monkeypatch.setattr(trial.Trial, "costs", lambda *_: trial.Costs(3.0, 0.1, 0.0, 0.0))
+    monkeypatch.setattr(trial, "usable_seconds", lambda *_: 14.0)
+
+    def write(**given: Any) -> list[float]:
+        given = {"DATA": "text.txt", "MINUTES": 0.25} | given
+        lines = [f"{name} = {value!r}" for name, value in given.items()]
+        Path("settings.py").write_text("\n".join(lines), encoding="utf-8")
+        return measured
+
+    return write
+
+
+def test_minutes_choose_a_run_which_goes_on_with_its_own_recipe(in_minutes, capsys):
+    measured, began_at = in_minutes(), time.perf_counter()
+    env = prepare_environment("settings.py")
+    printed = capsys.readouterr().out
+    record, recipe = env.run.record, env.run.record.recipe
+    assert measured == [0.25] and record.mode == "auto"
+    for label in ("Your text ", "In 0.25 min ", "Runner-up ", "✓ Text loaded from text.txt"):
+        assert f"\n{label}" in printed
+    assert "Model Configuration" not in printed and "of the vocabulary in use" not in printed
+    assert env.tokenizer.kind == recipe.tokenizer == "char"
+    for name, value in recipe.model.items():
+        assert getattr(env.model.config, name) == value
+    training = env.train_config.to_dict()
+    adapted = {"batch_size", "warmup_steps", "gradient_accumulation_steps"}  # to a text this short
+    for name, value in recipe.training.items():
+        assert training[name] == value or name in adapted
+    assert training["time_budget_minutes"] == 0.25 and 2 <= record.total_steps <= 5
+    assert record.asked.length.num_epochs is None
+    assert 0 < env.run.deadline - began_at < 16
+
+    in_minutes(DRY_RUN=True)
+    assert main.main(["settings.py"]) == 0
+    printed = capsys.readouterr().out
+    assert "\nYour text " in printed and "\n  steps that fit, each of " in printed
+    assert printed.endswith("nothing was trained or saved. DRY_RUN = False begins this run.\n")
+    assert not Path("runs").exists()
+
+    with env.run.opened():  # stopped at once
+        pass
+    measured.clear()
+    in_minutes()
+    again = prepare_environment("settings.py")
+    assert again.run.goes_on and again.run.record.choice == record.choice and not measured
+    assert again.train_config == env.train_config
+    Path("text.txt").write_text(TEXT.replace("bell", "horn"), encoding="utf-8")
+    other = prepare_environment("settings.py")
+    assert not other.run.goes_on and measured == [0.25]
+    assert "differs (text: sha256 " in other.run.notes[0]
+
+
+@pytest.mark.parametrize("mode", ["quick", "custom"])
+def test_a_dry_run_prints_what_would_be_trained_and_leaves_nothing(workdir, capsys, mode):
+    write_settings(Path(), None, num_epochs=2)
+    settings = Path("settings.py").read_text("utf-8") + "\nDRY_RUN = True\n"
+    if mode == "quick":
+        settings = 'DATA, TOKENIZER, DRY_RUN = "text.txt", "char", True\n'
+    Path("settings.py").write_text(settings, encoding="utf-8")
+    assert main.main(["settings.py"]) == 0
+    printed = capsys.readouterr().out
+    assert f"✓ Using {mode} training config" in printed and "learning rate" in printed
+    assert "  Total params: " in printed and "Compile" not in printed
+    assert {path.name for path in workdir.iterdir()} == {"cache", "settings.py", "text.txt"}

@@ -15,12 +15,19 @@ import torch
 
 from engine.errors import BusyError, CheckpointError, ResourceError, RunFinished, SettingsError
 from engine.settings import from_json, names_on_resume
-from planning.decisions import RunRecord, keep_identity, read_record
+from planning.decisions import (
+    RunRecord,
+    decide_recipe,
+    decide_training,
+    differences,
+    keep_identity,
+    read_record,
+)
 from planning.plan import RunPlan, RunSettings, resolve_settings
 from planning.runs import Candidate, Candidates, find_candidates, settle_run
 from storage.files import FolderLock
 from tests.hostile import Canary
-from tests.records import record_of
+from tests.records import MACHINE, TEXT_FACTS, plan_in_minutes, record_of
 from training_utils import TrainingConfig
 
 
@@ -140,6 +147,71 @@ def test_a_folder_that_holds_something_else_is_refused_but_not_what_a_kill_may_l
     Path("runs/file").touch()
     with pytest.raises(ResourceError, match="it is a file"):
         find("file")
+
+
+def minutes_differ(then: dict, now: dict) -> list[str]:
+    """What keeps a custom run with MINUTES from going on, its recipe chosen then."""
+
+    def given(params: dict) -> dict:
+        ours = {name: value for name, value in params.items() if name.isupper()}
+        own = {name: value for name, value in params.items() if name.islower()}
+        return {"MINUTES": 2, "CUSTOM_MODE": True, "custom_params": own} | ours
+
+    plan = plan_in_minutes(**given(then))
+    record = record_of(plan, training=decide_training(plan, torch.device("cpu"), 1000, None))
+    return differences(record, resolve_settings(given(now), "config_run.py").asked())
+
+
+def test_a_run_with_minutes_goes_on_if_what_was_asked_is_the_same_whatever_was_chosen():
+    chosen = plan_in_minutes(MINUTES=2, CUSTOM_MODE=True).recipe
+    windows, rate = chosen.training["batch_size"], chosen.training["learning_rate"]
+    for then, now, lines in (
+        ({}, {}, []),
+        ({}, {"batch_size": windows, "TOKENIZER": chosen.tokenizer}, []),  # as it was chosen
+        ({"TOKENIZER": "auto"}, {}, []),
+        ({}, {"batch_size": 3}, ["batch_size: None then, 3 now"]),
+        ({"batch_size": 8}, {}, ["batch_size: 8 then, None now"]),  # 8 is the default, too
+        ({}, {"n_layers": 9}, ["n_layers: None then, 9 now"]),
+        ({}, {"MINUTES": 3}, ["minutes: 2 then, 3 now"]),
+        ({"MINUTES": 2.0}, {"learning_rate": rate}, []),
+        ({}, {"TOKENIZER": "gpt2"}, ["tokenizer: None then, 'gpt2' now"]),
+        ({}, {"time_budget_minutes": 2, "MINUTES": None}, ["minutes: 2 then, None now"]),
+        ({}, {"num_epochs": 5, "eval_iter": 3}, []),
+    ):
+        assert minutes_differ(then, now)[: max(1, len(lines))] == lines
+
+
+def test_a_run_with_minutes_goes_on_with_its_own_recipe_or_with_another_text_not_at_all():
+    plan = plan_in_minutes()
+    record = record_of(plan)
+    fresh = resolve_settings({"MINUTES": 1.0}, "config_run.py")
+    assert (record.recipe, record.choice) == (plan.recipe, plan.choice)
+    assert decide_recipe(fresh, TEXT_FACTS, lambda: 1 / 0, record) == plan  # nothing is measured
+    assert record.asked == fresh.asked()
+    windows = plan.recipe.training["batch_size"]
+    for ranks in (1, 3, windows + 1):  # which share each step equally
+        shared = decide_recipe(fresh, TEXT_FACTS, lambda: MACHINE, None, ranks)
+        found = shared.recipe.training["batch_size"]
+        assert found % ranks == 0 and abs(found - windows) < ranks
+        assert shared.recipe.model == plan.recipe.model
+    training = decide_training(plan, torch.device("cpu"), 1000, None)
+    for name, value in plan.recipe.training.items():
+        assert getattr(training, name) == value
+    became = dataclasses.replace(training, max_steps=77, warmup_steps=5)
+    again = dataclasses.replace(record, training=became)
+    assert decide_training(plan, torch.device("cpu"), 1000, again) == became
+
+    runs = [dataclasses.replace(candidate(name), record=record) for name in "ab"]
+    other = dataclasses.replace(TEXT_FACTS, fingerprint="f" * 24)
+    elsewhere = dataclasses.replace(record, choice=dataclasses.replace(plan.choice, text=other))
+    runs[0] = dataclasses.replace(runs[0], record=elsewhere)
+    assert candidates(*runs).with_text(TEXT_FACTS.fingerprint).runs == (runs[1],)
+    left = candidates(runs[0], notes=("x",)).with_text(TEXT_FACTS.fingerprint)
+    differs = f"text: sha256 {'f' * 12}... then, {TEXT_FACTS.fingerprint[:12]}... now"
+    said = f"runs/a is unfinished, but differs ({differs}): a new run begins"
+    assert (left.runs, left.notes, left.folder) == ((), ("x", said), NEW)
+    with pytest.raises(CheckpointError, match="can't go on with other settings:\n  text: sha256 f"):
+        candidates(runs[0], named=True).with_text(TEXT_FACTS.fingerprint)
 
 
 def test_other_settings_refuse_a_named_run_with_every_difference():
@@ -338,7 +410,7 @@ def test_a_record_that_lacks_anything_or_has_a_value_of_another_kind_is_refused(
                 holder[last] = instead
             (run / "settings.json").write_text(json.dumps(damaged), encoding="utf-8")
             # of a list, its items are not looked at; {} may be of the right kind
-            may_pass = last in ("changes", "adapted", "DATA", "TRACKING")
+            may_pass = last in ("changes", "adapted", "left_open", "DATA", "TRACKING")
             is_wrong = instead is None or (instead == [[17]] and not may_pass)
             try:
                 find("one")  # with no error of ours

@@ -18,7 +18,8 @@ from engine.settings import ALIASES, ELSEWHERE, names_on_resume, read_json_objec
 from generation import SamplingConfig
 from model import MODEL_SETTINGS, GPTConfig
 from planning.decisions import differences
-from planning.plan import MODELS_FILE, RunSettings, resolve_settings
+from planning.plan import MODELS_FILE, RECIPE_CHOOSES, RunSettings, resolve_settings
+from planning.recipe import Fixed
 from tests.conftest import REPOSITORY
 from tests.hostile import project_trees
 from tests.records import record_of
@@ -86,6 +87,8 @@ LIMITS = {  # of each class -> of each name: what is refused, what is taken; the
         "RESUME": ([True, "", " "], ["auto", False, "runs/no such run yet"]),
         "TRACKING": ([], [[], ["wandb"], ["tensorboard", "wandb"]]),
         "NIGHT_MODE": ([], [True, False]),
+        "DRY_RUN": ([], [True, False]),
+        "MINUTES": ([0, 0.24, 10_000.1, 20_000], [0.25, 10, 10_000]),
         "SEED": ([2**32], [0, 2**32 - 1]),
         "LOG_EVERY": ([], [0, 1]),
     },
@@ -420,10 +423,98 @@ def test_custom_params_that_the_mode_does_not_read_and_much_dropout_are_noticed(
         assert any("drop_rate" in notice for notice in notices) == noticed
 
 
+def test_none_of_a_hyper_parameter_means_its_default_and_of_a_model_field_the_named_models():
+    nothing = dict.fromkeys([*TrainingConfig().to_dict(), *MODEL_SETTINGS])
+    plan = custom_plan(**nothing)
+    assert (plan.training, plan.model) == (TrainingConfig(), custom_plan().model)
+    assert custom_plan(model_overrides=dict.fromkeys(MODEL_SETTINGS)).model == plan.model
+    assert plan_of(QUICK_MODE=True, custom_params=nothing).notices == []
+    config = CustomTrainingConfig.from_dict(nothing | {"batch_size": 2, "n_layers": 3})
+    assert config == CustomTrainingConfig(batch_size=2, model_overrides={"n_layers": 3})
+    config.update(batch_size=None, n_layers=None, learning_rate=0.1)
+    assert config == CustomTrainingConfig(learning_rate=0.1)
+    [problem] = problems_in(custom_plan, batch_sise=None)  # a wrong name is wrong all the same
+    assert problem.endswith('did you mean "batch_size"?')
+
+
+def test_without_minutes_no_tokenizer_means_gpt2s():
+    for mode in ({}, {"QUICK_MODE": False}, {"CUSTOM_MODE": True}):
+        assert plan_of(**mode).tokenizer == plan_of(**mode).asked().tokenizer == "gpt2"
+        assert plan_of(**mode, TOKENIZER="gpt2").asked() == plan_of(**mode).asked()
+        assert plan_of(**mode, TOKENIZER="auto").tokenizer == "auto"
+
+
+AUTO = {"MINUTES": 10}
+LEFT_OPEN = [*RECIPE_CHOOSES, "time_budget_minutes"]
+
+
+@pytest.mark.parametrize("custom, quick", [*itertools.product([False, True], repeat=2)])
+def test_minutes_win_over_quick_and_full_mode_and_custom_mode_over_minutes(custom, quick):
+    plan = plan_of(**AUTO, CUSTOM_MODE=custom, QUICK_MODE=quick)
+    assert (plan.mode, plan.model_name) == ("custom" if custom else "auto", "auto")
+    assert ("QUICK_MODE" in plan.origins["mode"]) == quick
+    assert plan.fixed == Fixed(None, {}, {})
+    assert plan.training == TrainingConfig(time_budget_minutes=10.0)
+    asked = plan.asked()
+    assert (asked.minutes, asked.tokenizer, asked.model) == (10, None, {})
+    assert asked.left_open == LEFT_OPEN and asked.length.num_epochs is None
+
+
+def test_what_is_set_stays_and_the_recipe_chooses_the_rest():
+    plan = plan_of(**AUTO, CUSTOM_MODE=True, custom_params={"lr": 0.01, "max_length": 64})
+    assert plan.fixed == Fixed(None, {"context_length": 64}, {"learning_rate": 0.01})
+    assert set(LEFT_OPEN) - set(plan.asked().left_open) == {"learning_rate"}
+    params = {"batch_size": 8, "weight_decay": None, "n_layers": 3, "eval_iter": 2}  # 8: as if open
+    plan = plan_of(**AUTO, CUSTOM_MODE=True, TOKENIZER="char", custom_params=params)
+    assert plan.fixed == Fixed("char", {"n_layers": 3}, {"batch_size": 8})
+    assert plan.training.eval_iter == 2
+    plan = plan_of(**AUTO, TOKENIZER="auto", custom_params=params)  # which auto mode does not read
+    assert plan.fixed == Fixed(None, {}, {}) and len(plan.notices) == 1
+    # a named model has no open field, whichever its architecture has
+    plan = plan_of(**AUTO, MODEL="mini")
+    assert plan.fixed.model == plan.model and plan.model["emb_dim"] == 384
+    assert {*plan.model, "vocab_size"} == set(field_names(GPTConfig))
+    plan_of(**AUTO, CUSTOM_MODE=True, custom_params={"n_kv_heads": 1})  # of the recipe's Llama
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (
+            {"MINUTES": "10"},
+            "MINUTES is '10' (str); it must be a number at least 0.25 and at most ",
+        ),
+        ({"MINUTES": True}, "MINUTES is True (bool); it must be a number at least 0.25"),
+        ({"MINUTES": 0}, "MINUTES is 0; it must be a number at least 0.25 and at most 10 000 or N"),
+        ({"MINUTES": 20_000}, "MINUTES is 20000; it must be a number at least 0.25"),
+        ({"minutes": 10}, 'minutes is unknown; did you mean "MINUTES"?'),
+        (
+            AUTO | {"custom_params": {"time_budget_minutes": 5}},
+            'MINUTES (10) and custom_params["time_budget_minutes"] (5) both set the length',
+        ),
+        (
+            AUTO | {"CUSTOM_MODE": True, "custom_params": {"max_steps": 5}},
+            'MINUTES (10) and custom_params["max_steps"] (5) both set the length of the run',
+        ),
+        (
+            AUTO | {"CUSTOM_MODE": True, "custom_params": {"qkv_bias": True}},
+            'qkv_bias is True; where architecture is "llama" it must be False',
+        ),
+    ],
+)
+def test_wrong_minutes_are_refused_in_one_line(given, said):
+    [problem] = problems_in(plan_of, **given)
+    assert problem.startswith(said)
+
+
 def test_config_run_ships_every_setting_with_its_default():
     shipped = runpy.run_path(str(REPOSITORY / "config_run.py"))
     shipped = {name: value for name, value in shipped.items() if not name.startswith("__")}
-    assert shipped.pop("custom_params") == TrainingConfig().to_dict()
+    custom = shipped.pop("custom_params")
+    assert CustomTrainingConfig.from_dict(custom).to_dict() == TrainingConfig().to_dict()
+    assert custom.keys() == TrainingConfig().to_dict().keys()
+    # what is None is not set: MINUTES may choose it
+    assert {custom[name] for name in RECIPE_CHOOSES if name in custom} == {None}
     assert shipped.pop("sampling_params") == dataclasses.asdict(SamplingConfig())
     defaults = dataclasses.asdict(RunSettings())
     assert (defaults.pop("custom_params"), defaults.pop("sampling_params")) == ({}, {})
@@ -560,7 +651,8 @@ def test_what_was_checked_is_what_is_kept():
 # RunSettings that are compared in another way, or say where a run is; DATA by its tokens, which
 # may lie elsewhere
 COMPARED = {"QUICK_MODE", "CUSTOM_MODE", "MODEL", "USE_SMALL", "USE_DEFAULT", "custom_params"}
-COMPARED |= {"SEED", "PRECISION", "TOKENIZER", "DATA", "OUTPUT_DIR", "RUN_NAME", "RESUME"}
+COMPARED |= {"SEED", "PRECISION", "TOKENIZER", "MINUTES"}
+COMPARED |= {"DATA", "OUTPUT_DIR", "RUN_NAME", "RESUME", "DRY_RUN"}
 # those that the model is compared by
 FIXED = (*names_on_resume(TrainingConfig, "fixed"), "max_length")
 CHANGEABLE = names_on_resume(TrainingConfig, "free")

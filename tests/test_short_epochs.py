@@ -144,6 +144,21 @@ def test_a_budget_heeds_eval_freq_and_is_one_step_at_least():
     assert Budget(0.1, costs, 1, (1, 1), 0).plan(TrainingConfig()).max_steps == 1
 
 
+def test_warm_up_is_shorter_than_the_run_that_fits_and_at_most_the_share_it_may_have():
+    budget = Budget(100.0, Costs(1.0, 0.0, 0.0, 0.0), 10**6, (100, 100), last_tokens=0)
+    steps = budget.plan(TrainingConfig()).max_steps
+    assert 90 < steps <= 100
+    for asked, share, got in (
+        (None, 0.25, None),
+        (20, 1.0, 20),
+        (500, 1.0, steps - 1),
+        (500, 0.25, steps // 4),
+        (20, 0.25, 20),
+    ):
+        planned = budget.plan(TrainingConfig(warmup_steps=asked), most_warmup=share)
+        assert (planned.warmup_steps, planned.max_steps) == (got, steps)
+
+
 def test_a_budgets_run_resumes_with_the_evaluations_that_were_planned(workdir, monkeypatch):
     settings = {"max_steps": None, "time_budget_minutes": 0.02, "eval_freq": None, "eval_iter": 8}
     monkeypatch.setattr(Trial, "step_seconds", lambda self, **_: 0.05)
@@ -166,7 +181,7 @@ def test_the_last_evaluation_is_part_of_a_budget(workdir, monkeypatch, capsys, n
     (workdir / "settings.py").write_text(settings, encoding="utf-8")
     assert main.main(["settings.py"]) == 0
     found = re.search(r"over (\d+) of (\d+) batches of the validation", capsys.readouterr().out)
-    assert 2 <= int(found[1]) < int(found[2]) == 250
+    assert 2 <= int(found[1]) < int(found[2]) == 250  # they overlap by half
 
 
 def test_samples_on_the_way_are_drawn_alike_and_leave_the_runs_generator_alone(monkeypatch):

@@ -240,7 +240,8 @@ def _build_entry(
         unknown = _count_unknown(tokenizer, sides)
         if unknown:
             report.notes.append(_about_unknown(unknown, sides, tokenizer))
-        report.notes += _about_rate(tokenizer, sides, report.characters)
+        if not tokenizer_name.startswith("bpe:"):  # made of this text
+            report.notes += _about_rate(tokenizer, sides, report.characters)
         split = None if val else _split(sides[0], train_ratio)
         if split is not None and split.cut is not None:
             report.notes.append(_note_on_cut(split, sides[0], train_ratio))

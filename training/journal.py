@@ -22,6 +22,7 @@ from engine.metrics import (
 )
 from storage.files import PATIENCE_S, write_atomically
 from storage.tracking import MetricsFile, Trackers
+from training.pace import Spent
 from training.spacing import Allowance
 from visualize import render_losses
 
@@ -54,6 +55,8 @@ class History:
     batch_losses: list[float] = field(default_factory=list)  # NaN: unknown
     samples: list[Moment] = field(default_factory=list)  # at most MOST_MOMENTS
     skipped: int = 0  # steps whose loss or gradient was not finite
+    # the final validation loss as expected where the decay began: the least, the middle, the most
+    forecast: list[float] | None = None
     elapsed_s: float = 0.0
 
     @property
@@ -88,6 +91,7 @@ class Journal:
     token_size: TokenSize | None = None
     trackers: Trackers = field(default_factory=lambda: Trackers([]))
     history: History = field(default_factory=History)
+    spent: Spent = field(default_factory=Spent)
 
     def __post_init__(self) -> None:
         self._metrics = None if self.folder is None else MetricsFile(self.folder / "metrics.jsonl")
@@ -112,6 +116,29 @@ class Journal:
     def elapsed_s(self) -> float:
         """The seconds of the run so far, including earlier processes."""
         return self._earlier_s + time.perf_counter() - self._started_at
+
+    @property
+    def step_s(self) -> float:
+        """The mean seconds of a step so far, without evaluations, samples, pictures and saves."""
+        return max(0.0, self.elapsed_s - self.spent.total_s) / max(1, self.steps)
+
+    def plan_anew(self, total_steps: int) -> None:
+        """Note that the run has another number of steps from here on."""
+        self.total_steps = total_steps
+        self._bar.change_total(total_steps)
+
+    def note_forecast(self, least: float, expected: float, most: float) -> None:
+        """Print and log the final validation loss that is expected after this step."""
+        self.history.forecast = [least, expected, most]
+        in_bits = ""
+        if self.token_size is not None:
+            in_bits = f", or {bits_per_byte(expected, self.token_size):.3f} bits a byte"
+        say(
+            f"Forecast: validation loss {expected:.3f} at the end ({least:.3f} to {most:.3f})"
+            f"{in_bits}; the learning rate falls from here, step {self.steps:,}, on"
+        )
+        row = {"least": least, "expected": expected, "most": most}
+        self._log([{"step": self.steps} | {f"forecast/val_{n}": x for n, x in row.items()}])
 
     def step(
         self,
@@ -223,7 +250,8 @@ class Journal:
             self._say_once("matplotlib is not installed: no picture (pip install matplotlib)")
             return False
         written = [self._try_to_write(path, png) for path in (self.folder / PICTURE, Path(PICTURE))]
-        self._pictures.spend(time.perf_counter() - began_at)
+        self._pictures.spend(took_s := time.perf_counter() - began_at)
+        self.spent.note("picture", took_s)
         self._drawn_at = len(history.steps) if all(written) else -1
         return any(written)
 
@@ -277,6 +305,7 @@ class Journal:
         del history["batch_losses"]
         return {
             "history": history,
+            "spent": vars(self.spent),
             "steps": self.steps,
             "tokens": self._tokens,
             "tokens_per_s": self._speed(),
@@ -292,6 +321,7 @@ class Journal:
         samples = [Moment(*kept) for kept in state["history"].pop("samples")]
         self.history = History(**state["history"], samples=samples)
         self.history.batch_losses = _losses_in(rows, state["steps"])
+        self.spent = Spent(**state["spent"])
         self.steps = self._first_step = state["steps"]
         self._tokens = self._marked_tokens = state["tokens"]
         self._tokens_per_s = state["tokens_per_s"]

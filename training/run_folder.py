@@ -3,13 +3,13 @@
 import contextlib
 import dataclasses
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from engine.console import say
-from engine.errors import BusyError, ResourceError, first_line
+from engine.errors import BusyError, CheckpointError, ResourceError, SettingsError, first_line
 from storage.files import (
     DATA,
     SETTINGS,
@@ -22,6 +22,7 @@ from storage.files import (
     write_atomically,
     write_json,
 )
+from training.pace import NewPlan, recorded_plans
 
 if TYPE_CHECKING:
     from planning.decisions import RunRecord
@@ -38,6 +39,8 @@ class RunFolder:
     data: dict[str, Any]  # the report on the text
     tokenizer_file: Path
     notes: list[str]  # to print when training begins
+    # the time.perf_counter() at which this process is to end, of a run of so many minutes
+    deadline: float | None = None
     _is_there: bool = False  # opened() has created it
     _lock: FolderLock | None = None
 
@@ -45,6 +48,15 @@ class RunFolder:
     def settings(self) -> dict[str, Any]:
         """What settings.json holds."""
         return self.record.to_json()
+
+    @property
+    def new_plans(self) -> list[NewPlan]:
+        """What has changed the steps of the run on its way; CheckpointError if it is damaged."""
+        try:
+            return recorded_plans(self.record.changes, self.record.total_steps)
+        except SettingsError as error:
+            reason = " ".join(str(error).split())
+            raise CheckpointError(f"{self.path / SETTINGS} is damaged: {reason}") from None
 
     @contextlib.contextmanager
     def opened(self) -> Iterator[None]:
@@ -79,14 +91,26 @@ class RunFolder:
 
     def note_micro_batch(self, n_windows: int) -> None:
         """Write a smaller micro-batch to settings.json, so that a resumed run begins with it."""
-        change = {
-            "at": time.strftime("%Y-%m-%d %H:%M:%S"),
-            "micro_batch": [self.record.micro_batch, n_windows],
-        }
-        self.record = dataclasses.replace(
-            self.record, micro_batch=n_windows, changes=[*self.record.changes, change]
-        )
+        change = {"micro_batch": [self.record.micro_batch, n_windows]}
+        self.record = self._changed(change, micro_batch=n_windows)
         try:
             write_json(self.path / SETTINGS, self.settings)
         except ResourceError as error:  # it only saves a resumed run the search
             say(f"Note: {first_line(error)} Training goes on")
+
+    def note_plan(self, plan: NewPlan, write: Callable[[Callable[[], None]], object]) -> None:
+        """Write a new plan to settings.json, so that a resumed run repeats it.
+
+        `write` makes the main rank write. If the disk refuses, raises ResourceError and changes
+        nothing.
+        """
+        total = plan.total_steps
+        training = dataclasses.replace(self.record.training, max_steps=total)
+        record = self._changed(plan.to_json(), total_steps=total, training=training)
+        write(lambda: write_json(self.path / SETTINGS, record.to_json()))
+        self.record = record
+
+    def _changed(self, change: dict[str, Any], **values: Any) -> "RunRecord":
+        """The record with other values, and a change of this moment that says so."""
+        change = {"at": time.strftime("%Y-%m-%d %H:%M:%S")} | change
+        return dataclasses.replace(self.record, changes=[*self.record.changes, change], **values)

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from engine.optim import EVALUATIONS, LONGEST_EVAL_FREQ
 
 SAMPLE_TOKENS = 30  # that a sample on the way adds to each prompt
+# at evaluations within epochs: every 100 steps or more, ten a run
+SAMPLE_EVERY, SAMPLES_A_RUN = 100, 10
 # of the run's time, for pictures and again for samples; and what each may take before that is much
 EXTRAS_SHARE, EXTRAS_GRACE_S = 0.015, 0.3
 
@@ -42,14 +44,19 @@ class Spacing:
         """Whether the model is evaluated after a step, or at 0 before the first one."""
         return step % self.eval_freq == 0 or self.ends_epoch(step)
 
-    def count(self) -> int:
-        """The evaluations of the run."""
-        total, freq, epoch = self.total_steps, self.eval_freq, self.steps_per_epoch
-        count = 1 + total // freq
+    def count(self, after: int = -1) -> int:
+        """The evaluations of the run, or those that are left after a step and its own."""
+        at_end = self._count_regular(self.total_steps) - self._count_regular(self.total_steps - 1)
+        count = self._count_regular(self.total_steps) + (not at_end)
+        return count - self._count_regular(after)
+
+    def _count_regular(self, step: int) -> int:
+        """The evaluations up to a step, but for one that only the run's end brings."""
+        freq, epoch = self.eval_freq, self.steps_per_epoch
+        count = 1 + step // freq
         if self.has_long_epochs:
-            count += total // epoch - total // math.lcm(freq, epoch)
-        at_end = total % freq == 0 or (self.has_long_epochs and total % epoch == 0)
-        return count + (not at_end)
+            count += step // epoch - step // math.lcm(freq, epoch)
+        return count
 
 
 def most_final_batches(evaluations: Spacing, eval_iter: int) -> int:
