@@ -324,7 +324,7 @@ class Trainer:
             return
         first = sum(step <= schedule.warmup_steps for step in history.steps)
         steps, losses = history.steps[first:], history.val_losses[first:]
-        if found := forecast_loss(steps, losses, plan.total_steps):
+        if found := forecast_loss(steps, losses, schedule):
             self.journal.note_forecast(*found)
 
     def is_planned(self) -> bool:

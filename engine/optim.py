@@ -383,6 +383,6 @@ def orthogonalize(matrices: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float) -> None:
-    """Set the rate of each parameter group to learning_rate times the group's "scale"."""
+    """Set the rate of each parameter group to learning_rate times the group's "scale", or 1."""
     for group in optimizer.param_groups:
-        group["lr"] = learning_rate * group["scale"]
+        group["lr"] = learning_rate * group.get("scale", 1.0)  # another optimizer has none

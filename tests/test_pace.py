@@ -168,12 +168,14 @@ def test_what_is_left_of_a_budget_is_filled_with_steps(step_s):
 def test_a_forecast_continues_the_later_half_of_the_flat_phase_and_adds_what_the_decay_gains():
     steps = list(range(10, 101, 10))
     losses = [5 * step**-0.1 if step >= 50 else 9.0 for step in steps]
-    found = forecast_loss(steps, losses, 200)
+    schedule = Schedule("wsd", 1.0, 5, 300, 200, final_rate=0.0)  # 100 flat steps, 100 by area
+    found = forecast_loss(steps, losses, schedule)
     at_end = 5 * 200**-0.1
-    assert found == pytest.approx([(1 - gain) * at_end for gain in (0.07, 0.05, 0.03)])
-    assert forecast_loss(steps, [3.0 + step / 1e4 for step in steps], 200)[1] == 0.95 * 3.001
-    assert forecast_loss([10, 60, 100], [4.0, 3.0, 2.9], 200) is None
-    assert forecast_loss([], [], 200) is None
+    assert found == pytest.approx([(1 - gain) * at_end for gain in (0.055, 0.03, 0.005)])
+    rising = [3.0 + step / 1e4 for step in steps]
+    assert forecast_loss(steps, rising, schedule)[1] == pytest.approx(0.97 * 3.001)
+    assert forecast_loss([10, 60, 100], [4.0, 3.0, 2.9], schedule) is None
+    assert forecast_loss([], [], schedule) is None
 
 
 def test_what_parts_take_is_kept_apart_and_a_default_serves_where_nothing_was_seen():
