@@ -302,7 +302,7 @@ def test_a_run_goes_on_with_what_was_worked_out_when_it_began():
 
 
 @pytest.fixture
-def in_minutes(monkeypatch, step_seconds):
+def in_minutes(monkeypatch):
     """Prepare a run with MINUTES on a machine whose speed is known, and whose steps take 3 s."""
     measured = []
 
@@ -311,7 +311,7 @@ def in_minutes(monkeypatch, step_seconds):
         return MACHINE
 
     monkeypatch.setattr(environment, "measure_speed", measure)
-    step_seconds(3.0)
+    monkeypatch.setattr(trial.Trial, "step_seconds", lambda *_, **__: 3.0)
     monkeypatch.setattr(trial.Trial, "costs", lambda *_: trial.Costs(3.0, 0.1, 0.0, 0.0))
     monkeypatch.setattr(trial, "usable_seconds", lambda *_: 14.0)
 
