@@ -472,7 +472,8 @@ def _read_sampling(given: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
 def _choose_mode(run: RunSettings) -> tuple[str, str]:
     if run.CUSTOM_MODE:
         beaten = ", which wins over QUICK_MODE" if run.QUICK_MODE else ""
-        return "custom", f"CUSTOM_MODE is True{beaten}"
+        opened = "" if run.MINUTES is None else f"; MINUTES ({run.MINUTES:g}) choose the rest"
+        return "custom", f"CUSTOM_MODE is True{beaten}{opened}"
     if run.MINUTES is not None:
         beaten = ", which wins over QUICK_MODE" if run.QUICK_MODE else ""
         return "auto", f"MINUTES is {run.MINUTES:g}{beaten}"

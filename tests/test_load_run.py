@@ -81,7 +81,7 @@ def read(path: Path) -> dict:
 def edit_settings(run: Path, **changes) -> None:
     """Change settings.json; None takes a name out."""
     settings = read(run / "settings.json") | changes
-    settings = {name: value for name, value in settings.items() if value is not None}
+    settings = {n: value for n, value in settings.items() if changes.get(n, 0) is not None}
     (run / "settings.json").write_text(json.dumps(settings), encoding="utf-8")
 
 
@@ -350,7 +350,7 @@ def test_settings_that_do_not_describe_the_weights_are_refused(trained):
             edit_settings(trained.path, **{name: value})
             with pytest.raises(CheckpointError, match="one"):
                 load_run("one")
-            edit_settings(trained.path, **settings)
+            (trained.path / "settings.json").write_text(json.dumps(settings), encoding="utf-8")
     assert load_run("one").step == 4
 
 

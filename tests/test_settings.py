@@ -453,6 +453,7 @@ def test_minutes_win_over_quick_and_full_mode_and_custom_mode_over_minutes(custo
     plan = plan_of(**AUTO, CUSTOM_MODE=custom, QUICK_MODE=quick)
     assert (plan.mode, plan.model_name) == ("custom" if custom else "auto", "auto")
     assert ("QUICK_MODE" in plan.origins["mode"]) == quick
+    assert "MINUTES" in plan.origins["mode"]
     assert plan.fixed == Fixed(None, {}, {})
     assert plan.training == TrainingConfig(time_budget_minutes=10.0)
     asked = plan.asked()
