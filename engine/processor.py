@@ -44,6 +44,14 @@ def default_threads(processes: int = 1) -> int:
     return max(1, min(limit for limit in limits if limit) // processes)
 
 
+def is_busy(threads: int) -> bool:
+    """Whether other work took more than half of these threads' time in the last minute.
+
+    False where the system does not tell (Windows).
+    """
+    return hasattr(os, "getloadavg") and os.getloadavg()[0] > 0.5 * threads
+
+
 @contextlib.contextmanager
 def using_threads(count: int) -> Iterator[None]:
     """Let torch use `count` threads in here."""

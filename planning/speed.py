@@ -12,7 +12,7 @@ from engine.devices import synchronize
 from engine.errors import is_out_of_memory
 from engine.memory import available_memory
 from engine.optim import build_optimizer
-from engine.processor import using_threads
+from engine.processor import is_busy, using_threads
 from engine.randomness import random_state, set_random_state
 from model import GPTConfig, GPTModel
 from planning.machine import Machine
@@ -65,11 +65,15 @@ def measure_speed(machine: Machine, minutes: float) -> MachineFacts:
         figures, how = known, "as measured before"
     else:
         started_at = time.perf_counter()
+        # beside other work the machine looks slow, which must not last
+        busy = device.type == "cpu" and is_busy(_threads(machine))
         probes = CPU_PROBES if device.type == "cpu" else GPU_PROBES
         seconds = _time_probes(machine, probes, MOST_SHARE * 60 * minutes)
         figures = solve([probe.costs() for probe in probes], seconds, device.type)
         how = f"measured in {time.perf_counter() - started_at:.1f} s"
-        if choices is not None and len(seconds) == len(probes):
+        if busy:
+            how += ", beside other work: a later run measures it again"
+        elif choices is not None and len(seconds) == len(probes):
             choices.keep(question, figures)
     memory = available_memory(device) or UNKNOWN_MEMORY
     world, shared = machine.parallel.world, machine.parallel.local_world
@@ -90,13 +94,16 @@ def measure_speed(machine: Machine, minutes: float) -> MachineFacts:
     return facts
 
 
+def _threads(machine: Machine) -> int:
+    return torch.get_num_threads() if machine.choices is None else machine.choices.threads
+
+
 def _time_probes(machine: Machine, probes: Sequence[Probe], most_s: float) -> list[float]:
     """The seconds of a step of each probe; at least one, the others while there is time."""
     device, seconds = machine.device, list[float]()
-    threads = torch.get_num_threads() if machine.choices is None else machine.choices.threads
     random_before, started_at = random_state(device), time.perf_counter()
     try:
-        with using_threads(threads):
+        with using_threads(_threads(machine)):
             for probe in probes:
                 ratio = probe.costs()[0] / probes[max(0, len(seconds) - 1)].costs()[0]
                 expected = (1 + TIMED_STEPS) * seconds[-1] * ratio if seconds else 0.0

@@ -311,7 +311,7 @@ def in_minutes(monkeypatch):
         return MACHINE
 
     monkeypatch.setattr(environment, "measure_speed", measure)
-    monkeypatch.setattr(trial.Trial, "step_seconds", lambda self: 3.0)
+    monkeypatch.setattr(trial.Trial, "step_seconds", lambda *_, **__: 3.0)
     monkeypatch.setattr(trial.Trial, "costs", lambda *_: trial.Costs(3.0, 0.1, 0.0, 0.0))
     monkeypatch.setattr(trial, "usable_seconds", lambda *_: 14.0)
 

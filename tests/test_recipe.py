@@ -421,9 +421,14 @@ def test_speed_is_measured_once_in_little_time(tmp_path, monkeypatch, capsys):
     choices = Choices(tmp_path, device, torch.get_num_threads())
     machine = Machine(device, ALONE, choose_precision("fp32", device), choices=choices)
     state = torch.get_rng_state()
+    monkeypatch.setattr(speed, "is_busy", lambda threads: True)
+    speed.measure_speed(machine, 10)
+    assert "beside other work" in capsys.readouterr().out
+    monkeypatch.setattr(speed, "is_busy", lambda threads: False)
     first = speed.measure_speed(machine, 10)
     assert torch.equal(torch.get_rng_state(), state)
-    assert "GFLOP/s" in capsys.readouterr().out
+    assert "GFLOP/s in training steps" in (printed := capsys.readouterr().out)
+    assert "measured in" in printed and "other work" not in printed
     monkeypatch.setattr(speed, "_step_seconds", None)
     again = speed.measure_speed(machine, 10)
     assert dataclasses.replace(again, memory=first.memory) == first
