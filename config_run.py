@@ -58,6 +58,7 @@ custom_params = {
     "train_ratio": 0.9,  # share of the text to train on, the rest validates: between 0 and 1
     "eval_freq": None,  # evaluate every so many steps: 1 or more
     "eval_iter": 10,  # batches in an evaluation: 1 or more
+    "final_iter": None,  # batches in the evaluation after training;  None: the whole text
     "patience": None,  # end after so many evaluations in a row without a better one;  None: never
     "save_every": None,  # steps from one checkpoint to the next;  None: by time
     "save_minutes": 5.0,  # minutes from one checkpoint to the next: above 0

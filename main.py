@@ -37,11 +37,9 @@ from engine.errors import (
 )
 from engine.processor import using_threads
 from environment import RuntimeEnv, prepare_environment
-from planning.decisions import RunRecord
 from storage.files import write_json
 from train import continue_prompts, train
 from training.journal import PICTURE, Journal
-from training.spacing import Spacing, most_final_batches
 
 LINE = "=" * 70
 
@@ -171,7 +169,7 @@ def show_samples(env: RuntimeEnv, journal: Journal) -> None:
 
 def sum_up(env: RuntimeEnv, journal: Journal, stop: StopSignals) -> None:
     """Print the summary and then write summary.json, which marks a finished run."""
-    most = _most_final_batches(env.run.record)
+    most = env.train_config.final_iter
     score = env.learner.score(env.val_loader, env.tokenizer, most, stop, label="Evaluating")
     over = "all validation text"
     if score.n_batches < score.of_batches:
@@ -212,16 +210,6 @@ def sum_up(env: RuntimeEnv, journal: Journal, stop: StopSignals) -> None:
         "ranks": env.parallel.world,
     }
     env.parallel.on_main(lambda: write_json(env.run.path / "summary.json", summary))
-
-
-def _most_final_batches(record: RunRecord) -> int | None:
-    """The batches of the last evaluation; None: all, which a time budget has no room for."""
-    if record.asked.training.time_budget_minutes is None or record.asked.training.max_steps:
-        return None
-    training = record.training
-    assert training.eval_freq is not None  # try_out() has completed it
-    evaluations = Spacing(record.total_steps, record.steps_per_epoch, training.eval_freq)
-    return most_final_batches(evaluations, training.eval_iter)
 
 
 def _headline(text: str) -> None:

@@ -602,6 +602,7 @@ def _budget_until(deadline: float | None, env: RuntimeEnv) -> Budget | None:
         (Trial.count_batches(env.train_loader), Trial.count_batches(env.val_loader)),
         3 * record.sampling.max_new_tokens,  # main draws three samples
         config.save_minutes,
+        config.final_iter,
     )
 
 

@@ -41,14 +41,14 @@ from training.spacing import (
     SAMPLES_A_RUN,
     Spacing,
     allowed_seconds,
-    most_final_batches,
 )
 from training_utils import TrainingConfig
 from visualize import render_losses
 
 TIMED_STEPS = 3
 BUDGET_TRIAL_SHARE = 0.05  # of a time budget, for which its steps are timed beforehand
-EVALUATION_SHARE = 0.07  # of a time budget, the most that evaluations take
+# of a time budget, the most that evaluations on the way take, and the one after training
+EVALUATION_SHARE, FINAL_SHARE = 0.05, 0.04
 LEAST_INTERVALS = 4  # between evaluations, where a time budget is short
 TIMED_BATCHES, TIMED_TOKENS = 4, 10  # of an evaluation and a sample
 # of a run of so many minutes: the share that is planned, and the seconds that Python takes to end
@@ -324,17 +324,19 @@ class Budget:
     batches: tuple[int, int]  # of all training and of all validation text
     last_tokens: int  # of the samples after training, a prompt
     save_minutes: float = math.inf  # between checkpoints
+    final_iter: int | None = None  # batches of the evaluation after training; None: what fits
 
     def plan(self, asked: TrainingConfig, *, most_warmup: float = 1.0) -> TrainingConfig:
-        """The hyper-parameters with max_steps, eval_freq and eval_iter: as many steps as fit, at
-        least 1, and at most EVALUATION_SHARE for evaluations, unless the least are more. Warm-up
-        has at most a share of most_warmup of the steps."""
+        """The hyper-parameters with max_steps, eval_freq, eval_iter and final_iter: as many steps
+        as fit, at least 1, and at most EVALUATION_SHARE and FINAL_SHARE for evaluations, unless the
+        least are more. Warm-up has at most a share of most_warmup of the steps."""
         most_iter = min(asked.eval_iter, max(self.batches))
         halved = [most_iter >> n for n in range(most_iter.bit_length())]
         for intervals, eval_iter in [*((EVALUATIONS, n) for n in halved), (LEAST_INTERVALS, 1)]:
             found = self._longest(asked.eval_freq, intervals, eval_iter)
             if self.evaluation_s(found, eval_iter) <= EVALUATION_SHARE * self.seconds:
                 break
+        last = self.final_batches
         most = min(int(most_warmup * found.total_steps), found.total_steps - 1)
         warmup = None if asked.warmup_steps is None else min(asked.warmup_steps, most)
         return dataclasses.replace(
@@ -343,6 +345,7 @@ class Budget:
             warmup_steps=warmup,
             eval_freq=found.eval_freq,
             eval_iter=asked.eval_iter if eval_iter == most_iter else eval_iter,
+            final_iter=asked.final_iter if last >= 2 * self.batches[1] else last,
         )
 
     def _longest(self, eval_freq: int | None, intervals: int, eval_iter: int) -> Spacing:
@@ -378,15 +381,18 @@ class Budget:
         """The seconds of a run, or of its rest after `done` steps and their evaluation."""
         steps_s = (evaluations.total_steps - done) * self.costs.step
         evaluations_s = self.evaluation_s(evaluations, eval_iter, done)
-        return steps_s + evaluations_s + self._other_s(evaluations, done)
+        last_s = self.final_batches * self.costs.batch
+        return steps_s + evaluations_s + last_s + self._other_s(evaluations, done)
 
     def evaluation_s(self, evaluations: Spacing, eval_iter: int, done: int = 0) -> float:
-        """The seconds of a run's evaluations, with the one after training."""
-        count = evaluations.count(done or -1)
-        each = self.batches_of_one(eval_iter)
-        # the last one's windows overlap by half
-        last = min(most_final_batches(evaluations, eval_iter), 2 * self.batches[1])
-        return (count * each + last) * self.costs.batch
+        """The seconds of a run's evaluations before the end of training."""
+        return evaluations.count(done or -1) * self.batches_of_one(eval_iter) * self.costs.batch
+
+    @property
+    def final_batches(self) -> int:
+        """The batches of the evaluation after training, whose windows overlap by half."""
+        most = self.final_iter or int(FINAL_SHARE * self.seconds / max(self.costs.batch, 1e-9))
+        return min(max(1, most), 2 * self.batches[1])
 
     def batches_of_one(self, eval_iter: int) -> int:
         """The batches of an evaluation on the way, of both texts."""
@@ -435,6 +441,7 @@ def _spend(
         (trial.count_batches(trial.loader), max(1, -(-validated // windows.batch_size))),
         3 * plan.sampling.max_new_tokens,  # main draws three samples
         asked.save_minutes,
+        asked.final_iter,
     )
     # the recipe's warm-up is for the steps that it expected
     is_recipes = plan.recipe is not None and "warmup_steps" in plan.recipe.training

@@ -33,7 +33,7 @@ COMPLETED_BY = {TrainingConfig: {}, RunSettings: {}, SamplingConfig: {}}
 COMPLETED_BY[GPTConfig] = MODEL_ENTRY | {"vocab_size": 10}
 
 FROM_ONE_ON = ("num_epochs", "max_steps", "batch_size", "stride", "eval_freq", "eval_iter")
-FROM_ONE_ON += ("patience", "save_every")
+FROM_ONE_ON += ("final_iter", "patience", "save_every")
 LIMITS = {  # of each class -> of each name: what is refused, what is taken; the last is no default
     TrainingConfig: {
         **dict.fromkeys(FROM_ONE_ON, ([0], [1, 7])),

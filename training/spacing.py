@@ -59,11 +59,6 @@ class Spacing:
         return count
 
 
-def most_final_batches(evaluations: Spacing, eval_iter: int) -> int:
-    """The most batches of the evaluation after a time budget's run: a quarter of the others'."""
-    return max(1, evaluations.count() * eval_iter // 2)
-
-
 @dataclass
 class Allowance:
     """The seconds that something may take of a run: a share of it, or little in all."""
