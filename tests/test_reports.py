@@ -207,10 +207,11 @@ def test_a_chinese_text_in_gpt2s_tokens_names_the_better_tokenizer_and_begins_wi
     assert f"samples go on from {prompt!r}" in capsys.readouterr().out
 
 
-def test_a_tokenizer_made_of_the_text_is_not_called_one_for_other_texts(start):
+def test_a_tokenizer_made_of_the_text_is_not_called_one_for_other_texts(workdir):
     pytest.importorskip("tokenizers")
-    code, said = start(CHINESE[:1500], TOKENIZER="bpe:300", RUN_NAME="one", max_steps=1)
-    assert code == 0 and "tokens a character here" not in said
+    (workdir / "text.txt").write_text(CHINESE[:1500], encoding="utf-8")
+    made = tokenize(DataSpec(("text.txt",)), "bpe:300", 0.9, workdir / "cache")
+    assert made.report["tokens_per_character"] > 1.05 and made.report["notes"] == []
 
 
 def test_numbers_that_are_hardly_meant_get_a_notice_each():
