@@ -20,6 +20,7 @@ from planning.decisions import (
     decide_recipe,
     decide_training,
     differences,
+    find_deadline,
     keep_identity,
     read_record,
 )
@@ -212,6 +213,18 @@ def test_a_run_with_minutes_goes_on_with_its_own_recipe_or_with_another_text_not
     assert (left.runs, left.notes, left.folder) == ((), ("x", said), NEW)
     with pytest.raises(CheckpointError, match="can't go on with other settings:\n  text: sha256 f"):
         candidates(runs[0], named=True).with_text(TEXT_FACTS.fingerprint)
+
+
+def test_a_run_ends_by_its_minutes_or_where_the_recipe_says_that_fewer_are_enough():
+    plan = plan_in_minutes(MINUTES=10)
+    for worth, minutes in ((10.0, 10.0), (8.5, 10.0), (7.5, 7.5)):  # the card tells of the last
+        recipe = dataclasses.replace(plan.recipe, minutes=worth)
+        shorter = dataclasses.replace(plan, choice=dataclasses.replace(plan.choice, recipe=recipe))
+        training = decide_training(shorter, torch.device("cpu"), 1000, None)
+        assert training.time_budget_minutes == minutes
+        assert find_deadline(shorter, training, 100.0) == 100 + 60 * minutes
+    budget = plan_of(time_budget_minutes=5.0)  # which counts from the end of the start-up
+    assert find_deadline(budget, budget.training, 100.0) is None
 
 
 def test_other_settings_refuse_a_named_run_with_every_difference():
