@@ -581,7 +581,7 @@ def _plan_loop(env: RuntimeEnv) -> LoopPlan:
         prompts=config.prompts,
         patience=config.patience,
         budget=_budget_until(run.deadline, env),
-        stops_by_heart=record.mode == "auto",
+        stops_by_heart=record.choice is not None,
         to_come=to_come,
     )
 

@@ -74,10 +74,11 @@ def _about_machine(recipe: Recipe, machine: MachineFacts) -> str:
 
 def _about_model(recipe: Recipe) -> str:
     model, why = recipe.model, recipe.reasons
+    n_layers = model["n_layers"]
     return (
-        f"{model['n_layers']} layers, {model['emb_dim']} wide, {recipe.parameters:,} parameters "
-        f"({model['architecture']}): {why['n_layers']}, {why['emb_dim']}; "
-        f"context {model['context_length']}"
+        f"{n_layers} layer{'s' * (n_layers != 1)}, {model['emb_dim']} wide, "
+        f"{recipe.parameters:,} parameters ({model['architecture']}): {why['n_layers']}, "
+        f"{why['emb_dim']}; context {model['context_length']}"
     )
 
 
@@ -112,7 +113,7 @@ def _about_training(recipe: Recipe) -> str:
 def _by_heart(recipe: Recipe) -> str:
     if recipe.by_heart_minute is None:
         return "never in practice: the text is too large for this model"
-    ends = "this run ends before" if recipe.by_heart_minute > recipe.minutes else "it would begin"
+    ends = "this run ends before" if recipe.by_heart_minute > recipe.minutes else "within this run"
     return f"from about minute {recipe.by_heart_minute:g} on; {ends}"
 
 

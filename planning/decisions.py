@@ -16,7 +16,7 @@ from engine.settings import check, find_problems, from_json, names_on_resume, se
 from generation import SamplingConfig
 from model import ATTENTIONS, GPTConfig
 from planning.plan import SETTING_NAMES, Asked, RecipeChoice, RunPlan, RunSettings
-from planning.recipe import MachineFacts, Recipe, choose_recipe
+from planning.recipe import ENOUGH_SHARE, MachineFacts, Recipe, choose_recipe
 from storage.files import SETTINGS
 from text.facts import TextFacts
 from training_utils import TrainingConfig
@@ -24,8 +24,6 @@ from training_utils import TrainingConfig
 MOST_SETTINGS_BYTES = 1 << 24
 # of full mode on a GPU: the tokens of a step, where an epoch of a short text still has these steps
 GPU_STEP_TOKENS, LEAST_STEPS = 32_768, 32
-# of MINUTES, the share below which a recipe's own minutes count: the card says so
-ENOUGH_SHARE = 0.8
 
 
 @dataclass(frozen=True)

@@ -65,6 +65,7 @@ BATCHES = tuple(2**power for power in range(8, 20))  # tokens
 TIES = 0.003  # what is as good goes to the smaller model
 TIME_RUNGS = 4  # the minutes that are looked at lie 2**(1/4) apart
 LEAST_MINUTES, MOST_MINUTES = 0.25, 10_000.0
+ENOUGH_SHARE = 0.8  # of the minutes: a run that needs less of them takes less
 MEMORY_SHARE = 0.8  # of the memory, the most that a run may need
 # bytes for each token, layer and unit of width; and of a chunk of logits
 BLOCK_BYTES, HEAD_BYTES = 80, 2e7
@@ -626,7 +627,7 @@ def find_warnings(text: TextFacts, minutes: float, used: float) -> list[str]:
             f"byte, their frequencies {entropy:.2f}): no model can learn more. Is DATA the text "
             'that you mean, in the right encoding: DATA = {"path": ..., "encoding": ...}?'
         )
-    if used < 0.8 * minutes:
+    if used < ENOUGH_SHARE * minutes:
         found.append(
             f"After about {used:.2g} minutes the validation loss gains nothing more: MINUTES = "
             f"{max(LEAST_MINUTES, _rounded(used)):g} is enough, and more text helps more than "

@@ -29,6 +29,7 @@ ROOMS = {  # the files that are changed, and those that must notice it
             "test_environment",
             "test_machine",
             "test_pretended_gpus",
+            "test_recipe",
             "test_runs",
             "test_settings",
             "test_short_epochs",
@@ -37,11 +38,21 @@ ROOMS = {  # the files that are changed, and those that must notice it
     ),
     "training": (
         ["training/*.py"],
-        ["test_train", "test_journal", "test_memory", "test_short_epochs", "test_run_folder"],
+        [
+            "test_train",
+            "test_journal",
+            "test_memory",
+            "test_pace",
+            "test_short_epochs",
+            "test_run_folder",
+        ],
     ),
     "storage": (["storage/*.py"], ["test_storage", "test_checkpoint", "test_tracking"]),
     "loss": (["engine/loss.py"], ["test_loss", "test_model"]),
-    "generation": (["generation.py"], ["test_generation", "test_sampling"]),
+    "generation": (
+        ["generation.py"],
+        ["test_generation", "test_recorded_decoding", "test_sampling"],
+    ),
     "data": (["data.py"], ["test_data"]),
 }
 TURNED = {

@@ -363,6 +363,7 @@ OF_RUN |= {"LOG_EVERY": 3, "TRACKING": ["wandb"], "NIGHT_MODE": True}
 OF_TRAINING = {"num_epochs": 4, "max_steps": 9, "eval_freq": 7, "eval_iter": 2, "patience": 50}
 OF_TRAINING |= {"save_every": 2, "save_minutes": 7.0, "keep_checkpoints": 3, "num_workers": 1}
 OF_TRAINING |= {"start_context": ["bell", "river"], "activation_checkpointing": True}
+OF_TRAINING |= {"final_iter": 6}
 
 
 def test_a_run_that_goes_on_keeps_its_identity_and_records_each_change_and_says_the_numeric_ones():
