@@ -40,6 +40,7 @@ from engine.randomness import random_state, set_random_state
 from engine.settings import find_problems, raise_if_any, shown
 from environment import RuntimeEnv
 from generation import generate, text_to_token_ids
+from planning.decisions import most_steps_of
 from planning.trial import Budget, Costs, Trial, expected_save_s, usable_seconds
 from storage.checkpoint import BestWeights, CheckpointStore, SaveClock, copy_weights, load_weights
 from storage.tracking import open_trackers
@@ -307,7 +308,8 @@ class Trainer:
             except ResourceError as error:
                 self._require_folder(error)
                 say(f"Note: {first_line(error)} The run keeps its {plan.total_steps:,} steps")
-                self.plan = replace(plan, budget=None, stops_by_heart=False)
+                if new.why == TIME:  # by heart is asked again after the next evaluation
+                    self.plan = replace(plan, budget=None)
                 return
         self._follow(new)
         say_new_plan(new, self.journal)
@@ -500,10 +502,10 @@ def continue_prompts(
 def train(env: RuntimeEnv) -> Journal:
     """Train a prepared run, or resume it from its newest checkpoint.
 
-    The model ends with its last weights; with patience set, or where training has diverged, with
-    the best ones. Raises Stopped after a signal, with a checkpoint saved; BusyError if another
-    program trains in the folder, CheckpointError if its checkpoints are bad, ResourceError if the
-    disk refuses them, NumericsError if training diverges.
+    The model ends with its last weights; with patience or MINUTES set, or where training has
+    diverged, with the best ones. Raises Stopped after a signal, with a checkpoint saved; BusyError
+    if another program trains in the folder, CheckpointError if its checkpoints are bad,
+    ResourceError if the disk refuses them, NumericsError if training diverges.
     """
     held = env.parallel.held_by_main(env.run.opened)
     with env.parallel.watched(), held, using_threads(env.run.record.threads):
@@ -595,14 +597,16 @@ def _budget_until(deadline: float | None, env: RuntimeEnv) -> Budget | None:
     assert record.sampling.max_new_tokens is not None  # fitted() to the text
     seconds = usable_seconds(deadline, 60 * minutes, env.parallel)
     costs = Costs(0.0, 0.0, 0.0, UNSEEN_PICTURE_S, expected_save_s(env.model))
+    n_val = Trial.count_batches(env.val_loader)
     return Budget(
         seconds,
         costs,
         record.steps_per_epoch,
-        (Trial.count_batches(env.train_loader), Trial.count_batches(env.val_loader)),
+        (Trial.count_batches(env.train_loader), n_val),
         3 * record.sampling.max_new_tokens,  # main draws three samples
         config.save_minutes,
-        config.final_iter,
+        config.final_iter or 2 * n_val,  # its windows overlap by half
+        most_steps_of(None if record.choice is None else record.choice.recipe, minutes),
     )
 
 

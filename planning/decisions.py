@@ -242,13 +242,15 @@ def find_deadline(plan: RunPlan, asked: TrainingConfig, began_at: float) -> floa
 
 
 def _with_recipe(asked: TrainingConfig, recipe: Recipe | None) -> TrainingConfig:
-    """The hyper-parameters with those of a recipe, and its minutes where MINUTES are too many."""
-    if recipe is None or asked.time_budget_minutes is None:
-        return asked
-    minutes = asked.time_budget_minutes
-    if recipe.minutes < ENOUGH_SHARE * minutes:
-        minutes = recipe.minutes
-    return dataclasses.replace(asked, time_budget_minutes=minutes, **recipe.training)
+    """The hyper-parameters with those of a recipe."""
+    return asked if recipe is None else dataclasses.replace(asked, **recipe.training)
+
+
+def most_steps_of(recipe: Recipe | None, minutes: float) -> int | None:
+    """The most steps of a run of so many minutes: its recipe's, where fewer are enough for it."""
+    if recipe is None or recipe.minutes >= ENOUGH_SHARE * minutes:
+        return None
+    return recipe.steps
 
 
 def complete_training(

@@ -60,7 +60,7 @@ class Candidates:
     @property
     def likeliest(self) -> RunRecord | None:
         """The record of the run that is resumed unless the text differs; None: a new run."""
-        return self.runs[0].record if self.runs else None
+        return next((run.record for run in self.runs if run.fault is None), None)
 
     def stand_in(self, data: object) -> bool | None:
         """Whether the likeliest run read a stand-in for this DATA; None where nothing is known."""
@@ -83,7 +83,10 @@ class Candidates:
             ) from error
 
     def with_text(self, fingerprint: str) -> "Candidates":
-        """Those whose recipe was chosen for this text; CheckpointError if a named run's was not."""
+        """Those with the likeliest run's recipe, if that was chosen for this text.
+
+        Raises CheckpointError if a named run's was not.
+        """
         fitting, others = [], []
         for run in self.runs:
             choice = run.record.choice
@@ -99,7 +102,9 @@ class Candidates:
             if self.named:
                 raise differs(run, differing)
             notes = (*notes, _passed_over(run.path, differing))
-        return dataclasses.replace(self, runs=tuple(fitting), notes=notes)
+        chosen = next((run.record.choice for run in fitting if run.fault is None), None)
+        same = (run for run in fitting if run.fault is not None or run.record.choice == chosen)
+        return dataclasses.replace(self, runs=tuple(same), notes=notes)
 
 
 @dataclass(frozen=True)
@@ -158,8 +163,7 @@ def settle_run(candidates: Candidates, tokenizer: str, text: str) -> SettledRun:
         if not differing and run.is_finished:
             raise RunFinished(
                 f"The run in {run.path} is finished, with these settings and this text: nothing to "
-                "do. Another RUN_NAME begins a new one; more num_epochs, max_steps or, where that "
-                "ended it, patience goes on with it."
+                f"do. Another RUN_NAME begins a new one{_how_longer(run)}."
             )
         if not differing:
             return SettledRun(run.path, candidates.named, run.record, candidates.notes)
@@ -276,15 +280,20 @@ def differs(run: Candidate, differing: list[str]) -> CheckpointError:
     how, more = "can't go on with other settings", ""
     if run.is_finished:
         how = "is finished, with other settings"
-        more = (
-            "\nWith the others as they were, more num_epochs, max_steps or, where that ended it, "
-            "patience goes on with it."
-        )
+        if longer := _how_longer(run):
+            more = f"\nWith the others as they were{longer.replace(';', ',')}."
     listed = "\n  ".join(differing)
     return CheckpointError(
         f"the run in {run.path} {how}:\n  {listed}\n"
         f"Set them back, or choose another RUN_NAME for a new run.{more}"
     )
+
+
+def _how_longer(run: Candidate) -> str:
+    """What makes a finished run longer, to be added to a sentence; one with MINUTES can't be."""
+    if run.record.choice is not None:
+        return ""
+    return "; more num_epochs, max_steps or, where that ended it, patience goes on with it"
 
 
 def _is_taken(path: Path) -> bool:

@@ -32,7 +32,7 @@ from engine.randomness import random_state, set_random_state
 from generation import generate
 from model import GPTModel
 from planning.choices import WORTH_A_TRIAL, Choices
-from planning.decisions import RunRecord, complete_training
+from planning.decisions import RunRecord, complete_training, most_steps_of
 from planning.machine import Machine
 from planning.plan import RunPlan
 from training.learner import Learner, steps_between
@@ -325,6 +325,7 @@ class Budget:
     last_tokens: int  # of the samples after training, a prompt
     save_minutes: float = math.inf  # between checkpoints
     final_iter: int | None = None  # batches of the evaluation after training; None: what fits
+    most_steps: int | None = None  # that are of use
 
     def plan(self, asked: TrainingConfig, *, most_warmup: float = 1.0) -> TrainingConfig:
         """The hyper-parameters with max_steps, eval_freq, eval_iter and final_iter: as many steps
@@ -334,7 +335,7 @@ class Budget:
         halved = [most_iter >> n for n in range(most_iter.bit_length())]
         for intervals, eval_iter in [*((EVALUATIONS, n) for n in halved), (LEAST_INTERVALS, 1)]:
             found = self._longest(asked.eval_freq, intervals, eval_iter)
-            if self.evaluation_s(found, eval_iter) <= EVALUATION_SHARE * self.seconds:
+            if self.evaluation_s(found, eval_iter) <= EVALUATION_SHARE * self._run_s:
                 break
         last = self.final_batches
         most = min(int(most_warmup * found.total_steps), found.total_steps - 1)
@@ -371,7 +372,7 @@ class Budget:
         fit = bisect.bisect_right(
             counts, self.seconds, key=lambda steps: self.total_s(run_of(steps), eval_iter, done)
         )
-        return done + max(1, fit)
+        return done + max(1, min(fit, (self.most_steps or most) - done))
 
     def _eval_freq(self, steps: int, intervals: int) -> int:
         longest = max(LONGEST_EVAL_FREQ, round(LONGEST_EVAL_S / self.costs.step))
@@ -391,8 +392,13 @@ class Budget:
     @property
     def final_batches(self) -> int:
         """The batches of the evaluation after training, whose windows overlap by half."""
-        most = self.final_iter or int(FINAL_SHARE * self.seconds / max(self.costs.batch, 1e-9))
+        most = self.final_iter or int(FINAL_SHARE * self._run_s / max(self.costs.batch, 1e-9))
         return min(max(1, most), 2 * self.batches[1])
+
+    @property
+    def _run_s(self) -> float:
+        """About the seconds of the run: the budget, or less where fewer steps are of use."""
+        return min(self.seconds, (self.most_steps or math.inf) * self.costs.step)
 
     def batches_of_one(self, eval_iter: int) -> int:
         """The batches of an evaluation on the way, of both texts."""
@@ -442,12 +448,15 @@ def _spend(
         3 * plan.sampling.max_new_tokens,  # main draws three samples
         asked.save_minutes,
         asked.final_iter,
+        most_steps_of(plan.recipe, minutes),
     )
     # the recipe's warm-up is for the steps that it expected
     is_recipes = plan.recipe is not None and "warmup_steps" in plan.recipe.training
     planned = budget.plan(asked, most_warmup=RECIPE_WARMUP if is_recipes else 1.0)
     left = "" if deadline is None else f"{seconds / 60:.3g} of "
     notices = [f"{planned.max_steps:,} steps are expected to take {left}{minutes:g} minutes"]
+    if planned.max_steps == budget.most_steps:
+        notices = [f"{planned.max_steps:,} steps are enough: they need less than the time"]
     if planned.warmup_steps != asked.warmup_steps:
         notices.append(
             f"warmup_steps is lowered from {asked.warmup_steps} to {planned.warmup_steps}: the run "

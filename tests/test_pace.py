@@ -172,6 +172,8 @@ def test_a_forecast_continues_the_later_half_of_the_flat_phase_and_adds_what_the
     found = forecast_loss(steps, losses, schedule)
     at_end = 5 * 200**-0.1
     assert found == pytest.approx([(1 - gain) * at_end for gain in (0.055, 0.03, 0.005)])
+    odd = [math.inf, *losses[1:7], math.nan, 0.0, losses[9]]  # as of a run that diverges
+    assert forecast_loss(steps, odd, schedule)[1] == pytest.approx(found[1])
     rising = [3.0 + step / 1e4 for step in steps]
     assert forecast_loss(steps, rising, schedule)[1] == pytest.approx(0.97 * 3.001)
     assert forecast_loss([10, 60, 100], [4.0, 3.0, 2.9], schedule) is None

@@ -22,6 +22,7 @@ from planning.decisions import (
     differences,
     find_deadline,
     keep_identity,
+    most_steps_of,
     read_record,
 )
 from planning.plan import RunPlan, RunSettings, resolve_settings
@@ -207,6 +208,14 @@ def test_a_run_with_minutes_goes_on_with_its_own_recipe_or_with_another_text_not
     elsewhere = dataclasses.replace(record, choice=dataclasses.replace(plan.choice, text=other))
     runs[0] = dataclasses.replace(runs[0], record=elsewhere)
     assert candidates(*runs).with_text(TEXT_FACTS.fingerprint).runs == (runs[1],)
+    # one whose text can't be told decides no recipe, and a run with another recipe is left alone
+    damaged = dataclasses.replace(runs[1], fault="data.json can't be read")
+    recipe = dataclasses.replace(plan.recipe, steps=1)
+    changed = dataclasses.replace(record, choice=dataclasses.replace(plan.choice, recipe=recipe))
+    damaged = dataclasses.replace(damaged, record=changed)
+    found = candidates(damaged, runs[1], dataclasses.replace(runs[1], record=changed))
+    assert found.likeliest == record
+    assert found.with_text(TEXT_FACTS.fingerprint).runs == (damaged, runs[1])
     left = candidates(runs[0], notes=("x",)).with_text(TEXT_FACTS.fingerprint)
     differs = f"text: sha256 {'f' * 12}... then, {TEXT_FACTS.fingerprint[:12]}... now"
     said = f"runs/a is unfinished, but differs ({differs}): a new run begins"
@@ -215,14 +224,15 @@ def test_a_run_with_minutes_goes_on_with_its_own_recipe_or_with_another_text_not
         candidates(runs[0], named=True).with_text(TEXT_FACTS.fingerprint)
 
 
-def test_a_run_ends_by_its_minutes_or_where_the_recipe_says_that_fewer_are_enough():
+def test_a_run_ends_by_its_minutes_or_after_the_steps_of_a_recipe_for_which_fewer_are_enough():
     plan = plan_in_minutes(MINUTES=10)
-    for worth, minutes in ((10.0, 10.0), (8.5, 10.0), (7.5, 7.5)):  # the card tells of the last
-        recipe = dataclasses.replace(plan.recipe, minutes=worth)
-        shorter = dataclasses.replace(plan, choice=dataclasses.replace(plan.choice, recipe=recipe))
-        training = decide_training(shorter, torch.device("cpu"), 1000, None)
-        assert training.time_budget_minutes == minutes
-        assert find_deadline(shorter, training, 100.0) == 100 + 60 * minutes
+    training = decide_training(plan, torch.device("cpu"), 1000, None)
+    assert training.time_budget_minutes == 10
+    assert find_deadline(plan, training, 100.0) == 100 + 60 * 10
+    for worth, most in ((10.0, None), (8.5, None), (7.5, 40)):  # the card tells of the last
+        recipe = dataclasses.replace(plan.recipe, minutes=worth, steps=40)
+        assert most_steps_of(recipe, 10.0) == most
+    assert most_steps_of(None, 10.0) is None
     budget = plan_of(time_budget_minutes=5.0)  # which counts from the end of the start-up
     assert find_deadline(budget, budget.training, 100.0) is None
 

@@ -142,6 +142,8 @@ def test_a_budget_heeds_eval_freq_and_is_one_step_at_least():
     planned = budget.plan(TrainingConfig(eval_freq=7, eval_iter=3))
     assert (planned.eval_freq, planned.eval_iter) == (7, 1)
     assert Budget(0.1, costs, 1, (1, 1), 0).plan(TrainingConfig()).max_steps == 1
+    enough = Budget(600.0, costs, 10**6, (100, 100), last_tokens=0, most_steps=40)
+    assert enough.plan(TrainingConfig()).max_steps == enough.steps_after(10, 5, 1) == 40
 
 
 def test_warm_up_is_shorter_than_the_run_that_fits_and_at_most_the_share_it_may_have():

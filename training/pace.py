@@ -129,7 +129,9 @@ def forecast_loss(
     as its learning rate is of the peak, and DECAY_GAINS are taken off. None where there are too few
     evaluations.
     """
-    kept = [(s, loss) for s, loss in zip(steps, val_losses, strict=True) if 2 * s >= steps[-1]]
+    pairs = zip(steps, val_losses, strict=True)
+    known = [(s, loss) for s, loss in pairs if 0 < loss < math.inf]  # logarithms are taken
+    kept = [(s, loss) for s, loss in known if 2 * s >= steps[-1]]
     if len(kept) < LEAST_FITTED:
         return None
     x, y = ([math.log(pair[i]) for pair in kept] for i in (0, 1))
@@ -137,7 +139,11 @@ def forecast_loss(
     # a law that rises, by noise, is none
     flat, decay = schedule.total_steps - schedule.decay_steps, schedule.decay_steps
     last = flat + decay * (1 + schedule.final_rate) / 2
-    at_end = math.exp(intercept + slope * math.log(last)) if slope < 0 else min(val_losses)
+    at_end = (
+        math.exp(intercept + slope * math.log(last))
+        if slope < 0
+        else min(known, key=lambda pair: pair[1])[1]
+    )
     least, usual, most = DECAY_GAINS
     return at_end * (1 - most), at_end * (1 - usual), at_end * (1 - least)
 
