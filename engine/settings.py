@@ -58,6 +58,7 @@ ELSEWHERE = {
     "test_file": 'set DATA = {"path": ..., "val": ...} in config_run.py',
     "tokenizer_path": "set TOKENIZER in config_run.py",
     "model_save_dir": "set OUTPUT_DIR in config_run.py",
+    "minutes": "set MINUTES in config_run.py, or time_budget_minutes here",
     "vocab_size": "it comes from the tokenizer and can't be set",
 }
 

@@ -336,6 +336,8 @@ def resolve_settings(given: dict[str, Any], place: str, models_file: Path = MODE
     origins |= {"mode": why_mode, "model": why_model}
     if mode != "custom" and TrainingConfig(**with_defaults(custom)) != TrainingConfig():
         notices.append(f"custom_params is not read in {mode} mode; CUSTOM_MODE = True uses it")
+    if run.MINUTES is not None and training.num_epochs != TrainingConfig().num_epochs:
+        notices.append("num_epochs is not read: MINUTES set the length of the run")
     notices += _about_odd_numbers(model, training)
     plan = RunPlan(
         run=run,

@@ -64,6 +64,8 @@ def test_a_text_that_repeats_itself_gets_one_notice_in_every_run(read):
 def test_a_vocabulary_that_hardly_occurs_is_told_with_the_line_to_change(read, monkeypatch):
     assert read(BOOK[:4000], "char") == []
     monkeypatch.setattr(token_cache, "LEAST_USED", 0.9)  # the characters of any text are fewer
+    assert read(BOOK[:4000], "char") == []  # a small vocabulary is mostly the 256 bytes
+    monkeypatch.setattr(token_cache, "SMALL_VOCABULARY", 0)
     for _ in range(2):
         [note] = read(BOOK[:4000], "char")
     assert "tokens do not occur in this text" in note

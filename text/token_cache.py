@@ -67,6 +67,7 @@ MOST_RATE = 1.05  # tokens a character; from there on the characters themselves 
 MOST_UNKNOWN = 0.5  # of all tokens
 MOST_COPIED = 0.45  # of the text, without a notice; of one that was pasted twice it is half
 LEAST_USED = 0.03  # of the vocabulary, without a notice
+SMALL_VOCABULARY = 600  # tokens, most of which may be the bytes that every one has
 ORPHAN_AGE_S = 24 * 3600
 
 
@@ -589,7 +590,8 @@ def _about_rate(tokenizer: Tokenizer, sides: list[_Side], characters: int) -> li
 def _about_vocabulary(text: TokenizedText, spec: DataSpec) -> list[str]:
     """A notice where hardly any of the vocabulary occurs, unless a named text is tried out."""
     size, used = text.report["vocabulary"], text.report["vocabulary_used"]
-    if used > LEAST_USED * size or CORPORA.keys() >= set(spec.train + spec.val):
+    is_small = size <= SMALL_VOCABULARY
+    if is_small or used > LEAST_USED * size or CORPORA.keys() >= set(spec.train + spec.val):
         return []
     return [
         f"{1 - used / size:.0%} of the tokenizer's {size:,} tokens do not occur in this text; a "

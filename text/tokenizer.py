@@ -4,7 +4,7 @@ import codecs
 import collections
 import errno
 import hashlib
-import importlib.util
+import importlib
 import itertools
 import json
 import re
@@ -356,7 +356,11 @@ def choose_tokenizer(texts: Iterable[str]) -> tuple[str, str]:
 
 def can_train() -> bool:
     """Whether train_bpe() has the library that it needs."""
-    return importlib.util.find_spec("tokenizers") is not None
+    try:
+        importlib.import_module("tokenizers")
+    except ImportError:  # also of one that is there and broken
+        return False
+    return True
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int) -> BPETokenizer:
