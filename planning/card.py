@@ -130,6 +130,6 @@ def _how_to_set(recipe: Recipe) -> str:
     }
     values = ", ".join(f'"{name}": {value!r}' for name, value in chosen.items())
     return (
-        f'MINUTES (from {LEAST_MINUTES:g}), TOKENIZER = "{recipe.tokenizer}", and with '
+        f"MINUTES (from {LEAST_MINUTES:g}), TOKENIZER = {recipe.tokenizer!r}, and with "
         f"CUSTOM_MODE = True any of custom_params = {{{values}}}"
     )

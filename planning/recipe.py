@@ -258,8 +258,8 @@ def _tokenizers(text: TextFacts, fixed: Fixed) -> list[str]:
 def _ladder(fixed: Fixed) -> list[tuple[int, int]]:
     """The layers and widths that what is set allows."""
     layers, width = fixed.model.get("n_layers"), fixed.model.get("emb_dim")
-    heads = fixed.model.get("n_heads")
-    step = 2 * heads if heads else 2  # rotary positions turn pairs
+    heads = fixed.model.get("n_heads") or fixed.model.get("n_kv_heads") or 1
+    step = 2 * heads  # rotary positions turn pairs
     rungs = [
         (layers or rung[0], width or max(step, round(rung[1] / step) * step)) for rung in LADDER
     ]
@@ -268,8 +268,7 @@ def _ladder(fixed: Fixed) -> list[tuple[int, int]]:
 
 def _contexts(text: TextFacts, width: int, token_bytes: float, fixed: Fixed) -> list[int]:
     """The longest sensible context, and half of it."""
-    asked = fixed.training.get("max_length") or fixed.model.get("context_length")
-    if asked:
+    if asked := fixed.model.get("context_length"):
         return [asked]
     # attention takes a quarter of a step at most, and both sides of the text hold two windows
     longest = min(max(64, 1.4 * width), CONTEXTS[-1])
@@ -342,6 +341,7 @@ def _predict(
     if is_adamw:
         rate = embedding_rate = np.clip(1.5e-3 * 192 / c.width * general, 5e-5, 5e-3)
     if asked := fixed.training.get("learning_rate"):
+        embedding_rate = embedding_rate / rate * asked
         rate = np.full_like(rate, asked)
     # a weight is forgotten over a share tau of the run (Bergsma et al. 2025), sooner where passes
     # are many
@@ -492,7 +492,7 @@ class _Choice:
             "architecture": "llama",
             "context_length": int(c.context[0, 0]),
             "emb_dim": width,
-            "n_heads": _heads(width),
+            "n_heads": _heads(width, fixed.get("n_kv_heads") or 1),
             "n_layers": int(c.layers[0, 0]),
             "drop_rate": round(float(self.forecast.dropout[0, 0]), 2),
             "qkv_bias": False,
@@ -540,7 +540,7 @@ class _Choice:
             f"{int(c.vocabulary[0, 0]):,} rows",
             "n_layers": f"what learns most from {used:.3g} min of this machine",
             "emb_dim": f"reads the text {passes:.2g} times in that time",
-            "n_heads": f"{width // _heads(width)} wide each",
+            "n_heads": f"{width // self._model()['n_heads']} wide each",
             "context_length": "attention takes at most a quarter of a step",
             "drop_rate": "no byte is read twice" if not dropout else f"for {passes:.2g} passes",
             "batch_size": f"{float(c.batch[0, 0]):,.0f} tokens a step for {tokens:,.0f} in all",
@@ -595,10 +595,15 @@ class _Choice:
         return int(3 * checkpoint + 4 * (blocks + others) + width * text / c.token_bytes[0, 0])
 
 
-def _heads(width: int) -> int:
-    """The heads of a width: 64 wide each, 32 below 128; else the next that divides it."""
+def _heads(width: int, kv_heads: int = 1) -> int:
+    """The heads of a width: 64 wide each, 32 below 128; else the next that divides it.
+
+    Their number is a multiple of kv_heads.
+    """
     wanted = 32 if width < 128 else 64
-    sizes = [size for size in range(2, width + 1, 2) if width % size == 0] or [width]
+    sizes = [size for size in range(2, width + 1, 2) if width % (size * kv_heads) == 0]
+    if not sizes:  # GPTConfig says what is wrong with more than one
+        return kv_heads
     return width // min(sizes, key=lambda size: (abs(size - wanted), size))
 
 

@@ -164,8 +164,8 @@ def test_the_forecasts_are_near_what_was_measured():
 def test_what_is_set_stays_and_the_rest_is_chosen_around_it():
     fixed = Fixed(
         "char",
-        {"n_heads": 5, "drop_rate": 0.3},
-        {"batch_size": 7, "optimizer": "adamw", "learning_rate": 1e-3, "max_length": 96},
+        {"n_heads": 5, "drop_rate": 0.3, "context_length": 96},
+        {"batch_size": 7, "optimizer": "adamw", "learning_rate": 1e-3},
     )
     recipe = choose_recipe(english(), CPU, 2, fixed)
     check(recipe, english(), CPU, 2)
@@ -174,9 +174,9 @@ def test_what_is_set_stays_and_the_rest_is_chosen_around_it():
     assert recipe.model["context_length"] == 96 and recipe.model["emb_dim"] % 10 == 0
     assert not {"batch_size", "optimizer", "learning_rate"} & recipe.training.keys()
     as_set = {name for name, why in recipe.reasons.items() if why == "as set"}
-    assert as_set == {"tokenizer", "n_heads", "drop_rate", "batch_size", "optimizer"} | {
-        "learning_rate"
-    }
+    assert as_set == {"tokenizer", "n_heads", "drop_rate", "context_length", "batch_size"} | {
+        "optimizer", "learning_rate",
+    }  # fmt: skip
     # AdamW learns less in the same time, and so does the other architecture
     muon = choose_recipe(english(), CPU, 2, Fixed("char", {}, {}))
     assert muon.bits_per_byte < recipe.bits_per_byte
@@ -211,6 +211,26 @@ def test_rates_follow_width_batch_and_steps():
     wide, of_wide, steps = rate(768, 64, 2)
     assert wide == pytest.approx(of_wide / 2, rel=0.02)
     assert of_wide == pytest.approx(6e-3 * (450 / steps) ** 0.3, rel=0.02)
+
+
+def test_the_other_rates_follow_a_learning_rate_that_is_set():
+    shape = {"n_layers": 2, "emb_dim": 768, "context_length": 64}
+    own, other = (
+        choose_recipe(english(), CPU, 2, Fixed("char", shape, {"batch_size": 64} | rate)).training
+        for rate in ({}, {"learning_rate": 6e-3})
+    )
+    factor = 6e-3 / own["learning_rate"]
+    assert other["embedding_rate"] == pytest.approx(own["embedding_rate"] * factor, rel=0.05)
+    assert other["weight_decay"] == pytest.approx(own["weight_decay"] / factor, rel=0.05)
+
+
+@pytest.mark.parametrize("kv_heads", [2, 3, 4])
+def test_heads_are_a_multiple_of_the_kv_heads_that_are_set(kv_heads):
+    for minutes in (0.25, 2, 60):
+        fixed = Fixed("char", {"n_kv_heads": kv_heads}, {})
+        recipe = choose_recipe(english(), CPU, minutes, fixed)
+        check(recipe, english(), CPU, minutes)
+        assert recipe.model["n_heads"] % kv_heads == 0
 
 
 def test_what_is_short_of_memory_gets_a_smaller_model_or_a_warning():
