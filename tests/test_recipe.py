@@ -8,6 +8,7 @@ import random
 import re
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -441,18 +442,35 @@ def test_speed_is_measured_once_in_little_time(tmp_path, monkeypatch, capsys):
     choices = Choices(tmp_path, device, torch.get_num_threads())
     machine = Machine(device, ALONE, choose_precision("fp32", device), choices=choices)
     state = torch.get_rng_state()
-    monkeypatch.setattr(speed, "is_busy", lambda threads: True)
+    monkeypatch.setattr(speed, "is_held_up", lambda cpu_s, wall_s: True)
     speed.measure_speed(machine, 10)
     assert "beside other work" in capsys.readouterr().out
-    monkeypatch.setattr(speed, "is_busy", lambda threads: False)
+    monkeypatch.setattr(speed, "is_held_up", lambda cpu_s, wall_s: False)
     first = speed.measure_speed(machine, 10)
     assert torch.equal(torch.get_rng_state(), state)
     assert "GFLOP/s in training steps" in (printed := capsys.readouterr().out)
     assert "measured in" in printed and "other work" not in printed
-    monkeypatch.setattr(speed, "_step_seconds", None)
+    monkeypatch.setattr(speed, "_time_steps", None)
     again = speed.measure_speed(machine, 10)
     assert dataclasses.replace(again, memory=first.memory) == first
     assert "as measured before" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("minutes", "n_timed"), [(0.25, 2), (3, 3)])
+def test_all_probes_are_timed_from_three_minutes_on(minutes, n_timed, monkeypatch):
+    """On a machine whose steps take 20, 120 and 750 ms, its operations 1 to 19 to 119."""
+    clock = SimpleNamespace(now=0.0)
+    machine = Machine(torch.device("cpu"), ALONE, choose_precision("fp32", torch.device("cpu")))
+    usual = dict(zip(speed.CPU_PROBES, (0.02, 0.12, 0.75), strict=True))
+
+    def take_steps(machine, probe, most_s):
+        clock.now += 4 * usual[probe]
+        return speed.StepTime(usual[probe], False)
+
+    monkeypatch.setattr(speed, "_time_steps", take_steps)
+    monkeypatch.setattr(speed, "time", SimpleNamespace(perf_counter=lambda: clock.now))
+    times = speed._time_probes(machine, speed.CPU_PROBES, speed.MOST_SHARE * 60 * minutes)
+    assert [step.seconds for step in times] == [*usual.values()][:n_timed]
 
 
 def test_the_card_shows_every_choice_and_how_to_set_it():

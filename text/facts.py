@@ -119,9 +119,9 @@ def find_facts(
 ) -> TextFacts:
     """The facts of DATA, from the cache if its files have not changed.
 
-    tokenizer is TOKENIZER's value, or None for "auto": where it is set, no other is measured. stand_in is that
-    of corpus_path(). Raises DataError for data that can't be read, SettingsError for a missing
-    library.
+    tokenizer is TOKENIZER's value, None for "auto": where it is set, no other one is measured.
+    stand_in is that of corpus_path(). Raises DataError for data that can't be read, SettingsError
+    for a missing library.
     """
     report = ReadingReport(stand_in=stand_in)
     train = find_parts(spec.train, cache, report)
