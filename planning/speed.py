@@ -24,9 +24,10 @@ TIMED_STEPS = 3  # of each model, after one to warm up
 # a step of the next model, by one of the last: operations tell too much where overhead rules
 MOST_RATIO = 8.0
 UNKNOWN_MEMORY = 4 * 10**9  # bytes, assumed where the system won't tell
-# what a parameter takes in each step where too few sizes are timed to tell
-USUAL_PARAMETER_S = {"cpu": 1e-9}
 GPU_PARAMETER_S = 2e-11
+# seconds an operation, a token, a parameter and a layer, assumed where too few steps are timed
+USUAL_CPU = np.array([1 / 6e11, 15e-6, 1e-9, 0.0])
+USUAL_GPU = np.array([1 / 2e13, 1e-8, GPU_PARAMETER_S, 3e-4])
 
 
 @dataclass(frozen=True)
@@ -169,10 +170,14 @@ def solve(costs: list[np.ndarray], seconds: list[float], device: str) -> dict[st
     """The figures of MachineFacts from the costs of steps, (4,) each, and their seconds.
 
     Least squares of the relative errors, with no figure below 0. What the timed steps can't tell
-    has its usual value: a layer's own time on a CPU, a parameter's on a GPU.
+    has its usual value: a layer's own time on a CPU, a parameter's on a GPU. After a single step
+    all usual values are multiplied by one factor.
     """
+    assumed = USUAL_CPU if device == "cpu" else USUAL_GPU
     rows = np.array(costs[: len(seconds)]) / np.array(seconds)[:, None]
-    usual = np.array([0.0, 0.0, USUAL_PARAMETER_S.get(device, GPU_PARAMETER_S), 0.0])
+    if len(seconds) == 1:
+        return _figures(assumed / (rows[0] @ assumed))
+    usual = assumed * np.array([0, 0, 1, 0])
     order = (0, 1, 2) if device == "cpu" else (0, 3, 1)
     best: tuple[float, np.ndarray] | None = None
     for mask in range(2 ** (len(order) - 1)):
@@ -190,7 +195,12 @@ def solve(costs: list[np.ndarray], seconds: list[float], device: str) -> dict[st
             best = error, values
     if best is None:  # steps faster than their parameters alone: all time is the products'
         best = 0.0, np.array([1 / rows[:, 0].max(), 0.0, 0.0, 0.0])
-    inverse, token_s, parameter_s, layer_s = best[1].tolist()
+    return _figures(best[1])
+
+
+def _figures(values: np.ndarray) -> dict[str, float]:
+    """The seconds an operation, a token, a parameter and a layer, (4,), by MachineFacts' names."""
+    inverse, token_s, parameter_s, layer_s = values.tolist()
     return {
         "flops": 1 / inverse,
         "token_s": token_s,

@@ -417,6 +417,10 @@ def test_the_figures_of_a_machine_are_found_in_its_steps():
     truth = np.array([1 / 2e14, 1e-8, speed.GPU_PARAMETER_S, 3e-4])
     found = speed.solve(costs, [float(c @ truth) for c in costs], "cuda")
     assert found["flops"] == pytest.approx(2e14) and found["layer_s"] == pytest.approx(3e-4)
+    # one timing of a small model's step, most of it overhead, isn't all the products'
+    found = speed.solve([speed.CPU_PROBES[0].costs()], [10 * 0.0174], "cpu")
+    assert found["flops"] == pytest.approx(6e10, rel=0.05)
+    assert found["token_s"] == pytest.approx(15e-5, rel=0.05)
     # one timing, or some that contradict each other, still give figures that are not negative
     for seconds in ([0.5], [0.5, 0.1, 0.01], [1e-9, 1e-9, 1e-9]):
         found = speed.solve(costs, seconds, "cuda")
