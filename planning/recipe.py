@@ -9,6 +9,7 @@ the least wins. The law is bounded by the entropies of the text and by what can 
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from decimal import Decimal
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,8 @@ import numpy as np
 from engine.settings import check, setting
 from text.facts import TextFacts
 
-# fitted by: python -m benchmarks.recipe (docs/recipes.md says what each one means)
+# Starting values, set by hand after a few known runs; python -m benchmarks.recipe fits them to
+# more. docs/recipes.md says what each one means.
 COEFFICIENTS = {
     "size": 29.9,  # h = size N^-size_power + bytes T^-bytes_power + heart ...
     "size_power": 0.35,
@@ -48,11 +50,11 @@ COEFFICIENTS = {
     "context_power": 1.0,
     "adamw": 0.5,  # what a byte counts with AdamW, and in GPT-2's architecture
     "gpt2": 0.7,
-    "interval": 0.08,  # half of the 80 % interval; half as much again beyond the fitted range
+    "interval": 0.08,  # half of the likely range, a guess; half as much again beyond USUAL_*
     "usable": 0.9,  # the share of the time that steps get, but for the start
     "start_s": 4.0,
 }
-FITTED_PARAMETERS, FITTED_BYTES = (3e5, 1.2e7), (5e4, 5e7)
+USUAL_PARAMETERS, USUAL_BYTES = (3e5, 1.2e7), (5e4, 5e7)  # of models, and read by them
 # layers and width, by size; each at most about twice the one before
 LADDER = (
     *((1, 32), (2, 64), (3, 96), (4, 128), (4, 192), (6, 192), (5, 256), (6, 320), (6, 384)),
@@ -108,7 +110,7 @@ class Fixed:
 class Recipe:
     """What to train and how, with the reasons and what is expected of it.
 
-    bits_per_byte is the forecast on the validation text, low and high its 80 % interval. minutes is
+    bits_per_byte is the forecast on the validation text, low and high its likely range. minutes is
     the part of the time that is worth training. memory and disk are bytes.
     """
 
@@ -136,6 +138,11 @@ class Recipe:
 
 def _rounded(value: float) -> float:
     return float(f"{value:.{DIGITS}g}")
+
+
+def in_digits(value: float, digits: int) -> str:
+    """A number in so many digits as text, without an exponent: 300,000 or 0.00005."""
+    return f"{Decimal(f'{value:.{digits}g}'):,f}"
 
 
 @dataclass(frozen=True)
@@ -449,11 +456,11 @@ class _Choice:
         passes = float(self.forecast.passes[0, 0])
         step_s = float(self.forecast.step_s[0, 0])
         size, read = float(c.size[0, 0]), steps * float(c.batch[0, 0] * c.token_bytes[0, 0])
-        fitted = all(
+        is_usual = all(
             low <= value <= high
-            for value, (low, high) in ((size, FITTED_PARAMETERS), (read, FITTED_BYTES))
+            for value, (low, high) in ((size, USUAL_PARAMETERS), (read, USUAL_BYTES))
         )
-        spread = COEFFICIENTS["interval"] * (1 if fitted else 1.5)
+        spread = COEFFICIENTS["interval"] * (1 if is_usual else 1.5)
         by_heart = self._by_heart_minute()
         return Recipe(
             tokenizer=c.tokenizers[0],
@@ -538,11 +545,13 @@ class _Choice:
         own = {
             "tokenizer": f"{float(c.token_bytes[0, 0]):.2f} bytes a token, for a head of "
             f"{int(c.vocabulary[0, 0]):,} rows",
-            "n_layers": f"what learns most from {used:.3g} min of this machine",
-            "emb_dim": f"reads the text {passes:.2g} times in that time",
+            "n_layers": f"what learns most from {in_digits(used, 3)} min of this machine",
+            "emb_dim": f"reads the text {in_digits(passes, 2)} times in that time",
             "n_heads": f"{width // self._model()['n_heads']} wide each",
             "context_length": "attention takes at most a quarter of a step",
-            "drop_rate": "no byte is read twice" if not dropout else f"for {passes:.2g} passes",
+            "drop_rate": "no byte is read twice"
+            if not dropout
+            else f"for {in_digits(passes, 2)} passes",
             "batch_size": f"{float(c.batch[0, 0]):,.0f} tokens a step for {tokens:,.0f} in all",
             "optimizer": "learns more in a step than AdamW",
             "learning_rate": f"by width^-1/2, batch^1/2 and {self._steps:,} steps^-0.3",
@@ -551,7 +560,7 @@ class _Choice:
             "decay_share": "a long decay ends lowest",
             "final_rate": "a low end gains most",
             "warmup_steps": "3 % of the steps, at least 20",
-            "weight_decay": f"for {tokens / float(c.size[0, 0]):.2g} tokens a parameter",
+            "weight_decay": f"for {in_digits(tokens / float(c.size[0, 0]), 2)} tokens a parameter",
             "decay_embeddings": "from 4 passes on",
             "beta2": "forgets half in a tenth of the steps, or in 7 million tokens",
             "shift_windows": "each pass sees other windows",
@@ -580,9 +589,9 @@ class _Choice:
     def _about_memory(self) -> list[str]:
         if self._memory() <= self.machine.memory:
             return []
+        needed, there = (in_digits(n / 1e9, 2) for n in (self._memory(), self.machine.memory))
         return [
-            f"Even one window needs some {self._memory() / 1e9:.2g} GB of memory, and there are "
-            f"{self.machine.memory / 1e9:.2g} GB: set a smaller emb_dim, n_layers or max_length."
+            f"Even one window needs some {needed} GB of memory, and there are {there} GB: set a smaller emb_dim, n_layers or max_length."
         ]
 
     def _disk(self) -> int:
@@ -634,8 +643,8 @@ def find_warnings(text: TextFacts, minutes: float, used: float) -> list[str]:
         )
     if used < ENOUGH_SHARE * minutes:
         found.append(
-            f"After about {used:.2g} minutes the validation loss gains nothing more: MINUTES = "
-            f"{max(LEAST_MINUTES, _rounded(used)):g} is enough, and more text helps more than "
+            f"After about {in_digits(used, 2)} minutes the validation loss gains nothing more: "
+            f"MINUTES = {max(LEAST_MINUTES, _rounded(used)):g} is enough, and more text helps more than "
             "more time."
         )
     if not text.can_train and len(text.bytes_per_token) > 1:

@@ -16,7 +16,7 @@ from engine.processor import is_held_up, using_threads
 from engine.randomness import random_state, set_random_state
 from model import GPTConfig, GPTModel
 from planning.machine import Machine
-from planning.recipe import MachineFacts, step_costs
+from planning.recipe import MachineFacts, in_digits, step_costs
 from training.learner import Learner, Step
 
 MOST_SHARE = 0.03  # of the minutes, for the measurement; a step that has begun is not cut short
@@ -99,9 +99,10 @@ def measure_speed(machine: Machine, minutes: float) -> MachineFacts:
     ).rounded()
     shown = asdict(facts)
     say(
-        f"Speed: {shown['flops'] / 1e9:,.3g} GFLOP/s in training steps, "
-        f"{1e6 * shown['token_s']:.2g} µs a token, {1e9 * shown['parameter_s']:.2g} ns a "
-        f"parameter and {1e3 * shown['layer_s']:.2g} ms a layer in each ({how})"
+        f"Speed: {in_digits(shown['flops'] / 1e9, 3)} GFLOP/s in training steps, "
+        f"{in_digits(1e6 * shown['token_s'], 2)} µs a token, "
+        f"{in_digits(1e9 * shown['parameter_s'], 2)} ns a parameter and "
+        f"{in_digits(1e3 * shown['layer_s'], 2)} ms a layer in each ({how})"
     )
     return facts
 

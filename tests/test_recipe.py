@@ -16,7 +16,7 @@ import torch
 
 from benchmarks import recipe as benchmark
 from distributed.parallel import ALONE
-from engine.memory import estimate_memory
+from engine.memory import as_bytes, estimate_memory
 from engine.precision import choose_precision
 from engine.settings import from_json
 from model import GPTConfig, GPTModel
@@ -491,6 +491,30 @@ def test_the_card_shows_every_choice_and_how_to_set_it():
     ):  # fmt: skip
         assert shown in card
     assert '"weight_decay"' not in card
+    exponent = re.compile(r"\d[eE][+-]?\d")
+    assert not exponent.search(card)
+    # a large machine's figures, small rates and long times have no exponent either
+    fast = MachineFacts("cuda", 8e14, 1e-9, 1e-12, 10**11, 1e-6)
+    recipe = choose_recipe(english(10**9), fast, 10_000, Fixed(None, {}, {"optimizer": "adamw"}))
+    card = "\n".join(card_lines(recipe, english(999_999), fast, 10_000)).partition("To change")[0]
+    assert "800,000 GFLOP/s" in card and "1.0 MB" in card and not exponent.search(card)
+
+
+@pytest.mark.parametrize(
+    ("size", "shown"),
+    [
+        (0, "0 bytes"),
+        (999, "999 bytes"),
+        (1000, "1 KB"),
+        (999_499, "999 KB"),
+        (999_500, "1.0 MB"),
+        (9_949_999, "9.9 MB"),
+        (9_950_000, "10 MB"),
+        (999_500_000, "1.0 GB"),
+    ],  # fmt: skip
+)
+def test_sizes_have_the_unit_that_fits(size, shown):
+    assert as_bytes(size) == shown
 
 
 # ------------------------------------------------------------------ the fit
