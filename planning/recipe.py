@@ -71,6 +71,7 @@ ENOUGH_SHARE = 0.8  # of the minutes: a run that needs less of them takes less
 MEMORY_SHARE = 0.8  # of the memory, the most that a run may need
 # bytes for each token, layer and unit of width; and of a chunk of logits
 BLOCK_BYTES, HEAD_BYTES = 80, 2e7
+MOST_REPEATED = 0.3  # of the training text, without a warning
 SMALL_TEXT = 20_000  # bytes, below which a forecast means little
 DIGITS = 2  # of the machine's figures, and of the chosen rates
 
@@ -591,7 +592,8 @@ class _Choice:
             return []
         needed, there = (in_digits(n / 1e9, 2) for n in (self._memory(), self.machine.memory))
         return [
-            f"Even one window needs some {needed} GB of memory, and there are {there} GB: set a smaller emb_dim, n_layers or max_length."
+            f"Even one window needs some {needed} GB of memory, and there are {there} GB: "
+            "set a smaller emb_dim, n_layers or max_length."
         ]
 
     def _disk(self) -> int:
@@ -629,7 +631,7 @@ def find_warnings(text: TextFacts, minutes: float, used: float) -> list[str]:
             f"{text.leaked:.0%} of the validation text is in the training text word for word: its "
             'loss will look too good. Name another: DATA = {"path": ..., "val": "other.txt"}.'
         )
-    if text.repeated > 0.3:
+    if text.repeated > MOST_REPEATED:
         found.append(
             f"{text.repeated:.0%} of the training text repeats what came before: it teaches as "
             f"much as {max(1, text.unique_bytes):,} bytes. Remove the copies from DATA."
@@ -644,8 +646,8 @@ def find_warnings(text: TextFacts, minutes: float, used: float) -> list[str]:
     if used < ENOUGH_SHARE * minutes:
         found.append(
             f"After about {in_digits(used, 2)} minutes the validation loss gains nothing more: "
-            f"MINUTES = {max(LEAST_MINUTES, _rounded(used)):g} is enough, and more text helps more than "
-            "more time."
+            f"MINUTES = {max(LEAST_MINUTES, _rounded(used)):g} is enough, and more text helps "
+            "more than more time."
         )
     if not text.can_train and len(text.bytes_per_token) > 1:
         found.append(

@@ -511,7 +511,7 @@ def test_the_card_shows_every_choice_and_how_to_set_it():
         (9_949_999, "9.9 MB"),
         (9_950_000, "10 MB"),
         (999_500_000, "1.0 GB"),
-    ],  # fmt: skip
+    ],
 )
 def test_sizes_have_the_unit_that_fits(size, shown):
     assert as_bytes(size) == shown
