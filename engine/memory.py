@@ -201,8 +201,12 @@ def head_bytes(weight: torch.Tensor, n_rows: int, precision: Precision) -> int:
 
 
 def as_bytes(size: int) -> str:
-    """A size as text, in MB or GB."""
-    return f"{size / 1e9:,.1f} GB" if size >= 999.5e6 else f"{size / 1e6:,.0f} MB"
+    """A size as text, in bytes, KB, MB or GB."""
+    if size >= 999.5e6:
+        return f"{size / 1e9:,.1f} GB"
+    if size >= 999.5e3:
+        return f"{size / 1e6:,.{1 if size < 9.95e6 else 0}f} MB"
+    return f"{size / 1e3:,.0f} KB" if size >= 1000 else f"{size:,.0f} bytes"
 
 
 def halved(n_windows: int) -> int:

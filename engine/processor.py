@@ -11,6 +11,7 @@ import torch
 
 TOPOLOGY = Path("/sys/devices/system/cpu")
 CGROUP = Path("/sys/fs/cgroup")
+OWN_SHARE = 0.8  # of the time, that a thread works which nothing holds up
 # of mallopt() in glibc's malloc.h
 TRIM_THRESHOLD, MMAP_MAX = -1, -4
 
@@ -44,12 +45,13 @@ def default_threads(processes: int = 1) -> int:
     return max(1, min(limit for limit in limits if limit) // processes)
 
 
-def is_busy(threads: int) -> bool:
-    """Whether other work took more than half of these threads' time in the last minute.
+def is_held_up(cpu_s: float, wall_s: float) -> bool:
+    """Whether other work held up arithmetic that took cpu_s seconds of its thread's own time.
 
-    False where the system does not tell (Windows).
+    cpu_s is the calling thread's (time.thread_time), as it works in the one-thread parts too: the
+    share of all threads falls on an idle machine the more of them there are.
     """
-    return hasattr(os, "getloadavg") and os.getloadavg()[0] > 0.5 * threads
+    return cpu_s < OWN_SHARE * wall_s
 
 
 @contextlib.contextmanager

@@ -1,9 +1,10 @@
 """The card of a recipe: what these minutes are expected to bring, with which settings, and why."""
 
+import json
 import textwrap
 
 from engine.memory import as_bytes
-from planning.recipe import LEAST_MINUTES, MachineFacts, Recipe
+from planning.recipe import LEAST_MINUTES, MachineFacts, Recipe, in_digits
 from text.facts import TextFacts
 
 LABEL_WIDTH, WIDTH = 14, 100
@@ -38,17 +39,10 @@ def card_lines(recipe: Recipe, text: TextFacts, machine: MachineFacts, minutes: 
 def _about_text(text: TextFacts) -> str:
     size = text.train_bytes + text.val_bytes
     return (
-        f"{_size(size)}, {text.n_characters:,} characters, {text.distinct_characters:,} different "
-        f"ones; bz2 needs {text.bz2_bits:.2f} bits a byte, byte frequencies "
+        f"{as_bytes(size)}, {text.n_characters:,} characters, {text.distinct_characters:,} "
+        f"different ones; bz2 needs {text.bz2_bits:.2f} bits a byte, byte frequencies "
         f"{text.entropies[0]:.2f}"
     )
-
-
-def _size(n_bytes: int) -> str:
-    for unit, size in (("GB", 1e9), ("MB", 1e6), ("KB", 1e3)):
-        if n_bytes >= size:
-            return f"{n_bytes / size:.3g} {unit}"
-    return f"{n_bytes} bytes"
 
 
 def _minutes(minutes: float) -> str:
@@ -57,7 +51,7 @@ def _minutes(minutes: float) -> str:
 
 def _expected(recipe: Recipe, text: TextFacts) -> str:
     words = (
-        f"about {recipe.bits_per_byte:.2f} bits a byte on the validation text (80 %: "
+        f"about {recipe.bits_per_byte:.2f} bits a byte on the validation text (likely "
         f"{recipe.low:.2f} to {recipe.high:.2f})"
     )
     if text.bytes_per_character < 1.2:
@@ -67,7 +61,7 @@ def _expected(recipe: Recipe, text: TextFacts) -> str:
 
 def _about_machine(recipe: Recipe, machine: MachineFacts) -> str:
     return (
-        f"{machine.flops / 1e9:,.3g} GFLOP/s in training steps, so about "
+        f"{in_digits(machine.flops / 1e9, 3)} GFLOP/s in training steps, so about "
         f"{recipe.tokens_per_s:,.0f} tokens a second with this model"
     )
 
@@ -101,10 +95,13 @@ def _about_training(recipe: Recipe) -> str:
     if "batch_size" in training:
         windows = training["batch_size"] * training.get("gradient_accumulation_steps", 1)
         parts.append(f"batch {training['batch_size']} ({windows * context:,} tokens)")
-    parts += [f"{recipe.steps:,} steps", f"{recipe.passes:.2g} passes through the text"]
-    shown = {"optimizer": "{}", "learning_rate": "rate {:g}", "embedding_rate": "embeddings {:g}"}
-    shown |= {"decay_share": "falling over the last {:.0%}", "weight_decay": "decay {:g}"}
-    parts += [words.format(training[name]) for name, words in shown.items() if name in training]
+    parts += [f"{recipe.steps:,} steps", f"{in_digits(recipe.passes, 2)} passes through the text"]
+    if "optimizer" in training:
+        parts.append(training["optimizer"])
+    shown = {"learning_rate": "rate", "embedding_rate": "embeddings", "weight_decay": "decay"}
+    parts += [f"{w} {in_digits(training[n], 3)}" for n, w in shown.items() if n in training]
+    if "decay_share" in training:
+        parts.append(f"falling over the last {training['decay_share']:.0%}")
     parts.append(f"dropout {recipe.model['drop_rate']:g}")
     as_set = [name for name, why in recipe.reasons.items() if why == "as set"]
     return " · ".join(parts) + (f" · as set: {', '.join(as_set)}" if as_set else "")
@@ -130,6 +127,6 @@ def _how_to_set(recipe: Recipe) -> str:
     }
     values = ", ".join(f'"{name}": {value!r}' for name, value in chosen.items())
     return (
-        f'MINUTES (from {LEAST_MINUTES:g}), TOKENIZER = "{recipe.tokenizer}", and with '
+        f"MINUTES (from {LEAST_MINUTES:g}), TOKENIZER = {json.dumps(recipe.tokenizer)}, and with "
         f"CUSTOM_MODE = True any of custom_params = {{{values}}}"
     )

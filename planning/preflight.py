@@ -9,11 +9,13 @@ from model import GPTModel
 from planning.card import card_lines
 from planning.machine import Machine, why_no_gpu
 from planning.plan import RECIPE_MODEL, RunPlan
+from planning.recipe import MOST_REPEATED
 from text.documents import DataSpec
 from text.token_cache import TokenizedText
 from training_utils import TrainingConfig
 
 FEW_TOKENS = 32  # to validate on
+MOST_COPIED = 0.45  # of the text, without a note; of one that was pasted twice it is half
 HOW_MANY = "torchrun --nproc-per-node 2 main.py uses two"
 
 
@@ -101,6 +103,10 @@ def show_windows(plan: RunPlan, text: TokenizedText, windows: WindowPlan, model:
     if plan.recipe is None:  # else the card has them
         for line in describe_text(text.report, windows, model.count_parameters()):
             say(f"  {line}")
+    # the card may have told it
+    if plan.choice is None or plan.choice.text.repeated <= MOST_REPEATED:
+        for line in about_copies(text.report):
+            say(f"  {line}")
     say(
         f"  {windows.n_train:,} tokens to train on in {windows.n_windows:,} windows "
         f"({windows.n_unused} left over), {windows.n_val:,} to validate on"
@@ -110,6 +116,16 @@ def show_windows(plan: RunPlan, text: TokenizedText, windows: WindowPlan, model:
             f"  Note: {windows.n_val} tokens to validate on say little: the validation loss and "
             'the best weights are chance; a longer text, or DATA\'s "val", has more'
         )
+
+
+def about_copies(report: dict[str, Any]) -> list[str]:
+    """A note where much of a text is copies of what came before in the same document."""
+    if (copied := report.get("copied", 0.0)) < MOST_COPIED:  # reports of old entries lack it
+        return []
+    return [
+        f"Note: {copied:.0%} of the text repeats what came before in the same document: the "
+        "model learns it by heart; leave the copies out of the text"
+    ]
 
 
 def describe_text(report: dict[str, Any], plan: WindowPlan, n_parameters: int) -> list[str]:

@@ -9,6 +9,7 @@ the least wins. The law is bounded by the entropies of the text and by what can 
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from decimal import Decimal
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,8 @@ import numpy as np
 from engine.settings import check, setting
 from text.facts import TextFacts
 
-# fitted by: python -m benchmarks.recipe (docs/recipes.md says what each one means)
+# Starting values, set by hand after a few known runs; python -m benchmarks.recipe fits them to
+# more. docs/recipes.md says what each one means.
 COEFFICIENTS = {
     "size": 29.9,  # h = size N^-size_power + bytes T^-bytes_power + heart ...
     "size_power": 0.35,
@@ -48,11 +50,11 @@ COEFFICIENTS = {
     "context_power": 1.0,
     "adamw": 0.5,  # what a byte counts with AdamW, and in GPT-2's architecture
     "gpt2": 0.7,
-    "interval": 0.08,  # half of the 80 % interval; half as much again beyond the fitted range
+    "interval": 0.08,  # half of the likely range, a guess; half as much again beyond USUAL_*
     "usable": 0.9,  # the share of the time that steps get, but for the start
     "start_s": 4.0,
 }
-FITTED_PARAMETERS, FITTED_BYTES = (3e5, 1.2e7), (5e4, 5e7)
+USUAL_PARAMETERS, USUAL_BYTES = (3e5, 1.2e7), (5e4, 5e7)  # of models, and read by them
 # layers and width, by size; each at most about twice the one before
 LADDER = (
     *((1, 32), (2, 64), (3, 96), (4, 128), (4, 192), (6, 192), (5, 256), (6, 320), (6, 384)),
@@ -69,6 +71,7 @@ ENOUGH_SHARE = 0.8  # of the minutes: a run that needs less of them takes less
 MEMORY_SHARE = 0.8  # of the memory, the most that a run may need
 # bytes for each token, layer and unit of width; and of a chunk of logits
 BLOCK_BYTES, HEAD_BYTES = 80, 2e7
+MOST_REPEATED = 0.3  # of the training text, without a warning
 SMALL_TEXT = 20_000  # bytes, below which a forecast means little
 DIGITS = 2  # of the machine's figures, and of the chosen rates
 
@@ -108,7 +111,7 @@ class Fixed:
 class Recipe:
     """What to train and how, with the reasons and what is expected of it.
 
-    bits_per_byte is the forecast on the validation text, low and high its 80 % interval. minutes is
+    bits_per_byte is the forecast on the validation text, low and high its likely range. minutes is
     the part of the time that is worth training. memory and disk are bytes.
     """
 
@@ -136,6 +139,11 @@ class Recipe:
 
 def _rounded(value: float) -> float:
     return float(f"{value:.{DIGITS}g}")
+
+
+def in_digits(value: float, digits: int) -> str:
+    """A number in so many digits as text, without an exponent: 300,000 or 0.00005."""
+    return f"{Decimal(f'{value:.{digits}g}'):,f}"
 
 
 @dataclass(frozen=True)
@@ -258,8 +266,8 @@ def _tokenizers(text: TextFacts, fixed: Fixed) -> list[str]:
 def _ladder(fixed: Fixed) -> list[tuple[int, int]]:
     """The layers and widths that what is set allows."""
     layers, width = fixed.model.get("n_layers"), fixed.model.get("emb_dim")
-    heads = fixed.model.get("n_heads")
-    step = 2 * heads if heads else 2  # rotary positions turn pairs
+    heads = fixed.model.get("n_heads") or fixed.model.get("n_kv_heads") or 1
+    step = 2 * heads  # rotary positions turn pairs
     rungs = [
         (layers or rung[0], width or max(step, round(rung[1] / step) * step)) for rung in LADDER
     ]
@@ -268,8 +276,7 @@ def _ladder(fixed: Fixed) -> list[tuple[int, int]]:
 
 def _contexts(text: TextFacts, width: int, token_bytes: float, fixed: Fixed) -> list[int]:
     """The longest sensible context, and half of it."""
-    asked = fixed.training.get("max_length") or fixed.model.get("context_length")
-    if asked:
+    if asked := fixed.model.get("context_length"):
         return [asked]
     # attention takes a quarter of a step at most, and both sides of the text hold two windows
     longest = min(max(64, 1.4 * width), CONTEXTS[-1])
@@ -342,6 +349,7 @@ def _predict(
     if is_adamw:
         rate = embedding_rate = np.clip(1.5e-3 * 192 / c.width * general, 5e-5, 5e-3)
     if asked := fixed.training.get("learning_rate"):
+        embedding_rate = embedding_rate / rate * asked
         rate = np.full_like(rate, asked)
     # a weight is forgotten over a share tau of the run (Bergsma et al. 2025), sooner where passes
     # are many
@@ -449,11 +457,11 @@ class _Choice:
         passes = float(self.forecast.passes[0, 0])
         step_s = float(self.forecast.step_s[0, 0])
         size, read = float(c.size[0, 0]), steps * float(c.batch[0, 0] * c.token_bytes[0, 0])
-        fitted = all(
+        is_usual = all(
             low <= value <= high
-            for value, (low, high) in ((size, FITTED_PARAMETERS), (read, FITTED_BYTES))
+            for value, (low, high) in ((size, USUAL_PARAMETERS), (read, USUAL_BYTES))
         )
-        spread = COEFFICIENTS["interval"] * (1 if fitted else 1.5)
+        spread = COEFFICIENTS["interval"] * (1 if is_usual else 1.5)
         by_heart = self._by_heart_minute()
         return Recipe(
             tokenizer=c.tokenizers[0],
@@ -492,7 +500,7 @@ class _Choice:
             "architecture": "llama",
             "context_length": int(c.context[0, 0]),
             "emb_dim": width,
-            "n_heads": _heads(width),
+            "n_heads": _heads(width, fixed.get("n_kv_heads") or 1),
             "n_layers": int(c.layers[0, 0]),
             "drop_rate": round(float(self.forecast.dropout[0, 0]), 2),
             "qkv_bias": False,
@@ -538,11 +546,13 @@ class _Choice:
         own = {
             "tokenizer": f"{float(c.token_bytes[0, 0]):.2f} bytes a token, for a head of "
             f"{int(c.vocabulary[0, 0]):,} rows",
-            "n_layers": f"what learns most from {used:.3g} min of this machine",
-            "emb_dim": f"reads the text {passes:.2g} times in that time",
-            "n_heads": f"{width // _heads(width)} wide each",
+            "n_layers": f"what learns most from {in_digits(used, 3)} min of this machine",
+            "emb_dim": f"reads the text {in_digits(passes, 2)} times in that time",
+            "n_heads": f"{width // self._model()['n_heads']} wide each",
             "context_length": "attention takes at most a quarter of a step",
-            "drop_rate": "no byte is read twice" if not dropout else f"for {passes:.2g} passes",
+            "drop_rate": "no byte is read twice"
+            if not dropout
+            else f"for {in_digits(passes, 2)} passes",
             "batch_size": f"{float(c.batch[0, 0]):,.0f} tokens a step for {tokens:,.0f} in all",
             "optimizer": "learns more in a step than AdamW",
             "learning_rate": f"by width^-1/2, batch^1/2 and {self._steps:,} steps^-0.3",
@@ -551,7 +561,7 @@ class _Choice:
             "decay_share": "a long decay ends lowest",
             "final_rate": "a low end gains most",
             "warmup_steps": "3 % of the steps, at least 20",
-            "weight_decay": f"for {tokens / float(c.size[0, 0]):.2g} tokens a parameter",
+            "weight_decay": f"for {in_digits(tokens / float(c.size[0, 0]), 2)} tokens a parameter",
             "decay_embeddings": "from 4 passes on",
             "beta2": "forgets half in a tenth of the steps, or in 7 million tokens",
             "shift_windows": "each pass sees other windows",
@@ -580,9 +590,10 @@ class _Choice:
     def _about_memory(self) -> list[str]:
         if self._memory() <= self.machine.memory:
             return []
+        needed, there = (in_digits(n / 1e9, 2) for n in (self._memory(), self.machine.memory))
         return [
-            f"Even one window needs some {self._memory() / 1e9:.2g} GB of memory, and there are "
-            f"{self.machine.memory / 1e9:.2g} GB: set a smaller emb_dim, n_layers or max_length."
+            f"Even one window needs some {needed} GB of memory, and there are {there} GB: "
+            "set a smaller emb_dim, n_layers or max_length."
         ]
 
     def _disk(self) -> int:
@@ -595,10 +606,15 @@ class _Choice:
         return int(3 * checkpoint + 4 * (blocks + others) + width * text / c.token_bytes[0, 0])
 
 
-def _heads(width: int) -> int:
-    """The heads of a width: 64 wide each, 32 below 128; else the next that divides it."""
+def _heads(width: int, kv_heads: int = 1) -> int:
+    """The heads of a width: 64 wide each, 32 below 128; else the next that divides it.
+
+    Their number is a multiple of kv_heads.
+    """
     wanted = 32 if width < 128 else 64
-    sizes = [size for size in range(2, width + 1, 2) if width % size == 0] or [width]
+    sizes = [size for size in range(2, width + 1, 2) if width % (size * kv_heads) == 0]
+    if not sizes:  # GPTConfig says what is wrong with more than one
+        return kv_heads
     return width // min(sizes, key=lambda size: (abs(size - wanted), size))
 
 
@@ -615,7 +631,7 @@ def find_warnings(text: TextFacts, minutes: float, used: float) -> list[str]:
             f"{text.leaked:.0%} of the validation text is in the training text word for word: its "
             'loss will look too good. Name another: DATA = {"path": ..., "val": "other.txt"}.'
         )
-    if text.repeated > 0.3:
+    if text.repeated > MOST_REPEATED:
         found.append(
             f"{text.repeated:.0%} of the training text repeats what came before: it teaches as "
             f"much as {max(1, text.unique_bytes):,} bytes. Remove the copies from DATA."
@@ -629,9 +645,9 @@ def find_warnings(text: TextFacts, minutes: float, used: float) -> list[str]:
         )
     if used < ENOUGH_SHARE * minutes:
         found.append(
-            f"After about {used:.2g} minutes the validation loss gains nothing more: MINUTES = "
-            f"{max(LEAST_MINUTES, _rounded(used)):g} is enough, and more text helps more than "
-            "more time."
+            f"After about {in_digits(used, 2)} minutes the validation loss gains nothing more: "
+            f"MINUTES = {max(LEAST_MINUTES, _rounded(used)):g} is enough, and more text helps "
+            "more than more time."
         )
     if not text.can_train and len(text.bytes_per_token) > 1:
         found.append(

@@ -12,19 +12,30 @@ from engine.devices import synchronize
 from engine.errors import is_out_of_memory
 from engine.memory import available_memory
 from engine.optim import build_optimizer
-from engine.processor import is_busy, using_threads
+from engine.processor import is_held_up, using_threads
 from engine.randomness import random_state, set_random_state
 from model import GPTConfig, GPTModel
 from planning.machine import Machine
-from planning.recipe import MachineFacts, step_costs
+from planning.recipe import MachineFacts, in_digits, step_costs
 from training.learner import Learner, Step
 
-MOST_SHARE = 0.03  # of the minutes, that the measurement may take
+MOST_SHARE = 0.03  # of the minutes, for the measurement; a step that has begun is not cut short
 TIMED_STEPS = 3  # of each model, after one to warm up
+# a step of the next model, by one of the last: operations tell too much where overhead rules
+MOST_RATIO = 8.0
 UNKNOWN_MEMORY = 4 * 10**9  # bytes, assumed where the system won't tell
-# what a parameter takes in each step where too few sizes are timed to tell
-USUAL_PARAMETER_S = {"cpu": 1e-9}
 GPU_PARAMETER_S = 2e-11
+# seconds an operation, a token, a parameter and a layer, assumed where too few steps are timed
+USUAL_CPU = np.array([1 / 6e11, 15e-6, 1e-9, 0.0])
+USUAL_GPU = np.array([1 / 2e13, 1e-8, GPU_PARAMETER_S, 3e-4])
+
+
+@dataclass(frozen=True)
+class StepTime:
+    """The fastest of some timed steps."""
+
+    seconds: float
+    held_up: bool  # other work took part of them
 
 
 @dataclass(frozen=True)
@@ -53,9 +64,10 @@ GPU_PROBES = (
 
 
 def measure_speed(machine: Machine, minutes: float) -> MachineFacts:
-    """How fast the machine trains, from the cache or measured in at most 3 % of the minutes.
+    """How fast the machine trains, from the cache or measured in some 3 % of the minutes.
 
-    With several ranks it is the speed of all of them. Prints the figures.
+    A measurement takes at least a step, however short the minutes. With several ranks it is the
+    speed of all of them. Prints the figures.
     """
     device, choices = machine.device, machine.choices
     question = f"the speed of training steps in {machine.precision.name}"
@@ -65,15 +77,15 @@ def measure_speed(machine: Machine, minutes: float) -> MachineFacts:
         figures, how = known, "as measured before"
     else:
         started_at = time.perf_counter()
-        # beside other work the machine looks slow, which must not last
-        busy = device.type == "cpu" and is_busy(_threads(machine))
         probes = CPU_PROBES if device.type == "cpu" else GPU_PROBES
-        seconds = _time_probes(machine, probes, MOST_SHARE * 60 * minutes)
+        times = _time_probes(machine, probes, MOST_SHARE * 60 * minutes)
+        seconds = [step.seconds for step in times]
         figures = solve([probe.costs() for probe in probes], seconds, device.type)
         how = f"measured in {time.perf_counter() - started_at:.1f} s"
-        if busy:
+        # beside other work the machine looks slow, which must not last; the largest model tells
+        if times[-1].held_up:
             how += ", beside other work: a later run measures it again"
-        elif choices is not None and len(seconds) == len(probes):
+        elif choices is not None and len(times) == len(probes):
             choices.keep(question, figures)
     memory = available_memory(device) or UNKNOWN_MEMORY
     world, shared = machine.parallel.world, machine.parallel.local_world
@@ -87,9 +99,10 @@ def measure_speed(machine: Machine, minutes: float) -> MachineFacts:
     ).rounded()
     shown = asdict(facts)
     say(
-        f"Speed: {shown['flops'] / 1e9:,.3g} GFLOP/s in training steps, "
-        f"{1e6 * shown['token_s']:.2g} µs a token, {1e9 * shown['parameter_s']:.2g} ns a "
-        f"parameter and {1e3 * shown['layer_s']:.2g} ms a layer in each ({how})"
+        f"Speed: {in_digits(shown['flops'] / 1e9, 3)} GFLOP/s in training steps, "
+        f"{in_digits(1e6 * shown['token_s'], 2)} µs a token, "
+        f"{in_digits(1e9 * shown['parameter_s'], 2)} ns a parameter and "
+        f"{in_digits(1e3 * shown['layer_s'], 2)} ms a layer in each ({how})"
     )
     return facts
 
@@ -98,30 +111,31 @@ def _threads(machine: Machine) -> int:
     return torch.get_num_threads() if machine.choices is None else machine.choices.threads
 
 
-def _time_probes(machine: Machine, probes: Sequence[Probe], most_s: float) -> list[float]:
-    """The seconds of a step of each probe; at least one, the others while there is time."""
-    device, seconds = machine.device, list[float]()
+def _time_probes(machine: Machine, probes: Sequence[Probe], most_s: float) -> list[StepTime]:
+    """The times of the probes' steps; at least of one, the others while there is time."""
+    device, times = machine.device, list[StepTime]()
     random_before, started_at = random_state(device), time.perf_counter()
     try:
         with using_threads(_threads(machine)):
             for probe in probes:
-                ratio = probe.costs()[0] / probes[max(0, len(seconds) - 1)].costs()[0]
-                expected = (1 + TIMED_STEPS) * seconds[-1] * ratio if seconds else 0.0
-                if time.perf_counter() - started_at + expected > most_s and seconds:
-                    break
+                if times:
+                    ratio = probe.costs()[0] / probes[len(times) - 1].costs()[0]
+                    expected = times[-1].seconds * min(ratio, MOST_RATIO)
+                    if time.perf_counter() - started_at + expected > most_s:
+                        break
                 try:
-                    seconds.append(_step_seconds(machine, probe, most_s / len(probes)))
+                    times.append(_time_steps(machine, probe, most_s / len(probes)))
                 except (MemoryError, RuntimeError) as error:
-                    if not seconds or not is_out_of_memory(error):
+                    if not times or not is_out_of_memory(error):
                         raise
                     break  # what does not fit here is not chosen here either
     finally:
         set_random_state(random_before, device)
-    return seconds
+    return times
 
 
-def _step_seconds(machine: Machine, probe: Probe, most_s: float) -> float:
-    """The least seconds of some steps on random tokens; stops after most_s."""
+def _time_steps(machine: Machine, probe: Probe, most_s: float) -> StepTime:
+    """The fastest of some steps on random tokens; stops after most_s."""
     device = machine.device
     config = GPTConfig(
         vocab_size=probe.vocabulary,
@@ -138,27 +152,33 @@ def _step_seconds(machine: Machine, probe: Probe, most_s: float) -> float:
     shape = (2, probe.windows, probe.context)
     ids, targets = torch.randint(probe.vocabulary, shape).to(device)
     step = Step([(ids, targets)], targets.numel(), probe.windows)
-    least, began_at = float("inf"), time.perf_counter()
+    steps, began_at = list[tuple[float, float]](), time.perf_counter()
     for number in range(1 + TIMED_STEPS):
-        started_at = time.perf_counter()
+        started_at, cpu_before = time.perf_counter(), time.thread_time()
         learner.try_step(step, 1.0)
         synchronize(device)
-        seconds = time.perf_counter() - started_at
-        if number > 0 or time.perf_counter() - began_at > most_s:
-            least = min(least, seconds)
-        if time.perf_counter() - began_at > most_s:
+        seconds, cpu_s = time.perf_counter() - started_at, time.thread_time() - cpu_before
+        is_late = time.perf_counter() - began_at > most_s
+        if number > 0 or is_late:
+            steps.append((seconds, cpu_s))
+        if is_late:
             break
-    return least
+    seconds, cpu_s = min(steps)
+    return StepTime(seconds, device.type == "cpu" and is_held_up(cpu_s, seconds))
 
 
 def solve(costs: list[np.ndarray], seconds: list[float], device: str) -> dict[str, float]:
     """The figures of MachineFacts from the costs of steps, (4,) each, and their seconds.
 
     Least squares of the relative errors, with no figure below 0. What the timed steps can't tell
-    has its usual value: a layer's own time on a CPU, a parameter's on a GPU.
+    has its usual value: a layer's own time on a CPU, a parameter's on a GPU. After a single step
+    all usual values are multiplied by one factor.
     """
+    assumed = USUAL_CPU if device == "cpu" else USUAL_GPU
     rows = np.array(costs[: len(seconds)]) / np.array(seconds)[:, None]
-    usual = np.array([0.0, 0.0, USUAL_PARAMETER_S.get(device, GPU_PARAMETER_S), 0.0])
+    if len(seconds) == 1:
+        return _figures(assumed / (rows[0] @ assumed))
+    usual = assumed * np.array([0, 0, 1, 0])
     order = (0, 1, 2) if device == "cpu" else (0, 3, 1)
     best: tuple[float, np.ndarray] | None = None
     for mask in range(2 ** (len(order) - 1)):
@@ -176,7 +196,12 @@ def solve(costs: list[np.ndarray], seconds: list[float], device: str) -> dict[st
             best = error, values
     if best is None:  # steps faster than their parameters alone: all time is the products'
         best = 0.0, np.array([1 / rows[:, 0].max(), 0.0, 0.0, 0.0])
-    inverse, token_s, parameter_s, layer_s = best[1].tolist()
+    return _figures(best[1])
+
+
+def _figures(values: np.ndarray) -> dict[str, float]:
+    """The seconds an operation, a token, a parameter and a layer, (4,), by MachineFacts' names."""
+    inverse, token_s, parameter_s, layer_s = values.tolist()
     return {
         "flops": 1 / inverse,
         "token_s": token_s,

@@ -56,6 +56,8 @@ def test_a_handful_of_validation_tokens_is_remarked_on(capsys, n_val):
     report |= {"tokens_per_character": 1.0, "vocabulary_used": 3, "vocabulary": 9}
     plan = WindowPlan(100 + n_val, 100, max_length=4, stride=4, batch_size=2)
     model = SimpleNamespace(count_parameters=lambda: 1000)
-    show_windows(SimpleNamespace(recipe=None), SimpleNamespace(report=report), plan, model)
+    show_windows(
+        SimpleNamespace(recipe=None, choice=None), SimpleNamespace(report=report), plan, model
+    )
     remark = f"Note: {n_val} tokens to validate on say little"
     assert (remark in capsys.readouterr().out) == (n_val < 32)

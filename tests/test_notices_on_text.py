@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from planning.preflight import about_copies, show_windows
 from tests.conftest import REPOSITORY
 from text import token_cache
 from text.documents import DataSpec
@@ -49,7 +50,7 @@ def read(tmp_path, monkeypatch):
             (tmp_path / name).write_text(text, encoding="utf-8")
             name = str(tmp_path / name)
         found = tokenize(DataSpec((name,)), tokenizer, 0.9, tmp_path / "cache")
-        return [*found.notices, *found.report["notes"]]
+        return [*found.notices, *found.report["notes"], *about_copies(found.report)]
 
     return told
 
@@ -59,6 +60,16 @@ def test_a_text_that_repeats_itself_gets_one_notice_in_every_run(read):
     for _ in range(2):  # from the cache, too
         [note] = read(BOOK[:9000] * 3, "char")
         assert "of the text repeats what came before in the same document" in note
+
+
+@pytest.mark.parametrize(("repeated", "told"), [(None, True), (0.1, True), (0.5, False)])
+def test_what_the_card_told_of_repeats_is_not_told_again(repeated, told, capsys):
+    """repeated: what a recipe's text facts say; None without a recipe."""
+    choice = None if repeated is None else SimpleNamespace(text=SimpleNamespace(repeated=repeated))
+    windows = SimpleNamespace(n_train=100, n_windows=10, n_unused=0, n_val=50)
+    plan = SimpleNamespace(recipe="chosen", choice=choice)
+    show_windows(plan, SimpleNamespace(report={"copied": 0.66}), windows, None)
+    assert ("66% of the text repeats what came before" in capsys.readouterr().out) == told
 
 
 def test_a_vocabulary_that_hardly_occurs_is_told_with_the_line_to_change(read, monkeypatch):

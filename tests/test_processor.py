@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from engine import processor
-from engine.processor import default_threads, physical_cores, quota_cores
+from engine.processor import default_threads, is_held_up, physical_cores, quota_cores
 
 
 @pytest.fixture
@@ -63,6 +63,11 @@ def test_threads_are_the_least_of_what_core_container_and_torch_allow(
 ):
     machine(siblings, cpu_max, torchs_own)
     assert default_threads() == expected
+
+
+def test_a_thread_is_held_up_that_waits_for_a_fifth_of_the_time_or_more():
+    assert not is_held_up(1.0, 1.0) and not is_held_up(0.9, 1.0)
+    assert is_held_up(0.7, 1.0) and is_held_up(0.25, 1.0)
 
 
 def test_a_number_set_from_outside_stands(machine, monkeypatch):

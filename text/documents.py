@@ -91,6 +91,7 @@ class ReadingReport:
     documents: int = 0
     empty_documents: int = 0
     characters: int = 0
+    copied: float = 0.0  # share of the text that came before in the same document
     bytes_read: int = 0
 
     def note(self, line: str) -> None:

@@ -119,18 +119,18 @@ def find_facts(
 ) -> TextFacts:
     """The facts of DATA, from the cache if its files have not changed.
 
-    tokenizer is TOKENIZER's value where it is set: no other one is measured then. stand_in is that
-    of corpus_path(). Raises DataError for data that can't be read, SettingsError for a missing
-    library.
+    tokenizer is TOKENIZER's value, None for "auto": where it is set, no other one is measured.
+    stand_in is that of corpus_path(). Raises DataError for data that can't be read, SettingsError
+    for a missing library.
     """
     report = ReadingReport(stand_in=stand_in)
     train = find_parts(spec.train, cache, report)
     val = find_parts(spec.val, cache, report) if spec.val else validation_parts(train)
-    wanted = None if tokenizer == "auto" else tokenizer
     files = [*train, *val]
-    if wanted is not None and wanted.endswith(".json"):
-        files.append(Part(wanted, Path(wanted).expanduser()))
-    key = [FORMAT, asdict(spec), train_ratio, wanted, can_train(), [_state_of(p) for p in files]]
+    if tokenizer is not None and tokenizer.endswith(".json"):
+        files.append(Part(tokenizer, Path(tokenizer).expanduser()))
+    states = [_state_of(part) for part in files]
+    key = [FORMAT, asdict(spec), train_ratio, tokenizer, can_train(), states]
     name = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:24]
     file = cache / "facts" / f"{name}.json"
     if (known := _kept(file)) is not None:
@@ -144,7 +144,9 @@ def find_facts(
                 yield piece
 
         validation = watched(val) if val else None
-        facts = measure_text(watched(train), train_ratio, validation=validation, tokenizer=wanted)
+        facts = measure_text(
+            watched(train), train_ratio, validation=validation, tokenizer=tokenizer
+        )
     if not report.documents:
         names = ", ".join(spec.train + spec.val)
         raise DataError(f"{names} is empty.\nSet DATA to a text of at least a few sentences.")

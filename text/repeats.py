@@ -2,7 +2,7 @@
 
 import re
 
-SEEN_CHARACTERS = 16_000_000  # of the text; a set of the hashes of their lines takes 30 MB
+SEEN_CHARACTERS = 16_000_000  # of the text; a set of the hashes of their lines takes up to 90 MB
 LEAST, LEAST_WIDE = 32, 12  # characters of a passage; shorter ones recur in any text
 LONG_LINE = 1000  # characters, from which a line is divided into sentences
 _SENTENCE_END = re.compile(r"(?<=[.!?。！？])")

@@ -65,7 +65,6 @@ MOST_UNCUT = 1 << 18  # characters without a place to cut, at most; a text has o
 BLOCK = 16 << 20  # bytes of tokens per hash
 MOST_RATE = 1.05  # tokens a character; from there on the characters themselves are fewer
 MOST_UNKNOWN = 0.5  # of all tokens
-MOST_COPIED = 0.45  # of the text, without a notice; of one that was pasted twice it is half
 LEAST_USED = 0.03  # of the vocabulary, without a notice
 SMALL_VOCABULARY = 600  # tokens, most of which may be the bytes that every one has
 ORPHAN_AGE_S = 24 * 3600
@@ -316,7 +315,7 @@ def _write_tokens(
 ) -> list[_Side]:
     """Write the tokens of all documents in order, with an end-of-text between those of a side.
 
-    Adds a note to the report if the documents repeat themselves.
+    Sets the report's share of the text that came before in the same document.
     """
     position, written, repeats = 0, [], Repeats()
     with (
@@ -340,11 +339,7 @@ def _write_tokens(
                 file.write(batch.ids.data.cast("B"))
                 progress.show(report.bytes_read)
             written.append(_Side(position, ends, digests, counts))
-    if repeats.share >= MOST_COPIED:
-        report.notes.append(
-            f"{repeats.share:.0%} of the text repeats what came before in the same document: the "
-            "model learns it by heart; leave the copies out of the text"
-        )
+    report.copied = repeats.share
     return written
 
 
@@ -640,6 +635,7 @@ def _report_of(
         "documents_on_both_sides": len(np.intersect1d(train, val)),
         "bytes": report.bytes_read,
         "characters": report.characters,
+        "copied": round(report.copied, 4),
         "tokens": n_tokens,
         "tokens_per_character": n_tokens / max(1, report.characters),
         "tokenizer": description,
