@@ -72,6 +72,7 @@ MEMORY_SHARE = 0.8  # of the memory, the most that a run may need
 # bytes for each token, layer and unit of width; and of a chunk of logits
 BLOCK_BYTES, HEAD_BYTES = 80, 2e7
 MOST_REPEATED = 0.3  # of the training text, without a warning
+TOO_FEW_STEPS = 50  # in which no model learns much
 SMALL_TEXT = 20_000  # bytes, below which a forecast means little
 DIGITS = 2  # of the machine's figures, and of the chosen rates
 
@@ -206,7 +207,8 @@ def choose_recipe(text: TextFacts, machine: MachineFacts, minutes: float, fixed:
     machine = machine.rounded()
     times = _times(minutes)
     candidates = _find_candidates(text, machine, fixed)
-    bits = _predict(text, machine, fixed, candidates, times).bits
+    forecast = _predict(text, machine, fixed, candidates, times)
+    bits = forecast.bits
     # the last time is beyond the end: between the two, the loss may fall and rise again
     reached = np.concatenate([bits[:, :-2], bits[:, -2:].max(axis=1, keepdims=True)], axis=1)
     best = reached.min(axis=1)
@@ -215,6 +217,8 @@ def choose_recipe(text: TextFacts, machine: MachineFacts, minutes: float, fixed:
         tied.tolist(), key=lambda i: (candidates.size[i, 0], candidates.context[i, 0], best[i])
     )
     time = float(times[np.argmin(reached[chosen])])
+    if forecast.steps[chosen, -2] < TOO_FEW_STEPS:  # what learns nothing yet needs all the time
+        time = minutes
     own = candidates.some(np.array([chosen]))
     choice = _Choice(text, machine, fixed, own, _predict(text, machine, fixed, own, [time]))
     return choice.recipe(
@@ -484,7 +488,11 @@ class _Choice:
             parameters=int(size),
             memory=self._memory(),
             disk=self._disk(),
-            warnings=find_warnings(self.text, minutes, used) + self._about_memory(),
+            warnings=[
+                *find_warnings(self.text, minutes, used),
+                *self._about_steps(minutes),
+                *self._about_memory(),
+            ],
         )
 
     @property
@@ -586,6 +594,16 @@ class _Choice:
         while _memory(self.candidate, self.machine, windows)[0, 0] > room and windows[0, 0] > 1:
             windows = np.ceil(windows / 2)
         return int(_memory(self.candidate, self.machine, windows)[0, 0])
+
+    def _about_steps(self, minutes: float) -> list[str]:
+        if self._steps >= TOO_FEW_STEPS:
+            return []
+        step_s = float(self.forecast.step_s[0, 0])
+        return [
+            f"A step of this model takes about {in_digits(step_s, 2)} s, so that {minutes:g} "
+            f"minutes have some {self._steps} of them, and a model needs hundreds: set a smaller "
+            "MODEL, emb_dim or batch_size, or more MINUTES."
+        ]
 
     def _about_memory(self) -> list[str]:
         if self._memory() <= self.machine.memory:
