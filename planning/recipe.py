@@ -52,7 +52,7 @@ COEFFICIENTS = {
     "gpt2": 0.7,
     "interval": 0.08,  # half of the likely range, a guess; half as much again beyond USUAL_*
     "usable": 0.9,  # the share of the time that steps get, but for the start
-    "start_s": 4.0,
+    "start_s": 11.0,  # two cores: imports, timed steps, the last samples and the end of Python
 }
 USUAL_PARAMETERS, USUAL_BYTES = (3e5, 1.2e7), (5e4, 5e7)  # of models, and read by them
 # layers and width, by size; each at most about twice the one before
