@@ -20,9 +20,9 @@ from text.facts import TextFacts
 # Starting values, set by hand after a few known runs; python -m benchmarks.recipe fits them to
 # more. docs/recipes.md says what each one means.
 COEFFICIENTS = {
-    "size": 29.9,  # h = size N^-size_power + bytes T^-bytes_power + heart ...
+    "size": 22.2,  # h = size N^-size_power + bytes T^-bytes_power + heart ...
     "size_power": 0.35,
-    "bytes": 396.0,
+    "bytes": 112.0,
     "bytes_power": 0.55,
     "token_share": 0.41,  # a byte counts (bytes a token) ^ -token_share
     "repeats": 4.3,  # passes after which further ones add 1/e of a first one
@@ -33,7 +33,7 @@ COEFFICIENTS = {
     "turn_power": 0.5,
     "turn_dropout": 10.0,
     "turn_decay": 0.5,
-    "entropy": 0.6,  # the share of bz2's bits that no training removes
+    "entropy": 0.7,  # the share of bz2's bits that no training removes
     "wide": 0.129,  # less of them for each further byte of a character
     "noise_from": 0.65,  # bz2's share of the byte entropy from where less can be learnt,
     "noise_to": 0.95,  # and where nothing can
