@@ -9,6 +9,8 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import pytest
+
 from tests.conftest import REPOSITORY
 from tests.forking import CAN_FORK, fork
 
@@ -156,3 +158,28 @@ def launching(folder: Path) -> Iterator[Callable[..., Program]]:
     yield start
     for program in programs:
         program.end()
+
+
+def has_mounts() -> bool:
+    command = ["unshare", "-rm", "mount", "-t", "tmpfs", "tmpfs", "/mnt"]
+    with contextlib.suppress(OSError):
+        return subprocess.run(command, capture_output=True).returncode == 0
+    return False
+
+
+needs_mounts = pytest.mark.skipif(not has_mounts(), reason="no tmpfs can be mounted here")
+# mounts of the program's own, in which it is root; what is on the disk in the end is left for us
+SMALL_DISK = """
+import atexit, ctypes, subprocess
+ids = {"setgroups": "deny", "uid_map": f"0 {os.getuid()} 1", "gid_map": f"0 {os.getgid()} 1"}
+assert ctypes.CDLL(None).unshare(0x10020000) == 0
+for name, content in ids.items():
+    Path("/proc/self", name).write_text(content)
+mount = "mkdir -p disk && mount -t tmpfs -o size=SIZE tmpfs disk && THEN"
+subprocess.run(mount, shell=True, check=True)
+atexit.register(subprocess.run, "cp -a disk left", shell=True, check=True)
+"""
+
+
+def on_a_small_disk(size: str, then: str = "true") -> str:
+    return SMALL_DISK.replace("SIZE", size).replace("THEN", then)

@@ -1,46 +1,24 @@
 """A disk that is full for a while, in the middle of a run and at its end: the run ends well."""
 
-import contextlib
 import re
-import subprocess
 
 import pytest
 
 from storage.files import verify_folder
-from tests.launching import launching
+from tests.launching import launching, needs_mounts, on_a_small_disk
 
-
-def has_mounts() -> bool:
-    command = ["unshare", "-rm", "mount", "-t", "tmpfs", "tmpfs", "/mnt"]
-    with contextlib.suppress(OSError):
-        return subprocess.run(command, capture_output=True).returncode == 0
-    return False
-
-
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(not has_mounts(), reason="no tmpfs can be mounted here"),
-]
-# a mount of the program's own, in which it is root; what is on the disk in the end is left for us.
-# A thread fills the disk after the first checkpoint, and frees it FULL_S after the first refusal;
+pytestmark = [pytest.mark.slow, needs_mounts]
+# a thread fills the disk after the first checkpoint, and frees it FULL_S after the first refusal;
 # the waits between two tries are SCALE times as long
-DISK = """
-import atexit, ctypes, subprocess, threading, types
-ids = {"setgroups": "deny", "uid_map": f"0 {os.getuid()} 1", "gid_map": f"0 {os.getgid()} 1"}
-assert ctypes.CDLL(None).unshare(0x10020000) == 0
-for name, content in ids.items():
-    Path("/proc/self", name).write_text(content)
-mount = "mkdir -p disk && mount -t tmpfs -o size=32m tmpfs disk"
-subprocess.run(mount, shell=True, check=True)
-atexit.register(subprocess.run, "cp -a disk left", shell=True, check=True)
-
+FILLING = """
+import threading, types
 from storage import checkpoint
 checkpoint.RETRY_S *= SCALE
 scaled = types.SimpleNamespace(**vars(time))
 scaled.sleep = lambda seconds: time.sleep(seconds * SCALE)
 train.time = scaled
 refused = threading.Event()
-failing, writing = checkpoint.SaveClock.failed, train.Trainer.insist
+failing = checkpoint.SaveClock.failed
 
 def failed(clock):
     refused.set()
@@ -77,10 +55,11 @@ MODEL = {"emb_dim": 128, "n_heads": 2, "n_layers": 2}  # 1.6 MB of weights
     ids=["3 s", "3 minutes"],
 )
 def test_a_disk_that_is_full_for_a_while_costs_nothing(tmp_path, full_s, scale, max_steps, said):
-    disk = DISK.replace("FULL_S", str(full_s)).replace("SCALE", str(scale))
+    filling = FILLING.replace("FULL_S", str(full_s)).replace("SCALE", str(scale))
     settings = {"save_every": 5, "max_steps": max_steps, "model_overrides": MODEL}
     with launching(tmp_path) as launch:
-        program = launch(disk, step_s=0.06, OUTPUT_DIR="disk", **settings)
+        more = on_a_small_disk("32m") + filling
+        program = launch(more, step_s=0.06, OUTPUT_DIR="disk", **settings)
         program.ends_with(0)
     assert re.search(rf"the checkpoint of step \d+ takes .*{re.escape(said)}", program.out), (
         program.out

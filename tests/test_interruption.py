@@ -4,21 +4,19 @@ Each is a process of its own with real signals and real file systems. That what 
 exact is test_resume's matter; here it is how they end, what they leave and what they say.
 """
 
-import contextlib
 import os
 import random
 import re
 import shutil
 import signal
 import socket
-import subprocess
 import time
 from pathlib import Path
 
 import pytest
 
 from storage.files import verify_folder
-from tests.launching import STEPS, Program, launching, wait_until
+from tests.launching import STEPS, Program, launching, needs_mounts, on_a_small_disk, wait_until
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(os.name == "nt", reason="POSIX signals")]
 
@@ -217,31 +215,6 @@ def test_an_error_of_ours_ends_a_run_that_has_workers(launch):
     assert program.process.wait(60) == 1
     assert "ZeroDivisionError: division by zero" in program.err
     wait_until(lambda: not program.living())
-
-
-def has_mounts() -> bool:
-    command = ["unshare", "-rm", "mount", "-t", "tmpfs", "tmpfs", "/mnt"]
-    with contextlib.suppress(OSError):
-        return subprocess.run(command, capture_output=True).returncode == 0
-    return False
-
-
-needs_mounts = pytest.mark.skipif(not has_mounts(), reason="no tmpfs can be mounted here")
-# mounts of the program's own, in which it is root; what is on the disk in the end is left for us
-SMALL_DISK = """
-import atexit, ctypes, subprocess
-ids = {"setgroups": "deny", "uid_map": f"0 {os.getuid()} 1", "gid_map": f"0 {os.getgid()} 1"}
-assert ctypes.CDLL(None).unshare(0x10020000) == 0
-for name, content in ids.items():
-    Path("/proc/self", name).write_text(content)
-mount = "mkdir -p disk && mount -t tmpfs -o size=SIZE tmpfs disk && THEN"
-subprocess.run(mount, shell=True, check=True)
-atexit.register(subprocess.run, "cp -a disk left", shell=True, check=True)
-"""
-
-
-def on_a_small_disk(size: str, then: str = "true") -> str:
-    return SMALL_DISK.replace("SIZE", size).replace("THEN", then)
 
 
 @needs_mounts
