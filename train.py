@@ -26,6 +26,7 @@ from engine.errors import (
     Stopped,
     first_line,
 )
+from engine.main_guard import require_main_guard
 from engine.memory import ADVICE, OutOfStepMemory
 from engine.optim import (
     Schedule,
@@ -724,6 +725,8 @@ def train_model_simple(
             "train_model_simple() under torchrun needs the loaders of prepare_environment(): of "
             "others it does not know which share is whose."
         )
+    context = train_loader.multiprocessing_context
+    require_main_guard(train_loader.num_workers, context and context.get_start_method())
     device, micro_batch = with_index(device), getattr(batches, "micro_batch", 0)
     precision = precision or choose_precision("auto", device)
     learner = Learner(model, optimizer, precision, parallel, device=device, micro_batch=micro_batch)

@@ -9,7 +9,7 @@ preparing a text also reads, decodes, hashes, splits and writes it.
 
 --any prepares texts of one line without a blank with every tokenizer, of 10 and 100 MB each:
 "dna", "base64", "letter", "thai", "chinese", "javascript", "printable" x "char", "bpe:300",
-"bpe:4096", "gpt2", "auto".
+"bpe:4096", "gpt2", "auto". Its factors compare processor times, which other programs hardly change.
 """
 
 import importlib.util
@@ -114,12 +114,15 @@ def make_text(path: Path, size: int) -> None:
 
 
 def any_text(*names: str) -> None:
-    """Prepare the texts of KINDS, of some sizes with some tokenizers, print and write the rates."""
+    """Prepare the texts of KINDS, of some sizes with some tokenizers, print and write the rates.
+
+    The results are written after each kind, so that they outlast an interruption.
+    """
     use_utf8()
     sizes = [int(name) for name in names if name.isdecimal()] or [10, 100]
     kinds = [name for name in names if name in KINDS] or list(KINDS)
     tokenizers = [name for name in names if name in TOKENIZERS] or TOKENIZERS
-    rows = []
+    rows: list[dict] = []
     with tempfile.TemporaryDirectory() as folder:
         for kind in kinds:
             for megabytes in sizes:
@@ -128,14 +131,24 @@ def any_text(*names: str) -> None:
                 for tokenizer in tokenizers:
                     found = in_a_process(f"prepare {tokenizer}", text, cache)
                     shutil.rmtree(cache)
-                    rows.append({"kind": kind, "megabytes": megabytes, "tokenizer": tokenizer})
-                    rows[-1] |= found
+                    row = {"kind": kind, "megabytes": megabytes, "tokenizer": tokenizer} | found
+                    row["factor"] = factor_of(row, rows)
+                    rows.append(row)
                     say(
                         f"{kind:10} {megabytes:4} MB  {tokenizer:8} {found['seconds']:7.1f} s  "
+                        f"processor {found['cpu_s']:6.1f} s, {row['factor']:4.2f} of linear  "
                         f"{found['peak_mb']:5.0f} MB, training {found['peak_mb_training']:.0f} MB"
                     )
-    results = {"machine": machine(torch.device("cpu")), "rows": rows}
-    say(f"written to {write_results('any-text', torch.device('cpu'), results)}")
+            results = {"machine": machine(torch.device("cpu")), "rows": rows}
+            written = write_results("any-text", torch.device("cpu"), results)
+    say(f"written to {written}")
+
+
+def factor_of(row: dict, rows: list[dict]) -> float:
+    """How much more processor time a byte takes than in the smallest text of its kind."""
+    alike = [r for r in rows if all(r[name] == row[name] for name in ("kind", "tokenizer"))]
+    first = min(alike, key=lambda r: r["megabytes"], default=row)
+    return row["cpu_s"] / first["cpu_s"] / (row["megabytes"] / first["megabytes"])
 
 
 def make_line(path: Path, kind: str, size: int) -> None:
@@ -173,13 +186,14 @@ def measure_raw(text: Path, _: Path) -> dict:
 
 def measure_prepare(text: Path, cache: Path, tokenizer: str = "gpt2") -> dict:
     """The preparation of a text, or its lookup where the cache has it."""
-    before = peak_bytes() or math.nan
+    before, before_s = peak_bytes() or math.nan, sum(os.times()[:4])
     started_at = time.perf_counter()
     tokenize(parse_data(str(text)), tokenizer, 0.9, cache)
     seconds = time.perf_counter() - started_at
     peak = peak_bytes() or math.nan
     return {
         "seconds": seconds,
+        "cpu_s": sum(os.times()[:4]) - before_s,
         "mb_per_s": text.stat().st_size / 1e6 / seconds,
         "peak_mb": peak / (1 << 20),
         "peak_mb_above_torch": (peak - before) / (1 << 20),

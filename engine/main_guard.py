@@ -9,14 +9,14 @@ from types import FrameType
 from engine.errors import SettingsError
 
 
-def require_main_guard(num_workers: int) -> None:
+def require_main_guard(num_workers: int, method: str | None = None) -> None:
     """Raise SettingsError if a script without a main guard would start num_workers processes.
 
     Processes that the system spawns, as on Windows and macOS, begin by importing the script, and
     without the guard they would train too. Nothing is asked where they are forked, or of a
-    notebook, which is no file.
+    notebook, which is no file. method is how they are started; None: as multiprocessing is set.
     """
-    method = multiprocessing.get_start_method(allow_none=True)
+    method = method or multiprocessing.get_start_method(allow_none=True)
     method = method or multiprocessing.get_all_start_methods()[0]  # the system's own
     main = sys.modules["__main__"]
     name = getattr(getattr(main, "__spec__", None), "name", "")

@@ -67,6 +67,32 @@ def test_first_encoding_that_a_hint_names_is_nearly_always_right():
     assert len(wrong) <= 10, wrong
 
 
+def test_an_encoding_that_is_set_is_doubted_where_the_file_looks_like_another():
+    def told(content: bytes, encoding: str) -> list[str]:
+        report = ReadingReport()
+        "".join(reader.decode([content], encoding, "x.txt", report))
+        assert report.notes[0] == f"x.txt: read as {encoding}, as set"
+        return [
+            name for note in report.notes[1:] for name in re.findall(r'looks like "([^"]+)', note)
+        ]
+
+    chooser = random.Random(1)
+    found, expected = [], []
+    for encoding in ("utf-8", "gb18030", "big5", "shift_jis", "euc-kr"):
+        for text in cut_texts(WRITTEN_IN[encoding], 20, chooser):
+            if not text.isascii():
+                found += told(("word\n" * 9 + text).encode(encoding), "latin-1") or ["none"]
+                expected.append(encoding)
+    assert len(expected) > 90
+    right = [one == other for one, other in zip(found, expected, strict=True)]
+    assert sum(right) >= 0.95 * len(right)
+    for encoding in ("latin-1", "cp1252", "cp1251"):
+        for text in cut_texts(WRITTEN_IN[encoding], 20, chooser):
+            assert told(text.encode(encoding), encoding) == []
+    assert told(TEXTS["Russian"].encode("cp1251"), "latin-1") == ["cp1251"]
+    assert told(b"plain words", "cp1252") == told(TEXTS["Chinese"].encode("gbk"), "gbk") == []
+
+
 # --------------------------------------------------------------------------- other people's files
 
 

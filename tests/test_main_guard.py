@@ -7,8 +7,13 @@ import textwrap
 from pathlib import Path
 
 import pytest
+import torch
+from torch.utils.data import DataLoader
 
+import train
+from engine.errors import SettingsError
 from tests.conftest import REPOSITORY
+from tests.letters import CPU, Letters, tiny_model
 from tests.programs import OFFLINE, TINY
 
 ASK = "require_main_guard(2)"
@@ -82,6 +87,35 @@ def test_a_module_is_run_again_and_a_command_line_is_not(tmp_path, given):
     code, said = run_script(tmp_path, BEGIN.format(method="spawn") + ASK, *given)
     assert code == (given[0] == "-m")
     assert said == "" or error_of(said)[3].strip() == ASK
+
+
+@pytest.mark.parametrize("context", [None, "spawn"])
+def test_a_loader_of_ones_own_is_asked_about_with_the_way_it_starts_its_processes(
+    monkeypatch, context
+):
+    asked = []
+
+    def ask(*arguments):
+        asked.append(arguments)
+        raise SettingsError("no guard")
+
+    monkeypatch.setattr(train, "require_main_guard", ask)
+    model = tiny_model()
+    loader = DataLoader(range(9), num_workers=2, multiprocessing_context=context)
+    optimizer = torch.optim.SGD(model.parameters())
+    with pytest.raises(SettingsError, match="no guard"):
+        train.train_model_simple(model, loader, loader, optimizer, CPU, 1, 1, 1, "abc", Letters())
+    assert asked == [(2, context)]
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+def test_the_way_that_is_given_counts_before_that_of_the_program(tmp_path, method):
+    other = "spawn" if method == "fork" else "fork"
+    if not hasattr(os, "fork"):
+        pytest.skip("needs os.fork")
+    source = BEGIN.format(method=other) + f"require_main_guard(2, {method!r})\n"
+    code, _ = run_script(tmp_path, source)
+    assert code == (method == "spawn")
 
 
 @pytest.mark.slow

@@ -1,6 +1,7 @@
 """What users of comparable programs have reported: each fault tried, and the right behaviour."""
 
 import json
+import math
 from pathlib import Path
 
 import numpy as np
@@ -9,11 +10,14 @@ import tokenizers
 from tokenizers import models, pre_tokenizers
 
 import main
+from data import plan_windows
 from engine.errors import DataError, SettingsError
 from planning.plan import resolve_settings
 from planning.prompt import _beginning_if_not_latin
 from planning.settings_file import read_given_settings
+from tests.letters import tiny_loaders
 from tests.programs import write_settings
+from tests.reading import documents, json_lines, read, save
 from tests.texts import CHINESE
 from text.documents import DataSpec
 from text.split import split_documents
@@ -21,6 +25,7 @@ from text.token_cache import tokenize
 from text.tokenizer import GPT2Tokenizer
 from text.tokenizer_file import END_OF_TEXT
 from training import journal
+from training.learner import steps_between
 
 
 def corpora() -> list[tuple[np.ndarray, np.ndarray]]:
@@ -158,18 +163,18 @@ def test_unknown_tokens_are_told_and_refused_above_half(tmp_path):
     made.pre_tokenizer = pre_tokenizers.Whitespace()
     (tmp_path / "words.json").write_text(made.to_str(), encoding="utf-8")
 
-    def read(words: str):
+    def report_of(words: str):
         (tmp_path / "a.txt").write_text(words, encoding="utf-8")
         data = DataSpec((str(tmp_path / "a.txt"),))
         return tokenize(data, str(tmp_path / "words.json"), 0.9, tmp_path / "cache").report
 
-    assert read("lamp " * 20) | {"notes": [], "unknown_tokens": 0} == read("lamp " * 20)
-    report = read("lamp lamp lamp 渡口 " * 5)
+    assert report_of("lamp " * 20) | {"notes": [], "unknown_tokens": 0} == report_of("lamp " * 20)
+    report = report_of("lamp lamp lamp 渡口 " * 5)
     assert report["unknown_tokens"] == 5
     [note] = report["notes"]
     assert note.startswith("25.0% of the tokens stand for what the tokenizer (")
     with pytest.raises(DataError, match=r"^75\.0% of .* does not know; at most half may"):
-        read("lamp river quiet 渡口 " * 5)
+        report_of("lamp river quiet 渡口 " * 5)
 
 
 @pytest.mark.parametrize(
@@ -225,3 +230,74 @@ def test_numbers_that_are_hardly_meant_get_a_notice_each():
     assert rate.startswith("learning_rate (5) is far above the usual")
     with pytest.raises(SettingsError, match=r"learning_rate.* is 50; it must be .* at most 10"):
         notices(learning_rate=50)
+
+
+@pytest.mark.parametrize("count", [10, 19, 20, 21])
+def test_a_table_of_some_twenty_rows_is_divided_by_documents_or_by_position(tmp_path, count):
+    rows = "".join(f"{i},row {i:02}\n" for i in range(count))
+    (tmp_path / "a.csv").write_text("id,text\n" + rows, encoding="utf-8")
+    text = tokenize(DataSpec((str(tmp_path / "a.csv"),)), "char", 0.9, tmp_path / "cache")
+    assert text.report["documents"] == count
+    assert (text.n_train is None) == (count < 20)
+    windows, _ = plan_windows(
+        text.n_tokens, max_length=4, stride=4, batch_size=2, train_ratio=0.9, n_train=text.n_train
+    )
+    assert abs(windows.n_val / text.n_tokens - 0.1) < 0.03 and windows.n_windows > 10
+
+
+@pytest.mark.parametrize(
+    ("sampling", "max_length", "said"),
+    [
+        ("random", 512, "max_length is lowered from 512 to 106"),
+        ("windows", 71, "batch_size is low"),
+    ],
+)
+def test_short_rows_train_whatever_the_context_and_the_batch(
+    workdir, no_pictures, capsys, sampling, max_length, said
+):
+    write_rows(workdir / "rows.jsonl", [f"row {i % 10}" for i in range(18)])  # 107 tokens
+    (workdir / "val.txt").write_text("row", encoding="utf-8")
+    data = {"path": "rows.jsonl", "val": "val.txt"}
+    step = {"batch_size": 8, "gradient_accumulation_steps": 4, "max_steps": 3}
+    write_settings(workdir, None, DATA=data, sampling=sampling, max_length=max_length, **step)
+    assert main.main(["settings.py"]) == 0
+    printed = capsys.readouterr().out
+    assert said in printed and "Note: 3 tokens to validate on say little" in printed
+    [run] = (workdir / "runs").iterdir()
+    summary = json.loads((run / "summary.json").read_bytes())
+    assert summary["steps"] == 3 and math.isfinite(summary["final_val_loss"])
+
+
+def test_a_folder_of_very_many_one_line_files_is_read_whole(workdir):
+    for number in range(600):
+        path = Path("texts", f"{number % 7}", f"{number}.txt")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(f"tweet {number}", encoding="utf-8")
+    Path("texts/a.txt").mkdir()  # a folder with a file's name
+    for name in ("a.txt/b.txt", "empty.txt", "notes.txt.bak"):
+        Path("texts", name).write_text("" if name == "empty.txt" else name, encoding="utf-8")
+    found, report = read("texts")
+    assert sorted(found) == sorted(
+        ["a.txt/b.txt", "notes.txt.bak", *(f"tweet {n}" for n in range(600))]
+    )
+    assert (report.empty_documents, report.passed_over) == (1, [])
+
+
+def test_files_without_text_are_told_and_the_case_of_a_suffix_does_not_matter(workdir):
+    Path("texts").mkdir()
+    for number in range(3):
+        Path(f"texts/{number}.txt").touch()
+    with pytest.raises(DataError, match=r"^texts is empty\.\nSet DATA to"):
+        tokenize(DataSpec(("texts",)), "char", 0.9, workdir / "cache")
+    rows = json_lines([{"text": "one"}, {"text": "two"}])
+    assert documents(save("a.JSONL", rows)) == documents(save("b.Json", rows)) == ["one", "two"]
+
+
+def test_a_step_far_into_a_run_is_taken_without_those_before_it(monkeypatch):
+    loader, _ = tiny_loaders(50)
+    reads, real = [], type(loader.dataset).__getitems__
+    monkeypatch.setattr(
+        type(loader.dataset), "__getitems__", lambda *args: reads.append(1) or real(*args)
+    )
+    [step] = steps_between(loader, 10**6, 10**6 + 1)
+    assert len(reads) == len(step.batches) == 1

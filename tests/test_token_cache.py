@@ -20,12 +20,12 @@ import pytest
 import tokenizers
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from tokenizers import models, pre_tokenizers
+from tokenizers import models, normalizers, pre_tokenizers, trainers
 
 from engine.errors import DataError, ResourceError
 from tests.conftest import REPOSITORY
 from tests.forking import CAN_FORK
-from tests.texts import CHINESE, ENGLISH
+from tests.texts import CHINESE, ENGLISH, train_in_the_library
 from text import token_cache
 from text.corpora import CORPORA
 from text.documents import DataSpec
@@ -190,6 +190,58 @@ def test_a_tokenizer_from_elsewhere_gets_each_document_whole_and_four_bytes_a_to
     assert tokens_of(text) == expected
     assert text.dtype == "uint32"
     assert text.path.stat().st_size == 4 * len(expected)
+
+
+def of_others(kind: str) -> tokenizers.Tokenizer:
+    """A tokenizer of another project's kind, which has learnt both samples."""
+    parts, texts = pre_tokenizers, [ENGLISH[:20_000], CHINESE[:9000]]
+    special = {"special_tokens": ["<unk>", "</s>"], "show_progress": False, "vocab_size": 1500}
+    if kind == "byte level":  # of GPT-2's kind, whose tokens are parts of characters
+        return train_in_the_library("".join(texts), 700, "</s>")
+    if kind == "word pieces":
+        made = tokenizers.Tokenizer(models.WordPiece(unk_token="<unk>"))
+        made.normalizer, made.pre_tokenizer = normalizers.BertNormalizer(), parts.BertPreTokenizer()
+        made.train_from_iterator(texts, trainers.WordPieceTrainer(**special))
+    elif kind == "unigram":
+        made = tokenizers.Tokenizer(models.Unigram())
+        made.normalizer, made.pre_tokenizer = normalizers.NFKC(), parts.Metaspace()
+        made.train_from_iterator(texts, trainers.UnigramTrainer(unk_token="<unk>", **special))
+    else:  # of Llama's kind, which has no words: a token may hold a word's end and what follows
+        made = tokenizers.Tokenizer(models.BPE(unk_token="<unk>"))
+        blanks = normalizers.Replace(" ", "▁")
+        words = parts.Split(tokenizers.Regex("▁?[^▁]+|▁+"), "isolated")
+        made.normalizer, made.pre_tokenizer = blanks, words
+        made.train_from_iterator(texts, trainers.BpeTrainer(**special))
+        made.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), blanks])
+        made.pre_tokenizer = None
+    return made
+
+
+@pytest.mark.parametrize("kind", ["byte level", "word pieces", "unigram", "no words"])
+def test_tokenizers_of_others_give_parts_of_a_document_the_tokens_of_the_whole(
+    tmp_path, build, monkeypatch, kind
+):
+    monkeypatch.setattr(token_cache, "CHUNK", 500)
+    monkeypatch.setattr(token_cache, "NEIGHBORHOOD", 100)
+    made = of_others(kind)
+    file = write_text(tmp_path / "tokenizer.json", made.to_str())
+    documents = [ENGLISH[:9000], "short", CHINESE[:5000], " \n" + ENGLISH[9000:12_000] + "  \n"]
+    text = build(write_lines(tmp_path / "a.jsonl", documents), name=file)
+    assert text.tokenizer.kind == "foreign"
+    expected = []
+    for document in documents:
+        ids = made.encode(document, add_special_tokens=False).ids
+        expected += [*ids, text.tokenizer.end_of_text_id]
+    assert tokens_of(text) == expected[:-1]
+
+
+def test_a_document_that_is_one_long_word_is_cut_and_comes_back_whole(tmp_path, build, monkeypatch):
+    for name, size in {"CHUNK": 200, "MOST_UNCUT": 200, "NEIGHBORHOOD": 50}.items():
+        monkeypatch.setattr(token_cache, name, size)
+    file = write_text(tmp_path / "tokenizer.json", of_others("byte level").to_str())
+    for document in ("ab" * 1001, "lamp" * 700, "渡口" * 600):
+        text = build(write_text(tmp_path / "a.txt", document), name=file)
+        assert documents_of(text) == [document]
 
 
 def numbered(count: int) -> list[str]:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from engine.errors import DataError, SettingsError, first_line
-from text.encodings import SAMPLE_BYTES, codec_of, likely_encodings
+from text.encodings import SAMPLE_BYTES, codec_of, likelier_encoding, likely_encodings
 from text.formats import (
     READERS,
     SNIFFED_BYTES,
@@ -36,6 +36,7 @@ _BAD_SHARE, _FEW_BAD = 0.01, 3  # of a file's rows may be bad
 _NAMED_BAD = 3  # bad rows that a message names
 _HOPELESS = 100  # bad rows, and none good, after which no more are read
 _DECODER = json.JSONDecoder()
+_NOT_ASCII = re.compile(rb"[^\x00-\x7f]")
 _NOT_BLANK = re.compile(r"[^ \t\r\n]|\Z")
 _MEND_JSON = "Mend it, or save one object a line in a file whose name ends in .jsonl."
 _Piece = TypeVar("_Piece", str, bytes)
@@ -394,9 +395,13 @@ def decode(
 
     def counted() -> Iterator[bytes]:
         nonlocal n_read
+        is_doubted = encoding is not None
         for chunk in chunks:
             unmarked = chunk[mark if not n_read else 0 :]
             n_read += len(chunk)
+            if is_doubted and not unmarked.isascii():
+                is_doubted = False
+                _doubt_encoding(unmarked, codec, name, report)
             yield unmarked
 
     try:
@@ -422,6 +427,18 @@ def decode(
             f"{name} is not {codec}: byte {before}, in line {lines}, is "
             f"0x{error.object[error.start]:02x}.\n{remedy}"
         ) from None
+
+
+def _doubt_encoding(chunk: bytes, codec: str, name: str, report: ReadingReport) -> None:
+    """Note that a text with these bytes looks like another encoding than the one that is set."""
+    first = _NOT_ASCII.search(chunk)
+    assert first is not None
+    start = chunk.rfind(b"\n", 0, first.start()) + 1
+    if likelier := likelier_encoding(chunk[start : start + SAMPLE_BYTES], codec):
+        report.note(
+            f'{name}: this looks like "{likelier}", and {codec} makes other letters of it; set '
+            f'"encoding": "{likelier}" in DATA'
+        )
 
 
 def _about_encoding(

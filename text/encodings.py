@@ -4,6 +4,7 @@ import codecs
 import re
 
 SAMPLE_BYTES = 1 << 14  # enough to tell one encoding from another
+FAR_LIKELIER = 0.4  # of plausibilities: right ones are less than this below the best, others more
 _MARKS = (
     (codecs.BOM_UTF8, "utf-8"),
     (codecs.BOM_UTF32_LE, "utf-32-le"),  # before UTF-16, whose mark is its prefix
@@ -86,16 +87,32 @@ def likely_encodings(sample: bytes) -> list[str]:
 
     The sample begins where a character does. It may end within one.
     """
+    scores = _scores_of(sample)
+    return sorted((name for name, score in scores.items() if score > 0.1), key=lambda n: -scores[n])
+
+
+def likelier_encoding(sample: bytes, encoding: str) -> str | None:
+    """The encoding that a sample is far likelier in than the one that is set, if there is one.
+
+    Only encodings of one byte a character are doubted: they decode anything, and the others fail.
+    """
+    doubted = {"iso8859-1": "latin-1", "cp1252": "cp1252", "cp1251": "cp1251"}
+    as_set = doubted.get(codecs.lookup(encoding).name)
+    if as_set is None:
+        return None
+    scores = _scores_of(sample)
+    best = max(scores, key=scores.__getitem__)
+    return best if scores[best] - scores.get(as_set, 0.0) > FAR_LIKELIER else None
+
+
+def _scores_of(sample: bytes) -> dict[str, float]:
+    """How plausible a sample is in each of the encodings that decode it, at most 1."""
     damaged = sample.decode("utf-8", "replace")
     wide = sum(ord(letter) > 127 for letter in damaged)
     if wide and damaged.count("\ufffd") <= 0.2 * wide:  # other encodings give hardly any UTF-8
-        return ["utf-8"]
-    scores = {}
-    for encoding in _COMMON:
-        text = _decoded(sample, encoding)
-        if text is not None and (score := _plausibility(text, encoding)) > 0.1:
-            scores[encoding] = score
-    return sorted(scores, key=lambda encoding: -scores[encoding])
+        return {"utf-8": 1.0}
+    decoded = ((encoding, _decoded(sample, encoding)) for encoding in _COMMON)
+    return {name: _plausibility(text, name) for name, text in decoded if text is not None}
 
 
 def _decoded(sample: bytes, encoding: str) -> str | None:

@@ -8,14 +8,15 @@ rename. The file found-<id>.json records the files and the entry of a request (n
 import collections
 import contextlib
 import hashlib
+import itertools
 import json
 import os
 import re
 import time
 from array import array
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -53,6 +54,7 @@ from text.tokenizer import (
     BLANK,
     LONGEST_WORD,
     RUN,
+    ForeignTokenizer,
     Tokenizer,
     can_train,
     make_tokenizer,
@@ -61,6 +63,7 @@ from text.tokenizer import (
 
 FORMAT = 3  # of an entry; no other is read
 CHUNK = 1 << 18  # characters to encode in one task, which no Ctrl-C can end
+NEIGHBORHOOD = 1 << 12  # characters beside a chunk that its first and last tokens depend on
 MOST_UNCUT = 1 << 18  # characters without a place to cut, at most; a text has one in each sentence
 BLOCK = 16 << 20  # bytes of tokens per hash
 MOST_RATE = 1.05  # tokens a character; from there on the characters themselves are fewer
@@ -366,45 +369,75 @@ class _Batch:
     counts: np.ndarray
 
 
+@dataclass(frozen=True)
+class _Chunk:
+    """A part of a document, and what a foreign tokenizer needs to see before and after it."""
+
+    text: str
+    is_last: bool  # of its document
+    before: str = ""
+    after: str = ""
+
+
 def _encode(
     documents: Documents, tokenizer: Tokenizer, pool: ThreadPoolExecutor
 ) -> Iterator[_Batch]:
     """Encode documents in parallel, in order; only a few batches are in memory."""
     pending: collections.deque[Future[_Batch]] = collections.deque()
     follows_document = False
-    # where a foreign tokenizer could cut is unknown
-    cut = _join_pieces if tokenizer.kind == "foreign" else cut_into_chunks
-    for chunks in _batches(cut(documents)):
-        pending.append(pool.submit(_encode_batch, tokenizer, chunks, follows_document))
-        follows_document = chunks[-1][1]
+    chunks: Iterator[_Chunk] = itertools.starmap(_Chunk, cut_into_chunks(documents))
+    if isinstance(tokenizer, ForeignTokenizer):
+        chunks = _with_neighbors(chunks, tokenizer)
+    for batch in _batches(chunks):
+        pending.append(pool.submit(_encode_batch, tokenizer, batch, follows_document))
+        follows_document = batch[-1].is_last
         if len(pending) > 2 * (os.cpu_count() or 1):
             yield pending.popleft().result()
     while pending:
         yield pending.popleft().result()
 
 
-def _encode_batch(
-    tokenizer: Tokenizer, chunks: list[tuple[str, bool]], follows_document: bool
-) -> _Batch:
+def _with_neighbors(chunks: Iterator[_Chunk], tokenizer: ForeignTokenizer) -> Iterator[_Chunk]:
+    """The chunks, cut where tokens end, with what is beside them in the same document."""
+    held, before = next(chunks, None), ""
+    while held is not None:
+        following = next(chunks, None)
+        if following is None or held.is_last:
+            yield replace(held, before=before)
+            held, before = following, ""
+            continue
+        reach = following.text[:NEIGHBORHOOD]
+        cut = tokenizer.overhang(held.text[-NEIGHBORHOOD:], reach)
+        text = held.text + following.text[:cut]
+        following = replace(following, text=following.text[cut:])
+        yield _Chunk(text, False, before, following.text[:NEIGHBORHOOD])
+        held, before = following, text[-NEIGHBORHOOD:]
+
+
+def _encode_batch(tokenizer: Tokenizer, chunks: list[_Chunk], follows_document: bool) -> _Batch:
     end_of_text = np.array([tokenizer.end_of_text_id])
     parts, facts = [], []
-    for text, is_last in chunks:
-        ids = tokenizer.encode_array(text)
+    for chunk in chunks:
+        if isinstance(tokenizer, ForeignTokenizer):
+            ids = tokenizer.encode_part(chunk.before, chunk.text, chunk.after)
+        else:
+            ids = tokenizer.encode_array(chunk.text)
         parts += [end_of_text, ids] if follows_document else [ids]
-        digest = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest()
-        facts.append((len(ids) + follows_document, digest, is_last))
-        follows_document = is_last
+        content = chunk.text.encode("utf-8", "surrogatepass")
+        digest = hashlib.blake2b(content, digest_size=8).digest()
+        facts.append((len(ids) + follows_document, digest, chunk.is_last))
+        follows_document = chunk.is_last
     ids = np.concatenate(parts).astype(_dtype_for(tokenizer))
     return _Batch(ids, facts, np.bincount(ids, minlength=tokenizer.vocab_size))
 
 
-def _batches(chunks: Documents) -> Iterator[list[tuple[str, bool]]]:
+def _batches(chunks: Iterable[_Chunk]) -> Iterator[list[_Chunk]]:
     """Group short documents, so that a task takes longer than its overhead."""
-    batch: list[tuple[str, bool]] = []
+    batch: list[_Chunk] = []
     characters = 0
-    for chunk, is_last in chunks:
-        batch.append((chunk, is_last))
-        characters += len(chunk)
+    for chunk in chunks:
+        batch.append(chunk)
+        characters += len(chunk.text)
         if characters >= CHUNK // 2 or len(batch) == 4096:
             yield batch
             batch, characters = [], 0
@@ -417,15 +450,6 @@ def _join_digests(digests: list[bytes]) -> int:
     if len(digests) > 1:
         joined = hashlib.blake2b(b"".join(digests), digest_size=8).digest()
     return int.from_bytes(joined, "big")
-
-
-def _join_pieces(documents: Documents) -> Documents:
-    held = []
-    for piece, is_last in documents:
-        held.append(piece)
-        if is_last:
-            yield "".join(held), True
-            held = []
 
 
 def cut_into_chunks(documents: Documents) -> Documents:

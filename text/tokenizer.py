@@ -7,6 +7,7 @@ import hashlib
 import importlib
 import itertools
 import json
+import os
 import re
 import stat
 from collections.abc import Callable, Iterable, Iterator
@@ -211,8 +212,34 @@ class ForeignTokenizer:
         return self._tokenizer.encode(text, add_special_tokens=False).ids
 
     def encode_array(self, text: str) -> np.ndarray:
-        """The ids of a text as an array."""
-        return np.array(self.encode(text), dtype=np.uint32)
+        """The ids of a text as an array; releases Python's global lock."""
+        [encoding] = self._tokenizer.encode_batch_fast([text], add_special_tokens=False)
+        return np.array(encoding.ids, dtype=np.uint32)
+
+    def encode_part(self, before: str, text: str, after: str) -> np.ndarray:
+        """The ids that a part of a document has in the whole one, as an array.
+
+        before and after are the text around it, from where no token depends on what is farther
+        away. A part that begins or ends within a token is encoded by itself.
+        """
+        if not before and not after:
+            return self.encode_array(text)
+        first, end = len(before), len(before) + len(text)
+        ids, starts, ends = self._spans(before + text + after)
+        if any(((starts < place) & (ends > place)).any() for place in (first, end)):
+            return self.encode_array(text)
+        return ids[(starts >= first) & ((starts < end) | (not after))]
+
+    def overhang(self, before: str, after: str) -> int:
+        """How many characters of after belong to a token that begins in before."""
+        _, starts, ends = self._spans(before + after)
+        return max(0, ends[starts < len(before)].max(initial=0) - len(before))
+
+    def _spans(self, text: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """The ids of a text, and where each begins and ends; releases Python's global lock."""
+        [encoding] = self._tokenizer.encode_batch([text], add_special_tokens=False)
+        starts, ends = np.array(encoding.offsets, dtype=np.int64).reshape(-1, 2).T
+        return np.array(encoding.ids, dtype=np.uint32), starts, ends
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of ids; invalid and incomplete UTF-8 becomes U+FFFD."""
@@ -451,6 +478,8 @@ def restore_tokenizer(kind: str, content: bytes, path: Path | None = None) -> To
 
 
 def _load_foreign(content: bytes, path: Path | None) -> ForeignTokenizer:
+    # that it is set keeps the library from a warning in each process that is forked later
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     try:
         import tokenizers
     except ImportError:
