@@ -19,6 +19,7 @@ from planning.plan import SETTING_NAMES, Asked, RecipeChoice, RunPlan, RunSettin
 from planning.recipe import ENOUGH_SHARE, MachineFacts, Recipe, choose_recipe
 from storage.files import SETTINGS
 from text.facts import TextFacts
+from training.spacing import Spacing
 from training_utils import TrainingConfig
 
 MOST_SETTINGS_BYTES = 1 << 24
@@ -261,21 +262,26 @@ def complete_training(
     Where total_steps is not known yet, what it decides stays None.
     """
     warmup_steps, eval_freq, notices = training.warmup_steps, training.eval_freq, []
-    if total_steps is None:
-        pass
-    elif warmup_steps is None:
-        warmup_steps = default_warmup_steps(total_steps)
-    elif warmup_steps >= total_steps:
-        warmup_steps = total_steps - 1
-        notices.append(
-            f"warmup_steps is lowered from {training.warmup_steps} to {warmup_steps}: the run has "
-            f"{total_steps} steps"
-        )
-    if total_steps is not None and eval_freq is None:
-        eval_freq = default_eval_freq(total_steps)
+    eval_iter = training.eval_iter
+    if total_steps is not None:
+        eval_freq = eval_freq or default_eval_freq(total_steps)
+        if warmup_steps is None:
+            warmup_steps = default_warmup_steps(total_steps)
+        elif warmup_steps >= total_steps:
+            warmup_steps = total_steps - 1
+            notices.append(
+                f"warmup_steps is lowered from {training.warmup_steps} to {warmup_steps}: the run "
+                f"has {total_steps} steps"
+            )
+        if eval_iter is None:
+            accumulation = training.gradient_accumulation_steps
+            steps_per_epoch = -(-windows.n_windows // (windows.batch_size * accumulation))
+            run = Spacing(total_steps, steps_per_epoch, eval_freq)
+            eval_iter = run.default_eval_iter(windows.n_val_batches, accumulation)
     complete = dataclasses.replace(
         training,
         eval_freq=eval_freq,
+        eval_iter=eval_iter,
         batch_size=windows.batch_size,
         max_length=windows.max_length,
         stride=windows.stride,

@@ -37,6 +37,7 @@ from planning.machine import Machine
 from planning.plan import RunPlan
 from training.learner import Learner, steps_between
 from training.spacing import (
+    EVALUATION_SHARE,
     SAMPLE_TOKENS,
     SAMPLES_A_RUN,
     Spacing,
@@ -47,8 +48,7 @@ from visualize import render_losses
 
 TIMED_STEPS = 3
 BUDGET_TRIAL_SHARE = 0.05  # of a time budget, for which its steps are timed beforehand
-# of a time budget, the most that evaluations on the way take, and the one after training
-EVALUATION_SHARE, FINAL_SHARE = 0.05, 0.04
+FINAL_SHARE = 0.04  # of a time budget, the most that the evaluation after training takes
 LEAST_INTERVALS = 4  # between evaluations, where a time budget is short
 TIMED_BATCHES, TIMED_TOKENS = 4, 10  # of an evaluation and a sample
 # of a run of so many minutes: the share that is planned, and the seconds that Python takes to end
@@ -331,7 +331,7 @@ class Budget:
         """The hyper-parameters with max_steps, eval_freq, eval_iter and final_iter: as many steps
         as fit, at least 1, and at most EVALUATION_SHARE and FINAL_SHARE for evaluations, unless the
         least are more. Warm-up has at most a share of most_warmup of the steps."""
-        most_iter = min(asked.eval_iter, max(self.batches))
+        most_iter = min(asked.eval_iter or self.batches[1], max(self.batches))
         halved = [most_iter >> n for n in range(most_iter.bit_length())]
         for intervals, eval_iter in [*((EVALUATIONS, n) for n in halved), (LEAST_INTERVALS, 1)]:
             found = self._longest(asked.eval_freq, intervals, eval_iter)
@@ -345,8 +345,8 @@ class Budget:
             max_steps=found.total_steps,
             warmup_steps=warmup,
             eval_freq=found.eval_freq,
-            eval_iter=asked.eval_iter if eval_iter == most_iter else eval_iter,
-            final_iter=asked.final_iter if last >= 2 * self.batches[1] else last,
+            eval_iter=asked.eval_iter or eval_iter if eval_iter == most_iter else eval_iter,
+            final_iter=asked.final_iter if last >= self.batches[1] else last,
         )
 
     def _longest(self, eval_freq: int | None, intervals: int, eval_iter: int) -> Spacing:
@@ -391,9 +391,9 @@ class Budget:
 
     @property
     def final_batches(self) -> int:
-        """The batches of the evaluation after training, whose windows overlap by half."""
+        """The batches of the evaluation after training."""
         most = self.final_iter or int(FINAL_SHARE * self._run_s / max(self.costs.batch, 1e-9))
-        return min(max(1, most), 2 * self.batches[1])
+        return min(max(1, most), self.batches[1])
 
     @property
     def _run_s(self) -> float:
@@ -436,7 +436,6 @@ def _spend(
 ) -> tuple[TrainingConfig, list[str]]:
     """The hyper-parameters of a run that takes some minutes, or ends at a deadline; and notices."""
     assert plan.sampling.max_new_tokens is not None  # fitted() to the text
-    validated = -(-(windows.n_val - 1) // windows.max_length)
     costs, seconds = trial.costs(60 * minutes, len(asked.prompts)), 60 * minutes
     if deadline is not None:
         seconds = usable_seconds(deadline, 60 * minutes, trial.parallel)
@@ -444,7 +443,7 @@ def _spend(
         seconds,
         costs,
         trial.steps_per_epoch,
-        (trial.count_batches(trial.loader), max(1, -(-validated // windows.batch_size))),
+        (trial.count_batches(trial.loader), windows.n_val_batches),
         3 * plan.sampling.max_new_tokens,  # main draws three samples
         asked.save_minutes,
         asked.final_iter,
@@ -462,7 +461,7 @@ def _spend(
             f"warmup_steps is lowered from {asked.warmup_steps} to {planned.warmup_steps}: the run "
             f"has {planned.max_steps} steps"
         )
-    if planned.eval_iter != asked.eval_iter:
+    if asked.eval_iter is not None and planned.eval_iter != asked.eval_iter:
         notices.append(
             f"eval_iter is lowered from {asked.eval_iter} to {planned.eval_iter}: evaluations "
             f"would take more than {EVALUATION_SHARE:.0%} of the time"
