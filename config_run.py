@@ -10,7 +10,7 @@ DATA = "the-verdict"
 # The minutes that training may take: 0.25 to 10,000. Model, tokenizer and all other numbers are
 # then chosen for your text and this machine, and shown before training. None: the modes below.
 MINUTES = None
-DRY_RUN = False  # True: show what would be trained, and end before it
+DRY_RUN = False  # True: show what would be trained and how long it would take, and end before it
 
 # ---------------------------------------------------------------- which kind of run
 QUICK_MODE = True  # True: the whole chain in seconds, with a small model;  False: full training

@@ -16,7 +16,14 @@ from engine.settings import check, find_problems, from_json, names_on_resume, se
 from generation import SamplingConfig
 from model import ATTENTIONS, GPTConfig
 from planning.plan import SETTING_NAMES, Asked, RecipeChoice, RunPlan, RunSettings
-from planning.recipe import ENOUGH_SHARE, MachineFacts, Recipe, choose_recipe
+from planning.recipe import (
+    ENOUGH_SHARE,
+    Fixed,
+    MachineFacts,
+    Recipe,
+    choose_recipe,
+    choose_tokenizer,
+)
 from storage.files import SETTINGS
 from text.facts import TextFacts
 from training.spacing import Spacing
@@ -211,6 +218,15 @@ def decide_recipe(
         choice = RecipeChoice(dataclasses.replace(recipe, training=training), text, machine)
     recipe = choice.recipe
     return dataclasses.replace(plan, choice=choice, model=recipe.model, tokenizer=recipe.tokenizer)
+
+
+def decide_tokenizer(plan: RunPlan, text: TextFacts) -> RunPlan:
+    """The plan of a run without MINUTES with what TOKENIZER "auto" means for its text."""
+    names = ("batch_size", "gradient_accumulation_steps", "optimizer", "weight_decay")
+    training = {name: getattr(plan.training, name) for name in names}
+    fixed = Fixed(None, plan.model, training)
+    tokenizer = choose_tokenizer(text, fixed, plan.training.time_budget_minutes)
+    return dataclasses.replace(plan, tokenizer=tokenizer)
 
 
 def decide_training(

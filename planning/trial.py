@@ -425,8 +425,29 @@ def usable_seconds(deadline: float, of_s: float, parallel: Parallel) -> float:
     return parallel.broadcast(max(left_s, LEAST_SHARE * of_s))
 
 
+def _budget(
+    seconds: float,
+    costs: Costs,
+    trial: Trial,
+    plan: RunPlan,
+    asked: TrainingConfig,
+    windows: WindowPlan,
+) -> Budget:
+    assert plan.sampling.max_new_tokens is not None  # fitted() to the text
+    return Budget(
+        seconds,
+        costs,
+        trial.steps_per_epoch,
+        (trial.count_batches(trial.loader), windows.n_val_batches),
+        3 * plan.sampling.max_new_tokens,  # main draws three samples
+        asked.save_minutes,
+        asked.final_iter,
+    )
+
+
 def _spend(
     minutes: float,
+    costs: Costs,
     trial: Trial,
     plan: RunPlan,
     asked: TrainingConfig,
@@ -435,19 +456,12 @@ def _spend(
     deadline: float | None,
 ) -> tuple[TrainingConfig, list[str]]:
     """The hyper-parameters of a run that takes some minutes, or ends at a deadline; and notices."""
-    assert plan.sampling.max_new_tokens is not None  # fitted() to the text
-    costs, seconds = trial.costs(60 * minutes, len(asked.prompts)), 60 * minutes
+    seconds = 60 * minutes
     if deadline is not None:
         seconds = usable_seconds(deadline, 60 * minutes, trial.parallel)
-    budget = Budget(
-        seconds,
-        costs,
-        trial.steps_per_epoch,
-        (trial.count_batches(trial.loader), windows.n_val_batches),
-        3 * plan.sampling.max_new_tokens,  # main draws three samples
-        asked.save_minutes,
-        asked.final_iter,
-        most_steps_of(plan.recipe, minutes),
+    budget = dataclasses.replace(
+        _budget(seconds, costs, trial, plan, asked, windows),
+        most_steps=most_steps_of(plan.recipe, minutes),
     )
     # the recipe's warm-up is for the steps that it expected
     is_recipes = plan.recipe is not None and "warmup_steps" in plan.recipe.training
@@ -467,6 +481,45 @@ def _spend(
             f"would take more than {EVALUATION_SHARE:.0%} of the time"
         )
     return planned, notices
+
+
+@dataclass(frozen=True)
+class Rehearsal:
+    """What a run is expected to be."""
+
+    training: TrainingConfig
+    notices: list[str]
+    total_steps: int
+    step_s: float
+    seconds: float  # of all of it but start-up
+    tokens: int  # that it trains on
+    passes: float  # through the training text
+
+
+def rehearse(plan: RunPlan, asked: TrainingConfig, windows: WindowPlan, trial: Trial) -> Rehearsal:
+    """What a run without MINUTES would be, uncompiled, by TIMED_STEPS steps. Collective."""
+    costs, notices = trial.costs(0.0, len(asked.prompts)), list[str]()
+    if asked.time_budget_minutes is not None and asked.max_steps is None:
+        minutes = asked.time_budget_minutes
+        asked, notices = _spend(minutes, costs, trial, plan, asked, windows, deadline=None)
+    total_steps = plan.count_steps(asked, trial.steps_per_epoch)
+    training, about_steps = complete_training(asked, windows, total_steps)
+    assert training.eval_freq and training.eval_iter, "complete_training() sets them"
+    budget = _budget(total_steps * costs.step, costs, trial, plan, training, windows)
+    budget = dataclasses.replace(budget, final_iter=training.final_iter or windows.n_val_batches)
+    run = Spacing(total_steps, trial.steps_per_epoch, training.eval_freq)
+    seconds = budget.total_s(run, training.eval_iter)
+    epochs = total_steps / trial.steps_per_epoch
+    tokens = round(epochs * windows.n_windows * windows.max_length)
+    return Rehearsal(
+        training,
+        notices + about_steps,
+        total_steps,
+        costs.step,
+        seconds,
+        tokens,
+        passes=tokens / windows.n_train,
+    )
 
 
 def try_out(
@@ -499,7 +552,8 @@ def try_out(
         notices.append(f"the model is not compiled: {compiled.reason}")
     say(f"Compile: {'on' if compiled.on else 'off'} ({compiled.reason})")
     if minutes is not None:
-        asked, about_budget = _spend(minutes, trial, plan, asked, windows, deadline=deadline)
+        costs = trial.costs(60 * minutes, len(asked.prompts))
+        asked, about_budget = _spend(minutes, costs, trial, plan, asked, windows, deadline=deadline)
         notices += about_budget
     total_steps = plan.count_steps(asked, trial.steps_per_epoch)
     training, about_steps = complete_training(asked, windows, total_steps)
