@@ -77,7 +77,7 @@ def _minutes(minutes: float) -> str:
 
 def _expected(recipe: Recipe, text: TextFacts) -> str:
     words = (
-        f"about {recipe.bits_per_byte:.2f} bits a byte on the validation text (likely "
+        f"about {recipe.bits_per_byte:.2f} bits a byte on the validation text (roughly "
         f"{recipe.low:.2f} to {recipe.high:.2f})"
     )
     if text.bytes_per_character < 1.2:

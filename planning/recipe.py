@@ -50,7 +50,7 @@ COEFFICIENTS = {
     "context_power": 1.0,
     "adamw": 0.5,  # what a byte counts with AdamW, and in GPT-2's architecture
     "gpt2": 0.7,
-    "interval": 0.08,  # half of the likely range, a guess; half as much again beyond USUAL_*
+    "interval": 0.08,  # half of the rough range, a guess; half as much again beyond USUAL_*
     "usable": 0.9,  # the share of the time that steps get, but for the start
     "start_s": 11.0,  # two cores: imports, timed steps, the last samples and the end of Python
 }
@@ -112,7 +112,7 @@ class Fixed:
 class Recipe:
     """What to train and how, with the reasons and what is expected of it.
 
-    bits_per_byte is the forecast on the validation text, low and high its likely range. minutes is
+    bits_per_byte is the forecast on the validation text, low and high its rough range. minutes is
     the part of the time that is worth training. memory and disk are bytes.
     """
 
