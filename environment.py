@@ -152,7 +152,7 @@ def _prepare(settings: str | Path | None, parallel: Parallel, began_at: float) -
     trial = Trial.of(machine, model, optimizer, train_loader)
     if plan.run.DRY_RUN:
         raise end_dry_run(run, plan, asked, windows, trial, machine=machine, notices=notices)
-    compiled, training, more = try_out(plan, asked, windows, trial, run.before, deadline=deadline)
+    plan, compiled, training, more = try_out(plan, asked, windows, trial, run.before, deadline)
     adapted = [*notices, *more]
     record = _record(plan, candidates, text, trial, training, compiled=compiled, adapted=adapted)
 

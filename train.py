@@ -41,7 +41,7 @@ from engine.settings import find_problems, raise_if_any, shown
 from environment import RuntimeEnv
 from generation import generate, text_to_token_ids
 from planning.decisions import most_steps_of
-from planning.trial import Budget, Costs, Trial, expected_save_s, usable_seconds
+from planning.trial import N_SAMPLES, Budget, Costs, Trial, expected_save_s, usable_seconds
 from storage.checkpoint import BestWeights, CheckpointStore, SaveClock, copy_weights, load_weights
 from storage.tracking import open_trackers
 from text.tokenizer import Tokenizer
@@ -609,7 +609,7 @@ def _budget_until(deadline: float | None, env: RuntimeEnv) -> Budget | None:
         costs,
         record.steps_per_epoch,
         (Trial.count_batches(env.train_loader), n_val),
-        3 * record.sampling.max_new_tokens,  # main draws three samples
+        N_SAMPLES * record.sampling.max_new_tokens,
         config.save_minutes,
         config.final_iter or n_val,
         most_steps_of(None if record.choice is None else record.choice.recipe, minutes),

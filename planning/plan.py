@@ -255,6 +255,11 @@ class RunPlan:
         return QUICK_MODE_STEPS if self.mode == "quick" else None
 
     @property
+    def sample_length_is_open(self) -> bool:
+        """Whether the tokens of a sample are worked out, as no number is set."""
+        return _read_sampling(self.run.sampling_params)[0].get("max_new_tokens") is None
+
+    @property
     def recipe(self) -> Recipe | None:
         """What is chosen for MINUTES."""
         return None if self.choice is None else self.choice.recipe

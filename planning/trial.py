@@ -47,8 +47,12 @@ from training_utils import TrainingConfig
 from visualize import render_losses
 
 TIMED_STEPS = 3
+N_SAMPLES = 3  # that main draws after training
 BUDGET_TRIAL_SHARE = 0.05  # of a time budget, for which its steps are timed beforehand
 FINAL_SHARE = 0.04  # of a time budget, the most that the evaluation after training takes
+# of a time budget, the most that the samples after training take, unless their length is set; but
+# so many tokens each are drawn in any case
+LAST_SAMPLES_SHARE, LEAST_SAMPLE_TOKENS = 0.05, 50
 LEAST_INTERVALS = 4  # between evaluations, where a time budget is short
 TIMED_BATCHES, TIMED_TOKENS = 4, 10  # of an evaluation and a sample
 # of a run of so many minutes: the share that is planned, and the seconds that Python takes to end
@@ -425,6 +429,23 @@ def usable_seconds(deadline: float, of_s: float, parallel: Parallel) -> float:
     return parallel.broadcast(max(left_s, LEAST_SHARE * of_s))
 
 
+def shorten_samples(plan: RunPlan, costs: Costs, budget_s: float) -> tuple[RunPlan, list[str]]:
+    """The plan of a run with a time budget, of which its last samples take a small part; and a
+    notice if they are shorter for it."""
+    length = plan.sampling.max_new_tokens
+    assert length is not None  # fitted() to the text
+    most = int(LAST_SAMPLES_SHARE * budget_s / max(N_SAMPLES * costs.token, 1e-9))
+    short = max(LEAST_SAMPLE_TOKENS, most)
+    if not plan.sample_length_is_open or short >= length:
+        return plan, []
+    sampling = dataclasses.replace(plan.sampling, max_new_tokens=short)
+    notice = (
+        f"samples have {short} tokens: {length} would take more than {LAST_SAMPLES_SHARE:.0%} of "
+        "the time"
+    )
+    return dataclasses.replace(plan, sampling=sampling), [notice]
+
+
 def _budget(
     seconds: float,
     costs: Costs,
@@ -439,7 +460,7 @@ def _budget(
         costs,
         trial.steps_per_epoch,
         (trial.count_batches(trial.loader), windows.n_val_batches),
-        3 * plan.sampling.max_new_tokens,  # main draws three samples
+        N_SAMPLES * plan.sampling.max_new_tokens,
         asked.save_minutes,
         asked.final_iter,
     )
@@ -501,7 +522,9 @@ def rehearse(plan: RunPlan, asked: TrainingConfig, windows: WindowPlan, trial: T
     costs, notices = trial.costs(0.0, len(asked.prompts)), list[str]()
     if asked.time_budget_minutes is not None and asked.max_steps is None:
         minutes = asked.time_budget_minutes
-        asked, notices = _spend(minutes, costs, trial, plan, asked, windows, deadline=None)
+        plan, notices = shorten_samples(plan, costs, 60 * minutes)
+        asked, more = _spend(minutes, costs, trial, plan, asked, windows, deadline=None)
+        notices += more
     total_steps = plan.count_steps(asked, trial.steps_per_epoch)
     training, about_steps = complete_training(asked, windows, total_steps)
     assert training.eval_freq and training.eval_iter, "complete_training() sets them"
@@ -528,10 +551,11 @@ def try_out(
     windows: WindowPlan,
     trial: Trial,
     before: RunRecord | None,
-    *,
     deadline: float | None = None,
-) -> tuple[Compiled, TrainingConfig, list[str]]:
+) -> tuple[RunPlan, Compiled, TrainingConfig, list[str]]:
     """Time steps to decide on compiling and complete the hyper-parameters; and notices.
+
+    The plan is the given one, or has shorter samples for a time budget.
 
     The steps of time_budget_minutes take these minutes from now on, or end at a deadline, by
     time.perf_counter(), of which all that the program has done before is a part.
@@ -553,8 +577,9 @@ def try_out(
     say(f"Compile: {'on' if compiled.on else 'off'} ({compiled.reason})")
     if minutes is not None:
         costs = trial.costs(60 * minutes, len(asked.prompts))
+        plan, about_samples = shorten_samples(plan, costs, 60 * minutes)
         asked, about_budget = _spend(minutes, costs, trial, plan, asked, windows, deadline=deadline)
-        notices += about_budget
+        notices += about_budget + about_samples
     total_steps = plan.count_steps(asked, trial.steps_per_epoch)
     training, about_steps = complete_training(asked, windows, total_steps)
-    return compiled, training, notices + about_steps
+    return plan, compiled, training, notices + about_steps
