@@ -10,7 +10,7 @@ DATA = "the-verdict"
 # The minutes that training may take: 0.25 to 10,000. Model, tokenizer and all other numbers are
 # then chosen for your text and this machine, and shown before training. None: the modes below.
 MINUTES = None
-DRY_RUN = False  # True: show what would be trained, and end before it
+DRY_RUN = False  # True: show what would be trained and how long it would take, and end before it
 
 # ---------------------------------------------------------------- which kind of run
 QUICK_MODE = True  # True: the whole chain in seconds, with a small model;  False: full training
@@ -57,7 +57,9 @@ custom_params = {
     "shift_windows": None,  # True: "windows" begin at another token each epoch;  None: False
     "train_ratio": 0.9,  # share of the text to train on, the rest validates: between 0 and 1
     "eval_freq": None,  # evaluate every so many steps: 1 or more
-    "eval_iter": 10,  # batches in an evaluation: 1 or more
+    # batches in an evaluation: 1 or more;  None: the whole validation text, or what 5 % of the run
+    # is enough for
+    "eval_iter": None,
     "final_iter": None,  # batches in the evaluation after training;  None: the whole text
     "patience": None,  # end after so many evaluations in a row without a better one;  None: never
     "save_every": None,  # steps from one checkpoint to the next;  None: by time
@@ -71,7 +73,7 @@ custom_params = {
 
 # ---------------------------------------------------------------- text after training
 sampling_params = {
-    "max_new_tokens": 50,  # tokens in each sample;  None: as many as make some 300 characters
+    "max_new_tokens": None,  # tokens in each sample;  None: as many as make some 300 characters
     "temperature": 0.8,  # 0: always the likeliest token; higher: bolder
     "top_k": 50,  # the top-k sample draws from the k likeliest tokens;  None: from all
     "top_p": 0.9,  # the top-p sample draws from the likeliest that sum to p: 0 to 1;  None: all

@@ -103,10 +103,6 @@ class WindowDataset(Dataset):
             window = torch.from_numpy(array[starts + np.arange(length)].astype(np.int64))
         return window[:, :-1], window[:, 1:]
 
-    def without_overlap(self) -> "WindowDataset":
-        """Windows of the same tokens with the same length that do not overlap."""
-        return self if self.stride >= self.max_length else self.with_stride(self.max_length)
-
     def with_stride(self, stride: int) -> "WindowDataset":
         """Windows of the same tokens with the same length, and this many tokens apart."""
         apart = WindowDataset(self.tokens, self.max_length, stride)
@@ -342,6 +338,12 @@ class WindowPlan:
         return self.n_tokens - self.n_train
 
     @property
+    def n_val_batches(self) -> int:
+        """The batches that an evaluation over all of the validation text takes at most."""
+        n_windows = -(-(self.n_val - 1) // max(1, self.max_length // 2))  # they overlap by half
+        return max(1, -(-n_windows // self.batch_size))
+
+    @property
     def n_windows(self) -> int:
         """Training windows of an epoch: those that fit, with shift_windows at every shift."""
         n_places = max(0, self.n_train - self.max_length)
@@ -571,21 +573,17 @@ def evaluation_loader(
     max_batches: int | None = None,
     parallel: Parallel = ALONE,
     micro_batch: int | None = None,
-    *,
-    overlapping: bool = False,
 ) -> DataLoader:
-    """A loader over the same windows in order: all, or max_batches of windows evenly spread.
+    """A loader over a text's OverlappingWindows in order: all, or max_batches evenly spread.
 
     It gives the same micro-batches each time, of at most micro_batch windows (None: the loader's),
-    and uses no random generator. Each rank gets a share of them. The windows of a text don't
-    overlap, or are its OverlappingWindows.
+    and uses no random generator. Each rank gets a share of them. A dataset that is no WindowDataset
+    is read as it is.
     """
     dataset = loader.dataset
     batch_size = loader.batch_size or loader.batch_sampler.batch_size
-    if overlapping:
+    if isinstance(dataset, WindowDataset):
         dataset = OverlappingWindows(dataset)
-    elif isinstance(dataset, WindowDataset):
-        dataset = dataset.without_overlap()
     size = micro_batch or getattr(loader.batch_sampler, "micro_batch", batch_size)
     return DataLoader(
         dataset,

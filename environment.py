@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 from data import TokenSlice, WindowPlan, make_loaders, measure_tokens, plan_windows
 from distributed.parallel import Parallel, join
 from engine.console import in_kernel, say
-from engine.errors import ResourceError, RunFinished
+from engine.errors import ResourceError
 from engine.memory import as_bytes
 from engine.metrics import TokenSize
 from engine.optim import Rules, build_optimizer
@@ -25,12 +25,13 @@ from model import GPTModel
 from planning.decisions import (
     KeptPrecision,
     RunRecord,
-    complete_training,
     decide_recipe,
+    decide_tokenizer,
     decide_training,
     find_deadline,
     keep_identity,
 )
+from planning.dry_run import end_dry_run
 from planning.machine import (
     Machine,
     check_arithmetic,
@@ -48,6 +49,7 @@ from planning.preflight import (
     show_machine,
     show_model,
     show_text,
+    show_tokenizer,
     show_training,
     show_windows,
 )
@@ -146,11 +148,11 @@ def _prepare(settings: str | Path | None, parallel: Parallel, began_at: float) -
     plan = dataclasses.replace(plan, sampling=plan.sampling.fitted(token_size))
     machine = check_arithmetic(machine, model, train_loader)
     notices = [*about_prompt, *about_windows, *machine.notices]
-    if plan.run.DRY_RUN:
-        raise _end_dry_run(run, plan, asked, windows, train_loader, notices)
     optimizer = _build_optimizer(model, asked)
     trial = Trial.of(machine, model, optimizer, train_loader)
-    compiled, training, more = try_out(plan, asked, windows, trial, run.before, deadline=deadline)
+    if plan.run.DRY_RUN:
+        raise end_dry_run(run, plan, asked, windows, trial, machine=machine, notices=notices)
+    plan, compiled, training, more = try_out(plan, asked, windows, trial, run.before, deadline)
     adapted = [*notices, *more]
     record = _record(plan, candidates, text, trial, training, compiled=compiled, adapted=adapted)
 
@@ -227,24 +229,6 @@ def _build_optimizer(model: GPTModel, asked: TrainingConfig) -> torch.optim.Opti
     return build_optimizer(asked.optimizer, model, asked.learning_rate, asked.weight_decay, rules)
 
 
-def _end_dry_run(
-    run: SettledRun,
-    plan: RunPlan,
-    asked: TrainingConfig,
-    windows: WindowPlan,
-    loader: DataLoader,
-    notices: list[str],
-) -> RunFinished:
-    """Print what DRY_RUN leaves undone; the exception that ends it."""
-    total_steps = None
-    if asked.time_budget_minutes is None or asked.max_steps is not None:
-        total_steps = plan.count_steps(asked, loader.batch_sampler.n_steps)
-    training, about_steps = complete_training(asked, windows, total_steps)
-    show_training(plan.mode, training, total_steps, notices + about_steps)
-    does = "begins this run" if run.before is None else f"goes on with {run.path}"
-    return RunFinished(f"DRY_RUN is True: nothing was trained or saved. DRY_RUN = False {does}.")
-
-
 def _verify_devices(
     model: GPTModel, optimizer: torch.optim.Optimizer, loader: DataLoader, device: torch.device
 ) -> None:
@@ -319,18 +303,23 @@ def _find_candidates(plan: RunPlan, parallel: Parallel) -> Candidates:
 def _choose_recipe(
     plan: RunPlan, candidates: Candidates, machine: Machine, cache: Path
 ) -> tuple[RunPlan, Candidates]:
-    """With MINUTES, the plan with its recipe, and those candidates whose text is this one."""
+    """The plan with what its text decides: with MINUTES the recipe, and those candidates whose text
+    is this one; else the tokenizer, where that is "auto"."""
     fixed, minutes, parallel = plan.fixed, plan.run.MINUTES, machine.parallel
-    if fixed is None or minutes is None:
+    if fixed is None and plan.tokenizer != "auto":
         return plan, candidates
     spec, ratio = parse_data(plan.run.DATA), plan.training.train_ratio
-    stand_in = candidates.stand_in(plan.data)
+    stand_in, wanted = candidates.stand_in(plan.data), None if fixed is None else fixed.tokenizer
 
     def find() -> TextFacts:
-        return find_facts(spec, ratio, cache, tokenizer=fixed.tokenizer, stand_in=stand_in)
+        return find_facts(spec, ratio, cache, tokenizer=wanted, stand_in=stand_in)
 
     with candidates.naming_the_run(plan.data):
         facts = parallel.from_main(find)
+    if minutes is None:
+        plan = decide_tokenizer(plan, facts)
+        show_tokenizer(plan, facts)
+        return plan, candidates
     candidates = candidates.with_text(facts.fingerprint)
     before, ranks = candidates.likeliest, parallel.world
 

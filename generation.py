@@ -43,7 +43,7 @@ class SamplingConfig:
     """How many tokens are sampled, and how. Raises SettingsError with every wrong value."""
 
     # None: as many as make some SAMPLE_CHARACTERS, which fitted() computes
-    max_new_tokens: int | None = setting(50, minimum=1, maximum=LONGEST_SAMPLE)
+    max_new_tokens: int | None = setting(None, minimum=1, maximum=LONGEST_SAMPLE)
     temperature: float = setting(0.8, minimum=0, maximum=1e9)
     top_k: int | None = setting(50, minimum=1)
     top_p: float | None = setting(0.9, minimum=0, maximum=1)
@@ -195,9 +195,9 @@ def stream_text(
     """Continue texts, each num_samples times; yield what each step adds to each text.
 
     A prompt may also be token ids; an empty one becomes an end of text. sampling overrides the
-    fields of SamplingConfig(); choose_next() explains the penalties. A token has the n_likeliest
-    tokens that could have been drawn. A text ends before the first stop string, at an end of text,
-    or after max_new_tokens. Raises SettingsError at the first piece.
+    fields of SamplingConfig(), and has max_new_tokens; choose_next() explains the penalties. A
+    token has the n_likeliest tokens that could have been drawn. A text ends before the first stop
+    string, at an end of text, or after max_new_tokens. Raises SettingsError at the first piece.
     """
     given = asdict(SamplingConfig()) | sampling
     # a str is a sequence of str too

@@ -20,6 +20,7 @@ os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 
 import torch
 
+from data import evaluation_loader
 from distributed.parallel import ALONE, join
 from distributed.sharding import whole
 from distributed.signals import StopSignals
@@ -36,11 +37,12 @@ from engine.errors import (
     Stopped,
     first_line,
 )
+from engine.metrics import Score
 from engine.processor import using_threads
 from environment import RuntimeEnv, prepare_environment
 from storage.files import write_json
 from train import continue_prompts, train
-from training.journal import PICTURE, Journal
+from training.journal import PICTURE, History, Journal
 
 LINE = "=" * 70
 
@@ -175,14 +177,15 @@ def sum_up(env: RuntimeEnv, journal: Journal, stop: StopSignals) -> None:
     over = "all validation text"
     if score.n_batches < score.of_batches:
         over = f"{score.n_batches:,} of {score.of_batches:,} batches of the validation text"
-    history, best = journal.history, journal.history.best
+    history = journal.history
     step = journal.weights_of_step or history.steps[-1]
     final_train = history.train_losses[history.steps.index(step)]
+    best_loss, best_step, how_best = _best(env, history, step, score)
     whose = "" if journal.weights_of_step is None else "with the best weights, "
     say("Training Summary:")
     say(f"  Final train loss: {final_train:.4f}")
     say(f"  Final val loss: {score.loss:.4f}")
-    say(f"  Best val loss: {history.val_losses[best]:.4f} (at step {history.steps[best]})")
+    say(f"  Best val loss: {best_loss:.4f} (at step {best_step}{how_best})")
     if history.skipped:
         say(f"  Steps skipped: {history.skipped} (a loss or gradient was not finite)")
     say(f"  Run folder: {env.run.path}")
@@ -196,8 +199,8 @@ def sum_up(env: RuntimeEnv, journal: Journal, stop: StopSignals) -> None:
         "final_val_perplexity": score.perplexity,
         "final_val_bits_per_character": score.bits_per_character,
         "final_val_bits_per_byte": score.bits_per_byte,
-        "best_val_loss": history.val_losses[best],
-        "best_step": history.steps[best],
+        "best_val_loss": best_loss,
+        "best_step": best_step,
         "initial_val_loss": history.val_losses[0],
         "uniform_loss": math.log(env.tokenizer.vocab_size),
         "weights_of_step": step,
@@ -211,6 +214,23 @@ def sum_up(env: RuntimeEnv, journal: Journal, stop: StopSignals) -> None:
         "ranks": env.parallel.world,
     }
     env.parallel.on_main(lambda: write_json(env.run.path / "summary.json", summary))
+
+
+def _best(env: RuntimeEnv, history: History, step: int, score: Score) -> tuple[float, int, str]:
+    """The lowest validation loss, its step, and what it compares with where it is not comparable
+    with the score of the weights of `step`: it is an evaluation's, of a part of the text."""
+    best_step = history.steps[history.best]
+    if best_step == step:
+        return score.loss, step, ""
+    read = evaluation_loader(env.val_loader, env.train_config.eval_iter).batch_sampler
+    how = ""
+    if read.n_batches < read.of_batches:
+        then = history.val_losses[history.steps.index(step)]
+        how = (
+            f"; on {read.n_batches:,} of {read.of_batches:,} batches of the validation text, "
+            f"on which step {step} has {then:.4f}"
+        )
+    return history.val_losses[history.best], best_step, how
 
 
 def _headline(text: str) -> None:

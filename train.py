@@ -42,7 +42,7 @@ from engine.settings import find_problems, raise_if_any, shown
 from environment import RuntimeEnv
 from generation import generate, text_to_token_ids
 from planning.decisions import most_steps_of
-from planning.trial import Budget, Costs, Trial, expected_save_s, usable_seconds
+from planning.trial import N_SAMPLES, Budget, Costs, Trial, expected_save_s, usable_seconds
 from storage.checkpoint import BestWeights, CheckpointStore, SaveClock, copy_weights, load_weights
 from storage.tracking import open_trackers
 from text.tokenizer import Tokenizer
@@ -65,6 +65,7 @@ from training_utils import TrainingConfig, as_prompts
 
 DRAWN = {"temperature": 0.8, "top_k": 50}  # greedy text of a young model repeats one token
 SAMPLE_SEED = 123
+ENDED = " [the model ended the text here]"
 SAMPLE_CHARACTERS = 1000  # of a prompt and its continuation; longer texts are cut at the front
 WORTH_SAYING = 0.02  # of the steps, that a new plan adds or takes
 UNSEEN_PICTURE_S = 0.3  # where none was drawn yet
@@ -493,11 +494,16 @@ class Trainer:
 def continue_prompts(
     model: nn.Module, tokenizer: Tokenizer, prompts: list[str], **options: Any
 ) -> list[str]:
-    """Continue prompts up to their end of text by generate(); SettingsError if one is empty."""
+    """Continue prompts up to their end of text by generate(); SettingsError if one is empty.
+
+    A text that the model ended at once says so.
+    """
     ids = [text_to_token_ids(prompt, tokenizer)[0].tolist() for prompt in prompts]
     end = tokenizer.end_of_text_id
     rows = generate(model, ids, end_of_text_id=end, **options)
-    return [tokenizer.decode(row[:-1] if row[-1] == end else row) for row in rows]
+    texts = [tokenizer.decode(row[:-1] if row[-1] == end else row) for row in rows]
+    is_empty = [row == [*prompt, end] for row, prompt in zip(rows, ids, strict=True)]
+    return [text + ENDED * empty for text, empty in zip(texts, is_empty, strict=True)]
 
 
 def train(env: RuntimeEnv) -> Journal:
@@ -574,7 +580,7 @@ def _plan_loop(env: RuntimeEnv) -> LoopPlan:
     run, config = env.run, env.train_config
     record, to_come = run.record, tuple(run.new_plans)
     total_steps = to_come[0].steps_before if to_come else record.total_steps
-    assert config.eval_freq  # try_out() has completed it
+    assert config.eval_freq and config.eval_iter  # try_out() has completed them
     return LoopPlan(
         total_steps=total_steps,
         eval_freq=config.eval_freq,
@@ -607,9 +613,9 @@ def _budget_until(deadline: float | None, env: RuntimeEnv) -> Budget | None:
         costs,
         record.steps_per_epoch,
         (Trial.count_batches(env.train_loader), n_val),
-        3 * record.sampling.max_new_tokens,  # main draws three samples
+        N_SAMPLES * record.sampling.max_new_tokens,
         config.save_minutes,
-        config.final_iter or 2 * n_val,  # its windows overlap by half
+        config.final_iter or n_val,
         most_steps_of(None if record.choice is None else record.choice.recipe, minutes),
     )
 

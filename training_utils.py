@@ -50,7 +50,7 @@ class TrainingConfig:
     shift_windows: bool = setting(False, on_resume="fixed")
     train_ratio: float = setting(0.9, on_resume="fixed", above=0, below=1)
     eval_freq: int | None = setting(None, on_resume="free", minimum=1)
-    eval_iter: int = setting(10, on_resume="free", minimum=1)
+    eval_iter: int | None = setting(None, on_resume="free", minimum=1)
     final_iter: int | None = setting(None, on_resume="free", minimum=1)
     patience: int | None = setting(None, on_resume="free", minimum=1)
     save_every: int | None = setting(None, on_resume="free", minimum=1)

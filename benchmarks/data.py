@@ -9,7 +9,7 @@ preparing a text also reads, decodes, hashes, splits and writes it.
 
 --any prepares texts of one line without a blank with every tokenizer, of 10 and 100 MB each:
 "dna", "base64", "letter", "thai", "chinese", "javascript", "printable" x "char", "bpe:300",
-"bpe:4096", "gpt2", "auto". Its factors compare processor times, which other programs hardly change.
+"bpe:4096", "gpt2". Its factors compare processor times, which other programs hardly change.
 """
 
 import importlib.util
@@ -252,7 +252,7 @@ def batches_per_second(loader: torch.utils.data.DataLoader) -> float:
     return count / (time.perf_counter() - started_at)
 
 
-TOKENIZERS = ["char", "bpe:300", "bpe:4096", "gpt2", "auto"]
+TOKENIZERS = ["char", "bpe:300", "bpe:4096", "gpt2"]
 KINDS = {  # what a text is a random row of
     "dna": "ACGT",
     "base64": f"{string.ascii_letters}{string.digits}+/",

@@ -31,9 +31,9 @@ from benchmarks.report import RESULTS, machine
 from engine.console import say, use_utf8
 from planning.recipe import (
     COEFFICIENTS,
+    REFERENCE,
     Candidates,
     Fixed,
-    MachineFacts,
     Recipe,
     choose_recipe,
     expected_bits,
@@ -46,7 +46,6 @@ from text.facts import TextFacts, find_facts
 
 REPOSITORY = RESULTS.parent.parent
 TEXTS = REPOSITORY.parent / "shared" / "data"
-REFERENCE = MachineFacts("cpu", 6e11, 15e-6, 1e-9, 8 * 10**9)  # two cores with fast bf16
 # shared by all texts; each text's part of "entropy" is free
 FITTED = (*tuple(COEFFICIENTS)[:7], "turn_muon", "context")
 TRIES, HUBER, PRIOR = 30, 0.03, 0.01

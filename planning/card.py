@@ -1,10 +1,12 @@
-"""The card of a recipe: what these minutes are expected to bring, with which settings, and why."""
+"""The card of a run: what it is expected to bring and to need; a recipe's with its reasons."""
 
 import json
 import textwrap
 
 from engine.memory import as_bytes
+from engine.metrics import as_duration
 from planning.recipe import LEAST_MINUTES, MachineFacts, Recipe, in_digits
+from planning.trial import Rehearsal
 from text.facts import TextFacts
 
 LABEL_WIDTH, WIDTH = 14, 100
@@ -20,7 +22,7 @@ def card_lines(recipe: Recipe, text: TextFacts, machine: MachineFacts, minutes: 
         (f"In {_minutes(minutes)}", _expected(recipe, text)),
         ("Machine", _about_machine(recipe, machine)),
         ("Model", _about_model(recipe)),
-        ("Tokens", _about_tokens(recipe, text)),
+        ("Tokens", about_tokens(recipe.tokenizer, text)),
         ("Training", _about_training(recipe)),
         ("Memory", f"some {as_bytes(recipe.memory)}; on disk up to {as_bytes(recipe.disk)}"),
         ("By heart", _by_heart(recipe)),
@@ -28,6 +30,30 @@ def card_lines(recipe: Recipe, text: TextFacts, machine: MachineFacts, minutes: 
         *(("Note", warning) for warning in recipe.warnings),
         ("To change", _how_to_set(recipe)),
     ]
+    return _laid_out(rows)
+
+
+def run_lines(run: Rehearsal, memory: int, disk: int) -> list[str]:
+    """The card of a run without a recipe, laid out like that of one; memory and disk are bytes."""
+    rows = [
+        (
+            "Time",
+            f"about {as_duration(run.seconds)} from the first step on: {run.total_steps:,} steps "
+            f"of {in_digits(run.step_s, 2)} s, as timed here without compiling, with evaluations, "
+            "samples and checkpoints",
+        ),
+        (
+            "Tokens",
+            f"{run.tokens:,} to learn from: {in_digits(run.passes, 2)} passes through the training "
+            "text",
+        ),
+        ("Memory", f"some {as_bytes(memory)}; on disk up to {as_bytes(disk)}, for checkpoints"),
+    ]
+    return _laid_out(rows)
+
+
+def _laid_out(rows: list[tuple[str, str]]) -> list[str]:
+    """Rows of a label and words, as lines of at most WIDTH characters."""
     lines = []
     for label, words in rows:
         first, *others = textwrap.wrap(words, WIDTH - LABEL_WIDTH, break_long_words=False)
@@ -51,7 +77,7 @@ def _minutes(minutes: float) -> str:
 
 def _expected(recipe: Recipe, text: TextFacts) -> str:
     words = (
-        f"about {recipe.bits_per_byte:.2f} bits a byte on the validation text (likely "
+        f"about {recipe.bits_per_byte:.2f} bits a byte on the validation text (roughly "
         f"{recipe.low:.2f} to {recipe.high:.2f})"
     )
     if text.bytes_per_character < 1.2:
@@ -76,8 +102,8 @@ def _about_model(recipe: Recipe) -> str:
     )
 
 
-def _about_tokens(recipe: Recipe, text: TextFacts) -> str:
-    name = recipe.tokenizer
+def about_tokens(name: str, text: TextFacts) -> str:
+    """A tokenizer and the length of its tokens in a text, beside those that need no learning."""
     others = {
         other: rate
         for other, rate in text.bytes_per_token.items()

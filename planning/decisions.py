@@ -16,9 +16,17 @@ from engine.settings import check, find_problems, from_json, names_on_resume, se
 from generation import SamplingConfig
 from model import ATTENTIONS, GPTConfig
 from planning.plan import SETTING_NAMES, Asked, RecipeChoice, RunPlan, RunSettings
-from planning.recipe import ENOUGH_SHARE, MachineFacts, Recipe, choose_recipe
+from planning.recipe import (
+    ENOUGH_SHARE,
+    Fixed,
+    MachineFacts,
+    Recipe,
+    choose_recipe,
+    choose_tokenizer,
+)
 from storage.files import SETTINGS
 from text.facts import TextFacts
+from training.spacing import Spacing
 from training_utils import TrainingConfig
 
 MOST_SETTINGS_BYTES = 1 << 24
@@ -212,6 +220,15 @@ def decide_recipe(
     return dataclasses.replace(plan, choice=choice, model=recipe.model, tokenizer=recipe.tokenizer)
 
 
+def decide_tokenizer(plan: RunPlan, text: TextFacts) -> RunPlan:
+    """The plan of a run without MINUTES with what TOKENIZER "auto" means for its text."""
+    names = ("batch_size", "gradient_accumulation_steps", "optimizer", "weight_decay")
+    training = {name: getattr(plan.training, name) for name in names}
+    fixed = Fixed(None, plan.model, training)
+    tokenizer = choose_tokenizer(text, fixed, plan.training.time_budget_minutes)
+    return dataclasses.replace(plan, tokenizer=tokenizer)
+
+
 def decide_training(
     plan: RunPlan, device: torch.device, n_tokens: int, before: RunRecord | None
 ) -> TrainingConfig:
@@ -261,21 +278,26 @@ def complete_training(
     Where total_steps is not known yet, what it decides stays None.
     """
     warmup_steps, eval_freq, notices = training.warmup_steps, training.eval_freq, []
-    if total_steps is None:
-        pass
-    elif warmup_steps is None:
-        warmup_steps = default_warmup_steps(total_steps)
-    elif warmup_steps >= total_steps:
-        warmup_steps = total_steps - 1
-        notices.append(
-            f"warmup_steps is lowered from {training.warmup_steps} to {warmup_steps}: the run has "
-            f"{total_steps} steps"
-        )
-    if total_steps is not None and eval_freq is None:
-        eval_freq = default_eval_freq(total_steps)
+    eval_iter = training.eval_iter
+    if total_steps is not None:
+        eval_freq = eval_freq or default_eval_freq(total_steps)
+        if warmup_steps is None:
+            warmup_steps = default_warmup_steps(total_steps)
+        elif warmup_steps >= total_steps:
+            warmup_steps = total_steps - 1
+            notices.append(
+                f"warmup_steps is lowered from {training.warmup_steps} to {warmup_steps}: the run "
+                f"has {total_steps} steps"
+            )
+        if eval_iter is None:
+            accumulation = training.gradient_accumulation_steps
+            steps_per_epoch = -(-windows.n_windows // (windows.batch_size * accumulation))
+            run = Spacing(total_steps, steps_per_epoch, eval_freq)
+            eval_iter = run.default_eval_iter(windows.n_val_batches, accumulation)
     complete = dataclasses.replace(
         training,
         eval_freq=eval_freq,
+        eval_iter=eval_iter,
         batch_size=windows.batch_size,
         max_length=windows.max_length,
         stride=windows.stride,

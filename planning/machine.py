@@ -73,6 +73,7 @@ class Machine:
     threads: int = 1
     workers: int = 0  # of each loader
     micro_batch: int = 1  # the most windows of a forward pass
+    memory: int = 0  # bytes that training takes; 0 before it is estimated
     choices: Choices | None = None  # what was measured here
     notices: tuple[str, ...] = ()  # of what differs from the settings
 
@@ -441,6 +442,7 @@ def fit_into_memory(
     needed = estimate.total(fitting)
     of_room = f" of {room_shown} free" if room_shown else ""
     say(f"Memory: about {as_bytes(needed)}{of_room}" + f" ({parts_shown})" * (needed > 1e9))
+    machine = machine.but(memory=needed)
     if fitting == micro_batch:
         return machine
     return machine.but(

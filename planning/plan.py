@@ -241,7 +241,7 @@ class RunPlan:
     mode: str  # "quick", "full", "auto" or "custom"
     model_name: str
     model: dict[str, Any]  # GPTConfig's arguments but vocab_size; empty until the recipe has chosen
-    tokenizer: str | None  # None until the recipe has chosen
+    tokenizer: str | None  # None until the recipe has chosen, "auto" until decide_tokenizer() has
     training: TrainingConfig  # as asked; decide_training() adds what the recipe has chosen
     sampling: SamplingConfig
     origins: dict[str, str]
@@ -253,6 +253,11 @@ class RunPlan:
     def most_steps(self) -> int | None:
         """The most optimizer steps that the mode allows."""
         return QUICK_MODE_STEPS if self.mode == "quick" else None
+
+    @property
+    def sample_length_is_open(self) -> bool:
+        """Whether the tokens of a sample are worked out, as no number is set."""
+        return _read_sampling(self.run.sampling_params)[0].get("max_new_tokens") is None
 
     @property
     def recipe(self) -> Recipe | None:
@@ -289,7 +294,7 @@ class RunPlan:
             seed=self.run.SEED,
             precision=self.run.PRECISION,
             minutes=self.run.MINUTES,
-            tokenizer=self.tokenizer if fixed is None else fixed.tokenizer,
+            tokenizer=_tokenizer_of(self.run) if fixed is None else fixed.tokenizer,
             model=self.model if fixed is None else fixed.model,
             training=training,
             left_open=left_open,
@@ -352,7 +357,12 @@ def resolve_settings(given: dict[str, Any], place: str, models_file: Path = MODE
     )
     if run.MINUTES is not None:
         return _leave_to_recipe(plan, custom if mode == "custom" else {})
-    return dataclasses.replace(plan, tokenizer=run.TOKENIZER or DEFAULT_TOKENIZER)
+    return dataclasses.replace(plan, tokenizer=_tokenizer_of(run))
+
+
+def _tokenizer_of(run: RunSettings) -> str:
+    """The TOKENIZER of a run that no recipe chooses it for."""
+    return run.TOKENIZER or DEFAULT_TOKENIZER
 
 
 def _choose_training(run: RunSettings, mode: str, custom: dict[str, Any]) -> TrainingConfig:

@@ -6,11 +6,12 @@ from data import WindowPlan
 from engine.console import say
 from engine.devices import device_count, device_name
 from model import GPTModel
-from planning.card import card_lines
+from planning.card import about_tokens, card_lines
 from planning.machine import Machine, why_no_gpu
 from planning.plan import RECIPE_MODEL, RunPlan
 from planning.recipe import MOST_REPEATED
 from text.documents import DataSpec
+from text.facts import TextFacts
 from text.token_cache import TokenizedText
 from training_utils import TrainingConfig
 
@@ -47,6 +48,12 @@ def show_card(plan: RunPlan) -> None:
     assert choice is not None and minutes is not None, "decide_recipe() has chosen"
     lines = card_lines(choice.recipe, choice.text, choice.machine, minutes)
     say("\n".join(["", *lines, ""]))
+
+
+def show_tokenizer(plan: RunPlan, text: TextFacts) -> None:
+    """What TOKENIZER "auto" has become."""
+    assert plan.tokenizer is not None, "decide_tokenizer() has chosen"
+    say(f"Tokenizer: {about_tokens(plan.tokenizer, text)}, as a recipe for this model takes")
 
 
 def show_text(text: TokenizedText, spec: DataSpec) -> None:

@@ -8,7 +8,7 @@ the least wins. The law is bounded by the entropies of the text and by what can 
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from decimal import Decimal
 from typing import Any
 
@@ -50,7 +50,7 @@ COEFFICIENTS = {
     "context_power": 1.0,
     "adamw": 0.5,  # what a byte counts with AdamW, and in GPT-2's architecture
     "gpt2": 0.7,
-    "interval": 0.08,  # half of the likely range, a guess; half as much again beyond USUAL_*
+    "interval": 0.08,  # half of the rough range, a guess; half as much again beyond USUAL_*
     "usable": 0.9,  # the share of the time that steps get, but for the start
     "start_s": 11.0,  # two cores: imports, timed steps, the last samples and the end of Python
 }
@@ -112,7 +112,7 @@ class Fixed:
 class Recipe:
     """What to train and how, with the reasons and what is expected of it.
 
-    bits_per_byte is the forecast on the validation text, low and high its likely range. minutes is
+    bits_per_byte is the forecast on the validation text, low and high its rough range. minutes is
     the part of the time that is worth training. memory and disk are bytes.
     """
 
@@ -198,6 +198,19 @@ class _Forecast:
     step_s: np.ndarray
 
 
+# two cores with fast bf16: the benchmarks' budgets are its minutes, and "auto" chooses for it
+REFERENCE, REFERENCE_MINUTES = MachineFacts("cpu", 6e11, 15e-6, 1e-9, 8 * 10**9), 10.0
+
+
+def choose_tokenizer(text: TextFacts, fixed: Fixed, minutes: float | None) -> str:
+    """The TOKENIZER of a recipe around a model that is set, for some minutes of REFERENCE.
+
+    It depends on nothing that may change when a run goes on: not on this machine, nor on epochs.
+    """
+    roomy = replace(REFERENCE, memory=10**15)
+    return choose_recipe(text, roomy, minutes or REFERENCE_MINUTES, fixed).tokenizer
+
+
 def choose_recipe(text: TextFacts, machine: MachineFacts, minutes: float, fixed: Fixed) -> Recipe:
     """The recipe for a text on a machine in some minutes, around what the user has set.
 
@@ -252,10 +265,10 @@ def _find_candidates(text: TextFacts, machine: MachineFacts, fixed: Fixed) -> Ca
     found = Candidates(names, *columns)
     gpt2 = np.array([name == "gpt2" for name in names])[:, None]
     # a vocabulary outweighs no model, and GPT-2's is for large ones
-    sound = found.vocabulary * found.width <= found.in_blocks
-    sound &= ~gpt2 | (text.unique_bytes >= GPT2_BYTES) & (found.in_blocks >= GPT2_PARAMETERS)
+    light = found.vocabulary * found.width <= found.in_blocks
+    own = ~gpt2 | (text.unique_bytes >= GPT2_BYTES) & (found.in_blocks >= GPT2_PARAMETERS)
     fits = _memory(found, machine, np.ones_like(found.windows)) <= MEMORY_SHARE * machine.memory
-    for allowed in (sound & fits, fits):
+    for allowed in (light & own & fits, own & fits, fits):
         if allowed.any():
             return found.some(np.flatnonzero(allowed[:, 0]))
     return found.some(np.flatnonzero(found.size[:, 0] == found.size.min()))

@@ -37,6 +37,7 @@ from planning.machine import Machine
 from planning.plan import RunPlan
 from training.learner import Learner, steps_between
 from training.spacing import (
+    EVALUATION_SHARE,
     SAMPLE_TOKENS,
     SAMPLES_A_RUN,
     Spacing,
@@ -46,9 +47,12 @@ from training_utils import TrainingConfig
 from visualize import render_losses
 
 TIMED_STEPS = 3
+N_SAMPLES = 3  # that main draws after training
 BUDGET_TRIAL_SHARE = 0.05  # of a time budget, for which its steps are timed beforehand
-# of a time budget, the most that evaluations on the way take, and the one after training
-EVALUATION_SHARE, FINAL_SHARE = 0.05, 0.04
+FINAL_SHARE = 0.04  # of a time budget, the most that the evaluation after training takes
+# of a time budget, the most that the samples after training take, unless their length is set; but
+# so many tokens each are drawn in any case
+LAST_SAMPLES_SHARE, LEAST_SAMPLE_TOKENS = 0.05, 50
 LEAST_INTERVALS = 4  # between evaluations, where a time budget is short
 TIMED_BATCHES, TIMED_TOKENS = 4, 10  # of an evaluation and a sample
 # of a run of so many minutes: the share that is planned, and the seconds that Python takes to end
@@ -331,7 +335,7 @@ class Budget:
         """The hyper-parameters with max_steps, eval_freq, eval_iter and final_iter: as many steps
         as fit, at least 1, and at most EVALUATION_SHARE and FINAL_SHARE for evaluations, unless the
         least are more. Warm-up has at most a share of most_warmup of the steps."""
-        most_iter = min(asked.eval_iter, max(self.batches))
+        most_iter = min(asked.eval_iter or self.batches[1], max(self.batches))
         halved = [most_iter >> n for n in range(most_iter.bit_length())]
         for intervals, eval_iter in [*((EVALUATIONS, n) for n in halved), (LEAST_INTERVALS, 1)]:
             found = self._longest(asked.eval_freq, intervals, eval_iter)
@@ -345,8 +349,8 @@ class Budget:
             max_steps=found.total_steps,
             warmup_steps=warmup,
             eval_freq=found.eval_freq,
-            eval_iter=asked.eval_iter if eval_iter == most_iter else eval_iter,
-            final_iter=asked.final_iter if last >= 2 * self.batches[1] else last,
+            eval_iter=asked.eval_iter or eval_iter if eval_iter == most_iter else eval_iter,
+            final_iter=asked.final_iter if last >= self.batches[1] else last,
         )
 
     def _longest(self, eval_freq: int | None, intervals: int, eval_iter: int) -> Spacing:
@@ -391,9 +395,9 @@ class Budget:
 
     @property
     def final_batches(self) -> int:
-        """The batches of the evaluation after training, whose windows overlap by half."""
+        """The batches of the evaluation after training."""
         most = self.final_iter or int(FINAL_SHARE * self._run_s / max(self.costs.batch, 1e-9))
-        return min(max(1, most), 2 * self.batches[1])
+        return min(max(1, most), self.batches[1])
 
     @property
     def _run_s(self) -> float:
@@ -425,8 +429,46 @@ def usable_seconds(deadline: float, of_s: float, parallel: Parallel) -> float:
     return parallel.broadcast(max(left_s, LEAST_SHARE * of_s))
 
 
+def shorten_samples(plan: RunPlan, costs: Costs, budget_s: float) -> tuple[RunPlan, list[str]]:
+    """The plan of a run with a time budget, of which its last samples take a small part; and a
+    notice if they are shorter for it."""
+    length = plan.sampling.max_new_tokens
+    assert length is not None  # fitted() to the text
+    most = int(LAST_SAMPLES_SHARE * budget_s / max(N_SAMPLES * costs.token, 1e-9))
+    short = max(LEAST_SAMPLE_TOKENS, most)
+    if not plan.sample_length_is_open or short >= length:
+        return plan, []
+    sampling = dataclasses.replace(plan.sampling, max_new_tokens=short)
+    notice = (
+        f"samples have {short} tokens: {length} would take more than {LAST_SAMPLES_SHARE:.0%} of "
+        "the time"
+    )
+    return dataclasses.replace(plan, sampling=sampling), [notice]
+
+
+def _budget(
+    seconds: float,
+    costs: Costs,
+    trial: Trial,
+    plan: RunPlan,
+    asked: TrainingConfig,
+    windows: WindowPlan,
+) -> Budget:
+    assert plan.sampling.max_new_tokens is not None  # fitted() to the text
+    return Budget(
+        seconds,
+        costs,
+        trial.steps_per_epoch,
+        (trial.count_batches(trial.loader), windows.n_val_batches),
+        N_SAMPLES * plan.sampling.max_new_tokens,
+        asked.save_minutes,
+        asked.final_iter,
+    )
+
+
 def _spend(
     minutes: float,
+    costs: Costs,
     trial: Trial,
     plan: RunPlan,
     asked: TrainingConfig,
@@ -435,20 +477,12 @@ def _spend(
     deadline: float | None,
 ) -> tuple[TrainingConfig, list[str]]:
     """The hyper-parameters of a run that takes some minutes, or ends at a deadline; and notices."""
-    assert plan.sampling.max_new_tokens is not None  # fitted() to the text
-    validated = -(-(windows.n_val - 1) // windows.max_length)
-    costs, seconds = trial.costs(60 * minutes, len(asked.prompts)), 60 * minutes
+    seconds = 60 * minutes
     if deadline is not None:
         seconds = usable_seconds(deadline, 60 * minutes, trial.parallel)
-    budget = Budget(
-        seconds,
-        costs,
-        trial.steps_per_epoch,
-        (trial.count_batches(trial.loader), max(1, -(-validated // windows.batch_size))),
-        3 * plan.sampling.max_new_tokens,  # main draws three samples
-        asked.save_minutes,
-        asked.final_iter,
-        most_steps_of(plan.recipe, minutes),
+    budget = dataclasses.replace(
+        _budget(seconds, costs, trial, plan, asked, windows),
+        most_steps=most_steps_of(plan.recipe, minutes),
     )
     # the recipe's warm-up is for the steps that it expected
     is_recipes = plan.recipe is not None and "warmup_steps" in plan.recipe.training
@@ -462,12 +496,53 @@ def _spend(
             f"warmup_steps is lowered from {asked.warmup_steps} to {planned.warmup_steps}: the run "
             f"has {planned.max_steps} steps"
         )
-    if planned.eval_iter != asked.eval_iter:
+    if asked.eval_iter is not None and planned.eval_iter != asked.eval_iter:
         notices.append(
             f"eval_iter is lowered from {asked.eval_iter} to {planned.eval_iter}: evaluations "
             f"would take more than {EVALUATION_SHARE:.0%} of the time"
         )
     return planned, notices
+
+
+@dataclass(frozen=True)
+class Rehearsal:
+    """What a run is expected to be."""
+
+    training: TrainingConfig
+    notices: list[str]
+    total_steps: int
+    step_s: float
+    seconds: float  # of all of it but start-up
+    tokens: int  # that it trains on
+    passes: float  # through the training text
+
+
+def rehearse(plan: RunPlan, asked: TrainingConfig, windows: WindowPlan, trial: Trial) -> Rehearsal:
+    """What a run without MINUTES would be, uncompiled, by TIMED_STEPS steps. Collective."""
+    costs, notices = trial.costs(0.0, len(asked.prompts)), list[str]()
+    if asked.time_budget_minutes is not None and asked.max_steps is None:
+        minutes = asked.time_budget_minutes
+        plan, notices = shorten_samples(plan, costs, 60 * minutes)
+        asked, more = _spend(minutes, costs, trial, plan, asked, windows, deadline=None)
+        notices += more
+    total_steps = plan.count_steps(asked, trial.steps_per_epoch)
+    training, about_steps = complete_training(asked, windows, total_steps)
+    assert training.eval_freq and training.eval_iter, "complete_training() sets them"
+    budget = _budget(total_steps * costs.step, costs, trial, plan, training, windows)
+    budget = dataclasses.replace(budget, final_iter=training.final_iter or windows.n_val_batches)
+    run = Spacing(total_steps, trial.steps_per_epoch, training.eval_freq)
+    seconds = budget.total_s(run, training.eval_iter)
+    epochs = total_steps / trial.steps_per_epoch
+    tokens = round(epochs * windows.n_windows * windows.max_length)
+    return Rehearsal(
+        training,
+        notices + about_steps,
+        total_steps,
+        costs.step,
+        seconds,
+        tokens,
+        passes=tokens / windows.n_train,
+    )
 
 
 def try_out(
@@ -476,10 +551,11 @@ def try_out(
     windows: WindowPlan,
     trial: Trial,
     before: RunRecord | None,
-    *,
     deadline: float | None = None,
-) -> tuple[Compiled, TrainingConfig, list[str]]:
+) -> tuple[RunPlan, Compiled, TrainingConfig, list[str]]:
     """Time steps to decide on compiling and complete the hyper-parameters; and notices.
+
+    The plan is the given one, or has shorter samples for a time budget.
 
     The steps of time_budget_minutes take these minutes from now on, or end at a deadline, by
     time.perf_counter(), of which all that the program has done before is a part.
@@ -500,8 +576,10 @@ def try_out(
         notices.append(f"the model is not compiled: {compiled.reason}")
     say(f"Compile: {'on' if compiled.on else 'off'} ({compiled.reason})")
     if minutes is not None:
-        asked, about_budget = _spend(minutes, trial, plan, asked, windows, deadline=deadline)
-        notices += about_budget
+        costs = trial.costs(60 * minutes, len(asked.prompts))
+        plan, about_samples = shorten_samples(plan, costs, 60 * minutes)
+        asked, about_budget = _spend(minutes, costs, trial, plan, asked, windows, deadline=deadline)
+        notices += about_budget + about_samples
     total_steps = plan.count_steps(asked, trial.steps_per_epoch)
     training, about_steps = complete_training(asked, windows, total_steps)
-    return compiled, training, notices + about_steps
+    return plan, compiled, training, notices + about_steps

@@ -202,9 +202,7 @@ class CheckpointStore:
 
     def require_room(self, model: nn.Module) -> None:
         """Raise ResourceError if the disk has no room for the checkpoints of a new run."""
-        size = sum(value.nbytes for value in weights_of(model).values())
-        # each checkpoint has weights, two moments and perhaps best weights of its own
-        n_bytes = 4 * size * (self._keep + 1)
+        n_bytes = most_bytes(model, self._keep)
         what = f"keeping {self._keep} checkpoints and a new one"
 
         def require() -> None:
@@ -406,6 +404,12 @@ def _best_step(path: Path) -> int | None:
         return json.loads((path / STATE).read_bytes())["best_step"]
     except (OSError, ValueError, KeyError, TypeError):  # damaged: restore() reports it
         return None
+
+
+def most_bytes(model: nn.Module, keep: int) -> int:
+    """The most bytes of a run's checkpoints: those that it keeps, and one that is being written,
+    each with weights, two moments and perhaps best weights of its own."""
+    return 4 * sum(value.nbytes for value in weights_of(model).values()) * (keep + 1)
 
 
 def weights_of(model: nn.Module) -> Tensors:

@@ -301,6 +301,14 @@ def test_a_run_goes_on_with_what_was_worked_out_when_it_began():
     assert env.train_config.learning_rate == before.learning_rate
 
 
+def test_auto_takes_the_recipes_tokenizer_which_no_length_of_the_run_changes(capsys):
+    env = begin_run(TOKENIZER="auto")
+    assert env.tokenizer.kind == "char" and env.run.record.asked.tokenizer == "auto"
+    assert "\nTokenizer: char, 1.00 bytes each (gpt2 " in capsys.readouterr().out
+    longer = prepare(TOKENIZER="auto", num_epochs=20)
+    assert longer.run.goes_on and longer.tokenizer.fingerprint == env.tokenizer.fingerprint
+
+
 @pytest.fixture
 def in_minutes(monkeypatch):
     """Prepare a run with MINUTES on a machine whose speed is known, and whose steps take 3 s."""
@@ -364,8 +372,19 @@ def test_minutes_choose_a_run_which_goes_on_with_its_own_recipe(in_minutes, caps
     assert "differs (text: sha256 " in other.run.notes[0]
 
 
-@pytest.mark.parametrize("mode", ["quick", "custom"])
-def test_a_dry_run_prints_what_would_be_trained_and_leaves_nothing(workdir, capsys, mode):
+@pytest.mark.parametrize(
+    ("mode", "card"),
+    [
+        # two steps; two evaluations of three batches and one, and then one
+        ("quick", "about 0m 1.9s from the first step on: 2 steps of 0.5 s"),
+        # 50 steps; eleven evaluations of two batches, and then six
+        ("custom", "about 0m 27.8s from the first step on: 50 steps of 0.5 s"),
+    ],
+)
+def test_a_dry_run_prints_what_would_be_trained_and_leaves_nothing(
+    workdir, capsys, monkeypatch, mode, card
+):
+    monkeypatch.setattr(trial.Trial, "costs", lambda *_: trial.Costs(0.5, 0.1, 0.0, 0.0))
     write_settings(Path(), None, num_epochs=2)
     settings = Path("settings.py").read_text("utf-8") + "\nDRY_RUN = True\n"
     if mode == "quick":
@@ -373,6 +392,8 @@ def test_a_dry_run_prints_what_would_be_trained_and_leaves_nothing(workdir, caps
     Path("settings.py").write_text(settings, encoding="utf-8")
     assert main.main(["settings.py"]) == 0
     printed = capsys.readouterr().out
+    assert f"\nTime          {card}" in printed and "passes through the training text" in printed
+    assert "\nMemory        some " in printed and "on disk up to" in printed
     assert f"✓ Using {mode} training config" in printed and "learning rate" in printed
     assert "  Total params: " in printed and "Compile" not in printed
     assert {path.name for path in workdir.iterdir()} == {"cache", "settings.py", "text.txt"}

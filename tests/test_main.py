@@ -12,6 +12,7 @@ import sys
 import threading
 import weakref
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import safetensors.torch
@@ -19,11 +20,16 @@ import safetensors.torch
 import main
 import train
 import training.learner
+from data import create_dataloader_v1
 from engine.errors import ResourceError
+from engine.metrics import Score, TokenSize
 from tests.conftest import REPOSITORY
 from tests.forking import CAN_FORK, fork
+from tests.letters import Letters
 from tests.programs import write_settings
 from tests.resuming import rows_of
+from training.journal import History
+from training_utils import TrainingConfig
 
 CHECKPOINT_FILES = {"model.safetensors", "optimizer.safetensors", "state.json", "manifest.json"}
 
@@ -321,6 +327,23 @@ def test_a_run_that_diverged_and_that_patience_ended_has_the_loss_of_its_best_we
     assert summary["steps"] < 12
     rows = {row["step"]: row for row in rows_of(only_run(workdir)) if "val/loss" in row}
     assert summary["final_train_loss"] == rows[summary["weights_of_step"]]["eval/train_loss"]
+
+
+def test_the_best_loss_is_the_final_one_or_says_what_it_compares_with():
+    loader = create_dataloader_v1("abcdefgh" * 20, batch_size=2, max_length=8, tokenizer=Letters())
+    score = Score(2.5, TokenSize(1.0, 1.0), 20, 20)
+    history = History(steps=[0, 3, 6], train_losses=[3.0] * 3, val_losses=[4.0, 2.0, 2.2])
+
+    def best(eval_iter: int, step: int) -> tuple[float, int, str]:
+        config = TrainingConfig(eval_iter=eval_iter)
+        env = SimpleNamespace(val_loader=loader, train_config=config)
+        return main._best(env, history, step, score)
+
+    assert best(1, 3) == (2.5, 3, "")  # of the weights that were scored
+    assert best(100, 6) == (2.0, 3, "")  # of all the text
+    assert best(4, 6) == (
+        2.0, 3, "; on 4 of 21 batches of the validation text, on which step 6 has 2.2000"
+    )  # fmt: skip
 
 
 def test_what_a_run_had_in_memory_is_free_once_main_returns(start, monkeypatch):

@@ -174,6 +174,46 @@ def shares_of_last_step(run: Path) -> list[int]:
     return [math.ceil(share / settings["micro_batch"]) for share in (left // 2, left - left // 2)]
 
 
+# main() with MINUTES; each rank writes what it began with, what it measured, and its seconds
+IN_MINUTES = """
+import json, os, sys, time
+from pathlib import Path
+sys.modules["matplotlib"] = None
+import main, storage.cache
+storage.cache.CACHE = Path("cache").resolve()
+train, began_at, found = main.train, time.perf_counter(), {}
+
+def noted(env):
+    found["record"] = env.run.settings
+    journal = train(env)
+    found["losses"] = journal.history.batch_losses
+    return journal
+
+main.train = noted
+code = main.main(["settings.py"])
+found["seconds"] = time.perf_counter() - began_at
+Path(f"rank-{os.environ['RANK']}.json").write_text(json.dumps(found, sort_keys=True))
+sys.exit(code)
+"""
+
+
+@pytest.mark.slow
+@needs_signals
+def test_two_ranks_with_minutes_follow_one_recipe_and_one_plan_and_end_on_time(tmp_path):
+    settings = 'DATA, TOKENIZER, PRECISION, RUN_NAME = "sample-en", "char", "fp32", "run"\n'
+    settings += "MINUTES, DEVICE = 0.3, 'cpu'\n"
+    (tmp_path / "settings.py").write_text(settings, encoding="utf-8")
+    job = run_ranks(tmp_path, 2, program=IN_MINUTES)
+    assert job.out.count("\nIn 0.3 min ") == job.out.count("✓ Training pipeline finished") == 1
+    ranks = [json.loads((tmp_path / f"rank-{n}.json").read_bytes()) for n in range(2)]
+    seconds = [rank.pop("seconds") for rank in ranks]
+    assert ranks[0] == ranks[1]  # the recipe and each step's loss
+    assert ranks[0]["record"]["ranks"] == 2
+    assert max(seconds) < 1.5 * 18  # a busy machine may be late
+    summary = facts(tmp_path / "runs" / "run", "summary")
+    assert summary["steps"] == len(ranks[0]["losses"]) >= 1
+
+
 @pytest.mark.slow
 @needs_signals
 def test_two_ranks_learn_what_one_process_learns(tmp_path):

@@ -31,6 +31,7 @@ from planning.recipe import (
     MachineFacts,
     Recipe,
     choose_recipe,
+    choose_tokenizer,
     step_costs,
 )
 from tests.conftest import REPOSITORY
@@ -201,6 +202,29 @@ def test_every_chosen_value_has_a_reason_and_unequal_figures_do_not_matter():
     assert "as set" not in recipe.reasons.values()
     about = dataclasses.replace(CPU, flops=6.04e11, memory=8_010_000_000)
     assert choose_recipe(english(), about, 3, NOTHING) == recipe
+
+
+@pytest.mark.parametrize(
+    ("model", "n_bytes", "tokenizer"),
+    [
+        ({"n_layers": 2, "emb_dim": 64}, 20_000, "char"),  # too short to learn a vocabulary from
+        ({"n_layers": 2, "emb_dim": 64}, 10**8, "bpe:1024"),  # its blocks outweigh no larger head
+        ({"n_layers": 6, "emb_dim": 192}, 200_000, "char"),  # is read often in ten minutes
+        ({"n_layers": 6, "emb_dim": 192}, 1_115_394, "bpe:1024"),
+        ({"n_layers": 6, "emb_dim": 192}, 10**8, "bpe:8192"),
+    ],
+)
+def test_around_a_model_that_is_set_the_tokenizer_is_that_of_a_recipe(model, n_bytes, tokenizer):
+    text = english(n_bytes)
+    if n_bytes < 60 * 512:
+        few = {name: BYTES_A_TOKEN[name] for name in ("char", "gpt2")}
+        sizes = {name: VOCABULARIES[name] for name in few}
+        text = dataclasses.replace(text, bytes_per_token=few, vocabularies=sizes)
+    fixed = Fixed(None, model | {"context_length": 128}, {"batch_size": 8})
+    assert choose_tokenizer(text, fixed, None) == tokenizer
+    # GPT-2's larger vocabulary is for large models and long texts
+    large = Fixed(None, {"n_layers": 12, "emb_dim": 768}, {"batch_size": 8})
+    assert choose_tokenizer(english(10**8), large, 2000.0) in ("gpt2", "bpe:16384")
 
 
 def test_rates_follow_width_batch_and_steps():

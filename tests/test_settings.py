@@ -525,7 +525,7 @@ def test_config_run_ships_every_setting_with_its_default():
 def test_sampling_params_reach_the_plan_and_what_is_left_out_has_its_default():
     assert plan_of(sampling_params={"top_k": 7}).sampling == SamplingConfig(top_k=7)
     # a file of an earlier version means what it meant
-    earlier = {"max_new_tokens": 50, "temperature": 0.8, "top_k": 50, "top_p": 0.9}
+    earlier = {"max_new_tokens": None, "temperature": 0.8, "top_k": 50, "top_p": 0.9}
     assert plan_of(sampling_params=earlier).sampling == SamplingConfig()
 
 

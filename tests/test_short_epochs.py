@@ -16,12 +16,12 @@ from distributed.parallel import ALONE
 from engine import console
 from engine.console import begin_report, report, track
 from engine.optim import EVALUATIONS, LONGEST_EVAL_FREQ, default_eval_freq
-from planning.trial import EVALUATION_SHARE, Budget, Costs
-from tests.letters import loader_of_13_windows, new_trainer, tiny_loaders
+from planning.trial import Budget, Costs
+from tests.letters import Letters, loader_of_13_windows, new_trainer, tiny_loaders, tiny_model
 from tests.resuming import Bench, check_stops, use_steady_clock
 from training import spacing
 from training.learner import steps_between
-from training.spacing import Allowance, Spacing, allowed_seconds
+from training.spacing import EVALUATION_SHARE, Allowance, Spacing, allowed_seconds
 from training_utils import TrainingConfig
 
 
@@ -122,10 +122,10 @@ def test_a_budget_holds_steps_evaluations_samples_and_pictures(
     monkeypatch.setattr(spacing, "EXTRAS_GRACE_S", 0.3)
     costs = Costs(step_s, step_s / 3, 0.004, 0.2)
     budget = Budget(seconds, costs, steps_per_epoch, batches, last_tokens=150)
-    for eval_iter in (10, 1, 1000):
+    for eval_iter in (10, 1, 1000, None):
         planned = budget.plan(TrainingConfig(eval_iter=eval_iter))
         run = Spacing(planned.max_steps, steps_per_epoch, planned.eval_freq)
-        assert planned.eval_iter <= eval_iter
+        assert planned.eval_iter <= (eval_iter or batches[1])
         assert run.count() >= 5
         is_least = run.count() == 5 and planned.eval_iter == 1
         assert is_least or (
@@ -134,6 +134,26 @@ def test_a_budget_holds_steps_evaluations_samples_and_pictures(
         spent = budget.total_s(run, planned.eval_iter)
         assert seconds - 3 * step_s - 0.1 * seconds <= spent <= seconds
         assert planned.max_steps * step_s >= 0.7 * seconds
+
+
+@pytest.mark.parametrize(
+    ("total_steps", "n_val_batches", "accumulation", "eval_iter"),
+    [
+        (9, 2, 1, 2),  # a short text is read in any case
+        (1000, 40, 1, 10),  # eleven evaluations of both texts for 150 of 3000 forward passes
+        (1000, 40, 4, 27),
+        (10_000, 40, 1, 10),  # 101 evaluations
+        (10_000, 40, 4, 29),
+        (10_000, 40, 8, 40),
+    ],
+)
+def test_evaluations_read_the_validation_text_where_a_twentieth_of_the_run_is_enough(
+    total_steps, n_val_batches, accumulation, eval_iter
+):
+    run = Spacing(total_steps, 10**9, default_eval_freq(total_steps))
+    assert run.default_eval_iter(n_val_batches, accumulation) == eval_iter
+    passes = 2 * eval_iter * run.count()
+    assert eval_iter <= 10 or passes <= EVALUATION_SHARE * 3 * total_steps * accumulation
 
 
 def test_a_budget_heeds_eval_freq_and_is_one_step_at_least():
@@ -196,6 +216,14 @@ def test_samples_on_the_way_are_drawn_alike_and_leave_the_runs_generator_alone(m
     assert one.texts == two.texts
     assert (options["temperature"], options["top_k"]) == (0.8, 50)
     assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_a_text_that_the_model_ends_at_once_says_so(monkeypatch):
+    end = Letters.end_of_text_id
+    rows = [[0, 1, end], [7, 3, end]]
+    monkeypatch.setattr(train, "generate", lambda model, ids, **options: rows)
+    texts = train.continue_prompts(tiny_model(), Letters(), ["ab", "h"])
+    assert texts == ["ab [the model ended the text here]", "hd"]
 
 
 class Huge:

@@ -33,7 +33,6 @@ from text.tokenizer import (
     MAX_TRAINED_VOCABULARY,
     CharTokenizer,
     GPT2Tokenizer,
-    choose_tokenizer,
     cut_long_words,
     find_tokenizer_fault,
     load_tokenizer,
@@ -338,9 +337,6 @@ def test_without_the_library_one_is_told_how_to_get_it(foreign_file, monkeypatch
         train_bpe([LEARNT], 500)
     with pytest.raises(SettingsError, match="needs a library: pip install tokenizers"):
         load_tokenizer(foreign_file)
-    name, reason = choose_tokenizer([SHORT] * 100)
-    assert name == "char"
-    assert "pip install tokenizers" in reason
 
 
 def test_a_value_of_tokenizer_is_taken_or_its_fault_is_named():
@@ -361,33 +357,15 @@ def test_a_value_of_tokenizer_is_taken_or_its_fault_is_named():
 SHORT = CHINESE[:2000]
 
 
-def test_the_tokenizer_is_chosen_by_what_gpt2_would_need(ours, monkeypatch):
-    monkeypatch.setattr(tokenizer_module, "GPT2Tokenizer", lambda: ours)
-    rate = len(ours.encode(SHORT)) / len(SHORT)  # tokens a character
-    too_short = f"would need {rate:.2f} tokens a character, and the text is too short to train one"
-    for texts, expected, why in [
-        ([ENGLISH], "gpt2", "GPT-2's needs 0."),
-        ([], "gpt2", "GPT-2's needs 0.00"),
-        ([SHORT] * 99, "char", too_short),
-        ([SHORT] * 100, "bpe:4096", f"GPT-2's would need {rate:.2f} tokens a character"),
-        ([SHORT * 500, ENGLISH * 1000], "bpe:4096", f"GPT-2's would need {rate:.2f}"),
-    ]:
-        name, reason = choose_tokenizer(texts)
-        assert name == expected
-        assert why in reason
-
-
 def test_the_tokenizer_that_is_named_is_made_from_the_text_and_described():
-    chars = f"{len(set(SHORT))} characters"
-    for name, kind, description in [
+    for name, kind, described in [
         ("gpt2", "gpt2", "GPT-2"),
-        ("char", "char", chars),
+        ("char", "char", f"{len(set(SHORT))} characters"),
         ("bpe:400", "bpe", "BPE of 400 tokens"),
-        ("auto", "char", f"{chars}; chosen because GPT-2's would need"),
     ]:
-        tokenizer, told = make_tokenizer(name, lambda: [SHORT[:900], SHORT[900:]])
+        tokenizer = make_tokenizer(name, lambda: [SHORT[:900], SHORT[900:]])
         assert tokenizer.kind == kind
-        assert told.startswith(description)
+        assert tokenizer.name.startswith(described)
         assert kind != "char" or tokenizer.chars == sorted(set(SHORT))
 
 
@@ -653,18 +631,3 @@ def test_a_child_that_fails_is_told_and_one_without_its_parent_ends(monkeypatch)
     command = [sys.executable, "-c", learn_bpe.PROGRAM, "300", "."]
     cut_off = subprocess.run(command, cwd=learn_bpe.REPOSITORY, input=b"2\nab", capture_output=True)
     assert (cut_off.returncode, cut_off.stdout) == (1, b"")
-
-
-def test_auto_chooses_anew_once_the_library_is_installed(tmp_path, trained, monkeypatch):
-    letters = ALPHABETS["chinese"][:200]
-    text = "".join(CHOOSER.choices(letters, k=200_000))
-    (tmp_path / "a.txt").write_text(text, encoding="utf-8")
-    spec = DataSpec((str(tmp_path / "a.txt"),))
-    monkeypatch.setattr(tokenizer_module, "train_bpe", lambda texts, size: trained)
-    kinds = []
-    for is_installed in (False, True, False):
-        with monkeypatch.context() as patch:
-            if not is_installed:
-                patch.setitem(sys.modules, "tokenizers", None)
-            kinds.append(tokenize(spec, "auto", 0.9, tmp_path / "cache").tokenizer.kind)
-    assert kinds == ["char", "bpe", "char"]

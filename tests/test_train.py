@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader
 
 import engine.loss
 import train
-from data import WindowDataset
+from data import WindowDataset, evaluation_loader
 from engine.console import say
 from engine.errors import CheckpointError, NumericsError, ResourceError, SettingsError, Stopped
 from engine.optim import Schedule, build_adamw, build_optimizer, learning_rate_at
@@ -686,7 +686,8 @@ def test_mean_loss_weighs_every_target_the_same_and_leaves_mode_and_generator(tr
     assert torch.equal(torch.get_rng_state(), state)
     assert all(parameter.grad is None for parameter in model.parameters())
     # what the loop reports; its evaluations are of two batches
-    assert history_of(0, model=model).val_losses == pytest.approx([sum(sums) / 20], rel=1e-6)
+    expected = mean_loss(model, evaluation_loader(loader, 2), CPU, FP32)
+    assert history_of(0, model=model).val_losses == [expected]
 
 
 def test_lines_are_printed_in_the_order_of_events_and_checkpoints_come_before_evaluations(

@@ -4,6 +4,7 @@ import copy
 import gc
 import itertools
 import time
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,11 +14,13 @@ import model
 from distributed.parallel import Parallel
 from engine.errors import ResourceError
 from engine.memory import OutOfStepMemory
+from engine.metrics import TokenSize
 from engine.optim import build_optimizer
 from engine.precision import Precision
 from planning import agreement, trial
 from planning.choices import WORTH_A_TRIAL, Choices
-from planning.trial import Compiled, Trial, decide_compiling
+from planning.plan import resolve_settings
+from planning.trial import Compiled, Costs, Trial, decide_compiling, shorten_samples
 from tests.letters import BATCH, CONTEXT, FP32, tiny_loaders, tiny_model
 from tests.resuming import Bench, of_steps, use_steady_clock
 from training import learner
@@ -138,6 +141,26 @@ def test_a_run_with_a_time_budget_ends_with_its_schedule_and_goes_on_with_its_st
     assert len(rows) == 31
     rates = [float.fromhex(row["train/lr"]) for row in rows]
     assert rates[-1] == pytest.approx(max(rates) / 10)  # the schedule ends with the run
+
+
+@pytest.mark.parametrize(
+    ("given", "token_s", "length"),
+    [
+        ({}, 0.001, 300),
+        ({}, 0.01, 100),  # 60 s x 5 % for three samples
+        ({}, 1.0, 50),
+        ({"max_new_tokens": 300}, 1.0, 300),  # as set
+    ],
+)
+def test_the_last_samples_take_a_small_part_of_a_time_budget(given, token_s, length):
+    plan = resolve_settings({"sampling_params": given}, "config_run.py")
+    plan = replace(plan, sampling=plan.sampling.fitted(TokenSize(1.0, 1.0)))
+    assert plan.sampling.max_new_tokens == 300
+    plan, notices = shorten_samples(plan, Costs(0.5, 0.1, token_s, 0.0), 60.0)
+    assert plan.sampling.max_new_tokens == length
+    assert [notice.startswith(f"samples have {length} tokens") for notice in notices] == [True] * (
+        length < 300
+    )
 
 
 @pytest.fixture

@@ -56,7 +56,6 @@ from text.tokenizer import (
     RUN,
     ForeignTokenizer,
     Tokenizer,
-    can_train,
     make_tokenizer,
     restore_tokenizer,
 )
@@ -94,9 +93,9 @@ def tokenize(
 ) -> TokenizedText:
     """Tokenize DATA, or find its tokens in the cache if nothing has changed.
 
-    tokenizer is TOKENIZER's value; stand_in is that of corpus_path(). Raises DataError for data
-    that can't be read, SettingsError for a missing library, ResourceError if the cache can't be
-    written.
+    tokenizer is TOKENIZER's value, but not "auto"; stand_in is that of corpus_path(). Raises
+    DataError for data that can't be read, SettingsError for a missing library, ResourceError if the
+    cache can't be written.
     """
     report = ReadingReport(stand_in=stand_in)
     train = find_parts(spec.train, cache, report)
@@ -108,8 +107,6 @@ def tokenize(
     if tokenizer.endswith(".json"):
         parts = [*texts, Part(tokenizer, Path(tokenizer).expanduser())]
         tokenizer_kind = "json"
-    if tokenizer == "auto":  # its choice depends on the library
-        tokenizer_kind = f"auto, {can_train()}"
     request = _hash_of([FORMAT, asdict(spec), tokenizer, tokenizer_kind, train_ratio])
     found_path = tokens_folder / f"found-{request}.json"
     state = [_state_of(part) for part in parts]
@@ -235,7 +232,7 @@ def _build_entry(
     temporary = folder.with_name(f".tmp-{os.getpid()}-{folder.name}")
     make_folder(temporary)
     try:
-        tokenizer, description = make_tokenizer(tokenizer_name, lambda: _texts(train, spec))
+        tokenizer = make_tokenizer(tokenizer_name, lambda: _texts(train, spec))
         sides = _write_tokens(temporary / "all.bin", tokenizer, parts, spec, report)
         if not report.documents:
             names = ", ".join(spec.train + spec.val)
@@ -260,7 +257,7 @@ def _build_entry(
             "tokenizer_kind": tokenizer.kind,
             "tokenizer_sha256": hashlib.sha256(tokenizer_json).hexdigest(),
             "block_sha256": _block_hashes(temporary / "tokens.bin"),
-            "report": _report_of(report, sides, n_tokens, tokenizer, description)
+            "report": _report_of(report, sides, n_tokens, tokenizer)
             | {"unknown_tokens": unknown}
             | ({"documents_on_both_sides": 1} if split and split.cut is not None else {}),
         }
@@ -645,7 +642,7 @@ def _about_unknown(unknown: int, sides: list[_Side], tokenizer: Tokenizer) -> st
 
 
 def _report_of(
-    report: ReadingReport, sides: list[_Side], n_tokens: int, tokenizer: Tokenizer, description: str
+    report: ReadingReport, sides: list[_Side], n_tokens: int, tokenizer: Tokenizer
 ) -> dict[str, Any]:
     train, val = (np.frombuffer(side.digests, dtype=np.uint64) for side in sides)
     digests = np.concatenate([train, val])
@@ -662,7 +659,7 @@ def _report_of(
         "copied": round(report.copied, 4),
         "tokens": n_tokens,
         "tokens_per_character": n_tokens / max(1, report.characters),
-        "tokenizer": description,
+        "tokenizer": tokenizer.name,
         "vocabulary": tokenizer.vocab_size,
         "vocabulary_used": int(np.count_nonzero(sum(side.counts for side in sides))),
     }

@@ -341,44 +341,19 @@ class GPT2Tokenizer(BPETokenizer):
         super().__init__("GPT-2", read_ranks(GPT2_FILE, GPT2_SHA256))
 
 
-def make_tokenizer(name: str, texts: Callable[[], Iterable[str]]) -> tuple[Tokenizer, str]:
-    """The tokenizer that TOKENIZER names, and a short description of it.
+def make_tokenizer(name: str, texts: Callable[[], Iterable[str]]) -> Tokenizer:
+    """The tokenizer that TOKENIZER names; "auto" names none.
 
     texts() streams the text to make it from. Raises DataError and SettingsError.
     """
-    tokenizer: Tokenizer
-    if name == "auto":
-        name, why = choose_tokenizer(texts())
-        tokenizer, _ = make_tokenizer(name, texts)
-        return tokenizer, f"{tokenizer.name}; chosen because {why}"
     if name == "char":
         chars: set[str] = set()
         for text in texts():
             chars.update(text)
-        tokenizer = CharTokenizer(chars)
-    elif name == "gpt2" or name.endswith(".json"):
-        tokenizer = load_tokenizer(name)
-    else:
-        tokenizer = train_bpe(texts(), int(name.removeprefix("bpe:")))
-    return tokenizer, tokenizer.name
-
-
-def choose_tokenizer(texts: Iterable[str]) -> tuple[str, str]:
-    """What TOKENIZER = "auto" means for a text, and why."""
-    sample = list(_at_most(texts, 1_000_000))
-    characters = sum(map(len, sample))
-    gpt2 = GPT2Tokenizer()
-    # in short slices: Ctrl-C works between them
-    slices = (text[i : i + 100_000] for text in sample for i in range(0, len(text), 100_000))
-    rate = sum(len(gpt2.encode_array(text)) for text in slices) / max(1, characters)
-    if rate <= 0.5:
-        return "gpt2", f"GPT-2's needs {rate:.2f} tokens a character here"
-    why = f"GPT-2's would need {rate:.2f} tokens a character"
-    if characters < 200_000:
-        return "char", f"{why}, and the text is too short to train one on"
-    if not can_train():
-        return "char", f"{why} (pip install tokenizers for one trained on the text)"
-    return "bpe:4096", why
+        return CharTokenizer(chars)
+    if name == "gpt2" or name.endswith(".json"):
+        return load_tokenizer(name)
+    return train_bpe(texts(), int(name.removeprefix("bpe:")))
 
 
 def can_train() -> bool:
@@ -400,21 +375,19 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> BPETokenizer:
         raise SettingsError(
             f'TOKENIZER = "bpe:{vocab_size}" needs a library: pip install tokenizers'
         )
-    pieces = _at_most(texts, TRAINING_CHARACTERS, read_all=True)
+    pieces = _at_most(texts, TRAINING_CHARACTERS)
     vocabulary = learn_bpe(pieces, vocab_size - 1, SHORT_WORDS)
     collections.deque(pieces, maxlen=0)  # errors of reading come before an hour of encoding
     name = f"BPE of {len(vocabulary) + 1:,} tokens"
     return BPETokenizer(name, ranks_of(vocabulary), short_words=True)
 
 
-def _at_most(texts: Iterable[str], characters: int, *, read_all: bool = False) -> Iterator[str]:
-    """The first characters of some texts; read_all reads on for the errors that reading raises."""
+def _at_most(texts: Iterable[str], characters: int) -> Iterator[str]:
+    """The first characters of some texts; reads all of them, for the errors that reading raises."""
     for text in texts:
         if characters > 0:
             yield text[:characters]
         characters -= len(text)
-        if characters <= 0 and not read_all:
-            return
 
 
 def load_tokenizer(name: str | Path) -> Tokenizer:

@@ -98,16 +98,16 @@ class Learner:
         max_batches: int | None = None,
         stop: StopSignals | None = None,
         *,
-        overlapping: bool = False,
         label: str | None = None,
     ) -> float:
-        """The mean loss over a loader's text, or over max_batches of windows evenly spread over it;
-        raises as mean_loss() does. With a label it draws a bar. Collective."""
+        """The mean loss over a loader's text, or over max_batches of windows evenly spread over it.
+
+        Each token is scored once with at least half a window before it; only those of the first
+        half window have less. Raises as mean_loss() does. With a label it draws a bar. Collective.
+        """
 
         def attempt() -> float:
-            parts = evaluation_loader(
-                loader, max_batches, self.parallel, self.micro_batch, overlapping=overlapping
-            )
+            parts = evaluation_loader(loader, max_batches, self.parallel, self.micro_batch)
             if label is not None:
                 parts = count_off(parts, len(parts), label)
             return mean_loss(self.model, parts, self.device, self.precision, stop, self.parallel)
@@ -123,14 +123,9 @@ class Learner:
         *,
         label: str | None = None,
     ) -> Score:
-        """The Score of a loader's text, each token with at least half a window before it.
-
-        Only the tokens of the first half window have less. It takes twice the time of an
-        evaluate(); with max_batches it scores as many batches of windows evenly spread. Raises and
-        draws as that does. Collective.
-        """
-        loss = self.evaluate(loader, max_batches, stop, overlapping=True, label=label)
-        of_all_ranks = evaluation_loader(loader, max_batches, overlapping=True)
+        """The Score of a loader's text by evaluate(). Collective."""
+        loss = self.evaluate(loader, max_batches, stop, label=label)
+        of_all_ranks = evaluation_loader(loader, max_batches)
         windows, batches = of_all_ranks.dataset, of_all_ranks.batch_sampler
         parts: Iterable[tuple[int, int]] = [(1, len(windows.tokens))]  # none comes before the first
         if batches.n_batches < batches.of_batches:

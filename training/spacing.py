@@ -8,6 +8,10 @@ from engine.optim import EVALUATIONS, LONGEST_EVAL_FREQ
 SAMPLE_TOKENS = 30  # that a sample on the way adds to each prompt
 # at evaluations within epochs: every 100 steps or more, ten a run
 SAMPLE_EVERY, SAMPLES_A_RUN = 100, 10
+# of a run's time, the most that evaluations on the way take, and the forward passes that are as
+# long as a step over one batch; the batches of an evaluation that are read in any case where
+# neither a time budget nor the user says
+EVALUATION_SHARE, STEP_PASSES, USUAL_EVAL_ITER = 0.05, 3, 10
 # of the run's time, for pictures and again for samples; and what each may take before that is much
 EXTRAS_SHARE, EXTRAS_GRACE_S = 0.015, 0.3
 
@@ -49,6 +53,13 @@ class Spacing:
         at_end = self._count_regular(self.total_steps) - self._count_regular(self.total_steps - 1)
         count = self._count_regular(self.total_steps) + (not at_end)
         return count - self._count_regular(after)
+
+    def default_eval_iter(self, n_val_batches: int, accumulation: int) -> int:
+        """The batches of an evaluation: the whole validation text where EVALUATION_SHARE of the run
+        is enough for that, else as many as it is enough for, but USUAL_EVAL_ITER at least."""
+        passes = EVALUATION_SHARE * STEP_PASSES * self.total_steps * accumulation
+        of_one = int(passes / (2 * self.count()))  # training and validation text
+        return min(n_val_batches, max(USUAL_EVAL_ITER, of_one))
 
     def _count_regular(self, step: int) -> int:
         """The evaluations up to a step, but for one that only the run's end brings."""
