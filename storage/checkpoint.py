@@ -8,15 +8,16 @@ file can run code, and none is loaded before its sha256 is verified.
 
 import contextlib
 import errno
+import hashlib
 import json
 import os
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from itertools import combinations
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -28,6 +29,7 @@ from engine.console import say, tell
 from engine.errors import CheckpointError, NumericsError, SettingsError
 from engine.settings import shown
 from storage.files import (
+    MANIFEST,
     NewFolder,
     make_folder,
     remove_folder,
@@ -53,6 +55,7 @@ DTYPES = {  # their names in safetensors
     torch.uint8: "U8",
 }
 Tensors = dict[str, torch.Tensor]
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -278,6 +281,29 @@ def read_weights(run_folder: Path, run_id: str, which: str = "best") -> tuple[in
     from "best" to the checkpoints. Raises CheckpointError if none can be read, SettingsError for
     another `which`.
     """
+    path, tensors = _newest_sound(run_folder, which, lambda path: _read_model(path, run_id))
+    return _step_of(path), tensors
+
+
+def newest_weights(run_folder: Path, run_id: str, which: str = "best") -> tuple[int, str]:
+    """The step of the weights that read_weights() reads, and a sha256 that tells them from others.
+
+    Raises as read_weights() does.
+    """
+
+    def verify(path: Path) -> str:
+        _verify(path, run_id, WEIGHTS)
+        with _unusable_where_unreadable(path):
+            return hashlib.sha256((path / MANIFEST).read_bytes()).hexdigest()
+
+    path, digest = _newest_sound(run_folder, which, verify)
+    return _step_of(path), digest
+
+
+def _newest_sound(
+    run_folder: Path, which: str, read: Callable[[Path], Result]
+) -> tuple[Path, Result]:
+    """The newest folder of weights that can be read, and what read() makes of it."""
     if which not in ("best", "last"):
         raise SettingsError(f'which is {shown(which)}; it must be "best" or "last"')
     # the best weights of a finished run may be newer than its last checkpoint
@@ -286,7 +312,7 @@ def read_weights(run_folder: Path, run_id: str, which: str = "best") -> tuple[in
     while found := [path for place in places for path in _newest_first(place) if path not in bad]:
         path = found[0]
         try:
-            return _step_of(path), _read_model(path, run_id)
+            return path, read(path)
         except _Unusable as error:
             if os.path.lexists(path):
                 tell(f"Note: {error}; what was saved before serves instead")
