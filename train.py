@@ -606,7 +606,12 @@ def _budget_until(deadline: float | None, env: RuntimeEnv) -> Budget | None:
         3 * record.sampling.max_new_tokens,  # main draws three samples
         config.save_minutes,
         config.final_iter or 2 * n_val,  # its windows overlap by half
-        most_steps_of(None if record.choice is None else record.choice.recipe, minutes),
+        most_steps_of(
+            record.recipe,
+            minutes,
+            record.steps_per_epoch,
+            from_weights=record.start is not None and record.asked.minutes is not None,
+        ),
     )
 
 

@@ -426,6 +426,11 @@ def _newest_first(folder: Path) -> list[Path]:
     return sorted(found, key=_step_of, reverse=True)
 
 
+def has_checkpoint(run_folder: Path) -> bool:
+    """Whether a run has saved a checkpoint, intact or not."""
+    return bool(_newest_first(run_folder / "checkpoints"))
+
+
 def _best_step(path: Path) -> int | None:
     """The step of a checkpoint's best weights."""
     try:
