@@ -440,6 +440,7 @@ def _spend(
     costs, seconds = trial.costs(60 * minutes, len(asked.prompts)), 60 * minutes
     if deadline is not None:
         seconds = usable_seconds(deadline, 60 * minutes, trial.parallel)
+    from_weights = plan.start is not None and plan.run.MINUTES is not None
     budget = Budget(
         seconds,
         costs,
@@ -448,7 +449,7 @@ def _spend(
         3 * plan.sampling.max_new_tokens,  # main draws three samples
         asked.save_minutes,
         asked.final_iter,
-        most_steps_of(plan.recipe, minutes),
+        most_steps_of(plan.recipe, minutes, trial.steps_per_epoch, from_weights=from_weights),
     )
     # the recipe's warm-up is for the steps that it expected
     is_recipes = plan.recipe is not None and "warmup_steps" in plan.recipe.training

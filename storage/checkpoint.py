@@ -63,24 +63,32 @@ class BestWeights:
     """The weights with the lowest validation loss so far, by parameter name, in CPU memory."""
 
     step: int
-    weights: Tensors
+    weights: Tensors | None  # None: only in the run's folder
 
 
 class CheckpointStore:
     """The checkpoints of one run folder. The caller holds the folder's lock.
 
     All methods but newest() are collectives: every rank calls them. Only the main rank reads and
-    writes; all ranks get its result, or raise its error.
+    writes; all ranks get its result, or raise its error. With best_on_disk the best weights are
+    written at once, and take no memory.
     """
 
     def __init__(
-        self, run_folder: Path, run_id: str, keep: int, parallel: Parallel = ALONE
+        self,
+        run_folder: Path,
+        run_id: str,
+        keep: int,
+        parallel: Parallel = ALONE,
+        *,
+        best_on_disk: bool = False,
     ) -> None:
         self.checkpoints = run_folder / "checkpoints"
         self.best = run_folder / "best"
         self._run_id = run_id
         self._keep = keep
         self._parallel = parallel
+        self.best_on_disk = best_on_disk
         parallel.on_main(self._make_folders)
 
     def _make_folders(self) -> None:
@@ -110,7 +118,7 @@ class CheckpointStore:
                     raise NumericsError(
                         f"after step {step} the weights {name} are not finite: they are not saved."
                     )
-            new_best = {} if best is None or self._has(best) else best.weights
+            new_best = {} if best is None or self._has(best) else best.weights or {}
             tensors = [*weights.values(), *moments.values(), *new_best.values()]
             n_bytes = sum(value.nbytes for value in tensors)
             require_space(self.checkpoints, n_bytes, f"the checkpoint of step {step}")
@@ -123,6 +131,30 @@ class CheckpointStore:
             self._prune(best, self._keep)
 
         self._parallel.on_main(commit)
+
+    def keep_best(self, step: int, model: nn.Module) -> BestWeights:
+        """Keep a model's weights as the best ones; ResourceError if they are to go to the disk, and
+        that refuses."""
+        if not self.best_on_disk:
+            return BestWeights(step, copy_weights(model, self._parallel))
+        best = BestWeights(step, gathered(weights_of(model), self._parallel))
+
+        def write() -> None:
+            remove_folder(self.best / _name(step))  # of an earlier process, after its checkpoint
+            n_bytes = sum(value.nbytes for value in (best.weights or {}).values())
+            require_space(self.best, n_bytes, f"the best weights, of step {step}")
+            self._write_best(best)
+
+        self._parallel.on_main(write)
+        return replace(best, weights=None)
+
+    def weights_of_best(self, best: BestWeights, model: nn.Module) -> Tensors | None:
+        """The best weights, {} on ranks other than the main one; None if they are lost."""
+        if best.weights is not None:
+            return best.weights
+        found = self._parallel.on_main(lambda: self._read_best(best.step, model))
+        is_lost = self._parallel.broadcast(found is None)
+        return None if is_lost else (found and found.weights) or {}
 
     def save_best(self, best: BestWeights | None) -> None:
         """Commit the best weights of a finished run, and remove what it does not need any more.
@@ -144,7 +176,7 @@ class CheckpointStore:
         self._parallel.on_main(finish)
 
     def _write_best(self, best: BestWeights | None) -> None:
-        if best is None or self._has(best):
+        if best is None or best.weights is None or self._has(best):
             return
         name = _name(best.step)
         with NewFolder(self.best / name, self._facts(best.step)) as folder:
@@ -194,6 +226,8 @@ class CheckpointStore:
                 places = [self.best / name for name in (_name(step), path.name)]
                 if [place.exists() for place in places] != [False, True]:
                     found.best = self._read_best(step, model)
+                    if found.best is not None and self.best_on_disk:
+                        found.best = BestWeights(step, None)
             return found
         if bad:
             listed = "\n  ".join(bad)
@@ -264,9 +298,10 @@ class _Found:
     best: BestWeights | None = None
 
     def without_tensors(self) -> "_Found":
-        return replace(
-            self, weights={}, moments={}, best=self.best and replace(self.best, weights={})
-        )
+        best = self.best
+        if best is not None and best.weights is not None:
+            best = replace(best, weights={})
+        return replace(self, weights={}, moments={}, best=best)
 
 
 class _Unusable(Exception):
@@ -424,6 +459,11 @@ def _newest_first(folder: Path) -> list[Path]:
     """The step-NNNNNNNN in a folder, newest first; none if the folder doesn't exist."""
     found = [path for path in folder.glob("step-*") if re.fullmatch(r"step-\d{8,}", path.name)]
     return sorted(found, key=_step_of, reverse=True)
+
+
+def has_checkpoint(run_folder: Path) -> bool:
+    """Whether a run has saved a checkpoint, intact or not."""
+    return bool(_newest_first(run_folder / "checkpoints"))
 
 
 def _best_step(path: Path) -> int | None:

@@ -659,7 +659,7 @@ def test_what_was_checked_is_what_is_kept():
 # RunSettings that are compared in another way, or say where a run is; DATA by its tokens, which
 # may lie elsewhere
 COMPARED = {"QUICK_MODE", "CUSTOM_MODE", "MODEL", "USE_SMALL", "USE_DEFAULT", "custom_params"}
-COMPARED |= {"SEED", "PRECISION", "TOKENIZER", "MINUTES"}
+COMPARED |= {"SEED", "PRECISION", "TOKENIZER", "MINUTES", "INIT_FROM"}
 COMPARED |= {"DATA", "OUTPUT_DIR", "RUN_NAME", "RESUME", "DRY_RUN"}
 # those that the model is compared by
 FIXED = (*names_on_resume(TrainingConfig, "fixed"), "max_length")
