@@ -41,6 +41,7 @@ LIMITS = {  # of each class -> of each name: what is refused, what is taken; the
     TrainingConfig: {
         **dict.fromkeys(FROM_ONE_ON, ([0], [1, 7])),
         "time_budget_minutes": ([0, 0.0, 1_000_001], [1e-9, 1_000_000, 2.5]),
+        "lora_rank": ([0, 1025], [1, 1024, 8]),
         "gradient_accumulation_steps": ([0, 1_000_001], [1, 1_000_000, 4]),
         "optimizer": (["sgd", "AdamW", ""], ["adamw", "muon"]),
         "learning_rate": ([0, 0.0, 10.1, 1e308], [1e-12, 1, 10, 0.002]),
