@@ -4,7 +4,7 @@
 (Touvron et al. 2023) RMSNorm, rotary positions, a gated MLP and no biases, with qk_norm it is
 Qwen3 (Yang et al. 2025). The weights fit transformers' classes of these names.
 
-Tensor letters: B batch, T positions, C emb_dim, H heads, K key-value heads, D = C / H, F ff_dim,
+Tensor letters: B batch, T positions, C emb_dim, H heads, K key-value heads, D head_dim, F ff_dim,
 V vocabulary.
 """
 
@@ -22,14 +22,28 @@ from torch.utils.checkpoint import checkpoint
 from engine.compiling import free_steps
 from engine.loss import next_token_loss
 from engine.precision import DTYPES, Precision
-from engine.settings import check, setting
+from engine.settings import check, setting, shown
 
-ACTIVATIONS = {"gelu": lambda: nn.GELU(approximate="tanh"), "relu": nn.ReLU}
+ACTIVATIONS = {
+    "gelu": lambda: nn.GELU(approximate="tanh"),
+    "gelu_exact": nn.GELU,
+    "relu": nn.ReLU,
+}
 # of each architecture; the first is the default
 POSITIONS = {"gpt2": ("learned", "sinusoidal"), "llama": ("rope",)}
 MLP_KINDS = {"gpt2": tuple(ACTIVATIONS), "llama": ("swiglu",)}
+NORM_EPS = {"gpt2": 1e-5, "llama": 1e-6}
+# of each kind of rope_scaling, the numbers that it has beside its name
+ROPE_SCALINGS = {
+    "linear": ("factor",),
+    "llama3": (
+        "factor",
+        "low_freq_factor",
+        "high_freq_factor",
+        "original_max_position_embeddings",
+    ),
+}
 INIT_STD = 0.02
-RMS_NORM_EPS = 1e-6
 SHORT_CONTEXT = 512
 ATTENTIONS = ("fused", "plain")  # kernels of a CPU's training steps
 
@@ -61,6 +75,14 @@ class GPTConfig:
     rope_theta: float = setting(10_000.0, above=1)
     # each block starts as the identity, which speeds up the first steps
     zero_init: bool = setting(False)
+    # the next ones are what models from elsewhere have
+    head_dim: int | None = setting(None, minimum=1, maximum=65_536)  # None: emb_dim / n_heads
+    norm_eps: float | None = setting(None, above=0, maximum=1)
+    # of attention's output and of the MLP; None: True for "gpt2", False for "llama"
+    out_bias: bool | None = setting(None)
+    mlp_bias: bool | None = setting(None)
+    # of rotary positions, in transformers' words: {"rope_type": "llama3", "factor": 8.0, ...}
+    rope_scaling: dict[str, Any] | None = setting(None)
 
     def __post_init__(self) -> None:
         check(self)
@@ -72,6 +94,10 @@ class GPTConfig:
             "activation": MLP_KINDS[self.architecture][0],
             "positions": POSITIONS[self.architecture][0],
             "n_kv_heads": self.n_heads,
+            "head_dim": self.emb_dim // self.n_heads,
+            "norm_eps": NORM_EPS[self.architecture],
+            "out_bias": self.architecture == "gpt2",
+            "mlp_bias": self.architecture == "gpt2",
         }
         for name, value in own.items():
             if getattr(self, name) is None:
@@ -83,10 +109,14 @@ class GPTConfig:
         problems = []
         architecture, emb_dim, n_heads = (values[n] for n in ("architecture", "emb_dim", "n_heads"))
         where = f'where architecture is "{architecture}" it must be'
-        if emb_dim and n_heads and emb_dim % n_heads:
+        head_dim, ratio = values["head_dim"], f"emb_dim ({emb_dim}) / n_heads ({n_heads})"
+        if head_dim:
+            ratio = f"head_dim ({head_dim})"
+        elif emb_dim and n_heads and emb_dim % n_heads:
             problems.append(f"emb_dim ({emb_dim}) must be a multiple of n_heads ({n_heads})")
-        elif emb_dim and n_heads and architecture == "llama" and emb_dim // n_heads % 2:
-            ratio = f"emb_dim ({emb_dim}) / n_heads ({n_heads})"
+        elif emb_dim and n_heads:
+            head_dim = emb_dim // n_heads
+        if head_dim and head_dim % 2 and architecture == "llama":
             problems.append(f"{ratio} must be even: rotary positions turn pairs")
         if emb_dim and emb_dim % 2 and values["positions"] == "sinusoidal":
             problems.append(f'emb_dim ({emb_dim}) must be even where positions is "sinusoidal"')
@@ -98,15 +128,35 @@ class GPTConfig:
             shared = values["n_kv_heads"]
             if n_heads and shared and n_heads % shared:
                 problems.append(f"n_heads ({n_heads}) must be a multiple of n_kv_heads ({shared})")
-            if values["qkv_bias"]:
-                problems.append(f"qkv_bias is True; {where} False")
-            return problems
+            return problems + find_rope_faults(values["rope_scaling"])
         defaults = {"n_kv_heads": (None, n_heads), "qk_norm": (False,), "rope_theta": (10_000.0,)}
+        defaults["rope_scaling"] = (None,)
         return problems + [
             f'{name} is {values[name]}; it may be set where architecture is "llama" only'
             for name, usual in defaults.items()
             if values[name] not in usual
         ]
+
+
+def find_rope_faults(scaling: dict[str, Any] | None) -> list[str]:
+    """The problem of a rope_scaling, if it has one: an unknown kind, or a missing or odd number."""
+    if scaling is None:
+        return []
+    kinds = " or ".join(f'"{kind}"' for kind in ROPE_SCALINGS)
+    kind = scaling.get("rope_type")
+    if not isinstance(kind, str) or kind not in ROPE_SCALINGS:
+        return [f'rope_scaling["rope_type"] is {shown(kind)}; it must be {kinds}']
+    names = ROPE_SCALINGS[kind]
+    if scaling.keys() != {"rope_type", *names}:
+        listed = ", ".join(f'"{name}"' for name in names)
+        return [f'rope_scaling of "{kind}" must have "rope_type", {listed}, and nothing else']
+    for name in names:
+        value = scaling[name]
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1e9:
+            return [f'rope_scaling["{name}"] is {shown(value)}; it must be a number above 0']
+    if kind == "llama3" and scaling["low_freq_factor"] >= scaling["high_freq_factor"]:
+        return ['rope_scaling["low_freq_factor"] must be below its "high_freq_factor"']
+    return []
 
 
 # what a user may set: the tokenizer gives vocab_size, and context_length is called max_length
@@ -118,18 +168,38 @@ MODEL_SETTINGS = tuple(
 class RotaryTable(nn.Module):
     """Rotary positions (Su et al. 2021): p turns features i, i + D/2 by p * theta ** (-2i / D)."""
 
-    def __init__(self, length: int, head_dim: int, theta: float) -> None:
+    def __init__(
+        self, length: int, head_dim: int, theta: float, scaling: dict[str, Any] | None = None
+    ) -> None:
         super().__init__()
         # on the CPU even if the weights are still on the meta device
         pairs = torch.arange(0, head_dim, 2, dtype=torch.float32, device="cpu")
         positions = torch.arange(length, dtype=torch.float32, device="cpu")
-        angles = positions[:, None] * theta ** (-pairs / head_dim)
+        frequencies = theta ** (-pairs / head_dim)
+        if scaling is not None:
+            frequencies = scaled_frequencies(frequencies, scaling)
+        angles = positions[:, None] * frequencies
         self.register_buffer("cos", angles.cos(), persistent=False)
         self.register_buffer("sin", angles.sin(), persistent=False)
 
     def forward(self, positions: slice | Tensor) -> tuple[Tensor, Tensor]:
         """The angles' cosines and sines, (..., D / 2) each, at some positions."""
         return self.cos[positions], self.sin[positions]
+
+
+def scaled_frequencies(frequencies: Tensor, scaling: dict[str, Any]) -> Tensor:
+    """Rotary frequencies of a context that was made longer after pretraining.
+
+    "linear" divides all by the factor; "llama3" only those of wavelengths beyond the original
+    context / low_freq_factor, fewer and fewer down to / high_freq_factor (Llama 3.1's rule).
+    """
+    factor = scaling["factor"]
+    if scaling["rope_type"] == "linear":
+        return frequencies / factor
+    low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
+    turns = scaling["original_max_position_embeddings"] * frequencies / (2 * math.pi)
+    kept = ((turns - low) / (high - low)).clamp(0, 1)
+    return frequencies * (kept + (1 - kept) / factor)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -233,9 +303,9 @@ class CausalSelfAttention(nn.Module):
 
     def __init__(self, config: GPTConfig, layer: int) -> None:
         super().__init__()
-        assert config.n_kv_heads is not None, "GPTConfig has replaced it"
+        assert config.n_kv_heads and config.head_dim and config.norm_eps, "GPTConfig has them"
         self.layer = layer
-        self.head_dim = config.emb_dim // config.n_heads
+        self.head_dim = config.head_dim
         self.heads = config.n_heads, config.n_kv_heads, config.n_kv_heads
         self.drop_rate, self.context_length = config.attention_drop_rate, config.context_length
         # one of ATTENTIONS; None is the usual one of the dtype
@@ -243,12 +313,11 @@ class CausalSelfAttention(nn.Module):
         # queries, keys and values are one product
         self.qkv_rows = [heads * self.head_dim for heads in self.heads]
         self.qkv = nn.Linear(config.emb_dim, sum(self.qkv_rows), bias=config.qkv_bias)
-        has_bias = config.architecture == "gpt2"
-        self.out_proj = nn.Linear(config.emb_dim, config.emb_dim, bias=has_bias)
+        self.out_proj = nn.Linear(self.qkv_rows[0], config.emb_dim, bias=bool(config.out_bias))
         self.qk_norm = config.qk_norm  # Dehghani et al. 2023
         if config.qk_norm:
-            self.q_norm = nn.RMSNorm(self.head_dim, eps=RMS_NORM_EPS)
-            self.k_norm = nn.RMSNorm(self.head_dim, eps=RMS_NORM_EPS)
+            self.q_norm = nn.RMSNorm(self.head_dim, eps=config.norm_eps)
+            self.k_norm = nn.RMSNorm(self.head_dim, eps=config.norm_eps)
 
     def forward(
         self, x: Tensor, angles: tuple[Tensor, Tensor] | None, newest: Newest | None = None
@@ -257,7 +326,7 @@ class CausalSelfAttention(nn.Module):
 
         With newest, x is the newest positions of a KVCache and attends to the earlier ones too.
         """
-        B, T, C = x.shape
+        B, T = x.shape[:2]
         qkv = self.qkv(x).view(B, T, -1, self.head_dim)
         q, k, v = qkv.split(self.heads, dim=2)  # (B, T, H, D), then (B, T, K, D) twice
         if self.qk_norm:
@@ -280,7 +349,7 @@ class CausalSelfAttention(nn.Module):
                 is_causal=newest.is_causal,
                 enable_gqa=q.shape[1] != k.shape[1],
             )
-        return self.out_proj(x.transpose(1, 2).reshape(B, T, C))
+        return self.out_proj(x.transpose(1, 2).flatten(2))
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, dropout: float, *, is_plain: bool) -> Tensor:
@@ -311,7 +380,8 @@ def usual_attention(dtype: torch.dtype, context_length: int) -> str:
 
 def attention_step(config: GPTConfig, dtype: torch.dtype, kernel: str) -> Callable[[], object]:
     """One of ATTENTIONS as a forward and a backward pass over one window on a CPU."""
-    shape = (1, config.n_heads, config.context_length, config.emb_dim // config.n_heads)
+    assert config.head_dim, "GPTConfig has replaced it"
+    shape = (1, config.n_heads, config.context_length, config.head_dim)
     q, k, v = (torch.full(shape, 0.1, dtype=dtype, requires_grad=True) for _ in range(3))
 
     def run() -> object:
@@ -328,7 +398,8 @@ def attention_kernel(config: GPTConfig, precision: Precision, device: torch.devi
     if choice is None:
         return "unknown"
     dtype = DTYPES[precision.name]
-    shape = (1, config.n_heads, config.context_length, config.emb_dim // config.n_heads)
+    assert config.head_dim, "GPTConfig has replaced it"
+    shape = (1, config.n_heads, config.context_length, config.head_dim)
     q = torch.empty(shape, dtype=dtype, device=device, requires_grad=True)
     name = SDPBackend(choice(q, q, q, dropout_p=config.attention_drop_rate, is_causal=True)).name
     return name.lower().replace("_", " ")
@@ -337,10 +408,10 @@ def attention_kernel(config: GPTConfig, precision: Precision, device: torch.devi
 class GatedMLP(nn.Module):
     """SwiGLU (Shazeer 2020): the product of SiLU(gate) and up, projected down."""
 
-    def __init__(self, emb_dim: int, ff_dim: int) -> None:
+    def __init__(self, emb_dim: int, ff_dim: int, *, bias: bool) -> None:
         super().__init__()
-        self.gate_up = nn.Linear(emb_dim, 2 * ff_dim, bias=False)  # both are one product
-        self.down = nn.Linear(ff_dim, emb_dim, bias=False)
+        self.gate_up = nn.Linear(emb_dim, 2 * ff_dim, bias=bias)  # both are one product
+        self.down = nn.Linear(ff_dim, emb_dim, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, T, C) -> (B, T, C)."""
@@ -354,16 +425,17 @@ class Block(nn.Module):
     def __init__(self, config: GPTConfig, layer: int) -> None:
         super().__init__()
         assert config.ff_dim and config.activation, "GPTConfig has replaced them"
+        bias = bool(config.mlp_bias)
         self.attention_norm = build_norm(config)
         self.attention = CausalSelfAttention(config, layer)
         self.mlp_norm = build_norm(config)
         if config.activation == "swiglu":
-            self.mlp = GatedMLP(config.emb_dim, config.ff_dim)
+            self.mlp = GatedMLP(config.emb_dim, config.ff_dim, bias=bias)
         else:
             self.mlp = nn.Sequential(
-                nn.Linear(config.emb_dim, config.ff_dim),
+                nn.Linear(config.emb_dim, config.ff_dim, bias=bias),
                 ACTIVATIONS[config.activation](),
-                nn.Linear(config.ff_dim, config.emb_dim),
+                nn.Linear(config.ff_dim, config.emb_dim, bias=bias),
             )
         self.dropout = Dropout(config.drop_rate)
 
@@ -403,9 +475,9 @@ class Dropout(nn.Module):
 
 def build_norm(config: GPTConfig) -> nn.Module:
     """The architecture's norm over the last dimension."""
-    if config.architecture == "llama":
-        return nn.RMSNorm(config.emb_dim, eps=RMS_NORM_EPS)
-    return nn.LayerNorm(config.emb_dim)
+    assert config.norm_eps is not None, "GPTConfig has replaced it"
+    norm = nn.RMSNorm if config.architecture == "llama" else nn.LayerNorm
+    return norm(config.emb_dim, eps=config.norm_eps)
 
 
 class GPTModel(nn.Module):
@@ -425,8 +497,10 @@ class GPTModel(nn.Module):
             table = sinusoidal_positions(config.context_length, config.emb_dim)
             self.register_buffer("position_table", table, persistent=False)
         else:
-            head_dim = config.emb_dim // config.n_heads
-            self.rotary = RotaryTable(config.context_length, head_dim, config.rope_theta)
+            assert config.head_dim, "GPTConfig has replaced it"
+            self.rotary = RotaryTable(
+                config.context_length, config.head_dim, config.rope_theta, config.rope_scaling
+            )
         self.dropout = Dropout(config.drop_rate)
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layers))
         self.final_norm = build_norm(config)
@@ -525,7 +599,9 @@ class GPTModel(nn.Module):
     def flop_per_token(self) -> int:
         """A training step's operations for each token: 6N + 12LHDT (Chowdhery et al. 2022)."""
         config = self.config  # attention counts in full, not as causal
-        attention = 12 * config.n_layers * config.emb_dim * config.context_length
+        assert config.head_dim, "GPTConfig has replaced it"
+        width = config.n_heads * config.head_dim
+        attention = 12 * config.n_layers * width * config.context_length
         return 6 * self.parameters_in_products() + attention
 
     def parameters_in_products(self) -> int:

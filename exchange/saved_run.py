@@ -21,6 +21,7 @@ from engine.weights import (
     convert_weights,
     reading_trials,
 )
+from exchange.pretrained import Pretrained
 from generation import SamplingConfig
 from model import GPTConfig, GPTModel
 from planning.choices import Choices
@@ -29,7 +30,7 @@ from planning.machine import pick_device
 from planning.runs import newest_finished_run
 from planning.settings_file import read_given_settings
 from storage.cache import usable_cache
-from storage.checkpoint import assign_weights, read_weights
+from storage.checkpoint import assign_weights, newest_weights, read_weights
 from storage.files import SETTINGS
 from text.tokenizer import GPT2_FINGERPRINT, Tokenizer, load_tokenizer
 
@@ -97,6 +98,34 @@ def load_run(
     )
 
 
+def is_run(path: Path) -> bool:
+    """Whether a path is the folder of a run; any text may be one."""
+    return os.path.isfile(path / SETTINGS)  # unlike Path's methods, it accepts any text
+
+
+def open_run(path: Path) -> Pretrained:
+    """A run as a model to begin from: its best weights, or the last where it has no best ones.
+
+    Raises CheckpointError without a sound run.
+    """
+    record = read_record(path)
+    tokenizer = _tokenizer_of(path, record)
+    step, fingerprint = newest_weights(path, record.run_id)
+
+    def weights() -> dict[str, torch.Tensor]:
+        found, tensors = read_weights(path, record.run_id)
+        if found != step:
+            raise CheckpointError(
+                f"{path} had its best weights at step {step}, and now has those of step {found}.\n"
+                "It may be training: start again."
+            )
+        _require_fit(record.model, tensors, path)
+        return tensors
+
+    source = f"{path.name} (run, step {step:,})"
+    return Pretrained(source, record.model, tokenizer, weights, fingerprint)
+
+
 def fastest_reader(
     requested: str, device: torch.device, model: GPTModel
 ) -> tuple[str, bool, str | None]:
@@ -120,7 +149,7 @@ def _require_fit(config: GPTConfig, tensors: dict[str, torch.Tensor], path: Path
     is_wide = embedding is not None and embedding.shape == (config.vocab_size, config.emb_dim)
     if not is_wide or config.n_layers > len(tensors):
         raise CheckpointError(f"{path / SETTINGS} describes another model than the weights are of.")
-    features = {"sinusoidal": config.emb_dim, "rope": config.emb_dim // config.n_heads}
+    features = {"sinusoidal": config.emb_dim, "rope": config.head_dim or 0}
     # bytes of an fp32 table and what it is computed from; learned positions are among the weights
     needed = 10 * config.context_length * features.get(str(config.positions), 0)
     room = available_memory(torch.device("cpu"))
@@ -133,9 +162,8 @@ def _require_fit(config: GPTConfig, tensors: dict[str, torch.Tensor], path: Path
 
 def _find_run(folder: str | Path | None) -> Path:
     """The folder of a run: the path itself, or this name in OUTPUT_DIR."""
-    # unlike Path's methods, os.path's functions accept any text
     path = None if folder is None else Path(os.path.expanduser(folder))
-    if path is not None and os.path.isfile(path / SETTINGS):
+    if path is not None and is_run(path):
         return path
     given, place = read_given_settings(None)
     output_dir = given.get("OUTPUT_DIR", "runs")
@@ -146,9 +174,9 @@ def _find_run(folder: str | Path | None) -> Path:
         return newest_finished_run(output_dir)
     is_named = os.path.exists(output_dir / path) or not os.path.exists(path)
     found = output_dir / path if is_named else path
-    if not os.path.isfile(found / SETTINGS):
+    if not is_run(found):
         for folder in found.parents:
-            if os.path.isfile(folder / SETTINGS):
+            if is_run(folder):
                 raise CheckpointError(
                     f"{found} is no run, but lies in the run {folder}: name that one.\n"
                     "--which best (the default) takes its best weights, --which last the last ones."

@@ -7,7 +7,7 @@ from planning.card import run_lines
 from planning.decisions import complete_training
 from planning.machine import Machine
 from planning.plan import RunPlan
-from planning.preflight import show_training
+from planning.preflight import show_start, show_training
 from planning.runs import SettledRun
 from planning.trial import Trial, rehearse
 from storage.checkpoint import most_bytes
@@ -28,14 +28,13 @@ def end_dry_run(
     ends it. Collective."""
     if plan.recipe is None:
         expected = rehearse(plan, asked, windows, trial)
-        show_training(
-            plan.mode, expected.training, expected.total_steps, notices + expected.notices
-        )
+        show_start(plan, expected.training, expected.total_steps, trial.learner.model)
+        show_training(plan, expected.training, expected.total_steps, notices + expected.notices)
         disk = most_bytes(trial.learner.model, asked.keep_checkpoints)
         say("\n".join(["", *run_lines(expected, machine.memory, disk), ""]))
     else:
         total_steps = asked.max_steps  # known of a run that goes on
         training, about_steps = complete_training(asked, windows, total_steps)
-        show_training(plan.mode, training, total_steps, notices + about_steps)
+        show_training(plan, training, total_steps, notices + about_steps)
     does = "begins this run" if run.before is None else f"goes on with {run.path}"
     return RunFinished(f"DRY_RUN is True: nothing was trained or saved. DRY_RUN = False {does}.")

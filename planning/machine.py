@@ -36,6 +36,7 @@ from engine.memory import (
     available_memory,
     estimate_memory,
     halved,
+    keeps_best_on_disk,
 )
 from engine.precision import DTYPES, Precision, choose_precision, keep_precision, may_be_slow
 from engine.processor import default_threads, threads_are_set
@@ -149,7 +150,7 @@ def _faster_attention(config: GPTConfig, usual: str, machine: Machine) -> str:
     """The kernel that is faster in a step over one window, on the main rank; tells it."""
     choices, name = machine.choices, machine.precision.name
     assert choices is not None, "find_machine() sets it"
-    shape = f"{config.n_heads} x {config.context_length} x {config.emb_dim // config.n_heads}"
+    shape = f"{config.n_heads} x {config.context_length} x {config.head_dim}"
     kernels = sorted(ATTENTIONS, key=usual.__ne__)  # the usual one first
     steps = {kernel: attention_step(config, DTYPES[name], kernel) for kernel in kernels}
     choice = machine.parallel.from_main(
@@ -385,10 +386,11 @@ def fresh_model(
 
 def _require_memory_for(config: GPTConfig, machine: Machine) -> None:
     """Raise ResourceError for matrices beyond memory: overcommit would end in a killed process."""
-    assert config.ff_dim is not None  # GPTConfig computes it
+    assert config.ff_dim and config.head_dim  # GPTConfig computes them
     n_matrices = 1 if config.tie_embeddings else 2
     least = n_matrices * config.vocab_size * config.emb_dim
-    least += config.n_layers * 2 * config.emb_dim * (config.emb_dim + config.ff_dim)
+    width = config.n_heads * config.head_dim
+    least += config.n_layers * 2 * config.emb_dim * (width + config.ff_dim)
     needed = least * 4 * 3  # fp32 weights, gradients and one moment
     if machine.parallel.kind == "fsdp":
         # an evaluation unshards all weights, in the run's precision
@@ -409,6 +411,8 @@ def fit_into_memory(
     device, parallel, micro_batch = machine.device, machine.parallel, machine.micro_batch
     parts = parallel.world if parallel.kind == "fsdp" else 1
     share = windows.batch_size * asked.gradient_accumulation_steps // parallel.world
+    in_memory = device.type != "cuda" and not keeps_best_on_disk(model, device)
+    keeps_best = in_memory and parallel.is_main
     for accumulates in (micro_batch < share, True):
         with whole(model, parallel):
             estimate = estimate_memory(
@@ -418,7 +422,7 @@ def fit_into_memory(
                 precision=machine.precision,
                 device=device,
                 optimizer=asked.optimizer,
-                keeps_best=device.type != "cuda" and parallel.is_main,
+                keeps_best=keeps_best,
                 parts=parts,
                 accumulates=accumulates,
             )

@@ -8,15 +8,16 @@ file can run code, and none is loaded before its sha256 is verified.
 
 import contextlib
 import errno
+import hashlib
 import json
 import os
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from itertools import combinations
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -26,8 +27,10 @@ from distributed.parallel import ALONE, Parallel
 from distributed.sharding import gathered, placed
 from engine.console import say, tell
 from engine.errors import CheckpointError, NumericsError, SettingsError
+from engine.lora import adapter_of, merged
 from engine.settings import shown
 from storage.files import (
+    MANIFEST,
     NewFolder,
     make_folder,
     remove_folder,
@@ -40,6 +43,7 @@ from storage.files import (
 
 FORMAT = 1  # of a checkpoint; no other is read
 WEIGHTS, OPTIMIZER, STATE = "model.safetensors", "optimizer.safetensors", "state.json"
+FROZEN = "frozen"  # the folder of the weights that an adapter is for
 MOST_STATE_BYTES = 1 << 28
 SPARE = 2  # checkpoints to keep, at most, of which a finished run keeps the last alone
 SAVING_SHARE = 0.02  # of a run's time, at most, if saves are made by time
@@ -53,6 +57,7 @@ DTYPES = {  # their names in safetensors
     torch.uint8: "U8",
 }
 Tensors = dict[str, torch.Tensor]
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -60,24 +65,33 @@ class BestWeights:
     """The weights with the lowest validation loss so far, by parameter name, in CPU memory."""
 
     step: int
-    weights: Tensors
+    weights: Tensors | None  # None: only in the run's folder
 
 
 class CheckpointStore:
     """The checkpoints of one run folder. The caller holds the folder's lock.
 
     All methods but newest() are collectives: every rank calls them. Only the main rank reads and
-    writes; all ranks get its result, or raise its error.
+    writes; all ranks get its result, or raise its error. With best_on_disk the best weights are
+    written at once, and take no memory.
     """
 
     def __init__(
-        self, run_folder: Path, run_id: str, keep: int, parallel: Parallel = ALONE
+        self,
+        run_folder: Path,
+        run_id: str,
+        keep: int,
+        parallel: Parallel = ALONE,
+        *,
+        best_on_disk: bool = False,
     ) -> None:
+        self._run_folder = run_folder
         self.checkpoints = run_folder / "checkpoints"
         self.best = run_folder / "best"
         self._run_id = run_id
         self._keep = keep
         self._parallel = parallel
+        self.best_on_disk = best_on_disk
         parallel.on_main(self._make_folders)
 
     def _make_folders(self) -> None:
@@ -107,7 +121,7 @@ class CheckpointStore:
                     raise NumericsError(
                         f"after step {step} the weights {name} are not finite: they are not saved."
                     )
-            new_best = {} if best is None or self._has(best) else best.weights
+            new_best = {} if best is None or self._has(best) else best.weights or {}
             tensors = [*weights.values(), *moments.values(), *new_best.values()]
             n_bytes = sum(value.nbytes for value in tensors)
             require_space(self.checkpoints, n_bytes, f"the checkpoint of step {step}")
@@ -120,6 +134,47 @@ class CheckpointStore:
             self._prune(best, self._keep)
 
         self._parallel.on_main(commit)
+
+    def keep_best(self, step: int, model: nn.Module) -> BestWeights:
+        """Keep a model's weights as the best ones; ResourceError if they are to go to the disk, and
+        that refuses."""
+        if not self.best_on_disk:
+            return BestWeights(step, copy_weights(model, self._parallel))
+        best = BestWeights(step, gathered(weights_of(model), self._parallel))
+
+        def write() -> None:
+            remove_folder(self.best / _name(step))  # of an earlier process, after its checkpoint
+            n_bytes = sum(value.nbytes for value in (best.weights or {}).values())
+            require_space(self.best, n_bytes, f"the best weights, of step {step}")
+            self._write_best(best)
+
+        self._parallel.on_main(write)
+        return replace(best, weights=None)
+
+    def keep_frozen(self, model: nn.Module) -> None:
+        """Write the frozen weights of a model with LoRA, once a run: checkpoints lack them."""
+        frozen = {n: p.detach() for n, p in model.named_parameters() if not p.requires_grad}
+
+        def write() -> None:
+            place = self._run_folder / FROZEN
+            if not frozen or (place / _name(0)).exists():
+                return
+            make_folder(place)
+            remove_orphans(place)
+            n_bytes = sum(value.nbytes for value in frozen.values())
+            require_space(place, n_bytes, "a copy of the frozen weights")
+            with NewFolder(place / _name(0), self._facts(0)) as folder:
+                folder.write(WEIGHTS, safetensors_chunks(frozen))
+
+        self._parallel.on_main(write)
+
+    def weights_of_best(self, best: BestWeights, model: nn.Module) -> Tensors | None:
+        """The best weights, {} on ranks other than the main one; None if they are lost."""
+        if best.weights is not None:
+            return best.weights
+        found = self._parallel.on_main(lambda: self._read_best(best.step, model))
+        is_lost = self._parallel.broadcast(found is None)
+        return None if is_lost else (found and found.weights) or {}
 
     def save_best(self, best: BestWeights | None) -> None:
         """Commit the best weights of a finished run, and remove what it does not need any more.
@@ -141,7 +196,7 @@ class CheckpointStore:
         self._parallel.on_main(finish)
 
     def _write_best(self, best: BestWeights | None) -> None:
-        if best is None or self._has(best):
+        if best is None or best.weights is None or self._has(best):
             return
         name = _name(best.step)
         with NewFolder(self.best / name, self._facts(best.step)) as folder:
@@ -191,6 +246,8 @@ class CheckpointStore:
                 places = [self.best / name for name in (_name(step), path.name)]
                 if [place.exists() for place in places] != [False, True]:
                     found.best = self._read_best(step, model)
+                    if found.best is not None and self.best_on_disk:
+                        found.best = BestWeights(step, None)
             return found
         if bad:
             listed = "\n  ".join(bad)
@@ -259,9 +316,10 @@ class _Found:
     best: BestWeights | None = None
 
     def without_tensors(self) -> "_Found":
-        return replace(
-            self, weights={}, moments={}, best=self.best and replace(self.best, weights={})
-        )
+        best = self.best
+        if best is not None and best.weights is not None:
+            best = replace(best, weights={})
+        return replace(self, weights={}, moments={}, best=best)
 
 
 class _Unusable(Exception):
@@ -273,9 +331,46 @@ def read_weights(run_folder: Path, run_id: str, which: str = "best") -> tuple[in
 
     The run may be training in another process: if the files disappear during the read, it starts
     again with the newest ones. Falls back from damaged weights to earlier ones, with a notice, and
-    from "best" to the checkpoints. Raises CheckpointError if none can be read, SettingsError for
-    another `which`.
+    from "best" to the checkpoints. An adapter is merged into the weights that the run began from.
+    Raises CheckpointError if none can be read, SettingsError for another `which`.
     """
+    path, tensors = _newest_sound(run_folder, which, lambda path: _read_model(path, run_id))
+    if adapter := adapter_of(tensors):
+        frozen = read_frozen(run_folder, run_id)
+        try:
+            tensors = merged(frozen, adapter)
+        except (KeyError, RuntimeError):
+            raise CheckpointError(f"{path} is no adapter of the weights in {run_folder}.") from None
+    return _step_of(path), tensors
+
+
+def read_frozen(run_folder: Path, run_id: str) -> Tensors:
+    """The weights that a run with LoRA began from; CheckpointError if they can't be read."""
+    try:
+        return _read_model(run_folder / FROZEN / _name(0), run_id)
+    except _Unusable as error:
+        raise CheckpointError(f"the run's frozen weights are lost: {error}.") from None
+
+
+def newest_weights(run_folder: Path, run_id: str, which: str = "best") -> tuple[int, str]:
+    """The step of the weights that read_weights() reads, and a sha256 that tells them from others.
+
+    Raises as read_weights() does.
+    """
+
+    def verify(path: Path) -> str:
+        _verify(path, run_id, WEIGHTS)
+        with _unusable_where_unreadable(path):
+            return hashlib.sha256((path / MANIFEST).read_bytes()).hexdigest()
+
+    path, digest = _newest_sound(run_folder, which, verify)
+    return _step_of(path), digest
+
+
+def _newest_sound(
+    run_folder: Path, which: str, read: Callable[[Path], Result]
+) -> tuple[Path, Result]:
+    """The newest folder of weights that can be read, and what read() makes of it."""
     if which not in ("best", "last"):
         raise SettingsError(f'which is {shown(which)}; it must be "best" or "last"')
     # the best weights of a finished run may be newer than its last checkpoint
@@ -284,7 +379,7 @@ def read_weights(run_folder: Path, run_id: str, which: str = "best") -> tuple[in
     while found := [path for place in places for path in _newest_first(place) if path not in bad]:
         path = found[0]
         try:
-            return _step_of(path), _read_model(path, run_id)
+            return path, read(path)
         except _Unusable as error:
             if os.path.lexists(path):
                 tell(f"Note: {error}; what was saved before serves instead")
@@ -398,6 +493,11 @@ def _newest_first(folder: Path) -> list[Path]:
     return sorted(found, key=_step_of, reverse=True)
 
 
+def has_checkpoint(run_folder: Path) -> bool:
+    """Whether a run has saved a checkpoint, intact or not."""
+    return bool(_newest_first(run_folder / "checkpoints"))
+
+
 def _best_step(path: Path) -> int | None:
     """The step of a checkpoint's best weights."""
     try:
@@ -413,8 +513,10 @@ def most_bytes(model: nn.Module, keep: int) -> int:
 
 
 def weights_of(model: nn.Module) -> Tensors:
-    """The model's parameters by name; a shared one occurs once."""
-    return {name: value.detach() for name, value in model.named_parameters()}
+    """What a checkpoint holds of a model: its parameters by name, a shared one once; where it has
+    LoRA, those of the adapter alone."""
+    parameters = {name: value.detach() for name, value in model.named_parameters()}
+    return adapter_of(parameters) or parameters
 
 
 def copy_weights(model: nn.Module, parallel: Parallel = ALONE) -> Tensors:
@@ -518,12 +620,15 @@ def load_optimizer(
     optimizer.load_state_dict({"state": state, "param_groups": groups})
 
 
-def safetensors_chunks(tensors: Tensors) -> Iterator[bytes | memoryview]:
+def safetensors_chunks(
+    tensors: Tensors, metadata: dict[str, str] | None = None
+) -> Iterator[bytes | memoryview]:
     """A safetensors file in chunks: its header, then each tensor, without a copy of CPU tensors.
 
     The library's own writer copies all tensors at once. Format: github.com/huggingface/safetensors.
     """
-    header, start = {}, 0
+    header: dict[str, Any] = {} if metadata is None else {"__metadata__": metadata}
+    start = 0
     # the widest dtypes first, as the library does, so that each tensor is aligned
     ordered = sorted(tensors.items(), key=lambda item: (-item[1].itemsize, item[0]))
     for name, value in ordered:
@@ -547,10 +652,17 @@ def read_safetensors(path: Path) -> Tensors:
 
     Raises SafetensorError for another format, OSError if the file can't be read.
     """
+    return {name: tensor.clone() for name, tensor in map_safetensors(path).items()}
+
+
+def map_safetensors(path: Path) -> Tensors:
+    """The tensors of a safetensors file, whose memory is the file's: read where they are used.
+
+    Raises as read_safetensors() does.
+    """
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
-            # cloned: the library may return memory that is mapped from the file
-            return {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
+            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except AttributeError as error:  # the library looks up the dtype in torch by name
         raise SafetensorError(f"not fp32, and this torch has no {error.name}") from error
     except RuntimeError:

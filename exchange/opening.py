@@ -1,0 +1,33 @@
+"""Open a model by where it is: a run, a folder of transformers' files, a model of the Hub."""
+
+import os
+from pathlib import Path
+
+from engine.errors import SettingsError
+from engine.settings import shown
+from exchange.huggingface import download, open_folder
+from exchange.pretrained import Pretrained
+from exchange.saved_run import is_run, open_run
+
+HUB = "hf:"
+
+
+def open_pretrained(where: str) -> Pretrained:
+    """A run (its best weights), a folder of transformers' files, or "hf:owner/name".
+
+    A relative path is taken from the working directory. Raises SettingsError for a name that can't
+    be or a missing library, CheckpointError for damaged files and models of another kind.
+    """
+    if where.startswith(HUB):
+        name = where.removeprefix(HUB)
+        return open_folder(download(name), name)
+    path = Path(os.path.expanduser(where))
+    if is_run(path):
+        return open_run(path)
+    if os.path.isdir(path):  # unlike Path's methods, it accepts any text
+        return open_folder(path)
+    raise SettingsError(
+        f"{shown(where)} is no model: there is no such folder.\n"
+        "It may be a run's folder, a folder of transformers' files (config.json, "
+        'model.safetensors, tokenizer.json) or "hf:owner/name".'
+    )
