@@ -22,6 +22,7 @@ from text.learn_bpe import learn_bpe
 from text.tokenizer_file import (
     END_OF_TEXT,
     SHORT_WORDS,
+    added_token,
     byte_level_json,
     check_tokenizer_tree,
     ranks_of,
@@ -185,9 +186,11 @@ class CharTokenizer(ByteTokens):
 
     def to_json(self) -> str:
         """The tokenizer as the text of a tokenizer.json: a BPE without merges."""
-        bytes_ = {f"<0x{byte:02X}>": self.first_byte_id + byte for byte in range(256)}
+        tokens = [*self.chars, *(f"<0x{byte:02X}>" for byte in range(256)), END_OF_TEXT]
+        model = {"vocab": {token: i for i, token in enumerate(tokens)}, "byte_fallback": True}
         decoder = {"type": "Sequence", "decoders": [{"type": "ByteFallback"}, {"type": "Fuse"}]}
-        tree = tokenizer_json(self.stoi | bytes_, [], pre_tokenizer=None, decoder=decoder)
+        end = added_token(self.end_of_text_id, END_OF_TEXT)
+        tree = tokenizer_json(model, [end], pre_tokenizer=None, decoder=decoder)
         return json.dumps(tree, ensure_ascii=False)
 
 
@@ -413,6 +416,14 @@ def load_tokenizer(name: str | Path) -> Tokenizer:
             f"can't read the tokenizer {path}: {error.strerror or error}.\n"
             "TOKENIZER names it in the settings."
         ) from error
+    return parse_tokenizer(content, path)
+
+
+def parse_tokenizer(content: bytes, path: Path) -> Tokenizer:
+    """The tokenizer of a tokenizer.json's content; path is what messages call it.
+
+    Raises DataError if it is damaged or inconsistent, SettingsError without the library for it.
+    """
     try:
         tree = json.loads(content)
     except (ValueError, RecursionError) as error:

@@ -15,6 +15,12 @@ SHORT_WORDS = (
     r"'(?:[sdmt]|ll|ve|re)| ?\p{L}{1,64}| ?\p{N}{1,64}| ?[^\s\p{L}\p{N}]{1,64}"
     r"|\s{1,64}(?!\S)|\s"
 )
+BYTE_LEVEL = {
+    "type": "ByteLevel",
+    "add_prefix_space": False,
+    "trim_offsets": True,
+    "use_regex": True,
+}
 MAX_MERGES = 2_000_000
 
 
@@ -73,58 +79,69 @@ def byte_level_json(ranks: dict[bytes, int], *, short_words: bool = False) -> di
     shown = {token: token.decode("latin-1").translate(symbols) for token in ranks}
     vocabulary = {shown[token]: rank for token, rank in ranks.items()}
     merges = [[shown[left], shown[right]] for left, right in merge_pairs(ranks)]
-    decoder: dict[str, Any] = {"type": "ByteLevel", "add_prefix_space": False}
-    decoder |= {"trim_offsets": True, "use_regex": True}
-    pre_tokenizer = decoder
-    if short_words:
-        split = {"type": "Split", "pattern": {"Regex": SHORT_WORDS}, "behavior": "Isolated"}
-        steps = [split | {"invert": False}, decoder | {"use_regex": False}]
-        pre_tokenizer = {"type": "Sequence", "pretokenizers": steps}
-    return tokenizer_json(vocabulary, merges, pre_tokenizer=pre_tokenizer, decoder=decoder)
+    pre_tokenizer = split_words(SHORT_WORDS) if short_words else BYTE_LEVEL
+    return tokenizer_json(
+        {"vocab": vocabulary | {END_OF_TEXT: len(ranks)}, "merges": merges},
+        [added_token(len(ranks), END_OF_TEXT)],
+        pre_tokenizer=pre_tokenizer,
+        decoder=BYTE_LEVEL,
+    )
 
 
-def tokenizer_json(
-    vocabulary: dict[str, int],
-    merges: list[list[str]],
-    *,
-    pre_tokenizer: dict[str, Any] | None,
-    decoder: dict[str, Any],
-) -> dict[str, Any]:
-    """A tokenizer.json's content, in the format of Hugging Face tokenizers; end-of-text is last.
+def split_words(pattern: str) -> dict[str, Any]:
+    """The pre-tokenizer of a byte-level BPE whose words are those of a regular expression."""
+    split = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated"}
+    steps = [split | {"invert": False}, BYTE_LEVEL | {"use_regex": False}]
+    return {"type": "Sequence", "pretokenizers": steps}
 
-    Without a pre-tokenizer, characters outside the vocabulary fall back to bytes.
-    """
-    end_of_text_id = len(vocabulary)
-    special = {
-        "id": end_of_text_id,
-        "content": END_OF_TEXT,
+
+def added_token(token_id: int, content: str, *, special: bool = True) -> dict[str, Any]:
+    """An entry of a tokenizer.json's added tokens; a special one is not looked for in a text."""
+    return {
+        "id": token_id,
+        "content": content,
         "single_word": False,
         "lstrip": False,
         "rstrip": False,
         "normalized": False,
-        "special": True,
+        "special": special,
+    }
+
+
+def tokenizer_json(
+    model: dict[str, Any],
+    added_tokens: list[dict[str, Any]],
+    *,
+    pre_tokenizer: dict[str, Any] | None,
+    decoder: dict[str, Any],
+    normalizer: dict[str, Any] | None = None,
+) -> dict[str, Any]:
+    """A tokenizer.json's content for a BPE, in the format of Hugging Face tokenizers.
+
+    model has the vocabulary and the merges, and what differs from the defaults.
+    """
+    defaults: dict[str, Any] = {
+        "type": "BPE",
+        "dropout": None,
+        "unk_token": None,
+        "continuing_subword_prefix": "",
+        "end_of_word_suffix": "",
+        "fuse_unk": False,
+        "byte_fallback": False,
+        "ignore_merges": False,
+        "vocab": {},
+        "merges": [],
     }
     return {
         "version": "1.0",
         "truncation": None,
         "padding": None,
-        "added_tokens": [special],
-        "normalizer": None,
+        "added_tokens": added_tokens,
+        "normalizer": normalizer,
         "pre_tokenizer": pre_tokenizer,
         "post_processor": None,
         "decoder": decoder,
-        "model": {
-            "type": "BPE",
-            "dropout": None,
-            "unk_token": None,
-            "continuing_subword_prefix": "",
-            "end_of_word_suffix": "",
-            "fuse_unk": False,
-            "byte_fallback": pre_tokenizer is None,
-            "ignore_merges": False,
-            "vocab": vocabulary | {END_OF_TEXT: end_of_text_id},
-            "merges": merges,
-        },
+        "model": defaults | model,
     }
 
 
