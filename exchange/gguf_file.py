@@ -9,7 +9,7 @@ import itertools
 import math
 import stat
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -304,8 +304,8 @@ def _decode(raw: torch.Tensor, stored: StoredTensor) -> torch.Tensor:
     if stored.kind in _DTYPES:
         return raw.view(_DTYPES[stored.kind]).to(torch.float32).view(stored.shape)
     rows = raw.view(-1, stored.n_bytes // math.prod(stored.shape[:-1])).numpy()
-    values = _quants(stored.kind).dequantize(rows)
-    return torch.from_numpy(values).view(stored.shape)
+    quants, kind = _library(stored.kind)
+    return torch.from_numpy(quants.dequantize(rows, kind)).view(stored.shape)
 
 
 def _encode(tensor: torch.Tensor, kind: str) -> np.ndarray:
@@ -316,19 +316,24 @@ def _encode(tensor: torch.Tensor, kind: str) -> np.ndarray:
         if not torch.isfinite(stored).all():
             raise SettingsError(f"a weight is beyond {kind}'s range: export to bf16 or fp32.")
         return stored.view(torch.uint8).flatten().numpy()
-    return _quants(kind).quantize(values.numpy()).reshape(-1)
+    quants, number = _library(kind)
+    return quants.quantize(values.numpy(), number).reshape(-1)
 
 
-def _quants(kind: str) -> Any:
-    """The part of the library gguf that converts one of KINDS; SettingsError without it."""
+def require_library(kinds: Iterable[str]) -> None:
+    """Raise SettingsError if one of these kinds of tensors needs a library that is missing."""
+    for kind in kinds:
+        if kind not in _DTYPES:
+            _library(kind)
+
+
+def _library(kind: str) -> tuple[Any, Any]:
+    """The module that converts blocks, and what it calls a kind; SettingsError if it is missing."""
     try:
         from gguf import GGMLQuantizationType, quants
     except ImportError:
-        raise SettingsError(
-            f"weights stored as {kind} need a library: pip install {LIBRARY}"
-        ) from None
-    traits: dict[Any, Any] = quants._type_traits
-    return traits[GGMLQuantizationType[kind]]
+        raise SettingsError(f"weights in {kind} need a library: pip install {LIBRARY}") from None
+    return quants, GGMLQuantizationType[kind]
 
 
 def unusable(path: Path, fault: str) -> CheckpointError:

@@ -10,20 +10,19 @@ from typing import Any
 
 from engine.errors import CheckpointError, DataError, SettingsError
 from exchange.gguf_file import GGUFFile, unusable
-from text.tokenizer import MOST_MERGE_STEPS, CharTokenizer, Tokenizer, parse_tokenizer
+from exchange.huggingface import BEGIN_NAMES, TURN_ENDS
+from text.tokenizer import MOST_MERGE_STEPS, CharTokenizer, Tokenizer, read_tokenizer
 from text.tokenizer_file import (
     BYTE_LEVEL,
     END_OF_TEXT,
     SHORT_WORDS,
-    added_token,
+    special_token,
     split_words,
     tokenizer_json,
 )
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)  # types of tokens
 SPACE = "▁"  # SentencePiece's
-# what models call the token that begins a text, which chat templates may ask for
-BEGIN_NAMES = ("<|begin_of_text|>", "<s>", "<bos>")
 _LLAMA3_WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -49,7 +48,7 @@ RULES = {
 }
 
 
-def read_tokenizer(file: GGUFFile) -> Tokenizer:
+def tokenizer_of(file: GGUFFile) -> Tokenizer:
     """The tokenizer of a GGUF file.
 
     Raises CheckpointError for one that is damaged or of another kind, SettingsError without the
@@ -71,12 +70,12 @@ def read_tokenizer(file: GGUFFile) -> Tokenizer:
     else:
         raise unusable(file.path, f'its tokenizer.ggml.model is "{kind:.80}", not gpt2 or llama')
     tree["added_tokens"] = [
-        added_token(i, token, special=types[i] == CONTROL)
+        special_token(i, token) | {"special": types[i] == CONTROL}
         for i, token in enumerate(tokens)
         if types[i] in (CONTROL, USER_DEFINED)
     ]
     try:
-        return parse_tokenizer(json.dumps(tree).encode(), file.path / "tokenizer.json")
+        return read_tokenizer(json.dumps(tree).encode(), file.path / "tokenizer.json")
     except DataError as error:
         raise CheckpointError(str(error)) from None
 
@@ -89,13 +88,9 @@ def _byte_level_tree(file: GGUFFile, vocabulary: dict[str, int]) -> dict[str, An
         raise unusable(file.path, f'its tokenizer.ggml.pre is "{name:.80}"; known are {known}')
     rule = RULES[name]
     merges = [merge.split(" ", 1) for merge in file.items("tokenizer.ggml.merges", str)]
-    return tokenizer_json(
-        {"vocab": vocabulary, "merges": merges, "ignore_merges": rule.ignore_merges},
-        [],
-        pre_tokenizer=rule.pre_tokenizer,
-        decoder=BYTE_LEVEL,
-        normalizer=rule.normalizer,
-    )
+    tree = tokenizer_json({}, merges, pre_tokenizer=rule.pre_tokenizer, decoder=BYTE_LEVEL)
+    tree["model"] |= {"vocab": vocabulary, "ignore_merges": rule.ignore_merges}
+    return tree | {"normalizer": rule.normalizer}
 
 
 def _sentence_piece_tree(
@@ -114,7 +109,6 @@ def _sentence_piece_tree(
             pairs = ([token[:at], token[at:]] for at in range(1, len(token)))
             merges += [pair for pair in pairs if pair[0] in vocabulary and pair[1] in vocabulary]
     unknown = next((token for token, i in vocabulary.items() if types[i] == UNKNOWN), None)
-    model = {"vocab": vocabulary, "merges": merges, "unk_token": unknown, "fuse_unk": True}
     spaces = [{"type": "Replace", "pattern": {"String": " "}, "content": SPACE}]
     decoders: list[dict[str, Any]] = [
         {"type": "Replace", "pattern": {"String": SPACE}, "content": " "},
@@ -124,16 +118,15 @@ def _sentence_piece_tree(
     if file.get("tokenizer.ggml.add_space_prefix", bool, True):
         spaces.insert(0, {"type": "Prepend", "prepend": SPACE})
         decoders.append({"type": "Strip", "content": " ", "start": 1, "stop": 0})
-    return tokenizer_json(
-        model | {"byte_fallback": True},
-        [],
-        pre_tokenizer=None,
-        decoder={"type": "Sequence", "decoders": decoders},
-        normalizer={"type": "Sequence", "normalizers": spaces},
-    )
+    decoder = {"type": "Sequence", "decoders": decoders}
+    tree = tokenizer_json({}, merges, pre_tokenizer=None, decoder=decoder)
+    tree["model"] |= {"vocab": vocabulary, "unk_token": unknown, "fuse_unk": True}
+    return tree | {"normalizer": {"type": "Sequence", "normalizers": spaces}}
 
 
-def tokenizer_metadata(tokenizer: Tokenizer, vocab_size: int) -> dict[str, Any]:
+def tokenizer_metadata(
+    tokenizer: Tokenizer, vocab_size: int, chat_template: str | None
+) -> dict[str, Any]:
     """The metadata of a tokenizer, for a model with so many rows.
 
     llama.cpp has no name for a pre-tokenizer with short words: it cuts as GPT-2's does, which
@@ -163,12 +156,15 @@ def tokenizer_metadata(tokenizer: Tokenizer, vocab_size: int) -> dict[str, Any]:
         tokens, types = _tokens_of(tree, max(vocab_size, tokenizer.vocab_size))
         if types[end] == UNUSED:  # the end-of-text that a tokenizer without one was given
             tokens[end], types[end] = END_OF_TEXT, CONTROL
-    begin = next((tokens.index(name) for name in BEGIN_NAMES if name in tokens), end)
+    special = {token: i for i, token in enumerate(tokens) if types[i] == CONTROL}
+    turn_ends = (name for name in TURN_ENDS if name in special and name in (chat_template or ""))
+    if chat_template is not None:
+        kind["tokenizer.chat_template"] = chat_template
     return kind | {
         "tokenizer.ggml.tokens": tokens,
         "tokenizer.ggml.token_type": types,
-        "tokenizer.ggml.bos_token_id": begin,
-        "tokenizer.ggml.eos_token_id": end,
+        "tokenizer.ggml.bos_token_id": next((special[n] for n in BEGIN_NAMES if n in special), end),
+        "tokenizer.ggml.eos_token_id": next((special[n] for n in turn_ends), end),
         "tokenizer.ggml.padding_token_id": end,
         "tokenizer.ggml.add_bos_token": False,
         "tokenizer.ggml.add_eos_token": False,

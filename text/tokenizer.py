@@ -22,7 +22,6 @@ from text.learn_bpe import learn_bpe
 from text.tokenizer_file import (
     END_OF_TEXT,
     SHORT_WORDS,
-    added_token,
     byte_level_json,
     check_tokenizer_tree,
     ranks_of,
@@ -186,11 +185,9 @@ class CharTokenizer(ByteTokens):
 
     def to_json(self) -> str:
         """The tokenizer as the text of a tokenizer.json: a BPE without merges."""
-        tokens = [*self.chars, *(f"<0x{byte:02X}>" for byte in range(256)), END_OF_TEXT]
-        model = {"vocab": {token: i for i, token in enumerate(tokens)}, "byte_fallback": True}
+        bytes_ = {f"<0x{byte:02X}>": self.first_byte_id + byte for byte in range(256)}
         decoder = {"type": "Sequence", "decoders": [{"type": "ByteFallback"}, {"type": "Fuse"}]}
-        end = added_token(self.end_of_text_id, END_OF_TEXT)
-        tree = tokenizer_json(model, [end], pre_tokenizer=None, decoder=decoder)
+        tree = tokenizer_json(self.stoi | bytes_, [], pre_tokenizer=None, decoder=decoder)
         return json.dumps(tree, ensure_ascii=False)
 
 
@@ -203,11 +200,13 @@ class ForeignTokenizer:
         self._tokenizer = tokenizer
         self.name = name
         self.fingerprint = fingerprint
-        self.vocab_size = tokenizer.get_vocab_size()
-        ends = (tokenizer.token_to_id(name) for name in END_NAMES)
-        end = next((end for end in ends if end is not None), None)
-        self.end_of_text_id: int = self.vocab_size if end is None else end
-        self.vocab_size += end is None  # then the last id is an end-of-text of its own
+        ids = tokenizer.get_vocab()  # an added token's id may be beyond their number
+        self.vocab_size = max(ids.values(), default=-1) + 1
+        end = next((name for name in END_NAMES if name in ids), None)
+        self.adds_end = end is None  # then the last id is an end-of-text of its own
+        self.end_of_text = end or END_OF_TEXT
+        self.end_of_text_id: int = ids.get(self.end_of_text, self.vocab_size)
+        self.vocab_size += self.adds_end
 
     def encode(self, text: str) -> list[int]:
         """The ids of a text, without the special tokens that the file adds around it."""
@@ -219,7 +218,7 @@ class ForeignTokenizer:
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of ids; invalid and incomplete UTF-8 becomes U+FFFD."""
-        known = [int(i) for i in ids if i < self._tokenizer.get_vocab_size()]
+        known = [int(i) for i in ids if i < self.vocab_size]
         return self._tokenizer.decode(known, skip_special_tokens=False)
 
     def decoder(self) -> "ForeignDecoder":
@@ -416,13 +415,13 @@ def load_tokenizer(name: str | Path) -> Tokenizer:
             f"can't read the tokenizer {path}: {error.strerror or error}.\n"
             "TOKENIZER names it in the settings."
         ) from error
-    return parse_tokenizer(content, path)
+    return read_tokenizer(content, path)
 
 
-def parse_tokenizer(content: bytes, path: Path) -> Tokenizer:
+def read_tokenizer(content: bytes, path: Path) -> Tokenizer:
     """The tokenizer of a tokenizer.json's content; path is what messages call it.
 
-    Raises DataError if it is damaged or inconsistent, SettingsError without the library for it.
+    Raises DataError if it is damaged or inconsistent.
     """
     try:
         tree = json.loads(content)

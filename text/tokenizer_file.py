@@ -3,6 +3,7 @@
 import binascii
 import hashlib
 import itertools
+import json
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -15,13 +16,14 @@ SHORT_WORDS = (
     r"'(?:[sdmt]|ll|ve|re)| ?\p{L}{1,64}| ?\p{N}{1,64}| ?[^\s\p{L}\p{N}]{1,64}"
     r"|\s{1,64}(?!\S)|\s"
 )
-BYTE_LEVEL = {
+MAX_MERGES = 2_000_000
+# as a pre-tokenizer, GPT-2's pattern and the symbols of bytes; as a decoder, the way back
+BYTE_LEVEL: dict[str, Any] = {
     "type": "ByteLevel",
     "add_prefix_space": False,
     "trim_offsets": True,
     "use_regex": True,
 }
-MAX_MERGES = 2_000_000
 
 
 def check_tokenizer_tree(tree: Any, path: Path) -> None:
@@ -80,12 +82,7 @@ def byte_level_json(ranks: dict[bytes, int], *, short_words: bool = False) -> di
     vocabulary = {shown[token]: rank for token, rank in ranks.items()}
     merges = [[shown[left], shown[right]] for left, right in merge_pairs(ranks)]
     pre_tokenizer = split_words(SHORT_WORDS) if short_words else BYTE_LEVEL
-    return tokenizer_json(
-        {"vocab": vocabulary | {END_OF_TEXT: len(ranks)}, "merges": merges},
-        [added_token(len(ranks), END_OF_TEXT)],
-        pre_tokenizer=pre_tokenizer,
-        decoder=BYTE_LEVEL,
-    )
+    return tokenizer_json(vocabulary, merges, pre_tokenizer=pre_tokenizer, decoder=BYTE_LEVEL)
 
 
 def split_words(pattern: str) -> dict[str, Any]:
@@ -95,54 +92,60 @@ def split_words(pattern: str) -> dict[str, Any]:
     return {"type": "Sequence", "pretokenizers": steps}
 
 
-def added_token(token_id: int, content: str, *, special: bool = True) -> dict[str, Any]:
-    """An entry of a tokenizer.json's added tokens; a special one is not looked for in a text."""
-    return {
-        "id": token_id,
-        "content": content,
-        "single_word": False,
-        "lstrip": False,
-        "rstrip": False,
-        "normalized": False,
-        "special": special,
-    }
-
-
 def tokenizer_json(
-    model: dict[str, Any],
-    added_tokens: list[dict[str, Any]],
+    vocabulary: dict[str, int],
+    merges: list[list[str]],
     *,
     pre_tokenizer: dict[str, Any] | None,
     decoder: dict[str, Any],
-    normalizer: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """A tokenizer.json's content for a BPE, in the format of Hugging Face tokenizers.
+    """A tokenizer.json's content, in the format of Hugging Face tokenizers.
 
-    model has the vocabulary and the merges, and what differs from the defaults.
+    End-of-text is last unless the vocabulary has it. Without a pre-tokenizer, characters outside
+    the vocabulary fall back to bytes.
     """
-    defaults: dict[str, Any] = {
-        "type": "BPE",
-        "dropout": None,
-        "unk_token": None,
-        "continuing_subword_prefix": "",
-        "end_of_word_suffix": "",
-        "fuse_unk": False,
-        "byte_fallback": False,
-        "ignore_merges": False,
-        "vocab": {},
-        "merges": [],
-    }
+    end_of_text_id = vocabulary.get(END_OF_TEXT, len(vocabulary))
     return {
         "version": "1.0",
         "truncation": None,
         "padding": None,
-        "added_tokens": added_tokens,
-        "normalizer": normalizer,
+        "added_tokens": [special_token(end_of_text_id, END_OF_TEXT)],
+        "normalizer": None,
         "pre_tokenizer": pre_tokenizer,
         "post_processor": None,
         "decoder": decoder,
-        "model": defaults | model,
+        "model": {
+            "type": "BPE",
+            "dropout": None,
+            "unk_token": None,
+            "continuing_subword_prefix": "",
+            "end_of_word_suffix": "",
+            "fuse_unk": False,
+            "byte_fallback": pre_tokenizer is None,
+            "ignore_merges": False,
+            "vocab": vocabulary | {END_OF_TEXT: end_of_text_id},
+            "merges": merges,
+        },
     }
+
+
+def special_token(token_id: int, name: str) -> dict[str, Any]:
+    """A special token as a tokenizer.json lists it."""
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    return {"id": token_id, "content": name} | flags | {"special": True}
+
+
+def vocabulary_json(vocabulary: bytes, merges: bytes) -> dict[str, Any]:
+    """A tokenizer.json's content for GPT-2's older files, vocab.json and merges.txt.
+
+    Raises ValueError if they are none.
+    """
+    ids = json.loads(vocabulary)
+    lines = merges.decode("utf-8").split("\n")
+    pairs = [line.split(" ") for line in lines if line and not line.startswith("#version")]
+    if not isinstance(ids, dict) or any(len(pair) != 2 for pair in pairs):
+        raise ValueError("they are no vocabulary and no merges")
+    return tokenizer_json(ids, pairs, pre_tokenizer=BYTE_LEVEL, decoder=BYTE_LEVEL)
 
 
 def merge_pairs(ranks: dict[bytes, int]) -> list[tuple[bytes, bytes]]:
