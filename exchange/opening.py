@@ -6,7 +6,15 @@ from pathlib import Path
 from engine.errors import SettingsError
 from engine.settings import shown
 from exchange.pretrained import Pretrained
-from exchange.saved_run import is_run, open_run
+from exchange.saved_run import (
+    LoadedModel,
+    inference_device,
+    is_run,
+    load_run,
+    make_ready,
+    open_run,
+)
+from generation import SamplingConfig
 
 
 def open_pretrained(where: str) -> Pretrained:
@@ -19,3 +27,30 @@ def open_pretrained(where: str) -> Pretrained:
     if is_run(path):
         return open_run(path)
     raise SettingsError(f"{shown(where)} is no model: it is no run's folder.")
+
+
+def load_model(
+    where: str, *, weights: str = "auto", device: str | None = None, compiled: bool = False
+) -> LoadedModel:
+    """Load a model for inference: whatever open_pretrained() opens; options as in load_run().
+
+    Raises what open_pretrained() and load_run() raise.
+    """
+    path = Path(os.path.expanduser(where))
+    if is_run(path):  # which knows its sampling and its step
+        return load_run(path, weights=weights, device=device, compiled=compiled)
+    chosen = inference_device(device, weights)
+    found = open_pretrained(where)
+    return make_ready(
+        found.config,
+        found.weights(),
+        chosen,
+        weights,
+        compiled=compiled,
+        name=path.name,
+        version=found.fingerprint[:12],
+        source=found.source,
+        tokenizer=found.tokenizer,
+        sampling=SamplingConfig(),
+        chat_template=found.chat_template,
+    )
