@@ -1,10 +1,11 @@
-"""Open a model by where it is."""
+"""Open a model by where it is: a run, a folder of transformers' files, a model of the Hub."""
 
 import os
 from pathlib import Path
 
 from engine.errors import SettingsError
 from engine.settings import shown
+from exchange.huggingface import download, open_folder
 from exchange.pretrained import Pretrained
 from exchange.saved_run import (
     LoadedModel,
@@ -16,17 +17,28 @@ from exchange.saved_run import (
 )
 from generation import SamplingConfig
 
+HUB = "hf:"
+
 
 def open_pretrained(where: str) -> Pretrained:
-    """A run, of which it opens the best weights.
+    """A run (its best weights), a folder of transformers' files, or "hf:owner/name".
 
     A relative path is taken from the working directory. Raises SettingsError for a name that can't
-    be, CheckpointError for damaged files.
+    be or a missing library, CheckpointError for damaged files and models of another kind.
     """
+    if where.startswith(HUB):
+        name = where.removeprefix(HUB)
+        return open_folder(download(name), name)
     path = Path(os.path.expanduser(where))
     if is_run(path):
         return open_run(path)
-    raise SettingsError(f"{shown(where)} is no model: it is no run's folder.")
+    if os.path.isdir(path):  # unlike Path's methods, it accepts any text
+        return open_folder(path)
+    raise SettingsError(
+        f"{shown(where)} is no model: there is no such folder.\n"
+        "It may be a run's folder, a folder of transformers' files (config.json, "
+        'model.safetensors, tokenizer.json) or "hf:owner/name".'
+    )
 
 
 def load_model(

@@ -540,12 +540,15 @@ def load_optimizer(
     optimizer.load_state_dict({"state": state, "param_groups": groups})
 
 
-def safetensors_chunks(tensors: Tensors) -> Iterator[bytes | memoryview]:
+def safetensors_chunks(
+    tensors: Tensors, metadata: dict[str, str] | None = None
+) -> Iterator[bytes | memoryview]:
     """A safetensors file in chunks: its header, then each tensor, without a copy of CPU tensors.
 
     The library's own writer copies all tensors at once. Format: github.com/huggingface/safetensors.
     """
-    header, start = {}, 0
+    header: dict[str, Any] = {} if metadata is None else {"__metadata__": metadata}
+    start = 0
     # the widest dtypes first, as the library does, so that each tensor is aligned
     ordered = sorted(tensors.items(), key=lambda item: (-item[1].itemsize, item[0]))
     for name, value in ordered:
@@ -569,10 +572,17 @@ def read_safetensors(path: Path) -> Tensors:
 
     Raises SafetensorError for another format, OSError if the file can't be read.
     """
+    return {name: tensor.clone() for name, tensor in map_safetensors(path).items()}
+
+
+def map_safetensors(path: Path) -> Tensors:
+    """The tensors of a safetensors file, whose memory is the file's: read where they are used.
+
+    Raises as read_safetensors() does.
+    """
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
-            # cloned: the library may return memory that is mapped from the file
-            return {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
+            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except AttributeError as error:  # the library looks up the dtype in torch by name
         raise SafetensorError(f"not fp32, and this torch has no {error.name}") from error
     except RuntimeError:

@@ -189,12 +189,12 @@ class NewFolder:
     """A folder of files that appears under its name complete and durable, or not at all.
 
     Use it as `with NewFolder(path, facts) as folder: folder.write(name, chunks)`. The end of the
-    block adds a manifest with the facts and each file's size and sha256. path's parent must exist,
-    and path must not. An error in the block leaves nothing behind. Raises ResourceError if the
-    disk refuses.
+    block adds a manifest with the facts and each file's size and sha256, but none where facts is
+    None. path's parent must exist, and path must not. An error in the block leaves nothing behind.
+    Raises ResourceError if the disk refuses.
     """
 
-    def __init__(self, path: StrPath, facts: dict[str, Any]) -> None:
+    def __init__(self, path: StrPath, facts: dict[str, Any] | None) -> None:
         self.path = Path(path)
         self._facts = facts
         self._files: dict[str, dict[str, Any]] = {}
@@ -240,7 +240,8 @@ class NewFolder:
     def __exit__(self, kind: type | None, *_: object) -> None:
         try:
             if kind is None:
-                self.write(MANIFEST, [_seal(self._facts | {"files": self._files})])
+                if self._facts is not None:
+                    self.write(MANIFEST, [_seal(self._facts | {"files": self._files})])
                 with _writing(self.path):
                     _fsync_folder(self._beside)
                     _patiently(os.rename, self._beside, self.path)

@@ -200,11 +200,13 @@ class ForeignTokenizer:
         self._tokenizer = tokenizer
         self.name = name
         self.fingerprint = fingerprint
-        self.vocab_size = tokenizer.get_vocab_size()
-        ends = (tokenizer.token_to_id(name) for name in END_NAMES)
-        end = next((end for end in ends if end is not None), None)
-        self.end_of_text_id: int = self.vocab_size if end is None else end
-        self.vocab_size += end is None  # then the last id is an end-of-text of its own
+        ids = tokenizer.get_vocab()  # an added token's id may be beyond their number
+        self.vocab_size = max(ids.values(), default=-1) + 1
+        end = next((name for name in END_NAMES if name in ids), None)
+        self.adds_end = end is None  # then the last id is an end-of-text of its own
+        self.end_of_text = end or END_OF_TEXT
+        self.end_of_text_id: int = ids.get(self.end_of_text, self.vocab_size)
+        self.vocab_size += self.adds_end
 
     def encode(self, text: str) -> list[int]:
         """The ids of a text, without the special tokens that the file adds around it."""
@@ -216,7 +218,7 @@ class ForeignTokenizer:
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of ids; invalid and incomplete UTF-8 becomes U+FFFD."""
-        known = [int(i) for i in ids if i < self._tokenizer.get_vocab_size()]
+        known = [int(i) for i in ids if i < self.vocab_size]
         return self._tokenizer.decode(known, skip_special_tokens=False)
 
     def decoder(self) -> "ForeignDecoder":
@@ -413,6 +415,14 @@ def load_tokenizer(name: str | Path) -> Tokenizer:
             f"can't read the tokenizer {path}: {error.strerror or error}.\n"
             "TOKENIZER names it in the settings."
         ) from error
+    return read_tokenizer(content, path)
+
+
+def read_tokenizer(content: bytes, path: Path) -> Tokenizer:
+    """The tokenizer of a tokenizer.json's content; path is what messages call it.
+
+    Raises DataError if it is damaged or inconsistent.
+    """
     try:
         tree = json.loads(content)
     except (ValueError, RecursionError) as error:

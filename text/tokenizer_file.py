@@ -3,6 +3,7 @@
 import binascii
 import hashlib
 import itertools
+import json
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,13 @@ SHORT_WORDS = (
     r"|\s{1,64}(?!\S)|\s"
 )
 MAX_MERGES = 2_000_000
+# as a pre-tokenizer, GPT-2's pattern and the symbols of bytes; as a decoder, the way back
+BYTE_LEVEL: dict[str, Any] = {
+    "type": "ByteLevel",
+    "add_prefix_space": False,
+    "trim_offsets": True,
+    "use_regex": True,
+}
 
 
 def check_tokenizer_tree(tree: Any, path: Path) -> None:
@@ -73,9 +81,7 @@ def byte_level_json(ranks: dict[bytes, int], *, short_words: bool = False) -> di
     shown = {token: token.decode("latin-1").translate(symbols) for token in ranks}
     vocabulary = {shown[token]: rank for token, rank in ranks.items()}
     merges = [[shown[left], shown[right]] for left, right in merge_pairs(ranks)]
-    decoder: dict[str, Any] = {"type": "ByteLevel", "add_prefix_space": False}
-    decoder |= {"trim_offsets": True, "use_regex": True}
-    pre_tokenizer = decoder
+    decoder = pre_tokenizer = BYTE_LEVEL
     if short_words:
         split = {"type": "Split", "pattern": {"Regex": SHORT_WORDS}, "behavior": "Isolated"}
         steps = [split | {"invert": False}, decoder | {"use_regex": False}]
@@ -90,25 +96,17 @@ def tokenizer_json(
     pre_tokenizer: dict[str, Any] | None,
     decoder: dict[str, Any],
 ) -> dict[str, Any]:
-    """A tokenizer.json's content, in the format of Hugging Face tokenizers; end-of-text is last.
+    """A tokenizer.json's content, in the format of Hugging Face tokenizers.
 
-    Without a pre-tokenizer, characters outside the vocabulary fall back to bytes.
+    End-of-text is last unless the vocabulary has it. Without a pre-tokenizer, characters outside
+    the vocabulary fall back to bytes.
     """
-    end_of_text_id = len(vocabulary)
-    special = {
-        "id": end_of_text_id,
-        "content": END_OF_TEXT,
-        "single_word": False,
-        "lstrip": False,
-        "rstrip": False,
-        "normalized": False,
-        "special": True,
-    }
+    end_of_text_id = vocabulary.get(END_OF_TEXT, len(vocabulary))
     return {
         "version": "1.0",
         "truncation": None,
         "padding": None,
-        "added_tokens": [special],
+        "added_tokens": [special_token(end_of_text_id, END_OF_TEXT)],
         "normalizer": None,
         "pre_tokenizer": pre_tokenizer,
         "post_processor": None,
@@ -126,6 +124,25 @@ def tokenizer_json(
             "merges": merges,
         },
     }
+
+
+def special_token(token_id: int, name: str) -> dict[str, Any]:
+    """A special token as a tokenizer.json lists it."""
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    return {"id": token_id, "content": name} | flags | {"special": True}
+
+
+def vocabulary_json(vocabulary: bytes, merges: bytes) -> dict[str, Any]:
+    """A tokenizer.json's content for GPT-2's older files, vocab.json and merges.txt.
+
+    Raises ValueError if they are none.
+    """
+    ids = json.loads(vocabulary)
+    lines = merges.decode("utf-8").split("\n")
+    pairs = [line.split(" ") for line in lines if line and not line.startswith("#version")]
+    if not isinstance(ids, dict) or any(len(pair) != 2 for pair in pairs):
+        raise ValueError("they are no vocabulary and no merges")
+    return tokenizer_json(ids, pairs, pre_tokenizer=BYTE_LEVEL, decoder=BYTE_LEVEL)
 
 
 def merge_pairs(ranks: dict[bytes, int]) -> list[tuple[bytes, bytes]]:
