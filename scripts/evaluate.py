@@ -19,6 +19,7 @@ from engine.metrics import Score, TokenSize
 from engine.precision import PRECISIONS, Precision, choose_precision
 from exchange.saved_run import LoadedModel
 from scripts.options import (
+    add_device_option,
     add_model_options,
     describe,
     models_of,
@@ -90,6 +91,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     group = parser.add_argument_group("the models, each --run or --model one (newest finished run)")
     add_model_options(group)
+    add_device_option(group)
     group = parser.add_argument_group("how it is read")
     group.add_argument(
         "--documents",

@@ -89,7 +89,7 @@ class Named:
 
 
 def add_model_options(group: argparse._ActionsContainer) -> None:
-    """Add --run, --model, --which and --device, which models_of() and open_model() read."""
+    """Add --run, --model and --which, which models_of() and open_model() read."""
     for option, meaning in (
         ("run", "a run's folder, or its name in OUTPUT_DIR (newest finished)"),
         (
@@ -111,6 +111,10 @@ def add_model_options(group: argparse._ActionsContainer) -> None:
         choices=("best", "last"),
         help="a run's weights of the lowest validation loss, or its last ones (best)",
     )
+
+
+def add_device_option(group: argparse._ActionsContainer) -> None:
+    """Add --device, which models_of() checks and open_model() reads."""
     group.add_argument("--device", help='"cpu", "cuda", "cuda:1", "mps", "xpu" (the best there is)')
 
 
@@ -118,6 +122,7 @@ def add_run_options(parser: argparse.ArgumentParser) -> None:
     """Add what load() takes: the options of a model, --weights and --compile."""
     group = parser.add_argument_group("the model")
     add_model_options(group)
+    add_device_option(group)
     group.add_argument(
         "--weights",
         choices=WEIGHTS,
@@ -246,16 +251,22 @@ def open_model(
     return model
 
 
+def one_model(arguments: argparse.Namespace) -> Named:
+    """The one model of models_of(); SettingsError where --run and --model name two."""
+    named = models_of(arguments)
+    if len({model.option for model in named}) > 1:
+        raise SettingsError("--run and --model name a model each; leave one of them out.")
+    return named[-1]
+
+
 def load(arguments: argparse.Namespace) -> LoadedModel:
-    """Load the one model that the options name, after a check of the sampling options.
+    """Load the model that the options name, after a check of the sampling options.
 
     Raises what open_model() raises, SettingsError for an option.
     """
     _given_sampling(arguments)
-    named = models_of(arguments)
-    if len({model.option for model in named}) > 1:
-        raise SettingsError("--run and --model name a model each; leave one of them out.")
-    return open_model(named[-1], arguments, weights=arguments.weights, compiled=arguments.compile)
+    named = one_model(arguments)
+    return open_model(named, arguments, weights=arguments.weights, compiled=arguments.compile)
 
 
 def describe(run: LoadedModel) -> str:
