@@ -148,10 +148,8 @@ def find_rope_faults(scaling: dict[str, Any] | None) -> list[str]:
         return [f'rope_scaling["rope_type"] is {shown(kind)}; it must be {kinds}']
     names = ROPE_SCALINGS[kind]
     if scaling.keys() != {"rope_type", *names}:
-        return [
-            f'rope_scaling of "{kind}" has {", ".join(map(shown, scaling))}; it must have '
-            f'"rope_type", {", ".join(map(shown, names))}'
-        ]
+        listed = ", ".join(f'"{name}"' for name in names)
+        return [f'rope_scaling of "{kind}" must have "rope_type", {listed}, and nothing else']
     for name in names:
         value = scaling[name]
         if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1e9:

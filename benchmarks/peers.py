@@ -26,7 +26,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors.torch import save_file
 
 from benchmarks.peer_job import Job
 from benchmarks.report import machine, write_results
@@ -34,9 +33,11 @@ from benchmarks.steps import fresh_model, multiply_rate, own_products_rate
 from engine.console import say
 from engine.precision import DTYPES, choose_precision
 from environment import pick_device, usable_cache
+from exchange.huggingface import their_settings, their_tensors
 from model import GPTConfig, GPTModel
 from planning.plan import MODELS_FILE, read_models
-from storage.files import write_atomically, write_json
+from storage.checkpoint import safetensors_chunks, weights_of
+from storage.files import NewFile, write_atomically, write_json
 from text.tokenizer import GPT2Tokenizer
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -374,49 +375,10 @@ def sample_tokens(count: int) -> np.ndarray:
 
 
 def save_for_transformers(model: GPTModel, folder: Path) -> None:
-    """Write a model of the "gpt2" architecture as a folder that GPT2LMHeadModel reads.
-
-    A qkv bias that we lack is 0; their matrices are (inputs, outputs).
-    """
-    config = model.config
-    settings = {
-        "model_type": "gpt2",
-        "architectures": ["GPT2LMHeadModel"],
-        "vocab_size": config.vocab_size,
-        "n_positions": config.context_length,
-        "n_embd": config.emb_dim,
-        "n_head": config.n_heads,
-        "n_layer": config.n_layers,
-        "n_inner": config.ff_dim,
-        "activation_function": "gelu_new" if config.activation == "gelu" else config.activation,
-        "tie_word_embeddings": config.tie_embeddings,
-        "resid_pdrop": config.drop_rate,
-        "embd_pdrop": config.drop_rate,
-        "attn_pdrop": config.attention_drop_rate,
-    }
-    tensors = {
-        "transformer.wte.weight": model.token_embedding.weight,
-        "transformer.wpe.weight": model.position_embedding.weight,
-        "transformer.ln_f.weight": model.final_norm.weight,
-        "transformer.ln_f.bias": model.final_norm.bias,
-    }
-    if not config.tie_embeddings:
-        tensors["lm_head.weight"] = model.head.weight
-    for number, block in enumerate(model.blocks):
-        place = f"transformer.h.{number}"
-        for name, norm in (("ln_1", block.attention_norm), ("ln_2", block.mlp_norm)):
-            tensors[f"{place}.{name}.weight"] = norm.weight
-            tensors[f"{place}.{name}.bias"] = norm.bias
-        for name, linear in (
-            ("attn.c_attn", block.attention.qkv),
-            ("attn.c_proj", block.attention.out_proj),
-            ("mlp.c_fc", block.mlp[0]),
-            ("mlp.c_proj", block.mlp[2]),
-        ):
-            bias = torch.zeros(len(linear.weight)) if linear.bias is None else linear.bias
-            tensors[f"{place}.{name}.weight"] = linear.weight.T
-            tensors[f"{place}.{name}.bias"] = bias
+    """Write a model as a folder that transformers reads, without a tokenizer."""
     folder.mkdir(exist_ok=True)
-    write_json(folder / "config.json", settings)
-    tensors = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    write_json(folder / "config.json", their_settings(model.config))
+    tensors = their_tensors(model.config, weights_of(model))
+    with NewFile(folder / "model.safetensors") as file:
+        for chunk in safetensors_chunks(tensors, {"format": "pt"}):
+            file.write(chunk)

@@ -31,14 +31,15 @@ from exchange.pretrained import Pretrained, fingerprint_of
 from model import ROPE_SCALINGS, GPTConfig
 from storage.checkpoint import Tensors, map_safetensors, safetensors_chunks
 from storage.files import NewFolder, make_folder, require_space, to_json
-from text.tokenizer import ForeignTokenizer, Tokenizer, load_tokenizer, read_tokenizer
+from text.tokenizer import ForeignTokenizer, Tokenizer, read_tokenizer
 from text.tokenizer_file import END_OF_TEXT, special_token, vocabulary_json
 
 CONFIG, WEIGHTS, TOKENIZER = "config.json", "model.safetensors", "tokenizer.json"
 TOKENIZER_CONFIG, TEMPLATE = "tokenizer_config.json", "chat_template.jinja"
 PICKLED = "pytorch_model.bin"
 MOST_JSON_BYTES = 1 << 22  # Llama 3's longest, an index or tokenizer_config.json, has 50 KB
-MOST_TOKENIZER_BYTES = 1 << 25
+# Gemma's has 17 MB, with 1.4 million values: more would fill memory as Python's objects
+MOST_TOKENIZER_BYTES, MOST_VALUES, MOST_OBJECTS = 1 << 25, 2_500_000, 200_000
 MOST_CONTEXT = 1_000_000  # GPTConfig's; a longer one is cut, which changes nothing before
 FORMATS = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 # beside the weights, in files of older versions: masks and rotary frequencies
@@ -290,7 +291,7 @@ def _form_of(settings: dict[str, Any], path: Path) -> Form:
     for form in FORMS:
         if name == form.name or (name is None and kind == form.model_type):
             return form
-    what = shown(name or kind)
+    what = "no class" if name is None and kind is None else shown(name or kind)
     raise CheckpointError(
         f"{path} is of {what}, which can't be opened.\n"
         f"Models of {', '.join(form.name for form in FORMS)} can."
@@ -439,10 +440,8 @@ def _map_pickled(path: Path) -> Tensors:
         raise CheckpointError(
             f"{path} is damaged, or in the format of torch before 1.6.\n{advice}"
         ) from None
-    except Exception as error:  # torch raises many kinds, pickle's among them
-        raise CheckpointError(
-            f"{path} holds more than tensors, or is damaged: {first_line(error)[:200]}\n{advice}"
-        ) from None
+    except Exception:  # torch raises many kinds, and advises to run what the file holds
+        raise CheckpointError(f"{path} holds more than tensors, or is damaged.\n{advice}") from None
     is_sound = isinstance(found, dict) and all(
         isinstance(name, str)
         and isinstance(tensor, torch.Tensor)
@@ -501,25 +500,11 @@ def _read_weights(path: Path, form: Form, config: GPTConfig) -> Tensors:
 
 def _read_tokenizer(path: Path, form: Form, config: GPTConfig) -> Tokenizer:
     """A folder's tokenizer; CheckpointError if it is none, or has tokens that the model lacks."""
-    file = path / TOKENIZER
-    older = [path / "vocab.json", path / "merges.txt"]
+    file, content = _tokenizer_file(path, form)
     try:
-        if os.path.lexists(file):
-            _require_file(file, MOST_TOKENIZER_BYTES)
-            tokenizer = load_tokenizer(file)
-        elif form.model_type == "gpt2" and all(map(os.path.lexists, older)):
-            file = older[0]
-            contents = (_read_bytes(part, MOST_TOKENIZER_BYTES) for part in older)
-            tokenizer = read_tokenizer(to_json(vocabulary_json(*contents)).encode(), file)
-        else:
-            raise CheckpointError(
-                f"{path} has no {TOKENIZER}.\nMake it with transformers: "
-                "AutoTokenizer.from_pretrained(folder).save_pretrained(folder)"
-            )
-    except (DataError, ValueError, RecursionError) as error:
-        if isinstance(error, SettingsError):
-            raise
-        raise CheckpointError(str(error) or f"{file} can't be read.") from None
+        tokenizer = read_tokenizer(content, file)
+    except DataError as error:
+        raise CheckpointError(str(error)) from None
     n_tokens = tokenizer.vocab_size
     if isinstance(tokenizer, ForeignTokenizer) and tokenizer.adds_end:
         n_tokens -= 1  # the model has no row for it, and no text has this token
@@ -529,6 +514,31 @@ def _read_tokenizer(path: Path, form: Form, config: GPTConfig) -> Tokenizer:
             "don't belong together."
         )
     return tokenizer
+
+
+def _tokenizer_file(path: Path, form: Form) -> tuple[Path, bytes]:
+    """The file that holds a folder's vocabulary, and the content of a tokenizer.json for it."""
+    file, older = path / TOKENIZER, [path / "vocab.json", path / "merges.txt"]
+    if os.path.lexists(file):
+        return file, _read_vocabulary(file)
+    if form.model_type != "gpt2" or not all(map(os.path.lexists, older)):
+        raise CheckpointError(
+            f"{path} has no {TOKENIZER}.\nMake it with transformers: "
+            "AutoTokenizer.from_pretrained(folder).save_pretrained(folder)"
+        )
+    try:
+        return older[0], to_json(vocabulary_json(*map(_read_vocabulary, older))).encode()
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(
+            f"{older[0]} and {older[1].name} are damaged: {first_line(error)}."
+        ) from None
+
+
+def _read_vocabulary(file: Path) -> bytes:
+    content = _read_bytes(file, MOST_TOKENIZER_BYTES)
+    if content.count(b",") > MOST_VALUES or content.count(b"{") > MOST_OBJECTS:
+        raise CheckpointError(f"{file} has more in it than any tokenizer needs.")
+    return content
 
 
 def _read_template(path: Path) -> str | None:
@@ -595,11 +605,10 @@ def write_folder(
     raise_if_any(find_obstacles(config), "a model that is to be exported")
     if os.path.lexists(path):
         raise SettingsError(f"{path} exists; name a folder that does not.")
-    tensors = _their_tensors(config, weights, DTYPES[dtype])
+    tensors = their_tensors(config, weights, DTYPES[dtype])
     tree = json.loads(tokenizer.to_json())
     special = _special_tokens(tokenizer, tree, chat_template)
-    form = form_for(config)
-    settings = _their_settings(config, form) | special.ids()
+    settings = their_settings(config) | special.ids()
     settings |= dict.fromkeys(("dtype", "torch_dtype"), str(DTYPES[dtype]).removeprefix("torch."))
     tokenizer_settings = {
         "tokenizer_class": "PreTrainedTokenizerFast",
@@ -673,8 +682,9 @@ def reader_notes(config: GPTConfig) -> list[str]:
     return notes
 
 
-def _their_settings(config: GPTConfig, form: Form) -> dict[str, Any]:
+def their_settings(config: GPTConfig) -> dict[str, Any]:
     """The config.json of a model, but for its special tokens and its dtype."""
+    form = form_for(config)
     names = form.sizes | {name: ours for name, (ours, _) in form.others.items()}
     settings: dict[str, Any] = {"architectures": [form.name], "model_type": form.model_type}
     settings |= {name: getattr(config, ours) for name, ours in names.items()}
@@ -695,8 +705,10 @@ def _their_settings(config: GPTConfig, form: Form) -> dict[str, Any]:
     return settings
 
 
-def _their_tensors(config: GPTConfig, weights: Tensors, dtype: torch.dtype) -> Tensors:
-    """The weights by transformers' names; SettingsError where fp16 has no such numbers."""
+def their_tensors(
+    config: GPTConfig, weights: Tensors, dtype: torch.dtype = torch.float32
+) -> Tensors:
+    """A model's tensors by transformers' names; SettingsError where fp16 has no such numbers."""
     tensors: Tensors = {}
     for part in layout(config):
         if part.is_held:

@@ -37,7 +37,15 @@ from storage import cache, files
 from storage.checkpoint import CheckpointStore, weights_of
 from tests.conftest import REPOSITORY
 from tests.faults.saving import forked
-from tests.hostile import HOSTILE_TENSORS, Canary, hostile_json, mutated, project_trees, reseal
+from tests.hostile import (
+    HOSTILE_TENSORS,
+    Canary,
+    hostile_json,
+    mutated,
+    project_trees,
+    reseal,
+    status_of_this_process,
+)
 from tests.programs import everything_in, write_settings
 from text.tokenizer import (
     BPETokenizer,
@@ -399,12 +407,6 @@ def refused(load: Callable, kind: type[PipelineError] = CheckpointError) -> str:
         load()
     assert len(str(caught.value)) < 2000, "nobody reads that"
     return str(caught.value)
-
-
-def status_of_this_process(name: str) -> int:
-    """Bytes by Linux's name."""
-    status = Path("/proc/self/status").read_text()
-    return int(status.split(f"{name}:")[1].split()[0]) * 1024
 
 
 def cost_of(work: Callable) -> float:

@@ -8,7 +8,6 @@ import warnings
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import nn
 
 from benchmarks.peers import save_for_transformers
 from engine.errors import SettingsError
@@ -22,6 +21,8 @@ LLAMA = {"architecture": "llama", "n_heads": 4}
 SHARED_HEADS = LLAMA | {"n_kv_heads": 2}
 QWEN3 = SHARED_HEADS | {"qk_norm": True}
 FORMS = {"gpt2": {}, "llama": LLAMA, "shared heads": SHARED_HEADS, "qwen3": QWEN3}
+LLAMA3_SCALING = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0}
+LLAMA3_SCALING |= {"high_freq_factor": 4.0, "original_max_position_embeddings": 16}
 SHAPE = {"vocab_size": 31, "context_length": 12, "emb_dim": 24, "n_heads": 3, "n_layers": 2}
 all_forms = pytest.mark.parametrize("form", FORMS)
 gpt2_and_qwen3 = pytest.mark.parametrize("form", ["gpt2", "qwen3"])
@@ -79,52 +80,6 @@ def test_parameters_and_operations_are_those_counted_by_hand(changes, in_a_block
     assert model.flop_per_token() == 6 * worked_with + 12 * 2 * 24 * 12
 
 
-def as_gpt2(model: GPTModel, transformers, folder) -> nn.Module:
-    save_for_transformers(model, folder)
-    return transformers.GPT2LMHeadModel.from_pretrained(folder)
-
-
-def as_llama(model: GPTModel, transformers, folder) -> nn.Module:
-    """transformers' Llama, or with qk_norm its Qwen3, with the weights of ours."""
-    config = model.config
-    name = "Qwen3" if config.qk_norm else "Llama"
-    settings = getattr(transformers, f"{name}Config")(
-        vocab_size=config.vocab_size,
-        max_position_embeddings=config.context_length,
-        hidden_size=config.emb_dim,
-        num_attention_heads=config.n_heads,
-        num_key_value_heads=config.n_kv_heads,
-        head_dim=config.emb_dim // config.n_heads,
-        num_hidden_layers=config.n_layers,
-        intermediate_size=config.ff_dim,
-        rms_norm_eps=1e-6,
-        rope_parameters={"rope_type": "default", "rope_theta": config.rope_theta},
-        tie_word_embeddings=config.tie_embeddings,
-        attention_bias=False,
-    )
-    theirs = getattr(transformers, f"{name}ForCausalLM")(settings)
-    state = {
-        "model.embed_tokens": model.token_embedding,
-        "model.norm": model.final_norm,
-        "lm_head": model.head,
-    }
-    state = {f"{name}.weight": module.weight for name, module in state.items()}
-    for i, block in enumerate(model.blocks):
-        attention = block.attention
-        q, k, v = attention.qkv.weight.split(attention.qkv_rows)
-        gate, up = block.mlp.gate_up.weight.chunk(2)
-        parts = {"self_attn.q_proj": q, "self_attn.k_proj": k, "self_attn.v_proj": v}
-        parts |= {"self_attn.o_proj": attention.out_proj.weight}
-        parts |= {"mlp.gate_proj": gate, "mlp.up_proj": up, "mlp.down_proj": block.mlp.down.weight}
-        parts |= {"input_layernorm": block.attention_norm.weight}
-        parts |= {"post_attention_layernorm": block.mlp_norm.weight}
-        if config.qk_norm:
-            parts |= {f"self_attn.{n}": getattr(attention, n).weight for n in ("q_norm", "k_norm")}
-        state |= {f"model.layers.{i}.{name}.weight": part for name, part in parts.items()}
-    theirs.load_state_dict(state, strict=True)  # none of theirs is missing, none of ours left over
-    return theirs
-
-
 @pytest.mark.parametrize(
     "changes",
     [
@@ -132,7 +87,11 @@ def as_llama(model: GPTModel, transformers, folder) -> nn.Module:
         {"tie_embeddings": False, "qkv_bias": True},
         {"tie_embeddings": False, "activation": "relu", "ff_dim": 40},
         LLAMA | {"tie_embeddings": False, "rope_theta": 100.0},
-        LLAMA | {"n_kv_heads": 1},
+        LLAMA | {"n_kv_heads": 1, "qkv_bias": True, "mlp_bias": True, "norm_eps": 0.1},
+        LLAMA | {"rope_scaling": {"rope_type": "linear", "factor": 3.0}, "rope_theta": 50.0},
+        LLAMA | {"rope_scaling": LLAMA3_SCALING, "rope_theta": 20.0, "out_bias": True},
+        {"activation": "gelu_exact", "norm_eps": 0.1, "out_bias": False, "mlp_bias": False},
+        QWEN3 | {"head_dim": 16, "emb_dim": 30},
         QWEN3 | {"tie_embeddings": False, "n_kv_heads": 4},
         QWEN3 | {"rope_theta": 100.0},
         QWEN3 | {"context_length": 600, "n_layers": 1},  # rotary positions far into a long context
@@ -143,9 +102,13 @@ def as_llama(model: GPTModel, transformers, folder) -> nn.Module:
 def test_logits_equal_those_of_transformers_gpt2_llama_and_qwen3(changes, tmp_path):
     transformers = pytest.importorskip("transformers")
     model = tiny_model(**changes)
-    as_theirs = as_llama if "architecture" in changes else as_gpt2
+    save_for_transformers(model, tmp_path)
+    theirs, report = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path, output_loading_info=True
+    )
+    assert not any(report.values()), report  # nothing is missing or left over
     ids = random_ids(model, 2, model.config.context_length)
-    expected = as_theirs(model, transformers, tmp_path).eval()(ids).logits
+    expected = theirs.eval()(ids).logits
     assert expected.std() > 0.5  # a comparison of near-zeros would prove nothing
     torch.testing.assert_close(model(ids), expected, rtol=0, atol=1e-4)
 
@@ -201,12 +164,17 @@ def test_under_autocast_logits_stay_near_those_of_fp32():
 def test_what_is_left_out_is_the_architectures_own():
     shape = {"vocab_size": 31, "context_length": 8, "emb_dim": 64, "n_heads": 4, "n_layers": 1}
     gpt2 = {"ff_dim": 256, "activation": "gelu", "positions": "learned", "n_kv_heads": 4}
+    gpt2 |= {"head_dim": 16, "norm_eps": 1e-5, "out_bias": True, "mlp_bias": True}
     # 8/3 x 64 is 171: up to the next multiple of 64
     llama = {"ff_dim": 192, "activation": "swiglu", "positions": "rope", "n_kv_heads": 4}
+    llama |= {"head_dim": 16, "norm_eps": 1e-6, "out_bias": False, "mlp_bias": False}
     for changes, expected in (
         ({}, gpt2),
         (LLAMA, llama),
-        (LLAMA | {"emb_dim": 96}, llama | {"ff_dim": 256}),  # 8/3 x 96 to the letter
+        (
+            LLAMA | {"emb_dim": 96},
+            llama | {"ff_dim": 256, "head_dim": 24},
+        ),  # 8/3 x 96 to the letter
         (LLAMA | {"ff_dim": 100, "n_kv_heads": 1}, llama | {"ff_dim": 100, "n_kv_heads": 1}),
     ):
         config = GPTConfig(**shape | changes)
@@ -218,6 +186,7 @@ def test_what_is_left_out_is_the_architectures_own():
 
 def test_a_shape_that_no_model_can_have_is_refused_with_what_it_may_be():
     in_gpt2, in_llama = (f'; where architecture is "{a}" it must be' for a in ("gpt2", "llama"))
+    kinds = f'activation is "swiglu"{in_gpt2} "gelu" or "gelu_exact" or "relu"'
     llama_only = '; it may be set where architecture is "llama" only'
     shape = {"vocab_size": 9, "context_length": 8, "emb_dim": 24, "n_heads": 4, "n_layers": 1}
     for changes, problem in (
@@ -231,15 +200,32 @@ def test_a_shape_that_no_model_can_have_is_refused_with_what_it_may_be():
             'emb_dim (33) must be even where positions is "sinusoidal"',
         ),
         ({"positions": "rope"}, f'positions is "rope"{in_gpt2} "learned" or "sinusoidal"'),
-        ({"activation": "swiglu"}, f'activation is "swiglu"{in_gpt2} "gelu" or "relu"'),
+        ({"activation": "swiglu"}, kinds),
         (LLAMA | {"positions": "learned"}, f'positions is "learned"{in_llama} "rope"'),
         (LLAMA | {"activation": "gelu"}, f'activation is "gelu"{in_llama} "swiglu"'),
         (LLAMA | {"n_kv_heads": 3}, "n_heads (4) must be a multiple of n_kv_heads (3)"),
         (LLAMA | {"n_kv_heads": 8}, "n_heads (4) must be a multiple of n_kv_heads (8)"),
-        (LLAMA | {"qkv_bias": True}, f"qkv_bias is True{in_llama} False"),
+        (LLAMA | {"head_dim": 5}, "head_dim (5) must be even: rotary positions turn pairs"),
+        (
+            LLAMA | {"rope_scaling": {"rope_type": "yarn"}},
+            'rope_scaling["rope_type"] is \'yarn\'; it must be "linear" or "llama3"',
+        ),
+        (
+            LLAMA | {"rope_scaling": {"rope_type": "linear", "low": 1}},
+            'rope_scaling of "linear" must have "rope_type", "factor", and nothing else',
+        ),
+        (
+            LLAMA | {"rope_scaling": LLAMA3_SCALING | {"factor": 0}},
+            'rope_scaling["factor"] is 0; it must be a number above 0',
+        ),
+        (
+            LLAMA | {"rope_scaling": LLAMA3_SCALING | {"high_freq_factor": 1.0}},
+            'rope_scaling["low_freq_factor"] must be below its "high_freq_factor"',
+        ),
         ({"n_kv_heads": 2}, f"n_kv_heads is 2{llama_only}"),
         ({"qk_norm": True}, f"qk_norm is True{llama_only}"),
         ({"rope_theta": 500.0}, f"rope_theta is 500.0{llama_only}"),
+        ({"rope_scaling": {"rope_type": "x"}}, f"rope_scaling is {{'rope_type': 'x'}}{llama_only}"),
     ):
         with pytest.raises(SettingsError) as caught:
             GPTConfig(**shape | changes)
