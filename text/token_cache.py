@@ -320,14 +320,14 @@ def _write_tokens(
     position, written, repeats = 0, [], Repeats()
     with (
         NewFile(path, durable=False) as file,
-        _encoders() as pool,
+        encoders() as pool,
         Progress("Tokenizing", sum(map(_size_of, sides))) as progress,
     ):
         for parts in sides:
             ends, digests, counts = array("Q"), array("Q"), np.zeros(tokenizer.vocab_size)
             open_digests: list[bytes] = []
             documents = _watched(read_documents(parts, spec, report), repeats)
-            for batch in _encode(documents, tokenizer, pool):
+            for batch in encode_documents(documents, tokenizer, pool):
                 counts += batch.counts
                 for n_ids, digest, is_last in batch.chunks:
                     open_digests.append(digest)
@@ -344,7 +344,7 @@ def _write_tokens(
 
 
 @contextlib.contextmanager
-def _encoders() -> Iterator[ThreadPoolExecutor]:
+def encoders() -> Iterator[ThreadPoolExecutor]:
     """A pool that an exception, such as KeyboardInterrupt, ends after the running tasks."""
     pool = ThreadPoolExecutor(os.cpu_count())
     try:
@@ -358,7 +358,7 @@ def _dtype_for(tokenizer: Tokenizer) -> str:
 
 
 @dataclass
-class _Batch:
+class EncodedBatch:
     """The tokens of some chunks, with an end-of-text before each document but the first."""
 
     ids: np.ndarray
@@ -376,11 +376,11 @@ class _Chunk:
     after: str = ""
 
 
-def _encode(
+def encode_documents(
     documents: Documents, tokenizer: Tokenizer, pool: ThreadPoolExecutor
-) -> Iterator[_Batch]:
+) -> Iterator[EncodedBatch]:
     """Encode documents in parallel, in order; only a few batches are in memory."""
-    pending: collections.deque[Future[_Batch]] = collections.deque()
+    pending: collections.deque[Future[EncodedBatch]] = collections.deque()
     follows_document = False
     chunks: Iterator[_Chunk] = itertools.starmap(_Chunk, cut_into_chunks(documents))
     if isinstance(tokenizer, ForeignTokenizer):
@@ -411,7 +411,9 @@ def _with_neighbors(chunks: Iterator[_Chunk], tokenizer: ForeignTokenizer) -> It
         held, before = following, text[-NEIGHBORHOOD:]
 
 
-def _encode_batch(tokenizer: Tokenizer, chunks: list[_Chunk], follows_document: bool) -> _Batch:
+def _encode_batch(
+    tokenizer: Tokenizer, chunks: list[_Chunk], follows_document: bool
+) -> EncodedBatch:
     end_of_text = np.array([tokenizer.end_of_text_id])
     parts, facts = [], []
     for chunk in chunks:
@@ -425,7 +427,7 @@ def _encode_batch(tokenizer: Tokenizer, chunks: list[_Chunk], follows_document: 
         facts.append((len(ids) + follows_document, digest, chunk.is_last))
         follows_document = chunk.is_last
     ids = np.concatenate(parts).astype(_dtype_for(tokenizer))
-    return _Batch(ids, facts, np.bincount(ids, minlength=tokenizer.vocab_size))
+    return EncodedBatch(ids, facts, np.bincount(ids, minlength=tokenizer.vocab_size))
 
 
 def _batches(chunks: Iterable[_Chunk]) -> Iterator[list[_Chunk]]:
