@@ -187,7 +187,7 @@ class Yardstick:
         windows = WindowDataset(ids, self._context, self._context)
         at_once = max(1, TOKENS_AT_ONCE // self._context)
         loader = DataLoader(windows, batch_size=at_once, collate_fn=as_batch)
-        parts = evaluation_loader(loader, overlapping=True)
+        parts = evaluation_loader(loader)
         counted = count_off(parts, len(parts), "Evaluating")
         loss = mean_loss(self._model.model, counted, self._model.device, self._precision)
         size = measure_tokens(ids, self._model.tokenizer, [(1, len(ids))])
