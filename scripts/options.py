@@ -18,6 +18,7 @@ from engine.devices import find_device_fault
 from engine.errors import PipelineError, ResourceError, SettingsError
 from engine.processor import default_threads
 from engine.settings import raise_if_any, shown, unknown_name
+from engine.starting import raise_at_ctrl_c
 from engine.weights import WEIGHTS
 from exchange.saved_run import LoadedRun, load_run
 from generation import SamplingConfig, find_sampling_problems
@@ -239,6 +240,7 @@ def run_program(main: Callable[[], int]) -> NoReturn:
 
     The code for Ctrl-C is 130, and 0 for a broken pipe. GPT_DEBUG=1 shows tracebacks.
     """
+    raise_at_ctrl_c()
     use_utf8()
     try:
         code = main()
