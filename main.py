@@ -12,6 +12,10 @@ import traceback
 from collections.abc import Iterator
 from pathlib import Path
 
+from engine.starting import end_at_ctrl_c, raise_at_ctrl_c
+
+if __name__ == "__main__":
+    end_at_ctrl_c()
 # Shorter busy-waiting of OpenMP's threads: beside another program it doubles a step's time.
 # OpenMP reads this when torch is imported.
 os.environ.setdefault("GOMP_SPINCOUNT", "2000")
@@ -256,6 +260,7 @@ def _settings_file(arguments: list[str]) -> str | None:
 
 
 if __name__ == "__main__":
+    raise_at_ctrl_c()
     code = main(sys.argv[1:], began_at=process_began_at())
     gc.freeze()  # else the end of Python collects all that was imported, for half a second
     sys.exit(code)

@@ -9,6 +9,11 @@ import math
 import sys
 from typing import Any
 
+from engine.starting import end_at_ctrl_c
+
+if __name__ == "__main__":
+    end_at_ctrl_c()
+
 import torch
 
 from engine.console import tell

@@ -19,6 +19,7 @@ from engine.devices import find_device_fault
 from engine.errors import PipelineError, ResourceError, SettingsError
 from engine.processor import default_threads
 from engine.settings import raise_if_any, shown, unknown_name
+from engine.starting import raise_at_ctrl_c
 from engine.weights import WEIGHTS
 from exchange.opening import load_model
 from exchange.saved_run import LoadedModel, load_run
@@ -311,6 +312,7 @@ def run_program(
     memory_advice says what to do when memory ran out. The code for Ctrl-C is 130, and 0 for a
     broken pipe. GPT_DEBUG=1 shows tracebacks.
     """
+    raise_at_ctrl_c()
     use_utf8()
     try:
         code = main()

@@ -14,6 +14,11 @@ import socket
 import time
 from importlib.util import find_spec
 
+from engine.starting import end_at_ctrl_c
+
+if __name__ == "__main__":
+    end_at_ctrl_c()
+
 from engine.errors import ResourceError, SettingsError
 from engine.settings import raise_if_any, shown
 from exchange.saved_run import LoadedModel

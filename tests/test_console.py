@@ -10,7 +10,7 @@ from types import ModuleType
 import pytest
 
 from engine import console
-from engine.console import Progress, RunBar, complain, report, say, tell, track
+from engine.console import Progress, RunBar, complain, count_off, report, say, tell, track
 
 
 class Console(io.TextIOWrapper):
@@ -222,6 +222,18 @@ def test_without_tqdm_a_notebook_has_lines_and_no_bar(kernel, consoles, monkeypa
     with Progress("Reading", 10) as progress:
         progress.show(5)
     assert (out.shown(), err.shown()) == ("line\n", "")
+
+
+def test_work_that_takes_long_has_a_bar_where_bars_move_alone(consoles, monkeypatch):
+    from tqdm import tqdm
+
+    # shown at once, not after a second
+    monkeypatch.setattr(console, "_tqdm", lambda: lambda **options: tqdm(**options | {"delay": 0}))
+    for terminal in (True, False):
+        out, err = consoles("utf-8", terminal=terminal)
+        seen = [err.shown() for _ in count_off("abc", 3, "Evaluating")]
+        assert (len(seen), out.shown()) == (3, "")
+        assert ("Evaluating:   0%" in seen[0]) == terminal == bool(err.shown())
 
 
 def test_a_picture_is_shown_in_a_notebook_alone(kernel, monkeypatch, tmp_path):

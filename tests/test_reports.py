@@ -24,7 +24,7 @@ from text.split import split_documents
 from text.token_cache import tokenize
 from text.tokenizer import GPT2Tokenizer
 from text.tokenizer_file import END_OF_TEXT
-from training import journal
+from training import journal, learner
 from training.learner import steps_between
 
 
@@ -253,8 +253,10 @@ def test_a_table_of_some_twenty_rows_is_divided_by_documents_or_by_position(tmp_
     ],
 )
 def test_short_rows_train_whatever_the_context_and_the_batch(
-    workdir, no_pictures, capsys, sampling, max_length, said
+    workdir, no_pictures, monkeypatch, capsys, sampling, max_length, said
 ):
+    bars = []
+    monkeypatch.setattr(learner, "count_off", lambda items, *bar: bars.append(bar) or items)
     write_rows(workdir / "rows.jsonl", [f"row {i % 10}" for i in range(18)])  # 107 tokens
     (workdir / "val.txt").write_text("row", encoding="utf-8")
     data = {"path": "rows.jsonl", "val": "val.txt"}
@@ -265,6 +267,7 @@ def test_short_rows_train_whatever_the_context_and_the_batch(
     assert said in printed and "Note: 3 tokens to validate on say little" in printed
     [run] = (workdir / "runs").iterdir()
     summary = json.loads((run / "summary.json").read_bytes())
+    assert bars == [(1, "Evaluating")]  # of the evaluation after training
     assert summary["steps"] == 3 and math.isfinite(summary["final_val_loss"])
 
 
