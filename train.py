@@ -600,13 +600,16 @@ def _plan_loop(env: RuntimeEnv) -> LoopPlan:
 
 
 def _budget_until(deadline: float | None, env: RuntimeEnv) -> Budget | None:
-    """The time of a run that ends at a deadline, in seconds from now; None without one."""
+    """The time of a run with a budget, in seconds from now: all of it, or what is left until a
+    deadline; None without a budget."""
     record, config = env.run.record, env.train_config
     minutes = config.time_budget_minutes
-    if deadline is None or minutes is None or record.asked.training.max_steps is not None:
+    if minutes is None or record.asked.training.max_steps is not None:
         return None
     assert record.sampling.max_new_tokens is not None  # fitted() to the text
-    seconds = usable_seconds(deadline, 60 * minutes, env.parallel)
+    seconds = 60 * minutes
+    if deadline is not None:
+        seconds = usable_seconds(deadline, seconds, env.parallel)
     costs = Costs(0.0, 0.0, 0.0, UNSEEN_PICTURE_S, expected_save_s(env.model))
     n_val = Trial.count_batches(env.val_loader)
     return Budget(

@@ -1,18 +1,19 @@
 """Generation: tokens a second and time to the first token, compared with transformers.
 
-    python -m benchmarks.generate [rounds]
+    python -m benchmarks.generate [rounds [batch ...]]
 
-A 124M model with fresh weights continues 64 tokens by 128, greedily, in batches of one and eight;
-the contenders take turns in one process. The limit is the rate at which memory could deliver the
-weights of the matrix products once for each token; its bandwidth is measured in the same round.
-The exit code is 1 if our fp32 tokens differ from transformers', or bf16's logits are too far from
-fp32's.
+A 124M model with fresh weights continues 64 tokens by 128, greedily, in batches of one and eight
+unless others are given; the contenders take turns in one process. The limit is the rate at which
+memory could deliver the weights of the matrix products once for each token; its bandwidth is
+measured in the same round. The exit code is 1 if our fp32 tokens differ from transformers', or
+bf16's logits are too far from fp32's.
 """
 
 import statistics
 import sys
 import tempfile
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from copy import deepcopy
 from dataclasses import dataclass, field
@@ -51,8 +52,8 @@ class Contender:
     name: str
     weights: str
     generate: Generate
-    first_s: dict[int, list[float]] = field(default_factory=lambda: {b: [] for b in BATCHES})
-    all_s: dict[int, list[float]] = field(default_factory=lambda: {b: [] for b in BATCHES})
+    first_s: dict[int, list[float]] = field(default_factory=lambda: defaultdict(list))
+    all_s: dict[int, list[float]] = field(default_factory=lambda: defaultdict(list))
     cold_first_s: float = 0.0  # of its very first token; ours runs before transformers
 
     def measure(self, prompts: list[list[int]]) -> None:
@@ -63,15 +64,16 @@ class Contender:
             kept[len(prompts)].append(time.perf_counter() - began_at)
 
 
-def main(rounds: int = 5) -> None:
+def main(rounds: int = 5, *batches: int) -> None:
     """Print a row for each contender and batch, and write the results."""
     use_utf8()
     prepare_processor()
+    batches = batches or BATCHES
     device = pick_device(None)
     models, _ = read_models(MODELS_FILE)
     torch.manual_seed(0)
     model = GPTModel(GPTConfig(**models["gpt2-124m"] | {"vocab_size": 50257})).eval()
-    prompts = sample_tokens(max(BATCHES) * N_PROMPT).reshape(-1, N_PROMPT).tolist()
+    prompts = sample_tokens(max(batches) * N_PROMPT).reshape(-1, N_PROMPT).tolist()
     bandwidths = []
     with tempfile.TemporaryDirectory() as folder:
         contenders = [*theirs(model, Path(folder), device), *ours(model, device)]
@@ -81,18 +83,18 @@ def main(rounds: int = 5) -> None:
             contender.cold_first_s = time.perf_counter() - began_at
         for _ in track(range(rounds), rounds, "rounds"):
             bandwidths.append(memory_bandwidth(device))
-            for batch in BATCHES:
+            for batch in batches:
                 for contender in contenders:
                     contender.measure(prompts[:batch])
     agreement = compare(model, device)
     plain = next(c for c in contenders if c.name == "ours, fp32")
     same = all(
         plain.generate(prompts[:batch], N_NEW) == contenders[0].generate(prompts[:batch], N_NEW)
-        for batch in BATCHES
+        for batch in batches
     )
     n_weights = model.parameters_in_products()
     reads = [bandwidth / n_weights for bandwidth in bandwidths]
-    rows = [row_of(c, contenders[0], batch, reads) for c in contenders for batch in BATCHES]
+    rows = [row_of(c, contenders[0], batch, reads) for c in contenders for batch in batches]
     report(rows, bandwidths, agreement, same)
     results = {
         "machine": machine(device),
@@ -255,6 +257,6 @@ def report(rows: list[dict], bandwidths: list[float], agreement: dict, same: boo
 
 
 if __name__ == "__main__":
-    if not all(argument.isdecimal() and int(argument) for argument in sys.argv[1:2]):
+    if not all(argument.isdecimal() and int(argument) for argument in sys.argv[1:]):
         sys.exit(__doc__)
-    main(*map(int, sys.argv[1:2]))
+    main(*map(int, sys.argv[1:]))

@@ -1,22 +1,26 @@
 """Fit the law by which MINUTES chooses, and compare its choices with others.
 
     python -m benchmarks.recipe [--texts A.txt B.txt ...] [--verify] [--rehearse] [--results FILE]
+    python -m benchmarks.recipe --auto 1.67 5 [--seeds 3]
 
 Short runs of the real program: sizes and times, passes through small parts, tokenizers, seeds.
 Budgets are in tokens, those of a reference machine, so that other load changes no loss. A later
 call goes on from the results that are there. Then the law's numbers are fitted, also without each
 text for the error there. --verify trains what the law chooses against what else could be chosen,
-on texts that the fit has not seen, and prints the regret. --rehearse does it with a few steps.
+on texts that the fit has not seen, and prints the regret. --auto trains its choice alone, for some
+minutes of the reference machine, and prints the median of some seeds. --rehearse does it with a few
+steps.
 """
 
 import argparse
 import itertools
 import json
+import statistics
 import subprocess
 import sys
 import tempfile
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -214,11 +218,21 @@ def main() -> None:
     parser.add_argument("--texts", nargs="+", default=["tinyshakespeare.txt", "ci.txt"])
     for name in ("--verify", "--rehearse"):
         parser.add_argument(name, action="store_true")
+    parser.add_argument("--auto", nargs="+", type=float, metavar="MINUTES", default=[])
+    parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--results", type=Path, default=RESULTS / "recipe-cpu.json")
     asked = parser.parse_args()
     results: dict[str, Any] = {"machine": machine(torch.device("cpu")), "runs": {}}
     results |= json.loads(asked.results.read_bytes()) if asked.results.is_file() else {}
     most, tries = (8, 2) if asked.rehearse else (None, TRIES)
+    if asked.auto:
+        for text, minutes in itertools.product(asked.texts, asked.auto):
+            auto = Run(text, minutes, Fixed(None, {}, {}))
+            runs = [replace(auto, seed=seed) for seed in range(1, asked.seeds + 1)]
+            train_all(runs, results, asked.results, most)
+            median = statistics.median(results["runs"][run.key]["bits"] for run in runs)
+            say(f"{text} {minutes:g} min: {median:.4f} bits a byte, median of {len(runs)} seeds")
+        return
     if asked.verify:
         for text, minutes in ((t, m) for t in asked.texts for m in (1.0, 3.0)):
             named = rivals(text, facts_of(Run(text, minutes, NANOGPT), Path())[0], minutes)

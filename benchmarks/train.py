@@ -7,7 +7,8 @@
 The rate is measured in the same run, in fp32 and bf16, at the best of a few large shapes, and also
 over the model's own matrix products, each alone. A token counts as 6N + 12LHDT floating point
 operations (Chowdhery et al. 2022, appendix B), N with the head and without positions. The quick
-model also trains with full logits, in turn with the usual loss. --peers and --memory compare the
+model also trains with full logits, in turn with the usual loss, and the character model in fp32 in
+turn with a step as nanoGPT takes it on a CPU. --peers and --memory compare the
 124M model with transformers and litgpt; see benchmarks/peers.py.
 """
 
@@ -20,6 +21,7 @@ from dataclasses import dataclass
 import torch
 
 from benchmarks import peers
+from benchmarks.peer_nanogpt import prepare_nanogpt_step
 from benchmarks.report import machine, write_results
 from benchmarks.steps import (
     bf16_peak,
@@ -46,6 +48,7 @@ class Case:
     batch_size: int
     steps: int
     beside_full_logits: bool = False
+    beside_nanogpt: bool = False
 
 
 def cases(device: torch.device) -> list[Case]:
@@ -65,7 +68,7 @@ def cases(device: torch.device) -> list[Case]:
             steps=20,
             beside_full_logits=True,
         ),
-        Case("char-10m", character_model, batch_size=16, steps=6),
+        Case("char-10m", character_model, batch_size=16, steps=6, beside_nanogpt=True),
         Case("gpt2-124m", GPTConfig(vocab_size=50257, **large), batch_size=batch_size, steps=4),
     ]
 
@@ -128,6 +131,8 @@ def describe(row: dict) -> None:
         say(f"{'':10} {row['share_of_bf16_peak']:.1%} of the device's dense bf16 peak")
     if "times_full_logits" in row:
         say(f"{'':10} {row['times_full_logits']:.2f} times as fast as with full logits")
+    if "times_nanogpt" in row:
+        say(f"{'':10} in fp32 {row['times_nanogpt']:.2f} times as fast as nanoGPT's step")
 
 
 def measure(case: Case, device: torch.device, precision: Precision) -> dict:
@@ -141,6 +146,10 @@ def measure(case: Case, device: torch.device, precision: Precision) -> dict:
         _, steps["compiled"] = prepare_step(case.config, device, precision, compiled=True)
     if case.beside_full_logits:
         _, steps["full_logits"] = prepare_full_logits_step(case.config, device, precision)
+    if case.beside_nanogpt:
+        fp32 = choose_precision("fp32", device)
+        _, steps["fp32"] = prepare_step(case.config, device, fp32)
+        steps["nanogpt"] = prepare_nanogpt_step(case.config, device)
     work = [functools.partial(step, ids, targets) for step in steps.values()]
     seconds = dict(zip(steps, median_seconds_in_turn([*work], device, case.steps), strict=True))
     tokens = ids.numel()
@@ -163,6 +172,8 @@ def measure(case: Case, device: torch.device, precision: Precision) -> dict:
     if case.beside_full_logits:
         # both uncompiled, so that only the loss differs
         row["times_full_logits"] = seconds["full_logits"] / seconds["as_written"]
+    if case.beside_nanogpt:
+        row["times_nanogpt"] = seconds["nanogpt"] / seconds["fp32"]
     return row
 
 

@@ -6,6 +6,7 @@ import json
 import os
 import random
 import signal
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from types import ModuleType
@@ -17,7 +18,10 @@ import environment
 import storage.cache
 import train
 from engine.errors import Stopped
+from planning.trial import Costs, Trial
 from training import journal, learner
+from training.journal import Journal
+from training.pace import Spent
 
 # 29 windows: 7 whole batches of 4 and one window left over
 TEXT_LENGTH = 522
@@ -40,6 +44,20 @@ WHOLE: dict[str, dict] = {}  # what runs that nobody stopped came to, by their s
 def room_of(function: str) -> ModuleType:
     """The module that has a function under this name when training calls it."""
     return train if function == "generate" else learner
+
+
+def use_steady_clock(
+    patch: pytest.MonkeyPatch, step_s: float, batch_s: float, run_step_s: Callable[[], float]
+) -> None:
+    """Steps and batches take these seconds where they are tried, and run_step_s() each in the run,
+    where nothing else takes time."""
+    patch.setattr(Trial, "step_seconds", lambda trial, **_: step_s)
+    patch.setattr(Trial, "costs", lambda *_: Costs(step_s, batch_s, 0.0, 0.0))
+    patch.setattr(train, "expected_save_s", lambda model: 0.0)
+    patch.setattr(train, "UNSEEN_PICTURE_S", 0.0)
+    patch.setattr(Spent, "mean", lambda spent, kind, default=0.0: 0.0)
+    patch.setattr(Spent, "total_s", 0.0)
+    patch.setattr(Journal, "elapsed_s", property(lambda journal: journal.steps * run_step_s()))
 
 
 class Bench:

@@ -3,6 +3,8 @@
 import dataclasses
 import itertools
 import json
+import re
+import shutil
 import time
 from pathlib import Path
 
@@ -21,6 +23,7 @@ from planning.decisions import decide_training
 from planning.machine import find_machine, set_attention
 from planning.plan import resolve_settings
 from tests.records import record_of
+from tests.resuming import Bench, compare
 from training_utils import TrainingConfig
 
 CPU = torch.device("cpu")
@@ -187,6 +190,25 @@ def test_both_kernels_of_attention_train_to_the_same_gradients():
             block.attention.kernel = kernel
         found[kernel] = torch.autograd.grad(model(ids, ids), list(model.parameters()))
     torch.testing.assert_close(found["plain"], found["fused"])
+
+
+def test_runs_of_one_seed_are_equal_by_the_kept_choice_and_without_it_unless_a_line_says_so(
+    workdir, monkeypatch, capsys
+):
+    monkeypatch.setattr(machine, "WORTH_A_TRIAL", 0)
+    bench, lines, outcomes = Bench(workdir, monkeypatch), [], []
+    for name in ("first", "again", "afresh"):
+        if name == "afresh":
+            shutil.rmtree(workdir / "cache")
+        bench.describe(name)
+        outcomes.append(bench.finish())
+        lines += re.findall(r"^Attention: .*$", capsys.readouterr().out, re.M)
+    first, again, afresh = lines
+    assert " ms" in first
+    assert again == first  # its figures were taken, not measured
+    compare(outcomes[1], outcomes[0])
+    if afresh.split()[1] == first.split()[1]:
+        compare(outcomes[2], outcomes[0])
 
 
 # ------------------------------------------------------------------ full mode's batch

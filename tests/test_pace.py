@@ -17,9 +17,8 @@ from engine import clock
 from engine.errors import ResourceError, SettingsError
 from engine.optim import Schedule, learning_rate_at, make_schedule
 from planning import trial
-from planning.trial import Budget, Costs, Trial
-from tests.resuming import Bench, compare, of_steps
-from training.journal import Journal
+from planning.trial import Budget, Costs
+from tests.resuming import Bench, compare, of_steps, use_steady_clock
 from training.pace import (
     BY_HEART,
     TIME,
@@ -197,19 +196,12 @@ class TimedBench(Bench):
         self.step_s = 0.25
         self.prepare_model = lambda model: setattr(self.env.run, "deadline", 0.0)
         patch = self.patch
-        patch.setattr(Trial, "step_seconds", lambda trial, **_: 0.25)
-        patch.setattr(Trial, "costs", lambda *_: Costs(0.25, 0.005, 0.0, 0.0))
+        use_steady_clock(patch, 0.25, 0.005, lambda: self.step_s)
         # of what was left at the trial some more is gone when training begins
         patch.setattr(trial, "usable_seconds", lambda *_: 5.5)
         patch.setattr(train, "usable_seconds", lambda *_: 5.0)
         try_out = environment.try_out
         patch.setattr(environment, "try_out", lambda *given: try_out(*given[:5], 0.0))
-        patch.setattr(train, "expected_save_s", lambda model: 0.0)
-        patch.setattr(train, "UNSEEN_PICTURE_S", 0.0)
-        patch.setattr(Spent, "mean", lambda spent, kind, default=0.0: 0.0)
-        patch.setattr(Spent, "total_s", 0.0)
-        clock = property(lambda journal: journal.steps * self.step_s)
-        patch.setattr(Journal, "elapsed_s", clock)
 
     def describe(self, name: str, **settings) -> None:
         budget = {"max_steps": None, "time_budget_minutes": 0.1, "schedule": "wsd", "eval_freq": 2}

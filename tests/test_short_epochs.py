@@ -16,9 +16,9 @@ from distributed.parallel import ALONE
 from engine import console
 from engine.console import begin_report, report, track
 from engine.optim import EVALUATIONS, LONGEST_EVAL_FREQ, default_eval_freq
-from planning.trial import Budget, Costs, Trial
+from planning.trial import Budget, Costs
 from tests.letters import Letters, loader_of_13_windows, new_trainer, tiny_loaders, tiny_model
-from tests.resuming import Bench, check_stops
+from tests.resuming import Bench, check_stops, use_steady_clock
 from training import spacing
 from training.learner import steps_between
 from training.spacing import EVALUATION_SHARE, Allowance, Spacing, allowed_seconds
@@ -183,16 +183,14 @@ def test_warm_up_is_shorter_than_the_run_that_fits_and_at_most_the_share_it_may_
 
 def test_a_budgets_run_resumes_with_the_evaluations_that_were_planned(workdir, monkeypatch):
     settings = {"max_steps": None, "time_budget_minutes": 0.02, "eval_freq": None, "eval_iter": 8}
-    monkeypatch.setattr(Trial, "step_seconds", lambda self, **_: 0.05)
-    monkeypatch.setattr(Trial, "costs", lambda *_: Costs(0.05, 0.01, 0.0, 0.0))
     bench = Bench(workdir, monkeypatch)
+    use_steady_clock(monkeypatch, 0.05, 0.01, lambda: 0.04)
     check_stops(bench, [3], **settings)
     assert bench.env.train_config.eval_iter < 8
 
 
 def test_the_last_evaluation_is_part_of_a_budget(workdir, monkeypatch, capsys, no_pictures):
-    monkeypatch.setattr(Trial, "step_seconds", lambda self, **_: 0.05)
-    monkeypatch.setattr(Trial, "costs", lambda *_: Costs(0.05, 0.01, 0.0, 0.0))
+    use_steady_clock(monkeypatch, 0.05, 0.01, lambda: 0.05)
     (workdir / "text.txt").write_text("the sea is calm tonight. " * 400, encoding="utf-8")
     params = {"time_budget_minutes": 0.01, "batch_size": 1, "max_length": 8}
     params |= {"emb_dim": 8, "n_heads": 1, "n_layers": 1}

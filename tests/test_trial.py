@@ -22,7 +22,7 @@ from planning.choices import WORTH_A_TRIAL, Choices
 from planning.plan import resolve_settings
 from planning.trial import Compiled, Costs, Trial, decide_compiling, shorten_samples
 from tests.letters import BATCH, CONTEXT, FP32, tiny_loaders, tiny_model
-from tests.resuming import Bench, of_steps
+from tests.resuming import Bench, of_steps, use_steady_clock
 from training import learner
 from training.learner import Learner, steps_between, take_step
 
@@ -123,9 +123,8 @@ def test_the_time_of_a_step_is_the_median_without_the_first(monkeypatch):
 def test_a_run_with_a_time_budget_ends_with_its_schedule_and_goes_on_with_its_steps(
     workdir, monkeypatch, capsys
 ):
-    monkeypatch.setattr(Trial, "step_seconds", lambda self, **_: 0.25)
-    monkeypatch.setattr(Trial, "costs", lambda *_: Costs(0.25, 0.005, 0.0, 0.0))
     bench = Bench(workdir, monkeypatch)
+    use_steady_clock(monkeypatch, 0.25, 0.005, lambda: 0.19)
     bench.describe("run", max_steps=None, time_budget_minutes=0.1, eval_freq=None, eval_iter=1)
     bench.signal_at("take_step", 5)
     assert not bench.session()
@@ -135,8 +134,11 @@ def test_a_run_with_a_time_budget_ends_with_its_schedule_and_goes_on_with_its_st
     assert "Note: 23 steps are expected to take 0.1 minutes" in capsys.readouterr().out
     monkeypatch.setattr(Trial, "step_seconds", lambda self, **_: 0.01)  # as on a faster machine
     rows = of_steps(bench.finish()["rows"])
-    assert "5 of 23 steps are done" in capsys.readouterr().out
-    assert len(rows) == 23
+    printed = capsys.readouterr().out
+    assert "5 of 23 steps are done" in printed
+    # steps are faster than they were before the run: more of them fit into its 6 s
+    assert "Note: after step 6 the run is planned anew: 31 steps instead of 23" in printed
+    assert len(rows) == 31
     rates = [float.fromhex(row["train/lr"]) for row in rows]
     assert rates[-1] == pytest.approx(max(rates) / 10)  # the schedule ends with the run
 
