@@ -15,7 +15,14 @@ from engine.optim import default_eval_freq, default_learning_rate, default_warmu
 from engine.settings import check, find_problems, from_json, names_on_resume, setting, shown
 from generation import SamplingConfig
 from model import ATTENTIONS, GPTConfig
-from planning.plan import SETTING_NAMES, Asked, RecipeChoice, RunPlan, RunSettings
+from planning.plan import (
+    SETTING_NAMES,
+    Asked,
+    RecipeChoice,
+    RunPlan,
+    RunSettings,
+    with_every_field,
+)
 from planning.recipe import (
     ENOUGH_SHARE,
     Fixed,
@@ -224,7 +231,7 @@ def decide_tokenizer(plan: RunPlan, text: TextFacts) -> RunPlan:
     """The plan of a run without MINUTES with what TOKENIZER "auto" means for its text."""
     names = ("batch_size", "gradient_accumulation_steps", "optimizer", "weight_decay")
     training = {name: getattr(plan.training, name) for name in names}
-    fixed = Fixed(None, plan.model, training)
+    fixed = Fixed(None, with_every_field(plan.model), training)
     tokenizer = choose_tokenizer(text, fixed, plan.training.time_budget_minutes)
     return dataclasses.replace(plan, tokenizer=tokenizer)
 

@@ -408,15 +408,21 @@ def _join_model(
 def _leave_to_recipe(plan: RunPlan, custom: dict[str, Any]) -> RunPlan:
     """The plan of a run with MINUTES: what is set stays, and the recipe chooses the rest."""
     model = plan.model
-    if plan.model_name != RECIPE_MODEL:  # then no field is open, also those of its architecture
-        model = dataclasses.asdict(GPTConfig(**model, vocab_size=1))
-        del model["vocab_size"]
+    if plan.model_name != RECIPE_MODEL:  # then no field is open
+        model = with_every_field(model)
     set_here = {n: v for n, v in custom.items() if v is not None}
     tokenizer = None if plan.tokenizer == "auto" else plan.tokenizer
     training = {n: set_here[n] for n in RECIPE_CHOOSES if n in set_here}
     return dataclasses.replace(
         plan, tokenizer=tokenizer, model=model, fixed=Fixed(tokenizer, model, training)
     )
+
+
+def with_every_field(model: dict[str, Any]) -> dict[str, Any]:
+    """A model's arguments with all of GPTConfig's, but vocab_size."""
+    complete = dataclasses.asdict(GPTConfig(**model, vocab_size=1))
+    del complete["vocab_size"]
+    return complete
 
 
 def _about_two_lengths(run: RunSettings, mode: str, custom: dict[str, Any]) -> list[str]:
