@@ -65,7 +65,8 @@ from training_utils import TrainingConfig, as_prompts
 
 DRAWN = {"temperature": 0.8, "top_k": 50}  # greedy text of a young model repeats one token
 SAMPLE_SEED = 123
-ENDED = " [the model ended the text here]"
+# what a sample ends with where the model writes nothing that can be seen
+ENDED, BLANK = " [the model ends the text here]", " [the model goes on with blanks]"
 SAMPLE_CHARACTERS = 1000  # of a prompt and its continuation; longer texts are cut at the front
 WORTH_SAYING = 0.02  # of the steps, that a new plan adds or takes
 UNSEEN_PICTURE_S = 0.3  # where none was drawn yet
@@ -511,14 +512,18 @@ def continue_prompts(
 ) -> list[str]:
     """Continue prompts up to their end of text by generate(); SettingsError if one is empty.
 
-    A text that the model ended at once says so.
+    Where the model writes nothing that can be seen, the text says so.
     """
     ids = [text_to_token_ids(prompt, tokenizer)[0].tolist() for prompt in prompts]
     end = tokenizer.end_of_text_id
-    rows = generate(model, ids, end_of_text_id=end, **options)
-    texts = [tokenizer.decode(row[:-1] if row[-1] == end else row) for row in rows]
-    is_empty = [row == [*prompt, end] for row, prompt in zip(rows, ids, strict=True)]
-    return [text + ENDED * empty for text, empty in zip(texts, is_empty, strict=True)]
+    texts = []
+    for row, prompt in zip(generate(model, ids, end_of_text_id=end, **options), ids, strict=True):
+        is_ended = row[-1] == end
+        text = tokenizer.decode(row[:-1] if is_ended else row)
+        if text.split() == tokenizer.decode(prompt).split():
+            text += ENDED if is_ended else BLANK
+        texts.append(text)
+    return texts
 
 
 def train(env: RuntimeEnv) -> Journal:

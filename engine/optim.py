@@ -1,5 +1,6 @@
 """AdamW and Muon with their parameter groups; learning-rate schedules as pure functions."""
 
+import inspect
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -119,6 +120,25 @@ class Rules:
 DEFAULT_RULES = Rules()
 
 
+class _Uncompiled(torch.optim.Optimizer):
+    """An optimizer whose methods lack torch's decorators that keep torch.compile out of them.
+
+    The first call of a decorated one imports torch._dynamo for seconds, and nothing here compiles
+    an optimizer.
+    """
+
+    add_param_group = inspect.unwrap(torch.optim.Optimizer.add_param_group)
+    load_state_dict = inspect.unwrap(torch.optim.Optimizer.load_state_dict)
+    state_dict = inspect.unwrap(torch.optim.Optimizer.state_dict)
+    zero_grad = inspect.unwrap(torch.optim.Optimizer.zero_grad)
+
+
+class AdamW(_Uncompiled, torch.optim.AdamW):
+    """torch.optim.AdamW without the import of torch._dynamo."""
+
+    step = torch.no_grad()(inspect.unwrap(torch.optim.AdamW.step))
+
+
 def build_optimizer(
     kind: str,
     model: nn.Module,
@@ -133,7 +153,7 @@ def build_optimizer(
 
 def build_adamw(
     model: nn.Module, learning_rate: float, weight_decay: float, rules: Rules = DEFAULT_RULES
-) -> torch.optim.AdamW:
+) -> AdamW:
     """AdamW with weight decay for Linear layers' weights, but not a head tied to an embedding.
 
     The first group has the model's hidden_matrices(), the others have the rest of its parameters.
@@ -142,7 +162,7 @@ def build_adamw(
     first = {"params": hidden, "scale": 1.0, "weight_decay": weight_decay}
     groups = [first, *_other_groups(model, set(hidden), learning_rate, weight_decay, rules)]
     betas, fused = (BETA1, rules.beta2), _has_fused_adamw(model)
-    return torch.optim.AdamW(groups, lr=learning_rate, betas=betas, eps=EPS, fused=fused)
+    return AdamW(groups, lr=learning_rate, betas=betas, eps=EPS, fused=fused)
 
 
 def build_muon(
@@ -187,7 +207,7 @@ def _has_fused_adamw(model: nn.Module) -> bool:
     return all(p.device.type in KINDS for p in model.parameters() if p.requires_grad)
 
 
-class Muon(torch.optim.Optimizer):
+class Muon(_Uncompiled):
     """Muon for matrices (Jordan et al. 2024), AdamW for the other parameters.
 
     A matrix's update is its orthogonalized momentum with the rms of AdamW's updates (Liu et al.

@@ -16,7 +16,15 @@ from engine.settings import check, find_problems, from_json, names_on_resume, se
 from generation import SamplingConfig
 from model import ATTENTIONS, GPTConfig
 from planning.fine_tuning import MOST_PASSES, fine_tuning
-from planning.plan import SETTING_NAMES, Asked, RecipeChoice, RunPlan, RunSettings, Start
+from planning.plan import (
+    SETTING_NAMES,
+    Asked,
+    RecipeChoice,
+    RunPlan,
+    RunSettings,
+    Start,
+    with_every_field,
+)
 from planning.recipe import (
     ENOUGH_SHARE,
     Fixed,
@@ -228,7 +236,7 @@ def decide_tokenizer(plan: RunPlan, text: TextFacts) -> RunPlan:
     """The plan of a run without MINUTES with what TOKENIZER "auto" means for its text."""
     names = ("batch_size", "gradient_accumulation_steps", "optimizer", "weight_decay")
     training = {name: getattr(plan.training, name) for name in names}
-    fixed = Fixed(None, plan.model, training)
+    fixed = Fixed(None, with_every_field(plan.model), training)
     tokenizer = choose_tokenizer(text, fixed, plan.training.time_budget_minutes)
     return dataclasses.replace(plan, tokenizer=tokenizer)
 

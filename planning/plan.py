@@ -475,14 +475,20 @@ def _leave_open(plan: RunPlan, custom: dict[str, Any]) -> RunPlan:
     """The plan of a run with MINUTES or INIT_FROM: what is set stays, the rest is chosen later."""
     model = plan.model
     if plan.model_name != OPEN_MODEL:  # then no field is open, also those of its architecture
-        model = dataclasses.asdict(GPTConfig(**model, vocab_size=1))
-        del model["vocab_size"]
+        model = with_every_field(model)
     set_here = {n: v for n, v in custom.items() if v is not None}
     tokenizer = None if plan.tokenizer == "auto" else plan.tokenizer
     training = {n: set_here[n] for n in RECIPE_CHOOSES if n in set_here}
     return dataclasses.replace(
         plan, tokenizer=tokenizer, model=model, fixed=Fixed(tokenizer, model, training)
     )
+
+
+def with_every_field(model: dict[str, Any]) -> dict[str, Any]:
+    """A model's arguments with all of GPTConfig's, but vocab_size."""
+    complete = dataclasses.asdict(GPTConfig(**model, vocab_size=1))
+    del complete["vocab_size"]
+    return complete
 
 
 def _about_two_lengths(run: RunSettings, mode: str, custom: dict[str, Any]) -> list[str]:

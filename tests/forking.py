@@ -20,7 +20,7 @@ CAN_FORK = sys.platform == "linux"
 TEMPLATE = """
 import json, os, sys
 import main  # before torch, for which it sets some variables
-import environment, torch._dynamo, tqdm, train  # the first optimizer imports the second
+import environment, torch._dynamo, tqdm, train  # each of several ranks imports the second
 
 def next_program():
     # in each fork: the request that it is for

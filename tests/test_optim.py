@@ -1,7 +1,9 @@
 """Learning rates, AdamW and Muon, and which precision is chosen."""
 
+import copy
 import math
 import platform
+import sys
 from dataclasses import replace
 
 import pytest
@@ -235,6 +237,21 @@ def test_with_every_rule_set_steps_equal_those_of_torchs_adamw(kind):
             torch.testing.assert_close(p, theirs.get_parameter(name), msg=name)
             compared += 1
     assert compared == (17 if kind == "adamw" else 13)
+
+
+@both_kinds
+def test_an_optimizer_works_without_torchs_compiler_whose_import_takes_seconds(kind, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch._dynamo", None)  # its import fails
+    model = tiny_model()
+    before = copy.deepcopy(model.state_dict())
+    optimizer = build_optimizer(kind, model, 1e-2, 0.1)
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    optimizer.zero_grad()
+    optimizer.load_state_dict(optimizer.state_dict())
+    assert not torch.equal(before["head.weight"], model.head.weight)
+    assert torch.is_grad_enabled() and isinstance(optimizer, torch.optim.Optimizer)
 
 
 @pytest.mark.parametrize("with_embeddings", [False, True])

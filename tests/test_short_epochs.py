@@ -218,12 +218,13 @@ def test_samples_on_the_way_are_drawn_alike_and_leave_the_runs_generator_alone(m
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_a_text_that_the_model_ends_at_once_says_so(monkeypatch):
-    end = Letters.end_of_text_id
-    rows = [[0, 1, end], [7, 3, end]]
+def test_a_text_to_which_the_model_adds_nothing_visible_says_so(monkeypatch):
+    end, blank = Letters.end_of_text_id, ord(" ") - ord("a")
+    rows = [[0, 1, end], [0, 1, blank, end], [0, 1, blank, blank], [7, 3, end], [7, blank, 3]]
     monkeypatch.setattr(train, "generate", lambda model, ids, **options: rows)
-    texts = train.continue_prompts(tiny_model(), Letters(), ["ab", "h"])
-    assert texts == ["ab [the model ended the text here]", "hd"]
+    texts = train.continue_prompts(tiny_model(), Letters(), ["ab", "ab", "ab", "h", "h"])
+    ended, goes_on = " [the model ends the text here]", " [the model goes on with blanks]"
+    assert texts == ["ab" + ended, "ab " + ended, "ab  " + goes_on, "hd", "h d"]
 
 
 class Huge:

@@ -65,8 +65,6 @@ def import_what_runs_need() -> None:
     import environment  # noqa: F401
 
     with contextlib.suppress(ImportError):
-        import torch._dynamo  # for a second, where the first optimizer is built
-    with contextlib.suppress(ImportError):
         import matplotlib.backends.backend_agg
         import matplotlib.figure  # noqa: F401
     torch.set_num_threads(1)
