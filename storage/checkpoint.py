@@ -344,6 +344,11 @@ def read_weights(run_folder: Path, run_id: str, which: str = "best") -> tuple[in
     return _step_of(path), tensors
 
 
+def read_adapter(run_folder: Path, run_id: str, which: str = "best") -> Tensors:
+    """The adapter that read_weights() merges; raises as that does."""
+    return _newest_sound(run_folder, which, lambda path: _read_model(path, run_id))[1]
+
+
 def read_frozen(run_folder: Path, run_id: str) -> Tensors:
     """The weights that a run with LoRA began from; CheckpointError if they can't be read."""
     try:

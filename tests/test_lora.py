@@ -1,21 +1,24 @@
 """LoRA: an adapter learns beside frozen weights, is kept alone, and is merged where it is used."""
 
 import itertools
+import json
 import shutil
 
 import pytest
 import torch
 
+from benchmarks.peers import save_for_transformers
 from engine.errors import CheckpointError, SettingsError
 from engine.lora import add_lora, merged
 from engine.loss import next_token_loss
 from engine.memory import count_trained, estimate_memory
 from engine.optim import build_adamw
+from exchange.adapter import their_adapter, their_adapter_settings, write_adapter
 from exchange.opening import open_pretrained
 from exchange.saved_run import load_run
 from model import GPTConfig, GPTModel
 from planning.plan import resolve_settings
-from storage.checkpoint import read_safetensors, weights_of
+from storage.checkpoint import read_safetensors, safetensors_chunks, weights_of
 from tests.conftest import train_in
 from tests.letters import CPU, FP32
 from tests.resuming import Bench, compare, uninterrupted
@@ -155,9 +158,49 @@ def test_a_run_with_an_adapter_resumes_bit_for_bit_and_is_enough_by_itself(
     assert weights.keys() == given.keys()
     assert not any(torch.equal(weights[n], given[n]) for n in given if ".attention." in n)
 
+    write_adapter(workdir / "out" / "adapter", run, "last")
+    left = read_safetensors(workdir / "out" / "adapter" / "adapter_model.safetensors")
+    down = "base_model.model.model.layers.1.mlp.down_proj.lora_B.weight"
+    assert torch.equal(left[down], kept["blocks.1.mlp.down.lora_b"])
+    settings = json.loads((workdir / "out" / "adapter" / "adapter_config.json").read_bytes())
+    assert settings["base_model_name_or_path"] == str(source)
+    for place, folder, says in (
+        (workdir / "out", run, "exists; name a folder that does not"),
+        (workdir / "new", seed_run, "has trained no adapter"),
+    ):
+        with pytest.raises(SettingsError, match=says):
+            write_adapter(place, folder)
+
     (run / "frozen" / "step-00000000" / "model.safetensors").write_bytes(b"damaged")
     with pytest.raises(CheckpointError, match="the run's frozen weights are lost"):
         load_run(run, which="last")
+
+
+@pytest.mark.slow  # PEFT and accelerate take seconds to import
+@both
+@torch.no_grad()
+def test_peft_computes_the_same_with_an_adapter_that_leaves(changes, tmp_path):
+    peft, transformers = pytest.importorskip("peft"), pytest.importorskip("transformers")
+    model = new_model(**changes)
+    save_for_transformers(model, tmp_path / "base")
+    add_lora(model, 4, seed=3)
+    adapter = weights_of(model)
+    for value in adapter.values():
+        value.add_(0.3 * torch.randn_like(value))
+    (tmp_path / "adapter").mkdir()
+    settings = their_adapter_settings(model.config, 4, str(tmp_path / "base"))
+    (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps(settings))
+    tensors = their_adapter(model.config, adapter)
+    with open(tmp_path / "adapter" / "adapter_model.safetensors", "wb") as file:
+        file.writelines(safetensors_chunks(tensors, {"format": "pt"}))
+    base = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    ids = batch(model)[:, :16]
+    without = base(ids).logits
+    theirs = peft.PeftModel.from_pretrained(base, tmp_path / "adapter").eval()
+    torch.testing.assert_close(theirs(ids).logits, model(ids), rtol=0, atol=1e-5)
+    assert (model(ids) - without).abs().max() > 0.1
+    names = {name for name, _ in theirs.named_parameters() if "lora_" in name}
+    assert len(names) == len(tensors)
 
 
 def test_an_adapter_needs_given_weights_and_adamw():
