@@ -12,7 +12,7 @@ from engine.console import say
 from engine.errors import CheckpointError, DataError, PipelineError, SettingsError, first_line
 from exchange.opening import open_pretrained
 from model import GPTConfig, GPTModel
-from planning.fine_tuning import AT_HAND, begin_from
+from planning.fine_tuning import SMOLLM2, begin_from
 from planning.plan import AUTO_START, RunPlan, Start
 from planning.runs import Candidate, Candidates, SettledRun
 from storage.checkpoint import has_checkpoint, load_weights
@@ -61,8 +61,8 @@ def begin_with(
     weights: Beginning | None, plan: RunPlan, model: GPTModel, run: SettledRun, parallel: Parallel
 ) -> None:
     """Set the model of a run that begins from weights to these, fitted to its context and
-    vocabulary, unless there is a checkpoint to restore. Collective."""
-    if weights is None or plan.start is None:
+    vocabulary, unless there is a checkpoint to restore, or nothing to train. Collective."""
+    if weights is None or plan.start is None or plan.run.DRY_RUN:
         return
     if parallel.from_main(lambda: run.before is not None and has_checkpoint(run.path)):
         return
@@ -105,7 +105,7 @@ def _open(plan: RunPlan, candidates: Candidates) -> tuple[_Opened | None, Candid
     if run is not None and run.record.start is None:
         return None, candidates
     try:
-        found = open_pretrained(AT_HAND if is_auto else where)
+        found = open_pretrained(SMOLLM2 if is_auto else where)
     except (CheckpointError, DataError, SettingsError) as error:
         if run is not None and has_checkpoint(run.path):
             say(f"Note: {first_line(error)} {run.path} has weights of its own, and goes on")

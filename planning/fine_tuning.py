@@ -20,7 +20,7 @@ PATIENCE = 3  # evaluations
 MOST_PASSES = 4  # through the training text with MINUTES: later ones learn it by heart
 LARGE = 50_000_000  # parameters, from which one window keeps a CPU busy
 NO_DROPOUT = {"drop_rate": 0.0, "attention_drop_rate": 0.0}  # the weights were trained without
-AT_HAND = "smollm2-135m"  # what INIT_FROM = "auto" looks for: English, from a package index
+SMOLLM2 = "smollm2-135m"  # what INIT_FROM = "auto" looks for: English, from a package index
 # of a token in a language that the weights know: SmolLM2-135M's on English prose
 TOKEN_BITS = 5.5
 
@@ -113,7 +113,7 @@ def count_parameters(start: Start) -> int:
 
 
 def is_better_known(recipe: Recipe, text: TextFacts) -> bool:
-    """Whether AT_HAND probably knows a text's language better than a recipe's model will.
+    """Whether SMOLLM2 probably knows a text's language better than a recipe's model will.
 
     GPT-2's vocabulary, which was made for English too, stands in for its own.
     """
@@ -132,7 +132,7 @@ def decide_start(
     """
     assert plan.fixed is not None and decided.recipe is not None, "MINUTES are set"
     if start is None or text is None:
-        return _with_reason(decided, f"random weights: {AT_HAND} is not at hand")
+        return _with_reason(decided, f"random weights: {SMOLLM2} is not at hand")
     if problems := contradictions(plan.fixed, start):
         return _with_reason(decided, f"random weights: {problems[0]}")
     ((tokenizer, rate),) = text.bytes_per_token.items()
