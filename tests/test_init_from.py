@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import re
 import shutil
 import sys
 
@@ -20,14 +21,16 @@ from model import GPTConfig, GPTModel
 from planning.decisions import decide_recipe, decide_training, read_record
 from planning.fine_tuning import (
     LARGE,
+    SMOLLM2,
     TOKEN_BITS,
     begin_from,
     count_parameters,
     decide_start,
     fine_tuning,
 )
-from planning.plan import RunPlan, Start, resolve_settings
-from tests.conftest import train_in
+from planning.plan import AUTO_START, RunPlan, Start, resolve_settings
+from planning.settings_file import read_given_settings
+from tests.conftest import REPOSITORY, train_in
 from tests.records import MACHINE, TEXT_FACTS
 from tests.resuming import Bench, compare, uninterrupted
 from training_utils import TrainingConfig
@@ -190,6 +193,16 @@ def test_the_context_is_the_weights_own_up_to_512_tokens_or_as_set_and_dropout_i
         assert (plan.tokenizer, plan.most_steps, plan.recipe) == ("char", None, None)
     short = dataclasses.replace(START, config=dataclasses.replace(MODEL, context_length=32))
     assert begin_from(plan_of(), short, "char").model["context_length"] == 32
+
+
+def test_the_page_on_fine_tuning_shows_settings_that_are_valid(workdir):
+    page = (REPOSITORY / "docs" / "fine-tuning.md").read_text(encoding="utf-8")
+    (block,) = re.findall(r"^```python\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
+    (workdir / "fine_tune.py").write_text(block, encoding="utf-8")
+    plan = resolve_settings(*read_given_settings("fine_tune.py"))
+    assert plan.run.names_weights and plan.run.MINUTES
+    listed = set(re.findall(r"^\| `([^`]+)` \|", page, re.MULTILINE))
+    assert {f'"{SMOLLM2}"', f'"{AUTO_START}"', "None"} <= listed
 
 
 def test_fine_tuning_chooses_around_what_is_set():
