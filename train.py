@@ -542,6 +542,7 @@ def _train(env: RuntimeEnv) -> Journal:
         best_on_disk=keeps_best_on_disk(env.model, env.device),
     )
     store.require_room(env.model)
+    store.keep_frozen(env.model)
     journal = Journal(
         vocab_size=env.tokenizer.vocab_size,
         total_steps=record.total_steps,

@@ -10,12 +10,14 @@ import torch
 from distributed.parallel import Parallel
 from engine.console import say
 from engine.errors import CheckpointError, DataError, PipelineError, SettingsError, first_line
+from engine.lora import add_lora
+from engine.memory import count_trained
 from exchange.opening import open_pretrained
 from model import GPTConfig, GPTModel
 from planning.fine_tuning import SMOLLM2, begin_from
 from planning.plan import AUTO_START, RunPlan, Start
 from planning.runs import Candidate, Candidates, SettledRun
-from storage.checkpoint import has_checkpoint, load_weights
+from storage.checkpoint import has_checkpoint, load_weights, read_frozen
 from storage.files import make_folder, write_atomically
 from text.tokenizer import GPT2_FINGERPRINT
 
@@ -58,16 +60,39 @@ def find_beginning(
 
 
 def begin_with(
-    weights: Beginning | None, plan: RunPlan, model: GPTModel, run: SettledRun, parallel: Parallel
+    weights: Beginning | None,
+    plan: RunPlan,
+    model: GPTModel,
+    run: SettledRun,
+    parallel: Parallel,
+    *,
+    lora_rank: int | None = None,
 ) -> None:
     """Set the model of a run that begins from weights to these, fitted to its context and
-    vocabulary, unless there is a checkpoint to restore, or nothing to train. Collective."""
-    if weights is None or plan.start is None or plan.run.DRY_RUN:
+    vocabulary, unless there is a checkpoint to restore. With lora_rank, freeze them and add an
+    adapter; a checkpoint holds that alone, and the run's folder the weights. Collective."""
+    if weights is None or plan.start is None:
         return
-    if parallel.from_main(lambda: run.before is not None and has_checkpoint(run.path)):
+    if lora_rank is not None and parallel.kind == "fsdp":
+        raise SettingsError(
+            f'PARALLEL = "fsdp" can\'t train with lora_rank ({lora_rank}); set PARALLEL = "ddp"'
+        )
+    before = run.before
+    goes_on = parallel.from_main(lambda: before is not None and has_checkpoint(run.path))
+    if goes_on and lora_rank is None:
         return
-    tensors = parallel.on_main(lambda: fitted(weights.read(), model.config))
-    load_weights(model, tensors or {}, weights.start.source, parallel)
+
+    def read() -> Tensors:
+        if goes_on and before is not None:
+            return read_frozen(run.path, before.run_id)
+        return fitted(weights.read(), model.config)
+
+    if not plan.run.DRY_RUN:
+        load_weights(model, parallel.on_main(read) or {}, weights.start.source, parallel)
+    if lora_rank is not None:
+        add_lora(model, lora_rank, plan.run.SEED)
+        counts = f"{count_trained(model):,} of {model.count_parameters():,}"
+        say(f"LoRA of rank {lora_rank}: {counts} parameters are trained")
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from training_utils import TrainingConfig
 
 MOST_CONTEXT = 512  # tokens, unless max_length is set: longer ones take memory, and add little
 RATE_SHARE = 0.1  # of the learning rate from random weights: what is known is not forgotten
+LORA_RATE_SHARE = 1.0  # an adapter wants ten times the rate (Schulman et al. 2025)
 STEP_TOKENS = 2048  # a step
 PATIENCE = 3  # evaluations
 MOST_PASSES = 4  # through the training text with MINUTES: later ones learn it by heart
@@ -82,6 +83,7 @@ def fine_tuning(plan: RunPlan, device: str, ranks: int = 1) -> dict[str, Any]:
     assert plan.start is not None and plan.fixed is not None, "begin_from() sets them"
     asked, set_here, config = plan.training, plan.fixed.training, plan.start.config
     optimizer = set_here.get("optimizer") or TrainingConfig().optimizer
+    share = RATE_SHARE if asked.lora_rank is None else LORA_RATE_SHARE
     windows = max(1, STEP_TOKENS // plan.model["context_length"])
     if device == "cpu" and count_parameters(plan.start) >= LARGE:
         windows = 1
@@ -91,7 +93,7 @@ def fine_tuning(plan: RunPlan, device: str, ranks: int = 1) -> dict[str, Any]:
     if batch_size * accumulated % ranks and "batch_size" not in set_here:
         batch_size = -(-batch_size // ranks) * ranks
     chosen = {
-        "learning_rate": RATE_SHARE * default_learning_rate(config.emb_dim, optimizer),
+        "learning_rate": share * default_learning_rate(config.emb_dim, optimizer),
         "batch_size": batch_size,
         "gradient_accumulation_steps": accumulated,
         "shift_windows": True,

@@ -385,6 +385,11 @@ def resolve_settings(given: dict[str, Any], place: str, models_file: Path = MODE
     if model_name not in (OPEN_MODEL, *models):
         problems.append(_about_missing_model(model_name, why_model, models))
     problems += _about_two_lengths(run, mode, custom)
+    if mode == "custom" and custom.get("lora_rank") is not None and not run.names_weights:
+        problems.append(
+            f'custom_params["lora_rank"] is {shown(custom["lora_rank"])}, and INIT_FROM is '
+            f"{shown(run.INIT_FROM)}: an adapter needs weights that INIT_FROM names"
+        )
     raise_if_any(problems, place)
 
     training = _choose_training(run, mode, custom)

@@ -27,6 +27,7 @@ from distributed.parallel import ALONE, Parallel
 from distributed.sharding import gathered, placed
 from engine.console import say, tell
 from engine.errors import CheckpointError, NumericsError, SettingsError
+from engine.lora import adapter_of, merged
 from engine.settings import shown
 from storage.files import (
     MANIFEST,
@@ -42,6 +43,7 @@ from storage.files import (
 
 FORMAT = 1  # of a checkpoint; no other is read
 WEIGHTS, OPTIMIZER, STATE = "model.safetensors", "optimizer.safetensors", "state.json"
+FROZEN = "frozen"  # the folder of the weights that an adapter is for
 MOST_STATE_BYTES = 1 << 28
 SPARE = 2  # checkpoints to keep, at most, of which a finished run keeps the last alone
 SAVING_SHARE = 0.02  # of a run's time, at most, if saves are made by time
@@ -83,6 +85,7 @@ class CheckpointStore:
         *,
         best_on_disk: bool = False,
     ) -> None:
+        self._run_folder = run_folder
         self.checkpoints = run_folder / "checkpoints"
         self.best = run_folder / "best"
         self._run_id = run_id
@@ -147,6 +150,23 @@ class CheckpointStore:
 
         self._parallel.on_main(write)
         return replace(best, weights=None)
+
+    def keep_frozen(self, model: nn.Module) -> None:
+        """Write the frozen weights of a model with LoRA, once a run: checkpoints lack them."""
+        frozen = {n: p.detach() for n, p in model.named_parameters() if not p.requires_grad}
+
+        def write() -> None:
+            place = self._run_folder / FROZEN
+            if not frozen or (place / _name(0)).exists():
+                return
+            make_folder(place)
+            remove_orphans(place)
+            n_bytes = sum(value.nbytes for value in frozen.values())
+            require_space(place, n_bytes, "a copy of the frozen weights")
+            with NewFolder(place / _name(0), self._facts(0)) as folder:
+                folder.write(WEIGHTS, safetensors_chunks(frozen))
+
+        self._parallel.on_main(write)
 
     def weights_of_best(self, best: BestWeights, model: nn.Module) -> Tensors | None:
         """The best weights, {} on ranks other than the main one; None if they are lost."""
@@ -313,11 +333,30 @@ def read_weights(run_folder: Path, run_id: str, which: str = "best") -> tuple[in
 
     The run may be training in another process: if the files disappear during the read, it starts
     again with the newest ones. Falls back from damaged weights to earlier ones, with a notice, and
-    from "best" to the checkpoints. Raises CheckpointError if none can be read, SettingsError for
-    another `which`.
+    from "best" to the checkpoints. An adapter is merged into the weights that the run began from.
+    Raises CheckpointError if none can be read, SettingsError for another `which`.
     """
     path, tensors = _newest_sound(run_folder, which, lambda path: _read_model(path, run_id))
+    if adapter := adapter_of(tensors):
+        frozen = read_frozen(run_folder, run_id)
+        try:
+            tensors = merged(frozen, adapter)
+        except (KeyError, RuntimeError):
+            raise CheckpointError(f"{path} is no adapter of the weights in {run_folder}.") from None
     return _step_of(path), tensors
+
+
+def read_adapter(run_folder: Path, run_id: str, which: str = "best") -> Tensors:
+    """The adapter that read_weights() merges; raises as that does."""
+    return _newest_sound(run_folder, which, lambda path: _read_model(path, run_id))[1]
+
+
+def read_frozen(run_folder: Path, run_id: str) -> Tensors:
+    """The weights that a run with LoRA began from; CheckpointError if they can't be read."""
+    try:
+        return _read_model(run_folder / FROZEN / _name(0), run_id)
+    except _Unusable as error:
+        raise CheckpointError(f"the run's frozen weights are lost: {error}.") from None
 
 
 def newest_weights(run_folder: Path, run_id: str, which: str = "best") -> tuple[int, str]:
@@ -475,8 +514,10 @@ def _best_step(path: Path) -> int | None:
 
 
 def weights_of(model: nn.Module) -> Tensors:
-    """The model's parameters by name; a shared one occurs once."""
-    return {name: value.detach() for name, value in model.named_parameters()}
+    """What a checkpoint holds of a model: its parameters by name, a shared one once; where it has
+    LoRA, those of the adapter alone."""
+    parameters = {name: value.detach() for name, value in model.named_parameters()}
+    return adapter_of(parameters) or parameters
 
 
 def copy_weights(model: nn.Module, parallel: Parallel = ALONE) -> Tensors:
