@@ -49,7 +49,7 @@ def verify(model: LoadedModel, written: Path, dtype: str) -> Iterator[str]:
     ours, theirs = (one.model(ids.to(one.device)).cpu() for one in (model, again))
     by = _compare_logits(ours, theirs, SAME if dtype == "fp32" else ROUNDED, "read back")
     _compare_tokens(model.tokenizer.encode, again.tokenizer.encode, "read back")
-    yield f"read back: the same weights, logits within {by:.1g} of their spread, and tokens"
+    yield f"read back: the model's weights, logits within {by:.1g} of their spread, and tokens"
     if written.is_dir():
         yield from _ask_transformers(written, model.tokenizer.encode, ids, theirs)
 
@@ -103,7 +103,7 @@ def _ask_transformers(
     _compare_tokens(
         encode, lambda text: tokenizer.encode(text, add_special_tokens=False), f"by {version}"
     )
-    yield f"by {version}: logits within {by:.1g} of their spread, and the same tokens"
+    yield f"by {version}: the model's logits within {by:.1g} of their spread, and tokens"
 
 
 def _probed_ids(model: LoadedModel) -> torch.Tensor:
