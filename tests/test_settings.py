@@ -41,6 +41,7 @@ LIMITS = {  # of each class -> of each name: what is refused, what is taken; the
     TrainingConfig: {
         **dict.fromkeys(FROM_ONE_ON, ([0], [1, 7])),
         "time_budget_minutes": ([0, 0.0, 1_000_001], [1e-9, 1_000_000, 2.5]),
+        "lora_rank": ([0, 1025], [1, 1024, 8]),
         "gradient_accumulation_steps": ([0, 1_000_001], [1, 1_000_000, 4]),
         "optimizer": (["sgd", "AdamW", ""], ["adamw", "muon"]),
         "learning_rate": ([0, 0.0, 10.1, 1e308], [1e-12, 1, 10, 0.002]),
@@ -659,7 +660,7 @@ def test_what_was_checked_is_what_is_kept():
 # RunSettings that are compared in another way, or say where a run is; DATA by its tokens, which
 # may lie elsewhere
 COMPARED = {"QUICK_MODE", "CUSTOM_MODE", "MODEL", "USE_SMALL", "USE_DEFAULT", "custom_params"}
-COMPARED |= {"SEED", "PRECISION", "TOKENIZER", "MINUTES"}
+COMPARED |= {"SEED", "PRECISION", "TOKENIZER", "MINUTES", "INIT_FROM"}
 COMPARED |= {"DATA", "OUTPUT_DIR", "RUN_NAME", "RESUME", "DRY_RUN"}
 # those that the model is compared by
 FIXED = (*names_on_resume(TrainingConfig, "fixed"), "max_length")
