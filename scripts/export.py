@@ -13,11 +13,12 @@ import torch
 from engine.console import tell
 from engine.errors import SettingsError
 from engine.memory import as_bytes
+from exchange.adapter import write_adapter
 from exchange.gguf import modelfile, write_gguf
 from exchange.huggingface import reader_notes, write_folder
 from exchange.model_card import model_card
 from exchange.saved_run import LoadedModel
-from exchange.verification import verify
+from exchange.verification import verify, verify_adapter
 from scripts.options import (
     add_model_options,
     describe,
@@ -32,7 +33,12 @@ from storage.files import discard, make_folder, rename_folder, write_atomically
 
 # what --to takes, and the formats of the weights; the first is the default
 GGUF_DTYPES = ("fp16", "q8_0", "bf16", "fp32")
-TARGETS = {"hf": ("fp32", "bf16", "fp16"), "gguf": GGUF_DTYPES, "ollama": GGUF_DTYPES}
+TARGETS = {
+    "hf": ("fp32", "bf16", "fp16"),
+    "gguf": GGUF_DTYPES,
+    "ollama": GGUF_DTYPES,
+    "peft": ("fp32",),
+}
 
 
 def main() -> int:
@@ -51,9 +57,14 @@ def main() -> int:
     make_folder(folder.parent)
     beside = folder.with_name(f".tmp-{os.getpid()}-{folder.name}")
     try:
-        written = write_as(arguments.to, beside, folder.name, model, dtype)
+        if arguments.to == "peft":
+            write_adapter_of(model, beside, arguments.which or "best")
+            checks = verify_adapter(model, beside)
+        else:
+            written = write_as(arguments.to, beside, folder.name, model, dtype)
+            checks = verify(model, written, dtype)
         with torch.no_grad():
-            for line in verify(model, written, dtype):
+            for line in checks:
                 tell(line)
         size = sum(file.stat().st_size for file in beside.iterdir())
         if not rename_folder(beside, folder):
@@ -75,7 +86,7 @@ def _parser() -> argparse.ArgumentParser:
         choices=TARGETS,
         required=True,
         help="hf: a folder that transformers, vLLM and lm-eval read; gguf: a file for llama.cpp; "
-        "ollama: that file, and a Modelfile",
+        "ollama: that file, and a Modelfile; peft: what a run with lora_rank has trained",
     )
     group.add_argument(
         "--dtype",
@@ -89,6 +100,13 @@ def _parser() -> argparse.ArgumentParser:
 
 def _taken(folder: Path) -> SettingsError:
     return SettingsError(f"{folder} exists; name a folder that does not.")
+
+
+def write_adapter_of(model: LoadedModel, folder: Path, which: str) -> None:
+    """Write the adapter that a run has trained as PEFT's folder."""
+    if model.path is None:
+        raise SettingsError("--to peft writes what a run has trained; name one by --run.")
+    write_adapter(folder, model.path, which)
 
 
 def write_as(target: str, folder: Path, name: str, model: LoadedModel, dtype: str) -> Path:
