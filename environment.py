@@ -299,7 +299,8 @@ def _read_text(
     assert tokenizer is not None, "decide_recipe() sets it"
 
     def read(stand_in: bool | None) -> TokenizedText:
-        return tokenize(spec, tokenizer, ratio, cache, stand_in=stand_in)
+        is_free = plan.start is None
+        return tokenize(spec, tokenizer, ratio, cache, stand_in=stand_in, is_free=is_free)
 
     with candidates.naming_the_run(plan.data):
         # other ranks usually find the main rank's tokens in the cache

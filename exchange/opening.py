@@ -5,7 +5,7 @@ from pathlib import Path
 
 from engine.errors import SettingsError
 from engine.settings import shown
-from exchange.gguf import SMOLLM2, find_smollm2, open_gguf
+from exchange.gguf import find_smollm2, open_gguf
 from exchange.huggingface import download, open_folder
 from exchange.pretrained import Pretrained
 from exchange.saved_run import (
@@ -17,6 +17,7 @@ from exchange.saved_run import (
     open_run,
 )
 from generation import SamplingConfig
+from planning.fine_tuning import SMOLLM2
 
 HUB = "hf:"
 

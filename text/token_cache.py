@@ -87,13 +87,19 @@ class TokenizedText:
 
 
 def tokenize(
-    spec: DataSpec, tokenizer: str, train_ratio: float, cache: Path, *, stand_in: bool | None = None
+    spec: DataSpec,
+    tokenizer: str,
+    train_ratio: float,
+    cache: Path,
+    *,
+    stand_in: bool | None = None,
+    is_free: bool = True,
 ) -> TokenizedText:
     """Tokenize DATA, or find its tokens in the cache if nothing has changed.
 
-    tokenizer is TOKENIZER's value; stand_in is that of corpus_path(). Raises DataError for data
-    that can't be read, SettingsError for a missing library, ResourceError if the cache can't be
-    written.
+    tokenizer is TOKENIZER's value, is_free whether another one could be set; stand_in is that of
+    corpus_path(). Raises DataError for data that can't be read, SettingsError for a missing
+    library, ResourceError if the cache can't be written.
     """
     report = ReadingReport(stand_in=stand_in)
     train = find_parts(spec.train, cache, report)
@@ -129,7 +135,8 @@ def tokenize(
         keep_within_limit([path.parent for path in tokens_folder.glob("*/entry.json")], folder)
     note_use(folder)
     write_json(found_path, {"state": state, "entry": entry_id})
-    text.notices.extend(_about_vocabulary(text, spec))
+    if is_free:
+        text.notices.extend(_about_vocabulary(text, spec))
     text.report["passed_over"] = report.passed_over
     for file, part in zip(text.report["files"], texts, strict=True):
         if part.path is not None:
