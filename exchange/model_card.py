@@ -26,6 +26,8 @@ def model_card(model: LoadedModel, dtype: str) -> str:
         "tokenizer": f"{model.tokenizer.name}, {config.vocab_size:,} tokens",
         "weights": dtype,
     }
+    if start := model.settings.get("start"):
+        rows["fine-tuned from"] = start["source"]
     if model.path is not None:
         rows |= _facts_of_run(model.path)
     kind = "It holds conversations by its chat template."

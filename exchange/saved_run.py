@@ -87,6 +87,7 @@ def load_run(
         source=f"{path}, step {step}",
         tokenizer=tokenizer,
         sampling=record.sampling,
+        chat_template=_chat_template_of(record),
         path=path,
         step=step,
         settings=record.to_json(),
@@ -158,7 +159,8 @@ def open_run(path: Path) -> Pretrained:
         _require_fit(record.model, tensors, source)
         return tensors
 
-    return Pretrained(source, record.model, tokenizer, weights, fingerprint)
+    template = _chat_template_of(record)
+    return Pretrained(source, record.model, tokenizer, weights, fingerprint, template)
 
 
 def fastest_reader(
@@ -217,6 +219,11 @@ def _find_run(folder: str | Path | None) -> Path:
                     "--which best (the default) takes its best weights, --which last the last ones."
                 )
     return found
+
+
+def _chat_template_of(record: RunRecord) -> str | None:
+    """The chat template of the weights that a run began from."""
+    return None if record.start is None else record.start.chat_template
 
 
 def _tokenizer_of(path: Path, record: RunRecord) -> Tokenizer:

@@ -1,6 +1,7 @@
 """Is a model that was written elsewhere still the same? It is read back, and compared."""
 
 import random
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -49,7 +50,7 @@ def verify(model: LoadedModel, written: Path, dtype: str) -> Iterator[str]:
     ours, theirs = (one.model(ids.to(one.device)).cpu() for one in (model, again))
     by = _compare_logits(ours, theirs, SAME if dtype == "fp32" else ROUNDED, "read back")
     _compare_tokens(model.tokenizer.encode, again.tokenizer.encode, "read back")
-    yield f"read back: the same weights, logits within {by:.1g} of their spread, and tokens"
+    yield f"read back: the model's weights, logits within {by:.1g} of their spread, and tokens"
     if written.is_dir():
         yield from _ask_transformers(written, model.tokenizer.encode, ids, theirs)
 
@@ -103,7 +104,31 @@ def _ask_transformers(
     _compare_tokens(
         encode, lambda text: tokenizer.encode(text, add_special_tokens=False), f"by {version}"
     )
-    yield f"by {version}: logits within {by:.1g} of their spread, and the same tokens"
+    yield f"by {version}: the model's logits within {by:.1g} of their spread, and tokens"
+
+
+def verify_adapter(model: LoadedModel, folder: Path) -> Iterator[str]:
+    """Compare a run's model with the adapter that was written of it, as verify() does, by PEFT.
+
+    PEFT can be asked where it is installed and the weights that the run began from are
+    transformers' too; a line says where not.
+    """
+    try:
+        import peft
+    except ImportError:
+        yield "peft is not installed: what was written is not compared with it"
+        return
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # on its own calls of transformers
+            theirs = peft.AutoPeftModelForCausalLM.from_pretrained(folder)
+    except (OSError, ValueError) as error:
+        yield f"PEFT can't open the weights to compare with: {first_line(error)[:200]}"
+        return
+    ids = _probed_ids(model)
+    logits = theirs.eval().float()(ids).logits
+    by = _compare_logits(model.model(ids), logits, SAME, f"by peft {peft.__version__}")
+    yield f"by peft {peft.__version__}: the model's logits within {by:.1g} of their spread"
 
 
 def _probed_ids(model: LoadedModel) -> torch.Tensor:

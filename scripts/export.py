@@ -13,10 +13,12 @@ import torch
 from engine.console import tell
 from engine.errors import SettingsError
 from engine.memory import as_bytes
+from exchange.adapter import write_adapter
+from exchange.gguf import modelfile, write_gguf
 from exchange.huggingface import reader_notes, write_folder
 from exchange.model_card import model_card
 from exchange.saved_run import LoadedModel
-from exchange.verification import verify
+from exchange.verification import verify, verify_adapter
 from scripts.options import (
     add_model_options,
     describe,
@@ -27,10 +29,16 @@ from scripts.options import (
     write,
 )
 from storage.checkpoint import weights_of
-from storage.files import discard, make_folder, rename_folder
+from storage.files import discard, make_folder, rename_folder, write_atomically
 
 # what --to takes, and the formats of the weights; the first is the default
-TARGETS = {"hf": ("fp32", "bf16", "fp16")}
+GGUF_DTYPES = ("fp16", "q8_0", "bf16", "fp32")
+TARGETS = {
+    "hf": ("fp32", "bf16", "fp16"),
+    "gguf": GGUF_DTYPES,
+    "ollama": GGUF_DTYPES,
+    "peft": ("fp32",),
+}
 
 
 def main() -> int:
@@ -42,19 +50,25 @@ def main() -> int:
     if dtype not in dtypes:
         listed = ", ".join(dtypes)
         raise SettingsError(f"--dtype is {dtype}; with --to {arguments.to} it is one of {listed}.")
-    _require_new(folder)
+    if os.path.lexists(folder):
+        raise _taken(folder)
     model = open_model(one_model(arguments), arguments, weights="fp32")
     tell(describe(model))
     make_folder(folder.parent)
     beside = folder.with_name(f".tmp-{os.getpid()}-{folder.name}")
     try:
-        write_as(arguments.to, beside, model, dtype)
+        if arguments.to == "peft":
+            write_adapter_of(model, beside, arguments.which or "best")
+            checks = verify_adapter(model, beside)
+        else:
+            written = write_as(arguments.to, beside, folder.name, model, dtype)
+            checks = verify(model, written, dtype)
         with torch.no_grad():
-            for line in verify(model, beside, dtype):
+            for line in checks:
                 tell(line)
         size = sum(file.stat().st_size for file in beside.iterdir())
         if not rename_folder(beside, folder):
-            _require_new(folder)
+            raise _taken(folder)
     finally:
         discard(beside)
     write(f"✓ {arguments.folder}: {as_bytes(size)}, {dtype}\n")
@@ -71,7 +85,8 @@ def _parser() -> argparse.ArgumentParser:
         "--to",
         choices=TARGETS,
         required=True,
-        help="hf: what transformers, vLLM and lm-eval read",
+        help="hf: a folder that transformers, vLLM and lm-eval read; gguf: a file for llama.cpp; "
+        "ollama: that file, and a Modelfile; peft: what a run with lora_rank has trained",
     )
     group.add_argument(
         "--dtype",
@@ -83,25 +98,40 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _require_new(folder: Path) -> None:
-    if os.path.lexists(folder):
-        raise SettingsError(f"{folder} exists; name a folder that does not.")
+def _taken(folder: Path) -> SettingsError:
+    return SettingsError(f"{folder} exists; name a folder that does not.")
 
 
-def write_as(target: str, folder: Path, model: LoadedModel, dtype: str) -> None:
-    """Write a model as a folder of one of TARGETS, with its notes on standard error."""
-    config = model.model.config
-    write_folder(
-        folder,
-        config,
-        weights_of(model.model),
-        model.tokenizer,
-        card=model_card(model, dtype),
-        dtype=dtype,
-        chat_template=model.chat_template,
+def write_adapter_of(model: LoadedModel, folder: Path, which: str) -> None:
+    """Write the adapter that a run has trained as PEFT's folder."""
+    if model.path is None:
+        raise SettingsError("--to peft writes what a run has trained; name one by --run.")
+    write_adapter(folder, model.path, which)
+
+
+def write_as(target: str, folder: Path, name: str, model: LoadedModel, dtype: str) -> Path:
+    """Write a model into a new folder for one of TARGETS; returns the file or folder to open.
+
+    What only some readers can't do with it is told.
+    """
+    config, weights, template = model.model.config, weights_of(model.model), model.chat_template
+    if target == "hf":
+        card = model_card(model, dtype)
+        write_folder(
+            folder, config, weights, model.tokenizer, card=card, dtype=dtype, chat_template=template
+        )
+        for note in reader_notes(config):
+            tell(f"Note: {note}")
+        return folder
+    make_folder(folder)
+    file = folder / f"{name}.gguf"
+    write_gguf(
+        file, config, weights, model.tokenizer, name=name, dtype=dtype, chat_template=template
     )
-    for note in reader_notes(config):
-        tell(f"Note: {note}")
+    if target == "ollama":
+        lines = modelfile(file.name, config, template)
+        write_atomically(folder / "Modelfile", lines.encode())
+    return file
 
 
 if __name__ == "__main__":

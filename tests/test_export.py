@@ -67,7 +67,7 @@ def test_an_exported_run_writes_what_the_run_writes_and_says_where_it_is_from(le
     assert (done.code, done.out) == (0, done.out) and done.out.startswith("✓ sub/left: ")
     said = done.err.splitlines()
     assert said[0] == f"{tiny_run}, step 180, fp32 weights on cpu"
-    assert any(line.startswith("read back: the same weights") for line in said)
+    assert any(line.startswith("read back: the model's weights") for line in said)
     assert any(line.startswith("by transformers 5") for line in said)
     assert any("vLLM's attention wants heads" in line for line in said)
     assert [path.name for path in Path("sub").iterdir()] == ["left"]
@@ -137,8 +137,9 @@ def test_what_is_not_the_model_is_not_left(leave, monkeypatch, change, reader, s
     write = export.write_as
 
     def write_another(target, folder, *rest):
-        write(target, folder, *rest)
+        written = write(target, folder, *rest)
         change(folder)
+        return written
 
     monkeypatch.setattr(export, "write_as", write_another)
     if reader != "read back":  # as if what is read back were the model
