@@ -27,7 +27,7 @@ from engine.errors import (
     first_line,
 )
 from engine.main_guard import require_main_guard
-from engine.memory import ADVICE, OutOfStepMemory, keeps_best_on_disk
+from engine.memory import ADVICE, OutOfStepMemory
 from engine.optim import (
     Schedule,
     extend_schedule,
@@ -42,6 +42,7 @@ from engine.settings import find_problems, raise_if_any, shown
 from environment import RuntimeEnv
 from generation import generate, text_to_token_ids
 from planning.decisions import most_steps_of
+from planning.machine import keeps_best_on_disk
 from planning.trial import N_SAMPLES, Budget, Costs, Trial, expected_save_s, usable_seconds
 from storage.checkpoint import BestWeights, CheckpointStore, SaveClock, load_weights
 from storage.tracking import open_trackers

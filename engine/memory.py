@@ -18,7 +18,6 @@ from engine.randomness import random_state, set_random_state
 
 # the windows that activations are measured on; a GPU's attention kernels round up to 128 tokens
 PROBED_TOKENS = {"cpu": 16, "cuda": 512, "mps": 128, "xpu": 512}
-MOST_BEST_BYTES = 1 << 28  # of the copy of the best weights in memory; larger ones go to the disk
 OPTIMIZER_BYTES = {"adamw": (8, 8), "muon": (4, 8)}  # a parameter of hidden matrices, of others
 ADVICE = (  # where a micro-batch of one window does not fit
     "Set activation_checkpointing to True, a smaller max_length, n_layers or emb_dim, or another "
@@ -192,12 +191,6 @@ def _kept_bytes(model: nn.Module, ids: torch.Tensor, precision: Precision) -> in
 def count_trained(model: nn.Module) -> int:
     """The number of a model's parameters that are not frozen."""
     return sum(p.numel() for p in model.parameters() if p.requires_grad)
-
-
-def keeps_best_on_disk(model: nn.Module, device: torch.device) -> bool:
-    """Whether a run on a device writes its best weights to the disk at once: a GPU's run copies
-    them to the CPU's memory, which has room."""
-    return device.type != "cuda" and 4 * count_trained(model) > MOST_BEST_BYTES
 
 
 def head_bytes(weight: torch.Tensor, n_rows: int, precision: Precision) -> int:

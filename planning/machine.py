@@ -34,9 +34,9 @@ from engine.memory import (
     ADVICE,
     as_bytes,
     available_memory,
+    count_trained,
     estimate_memory,
     halved,
-    keeps_best_on_disk,
 )
 from engine.precision import DTYPES, Precision, choose_precision, keep_precision, may_be_slow
 from engine.processor import default_threads, threads_are_set
@@ -55,6 +55,7 @@ from planning.agreement import precision_that_agrees
 from planning.choices import WORTH_A_TRIAL, Choices
 from planning.decisions import RunRecord
 from planning.plan import RunPlan
+from planning.recipe import MOST_BEST_BYTES
 from training_utils import TrainingConfig
 
 TORCH = "2.13.0"  # as requirements.txt pins it
@@ -402,6 +403,12 @@ def _require_memory_for(config: GPTConfig, machine: Machine) -> None:
             f"{machine.device} has {as_bytes(room)} free.\n"
             "Set a smaller n_layers or emb_dim, or another MODEL."
         )
+
+
+def keeps_best_on_disk(model: GPTModel, device: torch.device) -> bool:
+    """Whether a run on a device writes its best weights to the disk at once: a GPU's run copies
+    them to the CPU's memory, which has room."""
+    return device.type != "cuda" and 4 * count_trained(model) > MOST_BEST_BYTES
 
 
 def fit_into_memory(

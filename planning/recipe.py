@@ -71,6 +71,7 @@ ENOUGH_SHARE = 0.8  # of the minutes: a run that needs less of them takes less
 MEMORY_SHARE = 0.8  # of the memory, the most that a run may need
 # bytes for each token, layer and unit of width; and of a chunk of logits
 BLOCK_BYTES, HEAD_BYTES = 80, 2e7
+MOST_BEST_BYTES = 1 << 28  # of the copy of the best weights in memory; larger ones go to the disk
 MOST_REPEATED = 0.3  # of the training text, without a warning
 TOO_FEW_STEPS = 50  # in which no model learns much
 SMALL_TEXT = 20_000  # bytes, below which a forecast means little
