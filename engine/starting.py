@@ -10,6 +10,7 @@ import os
 import signal
 import sys
 import threading
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -35,14 +36,15 @@ def raise_at_ctrl_c() -> None:
 def insisting_on_ctrl_c() -> Iterator[None]:
     """Raise the KeyboardInterrupt of a Ctrl-C again where it got lost, until the block is left.
 
-    Does nothing in other threads than the main one, or where SIGINT has a handler of its own.
+    Neither Python nor torch tells of where that was. Does nothing in other threads than the main
+    one, or where SIGINT has a handler of its own.
     """
     handler = signal.getsignal(signal.SIGINT)
     is_main = threading.current_thread() is threading.main_thread()
     if not is_main or handler is not signal.default_int_handler:
         yield
         return
-    is_left, main = threading.Event(), threading.get_ident()
+    is_left, main, hook = threading.Event(), threading.get_ident(), sys.unraisablehook
 
     def watch() -> None:
         while not is_left.wait(AGAIN_S):
@@ -53,16 +55,24 @@ def insisting_on_ctrl_c() -> Iterator[None]:
                     _thread.interrupt_main()
                 return
 
+    def tell_of_lost(lost: Any) -> None:
+        if lost.exc_type is not KeyboardInterrupt:
+            hook(lost)
+
     def interrupt(*_: object) -> None:
+        warnings.filterwarnings("ignore", "Error detected in")  # torch's, of a backward pass
         threading.Thread(target=watch, daemon=True).start()
         raise KeyboardInterrupt
 
     signal.signal(signal.SIGINT, interrupt)
+    sys.unraisablehook = tell_of_lost
     try:
-        yield
+        with warnings.catch_warnings():
+            yield
     finally:
         is_left.set()
         signal.signal(signal.SIGINT, handler)
+        sys.unraisablehook = hook
 
 
 def _is_interrupted(thread: int) -> bool:

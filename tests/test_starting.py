@@ -6,10 +6,12 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
 
 import pytest
 
+import main
 from engine import starting
 from engine.starting import end_at_ctrl_c, insisting_on_ctrl_c, raise_at_ctrl_c
 from tests.conftest import REPOSITORY
@@ -74,13 +76,36 @@ def test_afterwards_an_interrupt_is_raised_as_in_any_program(pythons_handler):
         assert signal.getsignal(signal.SIGINT) is of_others
 
 
-def test_an_interrupt_that_gets_lost_comes_again(pythons_handler):
+class Finalized:
+    """An object in whose finalizer a Ctrl-C comes."""
+
+    def __del__(self) -> None:
+        signal.raise_signal(signal.SIGINT)
+
+
+def test_an_interrupt_that_gets_lost_comes_again_and_is_not_told(pythons_handler, capsys, recwarn):
+    before = sys.unraisablehook
     with pytest.raises(KeyboardInterrupt), insisting_on_ctrl_c():
         for _ in range(3):
-            with contextlib.suppress(KeyboardInterrupt):
-                signal.raise_signal(signal.SIGINT)
+            Finalized()
+        warnings.warn("Error detected in MmBackward. Traceback of forward call", stacklevel=1)
         time.sleep(60)
+    assert capsys.readouterr() == ("", "") and recwarn.list == []
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert sys.unraisablehook is before
+
+
+def test_one_that_gets_lost_while_a_run_is_prepared_ends_the_program(
+    pythons_handler, monkeypatch, capsys
+):
+    def prepare(settings, *, began_at):
+        with contextlib.suppress(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+        time.sleep(60)
+
+    monkeypatch.setattr(main, "prepare_environment", prepare)
+    assert main.main([]) == 130
+    assert capsys.readouterr().err == "\nStopped.\n"
 
 
 def test_an_interrupt_on_its_way_comes_once_however_long_that_takes(pythons_handler):
