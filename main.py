@@ -12,7 +12,7 @@ import traceback
 from collections.abc import Iterator
 from pathlib import Path
 
-from engine.starting import end_at_ctrl_c, raise_at_ctrl_c
+from engine.starting import end_at_ctrl_c, insisting_on_ctrl_c, raise_at_ctrl_c
 
 if __name__ == "__main__":
     end_at_ctrl_c()
@@ -64,7 +64,8 @@ def main(arguments: list[str], *, began_at: float | None = None) -> int:
         with parallel.watched():
             settings = _settings_file(arguments)
             say(f"{LINE}\nGPT Model Training Pipeline\n{LINE}")
-            env = prepare_environment(settings, began_at=began_at)
+            with insisting_on_ctrl_c():
+                env = prepare_environment(settings, began_at=began_at)
             with _no_more_worker_errors():
                 run_pipeline(env)
     except RunFinished as finished:

@@ -7,7 +7,6 @@ import hashlib
 import importlib
 import itertools
 import json
-import os
 import re
 import stat
 from collections.abc import Callable, Iterable, Iterator
@@ -461,8 +460,6 @@ def restore_tokenizer(kind: str, content: bytes, path: Path | None = None) -> To
 
 
 def _load_foreign(content: bytes, path: Path | None) -> ForeignTokenizer:
-    # that it is set keeps the library from a warning in each process that is forked later
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     try:
         import tokenizers
     except ImportError:
