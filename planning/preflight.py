@@ -55,7 +55,7 @@ def show_card(plan: RunPlan) -> None:
 def show_tokenizer(plan: RunPlan, text: TextFacts) -> None:
     """What TOKENIZER "auto" has become."""
     assert plan.tokenizer is not None, "decide_tokenizer() has chosen"
-    say(f"Tokenizer: {about_tokens(plan.tokenizer, text)}, as a recipe for this model takes")
+    say(f"Tokenizer: {about_tokens(plan.tokenizer, text)}: chosen for this text and model")
 
 
 def show_start(plan: RunPlan, training: TrainingConfig, total_steps: int, model: GPTModel) -> None:

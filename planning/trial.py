@@ -558,14 +558,15 @@ def try_out(
 ) -> tuple[RunPlan, Compiled, TrainingConfig, list[str]]:
     """Time steps to decide on compiling and complete the hyper-parameters; and notices.
 
-    The plan is the given one, or has shorter samples for a time budget.
-
-    The steps of time_budget_minutes take these minutes from now on, or end at a deadline, by
+    The plan is the given one, or has shorter samples for a time budget, as a resumed run had at its
+    start. The steps of time_budget_minutes take these minutes from now on, or end at a deadline, by
     time.perf_counter(), of which all that the program has done before is a part.
     """
     requested, why = plan.run.COMPILE, None
     if requested == "auto" and before is not None:
         requested, why = before.compiled, "as when this run began"
+    if before is not None and before.settings["sampling_params"] == plan.run.sampling_params:
+        plan = dataclasses.replace(plan, sampling=before.sampling)
     notices = []
     minutes = asked.time_budget_minutes if asked.max_steps is None else None
     if asked.time_budget_minutes is not None and plan.training.max_steps is not None:

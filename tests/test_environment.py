@@ -320,7 +320,7 @@ def in_minutes(monkeypatch):
 
     monkeypatch.setattr(environment, "measure_speed", measure)
     monkeypatch.setattr(trial.Trial, "step_seconds", lambda *_, **__: 3.0)
-    monkeypatch.setattr(trial.Trial, "costs", lambda *_: trial.Costs(3.0, 0.1, 0.0, 0.0))
+    monkeypatch.setattr(trial.Trial, "costs", lambda *_: trial.Costs(3.0, 0.1, 0.004, 0.0))
     monkeypatch.setattr(trial, "usable_seconds", lambda *_: 14.0)
 
     def write(**given: Any) -> list[float]:
@@ -366,6 +366,8 @@ def test_minutes_choose_a_run_which_goes_on_with_its_own_recipe(in_minutes, caps
     again = prepare_environment("settings.py")
     assert again.run.goes_on and again.run.record.choice == record.choice and not measured
     assert again.train_config == env.train_config
+    # 15 s x 5 % for three samples of 4 ms a token
+    assert again.run.record.sampling.max_new_tokens == record.sampling.max_new_tokens == 62
     Path("text.txt").write_text(TEXT.replace("bell", "horn"), encoding="utf-8")
     other = prepare_environment("settings.py")
     assert not other.run.goes_on and measured == [0.25]
