@@ -14,7 +14,7 @@ from engine.lora import add_lora
 from engine.memory import count_trained
 from exchange.opening import open_pretrained
 from model import GPTConfig, GPTModel
-from planning.fine_tuning import AT_HAND, begin_from
+from planning.fine_tuning import SMOLLM2, begin_from
 from planning.plan import AUTO_START, RunPlan, Start
 from planning.runs import Candidate, Candidates, SettledRun
 from storage.checkpoint import has_checkpoint, load_weights, read_frozen
@@ -87,7 +87,8 @@ def begin_with(
             return read_frozen(run.path, before.run_id)
         return fitted(weights.read(), model.config)
 
-    load_weights(model, parallel.on_main(read) or {}, weights.start.source, parallel)
+    if not plan.run.DRY_RUN:
+        load_weights(model, parallel.on_main(read) or {}, weights.start.source, parallel)
     if lora_rank is not None:
         add_lora(model, lora_rank, plan.run.SEED)
         counts = f"{count_trained(model):,} of {model.count_parameters():,}"
@@ -129,7 +130,7 @@ def _open(plan: RunPlan, candidates: Candidates) -> tuple[_Opened | None, Candid
     if run is not None and run.record.start is None:
         return None, candidates
     try:
-        found = open_pretrained(AT_HAND if is_auto else where)
+        found = open_pretrained(SMOLLM2 if is_auto else where)
     except (CheckpointError, DataError, SettingsError) as error:
         if run is not None and has_checkpoint(run.path):
             say(f"Note: {first_line(error)} {run.path} has weights of its own, and goes on")

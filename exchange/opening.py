@@ -1,19 +1,30 @@
-"""Open a model by where it is: a run, a folder of transformers' files, a model of the Hub."""
+"""Open a model by where it is: a run, a folder or file of a known format, or its name."""
 
 import os
 from pathlib import Path
 
 from engine.errors import SettingsError
 from engine.settings import shown
+from exchange.gguf import find_smollm2, open_gguf
 from exchange.huggingface import download, open_folder
 from exchange.pretrained import Pretrained
-from exchange.saved_run import is_run, open_run
+from exchange.saved_run import (
+    LoadedModel,
+    inference_device,
+    is_run,
+    load_run,
+    make_ready,
+    open_run,
+)
+from generation import SamplingConfig
+from planning.fine_tuning import SMOLLM2
 
 HUB = "hf:"
 
 
 def open_pretrained(where: str) -> Pretrained:
-    """A run (its best weights), a folder of transformers' files, or "hf:owner/name".
+    """A run (its best weights), a folder of transformers' files, a .gguf file, "hf:owner/name" or
+    "smollm2-135m".
 
     A relative path is taken from the working directory. Raises SettingsError for a name that can't
     be or a missing library, CheckpointError for damaged files and models of another kind.
@@ -21,13 +32,44 @@ def open_pretrained(where: str) -> Pretrained:
     if where.startswith(HUB):
         name = where.removeprefix(HUB)
         return open_folder(download(name), name)
+    if where == SMOLLM2:
+        return open_gguf(find_smollm2())
     path = Path(os.path.expanduser(where))
     if is_run(path):
         return open_run(path)
     if os.path.isdir(path):  # unlike Path's methods, it accepts any text
         return open_folder(path)
+    if path.suffix == ".gguf" and os.path.exists(path):
+        return open_gguf(path)
     raise SettingsError(
-        f"{shown(where)} is no model: there is no such folder.\n"
+        f"{shown(where)} is no model: there is no such folder or .gguf file.\n"
         "It may be a run's folder, a folder of transformers' files (config.json, "
-        'model.safetensors, tokenizer.json) or "hf:owner/name".'
+        f'model.safetensors, tokenizer.json), a .gguf file, "hf:owner/name" or "{SMOLLM2}".'
+    )
+
+
+def load_model(
+    where: str, *, weights: str = "auto", device: str | None = None, compiled: bool = False
+) -> LoadedModel:
+    """Load a model for inference: whatever open_pretrained() opens; options as in load_run().
+
+    Raises what open_pretrained() and load_run() raise.
+    """
+    path = Path(os.path.expanduser(where))
+    if is_run(path):  # which knows its sampling and its step
+        return load_run(path, weights=weights, device=device, compiled=compiled)
+    chosen = inference_device(device, weights)
+    found = open_pretrained(where)
+    return make_ready(
+        found.config,
+        found.weights(),
+        chosen,
+        weights,
+        compiled=compiled,
+        name=path.name,
+        version=found.fingerprint[:12],
+        source=found.source,
+        tokenizer=found.tokenizer,
+        sampling=SamplingConfig(),
+        chat_template=found.chat_template,
     )

@@ -5,7 +5,7 @@ import json
 import textwrap
 
 from engine.memory import as_bytes
-from planning.fine_tuning import AT_HAND, is_better_known
+from planning.fine_tuning import SMOLLM2, is_better_known
 from planning.plan import RunPlan
 from planning.recipe import LEAST_MINUTES, MachineFacts, Recipe, in_digits
 from text.facts import TextFacts
@@ -27,7 +27,7 @@ def card_lines(
     """
     if why_start is None and is_better_known(recipe, text):
         why_start = (
-            f'random weights; INIT_FROM = "{AT_HAND}" begins from ones that know English '
+            f'random weights; INIT_FROM = "{SMOLLM2}" begins from ones that know English '
             "(docs/fine-tuning.md)"
         )
     rows = [

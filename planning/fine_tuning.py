@@ -19,9 +19,9 @@ LORA_RATE_SHARE = 1.0  # an adapter wants ten times the rate (Schulman et al. 20
 STEP_TOKENS = 2048  # a step
 PATIENCE = 3  # evaluations
 MOST_PASSES = 4  # through the training text with MINUTES: later ones learn it by heart
-LARGE = 50_000_000  # parameters, from which one window keeps a CPU busy, and more take memory
+LARGE = 50_000_000  # parameters, from which one window keeps a CPU busy
 NO_DROPOUT = {"drop_rate": 0.0, "attention_drop_rate": 0.0}  # the weights were trained without
-AT_HAND = "smollm2-135m"  # what INIT_FROM = "auto" looks for: English, from a package index
+SMOLLM2 = "smollm2-135m"  # what INIT_FROM = "auto" looks for: English, from a package index
 # of a token in a language that the weights know: SmolLM2-135M's on English prose
 TOKEN_BITS = 5.5
 
@@ -77,16 +77,18 @@ def contradictions(fixed: Fixed, start: Start) -> list[str]:
 def fine_tuning(plan: RunPlan, device: str, ranks: int = 1) -> dict[str, Any]:
     """TrainingConfig's arguments that fine-tuning chooses, without those that the user has set.
 
-    device is its type. On a CPU a large model takes its step window by window.
+    device is its type. On a CPU a large model makes a step after each window: gradients that wait
+    for more would take as much memory as the weights do, beside the activations.
     """
     assert plan.start is not None and plan.fixed is not None, "begin_from() sets them"
     asked, set_here, config = plan.training, plan.fixed.training, plan.start.config
     optimizer = set_here.get("optimizer") or TrainingConfig().optimizer
     share = RATE_SHARE if asked.lora_rank is None else LORA_RATE_SHARE
     windows = max(1, STEP_TOKENS // plan.model["context_length"])
-    batch_size = 1 if device == "cpu" and count_parameters(plan.start) >= LARGE else windows
+    if device == "cpu" and count_parameters(plan.start) >= LARGE:
+        windows = 1
     accumulated = set_here.get("gradient_accumulation_steps")
-    batch_size = set_here.get("batch_size") or max(1, batch_size // (accumulated or 1))
+    batch_size = set_here.get("batch_size") or max(1, windows // (accumulated or 1))
     accumulated = accumulated or max(1, windows // batch_size)
     if batch_size * accumulated % ranks and "batch_size" not in set_here:
         batch_size = -(-batch_size // ranks) * ranks
@@ -113,7 +115,7 @@ def count_parameters(start: Start) -> int:
 
 
 def is_better_known(recipe: Recipe, text: TextFacts) -> bool:
-    """Whether AT_HAND probably knows a text's language better than a recipe's model will.
+    """Whether SMOLLM2 probably knows a text's language better than a recipe's model will.
 
     GPT-2's vocabulary, which was made for English too, stands in for its own.
     """
@@ -132,7 +134,7 @@ def decide_start(
     """
     assert plan.fixed is not None and decided.recipe is not None, "MINUTES are set"
     if start is None or text is None:
-        return _with_reason(decided, f"random weights: {AT_HAND} is not at hand")
+        return _with_reason(decided, f"random weights: {SMOLLM2} is not at hand")
     if problems := contradictions(plan.fixed, start):
         return _with_reason(decided, f"random weights: {problems[0]}")
     ((tokenizer, rate),) = text.bytes_per_token.items()

@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 
-from engine.memory import MOST_BEST_BYTES
 from engine.settings import check, setting
 from text.facts import TextFacts
 
@@ -307,7 +306,7 @@ def _memory(c: Candidates, machine: MachineFacts, windows: np.ndarray) -> np.nda
     weights, blocks = 4 * c.size, c.in_blocks
     kept = 2 * weights + 4 * blocks + 8 * (c.size - blocks)
     if machine.device == "cpu":
-        kept = kept + np.where(weights > MOST_BEST_BYTES, 0, weights)  # the best weights
+        kept = kept + weights  # the best weights
     activations = windows * c.context * c.layers * BLOCK_BYTES * c.width
     head = HEAD_BYTES + 8 * c.vocabulary * c.width
     return kept + activations + head

@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import re
 import shutil
 import sys
 
@@ -20,14 +21,16 @@ from model import GPTConfig, GPTModel
 from planning.decisions import decide_recipe, decide_training, read_record
 from planning.fine_tuning import (
     LARGE,
+    SMOLLM2,
     TOKEN_BITS,
     begin_from,
     count_parameters,
     decide_start,
     fine_tuning,
 )
-from planning.plan import RunPlan, Start, resolve_settings
-from tests.conftest import train_in
+from planning.plan import AUTO_START, RunPlan, Start, resolve_settings
+from planning.settings_file import read_given_settings
+from tests.conftest import REPOSITORY, train_in
 from tests.records import MACHINE, TEXT_FACTS
 from tests.resuming import Bench, compare, uninterrupted
 from training_utils import TrainingConfig
@@ -192,6 +195,16 @@ def test_the_context_is_the_weights_own_up_to_512_tokens_or_as_set_and_dropout_i
     assert begin_from(plan_of(), short, "char").model["context_length"] == 32
 
 
+def test_the_page_on_fine_tuning_shows_settings_that_are_valid(workdir):
+    page = (REPOSITORY / "docs" / "fine-tuning.md").read_text(encoding="utf-8")
+    (block,) = re.findall(r"^```python\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
+    (workdir / "fine_tune.py").write_text(block, encoding="utf-8")
+    plan = resolve_settings(*read_given_settings("fine_tune.py"))
+    assert plan.run.names_weights and plan.run.MINUTES
+    listed = set(re.findall(r"^\| `([^`]+)` \|", page, re.MULTILINE))
+    assert {f'"{SMOLLM2}"', f'"{AUTO_START}"', "None"} <= listed
+
+
 def test_fine_tuning_chooses_around_what_is_set():
     cpu = torch.device("cpu")
 
@@ -214,12 +227,12 @@ def test_fine_tuning_chooses_around_what_is_set():
         assert (found.batch_size, found.gradient_accumulation_steps) == batch, given
         assert found.patience == patience
     assert decided(ranks=3).batch_size == 6
-    # a large model takes its step window by window, on a CPU
+    # a large model makes a step after each window, on a CPU
     sizes = {"vocab_size": 300, "context_length": 1024, "emb_dim": 1536, "n_heads": 12}
     large = dataclasses.replace(START, config=GPTConfig(**sizes, n_layers=2))
     assert count_parameters(large) > LARGE
     assert decided(start=large).batch_size == 1
-    assert decided(start=large).gradient_accumulation_steps == 4
+    assert decided(start=large).gradient_accumulation_steps == 1
     plan = begin_from(plan_of(), large, "char")
     assert fine_tuning(plan, "cuda")["batch_size"] == 4
 

@@ -81,12 +81,15 @@ def byte_level_json(ranks: dict[bytes, int], *, short_words: bool = False) -> di
     shown = {token: token.decode("latin-1").translate(symbols) for token in ranks}
     vocabulary = {shown[token]: rank for token, rank in ranks.items()}
     merges = [[shown[left], shown[right]] for left, right in merge_pairs(ranks)]
-    decoder = pre_tokenizer = BYTE_LEVEL
-    if short_words:
-        split = {"type": "Split", "pattern": {"Regex": SHORT_WORDS}, "behavior": "Isolated"}
-        steps = [split | {"invert": False}, decoder | {"use_regex": False}]
-        pre_tokenizer = {"type": "Sequence", "pretokenizers": steps}
-    return tokenizer_json(vocabulary, merges, pre_tokenizer=pre_tokenizer, decoder=decoder)
+    pre_tokenizer = split_words(SHORT_WORDS) if short_words else BYTE_LEVEL
+    return tokenizer_json(vocabulary, merges, pre_tokenizer=pre_tokenizer, decoder=BYTE_LEVEL)
+
+
+def split_words(pattern: str) -> dict[str, Any]:
+    """The pre-tokenizer of a byte-level BPE whose words are those of a regular expression."""
+    split = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated"}
+    steps = [split | {"invert": False}, BYTE_LEVEL | {"use_regex": False}]
+    return {"type": "Sequence", "pretokenizers": steps}
 
 
 def tokenizer_json(
