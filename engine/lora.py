@@ -29,7 +29,7 @@ class LoRALinear(nn.Linear):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(..., in) -> (..., out)."""
-        return super().forward(x) + F.linear(SCALE * F.linear(x, self.lora_a), self.lora_b)
+        return super().forward(x).add_(F.linear(SCALE * F.linear(x, self.lora_a), self.lora_b))
 
 
 def add_lora(model: nn.Module, rank: int, seed: int) -> None:
