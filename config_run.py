@@ -10,6 +10,10 @@ DATA = "the-verdict"
 # The minutes that training may take: 0.25 to 10,000. Model, tokenizer and all other numbers are
 # then chosen for your text and this machine, and shown before training. None: the modes below.
 MINUTES = None
+# Begin from weights that are trained already: a run's folder ("runs/..."), a folder of Hugging Face
+# files, a .gguf file, "hf:owner/name", "smollm2-135m" (docs/fine-tuning.md says what to install).
+# Model and tokenizer are theirs. "auto": the recipe of MINUTES chooses. None: random weights.
+INIT_FROM = None
 DRY_RUN = False  # True: show what would be trained, and end before it
 
 # ---------------------------------------------------------------- which kind of run

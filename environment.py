@@ -14,23 +14,17 @@ from torch.utils.data import DataLoader
 from data import TokenSlice, WindowPlan, make_loaders, measure_tokens, plan_windows
 from distributed.parallel import Parallel, join
 from engine.console import in_kernel, say
-from engine.errors import ResourceError, RunFinished
+from engine.errors import RunFinished
 from engine.memory import as_bytes
 from engine.metrics import TokenSize
 from engine.optim import Rules, build_optimizer
 from engine.precision import Precision
 from engine.processor import prepare_processor
-from exchange.saved_run import LoadedRun, load_run  # noqa: F401  users import them from here
+from exchange.beginning import Beginning, begin_with, find_beginning
+from exchange.saved_run import LoadedModel, load_run  # noqa: F401  users import them from here
 from model import GPTModel
-from planning.decisions import (
-    KeptPrecision,
-    RunRecord,
-    complete_training,
-    decide_recipe,
-    decide_training,
-    find_deadline,
-    keep_identity,
-)
+from planning.decisions import complete_training, decide_recipe, decide_training, find_deadline
+from planning.fine_tuning import decide_start
 from planning.machine import (
     Machine,
     check_arithmetic,
@@ -42,21 +36,23 @@ from planning.machine import (
     pick_device,  # noqa: F401  scripts import it from here
     set_attention,
 )
+from planning.outcome import make_folder_of, make_record
 from planning.plan import RunPlan, resolve_settings
 from planning.preflight import (
+    show_all,
     show_card,
     show_machine,
     show_model,
     show_text,
     show_training,
-    show_windows,
 )
 from planning.prompt import fit_prompt
 from planning.recipe import MachineFacts
-from planning.runs import Candidates, SettledRun, find_candidates, settle_run
+from planning.runs import Candidates, SettledRun, candidates_of, settle_run
 from planning.settings_file import read_given_settings
 from planning.speed import measure_speed
-from planning.trial import Compiled, Trial, try_out
+from planning.trial import Trial, try_out
+from planning.yardstick import measure_start
 from storage.cache import usable_cache
 from storage.tracking import check_trackers
 from text.facts import TextFacts, find_facts
@@ -124,14 +120,15 @@ def _prepare(settings: str | Path | None, parallel: Parallel, began_at: float) -
     check_trackers(plan.run.TRACKING)
     parallel.require_same(**plan.as_words())
     parallel.choose_kind(plan.run.PARALLEL)
-    candidates = parallel.from_main(lambda: _find_candidates(plan, parallel))
-    machine = find_machine(plan, cache := usable_cache(), parallel)
+    candidates = parallel.from_main(lambda: candidates_of(plan, parallel))
+    plan, candidates, weights = find_beginning(plan, candidates, cache := usable_cache(), parallel)
+    machine = find_machine(plan, cache, parallel)
     show_machine(machine, plan)
-    plan, candidates = _choose_recipe(plan, candidates, machine, cache)
+    plan, candidates = _choose_recipe(plan, candidates, weights, machine, cache)
 
     text = _read_text(plan, candidates, cache, parallel)
     run = settle_run(candidates, text.tokenizer.fingerprint, text.sha256)
-    asked = decide_training(plan, machine.device, text.n_tokens, run.before)
+    asked = decide_training(plan, machine.device, text.n_tokens, run.before, parallel.world)
     deadline = find_deadline(plan, asked, began_at)
     asked, about_prompt = fit_prompt(asked, text)
     windows, about_windows = _cut(text, plan, asked)
@@ -139,6 +136,7 @@ def _prepare(settings: str | Path | None, parallel: Parallel, began_at: float) -
 
     model = fresh_model(plan, asked, windows, text.tokenizer.vocab_size, machine)
     show_model(plan, model)
+    begin_with(weights, plan, model, run, parallel, lora_rank=asked.lora_rank)
     set_attention(model, machine, plan, asked, windows, run.before)
     machine = fit_into_memory(machine, model, asked, windows)
     train_loader, val_loader = _make_loaders(text, plan, asked, windows, machine)
@@ -150,12 +148,10 @@ def _prepare(settings: str | Path | None, parallel: Parallel, began_at: float) -
         raise _end_dry_run(run, plan, asked, windows, train_loader, notices)
     optimizer = _build_optimizer(model, asked)
     trial = Trial.of(machine, model, optimizer, train_loader)
+    plan = measure_start(plan, run.before, trial, val_loader, text.tokenizer)
     compiled, training, more = try_out(plan, asked, windows, trial, run.before, deadline=deadline)
-    adapted = [*notices, *more]
-    record = _record(plan, candidates, text, trial, training, compiled=compiled, adapted=adapted)
-
-    show_training(plan.mode, training, record.total_steps, adapted)
-    show_windows(plan, text, windows, model)
+    record = make_record(plan, candidates, text, trial, training, (compiled, notices + more))
+    show_all(plan, record, text, windows, model)
     _verify_devices(model, optimizer, train_loader, machine.device)
     return RuntimeEnv(
         device=machine.device,
@@ -166,7 +162,7 @@ def _prepare(settings: str | Path | None, parallel: Parallel, began_at: float) -
         train_config=training,
         tokenizer=text.tokenizer,
         learner=trial.learner_of_the_run(),
-        run=_run_folder(run, record, text, windows, deadline),
+        run=make_folder_of(run, record, text, windows, deadline),
         token_size=token_size,
     )
 
@@ -240,7 +236,7 @@ def _end_dry_run(
     if asked.time_budget_minutes is None or asked.max_steps is not None:
         total_steps = plan.count_steps(asked, loader.batch_sampler.n_steps)
     training, about_steps = complete_training(asked, windows, total_steps)
-    show_training(plan.mode, training, total_steps, notices + about_steps)
+    show_training(plan, training, total_steps, notices + about_steps)
     does = "begins this run" if run.before is None else f"goes on with {run.path}"
     return RunFinished(f"DRY_RUN is True: nothing was trained or saved. DRY_RUN = False {does}.")
 
@@ -253,84 +249,29 @@ def _verify_devices(
     say(f"✓ Device consistency verified (using {device})")
 
 
-def _record(
+def _choose_recipe(
     plan: RunPlan,
     candidates: Candidates,
-    text: TokenizedText,
-    trial: Trial,
-    training: TrainingConfig,
-    *,
-    compiled: Compiled,
-    adapted: list[str],
-) -> RunRecord:
-    """The record of all decisions; adapted are notices of what differs from the settings."""
-    learner, parallel = trial.learner, trial.parallel
-    return RunRecord(
-        run_id=candidates.run_id,
-        started=candidates.now,
-        changes=[],
-        mode=plan.mode,
-        settings=dataclasses.asdict(plan.run) | {"DATA": plan.data},
-        asked=plan.asked(),
-        model_name=plan.model_name,
-        model=learner.model.config,
-        training=training,
-        choice=plan.choice,
-        sampling=plan.sampling,
-        device=learner.device.type if parallel.world > 1 else str(learner.device),
-        ranks=parallel.world,
-        parallel=parallel.kind,
-        precision=KeptPrecision(learner.precision.name, learner.precision.reason),
-        threads=trial.threads,
-        micro_batch=learner.micro_batch,
-        attention=learner.model.blocks[0].attention.kernel,
-        compiled=compiled.on,
-        why_compiled=compiled.reason,
-        tokenizer=text.tokenizer.fingerprint,
-        stood_in=text.stood_in,
-        steps_per_epoch=trial.steps_per_epoch,
-        total_steps=plan.count_steps(training, trial.steps_per_epoch),
-        origins=plan.origins,
-        adapted=adapted,
-        torch=torch.__version__,
-    )
-
-
-def _find_candidates(plan: RunPlan, parallel: Parallel) -> Candidates:
-    """The runs that may be resumed; ResourceError, early, if OUTPUT_DIR can't be a folder."""
-    output_dir = Path(plan.run.OUTPUT_DIR).expanduser()
-    existing = next(parent for parent in (output_dir / "x").absolute().parents if parent.exists())
-    if not existing.is_dir():
-        raise ResourceError(
-            f"can't make the folder {output_dir}: {existing} is a file.\n"
-            "Set OUTPUT_DIR to another folder."
-        )
-    return find_candidates(
-        plan.asked(),
-        output_dir=output_dir,
-        run_name=plan.run.RUN_NAME,
-        # a restart by torchrun resumes what the job began
-        resume=(plan.run.RESUME is False and parallel.noted("run")) or plan.run.RESUME,
-        mode=plan.mode,
-        settings=dataclasses.asdict(plan.run) | {"DATA": plan.data},
-    )
-
-
-def _choose_recipe(
-    plan: RunPlan, candidates: Candidates, machine: Machine, cache: Path
+    weights: Beginning | None,
+    machine: Machine,
+    cache: Path,
 ) -> tuple[RunPlan, Candidates]:
-    """With MINUTES, the plan with its recipe, and those candidates whose text is this one."""
+    """With MINUTES, the plan with its recipe, and those candidates whose text is this one.
+
+    A run from weights that INIT_FROM names has no recipe; with "auto" a new run takes the better of
+    both.
+    """
     fixed, minutes, parallel = plan.fixed, plan.run.MINUTES, machine.parallel
-    if fixed is None or minutes is None:
+    if fixed is None or minutes is None or plan.start is not None:
         return plan, candidates
     spec, ratio = parse_data(plan.run.DATA), plan.training.train_ratio
     stand_in = candidates.stand_in(plan.data)
 
-    def find() -> TextFacts:
-        return find_facts(spec, ratio, cache, tokenizer=fixed.tokenizer, stand_in=stand_in)
+    def find(tokenizer: str | None) -> TextFacts:
+        return find_facts(spec, ratio, cache, tokenizer=tokenizer, stand_in=stand_in)
 
     with candidates.naming_the_run(plan.data):
-        facts = parallel.from_main(find)
+        facts = parallel.from_main(lambda: find(fixed.tokenizer))
     candidates = candidates.with_text(facts.fingerprint)
     before, ranks = candidates.likeliest, parallel.world
 
@@ -338,7 +279,14 @@ def _choose_recipe(
         return measure_speed(machine, minutes)
 
     decided = parallel.from_main(lambda: decide_recipe(plan, facts, measure, before, ranks))
-    show_card(decided)
+    if plan.run.INIT_FROM is not None and before is None:
+        start = known = None
+        if weights is not None:
+            start, tokenizer = weights.start, weights.tokenizer
+            known = parallel.from_main(lambda: find(tokenizer))
+        decided = decide_start(plan, decided, start, known)
+    if decided.start is None:
+        show_card(decided)
     return decided, candidates
 
 
@@ -351,7 +299,8 @@ def _read_text(
     assert tokenizer is not None, "decide_recipe() sets it"
 
     def read(stand_in: bool | None) -> TokenizedText:
-        return tokenize(spec, tokenizer, ratio, cache, stand_in=stand_in)
+        is_free = plan.start is None
+        return tokenize(spec, tokenizer, ratio, cache, stand_in=stand_in, is_free=is_free)
 
     with candidates.naming_the_run(plan.data):
         # other ranks usually find the main rank's tokens in the cache
@@ -361,36 +310,3 @@ def _read_text(
     show_text(text, spec)
     parallel.require_same(text=text.sha256, tokenizer=text.tokenizer.fingerprint)
     return text
-
-
-def _run_folder(
-    run: SettledRun,
-    record: RunRecord,
-    text: TokenizedText,
-    windows: WindowPlan,
-    deadline: float | None,
-) -> RunFolder:
-    notes: list[str] = []
-    if run.before is not None:
-        record, notes = keep_identity(record, run.before)
-    data = text.report | {
-        "tokenizer_id": text.tokenizer.fingerprint,
-        "tokens_sha256": text.sha256,
-        "split": {
-            "train_tokens": windows.n_train,
-            "validation_tokens": windows.n_val,
-            "train_windows": windows.n_windows,
-            "tokens_left_over": windows.n_unused,
-        },
-        "notices": text.notices,
-    }
-    return RunFolder(
-        path=run.path,
-        named=run.named,
-        goes_on=run.before is not None,
-        record=record,
-        data=data,
-        tokenizer_file=text.tokenizer_file,
-        notes=[*run.notes, *notes],
-        deadline=deadline,
-    )

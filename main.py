@@ -185,10 +185,18 @@ def sum_up(env: RuntimeEnv, journal: Journal, stop: StopSignals) -> None:
     if history.skipped:
         say(f"  Steps skipped: {history.skipped} (a loss or gradient was not finite)")
     say(f"  Run folder: {env.run.path}")
+    start = env.run.record.start
+    untuned = None if start is None else start.bits_per_byte
+    earlier = "" if untuned is None else f"before training {untuned:.3f}; "
     say(
         f"  Bits a byte: {score.bits_per_byte:.3f} ({score.bits_per_character:.3f} a character, "
-        f"perplexity {score.perplexity:,.1f}; {whose}over {over})"
+        f"perplexity {score.perplexity:,.1f}; {earlier}{whose}over {over})"
     )
+    if untuned is not None and score.bits_per_byte >= untuned:
+        say(
+            "  Note: the weights were no worse before training: set a lower learning_rate, or more "
+            "text"
+        )
     summary = {
         "final_train_loss": final_train,
         "final_val_loss": score.loss,
@@ -198,6 +206,7 @@ def sum_up(env: RuntimeEnv, journal: Journal, stop: StopSignals) -> None:
         "best_val_loss": history.val_losses[best],
         "best_step": history.steps[best],
         "initial_val_loss": history.val_losses[0],
+        "initial_val_bits_per_byte": untuned,  # of weights that INIT_FROM names
         "uniform_loss": math.log(env.tokenizer.vocab_size),
         "weights_of_step": step,
         "steps": len(history.batch_losses),

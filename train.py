@@ -26,7 +26,7 @@ from engine.errors import (
     Stopped,
     first_line,
 )
-from engine.memory import ADVICE, OutOfStepMemory
+from engine.memory import ADVICE, OutOfStepMemory, keeps_best_on_disk
 from engine.optim import (
     Schedule,
     extend_schedule,
@@ -42,7 +42,7 @@ from environment import RuntimeEnv
 from generation import generate, text_to_token_ids
 from planning.decisions import most_steps_of
 from planning.trial import Budget, Costs, Trial, expected_save_s, usable_seconds
-from storage.checkpoint import BestWeights, CheckpointStore, SaveClock, copy_weights, load_weights
+from storage.checkpoint import BestWeights, CheckpointStore, SaveClock, load_weights
 from storage.tracking import open_trackers
 from text.tokenizer import Tokenizer
 from training.journal import PICTURE, History, Journal
@@ -260,14 +260,24 @@ class Trainer:
         self.journal.leave_out(took_s)
 
     def keep_best(self) -> None:
-        """Copy the weights if their evaluation is the best so far; the next save writes them."""
+        """Keep the weights if their evaluation is the best so far: a copy, which the next save
+        writes, or large ones on the disk at once."""
         history, lowest, saving = self.journal.history, math.inf, self.saving
         if saving is None:
             return
         if saving.best is not None:
             lowest = history.val_losses[history.steps.index(saving.best.step)]
-        if self.steps > 0 and history.val_losses[-1] < lowest:
-            saving.best = BestWeights(self.steps, copy_weights(self.learner.model, self.parallel))
+        if self.steps == 0 or history.val_losses[-1] >= lowest:
+            return
+        began_at = time.monotonic()
+        try:
+            saving.best = saving.store.keep_best(self.steps, self.learner.model)
+        except ResourceError as error:
+            self._require_folder(error)
+            say(f"Note: {first_line(error)} The best weights stay those from before")
+        took_s = time.monotonic() - began_at
+        self.journal.leave_out(took_s)
+        self.journal.spent.note("best", took_s)
 
     def save_where_due(self) -> None:
         """Save after the last step and when the clock says so; ranks agree on it and on signals."""
@@ -352,7 +362,9 @@ class Trainer:
         budget, spent = plan.budget, journal.spent
         costs = Costs(
             step=journal.step_s,
-            batch=spent.mean("evaluation") / budget.batches_of_one(plan.eval_iter),
+            # an evaluation may be the best so far
+            batch=(spent.mean("evaluation") + spent.mean("best"))
+            / budget.batches_of_one(plan.eval_iter),
             token=spent.mean("sample") / SAMPLE_TOKENS,
             picture=spent.mean("picture", budget.costs.picture),
             save=spent.mean("save", budget.costs.save),
@@ -484,8 +496,11 @@ class Trainer:
     def use_best(self) -> None:
         """Load the best weights into the model."""
         best = self.saving.best if self.saving else None
-        if best is not None and best.step != self.steps:
-            load_weights(self.learner.model, best.weights, "the best weights", self.parallel)
+        if self.saving is None or best is None or best.step == self.steps:
+            return
+        weights = self.saving.store.weights_of_best(best, self.learner.model)
+        if weights is not None:
+            load_weights(self.learner.model, weights, "the best weights", self.parallel)
             self.journal.weights_of_step = best.step
 
 
@@ -519,8 +534,15 @@ def _train(env: RuntimeEnv) -> Journal:
     record = run.record
     for note in run.notes:
         say(f"Note: {note}")
-    store = CheckpointStore(run.path, record.run_id, config.keep_checkpoints, parallel)
+    store = CheckpointStore(
+        run.path,
+        record.run_id,
+        config.keep_checkpoints,
+        parallel,
+        best_on_disk=keeps_best_on_disk(env.model, env.device),
+    )
     store.require_room(env.model)
+    store.keep_frozen(env.model)
     journal = Journal(
         vocab_size=env.tokenizer.vocab_size,
         total_steps=record.total_steps,
@@ -606,7 +628,12 @@ def _budget_until(deadline: float | None, env: RuntimeEnv) -> Budget | None:
         3 * record.sampling.max_new_tokens,  # main draws three samples
         config.save_minutes,
         config.final_iter or 2 * n_val,  # its windows overlap by half
-        most_steps_of(None if record.choice is None else record.choice.recipe, minutes),
+        most_steps_of(
+            record.recipe,
+            minutes,
+            record.steps_per_epoch,
+            from_weights=record.start is not None and record.asked.minutes is not None,
+        ),
     )
 
 

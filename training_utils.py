@@ -41,6 +41,7 @@ class TrainingConfig:
     decay_share: float = setting(DECAY_SHARE, on_resume="fixed", above=0, maximum=1)
     final_rate: float = setting(FINAL_RATE, on_resume="fixed", minimum=0, maximum=1)
     beta2: float = setting(BETA2, on_resume="fixed", above=0, below=1)
+    lora_rank: int | None = setting(None, on_resume="fixed", minimum=1, maximum=1024)
     weight_decay: float = setting(0.1, on_resume="fixed", minimum=0, maximum=10)
     decay_embeddings: bool = setting(False, on_resume="fixed")
     max_grad_norm: float = setting(1.0, on_resume="fixed", minimum=0)
@@ -76,6 +77,8 @@ class TrainingConfig:
                 f"warmup_steps ({warmup}) must be below max_steps ({steps}), "
                 "or the learning rate never reaches its peak"
             )
+        if values["lora_rank"] is not None and values["optimizer"] == "muon":
+            problems.append('lora_rank needs optimizer "adamw": Muon is for entire matrices')
         return problems + [
             f'model_overrides["{name}"] is unknown; known are: {", ".join(MODEL_SETTINGS)}'
             for name in values["model_overrides"]

@@ -76,7 +76,8 @@ class _HeadLoss(torch.autograd.Function):
         d_hidden, d_weight = ctx.saved_tensors
         # usually 1; only on a CPU does reading it need no synchronization
         if d_loss.device.type != "cpu" or d_loss.item() != 1:
-            d_hidden, d_weight = d_hidden * d_loss, d_weight * d_loss
+            d_hidden = d_hidden * d_loss
+            d_weight = None if d_weight is None else d_weight * d_loss
         return d_hidden, d_weight, None, None
 
 
@@ -89,7 +90,8 @@ def _has_kernel(device: torch.device) -> bool:
 def _loss_and_gradients(
     hidden: Tensor, weight: Tensor, targets: Tensor, n_targets: float, *, gradients: bool
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """The loss of hidden (N, D), weight (V, D) and targets (N,), and both gradients."""
+    """The loss of hidden (N, D), weight (V, D) and targets (N,), and both gradients; the second
+    one is None for a frozen weight."""
     global _kernel_failed
     given = (hidden, weight, targets, n_targets)
     if _has_kernel(hidden.device):
@@ -144,6 +146,8 @@ def _in_chunks(
                     d_hidden[first : first + largest] = torch.mm(logits, head)
                 else:
                     torch.mm(logits, head, out=d_hidden[first : first + largest])
+                if not weight.requires_grad:
+                    continue
                 part = torch.mm(d_logits.T, x * share, out=part)
                 if d_weight is None:
                     d_weight = part[:V].to(torch.float32, copy=True)
@@ -151,9 +155,10 @@ def _in_chunks(
                     d_weight += part[:V]
         if gradients:
             d_hidden = d_hidden.to(hidden.dtype).mul_(1 / (n_targets * lift))
-            if d_weight is None:  # N is 0
-                d_weight = torch.zeros(head.shape, device=head.device)
-            d_weight = d_weight.mul_(1 / (n_targets * share * lift)).to(weight.dtype)
+            if weight.requires_grad:
+                if d_weight is None:  # N is 0
+                    d_weight = torch.zeros(head.shape, device=head.device)
+                d_weight = d_weight.mul_(1 / (n_targets * share * lift)).to(weight.dtype)
     return total / n_targets, d_hidden, d_weight
 
 

@@ -18,6 +18,7 @@ from engine.randomness import random_state, set_random_state
 
 # the windows that activations are measured on; a GPU's attention kernels round up to 128 tokens
 PROBED_TOKENS = {"cpu": 16, "cuda": 512, "mps": 128, "xpu": 512}
+MOST_BEST_BYTES = 1 << 28  # of the copy of the best weights in memory; larger ones go to the disk
 OPTIMIZER_BYTES = {"adamw": (8, 8), "muon": (4, 8)}  # a parameter of hidden matrices, of others
 ADVICE = (  # where a micro-batch of one window does not fit
     "Set activation_checkpointing to True, a smaller max_length, n_layers or emb_dim, or another "
@@ -100,7 +101,8 @@ def estimate_memory(
     over; with gradient accumulation (accumulates) gradients stay unsharded.
     """
     n_parameters = sum(p.numel() for p in model.parameters())
-    weights = gradients = 4 * n_parameters
+    n_trained = count_trained(model)
+    weights, gradients = 4 * n_parameters, 4 * n_trained
     gathered = unsharded = 0
     if parts > 1:  # as distributed/sharding.py lays it out
         width = 4 if precision.name == "fp32" else 2
@@ -110,7 +112,7 @@ def estimate_memory(
         gathered = 2 * width * block + 4 * (n_parameters - in_blocks)  # one block is prefetched
         unsharded = width * in_blocks + 4 * (n_parameters - in_blocks)
         gradients = gradients if accumulates else gradients // parts + 4 * block
-    hidden = sum(weight.numel() for weight, _ in model.hidden_matrices())
+    hidden = sum(w.numel() for w, _ in model.hidden_matrices() if w.requires_grad)
     of_hidden, of_others = OPTIMIZER_BYTES[optimizer]
     fixed, window = measure_activations(model, n_tokens, precision, device)
     if model.activation_checkpointing:
@@ -121,8 +123,8 @@ def estimate_memory(
     return MemoryEstimate(
         weights=weights,
         gradients=gradients,
-        optimizer=(hidden * of_hidden + (n_parameters - hidden) * of_others) // parts,
-        best_weights=4 * n_parameters if keeps_best else 0,
+        optimizer=(hidden * of_hidden + (n_trained - hidden) * of_others) // parts,
+        best_weights=4 * n_trained if keeps_best else 0,
         activations=fixed,
         window=window,
         head=head_bytes(model.head.weight, n_windows * n_tokens, precision),
@@ -187,6 +189,17 @@ def _kept_bytes(model: nn.Module, ids: torch.Tensor, precision: Precision) -> in
     return total
 
 
+def count_trained(model: nn.Module) -> int:
+    """The number of a model's parameters that are not frozen."""
+    return sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
+def keeps_best_on_disk(model: nn.Module, device: torch.device) -> bool:
+    """Whether a run on a device writes its best weights to the disk at once: a GPU's run copies
+    them to the CPU's memory, which has room."""
+    return device.type != "cuda" and 4 * count_trained(model) > MOST_BEST_BYTES
+
+
 def head_bytes(weight: torch.Tensor, n_rows: int, precision: Precision) -> int:
     """The peak bytes of engine/loss.py for a (V, D) weight, but for the gradient it returns."""
     V, D = weight.shape
@@ -195,6 +208,8 @@ def head_bytes(weight: torch.Tensor, n_rows: int, precision: Precision) -> int:
     logits = at_once * V * 4
     if precision.name != "fp32":  # in half precision, and some of them in fp32
         logits = at_once * V * 2 + min(at_once, softmax_rows(rows, V)) * V * 4
+    if not weight.requires_grad:  # a copy of it in half precision
+        return logits + V * D * (0 if precision.name == "fp32" else 2)
     # 4 bytes a weight for a chunk's gradient (in half precision with the weight's own copy), 4 for
     # a second gradient: of the embedding tied to it, or of an earlier micro-batch
     return logits + V * D * 8

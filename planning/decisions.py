@@ -15,7 +15,8 @@ from engine.optim import default_eval_freq, default_learning_rate, default_warmu
 from engine.settings import check, find_problems, from_json, names_on_resume, setting, shown
 from generation import SamplingConfig
 from model import ATTENTIONS, GPTConfig
-from planning.plan import SETTING_NAMES, Asked, RecipeChoice, RunPlan, RunSettings
+from planning.fine_tuning import MOST_PASSES, fine_tuning
+from planning.plan import SETTING_NAMES, Asked, RecipeChoice, RunPlan, RunSettings, Start
 from planning.recipe import ENOUGH_SHARE, MachineFacts, Recipe, choose_recipe
 from storage.files import SETTINGS
 from text.facts import TextFacts
@@ -50,7 +51,8 @@ class RunRecord:
     model_name: str
     model: GPTConfig
     training: TrainingConfig
-    choice: RecipeChoice | None  # with MINUTES
+    choice: RecipeChoice | None  # with MINUTES, from random weights
+    start: Start | None  # the weights that it began from
     sampling: SamplingConfig
     # decided at each start
     device: str = setting(on_resume="numeric")
@@ -77,9 +79,11 @@ class RunRecord:
     def conflicts(values: dict[str, Any]) -> list[str]:
         """A choice without minutes, or wrong names and types in settings; other rules may depend on
         the machine."""
-        settings = values["settings"]
-        if (values["choice"] is None) != (values["asked"].minutes is None):
-            return ["choice must be there where minutes are asked for, and only there"]
+        settings, asked, start = values["settings"], values["asked"], values["start"]
+        if (values["choice"] is None) != (asked.minutes is None or start is not None):
+            return ["choice must be there where minutes are asked for without a start"]
+        if start is not None and asked.init_from is None:
+            return ["start must be there where init_from is asked for"]
         if lacking := [name for name in SETTING_NAMES if name not in settings]:
             return [f"settings lacks {', '.join(lacking)}"]
         known = {name: settings[name] for name in SETTING_NAMES}
@@ -139,7 +143,7 @@ def differences(before: RunRecord, asked: Asked) -> list[str]:
             lines.append(f"{name}: {shown(was)} then, {shown(now)} now")
 
     then = before.asked
-    for name in ("mode", "seed", "minutes"):
+    for name in ("mode", "seed", "minutes", "init_from"):
         compare(name, getattr(then, name), getattr(asked, name), getattr(then, name))
     chosen = then.tokenizer if before.recipe is None else before.recipe.tokenizer
     compare("tokenizer", then.tokenizer, asked.tokenizer, chosen)
@@ -213,7 +217,11 @@ def decide_recipe(
 
 
 def decide_training(
-    plan: RunPlan, device: torch.device, n_tokens: int, before: RunRecord | None
+    plan: RunPlan,
+    device: torch.device,
+    n_tokens: int,
+    before: RunRecord | None,
+    ranks: int = 1,
 ) -> TrainingConfig:
     """The hyper-parameters as asked, with the values that a resumed run worked out at its start.
 
@@ -225,6 +233,8 @@ def decide_training(
         became = before.training.to_dict()
         decided = {n: became[n] for n, value in asked.to_dict().items() if then[n] == value}
         asked = dataclasses.replace(asked, **decided)
+    elif plan.start is not None:
+        asked = dataclasses.replace(asked, **fine_tuning(plan, device.type, ranks))
     elif plan.mode == "full" and device.type != "cpu" and asked.max_length is not None:
         n_windows = n_tokens // asked.max_length
         largest = GPU_STEP_TOKENS // asked.max_length
@@ -236,7 +246,7 @@ def decide_training(
 
 def find_deadline(plan: RunPlan, asked: TrainingConfig, began_at: float) -> float | None:
     """When a run with MINUTES is to end that began at a time, by the same clock; None without."""
-    if plan.recipe is None or asked.time_budget_minutes is None:
+    if plan.run.MINUTES is None or asked.time_budget_minutes is None:
         return None
     return began_at + 60 * asked.time_budget_minutes
 
@@ -246,8 +256,13 @@ def _with_recipe(asked: TrainingConfig, recipe: Recipe | None) -> TrainingConfig
     return asked if recipe is None else dataclasses.replace(asked, **recipe.training)
 
 
-def most_steps_of(recipe: Recipe | None, minutes: float) -> int | None:
-    """The most steps of a run of so many minutes: its recipe's, where fewer are enough for it."""
+def most_steps_of(
+    recipe: Recipe | None, minutes: float, steps_per_epoch: int, *, from_weights: bool
+) -> int | None:
+    """The most steps of a run of so many minutes: its recipe's, where fewer are enough for it, or
+    with MINUTES those of MOST_PASSES through the text from given weights."""
+    if from_weights:
+        return MOST_PASSES * steps_per_epoch
     if recipe is None or recipe.minutes >= ENOUGH_SHARE * minutes:
         return None
     return recipe.steps
@@ -305,6 +320,10 @@ def keep_identity(record: RunRecord, before: RunRecord) -> tuple[RunRecord, list
     ]
     changes = [*before.changes, *([{"at": record.started} | changed] if changed else [])]
     kept = dataclasses.replace(
-        record, run_id=before.run_id, started=before.started, changes=changes
+        record,
+        run_id=before.run_id,
+        started=before.started,
+        changes=changes,
+        start=before.start,
     )
     return kept, notes

@@ -36,6 +36,7 @@ from engine.memory import (
     available_memory,
     estimate_memory,
     halved,
+    keeps_best_on_disk,
 )
 from engine.precision import DTYPES, Precision, choose_precision, keep_precision, may_be_slow
 from engine.processor import default_threads, threads_are_set
@@ -409,6 +410,8 @@ def fit_into_memory(
     device, parallel, micro_batch = machine.device, machine.parallel, machine.micro_batch
     parts = parallel.world if parallel.kind == "fsdp" else 1
     share = windows.batch_size * asked.gradient_accumulation_steps // parallel.world
+    in_memory = device.type != "cuda" and not keeps_best_on_disk(model, device)
+    keeps_best = in_memory and parallel.is_main
     for accumulates in (micro_batch < share, True):
         with whole(model, parallel):
             estimate = estimate_memory(
@@ -418,7 +421,7 @@ def fit_into_memory(
                 precision=machine.precision,
                 device=device,
                 optimizer=asked.optimizer,
-                keeps_best=device.type != "cuda" and parallel.is_main,
+                keeps_best=keeps_best,
                 parts=parts,
                 accumulates=accumulates,
             )

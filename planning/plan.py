@@ -38,7 +38,8 @@ MODELS_FILE = Path(__file__).resolve().parent.parent / "config.json"
 LEAST_WIDTH_A_LAYER = 4  # of emb_dim; fewer are hardly ever meant
 HIGH_RATE = 0.1
 SMALL_MODEL, DEFAULT_MODEL = "small", "gpt2-124m"  # that MODEL "auto" chooses from
-RECIPE_MODEL = "auto"  # the name of a model that the recipe has chosen
+OPEN_MODEL = "auto"  # the name of a model that the recipe or the weights of INIT_FROM decide
+AUTO_START = "auto"  # INIT_FROM: the recipe chooses between random weights and given ones
 RECIPE_BASE = {"architecture": "llama"}  # of such models, unless the user sets another
 DEFAULT_TOKENIZER = "gpt2"  # where no recipe chooses one
 # TrainingConfig's names that a recipe chooses; config_run.py ships them as None
@@ -67,6 +68,7 @@ class RunSettings:
     DATA: str | dict[str, Any] | list[Any] = setting("the-verdict")
     TOKENIZER: str | None = setting(None, on_resume="fixed")
     MINUTES: float | None = setting(None, minimum=0.25, maximum=10_000)
+    INIT_FROM: str | None = setting(None)
     QUICK_MODE: bool = setting(True)
     CUSTOM_MODE: bool = setting(False)
     MODEL: str = setting("auto")
@@ -90,6 +92,11 @@ class RunSettings:
     def __post_init__(self) -> None:
         check(self)
 
+    @property
+    def names_weights(self) -> bool:
+        """Whether INIT_FROM names the weights that a run begins from."""
+        return self.INIT_FROM not in (None, AUTO_START)
+
     @staticmethod
     def conflicts(values: dict[str, Any]) -> list[str]:
         """Rules beyond type and range; values is complete."""
@@ -101,6 +108,7 @@ class RunSettings:
         tokenizer = values["TOKENIZER"]
         if tokenizer is not None and (fault := find_tokenizer_fault(tokenizer)):
             problems.append(f"TOKENIZER {fault}")
+        problems += _about_start(values)
         if values["COMPILE"] not in ("auto", True, False):
             problems.append(
                 f'COMPILE is {shown(values["COMPILE"])}; it must be "auto", True or False'
@@ -132,6 +140,26 @@ class RunSettings:
         if values["RUN_NAME"] is not None and (fault := _find_name_fault(values["RUN_NAME"])):
             problems.append(fault)
         return problems
+
+
+def _about_start(values: dict[str, Any]) -> list[str]:
+    """What contradicts INIT_FROM, whose weights bring their own model and tokenizer."""
+    where = values["INIT_FROM"]
+    if where is None:
+        return []
+    if where == AUTO_START:
+        if values["MINUTES"] is not None:
+            return []
+        return [
+            f'INIT_FROM is "{AUTO_START}", which leaves the start to the recipe of MINUTES, and '
+            "MINUTES is None; set MINUTES, or name the weights"
+        ]
+    return [
+        f"INIT_FROM ({shown(where)}) and {name} ({shown(values[name])}) both set the {what}; "
+        f"set {name} to {shown(open_)}"
+        for name, what, open_ in (("MODEL", "model", OPEN_MODEL), ("TOKENIZER", "tokenizer", None))
+        if values[name] not in (open_, "auto")
+    ]
 
 
 def _find_name_fault(run_name: str) -> str | None:
@@ -207,10 +235,12 @@ class Asked:
     seed: int
     precision: str
     minutes: float | None
-    tokenizer: str | None  # None: the recipe's
-    model: dict[str, Any]  # GPTConfig's arguments but vocab_size; with minutes, those that were set
+    init_from: str | None
+    tokenizer: str | None  # None: the recipe's, or that of init_from
+    # GPTConfig's arguments but vocab_size; with minutes or init_from, those that were set
+    model: dict[str, Any]
     training: TrainingConfig
-    left_open: list[Any]  # TrainingConfig's names that the recipe may choose
+    left_open: list[Any]  # TrainingConfig's names that the recipe or fine-tuning may choose
     length: Length
 
     def __post_init__(self) -> None:
@@ -234,25 +264,45 @@ class RecipeChoice:
 
 
 @dataclass(frozen=True)
+class Start:
+    """The weights that a run begins from, as settings.json keeps them."""
+
+    source: str  # in words
+    fingerprint: str  # tells these weights from others
+    config: GPTConfig
+    chat_template: str | None = None
+    # of the validation text before the first step; None until it is measured
+    bits_per_byte: float | None = setting(None, minimum=0)
+    measured_share: float = setting(1.0, minimum=0, maximum=1)  # of the validation text
+
+    def __post_init__(self) -> None:
+        check(self)
+
+
+@dataclass(frozen=True)
 class RunPlan:
     """All settings of a run after every rule of precedence, and the reason of each result."""
 
     run: RunSettings
     mode: str  # "quick", "full", "auto" or "custom"
     model_name: str
-    model: dict[str, Any]  # GPTConfig's arguments but vocab_size; empty until the recipe has chosen
-    tokenizer: str | None  # None until the recipe has chosen
-    training: TrainingConfig  # as asked; decide_training() adds what the recipe has chosen
+    # GPTConfig's arguments but vocab_size; those that are set until begin_from() or the recipe
+    # have added the others
+    model: dict[str, Any]
+    tokenizer: str | None  # None until then
+    training: TrainingConfig  # as asked; decide_training() adds what is chosen
     sampling: SamplingConfig
     origins: dict[str, str]
     notices: list[str]
-    fixed: Fixed | None = None  # with MINUTES: what the user has set
+    fixed: Fixed | None = None  # with MINUTES or INIT_FROM: what the user has set
     choice: RecipeChoice | None = None
+    start: Start | None = None  # the weights to begin from; None: random ones
 
     @property
     def most_steps(self) -> int | None:
         """The most optimizer steps that the mode allows."""
-        return QUICK_MODE_STEPS if self.mode == "quick" else None
+        is_preset = self.mode == "quick" and self.run.INIT_FROM is None
+        return QUICK_MODE_STEPS if is_preset else None
 
     @property
     def recipe(self) -> Recipe | None:
@@ -263,6 +313,11 @@ class RunPlan:
     def data(self) -> Any:
         """DATA as in settings.json: paths as text, tuples as lists."""
         return json.loads(json.dumps(self.run.DATA, default=os.fspath))
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The settings of config_run.py as in settings.json."""
+        return dataclasses.asdict(self.run) | {"DATA": self.data}
 
     def as_words(self) -> dict[str, str]:
         """The settings that must be the same on all ranks, each as JSON."""
@@ -283,12 +338,14 @@ class RunPlan:
         training, fixed, left_open = self.training, self.fixed, []
         if fixed is not None:
             left_open = [name for name in RECIPE_CHOOSES if name not in fixed.training]
-            left_open.append("time_budget_minutes")  # by MINUTES
+        if self.run.MINUTES is not None:
+            left_open.append("time_budget_minutes")
         return Asked(
             mode=self.mode,
             seed=self.run.SEED,
             precision=self.run.PRECISION,
             minutes=self.run.MINUTES,
+            init_from=self.run.INIT_FROM,
             tokenizer=self.tokenizer if fixed is None else fixed.tokenizer,
             model=self.model if fixed is None else fixed.model,
             training=training,
@@ -325,14 +382,21 @@ def resolve_settings(given: dict[str, Any], place: str, models_file: Path = MODE
     run = RunSettings(**known)
     mode, why_mode = _choose_mode(run)
     model_name, why_model = _choose_model(run, mode)
-    if model_name not in (RECIPE_MODEL, *models):
+    if model_name not in (OPEN_MODEL, *models):
         problems.append(_about_missing_model(model_name, why_model, models))
     problems += _about_two_lengths(run, mode, custom)
+    if mode == "custom" and custom.get("lora_rank") is not None and not run.names_weights:
+        problems.append(
+            f'custom_params["lora_rank"] is {shown(custom["lora_rank"])}, and INIT_FROM is '
+            f"{shown(run.INIT_FROM)}: an adapter needs weights that INIT_FROM names"
+        )
     raise_if_any(problems, place)
 
     training = _choose_training(run, mode, custom)
     entry = models.get(model_name, {})  # none of the recipe's
-    model, origins = _join_model(model_name, entry, training, mode, place)
+    model, origins = _join_model(model_name, entry, training, mode)
+    if not run.names_weights:  # begin_from() compares with theirs
+        _require_sound(model, model_name, training, place)
     origins |= {"mode": why_mode, "model": why_model}
     if mode != "custom" and TrainingConfig(**with_defaults(custom)) != TrainingConfig():
         notices.append(f"custom_params is not read in {mode} mode; CUSTOM_MODE = True uses it")
@@ -350,38 +414,41 @@ def resolve_settings(given: dict[str, Any], place: str, models_file: Path = MODE
         origins=origins,
         notices=notices,
     )
-    if run.MINUTES is not None:
-        return _leave_to_recipe(plan, custom if mode == "custom" else {})
+    if run.MINUTES is not None or run.names_weights:
+        return _leave_open(plan, custom if mode == "custom" else {})
     return dataclasses.replace(plan, tokenizer=run.TOKENIZER or DEFAULT_TOKENIZER)
 
 
 def _choose_training(run: RunSettings, mode: str, custom: dict[str, Any]) -> TrainingConfig:
-    """The hyper-parameters as asked; MINUTES is their time budget."""
+    """The hyper-parameters as asked; MINUTES is their time budget, INIT_FROM takes no preset."""
     budget = {} if run.MINUTES is None else {"time_budget_minutes": float(run.MINUTES)}
-    if mode == "quick":
+    if mode == "quick" and not run.names_weights:
         return TrainingConfig.get_quick_test_config()
-    if mode == "full":
+    if mode == "full" and not run.names_weights:
         return TrainingConfig.get_full_training_config()
     return TrainingConfig(**(with_defaults(custom) if mode == "custom" else {}) | budget)
 
 
 def _join_model(
-    model_name: str, entry: dict[str, Any], training: TrainingConfig, mode: str, place: str
+    model_name: str, entry: dict[str, Any], training: TrainingConfig, mode: str
 ) -> tuple[dict[str, Any], dict[str, str]]:
-    """The model's fields that are set, and where its context and the training come from.
-
-    Raises SettingsError, naming place, if they don't fit together.
-    """
-    is_open = model_name == RECIPE_MODEL
+    """The model's fields that are set, and where its context and the training come from."""
     source = {"custom": "custom_params", "auto": "the recipe"}.get(mode, f"the {mode} preset")
     model = entry | training.model_overrides
     origins = {"training": source, "max_length": source}
     if training.max_length is not None:
         model["context_length"] = training.max_length
-    elif is_open:
+    elif model_name == OPEN_MODEL:
         origins["max_length"] = "the recipe"
     else:
         origins["max_length"] = f'context_length of "{model_name}" in config.json'
+    return model, origins
+
+
+def _require_sound(
+    model: dict[str, Any], model_name: str, training: TrainingConfig, place: str
+) -> None:
+    """Raise SettingsError, naming place, unless the fields of a model fit together."""
 
     def label(name: str) -> str:  # where the value of a model field comes from
         if name == "context_length" and training.max_length is not None:
@@ -390,15 +457,14 @@ def _join_model(
             return f'model_overrides["{name}"]'
         return f'config.json["{model_name}"]["{name}"]'
 
-    checked = RECIPE_BASE | model if is_open else model
+    checked = RECIPE_BASE | model if model_name == OPEN_MODEL else model
     raise_if_any(find_problems(GPTConfig, checked, label), place)
-    return model, origins
 
 
-def _leave_to_recipe(plan: RunPlan, custom: dict[str, Any]) -> RunPlan:
-    """The plan of a run with MINUTES: what is set stays, and the recipe chooses the rest."""
+def _leave_open(plan: RunPlan, custom: dict[str, Any]) -> RunPlan:
+    """The plan of a run with MINUTES or INIT_FROM: what is set stays, the rest is chosen later."""
     model = plan.model
-    if plan.model_name != RECIPE_MODEL:  # then no field is open, also those of its architecture
+    if plan.model_name != OPEN_MODEL:  # then no field is open, also those of its architecture
         model = dataclasses.asdict(GPTConfig(**model, vocab_size=1))
         del model["vocab_size"]
     set_here = {n: v for n, v in custom.items() if v is not None}
@@ -487,8 +553,10 @@ def _choose_mode(run: RunSettings) -> tuple[str, str]:
 def _choose_model(run: RunSettings, mode: str) -> tuple[str, str]:
     if run.MODEL != "auto":
         return run.MODEL, f'MODEL = "{run.MODEL}"'
+    if run.names_weights:
+        return OPEN_MODEL, f"INIT_FROM = {shown(run.INIT_FROM)}"
     if run.MINUTES is not None:
-        return RECIPE_MODEL, "chosen for the text, this machine and MINUTES"
+        return OPEN_MODEL, "chosen for the text, this machine and MINUTES"
     if mode != "custom":
         return SMALL_MODEL if mode == "quick" else DEFAULT_MODEL, f"{mode} mode's own"
     if run.USE_SMALL:

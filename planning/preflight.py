@@ -6,9 +6,10 @@ from data import WindowPlan
 from engine.console import say
 from engine.devices import device_count, device_name
 from model import GPTModel
-from planning.card import card_lines
+from planning.card import card_lines, start_lines
+from planning.decisions import RunRecord
 from planning.machine import Machine, why_no_gpu
-from planning.plan import RECIPE_MODEL, RunPlan
+from planning.plan import OPEN_MODEL, RunPlan
 from planning.recipe import MOST_REPEATED
 from text.documents import DataSpec
 from text.token_cache import TokenizedText
@@ -35,7 +36,7 @@ def show_machine(machine: Machine, plan: RunPlan) -> None:
         say(f"Note: {reason}")
     say(f"Precision: {precision.name} ({precision.reason})")
     say(f"Mode: {plan.mode} ({plan.origins['mode']})")
-    if plan.model_name != RECIPE_MODEL:  # else the card has it
+    if plan.model_name != OPEN_MODEL:  # else the card has it
         say(f"Model: {plan.model_name} ({plan.origins['model']})")
     for notice in plan.notices:
         say(f"Note: {notice}")
@@ -45,8 +46,16 @@ def show_card(plan: RunPlan) -> None:
     """What was chosen for MINUTES, and what is expected of it."""
     choice, minutes = plan.choice, plan.run.MINUTES
     assert choice is not None and minutes is not None, "decide_recipe() has chosen"
-    lines = card_lines(choice.recipe, choice.text, choice.machine, minutes)
+    why = plan.origins.get("start")
+    lines = card_lines(choice.recipe, choice.text, choice.machine, minutes, why)
     say("\n".join(["", *lines, ""]))
+
+
+def show_start(plan: RunPlan, training: TrainingConfig, total_steps: int, model: GPTModel) -> None:
+    """What a run begins from that has given weights, and how it trains."""
+    if plan.start is not None:
+        lines = start_lines(plan, training, total_steps, model.count_parameters())
+        say("\n".join(["", *lines, ""]))
 
 
 def show_text(text: TokenizedText, spec: DataSpec) -> None:
@@ -75,19 +84,29 @@ def show_model(plan: RunPlan, model: GPTModel) -> None:
     say(f"  Total params: {model.count_parameters():,}")
 
 
+def show_all(
+    plan: RunPlan, record: RunRecord, text: TokenizedText, windows: WindowPlan, model: GPTModel
+) -> None:
+    """What is trained, on what, and with which numbers."""
+    show_start(plan, record.training, record.total_steps, model)
+    show_training(plan, record.training, record.total_steps, record.adapted)
+    show_windows(plan, text, windows, model)
+
+
 def show_training(
-    mode: str, training: TrainingConfig, total_steps: int | None, adapted: list[str]
+    plan: RunPlan, training: TrainingConfig, total_steps: int | None, adapted: list[str]
 ) -> None:
     """The notices and the numbers of training; total_steps None: what its minutes allow."""
+    name = plan.mode if plan.start is None else "fine-tuning"
     for notice in adapted:
         say(f"Note: {notice}")
-    purpose = ", for testing" if mode == "quick" else ""
+    purpose = ", for testing" if name == "quick" else ""
     length = f"{training.num_epochs} epoch{'s' * (training.num_epochs != 1)}"
     if training.max_steps is not None:
         length = f"{training.max_steps} steps"
     elif training.time_budget_minutes is not None:
         length = f"{training.time_budget_minutes:g} minutes"
-    say(f"✓ Using {mode} training config ({length}{purpose})")
+    say(f"✓ Using {name} training config ({length}{purpose})")
     accumulation = training.gradient_accumulation_steps
     batch = f"{accumulation} x " * (accumulation > 1) + f"{training.batch_size}"
     count = "steps that fit, each" if total_steps is None else f"{total_steps:,} steps"

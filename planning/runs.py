@@ -4,11 +4,12 @@ import contextlib
 import dataclasses
 import secrets
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from distributed.parallel import Parallel
 from engine.errors import CheckpointError, DataError, ResourceError, RunFinished, first_line
 from engine.settings import shown
 from planning.decisions import (
@@ -19,7 +20,7 @@ from planning.decisions import (
     read_run_file,
     total_steps,
 )
-from planning.plan import Asked
+from planning.plan import Asked, RunPlan
 from storage.files import DATA, SETTINGS, SUMMARY, FolderLock
 
 
@@ -58,9 +59,15 @@ class Candidates:
     notes: tuple[str, ...] = ()  # to print when training begins
 
     @property
+    def likeliest_run(self) -> Candidate | None:
+        """The run that is resumed unless the text differs; None: a new run."""
+        return next((run for run in self.runs if run.fault is None), None)
+
+    @property
     def likeliest(self) -> RunRecord | None:
-        """The record of the run that is resumed unless the text differs; None: a new run."""
-        return next((run.record for run in self.runs if run.fault is None), None)
+        """The record of that run."""
+        run = self.likeliest_run
+        return None if run is None else run.record
 
     def stand_in(self, data: object) -> bool | None:
         """Whether the likeliest run read a stand-in for this DATA; None where nothing is known."""
@@ -87,24 +94,51 @@ class Candidates:
 
         Raises CheckpointError if a named run's was not.
         """
-        fitting, others = [], []
-        for run in self.runs:
-            choice = run.record.choice
-            assert choice is not None, "these runs have MINUTES"
-            if choice.text.fingerprint == fingerprint:
-                fitting.append(run)
-            else:
-                was, now = choice.text.fingerprint[:12], fingerprint[:12]
-                others.append((run, [f"text: sha256 {was}... then, {now}... now"]))
-        notes = self.notes
-        if others and not fitting:
-            run, differing = others[0]
-            if self.named:
-                raise differs(run, differing)
-            notes = (*notes, _passed_over(run.path, differing))
+
+        def text_of(run: Candidate) -> str:
+            assert run.record.choice is not None, "these runs have MINUTES"
+            return run.record.choice.text.fingerprint
+
+        fitting, notes = self._with("text", text_of, fingerprint)
         chosen = next((run.record.choice for run in fitting if run.fault is None), None)
         same = (run for run in fitting if run.fault is not None or run.record.choice == chosen)
         return dataclasses.replace(self, runs=tuple(same), notes=notes)
+
+    def from_weights(self, fingerprint: str) -> "Candidates":
+        """Those that began from these weights; CheckpointError if a named run did not."""
+
+        def weights_of(run: Candidate) -> str:
+            assert run.record.start is not None, "these runs have INIT_FROM"
+            return run.record.start.fingerprint
+
+        fitting, notes = self._with("the weights of INIT_FROM", weights_of, fingerprint)
+        return dataclasses.replace(self, runs=tuple(fitting), notes=notes)
+
+    def of_one_start(self, data: object) -> "Candidates":
+        """For INIT_FROM = "auto": those that began as the likeliest one with this DATA did."""
+        if self.named:
+            return self
+        runs = [run for run in self.runs if run.record.settings["DATA"] == data]
+        first = next((run.record.start for run in runs if run.fault is None), None)
+        same = [run for run in runs if (run.record.start is None) == (first is None)]
+        return dataclasses.replace(self, runs=tuple(same))
+
+    def _with(
+        self, what: str, of: Callable[[Candidate], str], fingerprint: str
+    ) -> tuple[list[Candidate], tuple[str, ...]]:
+        """The runs of which something has this fingerprint, and the notes with one on the others.
+
+        Raises CheckpointError if a named run has another one.
+        """
+        fitting = [run for run in self.runs if of(run) == fingerprint]
+        others = [run for run in self.runs if of(run) != fingerprint]
+        if not others or fitting:
+            return fitting, self.notes
+        run, was = others[0], of(others[0])
+        differing = [f"{what}: sha256 {was[:12]}... then, {fingerprint[:12]}... now"]
+        if self.named:
+            raise differs(run, differing)
+        return [], (*self.notes, _passed_over(run.path, differing))
 
 
 @dataclass(frozen=True)
@@ -150,6 +184,26 @@ def find_candidates(
         path = output_dir / f"{now.replace(' ', '_').replace(':', '-')}-{mode}"
         return Candidates(path, False, run_id, now, tuple(runs), tuple(notes))
     return Candidates(path, True, run_id, now, (_continue_named(path, asked, settings),))
+
+
+def candidates_of(plan: RunPlan, parallel: Parallel) -> Candidates:
+    """The runs that a plan may resume; ResourceError, early, if OUTPUT_DIR can't be a folder."""
+    output_dir = Path(plan.run.OUTPUT_DIR).expanduser()
+    existing = next(parent for parent in (output_dir / "x").absolute().parents if parent.exists())
+    if not existing.is_dir():
+        raise ResourceError(
+            f"can't make the folder {output_dir}: {existing} is a file.\n"
+            "Set OUTPUT_DIR to another folder."
+        )
+    return find_candidates(
+        plan.asked(),
+        output_dir=output_dir,
+        run_name=plan.run.RUN_NAME,
+        # a restart by torchrun resumes what the job began
+        resume=(plan.run.RESUME is False and parallel.noted("run")) or plan.run.RESUME,
+        mode=plan.mode,
+        settings=plan.settings,
+    )
 
 
 def settle_run(candidates: Candidates, tokenizer: str, text: str) -> SettledRun:
@@ -291,7 +345,7 @@ def differs(run: Candidate, differing: list[str]) -> CheckpointError:
 
 def _how_longer(run: Candidate) -> str:
     """What makes a finished run longer, to be added to a sentence; one with MINUTES can't be."""
-    if run.record.choice is not None:
+    if run.record.asked.minutes is not None:
         return ""
     return "; more num_epochs, max_steps or, where that ended it, patience goes on with it"
 

@@ -25,7 +25,7 @@ from engine.compiling import (
 from engine.console import say
 from engine.devices import synchronize
 from engine.errors import first_line
-from engine.memory import OutOfStepMemory
+from engine.memory import OutOfStepMemory, count_trained
 from engine.optim import EVALUATIONS, LONGEST_EVAL_FREQ, LONGEST_EVAL_S, set_learning_rate
 from engine.processor import using_threads
 from engine.randomness import random_state, set_random_state
@@ -287,7 +287,7 @@ def _seconds(work: Callable[[], None]) -> float:
 
 def expected_save_s(model: torch.nn.Module) -> float:
     """The seconds of a checkpoint on a usual disk: weights, two moments, and the best weights."""
-    return sum(4 * p.nbytes for p in model.parameters()) / SAVED_BYTES_A_S
+    return 4 * 4 * count_trained(model) / SAVED_BYTES_A_S
 
 
 def _draw() -> None:
@@ -440,6 +440,7 @@ def _spend(
     costs, seconds = trial.costs(60 * minutes, len(asked.prompts)), 60 * minutes
     if deadline is not None:
         seconds = usable_seconds(deadline, 60 * minutes, trial.parallel)
+    from_weights = plan.start is not None and plan.run.MINUTES is not None
     budget = Budget(
         seconds,
         costs,
@@ -448,7 +449,7 @@ def _spend(
         3 * plan.sampling.max_new_tokens,  # main draws three samples
         asked.save_minutes,
         asked.final_iter,
-        most_steps_of(plan.recipe, minutes),
+        most_steps_of(plan.recipe, minutes, trial.steps_per_epoch, from_weights=from_weights),
     )
     # the recipe's warm-up is for the steps that it expected
     is_recipes = plan.recipe is not None and "warmup_steps" in plan.recipe.training

@@ -27,6 +27,7 @@ from distributed.parallel import ALONE, Parallel
 from distributed.sharding import gathered, placed
 from engine.console import say, tell
 from engine.errors import CheckpointError, NumericsError, SettingsError
+from engine.lora import adapter_of, merged
 from engine.settings import shown
 from storage.files import (
     MANIFEST,
@@ -42,6 +43,7 @@ from storage.files import (
 
 FORMAT = 1  # of a checkpoint; no other is read
 WEIGHTS, OPTIMIZER, STATE = "model.safetensors", "optimizer.safetensors", "state.json"
+FROZEN = "frozen"  # the folder of the weights that an adapter is for
 MOST_STATE_BYTES = 1 << 28
 SPARE = 2  # checkpoints to keep, at most, of which a finished run keeps the last alone
 SAVING_SHARE = 0.02  # of a run's time, at most, if saves are made by time
@@ -63,24 +65,33 @@ class BestWeights:
     """The weights with the lowest validation loss so far, by parameter name, in CPU memory."""
 
     step: int
-    weights: Tensors
+    weights: Tensors | None  # None: only in the run's folder
 
 
 class CheckpointStore:
     """The checkpoints of one run folder. The caller holds the folder's lock.
 
     All methods but newest() are collectives: every rank calls them. Only the main rank reads and
-    writes; all ranks get its result, or raise its error.
+    writes; all ranks get its result, or raise its error. With best_on_disk the best weights are
+    written at once, and take no memory.
     """
 
     def __init__(
-        self, run_folder: Path, run_id: str, keep: int, parallel: Parallel = ALONE
+        self,
+        run_folder: Path,
+        run_id: str,
+        keep: int,
+        parallel: Parallel = ALONE,
+        *,
+        best_on_disk: bool = False,
     ) -> None:
+        self._run_folder = run_folder
         self.checkpoints = run_folder / "checkpoints"
         self.best = run_folder / "best"
         self._run_id = run_id
         self._keep = keep
         self._parallel = parallel
+        self.best_on_disk = best_on_disk
         parallel.on_main(self._make_folders)
 
     def _make_folders(self) -> None:
@@ -110,7 +121,7 @@ class CheckpointStore:
                     raise NumericsError(
                         f"after step {step} the weights {name} are not finite: they are not saved."
                     )
-            new_best = {} if best is None or self._has(best) else best.weights
+            new_best = {} if best is None or self._has(best) else best.weights or {}
             tensors = [*weights.values(), *moments.values(), *new_best.values()]
             n_bytes = sum(value.nbytes for value in tensors)
             require_space(self.checkpoints, n_bytes, f"the checkpoint of step {step}")
@@ -123,6 +134,47 @@ class CheckpointStore:
             self._prune(best, self._keep)
 
         self._parallel.on_main(commit)
+
+    def keep_best(self, step: int, model: nn.Module) -> BestWeights:
+        """Keep a model's weights as the best ones; ResourceError if they are to go to the disk, and
+        that refuses."""
+        if not self.best_on_disk:
+            return BestWeights(step, copy_weights(model, self._parallel))
+        best = BestWeights(step, gathered(weights_of(model), self._parallel))
+
+        def write() -> None:
+            remove_folder(self.best / _name(step))  # of an earlier process, after its checkpoint
+            n_bytes = sum(value.nbytes for value in (best.weights or {}).values())
+            require_space(self.best, n_bytes, f"the best weights, of step {step}")
+            self._write_best(best)
+
+        self._parallel.on_main(write)
+        return replace(best, weights=None)
+
+    def keep_frozen(self, model: nn.Module) -> None:
+        """Write the frozen weights of a model with LoRA, once a run: checkpoints lack them."""
+        frozen = {n: p.detach() for n, p in model.named_parameters() if not p.requires_grad}
+
+        def write() -> None:
+            place = self._run_folder / FROZEN
+            if not frozen or (place / _name(0)).exists():
+                return
+            make_folder(place)
+            remove_orphans(place)
+            n_bytes = sum(value.nbytes for value in frozen.values())
+            require_space(place, n_bytes, "a copy of the frozen weights")
+            with NewFolder(place / _name(0), self._facts(0)) as folder:
+                folder.write(WEIGHTS, safetensors_chunks(frozen))
+
+        self._parallel.on_main(write)
+
+    def weights_of_best(self, best: BestWeights, model: nn.Module) -> Tensors | None:
+        """The best weights, {} on ranks other than the main one; None if they are lost."""
+        if best.weights is not None:
+            return best.weights
+        found = self._parallel.on_main(lambda: self._read_best(best.step, model))
+        is_lost = self._parallel.broadcast(found is None)
+        return None if is_lost else (found and found.weights) or {}
 
     def save_best(self, best: BestWeights | None) -> None:
         """Commit the best weights of a finished run, and remove what it does not need any more.
@@ -144,7 +196,7 @@ class CheckpointStore:
         self._parallel.on_main(finish)
 
     def _write_best(self, best: BestWeights | None) -> None:
-        if best is None or self._has(best):
+        if best is None or best.weights is None or self._has(best):
             return
         name = _name(best.step)
         with NewFolder(self.best / name, self._facts(best.step)) as folder:
@@ -194,6 +246,8 @@ class CheckpointStore:
                 places = [self.best / name for name in (_name(step), path.name)]
                 if [place.exists() for place in places] != [False, True]:
                     found.best = self._read_best(step, model)
+                    if found.best is not None and self.best_on_disk:
+                        found.best = BestWeights(step, None)
             return found
         if bad:
             listed = "\n  ".join(bad)
@@ -264,9 +318,10 @@ class _Found:
     best: BestWeights | None = None
 
     def without_tensors(self) -> "_Found":
-        return replace(
-            self, weights={}, moments={}, best=self.best and replace(self.best, weights={})
-        )
+        best = self.best
+        if best is not None and best.weights is not None:
+            best = replace(best, weights={})
+        return replace(self, weights={}, moments={}, best=best)
 
 
 class _Unusable(Exception):
@@ -278,11 +333,30 @@ def read_weights(run_folder: Path, run_id: str, which: str = "best") -> tuple[in
 
     The run may be training in another process: if the files disappear during the read, it starts
     again with the newest ones. Falls back from damaged weights to earlier ones, with a notice, and
-    from "best" to the checkpoints. Raises CheckpointError if none can be read, SettingsError for
-    another `which`.
+    from "best" to the checkpoints. An adapter is merged into the weights that the run began from.
+    Raises CheckpointError if none can be read, SettingsError for another `which`.
     """
     path, tensors = _newest_sound(run_folder, which, lambda path: _read_model(path, run_id))
+    if adapter := adapter_of(tensors):
+        frozen = read_frozen(run_folder, run_id)
+        try:
+            tensors = merged(frozen, adapter)
+        except (KeyError, RuntimeError):
+            raise CheckpointError(f"{path} is no adapter of the weights in {run_folder}.") from None
     return _step_of(path), tensors
+
+
+def read_adapter(run_folder: Path, run_id: str, which: str = "best") -> Tensors:
+    """The adapter that read_weights() merges; raises as that does."""
+    return _newest_sound(run_folder, which, lambda path: _read_model(path, run_id))[1]
+
+
+def read_frozen(run_folder: Path, run_id: str) -> Tensors:
+    """The weights that a run with LoRA began from; CheckpointError if they can't be read."""
+    try:
+        return _read_model(run_folder / FROZEN / _name(0), run_id)
+    except _Unusable as error:
+        raise CheckpointError(f"the run's frozen weights are lost: {error}.") from None
 
 
 def newest_weights(run_folder: Path, run_id: str, which: str = "best") -> tuple[int, str]:
@@ -426,6 +500,11 @@ def _newest_first(folder: Path) -> list[Path]:
     return sorted(found, key=_step_of, reverse=True)
 
 
+def has_checkpoint(run_folder: Path) -> bool:
+    """Whether a run has saved a checkpoint, intact or not."""
+    return bool(_newest_first(run_folder / "checkpoints"))
+
+
 def _best_step(path: Path) -> int | None:
     """The step of a checkpoint's best weights."""
     try:
@@ -435,8 +514,10 @@ def _best_step(path: Path) -> int | None:
 
 
 def weights_of(model: nn.Module) -> Tensors:
-    """The model's parameters by name; a shared one occurs once."""
-    return {name: value.detach() for name, value in model.named_parameters()}
+    """What a checkpoint holds of a model: its parameters by name, a shared one once; where it has
+    LoRA, those of the adapter alone."""
+    parameters = {name: value.detach() for name, value in model.named_parameters()}
+    return adapter_of(parameters) or parameters
 
 
 def copy_weights(model: nn.Module, parallel: Parallel = ALONE) -> Tensors:

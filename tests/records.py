@@ -33,6 +33,7 @@ def record_of(plan: RunPlan, **changes) -> RunRecord:
         model=GPTConfig(**plan.model, vocab_size=10),
         training=plan.training,
         choice=plan.choice,
+        start=plan.start,
         sampling=plan.sampling,
         device="cpu",
         ranks=1,

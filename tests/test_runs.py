@@ -231,8 +231,9 @@ def test_a_run_ends_by_its_minutes_or_after_the_steps_of_a_recipe_for_which_fewe
     assert find_deadline(plan, training, 100.0) == 100 + 60 * 10
     for worth, most in ((10.0, None), (8.5, None), (7.5, 40)):  # the card tells of the last
         recipe = dataclasses.replace(plan.recipe, minutes=worth, steps=40)
-        assert most_steps_of(recipe, 10.0) == most
-    assert most_steps_of(None, 10.0) is None
+        assert most_steps_of(recipe, 10.0, 30, from_weights=False) == most
+    assert most_steps_of(None, 10.0, 30, from_weights=False) is None
+    assert most_steps_of(None, 10.0, 30, from_weights=True) == 120
     budget = plan_of(time_budget_minutes=5.0)  # which counts from the end of the start-up
     assert find_deadline(budget, budget.training, 100.0) is None
 

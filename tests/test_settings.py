@@ -26,7 +26,10 @@ from tests.records import record_of
 from training_utils import CustomTrainingConfig, TrainingConfig
 
 # what a field of the model may stand beside only
-BESIDE = {name: {"architecture": "llama"} for name in ("n_kv_heads", "qk_norm", "rope_theta")}
+BESIDE = {
+    name: {"architecture": "llama"}
+    for name in ("n_kv_heads", "qk_norm", "rope_theta", "rope_scaling")
+}
 MODEL_ENTRY = {"context_length": 16, "emb_dim": 64, "n_heads": 4, "n_layers": 1}
 # the classes of settings, and what each needs beside the field that is looked at
 COMPLETED_BY = {TrainingConfig: {}, RunSettings: {}, SamplingConfig: {}}
@@ -38,6 +41,7 @@ LIMITS = {  # of each class -> of each name: what is refused, what is taken; the
     TrainingConfig: {
         **dict.fromkeys(FROM_ONE_ON, ([0], [1, 7])),
         "time_budget_minutes": ([0, 0.0, 1_000_001], [1e-9, 1_000_000, 2.5]),
+        "lora_rank": ([0, 1025], [1, 1024, 8]),
         "gradient_accumulation_steps": ([0, 1_000_001], [1, 1_000_000, 4]),
         "optimizer": (["sgd", "AdamW", ""], ["adamw", "muon"]),
         "learning_rate": ([0, 0.0, 10.1, 1e308], [1e-12, 1, 10, 0.002]),
@@ -69,7 +73,7 @@ LIMITS = {  # of each class -> of each name: what is refused, what is taken; the
         "ff_dim": ([0, 1_000_001], [1, 100]),
         "drop_rate": ([1, 1.0], [0, 0.999, 0.2]),
         "attention_drop_rate": ([1, 1.0], [0, 0.999, 0.1]),
-        "activation": (["swish", ""], ["gelu", "relu"]),
+        "activation": (["swish", ""], ["gelu", "gelu_exact", "relu"]),
         "positions": (["rotary"], ["learned", "sinusoidal"]),
         "architecture": (["llama3", "GPT2", ""], ["gpt2", "llama"]),
         "n_kv_heads": ([0, 1025], [4, 2]),
@@ -77,6 +81,10 @@ LIMITS = {  # of each class -> of each name: what is refused, what is taken; the
         **dict.fromkeys(
             ["qkv_bias", "tie_embeddings", "qk_norm", "zero_init"], ([], [False, True])
         ),
+        **dict.fromkeys(["out_bias", "mlp_bias"], ([], [True, False])),
+        "head_dim": ([0, 65_537], [1, 64]),
+        "norm_eps": ([0, 1.1], [1, 1e-3]),
+        "rope_scaling": ([], [{"rope_type": "linear", "factor": 2.0}]),
     },
     RunSettings: {
         "DATA": (["", " "], ["no-such-file.txt"]),
@@ -498,8 +506,8 @@ def test_what_is_set_stays_and_the_recipe_chooses_the_rest():
             'MINUTES (10) and custom_params["max_steps"] (5) both set the length of the run',
         ),
         (
-            AUTO | {"CUSTOM_MODE": True, "custom_params": {"qkv_bias": True}},
-            'qkv_bias is True; where architecture is "llama" it must be False',
+            AUTO | {"CUSTOM_MODE": True, "custom_params": {"positions": "learned"}},
+            'positions is "learned"; where architecture is "llama" it must be "rope"',
         ),
     ],
 )
@@ -652,7 +660,7 @@ def test_what_was_checked_is_what_is_kept():
 # RunSettings that are compared in another way, or say where a run is; DATA by its tokens, which
 # may lie elsewhere
 COMPARED = {"QUICK_MODE", "CUSTOM_MODE", "MODEL", "USE_SMALL", "USE_DEFAULT", "custom_params"}
-COMPARED |= {"SEED", "PRECISION", "TOKENIZER", "MINUTES"}
+COMPARED |= {"SEED", "PRECISION", "TOKENIZER", "MINUTES", "INIT_FROM"}
 COMPARED |= {"DATA", "OUTPUT_DIR", "RUN_NAME", "RESUME", "DRY_RUN"}
 # those that the model is compared by
 FIXED = (*names_on_resume(TrainingConfig, "fixed"), "max_length")

@@ -1,0 +1,65 @@
+"""LoRA (Hu et al. 2021): weights stay frozen, and each matrix gets a trained product of low rank.
+
+A merged matrix, such as that of queries, keys and values, has one input side for all its parts.
+"""
+
+import math
+from collections.abc import Mapping
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+SCALE = 2.0  # alpha / rank of the paper: what the product is multiplied by
+INPUTS, OUTPUTS = "lora_a", "lora_b"
+
+
+class LoRALinear(nn.Linear):
+    """A linear layer with frozen weights W, and (out, rank) B and (rank, in) A: W + SCALE B A."""
+
+    def __init__(self, linear: nn.Linear, rank: int, generator: torch.Generator) -> None:
+        super().__init__(linear.in_features, linear.out_features, bias=False, device="meta")
+        self.weight, self.bias = linear.weight, linear.bias
+        bound = 1 / math.sqrt(linear.in_features)
+        inputs = torch.empty(rank, linear.in_features, device="cpu")
+        inputs.uniform_(-bound, bound, generator=generator)
+        device = linear.weight.device
+        self.lora_a = nn.Parameter(inputs.to(device))
+        self.lora_b = nn.Parameter(torch.zeros(linear.out_features, rank, device=device))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(..., in) -> (..., out)."""
+        return super().forward(x) + F.linear(SCALE * F.linear(x, self.lora_a), self.lora_b)
+
+
+def add_lora(model: nn.Module, rank: int, seed: int) -> None:
+    """Freeze a model, and add a trained product of this rank to each linear layer of its blocks.
+
+    The products are 0 until they are trained: the model's outputs stay the same.
+    """
+    model.requires_grad_(False)
+    generator = torch.Generator().manual_seed(seed)
+    for block in model.blocks:
+        for parent in list(block.modules()):
+            for name, child in list(parent.named_children()):
+                if isinstance(child, nn.Linear):
+                    setattr(parent, name, LoRALinear(child, rank, generator))
+
+
+def adapter_of(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Those of a model's parameters by name that add_lora() added."""
+    return {n: value for n, value in tensors.items() if n.endswith((f".{INPUTS}", f".{OUTPUTS}"))}
+
+
+def merged(
+    frozen: dict[str, torch.Tensor], adapter: Mapping[str, torch.Tensor]
+) -> dict[str, torch.Tensor]:
+    """The weights of a model without LoRA that computes the same; frozen's memory is used.
+
+    Raises KeyError or RuntimeError if the adapter is not one of these weights.
+    """
+    for name, inputs in adapter.items():
+        layer, _, kind = name.rpartition(".")
+        if kind == INPUTS:
+            frozen[f"{layer}.weight"].addmm_(adapter[f"{layer}.{OUTPUTS}"], inputs, alpha=SCALE)
+    return frozen

@@ -1,0 +1,179 @@
+"""The weights that a run begins from: INIT_FROM opened, or what a resumed run has kept of it."""
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from distributed.parallel import Parallel
+from engine.console import say
+from engine.errors import CheckpointError, DataError, PipelineError, SettingsError, first_line
+from engine.lora import add_lora
+from engine.memory import count_trained
+from exchange.opening import open_pretrained
+from model import GPTConfig, GPTModel
+from planning.fine_tuning import SMOLLM2, begin_from
+from planning.plan import AUTO_START, RunPlan, Start
+from planning.runs import Candidate, Candidates, SettledRun
+from storage.checkpoint import has_checkpoint, load_weights, read_frozen
+from storage.files import make_folder, write_atomically
+from text.tokenizer import GPT2_FINGERPRINT
+
+Tensors = dict[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Beginning:
+    """Weights to begin from, TOKENIZER's value for their tokenizer, and how to read them."""
+
+    start: Start
+    tokenizer: str
+    read: Callable[[], Tensors]  # on the main rank
+
+
+def find_beginning(
+    plan: RunPlan, candidates: Candidates, cache: Path, parallel: Parallel
+) -> tuple[RunPlan, Candidates, Beginning | None]:
+    """What INIT_FROM names, or None; the plan with its model and tokenizer, but for "auto" of a new
+    run; and the runs that may be resumed, which began from the same.
+
+    A run with a checkpoint needs those weights no more: where they can't be opened, it goes on from
+    its record. "auto" is what the likeliest run began from, or what is at hand. Raises as
+    open_pretrained() does, SettingsError where a setting contradicts the weights, and
+    CheckpointError if a named run began from others. Collective.
+    """
+    if plan.run.INIT_FROM is None:
+        return plan, candidates, None
+    found = parallel.on_main(lambda: _open(plan, candidates))
+    opened = None if found is None else found[0]
+    facts = None if opened is None else opened.facts
+    facts, candidates = parallel.broadcast((facts, candidates if found is None else found[1]))
+    if facts is None:
+        return plan, candidates, None
+    name = parallel.local_first(lambda: facts.keep_tokenizer(cache))
+    read = dict if opened is None else opened.read  # only the main rank reads
+    if plan.run.names_weights or candidates.likeliest is not None:
+        plan = begin_from(plan, facts.start, name)
+    return plan, candidates, Beginning(facts.start, name, read)
+
+
+def begin_with(
+    weights: Beginning | None,
+    plan: RunPlan,
+    model: GPTModel,
+    run: SettledRun,
+    parallel: Parallel,
+    *,
+    lora_rank: int | None = None,
+) -> None:
+    """Set the model of a run that begins from weights to these, fitted to its context and
+    vocabulary, unless there is a checkpoint to restore. With lora_rank, freeze them and add an
+    adapter; a checkpoint holds that alone, and the run's folder the weights. Collective."""
+    if weights is None or plan.start is None:
+        return
+    if lora_rank is not None and parallel.kind == "fsdp":
+        raise SettingsError(
+            f'PARALLEL = "fsdp" can\'t train with lora_rank ({lora_rank}); set PARALLEL = "ddp"'
+        )
+    before = run.before
+    goes_on = parallel.from_main(lambda: before is not None and has_checkpoint(run.path))
+    if goes_on and lora_rank is None:
+        return
+
+    def read() -> Tensors:
+        if goes_on and before is not None:
+            return read_frozen(run.path, before.run_id)
+        return fitted(weights.read(), model.config)
+
+    if not plan.run.DRY_RUN:
+        load_weights(model, parallel.on_main(read) or {}, weights.start.source, parallel)
+    if lora_rank is not None:
+        add_lora(model, lora_rank, plan.run.SEED)
+        counts = f"{count_trained(model):,} of {model.count_parameters():,}"
+        say(f"LoRA of rank {lora_rank}: {counts} parameters are trained")
+
+
+@dataclass(frozen=True)
+class _Facts:
+    """What all ranks are told of weights."""
+
+    start: Start
+    tokenizer_id: str  # its fingerprint
+    tokenizer_json: str
+
+    def keep_tokenizer(self, cache: Path) -> str:
+        """TOKENIZER's value for the tokenizer, which is kept in the cache by its source's name."""
+        if self.tokenizer_id == GPT2_FINGERPRINT:
+            return "gpt2"
+        name = re.sub(r"[^\w.-]+", "-", self.start.source).strip(".-")[:60] or "tokenizer"
+        file = cache / "tokenizers" / self.tokenizer_id / name / "tokenizer.json"
+        content = self.tokenizer_json.encode("utf-8")
+        if not file.is_file() or file.read_bytes() != content:
+            make_folder(file.parent)
+            write_atomically(file, content)
+        return str(file)
+
+
+@dataclass(frozen=True)
+class _Opened:
+    facts: _Facts
+    read: Callable[[], Tensors]
+
+
+def _open(plan: RunPlan, candidates: Candidates) -> tuple[_Opened | None, Candidates]:
+    where, is_auto = str(plan.run.INIT_FROM), plan.run.INIT_FROM == AUTO_START
+    if is_auto:
+        candidates = candidates.of_one_start(plan.data)
+    run = candidates.likeliest_run
+    if run is not None and run.record.start is None:
+        return None, candidates
+    try:
+        found = open_pretrained(SMOLLM2 if is_auto else where)
+    except (CheckpointError, DataError, SettingsError) as error:
+        if run is not None and has_checkpoint(run.path):
+            say(f"Note: {first_line(error)} {run.path} has weights of its own, and goes on")
+            return _kept(run, error), candidates
+        if is_auto and run is None:
+            say(f'Note: INIT_FROM = "{AUTO_START}": {first_line(error)}')
+            return None, candidates
+        raise
+    tokenizer = found.tokenizer
+    start = Start(found.source, found.fingerprint, found.config, found.chat_template)
+    facts = _Facts(start, tokenizer.fingerprint, tokenizer.to_json())
+    if run is not None:
+        candidates = candidates.from_weights(start.fingerprint)
+    return _Opened(facts, found.weights), candidates
+
+
+def _kept(run: Candidate, error: PipelineError) -> _Opened:
+    """What a run has kept of the weights that it began from, which can't be opened any more."""
+    record, file = run.record, run.path / "tokenizer.json"
+    assert record.start is not None
+
+    def read() -> Tensors:  # for a new run, where it turns out that the text has changed
+        raise error
+
+    try:
+        content = file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as fault:
+        raise CheckpointError(f"{file} can't be read: {fault}") from None
+    return _Opened(_Facts(record.start, record.tokenizer, content), read)
+
+
+def fitted(weights: Tensors, config: GPTConfig) -> Tensors:
+    """Weights cut to a model's positions and tokens; further tokens get the mean of all rows.
+
+    The mean (Hewitt 2021) leaves the other tokens' probabilities about as they were.
+    """
+    n_rows = {"token_embedding.weight": config.vocab_size, "head.weight": config.vocab_size}
+    n_rows["position_embedding.weight"] = config.context_length
+    kept = {}
+    for name, value in weights.items():
+        n = n_rows.get(name, len(value))
+        if n > len(value):
+            mean = value.mean(0, keepdim=True)
+            value = torch.cat([value, mean.expand(n - len(value), -1)])
+        kept[name] = value[:n]
+    return kept

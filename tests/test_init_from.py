@@ -1,0 +1,292 @@
+"""Runs that begin from given weights: what these decide, what contradicts them, and resuming."""
+
+import dataclasses
+import itertools
+import re
+import shutil
+import sys
+
+import pytest
+import torch
+
+import storage.checkpoint
+import train
+from distributed.parallel import ALONE
+from engine.errors import CheckpointError, DataError, SettingsError
+from engine.optim import default_learning_rate
+from environment import prepare_environment
+from exchange.beginning import fitted
+from exchange.opening import open_pretrained
+from model import GPTConfig, GPTModel
+from planning.decisions import decide_recipe, decide_training, read_record
+from planning.fine_tuning import (
+    LARGE,
+    SMOLLM2,
+    TOKEN_BITS,
+    begin_from,
+    count_parameters,
+    decide_start,
+    fine_tuning,
+)
+from planning.plan import AUTO_START, RunPlan, Start, resolve_settings
+from planning.settings_file import read_given_settings
+from tests.conftest import REPOSITORY, train_in
+from tests.records import MACHINE, TEXT_FACTS
+from tests.resuming import Bench, compare, uninterrupted
+from training_utils import TrainingConfig
+
+LETTERS = "".join(itertools.islice(itertools.cycle("abcd efgh hgfe "), 3000))
+TINY = """
+DATA, TOKENIZER, CUSTOM_MODE, RUN_NAME, PRECISION = "text.txt", "char", True, "tiny", "fp32"
+custom_params = {"max_steps": 30, "eval_freq": 15, "batch_size": 8,
+    "max_length": 24, "learning_rate": 3e-2,
+    "model_overrides": {"emb_dim": 16, "n_heads": 2, "n_layers": 1, "drop_rate": 0.2}}
+"""
+MODEL = GPTConfig(
+    vocab_size=300, context_length=1024, emb_dim=48, n_heads=3, n_layers=2, drop_rate=0.1
+)
+START = Start("seed (run, step 9)", "0" * 64, MODEL)
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    """The folder of a finished run on eight letters."""
+    folder = tmp_path_factory.mktemp("tiny")
+    (folder / "text.txt").write_text(LETTERS, encoding="utf-8")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, "matplotlib.figure", None)  # as with no_pictures
+        return train_in(folder, TINY)
+
+
+@pytest.fixture
+def begin(workdir, no_pictures):
+    """Prepare a run with some settings; lower-case names are custom_params."""
+    (workdir / "text.txt").write_text(LETTERS[::-1], encoding="utf-8")
+
+    def prepare(**given):
+        params = {name: value for name, value in given.items() if name.islower()}
+        values = {"DATA": "text.txt", "PRECISION": "fp32", "custom_params": params}
+        values |= {name: value for name, value in given.items() if name.isupper()}
+        lines = [f"{name} = {value!r}\n" for name, value in values.items()]
+        (workdir / "settings.py").write_text("".join(lines), encoding="utf-8")
+        return prepare_environment("settings.py")
+
+    return prepare
+
+
+def plan_of(**given) -> RunPlan:
+    params = {name: value for name, value in given.items() if name.islower()}
+    ours = {name: value for name, value in given.items() if name.isupper()}
+    values = {"INIT_FROM": "runs/seed", "CUSTOM_MODE": True, "custom_params": params} | ours
+    return resolve_settings(values, "config_run.py")
+
+
+@pytest.mark.parametrize("QUICK_MODE", [True, False])
+def test_a_run_from_another_one_has_its_model_tokenizer_and_weights_in_every_mode(
+    QUICK_MODE, begin, tiny, capsys
+):
+    given = open_pretrained(str(tiny))
+    env = begin(INIT_FROM=str(tiny), QUICK_MODE=QUICK_MODE, RUN_NAME="mine")
+    printed = capsys.readouterr().out
+    assert f"✓ Using {given.source} model configuration\n" in printed
+    assert "✓ Using fine-tuning training config (3 epochs)" in printed
+    assert env.tokenizer.fingerprint == given.tokenizer.fingerprint
+    assert env.model.config == dataclasses.replace(given.config, drop_rate=0.0)
+    for name, value in given.weights().items():
+        assert torch.equal(env.model.get_parameter(name), value), name
+    usual = default_learning_rate(env.model.config.emb_dim)
+    assert env.train_config.learning_rate == pytest.approx(0.1 * usual)
+    assert (env.train_config.num_epochs, env.train_config.patience) == (3, 3)
+    # the yardstick is the figure that a finished run ends with
+    score = env.learner.score(env.val_loader, env.tokenizer)
+    start = env.run.record.start
+    assert start.bits_per_byte == pytest.approx(score.bits_per_byte, rel=1e-6)
+    assert (start.fingerprint, start.measured_share) == (given.fingerprint, 1)
+    assert f"{score.bits_per_byte:.3f} bits a byte on the validation text, before" in printed
+
+
+def test_what_training_has_added_is_told_and_kept_beside_what_the_weights_had(begin, tiny, capsys):
+    import main
+
+    env = begin(INIT_FROM=str(tiny), CUSTOM_MODE=True, max_steps=5, RUN_NAME="mine")
+    main.run_pipeline(env)
+    before = read_record(env.run.path).start.bits_per_byte
+    assert f"before training {before:.3f}" in capsys.readouterr().out
+    # it can be written with and begun from again, after its source is gone
+    again = open_pretrained(str(env.run.path))
+    assert again.config == env.model.config
+
+
+def test_a_run_goes_on_without_the_file_that_it_began_from_bit_for_bit(workdir, monkeypatch, tiny):
+    bench = Bench(workdir, monkeypatch)
+    source = workdir / "source"
+    shutil.copytree(tiny, source)
+    # weights this large have no copy in memory
+    monkeypatch.setattr(train, "keeps_best_on_disk", lambda model, device: True)
+    settings = {"INIT_FROM": str(source), "TOKENIZER": None, "model_overrides": {"drop_rate": 0.1}}
+    expected = uninterrupted(bench, **settings)
+    bench.describe("run", **settings)
+    bench.signal_at("take_step", 1, 9, after=True)
+    assert not bench.session()
+    shutil.rmtree(source)
+    compare(bench.finish(), expected)
+    assert bench.stopped_at == [1, 9]
+
+
+def test_a_run_without_a_checkpoint_needs_its_source_again(begin, tiny, workdir):
+    source = workdir / "source"
+    shutil.copytree(tiny, source)
+    env = begin(INIT_FROM=str(source), RUN_NAME="mine")
+    with env.run.opened():
+        pass
+    shutil.rmtree(source)
+    with pytest.raises(SettingsError, match="is no model"):
+        begin(INIT_FROM=str(source), RUN_NAME="mine")
+
+
+def test_other_weights_are_told_as_other_settings_are(begin, tiny, workdir, capsys):
+    source = workdir / "source"
+    shutil.copytree(tiny, source)
+    env = begin(INIT_FROM=str(source), RUN_NAME="mine")
+    with env.run.opened():
+        pass
+    with pytest.raises(CheckpointError, match=r"init_from: '.*source' then, None now"):
+        begin(RUN_NAME="mine", TOKENIZER="char")
+    # the same name, trained further
+    last = max((source / "checkpoints").glob("step-*"))
+    shutil.rmtree(source / "best")
+    shutil.move(last, source / "best" / last.name)
+    assert open_pretrained(str(source)).fingerprint != env.run.record.start.fingerprint
+    with pytest.raises(CheckpointError, match=r"the weights of INIT_FROM: sha256 .* then, .* now"):
+        begin(INIT_FROM=str(source), RUN_NAME="mine")
+    begin(INIT_FROM=str(source))
+    said = "mine is unfinished, but differs (the weights of INIT_FROM: sha256"
+    assert said in "".join(begin(INIT_FROM=str(source)).run.notes)
+
+
+def test_all_that_contradicts_the_weights_is_named_at_once():
+    with pytest.raises(SettingsError) as caught:
+        plan_of(MODEL="mini", TOKENIZER="char", RESUME=True)
+    assert "INIT_FROM ('runs/seed') and MODEL ('mini') both set the model" in str(caught.value)
+    assert "INIT_FROM ('runs/seed') and TOKENIZER ('char') both" in str(caught.value)
+    assert "RESUME is True" in str(caught.value)
+    with pytest.raises(SettingsError, match=r'INIT_FROM is "auto".*MINUTES is None'):
+        plan_of(INIT_FROM="auto")
+    plan = plan_of(emb_dim=64, n_layers=2, drop_rate=0.3, max_length=2048)
+    with pytest.raises(SettingsError) as caught:
+        begin_from(plan, START, "char")
+    problems = str(caught.value).splitlines()[1:]
+    assert ['model_overrides["emb_dim"] is 64, and seed' in problems[0], len(problems)] == [True, 2]
+    assert 'custom_params["max_length"] is 2,048, and seed (run, step 9) knows 1,024' in problems[1]
+
+
+def test_the_context_is_the_weights_own_up_to_512_tokens_or_as_set_and_dropout_is_off():
+    for given, context, dropout in (
+        ({}, 512, 0),
+        ({"max_length": 1024, "drop_rate": 0.1}, 1024, 0.1),
+        ({"max_length": 16}, 16, 0),
+        ({"CUSTOM_MODE": False, "QUICK_MODE": True}, 512, 0),
+        ({"MINUTES": 5}, 512, 0),
+    ):
+        plan = begin_from(plan_of(**given), START, "char")
+        assert (plan.model["context_length"], plan.model["drop_rate"]) == (context, dropout)
+        assert (plan.tokenizer, plan.most_steps, plan.recipe) == ("char", None, None)
+    short = dataclasses.replace(START, config=dataclasses.replace(MODEL, context_length=32))
+    assert begin_from(plan_of(), short, "char").model["context_length"] == 32
+
+
+def test_the_page_on_fine_tuning_shows_settings_that_are_valid(workdir):
+    page = (REPOSITORY / "docs" / "fine-tuning.md").read_text(encoding="utf-8")
+    (block,) = re.findall(r"^```python\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
+    (workdir / "fine_tune.py").write_text(block, encoding="utf-8")
+    plan = resolve_settings(*read_given_settings("fine_tune.py"))
+    assert plan.run.names_weights and plan.run.MINUTES
+    listed = set(re.findall(r"^\| `([^`]+)` \|", page, re.MULTILINE))
+    assert {f'"{SMOLLM2}"', f'"{AUTO_START}"', "None"} <= listed
+
+
+def test_fine_tuning_chooses_around_what_is_set():
+    cpu = torch.device("cpu")
+
+    def decided(ranks=1, start=START, **given) -> TrainingConfig:
+        plan = begin_from(plan_of(**given), start, "char")
+        return decide_training(plan, cpu, 10_000, None, ranks)
+
+    usual = default_learning_rate(48)
+    for given, rate, batch, patience in (
+        ({}, 0.1 * usual, (4, 1), 3),
+        ({"optimizer": "muon"}, 0.1 * default_learning_rate(48, "muon"), (4, 1), 3),
+        ({"learning_rate": 0.02, "patience": 9}, 0.02, (4, 1), 9),
+        ({"batch_size": 2}, 0.1 * usual, (2, 2), 3),
+        ({"gradient_accumulation_steps": 2}, 0.1 * usual, (2, 2), 3),
+        ({"max_length": 64}, 0.1 * usual, (32, 1), 3),
+        ({"MINUTES": 5, "batch_size": 3}, 0.1 * usual, (3, 1), 3),
+    ):
+        found = decided(**given)
+        assert found.learning_rate == pytest.approx(rate), given
+        assert (found.batch_size, found.gradient_accumulation_steps) == batch, given
+        assert found.patience == patience
+    assert decided(ranks=3).batch_size == 6
+    # a large model makes a step after each window, on a CPU
+    sizes = {"vocab_size": 300, "context_length": 1024, "emb_dim": 1536, "n_heads": 12}
+    large = dataclasses.replace(START, config=GPTConfig(**sizes, n_layers=2))
+    assert count_parameters(large) > LARGE
+    assert decided(start=large).batch_size == 1
+    assert decided(start=large).gradient_accumulation_steps == 1
+    plan = begin_from(plan_of(), large, "char")
+    assert fine_tuning(plan, "cuda")["batch_size"] == 4
+
+
+@pytest.mark.parametrize("changes", [{}, {"architecture": "llama", "n_kv_heads": 1}])
+def test_the_parameters_of_a_start_are_counted_without_a_model(changes):
+    config = dataclasses.replace(MODEL, **changes, activation=None, positions=None, ff_dim=None)
+    model = GPTModel(GPTConfig(**dataclasses.asdict(config) | {"tie_embeddings": False}))
+    start = dataclasses.replace(START, config=model.config)
+    matrices = sum(p.numel() for p in model.parameters() if p.dim() == 2)
+    assert count_parameters(start) == matrices
+
+
+def test_auto_takes_the_start_that_is_expected_to_be_better_and_says_why():
+    plan = plan_of(INIT_FROM="auto", MINUTES=5.0, CUSTOM_MODE=False)
+    decided = decide_recipe(plan, TEXT_FACTS, lambda: MACHINE, None)
+    alone = decided.recipe.bits_per_byte
+    for rate, is_better in ((1.1 * TOKEN_BITS / alone, True), (0.9 * TOKEN_BITS / alone, False)):
+        text = dataclasses.replace(
+            TEXT_FACTS, bytes_per_token={"seed.json": rate}, vocabularies={"seed.json": 300}
+        )
+        found = decide_start(plan, decided, START, text)
+        assert (found.start == START, found.recipe is None) == (is_better, is_better)
+        assert f"{rate:.2f} bytes a token here" in found.origins["start"]
+        assert found.asked() == plan.asked()
+    fresh = decide_start(plan, decided, None, None)
+    assert fresh.origins["start"] == "random weights: smollm2-135m is not at hand"
+    narrow = plan_of(INIT_FROM="auto", MINUTES=5.0, emb_dim=64)
+    reason = decide_start(narrow, decided, START, text).origins["start"]
+    assert reason.startswith('random weights: model_overrides["emb_dim"] is 64')
+
+
+def test_weights_are_cut_to_fewer_positions_and_tokens_and_new_tokens_get_the_mean():
+    torch.manual_seed(0)
+    config = dataclasses.replace(MODEL, tie_embeddings=False)
+    weights = {name: p.detach() for name, p in GPTModel(config).named_parameters()}
+    for n_tokens in (290, 300, 303):
+        smaller = dataclasses.replace(config, context_length=16, vocab_size=n_tokens)
+        found = fitted(weights, smaller)
+        model = GPTModel(smaller)
+        storage.checkpoint.load_weights(model, found, "the weights", ALONE)
+        same = min(n_tokens, 300)
+        ids = torch.arange(16)[None]
+        expected = GPTModel(config)
+        storage.checkpoint.load_weights(expected, weights, "the weights", ALONE)
+        model.eval(), expected.eval()
+        assert torch.allclose(model(ids)[..., :same], expected(ids)[..., :same], atol=1e-6)
+        for name in ("token_embedding.weight", "head.weight"):
+            assert torch.allclose(found[name][same:], weights[name].mean(0), atol=1e-7)
+
+
+def test_a_tokenizer_that_is_gone_from_a_run_is_named(begin, tiny, workdir):
+    source = workdir / "source"
+    shutil.copytree(tiny, source)
+    (source / "tokenizer.json").unlink()
+    with pytest.raises((CheckpointError, DataError), match=r"tokenizer\.json"):
+        begin(INIT_FROM=str(source))

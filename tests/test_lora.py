@@ -1,0 +1,260 @@
+"""LoRA: an adapter learns beside frozen weights, is kept alone, and is merged where it is used."""
+
+import itertools
+import json
+import shutil
+import sys
+
+import pytest
+import torch
+from safetensors.torch import save
+
+from benchmarks.peers import save_for_transformers
+from engine.errors import CheckpointError, SettingsError
+from engine.lora import add_lora, merged
+from engine.loss import next_token_loss
+from engine.memory import count_trained, estimate_memory
+from engine.optim import build_adamw
+from exchange.adapter import their_adapter, their_adapter_settings, write_adapter
+from exchange.opening import open_pretrained
+from exchange.saved_run import load_run
+from model import GPTConfig, GPTModel
+from planning.plan import resolve_settings
+from storage.checkpoint import (
+    CheckpointStore,
+    read_adapter,
+    read_safetensors,
+    read_weights,
+    safetensors_chunks,
+    weights_of,
+)
+from tests.conftest import train_in
+from tests.hostile import reseal
+from tests.letters import CPU, FP32
+from tests.resuming import Bench, compare, uninterrupted
+
+LETTERS = "".join(itertools.islice(itertools.cycle("abcd efgh hgfe "), 3000))
+SEED = """
+DATA, TOKENIZER, CUSTOM_MODE, RUN_NAME, PRECISION = "text.txt", "char", True, "tiny", "fp32"
+custom_params = {"max_steps": 2, "eval_freq": 2, "batch_size": 8, "max_length": 24,
+    "model_overrides": {"architecture": "llama", "emb_dim": 16, "n_heads": 2, "n_layers": 2}}
+"""
+LLAMA = {"architecture": "llama", "n_kv_heads": 2, "qk_norm": True}
+both = pytest.mark.parametrize("changes", [{"qkv_bias": True}, LLAMA], ids=["gpt2", "llama"])
+
+
+def new_model(**changes) -> GPTModel:
+    torch.manual_seed(0)
+    return GPTModel(GPTConfig(40, 16, 32, 4, 2, **changes))
+
+
+def batch(model: GPTModel) -> torch.Tensor:
+    return torch.randint(40, (4, 17), generator=torch.Generator().manual_seed(1))
+
+
+def learn(model: GPTModel, steps: int) -> list[float]:
+    """The losses of some steps on one batch."""
+    ids, losses = batch(model), []
+    optimizer = build_adamw(model, learning_rate=1e-2, weight_decay=0.1)
+    for _ in range(steps):
+        loss = model(ids[:, :-1], ids[:, 1:])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return losses
+
+
+@both
+def test_an_adapter_begins_as_nothing_learns_alone_and_merges_into_equal_weights(changes):
+    model = new_model(**changes)
+    before = {name: value.clone() for name, value in weights_of(model).items()}
+    ids = batch(model)[:, :-1]
+    expected = model(ids)
+    add_lora(model, 4, seed=3)
+    assert torch.equal(model(ids), expected)
+    losses = learn(model, 60)
+    assert losses[-1] < 0.9 * losses[0]  # the head is frozen, and random
+    now = dict(model.named_parameters())
+    assert all(torch.equal(now[name], value) for name, value in before.items())
+    adapter = weights_of(model)
+    assert {name.rpartition(".")[2] for name in adapter} == {"lora_a", "lora_b"}
+    # queries, keys and values; attention's output; the two or three matrices of the MLP
+    assert len(adapter) == 2 * 4 * 2
+    plain = new_model(**changes)
+    plain.load_state_dict(merged(before, adapter), strict=False)
+    torch.testing.assert_close(plain(ids), model(ids), rtol=0, atol=1e-5)
+    assert (plain(ids) - expected).abs().max() > 0.1
+
+
+def test_an_adapter_is_the_same_for_the_same_seed():
+    models = [new_model() for _ in range(3)]
+    for model, seed in zip(models, (1, 1, 2), strict=True):
+        torch.rand(seed)  # other draws before it make no difference
+        add_lora(model, 4, seed)
+    one, same, other = (weights_of(model)["blocks.1.mlp.0.lora_a"] for model in models)
+    assert torch.equal(one, same) and not torch.equal(one, other)
+
+
+def test_a_frozen_head_gets_no_gradient_and_the_hidden_states_the_same_one():
+    generator = torch.Generator().manual_seed(0)
+    hidden, head = torch.randn(2, 5, 8, generator=generator), torch.randn(30, 8)
+    targets = torch.randint(30, (2, 5), generator=generator)
+    gradients = []
+    for trained in (True, False):
+        x, weight = hidden.clone().requires_grad_(), head.clone().requires_grad_(trained)
+        (2 * next_token_loss(x, weight, targets)).backward()
+        assert (weight.grad is not None) == trained
+        gradients.append(x.grad)
+    assert torch.equal(*gradients)
+
+
+def test_an_adapter_takes_a_fraction_of_the_memory_of_training_all():
+    def needed(model: GPTModel):
+        return estimate_memory(
+            model, n_tokens=16, n_windows=1, precision=FP32, device=CPU, keeps_best=True
+        )
+
+    model = new_model()
+    full = needed(model)
+    add_lora(model, 2, seed=0)
+    adapted, trained = needed(model), count_trained(model)
+    assert (adapted.gradients, adapted.optimizer, adapted.best_weights) == (
+        4 * trained,
+        8 * trained,
+        4 * trained,
+    )
+    assert trained < 0.15 * model.count_parameters()
+    assert adapted.total(1) < 0.6 * full.total(1)
+
+
+@pytest.fixture(scope="module")
+def seed_run(tmp_path_factory):
+    """The folder of a finished run to begin from."""
+    folder = tmp_path_factory.mktemp("seed")
+    (folder / "text.txt").write_text(LETTERS, encoding="utf-8")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, "matplotlib.figure", None)  # as with no_pictures
+        return train_in(folder, SEED)
+
+
+def test_a_checkpoint_holds_the_adapter_alone_and_is_read_as_the_entire_model(tmp_path):
+    model = new_model(**LLAMA)
+    add_lora(model, 4, seed=3)
+    losses = learn(model, 3)
+    store = CheckpointStore(tmp_path, "run-a", 2)
+    optimizer = build_adamw(model, learning_rate=1e-2, weight_decay=0.1)
+    store.keep_frozen(model)
+    store.save(3, model, optimizer, {}, None)
+    step, weights = read_weights(tmp_path, "run-a")
+    assert step == 3
+    plain, ids = new_model(**LLAMA), batch(model)
+    plain.load_state_dict(weights, strict=False)
+    torch.testing.assert_close(plain(ids[:, :16]), model(ids[:, :16]), rtol=0, atol=1e-5)
+    kept = read_safetensors(tmp_path / "checkpoints" / "step-00000003" / "model.safetensors")
+    assert kept.keys() == read_adapter(tmp_path, "run-a").keys() == weights_of(model).keys()
+
+    again = new_model(**LLAMA)
+    add_lora(again, 4, seed=3)
+    store.restore(again, build_adamw(again, learning_rate=1e-2, weight_decay=0.1))
+    assert learn(again, 1) == learn(model, 1) < losses
+
+    place = tmp_path / "frozen" / "step-00000000" / "model.safetensors"
+    for content, says in (
+        (b"damaged", "the run's frozen weights are lost"),
+        (save({"head.weight": torch.zeros(2)}), "is no adapter of the weights"),
+    ):
+        place.write_bytes(content)
+        if content != b"damaged":
+            reseal(place.parent)
+        with pytest.raises(CheckpointError, match=says):
+            read_weights(tmp_path, "run-a")
+
+
+@pytest.mark.slow
+def test_a_run_with_an_adapter_resumes_bit_for_bit_and_is_enough_by_itself(
+    workdir, monkeypatch, seed_run
+):
+    bench = Bench(workdir, monkeypatch)
+    source = workdir / "source"
+    shutil.copytree(seed_run, source)
+    given = open_pretrained(str(source)).weights()
+    settings = {"INIT_FROM": str(source), "TOKENIZER": None, "lora_rank": 4}
+    settings |= {"model_overrides": {"drop_rate": 0.1}}
+    expected = uninterrupted(bench, **settings)
+    bench.describe("run", **settings)
+    bench.signal_at("take_step", 1, 9, after=True)
+    assert not bench.session()
+    shutil.rmtree(source)
+    compare(bench.finish(), expected)
+    assert bench.stopped_at == [1, 9]
+
+    run = bench.env.run.path
+    newest = max((run / "checkpoints").glob("step-*"))
+    kept = read_safetensors(newest / "model.safetensors")
+    assert all(name.endswith(("lora_a", "lora_b")) for name in kept)
+    frozen = read_safetensors(run / "frozen" / "step-00000000" / "model.safetensors")
+    assert frozen.keys() == given.keys()
+    loaded = load_run(run, which="last", weights="fp32")
+    ids = torch.arange(10)[None]
+    model = bench.env.model.eval()
+    with torch.no_grad():
+        torch.testing.assert_close(loaded.model(ids), model(ids), rtol=0, atol=1e-5)
+    weights = open_pretrained(str(run)).weights()
+    assert weights.keys() == given.keys()
+    assert not any(torch.equal(weights[n], given[n]) for n in given if ".attention." in n)
+
+    write_adapter(workdir / "out" / "adapter", run, "last")
+    left = read_safetensors(workdir / "out" / "adapter" / "adapter_model.safetensors")
+    down = "base_model.model.model.layers.1.mlp.down_proj.lora_B.weight"
+    assert torch.equal(left[down], kept["blocks.1.mlp.down.lora_b"])
+    settings = json.loads((workdir / "out" / "adapter" / "adapter_config.json").read_bytes())
+    assert settings["base_model_name_or_path"] == str(source)
+    for place, folder, says in (
+        (workdir / "out", run, "exists; name a folder that does not"),
+        (workdir / "new", seed_run, "has trained no adapter"),
+    ):
+        with pytest.raises(SettingsError, match=says):
+            write_adapter(place, folder)
+
+
+@pytest.mark.slow  # PEFT and accelerate take seconds to import
+@both
+@torch.no_grad()
+def test_peft_computes_the_same_with_an_adapter_that_leaves(changes, tmp_path):
+    peft, transformers = pytest.importorskip("peft"), pytest.importorskip("transformers")
+    model = new_model(**changes)
+    save_for_transformers(model, tmp_path / "base")
+    add_lora(model, 4, seed=3)
+    adapter = weights_of(model)
+    for value in adapter.values():
+        value.add_(0.3 * torch.randn_like(value))
+    (tmp_path / "adapter").mkdir()
+    settings = their_adapter_settings(model.config, 4, str(tmp_path / "base"))
+    (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps(settings))
+    tensors = their_adapter(model.config, adapter)
+    with open(tmp_path / "adapter" / "adapter_model.safetensors", "wb") as file:
+        file.writelines(safetensors_chunks(tensors, {"format": "pt"}))
+    base = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    ids = batch(model)[:, :16]
+    without = base(ids).logits
+    theirs = peft.PeftModel.from_pretrained(base, tmp_path / "adapter").eval()
+    torch.testing.assert_close(theirs(ids).logits, model(ids), rtol=0, atol=1e-5)
+    assert (model(ids) - without).abs().max() > 0.1
+    names = {name for name, _ in theirs.named_parameters() if "lora_" in name}
+    assert len(names) == len(tensors)
+
+
+def test_an_adapter_needs_given_weights_and_adamw():
+    for given, says in (
+        ({}, "INIT_FROM is None: an adapter needs weights that INIT_FROM names"),
+        ({"INIT_FROM": "auto"}, "INIT_FROM is 'auto': an adapter needs weights"),
+        ({"INIT_FROM": "runs/x", "optimizer": "muon"}, 'lora_rank needs optimizer "adamw"'),
+    ):
+        params = {"lora_rank": 8} | {n: v for n, v in given.items() if n.islower()}
+        values = {n: v for n, v in given.items() if n.isupper()}
+        with pytest.raises(SettingsError) as caught:
+            resolve_settings(
+                values | {"CUSTOM_MODE": True, "MINUTES": 5, "custom_params": params}, "config.py"
+            )
+        assert says in str(caught.value)
