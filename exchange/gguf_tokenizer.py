@@ -130,8 +130,8 @@ def tokenizer_metadata(
     """The metadata of a tokenizer, for a model with so many rows.
 
     llama.cpp has no name for a pre-tokenizer with short words: it cuts as GPT-2's does, which
-    differs for words of more than 64 characters. Raises SettingsError for a tokenizer that it can't
-    run.
+    differs for words of more than 64 characters. With a vocabulary of characters it takes SPACE in
+    a text for a space. Raises SettingsError for a tokenizer that it can't run.
     """
     end = tokenizer.end_of_text_id
     if isinstance(tokenizer, CharTokenizer):

@@ -19,7 +19,7 @@ from engine.errors import CheckpointError, PipelineError, SettingsError
 from exchange.gguf import KINDS as DTYPES
 from exchange.gguf import find_smollm2, modelfile, open_gguf, write_gguf
 from exchange.gguf_file import KINDS, GGUFFile, gguf_chunks, read_header
-from exchange.gguf_tokenizer import BYTE, CONTROL, NORMAL, RULES, UNKNOWN, tokenizer_of
+from exchange.gguf_tokenizer import BYTE, CONTROL, NORMAL, RULES, SPACE, UNKNOWN, tokenizer_of
 from exchange.opening import open_pretrained
 from model import GPTConfig, GPTModel
 from storage.checkpoint import assign_weights, weights_of
@@ -291,7 +291,8 @@ def texts(count: int) -> list[str]:
         start = chooser.randrange(len(pool))
         some = (chr(chooser.randrange(*chooser.choice(blocks))) for _ in range(i % 40 + 1))
         odd = "".join(chooser.choices(PIECES, k=i % 12 + 1))
-        found.append((pool[start : start + i % 150 + 1], odd, "".join(some))[i % 3])
+        text = (pool[start : start + i % 150 + 1], odd, "".join(some))[i % 3]
+        found.append(text.replace(SPACE, ""))  # which llama.cpp takes for a space
     return found
 
 

@@ -9,6 +9,7 @@ import itertools
 import json
 import os
 import subprocess
+import unicodedata
 from pathlib import Path
 
 import pytest
@@ -19,7 +20,7 @@ from exchange.gguf_file import read_header
 from exchange.gguf_tokenizer import RULES, tokenizer_of
 from model import GPTModel
 from tests.conftest import REPOSITORY
-from tests.test_gguf import foreign, model_of, opened_model, sentence_piece, texts, written
+from tests.test_gguf import LETTERS, foreign, model_of, opened_model, sentence_piece, texts, written
 from tests.texts import CHINESE, ENGLISH
 from text.tokenizer import CharTokenizer, GPT2Tokenizer, Tokenizer, train_bpe
 
@@ -47,12 +48,19 @@ def job(path: Path, texts: list[str] = [], prompts: list[list[int]] = []) -> dic
 
 
 @torch.no_grad()
-def n_greedy(model: GPTModel, prompts: list[list[int]], answers: list[list[int]]) -> int:
-    """The answers that are the model's own: each token the most likely after those before it."""
+def n_greedy(model: GPTModel, asked: dict, answers: list[list[int]], end: int, slack=0.0) -> int:
+    """The answers that are the model's own: each token the most likely after those before it.
+
+    After a short answer that is the end. slack is what a token's logit may miss to the largest one,
+    in their standard deviations.
+    """
     same = 0
-    for prompt, answer in zip(prompts, answers, strict=True):
+    for prompt, answer in zip(asked["prompts"], answers, strict=True):
+        answer = [*answer, end][:COUNT]  # which llama.cpp does not show
         logits = model(torch.tensor([prompt + answer]))[0, len(prompt) - 1 : -1]
-        same += len(answer) == COUNT and logits.argmax(-1).tolist() == answer
+        chosen = logits.gather(1, torch.tensor(answer)[:, None])[:, 0]
+        missing = (logits.amax(-1) - chosen) / logits.std(-1)
+        same += missing.max().item() <= slack
     return same
 
 
@@ -76,16 +84,19 @@ def test_models_written_here_answer_in_llama_cpp_as_they_do_here(our_tokenizers,
         prompts = [tokenizer.encode(text)[:12] for text in texts(20)[::2]]
         in_all = texts(2000) if (kind, dtype) == ("llama", "fp16") else []
         jobs.append(job(path, in_all, prompts))
-        models.append((tokenizer, opened_model(path)))
+        # llama.cpp rounds keys and values to 16 bits, and what it multiplies by 8-bit weights to 8:
+        # that decides near ties, which untrained models have
+        models.append((tokenizer, opened_model(path), 0.15 if dtype == "q8_0" else 0.02))
     for kind in ("biases", "llama3", "linear"):
         path = written(tmp_path / f"{kind}.gguf", model_of(kind))
-        jobs.append(job(path, prompts=[[1, 2, 3]] * 10))
-        models.append((tokenizer, opened_model(path)))
-    for asked, result, (tokenizer, model) in zip(
+        jobs.append(job(path, prompts=[[i, i + 1, i + 2] for i in range(10)]))
+        models.append((LETTERS, opened_model(path), 0.0))
+    for asked, result, (tokenizer, model, slack) in zip(
         jobs, run_llama_cpp(jobs, tmp_path), models, strict=True
     ):
         assert result["ids"] == [tokenizer.encode(text) for text in asked["texts"]], asked["path"]
-        assert n_greedy(model, asked["prompts"], result["answers"]) >= 9, asked["path"]
+        end = tokenizer.end_of_text_id
+        assert n_greedy(model, asked, result["answers"], end, slack) >= 9, asked["path"]
 
 
 def test_tokenizers_of_others_have_llama_cpps_ids(tmp_path):
@@ -94,10 +105,12 @@ def test_tokenizers_of_others_have_llama_cpps_ids(tmp_path):
         tokenizer = foreign(rule)
         path = tmp_path / f"{rule}.gguf"
         paths.append(written(path, model_of("llama", tokenizer), tokenizer))
-    results = run_llama_cpp([job(path, texts(2000)) for path in paths], tmp_path)
+    # llama.cpp omits the NFC of Qwen's models
+    some = [unicodedata.normalize("NFC", text) for text in texts(2000)]
+    results = run_llama_cpp([job(path, some) for path in paths], tmp_path)
     for path, result in zip(paths, results, strict=True):
         tokenizer = tokenizer_of(read_header(path))
-        assert result["ids"] == [tokenizer.encode(text) for text in texts(2000)], path
+        assert result["ids"] == [tokenizer.encode(text) for text in some], path
 
 
 @needs_smollm2
@@ -129,4 +142,4 @@ def test_smollm2_is_read_and_written_as_llama_cpp_has_it(tmp_path):
     assert first["ids"] == [original.tokenizer.encode(text) for text in texts(2000)]
     assert second["ids"] == first["ids"][:100] == [again.tokenizer.encode(t) for t in texts(100)]
     assert second["answers"] == first["answers"]
-    assert n_greedy(model, [prompt], first["answers"]) == 1
+    assert n_greedy(model, asked[0], first["answers"], vocabulary["<|im_end|>"]) == 1
