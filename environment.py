@@ -21,7 +21,7 @@ from engine.optim import Rules, build_optimizer
 from engine.precision import Precision
 from engine.processor import prepare_processor
 from exchange.beginning import Beginning, begin_with, find_beginning
-from exchange.saved_run import LoadedRun, load_run  # noqa: F401  users import them from here
+from exchange.saved_run import LoadedModel, load_run  # noqa: F401  users import them from here
 from model import GPTModel
 from planning.decisions import complete_training, decide_recipe, decide_training, find_deadline
 from planning.fine_tuning import decide_start

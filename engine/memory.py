@@ -208,6 +208,8 @@ def head_bytes(weight: torch.Tensor, n_rows: int, precision: Precision) -> int:
     logits = at_once * V * 4
     if precision.name != "fp32":  # in half precision, and some of them in fp32
         logits = at_once * V * 2 + min(at_once, softmax_rows(rows, V)) * V * 4
+    if not weight.requires_grad:  # a copy of it in half precision
+        return logits + V * D * (0 if precision.name == "fp32" else 2)
     # 4 bytes a weight for a chunk's gradient (in half precision with the weight's own copy), 4 for
     # a second gradient: of the embedding tied to it, or of an earlier micro-batch
     return logits + V * D * 8

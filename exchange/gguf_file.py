@@ -72,6 +72,8 @@ class GGUFFile:
     def get(self, key: str, kind: type[T], default: T | None = None) -> T:
         """A value of the metadata; CheckpointError if it is of another kind, or missing."""
         value = self.metadata.get(key, default)
+        if value is None:
+            raise unusable(self.path, f"it lacks {key}")
         if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
             raise unusable(self.path, f"its {key} is {shown(value)}")
         return value

@@ -8,7 +8,15 @@ from engine.settings import shown
 from exchange.gguf import find_smollm2, open_gguf
 from exchange.huggingface import download, open_folder
 from exchange.pretrained import Pretrained
-from exchange.saved_run import is_run, open_run
+from exchange.saved_run import (
+    LoadedModel,
+    inference_device,
+    is_run,
+    load_run,
+    make_ready,
+    open_run,
+)
+from generation import SamplingConfig
 from planning.fine_tuning import SMOLLM2
 
 HUB = "hf:"
@@ -37,4 +45,31 @@ def open_pretrained(where: str) -> Pretrained:
         f"{shown(where)} is no model: there is no such folder or .gguf file.\n"
         "It may be a run's folder, a folder of transformers' files (config.json, "
         f'model.safetensors, tokenizer.json), a .gguf file, "hf:owner/name" or "{SMOLLM2}".'
+    )
+
+
+def load_model(
+    where: str, *, weights: str = "auto", device: str | None = None, compiled: bool = False
+) -> LoadedModel:
+    """Load a model for inference: whatever open_pretrained() opens; options as in load_run().
+
+    Raises what open_pretrained() and load_run() raise.
+    """
+    path = Path(os.path.expanduser(where))
+    if is_run(path):  # which knows its sampling and its step
+        return load_run(path, weights=weights, device=device, compiled=compiled)
+    chosen = inference_device(device, weights)
+    found = open_pretrained(where)
+    return make_ready(
+        found.config,
+        found.weights(),
+        chosen,
+        weights,
+        compiled=compiled,
+        name=path.name,
+        version=found.fingerprint[:12],
+        source=found.source,
+        tokenizer=found.tokenizer,
+        sampling=SamplingConfig(),
+        chat_template=found.chat_template,
     )

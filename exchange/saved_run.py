@@ -2,7 +2,7 @@
 
 import math
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -36,19 +36,23 @@ from text.tokenizer import GPT2_FINGERPRINT, Tokenizer, load_tokenizer
 
 
 @dataclass(frozen=True)
-class LoadedRun:
-    """A trained model with its tokenizer and settings, as load_run() returns it."""
+class LoadedModel:
+    """A model to use: a run's, as load_run() returns it, or one from elsewhere (load_model())."""
 
-    path: Path
-    step: int  # whose weights these are
+    name: str  # of the run's folder, or short for what it is
+    version: str  # that tells its weights from others of this name: "step 180"
+    source: str  # where it is from, in words
     device: torch.device
     model: GPTModel
     weights: str  # their format: "fp32", "bf16" or "int8"
     why_weights: str | None  # what was measured to choose it; None if nothing was
     n_parameters: int
     tokenizer: Tokenizer
-    sampling: SamplingConfig  # the run's own
-    settings: dict[str, Any]  # of settings.json
+    sampling: SamplingConfig  # the run's own, or the defaults
+    chat_template: str | None = None
+    path: Path | None = None  # the run's folder; None for a model from elsewhere, as below
+    step: int | None = None  # whose weights these are
+    settings: dict[str, Any] = field(default_factory=dict)  # of the run's settings.json
 
 
 def load_run(
@@ -58,7 +62,7 @@ def load_run(
     weights: str = "auto",
     device: str | None = None,
     compiled: bool = False,
-) -> LoadedRun:
+) -> LoadedModel:
     """Load the model of a run for inference; the run may be training meanwhile.
 
     folder is a path, or a name in OUTPUT_DIR; None is the run that finished last. which is "best"
@@ -67,34 +71,66 @@ def load_run(
     and less exact. compiled (CUDA only) makes tokens faster, after half a minute
     for each batch size. Raises CheckpointError without a sound run, SettingsError, ResourceError.
     """
-    prepare_processor()
     path = _find_run(folder)
     record = read_record(path)
-    chosen = pick_device(device)
-    choose_weights(weights, chosen)  # refuses early what can't be
+    chosen = inference_device(device, weights)
     tokenizer = _tokenizer_of(path, record)
     step, tensors = read_weights(path, record.run_id, which)
-    _require_fit(record.model, tensors, path)
-    with torch.device("meta"):  # assign_weights() provides the memory
-        model = GPTModel(record.model)
-    assign_weights(model, tensors, path)
-    n_parameters = model.count_parameters()
-    kind, model.decodes_by_onednn, why_weights = fastest_reader(weights, chosen, model)
-    convert_weights(model, kind)
-    model.to(chosen).eval().requires_grad_(False)
-    if compiled:
-        compile_decoding(model, chosen)
-    return LoadedRun(
+    return make_ready(
+        record.model,
+        tensors,
+        chosen,
+        weights,
+        compiled=compiled,
+        name=path.resolve().name,
+        version=f"step {step}",
+        source=f"{path}, step {step}",
+        tokenizer=tokenizer,
+        sampling=record.sampling,
+        chat_template=_chat_template_of(record),
         path=path,
         step=step,
-        device=chosen,
+        settings=record.to_json(),
+    )
+
+
+def inference_device(requested: str | None, weights: str) -> torch.device:
+    """The device for inference with these weights; raises early for what can't be."""
+    prepare_processor()
+    device = pick_device(requested)
+    choose_weights(weights, device)
+    return device
+
+
+def make_ready(
+    config: GPTConfig,
+    tensors: dict[str, torch.Tensor],
+    device: torch.device,
+    weights: str,
+    *,
+    compiled: bool,
+    source: str,
+    **facts: Any,
+) -> LoadedModel:
+    """The LoadedModel of weights in CPU memory, which it takes over; facts are its other fields."""
+    _require_fit(config, tensors, source)
+    with torch.device("meta"):  # assign_weights() provides the memory
+        model = GPTModel(config)
+    assign_weights(model, tensors, source)
+    n_parameters = model.count_parameters()
+    kind, model.decodes_by_onednn, why_weights = fastest_reader(weights, device, model)
+    convert_weights(model, kind)
+    model.to(device).eval().requires_grad_(False)
+    if compiled:
+        compile_decoding(model, device)
+    return LoadedModel(
+        source=source,
+        device=device,
         model=model,
         weights=kind,
         why_weights=why_weights,
         n_parameters=n_parameters,
-        tokenizer=tokenizer,
-        sampling=record.sampling,
-        settings=record.to_json(),
+        **facts,
     )
 
 
@@ -111,6 +147,7 @@ def open_run(path: Path) -> Pretrained:
     record = read_record(path)
     tokenizer = _tokenizer_of(path, record)
     step, fingerprint = newest_weights(path, record.run_id)
+    source = f"{path.name} (run, step {step:,})"
 
     def weights() -> dict[str, torch.Tensor]:
         found, tensors = read_weights(path, record.run_id)
@@ -119,11 +156,11 @@ def open_run(path: Path) -> Pretrained:
                 f"{path} had its best weights at step {step}, and now has those of step {found}.\n"
                 "It may be training: start again."
             )
-        _require_fit(record.model, tensors, path)
+        _require_fit(record.model, tensors, source)
         return tensors
 
-    source = f"{path.name} (run, step {step:,})"
-    return Pretrained(source, record.model, tokenizer, weights, fingerprint)
+    template = _chat_template_of(record)
+    return Pretrained(source, record.model, tokenizer, weights, fingerprint, template)
 
 
 def fastest_reader(
@@ -143,20 +180,20 @@ def fastest_reader(
     return *READERS[choice.name], choice.reason
 
 
-def _require_fit(config: GPTConfig, tensors: dict[str, torch.Tensor], path: Path) -> None:
+def _require_fit(config: GPTConfig, tensors: dict[str, torch.Tensor], source: str) -> None:
     """Raise before building a model that the weights don't fit or whose positions fill memory."""
     embedding = tensors.get("token_embedding.weight")
     is_wide = embedding is not None and embedding.shape == (config.vocab_size, config.emb_dim)
     if not is_wide or config.n_layers > len(tensors):
-        raise CheckpointError(f"{path / SETTINGS} describes another model than the weights are of.")
+        raise CheckpointError(f"{source}: its configuration is not that of its weights.")
     features = {"sinusoidal": config.emb_dim, "rope": config.head_dim or 0}
     # bytes of an fp32 table and what it is computed from; learned positions are among the weights
     needed = 10 * config.context_length * features.get(str(config.positions), 0)
     room = available_memory(torch.device("cpu"))
     if room is not None and needed > room:
         raise ResourceError(
-            f"the positions of {path} take {as_bytes(needed)} of memory, and {as_bytes(room)} are "
-            "free."
+            f"the positions of {source} take {as_bytes(needed)} of memory, and {as_bytes(room)} "
+            "are free."
         )
 
 
@@ -182,6 +219,11 @@ def _find_run(folder: str | Path | None) -> Path:
                     "--which best (the default) takes its best weights, --which last the last ones."
                 )
     return found
+
+
+def _chat_template_of(record: RunRecord) -> str | None:
+    """The chat template of the weights that a run began from."""
+    return None if record.start is None else record.start.chat_template
 
 
 def _tokenizer_of(path: Path, record: RunRecord) -> Tokenizer:

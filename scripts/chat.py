@@ -20,7 +20,7 @@ import torch
 from engine.console import printable, tell
 from engine.errors import PipelineError, SettingsError
 from engine.settings import unknown_name
-from exchange.saved_run import LoadedRun
+from exchange.saved_run import LoadedModel
 from generation import Piece, stream_text
 from scripts.options import (
     add_run_options,
@@ -82,7 +82,7 @@ class Turn:
 class Chat:
     """A conversation: its turns, and the sampling of the next answer."""
 
-    def __init__(self, run: LoadedRun, sampling: dict[str, Any], stop: list[str], seed: int):
+    def __init__(self, run: LoadedModel, sampling: dict[str, Any], stop: list[str], seed: int):
         self.turns: list[Turn] = []
         self.sampling = sampling
         self._run, self._stop, self._seed = run, stop, seed
@@ -167,7 +167,7 @@ class Chat:
             raise SettingsError("there is nothing to save yet")
         if os.path.lexists(path):
             raise SettingsError(f"{path} is there already; name another file")
-        parts = [f"# {self._run.path.name}, step {self._run.step}"]
+        parts = [f"# {self._run.name}, {self._run.version}"]
         for turn in self.turns:
             parts += [f"> {turn.words}", turn.answer.strip("\n")]
         write_atomically(path, (printable(GAP.join(parts)) + "\n").encode("utf-8", "replace"))

@@ -6,7 +6,6 @@ characters, which a terminal would obey. --json keeps them, escaped.
 
 import argparse
 import math
-import re
 import sys
 from typing import Any
 
@@ -15,7 +14,7 @@ import torch
 from engine.console import tell
 from engine.errors import DataError, SettingsError
 from engine.settings import raise_if_any, shown
-from exchange.saved_run import LoadedRun
+from exchange.saved_run import LoadedModel
 from generation import stream_text
 from scripts.options import (
     add_run_options,
@@ -27,16 +26,14 @@ from scripts.options import (
     run_program,
     sampling_of,
     seed_of,
+    to_json_line,
     whole,
     write,
 )
-from storage.files import to_json
 
 MOST_ROWS = 8  # samples in one batch, unless one prompt has more
 MOST_SAMPLES = 100
 MOST_BYTES = 16 << 20  # of a prompt file; a model reads the newest few thousand
-# valid in JSON, but a terminal obeys some of them, and some programs take others for a line end
-_UNSAFE_IN_JSON = re.compile("[\x7f-\x9f\u2028\u2029\ud800-\udfff]")
 
 
 def main() -> int:
@@ -60,7 +57,7 @@ def main() -> int:
             write(piece.text)
         write("\n")
         return 0
-    facts = {"seed": seed, "run": str(run.path), "step": run.step}
+    facts = {"seed": seed, "run": str(run.path or run.name), "step": run.step}
     batch = max(1, MOST_ROWS // arguments.num_samples)
     for first in range(0, len(prompts), batch):
         samples = continue_texts(run, prompts[first : first + batch], options)
@@ -188,7 +185,7 @@ def _read_file(file: str, name: str) -> str:
     return text.removeprefix("\ufeff")
 
 
-def say_if_cut(run: LoadedRun, prompt: str) -> None:
+def say_if_cut(run: LoadedModel, prompt: str) -> None:
     """Say on standard error how much of a prompt is read if it is longer than the context."""
     context, length = run.model.config.context_length, len(run.tokenizer.encode(prompt))
     if length > context:
@@ -199,7 +196,7 @@ def say_if_cut(run: LoadedRun, prompt: str) -> None:
 
 
 def continue_texts(
-    run: LoadedRun, prompts: list[str], options: dict[str, Any]
+    run: LoadedModel, prompts: list[str], options: dict[str, Any]
 ) -> list[dict[str, Any]]:
     """Continue prompts as one batch; returns a dict for each sample, in the order of the prompts.
 
@@ -227,11 +224,6 @@ def continue_texts(
             }
         )
     return samples
-
-
-def to_json_line(value: dict[str, Any]) -> str:
-    """A dict as one line of JSON that a terminal can show safely."""
-    return _UNSAFE_IN_JSON.sub(lambda match: f"\\u{ord(match[0]):04x}", to_json(value)) + "\n"
 
 
 if __name__ == "__main__":

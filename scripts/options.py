@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import dataclasses
 import errno
+import functools
 import os
 import re
 import secrets
@@ -19,10 +20,14 @@ from engine.errors import PipelineError, ResourceError, SettingsError
 from engine.processor import default_threads
 from engine.settings import raise_if_any, shown, unknown_name
 from engine.weights import WEIGHTS
-from exchange.saved_run import LoadedRun, load_run
+from exchange.opening import load_model
+from exchange.saved_run import LoadedModel, load_run
 from generation import SamplingConfig, find_sampling_problems
+from storage.files import to_json
 
 HIGHEST_SEED = 2**32 - 1
+# valid in JSON, but a terminal obeys some of them, and some programs take others for a line end
+_UNSAFE_IN_JSON = re.compile("[\x7f-\x9f\u2028\u2029\ud800-\udfff]")
 _FIELDS = {field.name: field for field in dataclasses.fields(SamplingConfig)}
 _MEANING = {
     "max_new_tokens": "tokens that are drawn at most",
@@ -72,25 +77,58 @@ def new_parser(description: str | None) -> argparse.ArgumentParser:
     )
 
 
-def add_run_options(parser: argparse.ArgumentParser) -> None:
-    """Add --run, --which, --weights, --device and --compile: what load() takes."""
-    group = parser.add_argument_group("the run")
-    group.add_argument(
-        "--run", metavar="RUN", help="a run's folder, or its name in OUTPUT_DIR (newest finished)"
-    )
+@dataclasses.dataclass(frozen=True)
+class Named:
+    """A model as the options name it: by --run or --model."""
+
+    option: str  # "run" or "model"
+    where: str | None = None  # None: the run that finished last
+
+    def __str__(self) -> str:
+        return self.where or "the newest finished run"
+
+
+def add_model_options(group: argparse._ActionsContainer) -> None:
+    """Add --run, --model and --which, which models_of() and open_model() read."""
+    for option, meaning in (
+        ("run", "a run's folder, or its name in OUTPUT_DIR (newest finished)"),
+        (
+            "model",
+            "in place of a run: whatever INIT_FROM takes, such as a folder, a .gguf file, "
+            '"hf:owner/name" or "smollm2-135m"',
+        ),
+    ):
+        group.add_argument(
+            f"--{option}",
+            metavar=option.upper(),
+            dest="models",
+            action="append",
+            type=functools.partial(Named, option),
+            help=meaning,
+        )
     group.add_argument(
         "--which",
         choices=("best", "last"),
-        default="best",
-        help="the weights of the lowest validation loss, or the last ones (best)",
+        help="a run's weights of the lowest validation loss, or its last ones (best)",
     )
+
+
+def add_device_option(group: argparse._ActionsContainer) -> None:
+    """Add --device, which models_of() checks and open_model() reads."""
+    group.add_argument("--device", help='"cpu", "cuda", "cuda:1", "mps", "xpu" (the best there is)')
+
+
+def add_run_options(parser: argparse.ArgumentParser) -> None:
+    """Add what load() takes: the options of a model, --weights and --compile."""
+    group = parser.add_argument_group("the model")
+    add_model_options(group)
+    add_device_option(group)
     group.add_argument(
         "--weights",
         choices=WEIGHTS,
         default="auto",
         help="what is read for a token; int8 is faster on CPUs, and a little less exact (auto)",
     )
-    group.add_argument("--device", help='"cpu", "cuda", "cuda:1", "mps", "xpu" (the best there is)')
     group.add_argument(
         "--compile",
         action="store_true",
@@ -124,7 +162,7 @@ def add_stop_option(parser: argparse._ActionsContainer) -> None:
     )
 
 
-def sampling_of(arguments: argparse.Namespace, run: LoadedRun) -> dict[str, Any]:
+def sampling_of(arguments: argparse.Namespace, run: LoadedModel) -> dict[str, Any]:
     """All fields of SamplingConfig, from the options or the run; SettingsError for problems."""
     sampling = dataclasses.asdict(run.sampling) | _given_sampling(arguments)
     raise_if_any(find_sampling_problems(sampling), "the run's settings.json")
@@ -184,37 +222,67 @@ def flag_of(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-def load(arguments: argparse.Namespace) -> LoadedRun:
-    """Load the run that the options name, after a check of the sampling options.
+def models_of(arguments: argparse.Namespace) -> list[Named]:
+    """The models that the options name, the newest finished run where none is.
 
-    Raises what load_run() raises, SettingsError for an option.
+    Raises SettingsError for a wrong --device, and for --which without a run.
     """
-    _given_sampling(arguments)
-    device = arguments.device
-    if fault := find_device_fault(device):
-        raise SettingsError(f"--device is {shown(device)}; it {fault}")
-    run = load_run(
-        arguments.run,
-        which=arguments.which,
-        weights=arguments.weights,
-        device=device,
-        compiled=arguments.compile,
-    )
+    named = arguments.models or [Named("run")]
+    if fault := find_device_fault(arguments.device):
+        raise SettingsError(f"--device is {shown(arguments.device)}; it {fault}")
+    if arguments.which and all(model.option != "run" for model in named):
+        raise SettingsError("--which is for runs; leave it out with --model.")
+    return named
+
+
+def open_model(
+    named: Named, arguments: argparse.Namespace, *, weights: str, compiled: bool = False
+) -> LoadedModel:
+    """Load a model of models_of(). Raises what load_run() and load_model() raise."""
+    options = {"weights": weights, "device": arguments.device, "compiled": compiled}
+    if named.option == "run":
+        model = load_run(named.where, which=arguments.which or "best", **options)
+    else:
+        assert named.where is not None, "only the newest run has no name"
+        model = load_model(named.where, **options)
     threads = default_threads()
     if threads != torch.get_num_threads():  # setting it, even to the same, makes a new thread pool
         torch.set_num_threads(threads)
-    return run
+    return model
 
 
-def describe(run: LoadedRun) -> str:
-    """One line: the run, the step and the format of its weights, and the device."""
+def one_model(arguments: argparse.Namespace) -> Named:
+    """The one model of models_of(); SettingsError where --run and --model name two."""
+    named = models_of(arguments)
+    if len({model.option for model in named}) > 1:
+        raise SettingsError("--run and --model name a model each; leave one of them out.")
+    return named[-1]
+
+
+def load(arguments: argparse.Namespace) -> LoadedModel:
+    """Load the model that the options name, after a check of the sampling options.
+
+    Raises what open_model() raises, SettingsError for an option.
+    """
+    _given_sampling(arguments)
+    named = one_model(arguments)
+    return open_model(named, arguments, weights=arguments.weights, compiled=arguments.compile)
+
+
+def describe(run: LoadedModel) -> str:
+    """One line: the model, the format of its weights, and the device."""
     measured = "" if run.why_weights is None else f" ({run.why_weights})"
-    return f"{run.path}, step {run.step}, {run.weights} weights on {run.device}{measured}"
+    return f"{run.source}, {run.weights} weights on {run.device}{measured}"
 
 
 def whole(text: str) -> str:
     """A text from the command line or a terminal, with U+FFFD for bytes that were not UTF-8."""
     return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
+
+
+def to_json_line(value: dict[str, Any]) -> str:
+    """A dict as one line of JSON that a terminal can show safely."""
+    return _UNSAFE_IN_JSON.sub(lambda match: f"\\u{ord(match[0]):04x}", to_json(value)) + "\n"
 
 
 def write(text: str) -> None:
@@ -234,10 +302,14 @@ def write(text: str) -> None:
         raise ResourceError(f"can't write to standard output: {reason}.") from None
 
 
-def run_program(main: Callable[[], int]) -> NoReturn:
+def run_program(
+    main: Callable[[], int],
+    memory_advice: str = "Ask for less at a time, or try --weights int8.",
+) -> NoReturn:
     """Run a program and exit with its code, or print its error and exit with that of the error.
 
-    The code for Ctrl-C is 130, and 0 for a broken pipe. GPT_DEBUG=1 shows tracebacks.
+    memory_advice says what to do when memory ran out. The code for Ctrl-C is 130, and 0 for a
+    broken pipe. GPT_DEBUG=1 shows tracebacks.
     """
     use_utf8()
     try:
@@ -250,7 +322,7 @@ def run_program(main: Callable[[], int]) -> NoReturn:
         complain("Stopped.")
         code = getattr(interrupt, "exit_code", 130)
     except (PipelineError, MemoryError, RuntimeError) as error:
-        code = report_failure(error, "Ask for less at a time, or try --weights int8.")
+        code = report_failure(error, memory_advice)
     finally:
         _flush_or_discard()
     sys.exit(code)

@@ -11,11 +11,12 @@ import logging
 import os
 import re
 import socket
+import time
 from importlib.util import find_spec
 
 from engine.errors import ResourceError, SettingsError
 from engine.settings import raise_if_any, shown
-from exchange.saved_run import LoadedRun
+from exchange.saved_run import LoadedModel
 from scripts.options import (
     add_run_options,
     add_sampling_options,
@@ -26,6 +27,7 @@ from scripts.options import (
     sampling_of,
     seed_of,
 )
+from storage.files import SETTINGS
 
 BACKLOG = 2048  # connections that may wait to be accepted
 HOST = r"[a-z0-9_]([a-z0-9._-]*[a-z0-9_-])?|[0-9a-f:]*:[0-9a-f:.]*"  # a name, IPv4 or IPv6
@@ -154,7 +156,7 @@ def known_as(host: str, listener: socket.socket) -> str:
     return bound if bound in ("0.0.0.0", "::") else host
 
 
-async def _serve(arguments: argparse.Namespace, run: LoadedRun, listener: socket.socket) -> None:
+async def _serve(arguments: argparse.Namespace, run: LoadedModel, listener: socket.socket) -> None:
     from scripts.serving.app import Application, Server
     from scripts.serving.guard import bracketed
     from scripts.serving.protocol import Served
@@ -166,11 +168,15 @@ async def _serve(arguments: argparse.Namespace, run: LoadedRun, listener: socket
             f"max_new_tokens is {sampling['max_new_tokens']}, more than --answer-limit "
             f"{arguments.answer_limit} allows; change one of them"
         )
+    aliases, created = set(), time.time()
+    if run.path is not None:
+        aliases = {run.path.name, run.settings["model_name"]}
+        created = (run.path / SETTINGS).stat().st_mtime
     served = Served(
-        model=run.path.resolve().name,
-        aliases=tuple({run.path.name, run.settings["model_name"]}),
-        created=int((run.path / "settings.json").stat().st_mtime),
-        fingerprint=f"step-{run.step}-{run.weights}",
+        model=run.name,
+        aliases=tuple(aliases),
+        created=int(created),
+        fingerprint=f"{run.version}-{run.weights}".replace(" ", "-"),
         tokenizer=run.tokenizer,
         sampling=sampling,
         seed=None if arguments.seed is None else seed_of(arguments),
@@ -186,7 +192,7 @@ async def _serve(arguments: argparse.Namespace, run: LoadedRun, listener: socket
         origins=arguments.allow_origin,
     )
     greeting = (
-        f"http://{bracketed(host)}:{port}/ serves {served.model}, step {run.step}, "
+        f"http://{bracketed(host)}:{port}/ serves {run.name}, {run.version}, "
         f"{run.weights} weights (Ctrl-C ends it)"
     )
     # it would report every client that disconnects

@@ -27,7 +27,14 @@ READMES = ["README.md", "README.zh-CN.md"]
 PAGES = ["README.md", *sorted(f"docs/{p.name}" for p in (REPOSITORY / "docs").glob("*.md"))]
 PAGES = [page for page in PAGES if not page.endswith(".zh-CN.md")]
 # whose commands run as they stand, in this order: writing needs a finished run
-TRIED = ["README.md", "docs/settings.md", "docs/use.md", "docs/python.md", "docs/benchmarks.md"]
+TRIED = [
+    "README.md",
+    "docs/settings.md",
+    "docs/use.md",
+    "docs/export.md",
+    "docs/python.md",
+    "docs/benchmarks.md",
+]
 SETTINGS = (RunSettings, TrainingConfig, SamplingConfig)
 # those that take long, or until they are stopped
 LONG = {"python -m pytest", "python -m scripts.serve", "python -m benchmarks.train --peers"}

@@ -327,14 +327,14 @@ def _write_tokens(
     position, written, repeats = 0, [], Repeats()
     with (
         NewFile(path, durable=False) as file,
-        _encoders() as pool,
+        encoders() as pool,
         Progress("Tokenizing", sum(map(_size_of, sides))) as progress,
     ):
         for parts in sides:
             ends, digests, counts = array("Q"), array("Q"), np.zeros(tokenizer.vocab_size)
             open_digests: list[bytes] = []
             documents = _watched(read_documents(parts, spec, report), repeats)
-            for batch in _encode(documents, tokenizer, pool):
+            for batch in encode_documents(documents, tokenizer, pool):
                 counts += batch.counts
                 for n_ids, digest, is_last in batch.chunks:
                     open_digests.append(digest)
@@ -351,7 +351,7 @@ def _write_tokens(
 
 
 @contextlib.contextmanager
-def _encoders() -> Iterator[ThreadPoolExecutor]:
+def encoders() -> Iterator[ThreadPoolExecutor]:
     """A pool that an exception, such as KeyboardInterrupt, ends after the running tasks."""
     pool = ThreadPoolExecutor(os.cpu_count())
     try:
@@ -365,7 +365,7 @@ def _dtype_for(tokenizer: Tokenizer) -> str:
 
 
 @dataclass
-class _Batch:
+class EncodedBatch:
     """The tokens of some chunks, with an end-of-text before each document but the first."""
 
     ids: np.ndarray
@@ -373,11 +373,11 @@ class _Batch:
     counts: np.ndarray
 
 
-def _encode(
+def encode_documents(
     documents: Documents, tokenizer: Tokenizer, pool: ThreadPoolExecutor
-) -> Iterator[_Batch]:
+) -> Iterator[EncodedBatch]:
     """Encode documents in parallel, in order; only a few batches are in memory."""
-    pending: collections.deque[Future[_Batch]] = collections.deque()
+    pending: collections.deque[Future[EncodedBatch]] = collections.deque()
     follows_document = False
     # where a foreign tokenizer could cut is unknown
     cut = _join_pieces if tokenizer.kind == "foreign" else cut_into_chunks
@@ -392,7 +392,7 @@ def _encode(
 
 def _encode_batch(
     tokenizer: Tokenizer, chunks: list[tuple[str, bool]], follows_document: bool
-) -> _Batch:
+) -> EncodedBatch:
     end_of_text = np.array([tokenizer.end_of_text_id])
     parts, facts = [], []
     for text, is_last in chunks:
@@ -402,7 +402,7 @@ def _encode_batch(
         facts.append((len(ids) + follows_document, digest, is_last))
         follows_document = is_last
     ids = np.concatenate(parts).astype(_dtype_for(tokenizer))
-    return _Batch(ids, facts, np.bincount(ids, minlength=tokenizer.vocab_size))
+    return EncodedBatch(ids, facts, np.bincount(ids, minlength=tokenizer.vocab_size))
 
 
 def _batches(chunks: Documents) -> Iterator[list[tuple[str, bool]]]:

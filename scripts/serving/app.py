@@ -17,7 +17,7 @@ from starlette.routing import Route
 from engine.console import say, tell
 from engine.errors import PipelineError
 from engine.settings import shown
-from exchange.saved_run import LoadedRun
+from exchange.saved_run import LoadedModel
 from scripts.serving.guard import (
     SUBSTITUTED,
     Guard,
@@ -103,9 +103,9 @@ async def read_body(request: Request) -> bytes:
 
 
 class Application:
-    """The endpoints of a server for one run."""
+    """The endpoints of a server for one model."""
 
-    def __init__(self, run: LoadedRun, served: Served, writer: Writer) -> None:
+    def __init__(self, run: LoadedModel, served: Served, writer: Writer) -> None:
         self._run, self._served, self._writer = run, served, writer
         self._facts = {"id": served.model, "object": "model", "created": served.created}
         self._facts["owned_by"] = "you"
@@ -182,9 +182,9 @@ class Application:
     async def picture(self, request: Request) -> Response:
         """The picture of the run's losses; read each time, for the run may be training."""
         try:
-            picture = (self._run.path / "training_losses.png").read_bytes()
+            picture = self._read("training_losses.png")
         except FileNotFoundError:
-            raise Refused(404, "this run has no picture of its losses yet") from None
+            raise Refused(404, "there is no picture of this model's losses") from None
         return Response(picture, media_type="image/png")
 
     async def run_facts(self, request: Request) -> Response:
@@ -212,11 +212,17 @@ class Application:
         return json_response(facts)
 
     def _facts_in(self, name: str) -> dict[str, Any]:
-        """A JSON file of the run; empty if it doesn't exist yet."""
+        """A JSON file of the run; empty if it doesn't exist."""
         try:
-            return json.loads((self._run.path / name).read_bytes())
+            return json.loads(self._read(name))
         except FileNotFoundError:
             return {}
+
+    def _read(self, name: str) -> bytes:
+        """A file of the run; FileNotFoundError if there is none, or the model is no run."""
+        if self._run.path is None:
+            raise FileNotFoundError(name)
+        return (self._run.path / name).read_bytes()
 
     async def refuse(self, request: Request, error: Exception) -> Response:
         """The answer for an error, in OpenAI's shape."""

@@ -174,8 +174,9 @@ async function loadRun() {
   element("name").textContent = facts.name;
   document.title = facts.name;
   const millions = new Intl.NumberFormat(language, { notation: "compact" });
+  const step = facts.step === null ? "" : `${strings.step} ${facts.step} · `;
   element("summary").textContent =
-    `${strings.step} ${facts.step} · ${strings.parameters} ${millions.format(facts.parameters)}`;
+    `${step}${strings.parameters} ${millions.format(facts.parameters)}`;
   showFacts();
   if (isFirst) resetControls();
   await loadPicture();
@@ -183,11 +184,12 @@ async function loadRun() {
 
 function showFacts() {
   const number = new Intl.NumberFormat(language);
+  const count = (value) => (value === null ? null : number.format(value));
   const loss = (value) => (value === null ? null : value.toFixed(3));
   const names = facts.text.join(", ");
   const text = facts.more_texts ? `${names}, ${facts.more_texts} ${strings.others}` : names;
   const rows = [
-    [strings.step, number.format(facts.step)],
+    [strings.step, count(facts.step)],
     [strings.parameters, number.format(facts.parameters)],
     [strings.tokenizer, facts.tokenizer],
     [strings.context, `${number.format(facts.context_length)} ${strings.tokens}`],
@@ -195,7 +197,7 @@ function showFacts() {
     [strings.trainLoss, loss(facts.final_train_loss)],
     [strings.valLoss, loss(facts.final_val_loss)],
     [strings.text, text],
-    [strings.textTokens, facts.text_tokens === null ? null : number.format(facts.text_tokens)],
+    [strings.textTokens, count(facts.text_tokens)],
   ];
   const list = element("facts");
   list.replaceChildren();

@@ -10,7 +10,7 @@ import torch
 from starlette.requests import ClientDisconnect
 
 from engine.processor import prepare_processor
-from exchange.saved_run import LoadedRun
+from exchange.saved_run import LoadedModel
 from generation import Piece, Token, evaluating, stream_text, tokens_of
 from model import GPTModel
 from scripts.serving.guard import Refused
@@ -45,7 +45,7 @@ class Job:
 class Writer:
     """Generates the texts of orders in a thread, one by one; a limited number may wait."""
 
-    def __init__(self, run: LoadedRun, queue_limit: int) -> None:
+    def __init__(self, run: LoadedModel, queue_limit: int) -> None:
         self._run, self._queue_limit = run, queue_limit
         self._jobs: set[Job] = set()
         # prepare_processor() sets the handling of denormal numbers for its own thread only

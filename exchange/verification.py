@@ -1,0 +1,154 @@
+"""Is a model that was written elsewhere still the same? It is read back, and compared."""
+
+import random
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+
+from engine.errors import CheckpointError, first_line
+from exchange.opening import load_model
+from exchange.saved_run import LoadedModel
+from storage.checkpoint import weights_of
+
+# how far a weight may be from ours: a share of the largest one of its tensor
+ROUNDING = {"fp32": 0.0, "fp16": 2**-11, "bf16": 2**-8, "q8_0": 1 / 250}
+# how far logits may be, in standard deviations of ours: by equal weights, and by rounded ones
+SAME, ROUNDED = 1e-3, 0.2
+PROBED_TOKENS = 256
+N_TEXTS = 200
+# the first and the last character of scripts, of control characters and of emoji
+SCRIPTS = [
+    ("\0", "\x1f"),
+    (" ", "~"),
+    ("\xa0", "\u024f"),
+    ("\u0370", "\u05ff"),
+    ("\u0900", "\u0eff"),
+    ("\u2000", "\u2bff"),
+    ("\u3040", "\u30ff"),
+    ("\u4e00", "\u9fff"),
+    ("\uac00", "\ud7a3"),
+    ("\U0001f300", "\U0001faff"),
+]
+ODD_TEXTS = [
+    *("", " ", "\n\n", "\t\tx\r\n", "a  b   c ", "don't we'll I'M", "x" * 200, "=" * 70),
+    *("def f(x):\n    return x**2  # twice", "3.14159 1,000,000 ²½", "👩‍🚀👍🏽🇨🇳 é e\u0301"),
+]
+Encode = Callable[[str], list[int]]
+
+
+def verify(model: LoadedModel, written: Path, dtype: str) -> Iterator[str]:
+    """Compare a model with what was written of it; yields a line for each comparison that holds.
+
+    Folders are read by transformers too, where it is installed. Raises CheckpointError for what
+    differs by more than rounding to dtype.
+    """
+    again = load_model(str(written), weights="fp32", device="cpu")
+    _compare_weights(model, again, dtype)
+    ids = _probed_ids(model)
+    ours, theirs = (one.model(ids.to(one.device)).cpu() for one in (model, again))
+    by = _compare_logits(ours, theirs, SAME if dtype == "fp32" else ROUNDED, "read back")
+    _compare_tokens(model.tokenizer.encode, again.tokenizer.encode, "read back")
+    yield f"read back: the model's weights, logits within {by:.1g} of their spread, and tokens"
+    if written.is_dir():
+        yield from _ask_transformers(written, model.tokenizer.encode, ids, theirs)
+
+
+def _compare_weights(model: LoadedModel, again: LoadedModel, dtype: str) -> None:
+    ours, theirs = weights_of(model.model), weights_of(again.model)
+    for name, weight in ours.items():
+        weight = weight.cpu()
+        other = theirs.get(name, torch.zeros_like(weight))
+        most = ROUNDING[dtype] * weight.abs().max()
+        if weight.shape != other.shape or (weight - other).abs().max() > most:
+            raise CheckpointError(f"read back, {name} has other weights than the model.")
+
+
+def _compare_logits(ours: torch.Tensor, theirs: torch.Tensor, most: float, how: str) -> float:
+    """The largest difference of logits, in standard deviations."""
+    by = ((ours - theirs).abs().max() / ours.std()).item()
+    if not by <= most:  # nan is no agreement either
+        raise CheckpointError(
+            f"{how}, the model's logits differ by {by:.2g} standard deviations; {most} is rounding."
+        )
+    return by
+
+
+def _compare_tokens(ours: Encode, theirs: Encode, how: str) -> None:
+    for text in probe_texts():
+        if ours(text) != theirs(text):
+            raise CheckpointError(f"{how}, the tokenizer has other tokens for {text[:40]!r}.")
+
+
+def _ask_transformers(
+    folder: Path, encode: Encode, ids: torch.Tensor, logits: torch.Tensor
+) -> Iterator[str]:
+    try:
+        import transformers
+    except ImportError:
+        yield "transformers is not installed: what was written is not compared with it"
+        return
+    version = f"transformers {transformers.__version__}"
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    try:
+        model = transformers.AutoModelForCausalLM.from_pretrained(folder, local_files_only=True)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise CheckpointError(
+            f"{version} can't open what was written: {first_line(error)}"
+        ) from error
+    theirs = model.eval().float()(ids).logits
+    by = _compare_logits(logits, theirs, SAME, f"by {version}")
+    _compare_tokens(
+        encode, lambda text: tokenizer.encode(text, add_special_tokens=False), f"by {version}"
+    )
+    yield f"by {version}: the model's logits within {by:.1g} of their spread, and tokens"
+
+
+def verify_adapter(model: LoadedModel, folder: Path) -> Iterator[str]:
+    """Compare a run's model with the adapter that was written of it, as verify() does, by PEFT.
+
+    PEFT can be asked where it is installed and the weights that the run began from are
+    transformers' too; a line says where not.
+    """
+    try:
+        import peft
+    except ImportError:
+        yield "peft is not installed: what was written is not compared with it"
+        return
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # on its own calls of transformers
+            theirs = peft.AutoPeftModelForCausalLM.from_pretrained(folder)
+    except (OSError, ValueError) as error:
+        yield f"PEFT can't open the weights to compare with: {first_line(error)[:200]}"
+        return
+    ids = _probed_ids(model)
+    logits = theirs.eval().float()(ids).logits
+    by = _compare_logits(model.model(ids), logits, SAME, f"by peft {peft.__version__}")
+    yield f"by peft {peft.__version__}: the model's logits within {by:.1g} of their spread"
+
+
+def _probed_ids(model: LoadedModel) -> torch.Tensor:
+    """Tokens of several scripts, (1, T)."""
+    ids = [token for text in probe_texts() for token in model.tokenizer.encode(text)]
+    n_tokens = min(PROBED_TOKENS, model.model.config.context_length)
+    return torch.tensor([ids[:n_tokens]])
+
+
+def probe_texts() -> list[str]:
+    """N_TEXTS texts: oddities, and characters drawn from one or several scripts, from a seed."""
+    draw = random.Random(1)
+
+    def drawn(scripts: list[tuple[str, str]]) -> str:
+        first, last = draw.choice(scripts)
+        return chr(draw.randint(ord(first), ord(last)))
+
+    texts = [*ODD_TEXTS]
+    while len(texts) < N_TEXTS:
+        scripts = draw.choice([*([script] for script in SCRIPTS), SCRIPTS])
+        words = ("".join(drawn(scripts) for _ in range(draw.randint(1, 9))) for _ in range(6))
+        texts.append(" ".join(words))
+    return texts

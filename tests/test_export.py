@@ -1,0 +1,179 @@
+"""A model that leaves: what is written is the model, or it is not written."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import torch
+
+from exchange.huggingface import write_folder
+from exchange.opening import load_model
+from exchange.verification import N_TEXTS, SCRIPTS, probe_texts
+from model import GPTConfig, GPTModel
+from scripts import export, inference
+from scripts.options import run_program
+from storage.checkpoint import weights_of
+from tests import by_heart
+from tests.by_heart import SHOWN, Done
+from text.tokenizer import BPETokenizer, CharTokenizer, Tokenizer
+
+SIZES = {"context_length": 32, "emb_dim": 32, "n_heads": 2, "n_layers": 2}
+MODELS = {
+    "gpt2": {"tie_embeddings": False},
+    "llama": {"architecture": "llama", "n_kv_heads": 1, "rope_theta": 500.0},
+    "qwen3": {"architecture": "llama", "qk_norm": True, "head_dim": 8, "tie_embeddings": False},
+}
+
+
+@pytest.fixture(scope="module")
+def tiny_run(tmp_path_factory) -> Path:
+    return by_heart.tiny_run(tmp_path_factory)
+
+
+@pytest.fixture
+def leave(workdir, monkeypatch, capsys):
+    """Run a program in this process and an empty folder."""
+
+    def call(*arguments: str, program=export) -> Done:
+        monkeypatch.setattr(sys, "argv", [program.__name__, *map(str, arguments)])
+        with pytest.raises(SystemExit) as exit:
+            run_program(program.main)
+        return Done(exit.value.code, *capsys.readouterr())
+
+    return call
+
+
+def random_folder(path: Path, tokenizer: Tokenizer, **fields) -> GPTModel:
+    """A random model of these fields of GPTConfig, written as a folder."""
+    torch.manual_seed(3)
+    model = GPTModel(GPTConfig(vocab_size=tokenizer.vocab_size, **SIZES, **fields))
+    for weight in model.parameters():  # so that every part of it tells
+        weight.data += 0.2 * torch.randn_like(weight)
+    write_folder(path, model.config, weights_of(model), tokenizer, card="")
+    return model
+
+
+def bytes_tokenizer() -> BPETokenizer:
+    """A BPE of the bytes and some words."""
+    words = [b" ", b"th", b"the", b" the", "春".encode()[:2], "春".encode()]
+    ranks = [bytes([byte]) for byte in range(256)] + words[1:]
+    return BPETokenizer("tiny", {token: rank for rank, token in enumerate(ranks)})
+
+
+def test_an_exported_run_writes_what_the_run_writes_and_says_where_it_is_from(leave, tiny_run):
+    done = leave("--run", tiny_run, "--to", "hf", "sub/left")
+    assert (done.code, done.out) == (0, done.out) and done.out.startswith("✓ sub/left: ")
+    said = done.err.splitlines()
+    assert said[0] == f"{tiny_run}, step 180, fp32 weights on cpu"
+    assert any(line.startswith("read back: the model's weights") for line in said)
+    assert any(line.startswith("by transformers 5") for line in said)
+    assert any("vLLM's attention wants heads" in line for line in said)
+    assert [path.name for path in Path("sub").iterdir()] == ["left"]
+    card = Path("sub/left/README.md").read_text(encoding="utf-8")
+    summary = json.loads((tiny_run / "summary.json").read_text(encoding="utf-8"))
+    for words in (
+        "| text | train.jsonl, val.jsonl: ",
+        "| training | 180 steps, ",
+        f"| bits a byte | {summary['final_val_bits_per_byte']:.4f} |",
+        "base model",
+        "## Licence",
+    ):
+        assert words in card
+    options = ("--prompt=The ferry", "--temperature=0", "--max-new-tokens=100", "--weights=fp32")
+    again = leave("--model", "sub/left", *options, "--json", program=inference)
+    (sample,) = again.samples
+    assert sample["prompt"] + sample["text"] == by_heart.STORY
+    assert (sample["run"], sample["step"]) == ("left", None)
+    assert again.err.startswith("left (GPT2LMHeadModel, fp32), fp32 weights on cpu, seed ")
+    assert leave("--model", "sub/left", *options, program=inference).out == SHOWN + "\n"
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_import_and_export_give_back_the_same_bytes_and_half_of_them_in_bf16(leave, kind):
+    tokenizer = CharTokenizer("the rivclas春") if kind == "llama" else bytes_tokenizer()
+    random_folder(Path("first"), tokenizer, **MODELS[kind])
+    assert leave("--model", "first", "--to=hf", "second").code == 0
+    for name in ("model.safetensors", "config.json", "tokenizer.json"):
+        assert Path("first", name).read_bytes() == Path("second", name).read_bytes()
+    assert leave("--model", "first", "--to=hf", "--dtype=bf16", "third").code == 0
+    full, half = (Path(name, "model.safetensors").stat().st_size for name in ("first", "third"))
+    assert half < 0.6 * full
+    assert load_model("third").source.endswith("bf16)")
+
+
+def change_the_epsilon(folder: Path) -> None:
+    config = (folder / "config.json").read_text(encoding="utf-8")
+    (folder / "config.json").write_text(config.replace("1e-05", "0.1"), encoding="utf-8")
+
+
+def swap_two_tokens(folder: Path) -> None:
+    tree = json.loads((folder / "tokenizer.json").read_bytes())
+    vocabulary = tree["model"]["vocab"]
+    vocabulary["A"], vocabulary["B"] = vocabulary["B"], vocabulary["A"]
+    (folder / "tokenizer.json").write_text(json.dumps(tree), encoding="utf-8")
+
+
+def change_a_weight(folder: Path) -> None:
+    tensors = safetensors.torch.load_file(folder / "model.safetensors")
+    tensors["h.1.attn.c_attn.bias"][5] += 0.5
+    safetensors.torch.save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+
+
+@pytest.mark.parametrize(
+    ("change", "reader", "said"),
+    [
+        (change_a_weight, "read back", "blocks.1.attention.qkv.bias has other weights"),
+        (change_a_weight, "by transformers", "the model's logits differ by"),
+        (change_the_epsilon, "read back", "the model's logits differ by"),
+        (change_the_epsilon, "by transformers", "the model's logits differ by"),
+        (swap_two_tokens, "read back", "the tokenizer has other tokens for "),
+        (swap_two_tokens, "by transformers", "the tokenizer has other tokens for "),
+    ],
+)
+def test_what_is_not_the_model_is_not_left(leave, monkeypatch, change, reader, said):
+    random_folder(Path("first"), bytes_tokenizer(), tie_embeddings=False)
+    write = export.write_as
+
+    def write_another(target, folder, *rest):
+        written = write(target, folder, *rest)
+        change(folder)
+        return written
+
+    monkeypatch.setattr(export, "write_as", write_another)
+    if reader != "read back":  # as if what is read back were the model
+        same = load_model("first", weights="fp32")
+        monkeypatch.setattr("exchange.verification.load_model", lambda *_, **__: same)
+    done = leave("--model=first", "--to=hf", "second")
+    assert (done.code, done.out) == (4, "")
+    assert f"CheckpointError: {reader}" in done.err and said in done.err
+    assert [path.name for path in Path().iterdir()] == ["first"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["first"], "first exists; name a folder that does not"),
+        (["second", "--dtype", "q8_0"], "--dtype: invalid choice: 'q8_0'"),
+        (["second", "--run", "one"], "--run and --model name a model each"),
+        (["second", "--which", "last"], "--which is for runs"),
+        (["second", "third"], "'third' is no option"),
+        ([], "the following arguments are required: FOLDER"),
+    ],
+)
+def test_what_cannot_be_exported_is_said_before_anything_is_written(leave, arguments, said):
+    random_folder(Path("first"), bytes_tokenizer())
+    done = leave("--model", "first", "--to", "hf", *arguments)
+    assert (done.code, done.out) == (2, "")
+    assert said in done.err
+    assert [path.name for path in Path().iterdir()] == ["first"]
+
+
+def test_the_texts_that_are_compared_are_many_and_of_many_scripts():
+    texts = probe_texts()
+    assert texts == probe_texts()
+    assert len(texts) == len(set(texts)) == N_TEXTS
+    characters = "".join(texts)
+    assert all(any(first <= c <= last for c in characters) for first, last in SCRIPTS)
+    assert characters.encode("utf-8").decode("utf-8") == characters  # no half characters

