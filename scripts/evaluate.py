@@ -70,13 +70,17 @@ def main() -> int:
     if arguments.context is not None and arguments.context < 1:
         raise SettingsError(f"--context is {arguments.context}; it must be 1 or more")
     named = models_of(arguments)
-    table = Table([str(model) for model in named], arguments.texts, as_json=arguments.json)
+    table = None
     for one in named:
         model = open_model(one, arguments, weights="fp32")
         tell(describe(model))
+        name = one.where or model.name
+        if table is None:
+            names = [name, *(other.where or "" for other in named)]
+            table = Table(names, arguments.texts, as_json=arguments.json)
         yardstick = Yardstick(model, arguments.context, arguments.precision)
         for text, spec in specs.items():
-            for row in yardstick.rows(str(one), text, spec, apart=arguments.documents):
+            for row in yardstick.rows(name, text, spec, apart=arguments.documents):
                 table.write(row)
     return 0
 

@@ -85,9 +85,6 @@ class Named:
     option: str  # "run" or "model"
     where: str | None = None  # None: the run that finished last
 
-    def __str__(self) -> str:
-        return self.where or "the newest finished run"
-
 
 def add_model_options(group: argparse._ActionsContainer) -> None:
     """Add --run, --model and --which, which models_of() and open_model() read."""
