@@ -70,6 +70,8 @@ custom_params = {
     "start_context": "Every effort moves you",  # what samples go on from;  or ["春江", "往事"]
     "num_workers": 0,  # processes that prepare batches: 0 is right for all but huge texts
     "activation_checkpointing": False,  # True: less memory a step, a third more time
+    # with INIT_FROM: the rank of an adapter (LoRA), which takes less memory: 8 to 32 as a rule
+    "lora_rank": None,
     "model_overrides": {},  # e.g. {"n_layers": 4, "n_heads": 4, "emb_dim": 256, "drop_rate": 0.1}
 }
 

@@ -289,7 +289,7 @@ class CheckpointStore:
     def _read_best(self, step: int, model: nn.Module) -> BestWeights | None:
         path = self.best / _name(step)
         try:
-            weights = _read_model(path, self._run_id)
+            weights = _read_model(path, self._run_id, mapped=self.best_on_disk)
         except _Unusable as error:
             where = f", set aside as {set_aside(path).name}" if path.exists() else ""
             say(f"Note: the best weights are lost ({error}{where}); later ones take their place")
@@ -438,11 +438,14 @@ def _read_state(path: Path) -> dict[str, Any]:
     return state
 
 
-def _read_model(path: Path, run_id: str) -> Tensors:
-    """The weights in a folder, verified; _Unusable if they can't be read."""
+def _read_model(path: Path, run_id: str, *, mapped: bool = False) -> Tensors:
+    """The weights in a folder, verified; _Unusable if they can't be read.
+
+    mapped: their memory is the file's.
+    """
     _verify(path, run_id, WEIGHTS)
     with _unusable_where_unreadable(path):
-        return read_safetensors(path / WEIGHTS)
+        return (map_safetensors if mapped else read_safetensors)(path / WEIGHTS)
 
 
 @dataclass

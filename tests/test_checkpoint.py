@@ -373,6 +373,27 @@ def test_best_weights_of_a_time_that_was_undone_do_not_stay(saved):
     assert same(best.weights, anew)
 
 
+def test_best_weights_on_the_disk_take_no_memory_and_are_read_where_they_are_used(saved, capsys):
+    store = CheckpointStore(saved.folder, "run-a", 3, best_on_disk=True)
+    model, optimizer = build(seed=99)
+    state, best = store.restore(model, optimizer)
+    assert (best, state["best_step"]) == (BestWeights(2, None), 2)
+    assert same(store.weights_of_best(best, model), saved.weights[2])
+    take_step(model, optimizer)
+    best = store.keep_best(4, model)
+    assert best == BestWeights(4, None)
+    expected = copy_weights(model)
+    take_step(model, optimizer)
+    assert same(store.weights_of_best(best, model), expected)
+    store.save(5, model, optimizer, {}, best)
+    _, kept, _ = saved.restore()  # the checkpoint names them
+    assert kept.step == 4
+    assert same(kept.weights, expected)
+    (saved.folder / "best" / "step-00000004" / MODEL).unlink()
+    assert store.weights_of_best(best, model) is None
+    assert "the best weights are lost" in capsys.readouterr().out
+
+
 def test_a_weight_that_is_not_finite_is_never_saved(saved):
     model, optimizer = build()
     take_step(model, optimizer)
