@@ -681,12 +681,17 @@ def differing(before: dict, now: dict) -> list[str]:
 
 
 def test_run_with_another_fixed_setting_may_not_go_on():
-    for name in (*FIXED, *MODEL_SETTINGS):
+    for name in {*FIXED, *MODEL_SETTINGS} - {"lora_rank"}:
         beside, value = BESIDE.get(name, {}), EXAMPLES[name]
         lines = differing({"custom_params": beside}, {"custom_params": beside | {name: value}})
         said = "context_length" if name == "max_length" else name
         assert [line.split(":")[0] for line in lines] == [said]
         assert f"{value!r} now" in lines[0]
+    plan = plan_of(CUSTOM_MODE=True)
+    asked = plan.asked()
+    adapted = dataclasses.replace(asked.training, lora_rank=8)  # which needs INIT_FROM
+    [line] = differences(record_of(plan), dataclasses.replace(asked, training=adapted))
+    assert line == "lora_rank: None then, 8 now"
     for name, value in (("SEED", 5), ("PRECISION", "bf16"), ("TOKENIZER", "char")):
         [line] = differing({}, {name: value})
         assert line.startswith(f"{name.lower()}: ") and line.endswith(f" then, {value!r} now")
