@@ -9,6 +9,11 @@ import argparse
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 
+from engine.starting import end_at_ctrl_c
+
+if __name__ == "__main__":
+    end_at_ctrl_c()
+
 import numpy as np
 from torch.utils.data import DataLoader
 

@@ -8,6 +8,11 @@ import argparse
 import os
 from pathlib import Path
 
+from engine.starting import end_at_ctrl_c
+
+if __name__ == "__main__":
+    end_at_ctrl_c()
+
 import torch
 
 from engine.console import tell
