@@ -141,6 +141,7 @@ def test_the_peak_is_the_processes_own_and_stays_when_memory_is_given_back():
     assert 90e6 < after - before < 110e6
 
 
+@pytest.mark.slow  # transformers takes seconds to import
 def test_transformers_reads_our_weights_as_the_same_model(tmp_path):
     transformers = pytest.importorskip("transformers")
     for tied in (True, False):

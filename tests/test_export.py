@@ -68,6 +68,7 @@ def bytes_tokenizer() -> BPETokenizer:
     return BPETokenizer("tiny", {token: rank for rank, token in enumerate(ranks)})
 
 
+@pytest.mark.slow  # transformers takes seconds to import
 def test_an_exported_run_writes_the_same_text_and_transformers_agrees(leave, tiny_run):
     done = leave("--run", tiny_run, "--to", "hf", "sub/left")
     assert (done.code, done.out) == (0, done.out) and done.out.startswith("✓ sub/left: ")

@@ -26,6 +26,8 @@ from tests.texts import CHINESE, ENGLISH, train_in_the_library
 from text.tokenizer import CharTokenizer, Tokenizer, train_bpe
 from text.tokenizer_file import END_OF_TEXT
 
+# transformers, which writes their folders, takes seconds to import
+pytestmark = pytest.mark.slow
 LETTERS = CharTokenizer("abcdefgh ,.\n")
 GPT2 = {"n_positions": 24, "n_embd": 32, "n_head": 4, "n_layer": 2}
 LLAMA = {

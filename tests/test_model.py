@@ -80,6 +80,7 @@ def test_parameters_and_operations_are_those_counted_by_hand(changes, in_a_block
     assert model.flop_per_token() == 6 * worked_with + 12 * 2 * 24 * 12
 
 
+@pytest.mark.slow  # transformers takes seconds to import
 @pytest.mark.parametrize(
     "changes",
     [

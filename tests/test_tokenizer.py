@@ -175,6 +175,7 @@ def pieces_of(tokenizer, ids):
     yield from filter(None, [decoder.finish()])
 
 
+@pytest.mark.slow  # transformers takes seconds to import
 def test_texts_come_back_from_saved_files_and_have_the_ids_of_transformers(
     by_kind, saved, path, monkeypatch
 ):
