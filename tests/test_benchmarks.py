@@ -305,6 +305,7 @@ def test_the_startup_benchmark_measures_the_real_thing(results, monkeypatch, cap
     assert "beyond import torch" in capsys.readouterr().out
 
 
+@pytest.mark.slow  # transformers takes seconds to import
 def test_the_generation_benchmark_sets_every_kind_beside_transformers(results, monkeypatch, capsys):
     tiny = {"context_length": 16, "emb_dim": 64, "n_heads": 2, "n_layers": 2}
     small = {"read_models": lambda _: ({"gpt2-124m": tiny}, [])}

@@ -15,6 +15,7 @@ from training.learner import batch_loss, take_step
 CPU = torch.device("cpu")
 
 
+@pytest.mark.slow
 def test_a_trained_bpe_takes_less_than_a_token_a_chinese_character(shared_data):
     tokenizers = pytest.importorskip("tokenizers")
     text = (shared_data / "ci.txt").read_text(encoding="utf-8")

@@ -346,6 +346,7 @@ def test_the_best_loss_is_the_final_one_or_says_what_it_compares_with():
     )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_what_a_run_had_in_memory_is_free_once_main_returns(start, monkeypatch):
     models, real = [], training.learner.take_step
 

@@ -195,6 +195,7 @@ def test_the_default_prompt_is_the_texts_beginning_where_that_is_not_latin(text,
     assert _beginning_if_not_latin(text) == prompt
 
 
+@pytest.mark.slow
 def test_a_chinese_text_in_gpt2s_tokens_names_the_better_tokenizer_and_begins_with_its_own_words(
     workdir, no_pictures, capsys
 ):
