@@ -87,8 +87,7 @@ def begin_with(
             return read_frozen(run.path, before.run_id)
         return fitted(weights.read(), model.config)
 
-    if not plan.run.DRY_RUN:
-        load_weights(model, parallel.on_main(read) or {}, weights.start.source, parallel)
+    load_weights(model, parallel.on_main(read) or {}, weights.start.source, parallel)
     if lora_rank is not None:
         add_lora(model, lora_rank, plan.run.SEED)
         counts = f"{count_trained(model):,} of {model.count_parameters():,}"

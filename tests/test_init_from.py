@@ -12,7 +12,7 @@ import torch
 import storage.checkpoint
 import train
 from distributed.parallel import ALONE
-from engine.errors import CheckpointError, DataError, SettingsError
+from engine.errors import CheckpointError, DataError, RunFinished, SettingsError
 from engine.optim import default_learning_rate
 from environment import prepare_environment
 from exchange.beginning import fitted
@@ -102,7 +102,11 @@ def test_a_run_from_another_one_has_its_model_tokenizer_and_weights_in_every_mod
     start = env.run.record.start
     assert start.bits_per_byte == pytest.approx(score.bits_per_byte, rel=1e-6)
     assert (start.fingerprint, start.measured_share) == (given.fingerprint, 1)
-    assert f"{score.bits_per_byte:.3f} bits a byte on the validation text, before" in printed
+    said = f"{score.bits_per_byte:.3f} bits a byte on the validation text, before"
+    assert said in printed
+    with pytest.raises(RunFinished):
+        begin(INIT_FROM=str(tiny), QUICK_MODE=QUICK_MODE, DRY_RUN=True)
+    assert said in capsys.readouterr().out
 
 
 def test_what_training_has_added_is_told_and_kept_beside_what_the_weights_had(begin, tiny, capsys):
