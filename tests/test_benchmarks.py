@@ -38,6 +38,7 @@ def results(tmp_path, monkeypatch):
 # ------------------------------------------------------------------ counting
 
 
+@pytest.mark.slow
 def test_products_are_counted_in_the_linear_layers_and_the_head(monkeypatch):
     monkeypatch.setattr(steps, "MULTIPLY_SHAPES", ((10, 20, 30),))
     monkeypatch.setattr(steps, "median_seconds", lambda *_, **__: 0.5)

@@ -200,6 +200,7 @@ def small_model(**changes) -> GPTModel:
     return tiny_model(vocab_size=23, context_length=16, **changes).eval()
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_compiled_steps_of_a_fixed_cache_give_the_same_and_serve_the_next_cache_too(compile_with):
     compile_with("aot_eager")

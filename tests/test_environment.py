@@ -51,6 +51,7 @@ def begin_run(**changes: Any) -> RuntimeEnv:
     return env
 
 
+@pytest.mark.slow
 def test_the_length_of_samples_may_follow_from_the_texts_characters():
     sampling = {"sampling_params": {"max_new_tokens": None}}
     for name, characters in (("char", 1), ("gpt2", len(TEXT) / len(GPT2Tokenizer().encode(TEXT)))):

@@ -109,6 +109,7 @@ def test_a_run_from_another_one_has_its_model_tokenizer_and_weights_in_every_mod
     assert said in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_what_training_has_added_is_told_and_kept_beside_what_the_weights_had(begin, tiny, capsys):
     import main
 

@@ -319,6 +319,7 @@ def test_a_disk_without_room_is_told_before_training_each_time(workdir, start, m
         assert "Before training" not in printed.out
 
 
+@pytest.mark.slow
 def test_a_run_that_diverged_and_that_patience_ended_has_the_loss_of_its_best_weights(
     workdir, start
 ):
@@ -370,6 +371,7 @@ def test_what_a_run_had_in_memory_is_free_once_main_returns(start, monkeypatch):
         assert signal.getsignal(signal.SIGINT) is before
 
 
+@pytest.mark.slow
 def test_an_interrupt_in_another_thread_than_the_main_one_ends_with_130_too(start, monkeypatch):
     printed, steps, real = [], itertools.count(1), training.learner.take_step
 

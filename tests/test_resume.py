@@ -77,6 +77,7 @@ def test_a_run_stopped_while_it_writes_samples_resumes_exactly(bench):
     assert bench.stopped_at == [0, 3, 8, 20]
 
 
+@pytest.mark.slow
 def test_a_long_step_is_left_between_micro_batches_and_done_again_and_a_short_one_finished(bench):
     bench.patch.setattr(stopping, "_LONG_S", 0.0)
     bench.describe("run", **ACCUMULATION)
@@ -132,6 +133,7 @@ def test_another_evaluation_frequency_on_resume_leaves_training_exact(bench):
     assert found["history"]["steps"] == [0, 7, 8, 9, 12, 15, 16, 18, 20]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "done"), [("cosine", STEPS), ("wsd", 10)])
 def test_a_run_made_longer_goes_on_at_the_rates_of_its_plan_and_resumes_exactly(bench, kind, done):
     outcomes = []

@@ -113,6 +113,7 @@ def test_auto_goes_on_with_the_newest_unfinished_run_of_these_settings_and_this_
     assert len(runs()) == 3
 
 
+@pytest.mark.slow
 def test_a_named_run_begins_goes_on_is_finished_changed_and_finished_again(start):
     folder = Path("runs/one")
     folder.mkdir(parents=True)

@@ -419,6 +419,7 @@ def paths_to_keys(value: dict, above: tuple = ()) -> list[tuple[str, ...]]:
     return paths
 
 
+@pytest.mark.slow
 def test_a_record_that_lacks_anything_or_has_a_value_of_another_kind_is_refused():
     run = keep("one")
     whole = (run / "settings.json").read_text(encoding="utf-8")

@@ -140,6 +140,7 @@ def test_replay_loses_what_was_not_fsynced_and_nothing_else(log, dropped, empty,
     assert found == [dropped, empty, zeroed]
 
 
+@pytest.mark.slow
 def test_a_lock_is_held_by_one_process_and_by_none_that_has_ended(tmp_path):
     assert contend_for_locks(tmp_path)["failures"] == []
 

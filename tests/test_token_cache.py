@@ -620,6 +620,7 @@ print(tokenize(DataSpec((sys.argv[1],)), "bpe:500", 0.9, Path(sys.argv[2])).path
 """
 
 
+@pytest.mark.slow
 def test_two_processes_that_build_at_once_both_succeed_whatever_the_locale(
     tmp_path, cache, build, monkeypatch
 ):

@@ -62,6 +62,7 @@ def difference(found: torch.Tensor, expected: torch.Tensor) -> float:
     return float((found - expected).abs().mean() / expected.std())
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_a_trained_models_logits_choices_and_texts_stay_those_of_fp32():
     text = (REPOSITORY / "corpus" / "sample-en.txt").read_text(encoding="utf-8")[:1500]
