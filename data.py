@@ -103,6 +103,10 @@ class WindowDataset(Dataset):
             window = torch.from_numpy(array[starts + np.arange(length)].astype(np.int64))
         return window[:, :-1], window[:, 1:]
 
+    def without_overlap(self) -> "WindowDataset":
+        """Windows of the same tokens with the same length that do not overlap."""
+        return self if self.stride >= self.max_length else self.with_stride(self.max_length)
+
     def with_stride(self, stride: int) -> "WindowDataset":
         """Windows of the same tokens with the same length, and this many tokens apart."""
         apart = WindowDataset(self.tokens, self.max_length, stride)
@@ -573,17 +577,20 @@ def evaluation_loader(
     max_batches: int | None = None,
     parallel: Parallel = ALONE,
     micro_batch: int | None = None,
+    *,
+    overlapping: bool = True,
 ) -> DataLoader:
     """A loader over a text's OverlappingWindows in order: all, or max_batches evenly spread.
 
     It gives the same micro-batches each time, of at most micro_batch windows (None: the loader's),
-    and uses no random generator. Each rank gets a share of them. A dataset that is no WindowDataset
-    is read as it is.
+    and uses no random generator. Each rank gets a share of them. With overlapping False it has the
+    windows side by side, as a model that learns them by heart knows them. A dataset that is no
+    WindowDataset is read as it is.
     """
     dataset = loader.dataset
     batch_size = loader.batch_size or loader.batch_sampler.batch_size
     if isinstance(dataset, WindowDataset):
-        dataset = OverlappingWindows(dataset)
+        dataset = OverlappingWindows(dataset) if overlapping else dataset.without_overlap()
     size = micro_batch or getattr(loader.batch_sampler, "micro_batch", batch_size)
     return DataLoader(
         dataset,

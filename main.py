@@ -196,12 +196,16 @@ def sum_up(env: RuntimeEnv, journal: Journal, stop: StopSignals) -> None:
     say(f"  Run folder: {env.run.path}")
     start = env.run.record.start
     untuned = None if start is None else start.bits_per_byte
-    earlier = "" if untuned is None else f"before training {untuned:.3f}; "
+    is_of_part = start is not None and start.measured_share < 1
+    earlier = ""
+    if untuned is not None:
+        earlier = f"before training {untuned:.3f}{' on a part of it' * is_of_part}; "
     say(
         f"  Bits a byte: {score.bits_per_byte:.3f} ({score.bits_per_character:.3f} a character, "
         f"perplexity {score.perplexity:,.1f}; {earlier}{whose}over {over})"
     )
-    if untuned is not None and score.bits_per_byte >= untuned:
+    of_all = not is_of_part and score.n_batches == score.of_batches
+    if untuned is not None and of_all and score.bits_per_byte >= untuned:
         say(
             "  Note: the weights were no worse before training: set a lower learning_rate, or more "
             "text"

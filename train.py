@@ -121,7 +121,7 @@ def training_loop(trainer: "Trainer", train_loader: DataLoader, val_loader: Data
             return
         trainer.look_at(journal.pause())
         began_at = time.perf_counter()
-        losses = [trainer.evaluate(loader) for loader in (train_loader, val_loader)]
+        losses = [trainer.evaluate(train_loader, overlapping=False), trainer.evaluate(val_loader)]
         journal.spent.note("evaluation", time.perf_counter() - began_at)
         epoch = -(-step // steps_per_epoch) if epoch_ends and step > 0 else None
         journal.evaluation(epoch, *losses)
@@ -234,9 +234,10 @@ class Trainer:
         self._step_began_at = time.monotonic()
         return self.learner.step(step, self.plan.max_grad_norm, self.stop, label)
 
-    def evaluate(self, loader: DataLoader) -> float:
-        """The mean loss over eval_iter batches of a loader; Stopped after a signal."""
-        return self.learner.evaluate(loader, self.plan.eval_iter, self.stop)
+    def evaluate(self, loader: DataLoader, *, overlapping: bool = True) -> float:
+        """Learner.evaluate() over eval_iter batches of a loader; Stopped after a signal."""
+        n_batches = self.plan.eval_iter
+        return self.learner.evaluate(loader, n_batches, self.stop, overlapping=overlapping)
 
     def look_at(self, rows: list[dict[str, Any]]) -> None:
         """Count skipped steps; NumericsError after too many."""
@@ -640,7 +641,7 @@ def _budget_until(deadline: float | None, env: RuntimeEnv) -> Budget | None:
         seconds,
         costs,
         record.steps_per_epoch,
-        (Trial.count_batches(env.train_loader), n_val),
+        (Trial.count_batches(env.train_loader, overlapping=False), n_val),
         N_SAMPLES * record.sampling.max_new_tokens,
         config.save_minutes,
         config.final_iter or n_val,

@@ -9,8 +9,8 @@ from typing import Any
 
 from engine.errors import SettingsError
 from engine.lora import INPUTS, OUTPUTS, SCALE
-from engine.settings import raise_if_any
-from exchange.huggingface import find_obstacles, form_for, layout
+from engine.settings import raise_if_any, shown
+from exchange.huggingface import CONFIG, find_obstacles, form_for, layout
 from exchange.opening import HUB
 from model import GPTConfig
 from planning.decisions import read_record
@@ -40,12 +40,27 @@ def write_adapter(path: Path, run: Path, which: str = "best") -> None:
     if os.path.lexists(path):
         raise SettingsError(f"{path} exists; name a folder that does not.")
     tensors = their_adapter(record.model, read_adapter(run, record.run_id, which))
-    base = str(record.settings["INIT_FROM"]).removeprefix(HUB)
-    settings = their_adapter_settings(record.model, rank, base)
+    settings = their_adapter_settings(record.model, rank, _base_of(record.settings["INIT_FROM"]))
     make_folder(path.parent)
     with NewFolder(path, None) as folder:
         folder.write("adapter_model.safetensors", safetensors_chunks(tensors, {"format": "pt"}))
         folder.write("adapter_config.json", [(to_json(settings, indent=2) + "\n").encode()])
+
+
+def _base_of(given: str) -> str:
+    """What transformers opens the weights by that INIT_FROM names: a Hub name or a folder's path.
+
+    Raises SettingsError for what it can't open.
+    """
+    if given.startswith(HUB):
+        return given.removeprefix(HUB)
+    path = os.path.abspath(os.path.expanduser(given))
+    if os.path.isfile(os.path.join(path, CONFIG)):
+        return path
+    raise SettingsError(
+        f"the adapter is for INIT_FROM = {shown(given)}, which is no folder of transformers' files "
+        "here: PEFT can't load it.\nExport the model, with --to hf."
+    )
 
 
 def their_adapter(config: GPTConfig, adapter: Tensors) -> Tensors:

@@ -13,7 +13,8 @@ from engine.errors import CheckpointError, DataError, PipelineError, SettingsErr
 from engine.lora import add_lora
 from engine.memory import count_trained
 from exchange.opening import open_pretrained
-from model import GPTConfig, GPTModel
+from exchange.pretrained import fitted
+from model import GPTModel
 from planning.fine_tuning import SMOLLM2, begin_from
 from planning.plan import AUTO_START, RunPlan, Start
 from planning.runs import Candidate, Candidates, SettledRun
@@ -159,20 +160,3 @@ def _kept(run: Candidate, error: PipelineError) -> _Opened:
     except (OSError, UnicodeDecodeError) as fault:
         raise CheckpointError(f"{file} can't be read: {fault}") from None
     return _Opened(_Facts(record.start, record.tokenizer, content), read)
-
-
-def fitted(weights: Tensors, config: GPTConfig) -> Tensors:
-    """Weights cut to a model's positions and tokens; further tokens get the mean of all rows.
-
-    The mean (Hewitt 2021) leaves the other tokens' probabilities about as they were.
-    """
-    n_rows = {"token_embedding.weight": config.vocab_size, "head.weight": config.vocab_size}
-    n_rows["position_embedding.weight"] = config.context_length
-    kept = {}
-    for name, value in weights.items():
-        n = n_rows.get(name, len(value))
-        if n > len(value):
-            mean = value.mean(0, keepdim=True)
-            value = torch.cat([value, mean.expand(n - len(value), -1)])
-        kept[name] = value[:n]
-    return kept

@@ -4,6 +4,7 @@ llama.cpp rotates neighboring features of a Llama's queries and keys, where this
 transformers, rotates features half a head apart: reading and writing reorder their rows.
 """
 
+import math
 import re
 from collections import Counter
 from collections.abc import Mapping
@@ -25,7 +26,7 @@ from exchange.gguf_file import (
     unusable,
 )
 from exchange.gguf_tokenizer import tokenizer_metadata, tokenizer_of
-from exchange.pretrained import Pretrained
+from exchange.pretrained import Pretrained, require_memory
 from model import GPTConfig, scaled_frequencies
 from planning.fine_tuning import SMOLLM2
 from storage.files import NewFile
@@ -81,11 +82,16 @@ def open_gguf(path: Path) -> Pretrained:
     for stored in file.tensors.values():
         n_bytes[stored.kind] += stored.n_bytes
     require_library(n_bytes)
+
+    def weights() -> dict[str, torch.Tensor]:
+        require_memory(path, sum(math.prod(shape) for shape in expected.values()))
+        return {name: _read(file, config, shapes) for name, shapes in parts.items()}
+
     return Pretrained(
         source=f"{path.stem} (gguf, {n_bytes.most_common(1)[0][0]})",
         config=config,
         tokenizer=tokenizer_of(file),
-        weights=lambda: {name: _read(file, config, shapes) for name, shapes in parts.items()},
+        weights=weights,
         fingerprint=file.fingerprint(),
         chat_template=file.get("tokenizer.chat_template", str, "") or None,
     )

@@ -20,14 +20,12 @@ from safetensors import SafetensorError
 from engine.errors import (
     CheckpointError,
     DataError,
-    ResourceError,
     SettingsError,
     first_line,
 )
-from engine.memory import as_bytes, available_memory
 from engine.precision import DTYPES
 from engine.settings import find_problems, raise_if_any, shown
-from exchange.pretrained import Pretrained, fingerprint_of
+from exchange.pretrained import Pretrained, fingerprint_of, require_memory
 from model import ROPE_SCALINGS, GPTConfig
 from storage.checkpoint import Tensors, map_safetensors, safetensors_chunks
 from storage.files import NewFolder, make_folder, require_space, to_json
@@ -432,9 +430,13 @@ def _map_pickled(path: Path) -> Tensors:
     advice = "Save the model as safetensors: transformers' save_pretrained() does."
     try:
         with zipfile.ZipFile(path) as archive:
-            sizes = {file.filename.split("/")[-1]: file.file_size for file in archive.infolist()}
-        if sizes.get("data.pkl", 0) > MOST_JSON_BYTES:
-            raise ValueError("its index is too long")
+            # torch compresses nothing, and reads all but tensors as a whole
+            for file in archive.infolist():
+                is_tensor = "/data/" in file.filename
+                if file.compress_type != zipfile.ZIP_STORED or (
+                    file.file_size > MOST_JSON_BYTES and not is_tensor
+                ):
+                    raise ValueError("it has compressed parts, or long ones that are no tensors")
         found = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
     except zipfile.BadZipFile:
         raise CheckpointError(
@@ -480,13 +482,7 @@ def _require_fit(config: GPTConfig, stored: Tensors, path: Path) -> None:
 def _read_weights(path: Path, form: Form, config: GPTConfig) -> Tensors:
     """The weights by GPTModel's parameter names, in fp32; ResourceError if they don't fit."""
     _, stored = _map_model(path, form, config)
-    needed = 4 * sum(tensor.numel() for tensor in stored.values())
-    room = available_memory(torch.device("cpu"))
-    if room is not None and needed > room:
-        raise ResourceError(
-            f"the weights in {path} take {as_bytes(needed)} of memory, and {as_bytes(room)} are "
-            "free."
-        )
+    require_memory(path, sum(tensor.numel() for tensor in stored.values()))
     weights: Tensors = {}
     for part in layout(config):
         rows = part.total_rows or part.shape[0]

@@ -1,13 +1,14 @@
 """Open a model by where it is: a run, a folder or file of a known format, or its name."""
 
 import os
+from dataclasses import replace
 from pathlib import Path
 
 from engine.errors import SettingsError
 from engine.settings import shown
 from exchange.gguf import find_smollm2, open_gguf
 from exchange.huggingface import download, open_folder
-from exchange.pretrained import Pretrained
+from exchange.pretrained import Pretrained, fitted
 from exchange.saved_run import (
     LoadedModel,
     inference_device,
@@ -60,13 +61,15 @@ def load_model(
         return load_run(path, weights=weights, device=device, compiled=compiled)
     chosen = inference_device(device, weights)
     found = open_pretrained(where)
+    # rows for the tokenizer's tokens: a padded vocabulary has more, an end of its own needs one
+    config = replace(found.config, vocab_size=found.tokenizer.vocab_size)
     return make_ready(
-        found.config,
-        found.weights(),
+        config,
+        fitted(found.weights(), config),
         chosen,
         weights,
         compiled=compiled,
-        name=path.name,
+        name=where.removeprefix(HUB) if where.startswith(HUB) else path.resolve().name,
         version=found.fingerprint[:12],
         source=found.source,
         tokenizer=found.tokenizer,

@@ -3,9 +3,12 @@
 import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
+from engine.errors import ResourceError
+from engine.memory import as_bytes, available_memory
 from model import GPTConfig
 from text.tokenizer import Tokenizer
 
@@ -26,6 +29,16 @@ class Pretrained:
     chat_template: str | None = None
 
 
+def require_memory(path: Path, n_numbers: int) -> None:
+    """Raise ResourceError where a file's weights, in fp32, don't fit into memory."""
+    needed, room = 4 * n_numbers, available_memory(torch.device("cpu"))
+    if room is not None and needed > room:
+        raise ResourceError(
+            f"the weights in {path} take {as_bytes(needed)} of memory, and {as_bytes(room)} are "
+            "free."
+        )
+
+
 def fingerprint_of(tensors: Mapping[str, torch.Tensor]) -> str:
     """A sha256 of tensors that may be mapped from a file: names, formats, shapes, and both ends.
 
@@ -39,3 +52,20 @@ def fingerprint_of(tensors: Mapping[str, torch.Tensor]) -> str:
         for end in (flat[:SAMPLE_BYTES], flat[-SAMPLE_BYTES:]):
             digest.update(end.numpy())
     return digest.hexdigest()
+
+
+def fitted(weights: dict[str, torch.Tensor], config: GPTConfig) -> dict[str, torch.Tensor]:
+    """Weights cut to a model's positions and tokens; further tokens get the mean of all rows.
+
+    The mean (Hewitt 2021) leaves the other tokens' probabilities about as they were.
+    """
+    n_rows = {"token_embedding.weight": config.vocab_size, "head.weight": config.vocab_size}
+    n_rows["position_embedding.weight"] = config.context_length
+    kept = {}
+    for name, value in weights.items():
+        n = n_rows.get(name, len(value))
+        if n > len(value):
+            mean = value.mean(0, keepdim=True)
+            value = torch.cat([value, mean.expand(n - len(value), -1)])
+        kept[name] = value[:n]
+    return kept

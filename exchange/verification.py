@@ -12,8 +12,10 @@ from exchange.opening import load_model
 from exchange.saved_run import LoadedModel
 from storage.checkpoint import weights_of
 
-# how far a weight may be from ours: a share of the largest one of its tensor
-ROUNDING = {"fp32": 0.0, "fp16": 2**-11, "bf16": 2**-8, "q8_0": 1 / 250}
+# how far a weight may be from ours: a share of the largest one of its tensor, and what the smallest
+# numbers of fp16 are apart, of which 8-bit weights are 127 times as many
+ROUNDING = {"fp32": 0.0, "fp16": 2**-11, "bf16": 2**-8, "q8_0": 1 / 220}
+SMALLEST = {"fp32": 0.0, "fp16": 2**-24, "bf16": 0.0, "q8_0": 127 * 2**-24}
 # how far logits may be, in standard deviations of ours: by equal weights, and by rounded ones
 SAME, ROUNDED = 1e-3, 0.2
 PROBED_TOKENS = 256
@@ -60,7 +62,7 @@ def _compare_weights(model: LoadedModel, again: LoadedModel, dtype: str) -> None
     for name, weight in ours.items():
         weight = weight.cpu()
         other = theirs.get(name, torch.zeros_like(weight))
-        most = ROUNDING[dtype] * weight.abs().max()
+        most = ROUNDING[dtype] * weight.abs().max() + SMALLEST[dtype]
         if weight.shape != other.shape or (weight - other).abs().max() > most:
             raise CheckpointError(f"read back, {name} has other weights than the model.")
 

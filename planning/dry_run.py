@@ -30,7 +30,9 @@ def end_dry_run(
         expected = rehearse(plan, asked, windows, trial)
         show_start(plan, expected.training, expected.total_steps, trial.learner.model)
         show_training(plan, expected.training, expected.total_steps, notices + expected.notices)
-        disk = most_bytes(trial.learner.model, asked.keep_checkpoints)
+        model = trial.learner.model
+        frozen = sum(p.nbytes for p in model.parameters() if not p.requires_grad)  # kept once
+        disk = most_bytes(model, asked.keep_checkpoints) + frozen
         say("\n".join(["", *run_lines(expected, machine.memory, disk), ""]))
     else:
         total_steps = asked.max_steps  # known of a run that goes on

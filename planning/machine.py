@@ -375,7 +375,7 @@ def fresh_model(
     sizes = {"context_length": windows.max_length, "vocab_size": vocab_size}
     config = GPTConfig(**plan.model | sizes)
     torch.manual_seed(plan.run.SEED)
-    _require_memory_for(config, machine)
+    _require_memory_for(config, machine, is_frozen=asked.lora_rank is not None)
     if parallel.kind == "fsdp":
         model = build_in_parts(lambda: GPTModel(config), parallel, machine.precision, device)
     else:
@@ -385,14 +385,15 @@ def fresh_model(
     return model
 
 
-def _require_memory_for(config: GPTConfig, machine: Machine) -> None:
+def _require_memory_for(config: GPTConfig, machine: Machine, *, is_frozen: bool) -> None:
     """Raise ResourceError for matrices beyond memory: overcommit would end in a killed process."""
     assert config.ff_dim and config.head_dim  # GPTConfig computes them
     n_matrices = 1 if config.tie_embeddings else 2
     least = n_matrices * config.vocab_size * config.emb_dim
     width = config.n_heads * config.head_dim
     least += config.n_layers * 2 * config.emb_dim * (width + config.ff_dim)
-    needed = least * 4 * 3  # fp32 weights, gradients and one moment
+    # fp32 weights, gradients and one moment; of frozen ones the copy that is read from the file
+    needed = least * 4 * (2 if is_frozen else 3)
     if machine.parallel.kind == "fsdp":
         # an evaluation unshards all weights, in the run's precision
         needed = needed // machine.parallel.world + least * DTYPES[machine.precision.name].itemsize
@@ -401,7 +402,7 @@ def _require_memory_for(config: GPTConfig, machine: Machine) -> None:
         raise ResourceError(
             f"training this model takes more than {as_bytes(needed)} of memory, and "
             f"{machine.device} has {as_bytes(room)} free.\n"
-            "Set a smaller n_layers or emb_dim, or another MODEL."
+            "Set a smaller n_layers or emb_dim, another MODEL, or a smaller model as INIT_FROM."
         )
 
 

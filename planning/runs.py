@@ -290,7 +290,8 @@ def _candidate(path: Path, record: RunRecord, *, is_finished: bool = False) -> C
 def _has_more_to_do(path: Path, before: RunRecord, asked: Asked) -> bool:
     """Whether a finished run gets more steps, or more patience if that ended it."""
     patience, had = asked.training.patience, before.training.patience
-    is_more_patient = had is not None and (patience is None or patience > had)
+    is_other = patience != before.asked.training.patience  # fine-tuning may have chosen what it had
+    is_more_patient = is_other and had is not None and (patience is None or patience > had)
     ended_early = read_run_file(path / SUMMARY).get("steps", 0) < before.total_steps
     is_longer = total_steps(before, asked) > before.total_steps
     return is_more_patient if ended_early else is_longer

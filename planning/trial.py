@@ -112,13 +112,14 @@ class Trial:
 
     def costs(self, budget_s: float, n_prompts: int) -> "Costs":
         """What the parts of a run take, steps timed for a share of its budget. Collective."""
-        learner, n_batches = self.learner, min(TIMED_BATCHES, self.count_batches(self.loader))
+        n_batches = min(TIMED_BATCHES, self.count_batches(self.loader, overlapping=False))
+        learner = self.learner
         steps_s = BUDGET_TRIAL_SHARE * budget_s
         step = learner.in_smaller_parts(lambda: self._mean_step_seconds(steps_s), "a trial")
         generator = torch.Generator(learner.device).manual_seed(0)
 
         def evaluate() -> None:
-            learner.evaluate(self.loader, n_batches)
+            learner.evaluate(self.loader, n_batches, overlapping=False)
 
         def sample() -> None:
             options = {"max_new_tokens": TIMED_TOKENS, "generator": generator}
@@ -131,10 +132,10 @@ class Trial:
             return Costs(*map(self.agreed, costs))
 
     @staticmethod
-    def count_batches(loader: DataLoader) -> int:
+    def count_batches(loader: DataLoader, *, overlapping: bool = True) -> int:
         """The batches of an evaluation over all of a loader's text."""
         size = loader.batch_sampler.batch_size
-        return len(evaluation_loader(loader, micro_batch=size))
+        return len(evaluation_loader(loader, micro_batch=size, overlapping=overlapping))
 
     def agreed(self, seconds: float) -> float:
         """The ranks' mean; all take the smallest of their micro-batches. Collective."""
@@ -459,7 +460,7 @@ def _budget(
         seconds,
         costs,
         trial.steps_per_epoch,
-        (trial.count_batches(trial.loader), windows.n_val_batches),
+        (trial.count_batches(trial.loader, overlapping=False), windows.n_val_batches),
         N_SAMPLES * plan.sampling.max_new_tokens,
         asked.save_minutes,
         asked.final_iter,

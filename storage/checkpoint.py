@@ -147,6 +147,7 @@ class CheckpointStore:
             n_bytes = sum(value.nbytes for value in (best.weights or {}).values())
             require_space(self.best, n_bytes, f"the best weights, of step {step}")
             self._write_best(best)
+            self._prune(best, self._keep)
 
         self._parallel.on_main(write)
         return replace(best, weights=None)

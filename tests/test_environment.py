@@ -378,8 +378,8 @@ def test_minutes_choose_a_run_which_goes_on_with_its_own_recipe(in_minutes, caps
 @pytest.mark.parametrize(
     ("mode", "card"),
     [
-        # two steps; two evaluations of three batches and one, and then one
-        ("quick", "about 0m 1.9s from the first step on: 2 steps of 0.5 s"),
+        # two steps; two evaluations of two batches and one, and then one
+        ("quick", "about 0m 1.7s from the first step on: 2 steps of 0.5 s"),
         # 50 steps; eleven evaluations of two batches, and then six
         ("custom", "about 0m 27.8s from the first step on: 50 steps of 0.5 s"),
     ],

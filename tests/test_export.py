@@ -2,15 +2,19 @@
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import safetensors.torch
 import torch
 
+from exchange import opening
 from exchange.huggingface import write_folder
-from exchange.opening import load_model
-from exchange.verification import N_TEXTS, SCRIPTS, probe_texts
+from exchange.opening import load_model, open_pretrained
+from exchange.pretrained import fitted
+from exchange.verification import N_TEXTS, ROUNDING, SCRIPTS, SMALLEST, probe_texts
 from model import GPTConfig, GPTModel
 from scripts import export, inference
 from scripts.options import run_program
@@ -135,6 +139,32 @@ def test_a_file_for_llama_cpp_is_the_model_and_has_a_modelfile_beside_it_for_oll
         assert torch.equal(weight, expected[name]), name
     if target == "ollama":
         assert Path("left/Modelfile").read_text().startswith("FROM ./left.gguf\n")
+
+
+def test_rounding_to_8_bits_stays_within_what_is_no_other_weight():
+    quants = pytest.importorskip("gguf.quants")
+    kind = quants.GGMLQuantizationType.Q8_0
+    draw = np.random.default_rng(1)
+    for spread in (1e-6, 1e-3, 0.02, 1.0):
+        weight = draw.normal(0, spread, (256, 512)).astype(np.float32)
+        again = quants.dequantize(quants.quantize(weight, kind), kind)
+        most = ROUNDING["q8_0"] * np.abs(weight).max() + SMALLEST["q8_0"]
+        assert np.abs(again - weight).max() <= most
+
+
+@pytest.mark.parametrize("n_rows", [-1, 7])
+def test_a_model_has_a_row_for_each_token_of_its_tokenizer_and_no_other(leave, monkeypatch, n_rows):
+    random_folder(Path("first"), bytes_tokenizer(), **MODELS["gpt2"])
+    found = open_pretrained("first")
+    config = replace(found.config, vocab_size=found.config.vocab_size + n_rows)
+    padded = replace(found, config=config, weights=lambda: fitted(found.weights(), config))
+    ids = torch.arange(20)[None]
+    expected = load_model("first", weights="fp32").model(ids)
+    monkeypatch.setattr(opening, "open_pretrained", lambda where: padded)
+    model = load_model("first", weights="fp32").model
+    assert model.config.vocab_size == found.tokenizer.vocab_size
+    known = min(model.config.vocab_size, config.vocab_size)
+    torch.testing.assert_close(model(ids)[..., :known], expected[..., :known])
 
 
 def change_the_epsilon(folder: Path) -> None:

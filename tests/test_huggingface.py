@@ -407,7 +407,7 @@ def test_a_folder_that_was_written_may_be_shared_and_holds_what_was_asked_for(tm
 
 def test_weights_beyond_memory_are_refused_before_they_are_read(gpt2, monkeypatch):
     pretrained = open_folder(gpt2)
-    monkeypatch.setattr("exchange.huggingface.available_memory", lambda device: 10_000)
+    monkeypatch.setattr("exchange.pretrained.available_memory", lambda device: 10_000)
     with pytest.raises(ResourceError, match="KB of memory, and 10 KB are free"):
         pretrained.weights()
 

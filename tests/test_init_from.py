@@ -15,8 +15,8 @@ from distributed.parallel import ALONE
 from engine.errors import CheckpointError, DataError, RunFinished, SettingsError
 from engine.optim import default_learning_rate
 from environment import prepare_environment
-from exchange.beginning import fitted
 from exchange.opening import open_pretrained
+from exchange.pretrained import fitted
 from model import GPTConfig, GPTModel
 from planning.decisions import decide_recipe, decide_training, read_record
 from planning.fine_tuning import (

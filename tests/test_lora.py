@@ -204,6 +204,10 @@ def test_a_run_with_an_adapter_resumes_bit_for_bit_and_is_enough_by_itself(
     assert weights.keys() == given.keys()
     assert not any(torch.equal(weights[n], given[n]) for n in given if ".attention." in n)
 
+    with pytest.raises(SettingsError, match="which is no folder of transformers' files"):
+        write_adapter(workdir / "out" / "adapter", run, "last")
+    source.mkdir()
+    (source / "config.json").touch()
     write_adapter(workdir / "out" / "adapter", run, "last")
     left = read_safetensors(workdir / "out" / "adapter" / "adapter_model.safetensors")
     down = "base_model.model.model.layers.1.mlp.down_proj.lora_B.weight"

@@ -299,7 +299,7 @@ def test_a_run_that_learns_by_heart_decays_ends_early_and_resumes_exactly(
     real = train._plan_loop
     monkeypatch.setattr(train, "_plan_loop", lambda env: replace(real(env), stops_by_heart=True))
 
-    def evaluate(trainer, loader) -> float:
+    def evaluate(trainer, loader, **options) -> float:
         is_training = loader is bench.env.train_loader
         return 3.0 - trainer.steps / 20 if is_training else 3.0 + abs(trainer.steps - 4) / 20
 

@@ -144,6 +144,18 @@ def test_ranks_micro_batches_and_parts_of_the_text_score_the_same_tokens():
             assert found.loss == pytest.approx(alone.loss, rel=1e-5)
 
 
+@torch.no_grad()
+def test_the_loss_on_training_text_is_that_of_its_windows_side_by_side_as_they_are_trained_on():
+    """A window that is learnt by heart is not known from its middle on."""
+    case = case_of(ENGLISH[:89], 8)
+    starts = range(0, len(case.tokens) - 8, 8)
+    windows = torch.tensor([case.tokens[start : start + 9] for start in starts])
+    expected = case.model(windows[:, :-1], windows[:, 1:]).item()
+    learner = case.learner()
+    assert learner.evaluate(case.loader, overlapping=False) == pytest.approx(expected, rel=1e-5)
+    assert learner.evaluate(case.loader) != pytest.approx(expected, rel=1e-2)
+
+
 def test_a_text_of_one_token_has_nothing_to_score():
     case = case_of(ENGLISH[:40], 8)
     case.loader.dataset.tokens = case.loader.dataset.tokens[:1]

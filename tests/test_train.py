@@ -90,7 +90,7 @@ class Pretending(Trainer):
     def step(self, _):
         return torch.tensor(1.0), torch.tensor(1.0)
 
-    def evaluate(self, _):
+    def evaluate(self, _, **options):
         return 1.0
 
     def sample(self, label):
@@ -615,7 +615,7 @@ def scripted(val_losses: list[float], base: type[Trainer] = Trainer) -> type[Tra
     both = (loss for val_loss in val_losses for loss in (1.0, val_loss))
 
     class Scripted(base):
-        def evaluate(self, *_) -> float:
+        def evaluate(self, *_, **options) -> float:
             return next(both)
 
     return Scripted

@@ -98,16 +98,20 @@ class Learner:
         max_batches: int | None = None,
         stop: StopSignals | None = None,
         *,
+        overlapping: bool = True,
         label: str | None = None,
     ) -> float:
         """The mean loss over a loader's text, or over max_batches of windows evenly spread over it.
 
         Each token is scored once with at least half a window before it; only those of the first
-        half window have less. Raises as mean_loss() does. With a label it draws a bar. Collective.
+        half window have less. With overlapping False the windows lie side by side, as in training.
+        Raises as mean_loss() does. With a label it draws a bar. Collective.
         """
 
         def attempt() -> float:
-            parts = evaluation_loader(loader, max_batches, self.parallel, self.micro_batch)
+            parts = evaluation_loader(
+                loader, max_batches, self.parallel, self.micro_batch, overlapping=overlapping
+            )
             if label is not None:
                 parts = count_off(parts, len(parts), label)
             return mean_loss(self.model, parts, self.device, self.precision, stop, self.parallel)
