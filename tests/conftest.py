@@ -13,6 +13,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -21,6 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 REPOSITORY = Path(__file__).resolve().parent.parent
 SHARED_DATA = REPOSITORY.parent / "shared" / "data"
 BF16_UNITS = ("avx512_bf16", "amx_bf16")
+LETTERS = ("abcd efgh hgfe " * 200)[:3000]
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -60,7 +62,8 @@ class HostReads(TorchDispatchMode):
 
 
 def train_in(folder: Path, settings: str) -> Path:
-    """Train with settings, whose RUN_NAME is "tiny", in a folder and in silence; the run's path."""
+    """Train with settings, whose RUN_NAME is "tiny", in a folder, in silence and without a picture,
+    which takes longer; the run's path."""
     import main
     import storage.cache
 
@@ -70,9 +73,18 @@ def train_in(folder: Path, settings: str) -> Path:
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()):
         patch.chdir(folder)
         patch.setattr(storage.cache, "CACHE", folder / "cache")
+        patch.setitem(sys.modules, "matplotlib.figure", None)
         assert main.main(["settings.py"]) == 0
     torch.set_num_threads(threads)
     return folder / "runs" / "tiny"
+
+
+def train_on_letters(folder: Path, **params: Any) -> Path:
+    """Train on LETTERS with custom_params, as train_in()."""
+    (folder / "text.txt").write_text(LETTERS, encoding="utf-8")
+    names = "DATA, TOKENIZER, CUSTOM_MODE, RUN_NAME, PRECISION"
+    values = '"text.txt", "char", True, "tiny", "fp32"'
+    return train_in(folder, f"{names} = {values}\ncustom_params = {params!r}\n")
 
 
 @pytest.fixture

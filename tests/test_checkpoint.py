@@ -389,6 +389,10 @@ def test_best_weights_on_the_disk_take_no_memory_and_are_read_where_they_are_use
     _, kept, _ = saved.restore()  # the checkpoint names them
     assert kept.step == 4
     assert same(kept.weights, expected)
+    for step in (6, 7):  # the better one replaces what no checkpoint names
+        store.keep_best(step, model)
+    left = {path.name for path in (saved.folder / "best").iterdir()}
+    assert left >= {"step-00000004", "step-00000007"} and "step-00000006" not in left
     (saved.folder / "best" / "step-00000004" / MODEL).unlink()
     assert store.weights_of_best(best, model) is None
     assert "the best weights are lost" in capsys.readouterr().out

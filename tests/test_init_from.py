@@ -1,10 +1,8 @@
 """Runs that begin from given weights: what these decide, what contradicts them, and resuming."""
 
 import dataclasses
-import itertools
 import re
 import shutil
-import sys
 
 import pytest
 import torch
@@ -30,18 +28,11 @@ from planning.fine_tuning import (
 )
 from planning.plan import AUTO_START, RunPlan, Start, resolve_settings
 from planning.settings_file import read_given_settings
-from tests.conftest import REPOSITORY, train_in
+from tests.conftest import LETTERS, REPOSITORY, train_on_letters
 from tests.records import MACHINE, TEXT_FACTS
 from tests.resuming import Bench, compare, uninterrupted
 from training_utils import TrainingConfig
 
-LETTERS = "".join(itertools.islice(itertools.cycle("abcd efgh hgfe "), 3000))
-TINY = """
-DATA, TOKENIZER, CUSTOM_MODE, RUN_NAME, PRECISION = "text.txt", "char", True, "tiny", "fp32"
-custom_params = {"max_steps": 30, "eval_freq": 15, "batch_size": 8,
-    "max_length": 24, "learning_rate": 3e-2,
-    "model_overrides": {"emb_dim": 16, "n_heads": 2, "n_layers": 1, "drop_rate": 0.2}}
-"""
 MODEL = GPTConfig(
     vocab_size=300, context_length=1024, emb_dim=48, n_heads=3, n_layers=2, drop_rate=0.1
 )
@@ -51,11 +42,15 @@ START = Start("seed (run, step 9)", "0" * 64, MODEL)
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory):
     """The folder of a finished run on eight letters."""
-    folder = tmp_path_factory.mktemp("tiny")
-    (folder / "text.txt").write_text(LETTERS, encoding="utf-8")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(sys.modules, "matplotlib.figure", None)  # as with no_pictures
-        return train_in(folder, TINY)
+    return train_on_letters(
+        tmp_path_factory.mktemp("tiny"),
+        max_steps=30,
+        eval_freq=15,
+        batch_size=8,
+        max_length=24,
+        learning_rate=3e-2,
+        model_overrides={"emb_dim": 16, "n_heads": 2, "n_layers": 1, "drop_rate": 0.2},
+    )
 
 
 @pytest.fixture

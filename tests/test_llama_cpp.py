@@ -20,7 +20,15 @@ from exchange.gguf_file import read_header
 from exchange.gguf_tokenizer import RULES, tokenizer_of
 from model import GPTModel
 from tests.conftest import REPOSITORY
-from tests.test_gguf import LETTERS, foreign, model_of, opened_model, sentence_piece, texts, written
+from tests.gguf_models import (
+    LETTERS,
+    foreign,
+    model_of,
+    opened_model,
+    sentence_piece,
+    texts,
+    written,
+)
 from tests.texts import CHINESE, ENGLISH
 from text.tokenizer import CharTokenizer, GPT2Tokenizer, Tokenizer, train_bpe
 

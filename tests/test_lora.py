@@ -1,9 +1,7 @@
 """LoRA: an adapter learns beside frozen weights, is kept alone, and is merged where it is used."""
 
-import itertools
 import json
 import shutil
-import sys
 
 import pytest
 import torch
@@ -28,17 +26,11 @@ from storage.checkpoint import (
     safetensors_chunks,
     weights_of,
 )
-from tests.conftest import train_in
+from tests.conftest import train_on_letters
 from tests.hostile import reseal
 from tests.letters import CPU, FP32
 from tests.resuming import Bench, compare, uninterrupted
 
-LETTERS = "".join(itertools.islice(itertools.cycle("abcd efgh hgfe "), 3000))
-SEED = """
-DATA, TOKENIZER, CUSTOM_MODE, RUN_NAME, PRECISION = "text.txt", "char", True, "tiny", "fp32"
-custom_params = {"max_steps": 2, "eval_freq": 2, "batch_size": 8, "max_length": 24,
-    "model_overrides": {"architecture": "llama", "emb_dim": 16, "n_heads": 2, "n_layers": 2}}
-"""
 LLAMA = {"architecture": "llama", "n_kv_heads": 2, "qk_norm": True}
 both = pytest.mark.parametrize("changes", [{"qkv_bias": True}, LLAMA], ids=["gpt2", "llama"])
 
@@ -131,11 +123,14 @@ def test_an_adapter_takes_a_fraction_of_the_memory_of_training_all():
 @pytest.fixture(scope="module")
 def seed_run(tmp_path_factory):
     """The folder of a finished run to begin from."""
-    folder = tmp_path_factory.mktemp("seed")
-    (folder / "text.txt").write_text(LETTERS, encoding="utf-8")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(sys.modules, "matplotlib.figure", None)  # as with no_pictures
-        return train_in(folder, SEED)
+    return train_on_letters(
+        tmp_path_factory.mktemp("seed_run"),
+        max_steps=2,
+        eval_freq=2,
+        batch_size=8,
+        max_length=24,
+        model_overrides={"architecture": "llama", "emb_dim": 16, "n_heads": 2, "n_layers": 2},
+    )
 
 
 def test_a_checkpoint_holds_the_adapter_alone_and_is_read_as_the_entire_model(tmp_path):

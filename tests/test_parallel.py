@@ -209,7 +209,7 @@ def test_two_ranks_with_minutes_follow_one_recipe_and_one_plan_and_end_on_time(t
     seconds = [rank.pop("seconds") for rank in ranks]
     assert ranks[0] == ranks[1]  # the recipe and each step's loss
     assert ranks[0]["record"]["ranks"] == 2
-    assert max(seconds) < 4 * 18  # a busy machine is late
+    assert max(seconds) < 1.5 * 18  # a busy machine may be late
     summary = facts(tmp_path / "runs" / "run", "summary")
     assert summary["steps"] == len(ranks[0]["losses"]) >= 1
 

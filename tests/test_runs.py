@@ -288,6 +288,14 @@ def test_a_finished_run_goes_on_where_it_has_more_to_do(had, steps, asked, goes_
     assert ("seed: 123 then, 7 now" in str(caught.value)) == ("SEED" in asked)
 
 
+def test_a_run_that_ended_by_a_patience_chosen_for_it_is_finished():
+    """As of one that began from given weights: the settings ask for no more patience."""
+    keep("one", steps=2, training=dataclasses.replace(PLAN.training, patience=3))
+    with pytest.raises(RunFinished):
+        settle_run(find("one"), TOKENIZER, TEXT)
+    assert found(run_name="one", patience=5) == ["one"]
+
+
 def test_a_path_in_every_form_names_a_run_wherever_new_ones_go(monkeypatch):
     monkeypatch.setenv("HOME", str(Path.cwd()))
     run = keep("one").absolute()
