@@ -145,8 +145,11 @@ def test_rounding_to_8_bits_stays_within_what_is_no_other_weight():
     quants = pytest.importorskip("gguf.quants")
     kind = quants.GGMLQuantizationType.Q8_0
     draw = np.random.default_rng(1)
-    for spread in (1e-6, 1e-3, 0.02, 1.0):
-        weight = draw.normal(0, spread, (256, 512)).astype(np.float32)
+    scale = (1 + 2**-11) / 256  # whose rounding to fp16 is the largest
+    worst = np.full((1, 32), 126.4999 * scale)
+    worst[0, 0] = 127 * scale
+    for weight in (worst, *(draw.normal(0, spread, (64, 512)) for spread in (1e-6, 1e-3, 1.0))):
+        weight = weight.astype(np.float32)
         again = quants.dequantize(quants.quantize(weight, kind), kind)
         most = ROUNDING["q8_0"] * np.abs(weight).max() + SMALLEST["q8_0"]
         assert np.abs(again - weight).max() <= most

@@ -42,7 +42,7 @@ from tests.letters import (
     tiny_loaders,
     tiny_model,
 )
-from tests.resuming import rows_of
+from tests.resuming import Bench, rows_of
 from train import (
     MOST_HALVINGS,
     MOST_SKIPPED,
@@ -793,3 +793,18 @@ def test_an_ordinary_loader_trains_too_and_a_wrong_start_context_is_refused_at_o
     assert tokens_seen == [epoch * len(pairs) * CONTEXT for epoch in range(9)]
     assert train_losses[-1] < 0.5 * train_losses[0]
     assert val_losses == pytest.approx(train_losses)
+
+
+def test_training_text_is_scored_on_its_windows_and_validation_text_with_context(
+    workdir, monkeypatch
+):
+    """A model that knows its windows by heart knows nothing of those that begin half-way."""
+    bench = Bench(workdir, monkeypatch)
+    bench.describe("one")
+    assert bench.session()
+    env, history = bench.env, bench.journal.history
+    evaluate, n_batches = env.learner.evaluate, env.train_config.eval_iter
+    expected = evaluate(env.train_loader, n_batches, overlapping=False)
+    assert history.train_losses[-1] == pytest.approx(expected, rel=1e-6)
+    assert evaluate(env.train_loader, n_batches) != pytest.approx(expected, rel=1e-4)
+    assert history.val_losses[-1] == pytest.approx(evaluate(env.val_loader, n_batches), rel=1e-6)
