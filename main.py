@@ -128,7 +128,7 @@ def run_pipeline(env: RuntimeEnv) -> None:
 
     Raises NumericsError in the end if training has diverged.
     """
-    _headline("TRAINING START")
+    say("\nTRAINING START")
     # the lock and the threads are for the samples and the summary too
     with env.parallel.held_by_main(env.run.opened), using_threads(env.run.record.threads):
         journal = train(env)
@@ -139,7 +139,7 @@ def run_pipeline(env: RuntimeEnv) -> None:
                 say(f"✓ Saved training loss plot to {PICTURE}")
             stop.agree()
             stop.check()
-            _headline("TRAINING COMPLETE")
+            say("\nTRAINING COMPLETE")
             sum_up(env, journal, stop)
     if journal.history.has_diverged:
         losses, rate = journal.history.train_losses, env.train_config.learning_rate
@@ -249,10 +249,6 @@ def _best(env: RuntimeEnv, history: History, step: int, score: Score) -> tuple[f
             f"on which step {step} has {then:.4f}"
         )
     return history.val_losses[history.best], best_step, how
-
-
-def _headline(text: str) -> None:
-    say(f"\n{LINE}\n{text}\n{LINE}")
 
 
 def _settings_file(arguments: list[str]) -> str | None:

@@ -53,6 +53,7 @@ from train import (
     train_model_simple,
     training_loop,
 )
+from training import spacing
 from training.journal import History, Journal
 from training.learner import Learner, batch_loss, count_steps, mean_loss, steps_between, take_step
 
@@ -548,6 +549,7 @@ def undisturbed(tmp_path_factory) -> Trainer:
     trainer = saving_trainer(folder, 12, save_every=7, eval_freq=4)
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(sys.modules, "matplotlib.figure", None)
+        patch.setattr(spacing, "EXTRAS_GRACE_S", 1e9)  # of samples, on a busy machine too
         training_loop(trainer, *tiny_loaders())
     return trainer
 
