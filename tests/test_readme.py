@@ -236,6 +236,7 @@ def test_the_figures_are_those_that_the_benchmarks_wrote(page):
     train, startup, data = (written(f"{name}-cpu") for name in ("train", "startup", "data"))
     generation, scale = written("generate-cpu"), written("scale-cpu")
     saving, survival = written("saving-cpu"), written("survival-cpu")
+    texts = written("any-text-cpu-amd-epyc-avx2")["rows"]
     second = "秒" if page.endswith(".zh-CN.md") else "s"
     shown = [
         f"{train['multiply_rates']['bf16'] / 1e9:,.0f} GFLOP/s",
@@ -244,6 +245,8 @@ def test_the_figures_are_those_that_the_benchmarks_wrote(page):
         f" {data['ratio']:.0%}",
         f" {data['peak_mb_above_torch']:.0f} MB",
         f" {data['found_again_s']:.2f} {second}",
+        f" {max(row['factor'] for row in texts):.2f} ",
+        *(f" {max(row[n] for row in texts):.0f} MB" for n in ("peak_mb", "peak_mb_training")),
         f"{statistics.median(generation['bytes_per_s']) / 1e9:.0f} GB/s",
         f" {' x '.join(map(str, [*scale['batch'], scale['max_length']]))} ",
         *(f" {row['efficiency']:.2f} " for row in scale["rows"]),
