@@ -3,7 +3,7 @@
 import datetime
 import json
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 from engine.errors import DataError, SettingsError, first_line
 
@@ -44,7 +44,7 @@ def _environment() -> Any:
     class Generation(jinja2.ext.Extension):
         """The tags around what a model generates, which change no text."""
 
-        tags = frozenset(["generation"])
+        tags: ClassVar[set[str]] = {"generation"}
 
         def parse(self, parser: Any) -> Any:
             line = next(parser.stream).lineno
