@@ -3,7 +3,7 @@
 import datetime
 import json
 from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import Any
 
 from engine.errors import DataError, SettingsError, first_line
 
@@ -44,7 +44,7 @@ def _environment() -> Any:
     class Generation(jinja2.ext.Extension):
         """The tags around what a model generates, which change no text."""
 
-        tags: ClassVar[set[str]] = {"generation"}
+        tags = {"generation"}  # noqa: RUF012  as the library has it
 
         def parse(self, parser: Any) -> Any:
             line = next(parser.stream).lineno
