@@ -97,7 +97,6 @@ class ReadingReport:
     stand_in: bool | None = None  # whether to read a corpus's stand-in; None: if it is needed
     stood_in: bool = False  # whether one was read
     documents: int = 0  # conversations among them
-    conversations: int = 0
     unanswered: int = 0  # rows of conversations in which the assistant says nothing
     empty_documents: int = 0
     characters: int = 0

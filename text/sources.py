@@ -80,8 +80,8 @@ def _weighted(value: Any, label: str) -> DataSpec:
         is_number = isinstance(weight, int | float) and not isinstance(weight, bool)
         if not is_number or not 0 < weight <= MOST_WEIGHT:
             raise SettingsError(
-                f'the "weight" of {entry["path"]!r} in DATA is {weight!r}; it must be a number above '
-                f"0, and at most {MOST_WEIGHT}: how often it is seen in an epoch"
+                f'the "weight" of {entry["path"]!r} in DATA is {weight!r}; it must be a number '
+                f"above 0, and at most {MOST_WEIGHT}: how often it is seen in an epoch"
             )
         found = _names(entry["path"], f'{label}["path"]')
         names += found
