@@ -58,6 +58,11 @@ class _Budget(threading.local):
             for item in value.items() if isinstance(value, dict) else value:
                 self.write(item)
 
+    def written(self, value: Any) -> Any:
+        """A value whose text is paid for."""
+        self.write(value)
+        return value
+
     def paid(self, value: Any) -> Any:
         """A value whose size is paid for."""
         if isinstance(value, int):
@@ -111,7 +116,7 @@ def compile_template(source: str) -> Callable[..., str]:
 
 
 def _counting_loops(environment: Any, tree: Any) -> Any:
-    """A template's tree in which loops pay for their items, and joined texts and lists for theirs."""
+    """A template's tree in which loops and lists pay for their items, and joined texts for both."""
     import jinja2
     from jinja2.visitor import NodeTransformer
 
@@ -149,8 +154,39 @@ def _counting_loops(environment: Any, tree: Any) -> Any:
 def _environment(budget: _Budget) -> Any:
     """The environment that a template runs in."""
     import jinja2
+
+    def raise_exception(message: str) -> None:
+        raise jinja2.TemplateError(message)
+
+    def finalize(value: Any) -> str:
+        return str(budget.written(value))
+
+    environment = _sandbox(budget)(
+        trim_blocks=True,
+        lstrip_blocks=True,
+        extensions=[_generation_tag(), "jinja2.ext.loopcontrols"],
+        finalize=finalize,
+    )
+    filters = {name: environment.filters[name] for name in FILTERS}
+    filters |= {"tojson": _to_json, "indent": _indented}
+    filters = {name: _paying(budget, name, function) for name, function in filters.items()}
+    filters |= {"_counted": functools.partial(_counted, budget), "_written": budget.written}
+    environment.filters.clear()
+    environment.filters.update(filters)
+    kept = {name: environment.globals[name] for name in ("namespace", "range")}
+    environment.globals.clear()
+    environment.globals.update(
+        kept,
+        dict=lambda *arguments, **named: dict(*arguments, **named),
+        raise_exception=raise_exception,
+        strftime_now=lambda form: datetime.datetime.now().strftime(form[:LONGEST_TIME]),
+    )
+    return environment
+
+
+def _generation_tag() -> type:
+    import jinja2
     import jinja2.ext
-    import jinja2.sandbox
 
     class Generation(jinja2.ext.Extension):
         """The tags around what a model generates, which change no text."""
@@ -162,16 +198,21 @@ def _environment(budget: _Budget) -> Any:
             body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
             return jinja2.nodes.Scope(body).set_lineno(line)
 
-    def written(value: Any) -> Any:
-        budget.write(value)
-        return value
+    return Generation
+
+
+def _sandbox(budget: _Budget) -> type:
+    import jinja2
+    import jinja2.sandbox
 
     class Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
+        """Jinja's own, in which calls and operators pay from a budget."""
+
         intercepted_binops = frozenset(["+", "*", "**", "%"])
 
         def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
             _check_operands(budget, operator, left, right)
-            return written(super().call_binop(context, operator, left, right))
+            return budget.written(super().call_binop(context, operator, left, right))
 
         def wrap_str_format(self, value: Any) -> None:
             """str.format is not to be had: is_safe_attribute() refuses it."""
@@ -185,39 +226,9 @@ def _environment(budget: _Budget) -> Any:
             owner = getattr(__obj, "__self__", None)
             if isinstance(__obj, types.BuiltinMethodType) and isinstance(owner, str):
                 _check_method(budget, __obj.__name__, owner, args)
-            return written(super().call(__context, __obj, *args, **kwargs))
+            return budget.written(super().call(__context, __obj, *args, **kwargs))
 
-    def raise_exception(message: str) -> None:
-        raise jinja2.TemplateError(message)
-
-    def finalize(value: Any) -> Any:
-        if isinstance(value, str):
-            return budget.paid(value)
-        budget.write(value)
-        return str(value)
-
-    environment = Sandbox(
-        trim_blocks=True,
-        lstrip_blocks=True,
-        extensions=[Generation, jinja2.ext.loopcontrols],
-        finalize=finalize,
-    )
-    filters = {name: _paying(budget, name, environment.filters[name]) for name in FILTERS}
-    filters |= {"_counted": functools.partial(_counted, budget), "_written": written}
-    filters |= {"tojson": _paying(budget, "tojson", _to_json)}
-    filters |= {"indent": _paying(budget, "indent", _indented)}
-    environment.filters.clear()
-    environment.filters.update(filters)
-    namespace, numbers = environment.globals["namespace"], environment.globals["range"]
-    environment.globals.clear()
-    environment.globals.update(
-        namespace=namespace,
-        range=numbers,
-        dict=lambda *arguments, **named: dict(*arguments, **named),
-        raise_exception=raise_exception,
-        strftime_now=lambda form: datetime.datetime.now().strftime(form[:LONGEST_TIME]),
-    )
-    return environment
+    return Sandbox
 
 
 def _counted(budget: _Budget, items: Iterable[Any]) -> Any:
