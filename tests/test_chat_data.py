@@ -1,6 +1,7 @@
 """Rows of conversations: every form read, the answers marked token by token, and kept on disk."""
 
 import dataclasses
+import itertools
 import json
 import re
 from collections import Counter
@@ -303,7 +304,7 @@ def sides(text: TokenizedText) -> tuple[list[tuple[str, str]], list[tuple[str, s
         (text.chat.val_starts, text.n_train, text.n_tokens),
     ]:
         places = [*(starts + offset).tolist(), end]
-        spans = [slice(a, b) for a, b in zip(places, places[1:], strict=False)]
+        spans = [slice(a, b) for a, b in itertools.pairwise(places)]
         found.append([(decode(ids[s]), decode(ids[s][marks[s] == 1])) for s in spans])
     return found[0], found[1]
 
