@@ -147,7 +147,7 @@ def tokenize(
     text = _open_entry(folder, report)
     if text is None:
         used = template if has_conversations(texts, spec) else None
-        _build_entry(folder, [train, val], spec, tokenizer, train_ratio, report, used)
+        _build_entry(folder, [train, val], spec, tokenizer, train_ratio, report, template=used)
         text = _open_entry(folder, report)
         assert text is not None, f"{folder} was written and can't be read"
         keep_within_limit([path.parent for path in tokens_folder.glob("*/entry.json")], folder)
@@ -290,6 +290,7 @@ def _build_entry(
     tokenizer_name: str,
     train_ratio: float,
     report: ReadingReport,
+    *,
     template: str | None,
 ) -> None:
     """Make an entry; template is the chat template if there are conversations."""
