@@ -102,7 +102,7 @@ def _val_share(n_train: int) -> int:
 def _size_of(tokens: np.ndarray, tokenizer: Tokenizer) -> int:
     """The bytes of tokens without those that divide documents; at least 1."""
     n_ends = np.count_nonzero(tokens == tokenizer.end_of_text_id)
-    return max(1, len(to_bytes(tokens, tokenizer)) - n_ends * len(DIVIDER))
+    return max(1, len(to_bytes(tokens, tokenizer)) - int(n_ends) * len(DIVIDER))
 
 
 def _bz2_bits(val: np.ndarray, tokenizer: Tokenizer, limit_s: float) -> float:

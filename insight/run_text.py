@@ -84,12 +84,10 @@ def to_bytes(tokens: np.ndarray, tokenizer: Tokenizer) -> bytes:
 
 def to_byte_pieces(tokens: np.ndarray, tokenizer: Tokenizer) -> Iterator[bytes]:
     """to_bytes() in pieces of PIECE tokens."""
-    table = None
     for start in range(0, len(tokens), PIECE):
         ids = np.asarray(tokens[start : start + PIECE])
         if isinstance(tokenizer, ByteTokens):
-            table = table or _ByteTable(tokenizer)
-            yield table.join(ids)
+            yield _join(ids, tokenizer)
         else:
             is_end = np.flatnonzero(ids == tokenizer.end_of_text_id)
             documents = [part[part != tokenizer.end_of_text_id] for part in np.split(ids, is_end)]
@@ -100,7 +98,7 @@ def to_byte_pieces(tokens: np.ndarray, tokenizer: Tokenizer) -> Iterator[bytes]:
 def count_bytes(tokens: np.ndarray, tokenizer: Tokenizer) -> np.ndarray:
     """The bytes that each token adds to to_bytes(), (N,) int64."""
     if isinstance(tokenizer, ByteTokens):
-        return _ByteTable(tokenizer).lengths[tokens]
+        return _contents(tokens, tokenizer)[0][tokens]
     decoder, counts = tokenizer.decoder(), np.zeros(len(tokens), dtype=np.int64)
     for place, token in enumerate(np.asarray(tokens).tolist()):
         if token == tokenizer.end_of_text_id:
@@ -111,23 +109,25 @@ def count_bytes(tokens: np.ndarray, tokenizer: Tokenizer) -> np.ndarray:
     return counts
 
 
-class _ByteTable:
-    """The bytes of every token of a vocabulary, one after the other."""
+def _contents(
+    ids: np.ndarray, tokenizer: BPETokenizer | CharTokenizer
+) -> tuple[np.ndarray, np.ndarray]:
+    """The length of each token of the vocabulary that is among some ids, (V,) int64, else 0; and
+    the bytes of all these tokens, one after the other, (N,) uint8."""
+    lengths = np.zeros(tokenizer.vocab_size, dtype=np.int64)
+    contents = []
+    for token in np.flatnonzero(np.bincount(ids, minlength=len(lengths))).tolist():
+        is_end = token == tokenizer.end_of_text_id
+        contents.append(DIVIDER if is_end else tokenizer.token_bytes(token))
+        lengths[token] = len(contents[-1])
+    return lengths, np.frombuffer(b"".join(contents), dtype=np.uint8)
 
-    def __init__(self, tokenizer: BPETokenizer | CharTokenizer) -> None:
-        end = tokenizer.end_of_text_id
-        contents = [
-            DIVIDER if token == end else tokenizer.token_bytes(token)
-            for token in range(tokenizer.vocab_size)
-        ]
-        self.lengths = np.array([len(content) for content in contents], dtype=np.int64)
-        self._starts = np.concatenate(([0], np.cumsum(self.lengths)[:-1]))
-        self._bytes = np.frombuffer(b"".join(contents), dtype=np.uint8)
 
-    def join(self, ids: np.ndarray) -> bytes:
-        """The bytes of some tokens."""
-        lengths = self.lengths[ids]
-        before = np.cumsum(lengths) - lengths
-        # of each byte the place in the table: that of its token, and its own place in the token
-        places = np.arange(lengths.sum()) + np.repeat(self._starts[ids] - before, lengths)
-        return self._bytes[places].tobytes()
+def _join(ids: np.ndarray, tokenizer: BPETokenizer | CharTokenizer) -> bytes:
+    """to_bytes() of some tokens that stand for bytes."""
+    table, content = _contents(ids, tokenizer)
+    lengths, starts = table[ids], np.cumsum(table) - table
+    before = np.cumsum(lengths) - lengths
+    # of each byte the place among the contents: that of its token, and its own place in the token
+    places = np.arange(lengths.sum()) + np.repeat(starts[ids] - before, lengths)
+    return content[places].tobytes()
