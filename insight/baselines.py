@@ -122,7 +122,7 @@ def _largest(measure: Callable[[int], float], most: int, limit_s: float) -> tupl
         fitting = size * MARGIN * max(0.0, ends_at - ended_at) / (ended_at - began_at)
         # a small part tells little of the speed of one that outgrows the processor's cache
         larger = int(min(most, fitting, 32 * size))
-        if size == most or larger < 2 * size:
+        if size == most or larger < min(most, 2 * size):
             return value, size
         size = larger
 
