@@ -28,7 +28,7 @@ class Copying:
     """How much of some text is copied."""
 
     n_bytes: int
-    longest: int  # bytes of the longest copied span; 0: none is found, which has copies.LEAST bytes at least
+    longest: int  # bytes of the longest copied span; 0 below copies.LEAST, which are not looked for
     copied: int  # spans of SPAN bytes that the training text has
     spans: int  # of SPAN bytes
 

@@ -4,19 +4,17 @@ import numpy as np
 import pytest
 import torch
 
+import storage.cache
 from engine.errors import DataError
-from engine.optim import build_adamw
-from engine.precision import Precision
+from exchange.saved_run import load_run
 from insight import memorization
 from insight.copies import CopyIndex
 from insight.memorization import Copying, measure_by_heart, measure_copying
-from insight.run_text import to_bytes
-from model import GPTConfig, GPTModel
+from insight.run_text import open_run_text, to_bytes
+from model import GPTConfig
+from tests import by_heart
 from tests.texts import ENGLISH
 from text.tokenizer import CharTokenizer
-from training.learner import take_step
-
-FP32 = Precision("fp32", "", "cpu")
 
 
 def letters_at_random(n_tokens: int, seed: int) -> np.ndarray:
@@ -30,33 +28,33 @@ class Tokens(CharTokenizer):
         super().__init__("abcdefgh")
 
 
-def overfitted(tokens: np.ndarray, tokenizer: CharTokenizer, steps: int) -> GPTModel:
-    """A tiny model trained on random windows of a text, on purpose for too long."""
-    torch.manual_seed(0)
-    shape = {"context_length": 128, "emb_dim": 64, "n_heads": 2, "n_layers": 2, "drop_rate": 0.0}
-    model = GPTModel(GPTConfig(vocab_size=tokenizer.vocab_size, architecture="llama", **shape))
-    optimizer = build_adamw(model, learning_rate=3e-3, weight_decay=0.0)
-    text, generator = torch.from_numpy(tokens.astype(np.int64)), torch.Generator().manual_seed(0)
-    for _ in range(steps):
-        starts = torch.randint(len(text) - 128, (8, 1), generator=generator)
-        windows = text[starts + torch.arange(129)]
-        take_step(model, [(windows[:, :-1], windows[:, 1:])], optimizer, FP32, 1.0)
-    return model.eval()
-
-
 @pytest.mark.slow
-def test_a_model_overfitted_on_purpose_is_extracted_and_one_of_another_text_is_not():
-    tokenizer = Tokens()
-    train, other, val = (letters_at_random(n, seed) for n, seed in ((600, 1), (600, 2), (400, 3)))
-    model = overfitted(train, tokenizer, 220)
-    index, of_other = (CopyIndex.of(to_bytes(tokens, tokenizer)) for tokens in (train, other))
-    found = measure_by_heart(model, tokenizer, train, val, index, n_prompts=100)
+def test_a_model_overfitted_on_purpose_is_extracted_and_one_of_another_text_is_not(
+    tmp_path_factory, monkeypatch
+):
+    run = load_run(by_heart.tiny_run(tmp_path_factory), weights="fp32", device="cpu")
+    monkeypatch.setattr(storage.cache, "CACHE", run.path.parent.parent / "cache")
+    text = open_run_text(run.path)
+    index = CopyIndex.of(to_bytes(text.train, text.tokenizer))
+    found = measure_by_heart(
+        run.model,
+        run.tokenizer,
+        text.train,
+        text.val,
+        index,
+        samples=[by_heart.STORY[:80]],
+        n_prompts=50,
+    )
     assert found.extraction_rate > 0.5
-    assert found.train.share > 0.5 and found.train.longest > 50
-    assert found.guess_rate == 0 and found.chance == Copying(100 * 150, 0, 0, 100 * 101)
-    strange = measure_by_heart(model, tokenizer, other, val, of_other, n_prompts=100)
-    assert strange.extraction_rate < 0.01
-    assert strange.train.share < 0.01
+    assert found.train.share > 0.5 and found.train.longest > 100
+    assert found.samples.share == 1 and found.samples.longest == len(by_heart.STORY[:80].encode())
+    # to the same model this text is a strange one
+    strange = np.array(text.tokenizer.encode(ENGLISH), dtype=np.uint16)
+    of_strange = CopyIndex.of(to_bytes(strange, text.tokenizer))
+    found = measure_by_heart(run.model, run.tokenizer, strange, strange, of_strange, n_prompts=50)
+    assert found.extraction_rate < 0.01
+    assert found.train.share < 0.01
+    assert found.chance.share == 1
 
 
 def test_the_share_is_that_of_all_spans_of_50_bytes_looked_for_one_by_one():
