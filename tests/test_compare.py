@@ -20,7 +20,7 @@ from engine.precision import Precision
 from exchange.saved_run import load_run
 from insight import compare as comparing
 from insight.compare import Comparison, Curve, Standing, find_differing, read_compared, read_curve
-from insight.comparison_page import as_page, as_text, draw, standings_table, verdict_of
+from insight.comparison_page import as_page, draw, standings_table, verdict_of
 from insight.paired import (
     USUAL_SPREAD,
     Difference,
