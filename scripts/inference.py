@@ -7,6 +7,8 @@ characters, which a terminal would obey. --json keeps them, escaped.
 import argparse
 import math
 import sys
+from collections.abc import Sequence
+from dataclasses import asdict
 from typing import Any
 
 from engine.starting import end_at_ctrl_c
@@ -21,6 +23,8 @@ from engine.errors import DataError, SettingsError
 from engine.settings import raise_if_any, shown
 from exchange.saved_run import LoadedModel
 from generation import stream_text
+from insight.copies import LEAST, Copy, CopyIndex, covered, find_copies, open_index
+from insight.run_text import open_run_text
 from scripts.options import (
     add_run_options,
     add_sampling_options,
@@ -35,9 +39,12 @@ from scripts.options import (
     whole,
     write,
 )
+from storage.cache import usable_cache
 
 MOST_ROWS = 8  # samples in one batch, unless one prompt has more
 MOST_SAMPLES = 100
+COPIED = "⟦", "⟧"  # around a copied part of a text
+BEGINNING = 40  # characters of one that are shown with its place
 MOST_BYTES = 16 << 20  # of a prompt file; a model reads the newest few thousand
 
 
@@ -47,6 +54,7 @@ def main() -> int:
     prompts = read_prompts(arguments)
     _check(arguments, len(prompts))
     run = load(arguments)
+    index = _open_index(run) if arguments.show_copies else None
     seed = seed_of(arguments)
     tell(f"{describe(run)}, seed {seed}")
     for prompt in prompts:
@@ -67,12 +75,16 @@ def main() -> int:
     for first in range(0, len(prompts), batch):
         samples = continue_texts(run, prompts[first : first + batch], options)
         for row, sample in enumerate(samples):
+            copies = [] if index is None else find_copies(index, sample["text"])
             if arguments.json:
-                write(to_json_line(sample | facts))
+                found = {} if index is None else {"copies": list(map(asdict, copies))}
+                write(to_json_line(sample | found | facts))
             else:
                 number = first * arguments.num_samples + row
                 write(_headline(number, len(prompts), arguments.num_samples))
-                write(f"{sample['prompt']}{sample['text']}\n")
+                write(f"{sample['prompt']}{mark_copies(sample['text'], copies)}\n")
+                if index is not None:
+                    write(_about_copies(sample["text"], copies))
     return 0
 
 
@@ -113,6 +125,12 @@ def _parser() -> argparse.ArgumentParser:
         help="a JSON object a text and line: prompt, text, finish_reason, tokens with their "
         "probabilities, seed, run, step",
     )
+    group.add_argument(
+        "--show-copies",
+        action="store_true",
+        help=f"mark {'...'.join(COPIED)} what stands word for word in the run's training text, in "
+        f"{LEAST} bytes or more, and list where",
+    )
     add_run_options(parser)
     add_sampling_options(parser)
     return parser
@@ -127,7 +145,43 @@ def _check(arguments: argparse.Namespace, n_prompts: int) -> None:
         problems.append("--stream shows a single text; ask for one prompt and one sample")
     if arguments.stream and arguments.json:
         problems.append("--stream and --json don't go together: an object is written when whole")
+    if arguments.show_copies and arguments.stream:
+        problems.append("--stream and --show-copies don't go together: a copy is known at its end")
+    if arguments.show_copies and any(model.option != "run" for model in arguments.models or []):
+        problems.append("--show-copies is for runs, whose training text is known; not for --model")
     raise_if_any(problems, "the options")
+
+
+def _open_index(run: LoadedModel) -> CopyIndex:
+    """The index of a run's training text. Raises DataError if that is gone or has changed."""
+    assert run.path is not None, "_check() has refused other models"
+    index = open_index(open_run_text(run.path), usable_cache())
+    if index.share < 1:
+        tell(f"Note: copies are looked for in {index.share:.0%} of the training text: it is large")
+    return index
+
+
+def mark_copies(text: str, copies: Sequence[Copy]) -> str:
+    """A text with its copied parts marked; those that touch or overlap are one."""
+    marked, at = [], 0
+    for start, stop in covered(copies):
+        marked += [text[at:start], COPIED[0], text[start:stop], COPIED[1]]
+        at = stop
+    return "".join([*marked, text[at:]])
+
+
+def _about_copies(text: str, copies: Sequence[Copy]) -> str:
+    """The lines below a text: how much of it is copied, and where each part stands."""
+    n_copied = sum(stop - start for start, stop in covered(copies))
+    lines = [f"copied: {n_copied:,} of {len(text):,} characters"]
+    for copy in copies:
+        begins, before = (" ".join(part.split()) for part in (copy.text[:BEGINNING], copy.before))
+        place = f'behind "{before}"' if before else "where a document begins"
+        lines.append(
+            f'  "{begins}...", {len(copy.text):,} characters: in the training text at byte '
+            f"{copy.source:,}, {place}"
+        )
+    return "\n".join(lines) + "\n"
 
 
 def _headline(number: int, n_prompts: int, n_samples: int) -> str:
