@@ -142,7 +142,8 @@ def arrange(
         sizes = _write_documents(folder, parts, sides, end_of_text)
     else:
         sizes = _write_spans(folder, parts, end_of_text)
-    remove_file(folder / "all.bin")
+    for source in folder.glob("all*.bin"):  # which nothing maps any more: Windows would refuse
+        remove_file(source)
     return sizes[0]
 
 
@@ -218,5 +219,4 @@ def _write_documents(
             sizes.append(position - before)
     with NewFile(folder / "starts.bin", durable=False) as file:
         file.write(np.frombuffer(starts, np.uint64).astype("<i8").tobytes())
-    remove_file(folder / "all-targets.bin")
     return sizes

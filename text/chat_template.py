@@ -260,7 +260,7 @@ def _unused_mark(texts: Sequence[str]) -> str:
 
 @functools.lru_cache(maxsize=8)
 def _names(names: tuple[str, ...]) -> re.Pattern[str]:
-    longest_first = sorted(names, key=len, reverse=True)
+    longest_first = sorted(filter(None, names), key=len, reverse=True)
     return re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
 
 

@@ -1,10 +1,13 @@
 """Conversations as tokens: encoded by a chat template, with what a report says of them."""
 
+import collections
 import dataclasses
 import hashlib
 import itertools
 import json
+import os
 from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +18,7 @@ from text.chat import Conversation
 from text.chat_template import CHATML, TURN_END, TURN_START, ChatTemplate, Message, template_of
 from text.tokenizer import Tokenizer, add_special_tokens
 
-BATCH = 256  # conversations whose tokens are written at once
+BATCH = 64  # conversations to encode in one task, which no Ctrl-C can end
 
 
 @dataclass(frozen=True)
@@ -37,18 +40,29 @@ def chat_template_for(source: str, tokenizer: Tokenizer) -> tuple[ChatTemplate, 
 
 
 def encode_conversations(
-    conversations: Iterable[Conversation], template: ChatTemplate, tokenizer: Tokenizer
+    conversations: Iterable[Conversation],
+    template: ChatTemplate,
+    tokenizer: Tokenizer,
+    pool: ThreadPoolExecutor,
 ) -> Iterator[list[EncodedConversation]]:
-    """Encode conversations in batches of at most BATCH.
+    """Encode conversations in parallel, in order, in batches of at most BATCH.
 
     Raises DataError for one that the template refuses, with its row.
     """
+    pending: collections.deque[Future[list[EncodedConversation]]] = collections.deque()
     remaining = iter(conversations)
-    while batch := [
-        _encode(conversation, template, tokenizer)
-        for conversation in itertools.islice(remaining, BATCH)
-    ]:
-        yield batch
+    while batch := list(itertools.islice(remaining, BATCH)):
+        pending.append(pool.submit(_encode_batch, batch, template, tokenizer))
+        if len(pending) > 2 * (os.cpu_count() or 1):
+            yield pending.popleft().result()
+    while pending:
+        yield pending.popleft().result()
+
+
+def _encode_batch(
+    batch: list[Conversation], template: ChatTemplate, tokenizer: Tokenizer
+) -> list[EncodedConversation]:
+    return [_encode(conversation, template, tokenizer) for conversation in batch]
 
 
 def _encode(

@@ -38,7 +38,12 @@ from storage.files import (
 from text.arrangement import Side, arrange, divide, times_seen
 from text.chat import Conversation
 from text.chat_template import CHATML, ChatTemplate
-from text.chat_tokens import ChatReport, chat_template_for, encode_conversations
+from text.chat_tokens import (
+    ChatReport,
+    EncodedConversation,
+    chat_template_for,
+    encode_conversations,
+)
 from text.corpora import CORPORA
 from text.documents import (
     DataSpec,
@@ -479,7 +484,9 @@ def _write_tokens(
             for is_chat, group in itertools.groupby(documents, _is_conversation):
                 if is_chat:
                     assert chat is not None and told is not None, "has_conversations() has seen it"
-                    batches = _chat_batches(group, side, chat, tokenizer, told, report)
+                    found = _counted(group, report)
+                    encoded = encode_conversations(found, chat, tokenizer, pool)
+                    batches = _chat_batches(encoded, side, tokenizer, told)
                 else:
                     pieces = (piece for document in group for piece in pieces_of(document, report))
                     batches = _text_batches(_watched(pieces, repeats), side, tokenizer, pool)
@@ -524,15 +531,13 @@ def _counted(documents: Iterable[Document], report: ReadingReport) -> Iterator[C
 
 
 def _chat_batches(
-    conversations: Iterable[Document],
+    batches: Iterable[list[EncodedConversation]],
     side: Side,
-    template: ChatTemplate,
     tokenizer: Tokenizer,
     told: ChatReport,
-    report: ReadingReport,
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """The tokens of conversations in batches, and which of them count, noted in their side."""
-    for batch in encode_conversations(_counted(conversations, report), template, tokenizer):
+    for batch in batches:
         for encoded in batch:
             start, side.stop = side.stop, side.stop + len(encoded.ids)
             side.add(start, side.stop, encoded.digest, encoded.prompt_digest, is_chat=True)
