@@ -16,9 +16,11 @@ LONGEST_VALUE = 40  # characters of a setting
 STYLE = """
 :root { color-scheme: light dark; }
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; }
+h1 { font-size: 1.5rem; line-height: 1.3; }
 .wide { overflow-x: auto; }
 table { border-collapse: collapse; margin: 1rem 0; }
-th, td { padding: .3rem .8rem; text-align: right; border-bottom: 1px solid #8886; }
+th, td { padding: .3rem .8rem; text-align: right; white-space: nowrap; }
+tr { border-bottom: 1px solid #8886; }
 th:first-child, td:first-child { text-align: left; }
 img { max-width: 100%; background: #fff; }
 """
