@@ -5,7 +5,7 @@ import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -17,12 +17,14 @@ from engine.console import say
 from engine.devices import free_memory
 from engine.errors import DataError
 from engine.metrics import TokenSize
+from text.packing import Packing, Pieces
 from text.tokenizer import ByteTokens, GPT2Tokenizer, Tokenizer
 
 MIN_TOKENS = 4  # an input and its target to train on, and as many to validate on
 # of a text that are counted at once, so that it need not fit into memory
 COUNTED_TOKENS, COUNTED_PARTS = 1 << 14, 1 << 6
 LONGEST_TRAIN_SHARE = 0.95  # the most of a short text that is trained on, so that a window fits
+IGNORED = -100  # the target of a position that does not count
 
 
 @dataclass
@@ -53,8 +55,24 @@ class TokenSlice:
         return vars(self) | {"_mapped": None}
 
 
+class Packed(NamedTuple):
+    """Windows of conversations, each of which attends to itself alone: GPTModel's arguments."""
+
+    ids: torch.Tensor  # (B, T)
+    targets: torch.Tensor  # (B, T), IGNORED where none counts
+    starts: torch.Tensor | None  # (B, T), where a token's conversation begins; None: all at 0
+    counted: torch.Tensor  # (K,), the targets that count, by their places in all B x T
+
+    @classmethod
+    def of(cls, ids: torch.Tensor, targets: torch.Tensor, starts: torch.Tensor | None) -> "Packed":
+        """A batch on the CPU, where its targets are counted without a synchronization."""
+        if starts is not None and not starts.any():
+            starts = None
+        return cls(ids, targets, starts, (targets.flatten() != IGNORED).nonzero()[:, 0])
+
+
 Tokens = np.ndarray | TokenSlice
-Batch = tuple[torch.Tensor, torch.Tensor]  # ids and targets, (B, T) each
+Batch = tuple[torch.Tensor, torch.Tensor] | Packed  # ids and targets, (B, T) each
 
 
 def _as_array(tokens: Tokens) -> np.ndarray:
@@ -124,6 +142,69 @@ class WindowDataset(Dataset):
         self._resident = torch.from_numpy(_as_array(self.tokens).astype(np.int32)).to(device)
 
 
+class PackedWindows(Dataset):
+    """Windows of whole conversations, as text/packing.py packs them; is_target marks the tokens
+    that count. All windows are as long as the fullest one."""
+
+    has_tail = False
+
+    def __init__(self, tokens: Tokens, is_target: Tokens, pieces: Pieces, packing: Packing) -> None:
+        self.tokens, self.is_target = tokens, is_target
+        self.pieces, self.packing, self.n_whole = pieces, packing, len(packing)
+        self.max_length = int(self._sums(pieces.lengths).max(initial=1))
+        self._n_targets = self._sums(self._count_in_pieces())
+
+    def _sums(self, numbers: np.ndarray) -> np.ndarray:
+        """The sum of the pieces' numbers in each window, (windows,)."""
+        firsts = np.append(0, self.packing.ends)[:-1]
+        return np.add.reduceat(numbers[self.packing.order], firsts) if len(firsts) else firsts
+
+    def _count_in_pieces(self) -> np.ndarray:
+        """The targets of each piece that count, (N,)."""
+        is_target, firsts = _as_array(self.is_target), self.pieces.starts + 1
+        places = np.column_stack((firsts, firsts + self.pieces.lengths)).ravel()
+        places = places[places < len(is_target)]  # the last piece may end with the tokens
+        return np.add.reduceat(is_target, places, dtype=np.int64)[::2] if len(places) else firsts
+
+    def __len__(self) -> int:
+        return self.n_whole
+
+    def count_targets(self, windows: Sequence[int] | np.ndarray) -> int:
+        """The targets of some windows that count."""
+        return int(self._n_targets[windows].sum())
+
+    def _targets(self, piece: int) -> tuple[np.ndarray, np.ndarray]:
+        """The targets of a piece, and which of them count."""
+        first = self.pieces.starts[piece] + 1
+        following = slice(first, first + self.pieces.lengths[piece])
+        return _as_array(self.tokens)[following], _as_array(self.is_target)[following].astype(bool)
+
+    def __getitems__(self, indices: Sequence[int]) -> Packed:
+        """A batch of windows; the end of a window that is not full belongs to its last piece."""
+        shape = (len(indices), self.max_length)
+        ids, starts = np.zeros(shape, np.int64), np.zeros(shape, np.int64)
+        targets = np.full(shape, IGNORED, np.int64)
+        for row, number in enumerate(indices):
+            at = 0
+            for piece in self.packing.window(number):
+                following, counts = self._targets(piece)
+                stop = at + len(following)
+                ids[row, at] = _as_array(self.tokens)[self.pieces.starts[piece]]
+                ids[row, at + 1 : stop] = following[:-1]
+                targets[row, at:stop][counts] = following[counts]
+                starts[row, at:] = at
+                at = stop
+        return Packed.of(*(torch.from_numpy(array) for array in (ids, targets, starts)))
+
+    def scored_tokens(self, windows: Iterable[int] | None = None) -> np.ndarray:
+        """The targets that count in some windows, or in all, (N,)."""
+        numbers = range(self.n_whole) if windows is None else windows
+        found = [_as_array(self.tokens)[:0]]
+        for number in numbers:
+            found += [t[counts] for t, counts in map(self._targets, self.packing.window(number))]
+        return np.concatenate(found)
+
+
 class WindowBatches(Sampler):
     """The windows of each micro-batch: a pure function of (seed, epoch, step).
 
@@ -137,7 +218,7 @@ class WindowBatches(Sampler):
 
     def __init__(
         self,
-        dataset: WindowDataset,
+        dataset: WindowDataset | PackedWindows,
         batch_size: int,
         seed: int | None,
         n_steps: int | None = None,
@@ -156,6 +237,7 @@ class WindowBatches(Sampler):
         self.step_size = step_size or batch_size
         self._is_random = n_steps is not None
         self.n_steps = n_steps or -(-self._n_windows // self.step_size)
+        self._order: tuple[int, np.ndarray] | None = None  # of the last epoch that was asked for
         self.start_at(0)
 
     @property
@@ -202,22 +284,36 @@ class WindowBatches(Sampler):
 
     def _batches(self, epoch: int, first: int, last: int) -> Iterator[list[int]]:
         """The micro-batches of an epoch's steps first to last - 1."""
-        n_whole, size = self.dataset.n_whole, self.step_size
+        for step in range(first, last):
+            windows = self._windows(epoch, step)[self._share(step)]
+            for start in range(0, len(windows), self.micro_batch):
+                yield windows[start : start + self.micro_batch].tolist()
+
+    def count_targets(self, epoch: int, step: int) -> int:
+        """The targets of a step, on all ranks."""
+        if isinstance(self.dataset, WindowDataset):
+            return self.count_windows(step) * self.dataset.max_length
+        return self.dataset.count_targets(self._windows(epoch, step))
+
+    def _windows(self, epoch: int, step: int) -> np.ndarray:
+        """The windows of an epoch's step, of all ranks."""
+        if self._is_random:
+            assert self.seed is not None, "n_steps comes with a seed"
+            generator = np.random.default_rng((self.seed, epoch, step))
+            return generator.integers(self.dataset.n_whole, size=self.step_size)
+        if self._order is None or self._order[0] != epoch:
+            self._order = epoch, self._order_of(epoch)
+        return self._order[1][step * self.step_size : (step + 1) * self.step_size]
+
+    def _order_of(self, epoch: int) -> np.ndarray:
+        """The windows of an epoch."""
+        n_whole = self.dataset.n_whole
         dtype = np.uint32 if n_whole < 2**32 else np.int64  # every rank holds an epoch's order
-        count = 0 if self._is_random else self._n_windows
-        spaced = range(self.offset(epoch), n_whole, self._spacing)[:count]
+        spaced = range(self.offset(epoch), n_whole, self._spacing)[: self._n_windows]
         order = np.arange(spaced.start, spaced.stop, spaced.step, dtype=dtype)
         if self.seed is not None:
             np.random.default_rng((self.seed, epoch)).shuffle(order)
-        for step in range(first, last):
-            windows = order[step * size : (step + 1) * size]
-            if self._is_random:
-                assert self.seed is not None, "n_steps comes with a seed"
-                generator = np.random.default_rng((self.seed, epoch, step))
-                windows = generator.integers(n_whole, size=size)
-            windows = windows[self._share(step)]
-            for start in range(0, len(windows), self.micro_batch):
-                yield windows[start : start + self.micro_batch].tolist()
+        return order
 
     def offset(self, epoch: int) -> int:
         """The window that an epoch begins at; all possible offsets come before any comes again."""
@@ -556,10 +652,25 @@ def measure_tokens(
 
 def in_parts(batches: list[Batch], size: int) -> list[Batch]:
     """A step's micro-batches, (B, T) each, cut as by WindowBatches with micro_batch=size."""
-    if all(len(ids) <= size for ids, _ in batches):
+    if all(len(ids) <= size for ids, *_ in batches):
         return batches
-    ids, targets = (torch.cat(tensors) for tensors in zip(*batches, strict=True))
-    return list(zip(ids.split(size), targets.split(size), strict=True))
+    ids, targets = (torch.cat([batch[i] for batch in batches]).split(size) for i in (0, 1))
+    if not isinstance(batches[0], Packed):
+        return list(zip(ids, targets, strict=True))
+    starts = [torch.zeros_like(b.ids) if b.starts is None else b.starts for b in batches]
+    return list(map(Packed.of, ids, targets, torch.cat(starts).split(size)))
+
+
+def count_targets(batch: Batch) -> int:
+    """The targets of a batch that count."""
+    return len(batch.counted) if isinstance(batch, Packed) else batch[1].numel()
+
+
+def to_device(batch: Batch, device: torch.device) -> Batch:
+    """Copy a batch to a device, asynchronously from pinned memory."""
+    is_async = device.type == "cuda"
+    parts = [None if t is None else t.to(device, non_blocking=is_async) for t in batch]
+    return Packed(*parts) if isinstance(batch, Packed) else (parts[0], parts[1])
 
 
 def as_batch(items: Any) -> Any:
