@@ -72,10 +72,12 @@ class Packed(NamedTuple):
 
 
 Tokens = np.ndarray | TokenSlice
-Batch = tuple[torch.Tensor, torch.Tensor] | Packed  # ids and targets, (B, T) each
+Pair = tuple[torch.Tensor, torch.Tensor]  # ids and targets, (B, T) each
+Batch = Pair | Packed
 
 
-def _as_array(tokens: Tokens) -> np.ndarray:
+def as_array(tokens: Tokens) -> np.ndarray:
+    """Tokens in memory or mapped into it."""
     return tokens.array() if isinstance(tokens, TokenSlice) else tokens
 
 
@@ -97,14 +99,14 @@ class WindowDataset(Dataset):
     def __len__(self) -> int:
         return self.n_whole + self.has_tail
 
-    def __getitem__(self, index: int) -> Batch:
+    def __getitem__(self, index: int) -> Pair:
         """The window's ids and targets, each (T,)."""
         if not 0 <= index < len(self):
             raise IndexError(index)
         ids, targets = self.__getitems__([index])
         return ids[0], targets[0]
 
-    def __getitems__(self, indices: Sequence[int]) -> Batch:
+    def __getitems__(self, indices: Sequence[int]) -> Pair:
         """A batch by one gather: ids and targets, each (B, T) int64; the tail is its own batch."""
         starts = np.asarray(indices, dtype=np.int64)[:, None] * self.stride  # (B, 1)
         length = self.max_length + 1
@@ -117,9 +119,13 @@ class WindowDataset(Dataset):
             starts = torch.from_numpy(starts).to(device, non_blocking=True)
             window = self._resident[starts + torch.arange(length, device=device)].long()
         else:
-            array = _as_array(self.tokens)
+            array = as_array(self.tokens)
             window = torch.from_numpy(array[starts + np.arange(length)].astype(np.int64))
         return window[:, :-1], window[:, 1:]
+
+    def scored_tokens(self) -> Tokens:
+        """The tokens of all windows."""
+        return self.tokens
 
     def without_overlap(self) -> "WindowDataset":
         """Windows of the same tokens with the same length that do not overlap."""
@@ -135,11 +141,11 @@ class WindowDataset(Dataset):
         """The tokens from start to stop, (stop - start,) int64, where batches are gathered."""
         if self._resident is not None:
             return self._resident[start:stop].long()
-        return torch.from_numpy(_as_array(self.tokens)[start:stop].astype(np.int64))
+        return torch.from_numpy(as_array(self.tokens)[start:stop].astype(np.int64))
 
     def move_to(self, device: torch.device) -> None:
         """Copy the tokens to a device (4 bytes each) and gather batches there."""
-        self._resident = torch.from_numpy(_as_array(self.tokens).astype(np.int32)).to(device)
+        self._resident = torch.from_numpy(as_array(self.tokens).astype(np.int32)).to(device)
 
 
 class PackedWindows(Dataset):
@@ -161,7 +167,7 @@ class PackedWindows(Dataset):
 
     def _count_in_pieces(self) -> np.ndarray:
         """The targets of each piece that count, (N,)."""
-        is_target, firsts = _as_array(self.is_target), self.pieces.starts + 1
+        is_target, firsts = as_array(self.is_target), self.pieces.starts + 1
         places = np.column_stack((firsts, firsts + self.pieces.lengths)).ravel()
         places = places[places < len(is_target)]  # the last piece may end with the tokens
         return np.add.reduceat(is_target, places, dtype=np.int64)[::2] if len(places) else firsts
@@ -177,7 +183,7 @@ class PackedWindows(Dataset):
         """The targets of a piece, and which of them count."""
         first = self.pieces.starts[piece] + 1
         following = slice(first, first + self.pieces.lengths[piece])
-        return _as_array(self.tokens)[following], _as_array(self.is_target)[following].astype(bool)
+        return as_array(self.tokens)[following], as_array(self.is_target)[following].astype(bool)
 
     def __getitems__(self, indices: Sequence[int]) -> Packed:
         """A batch of windows; the end of a window that is not full belongs to its last piece."""
@@ -189,7 +195,7 @@ class PackedWindows(Dataset):
             for piece in self.packing.window(number):
                 following, counts = self._targets(piece)
                 stop = at + len(following)
-                ids[row, at] = _as_array(self.tokens)[self.pieces.starts[piece]]
+                ids[row, at] = as_array(self.tokens)[self.pieces.starts[piece]]
                 ids[row, at + 1 : stop] = following[:-1]
                 targets[row, at:stop][counts] = following[counts]
                 starts[row, at:] = at
@@ -199,10 +205,17 @@ class PackedWindows(Dataset):
     def scored_tokens(self, windows: Iterable[int] | None = None) -> np.ndarray:
         """The targets that count in some windows, or in all, (N,)."""
         numbers = range(self.n_whole) if windows is None else windows
-        found = [_as_array(self.tokens)[:0]]
+        found = [as_array(self.tokens)[:0]]
         for number in numbers:
             found += [t[counts] for t, counts in map(self._targets, self.packing.window(number))]
         return np.concatenate(found)
+
+
+class Conversations(NamedTuple):
+    """Packed conversations, to train and to validate on."""
+
+    train: PackedWindows
+    val: PackedWindows
 
 
 class WindowBatches(Sampler):
@@ -361,7 +374,7 @@ class OverlappingWindows(Dataset):
         first = 1 + self._lead + number * self._n_scored
         return first, first + self._n_scored
 
-    def __getitems__(self, indices: Sequence[int]) -> Batch:
+    def __getitems__(self, indices: Sequence[int]) -> Pair:
         """A batch of long windows, or a shorter one: ids (B, T) and targets (B, T // 2) int64."""
         if indices[0] < self.n_whole:
             ids, targets = self._whole.__getitems__(indices)
@@ -422,7 +435,8 @@ class EvaluationBatches(Sampler):
 class WindowPlan:
     """How a text of n_tokens is divided: training tokens first, then validation tokens.
 
-    With shift_windows each epoch's windows begin at another token, below stride.
+    With shift_windows each epoch's windows begin at another token, below stride. packed counts the
+    windows of conversations, to train and to validate on.
     """
 
     n_tokens: int
@@ -431,6 +445,7 @@ class WindowPlan:
     stride: int
     batch_size: int
     shift_windows: bool = False
+    packed: tuple[int, int] | None = None
 
     @property
     def n_val(self) -> int:
@@ -441,11 +456,15 @@ class WindowPlan:
     def n_val_batches(self) -> int:
         """The batches that an evaluation over all of the validation text takes at most."""
         n_windows = -(-(self.n_val - 1) // max(1, self.max_length // 2))  # they overlap by half
+        if self.packed is not None:
+            n_windows = self.packed[1]
         return max(1, -(-n_windows // self.batch_size))
 
     @property
     def n_windows(self) -> int:
         """Training windows of an epoch: those that fit, with shift_windows at every shift."""
+        if self.packed is not None:
+            return self.packed[0]
         n_places = max(0, self.n_train - self.max_length)
         n_windows = -(-n_places // self.stride)
         return min(n_windows, max(1, n_places // self.stride)) if self.shift_windows else n_windows
@@ -453,6 +472,8 @@ class WindowPlan:
     @property
     def n_unused(self) -> int:
         """Training tokens after the last window of the first epoch."""
+        if self.packed is not None:
+            return 0
         return self.n_train - ((self.n_windows - 1) * self.stride + self.max_length + 1)
 
 
@@ -518,8 +539,23 @@ def plan_windows(
     return plan, notices
 
 
+def plan_packed(
+    conversations: Conversations, n_tokens: int, n_train: int, *, max_length: int, batch_size: int
+) -> tuple[WindowPlan, list[str]]:
+    """The plan of packed conversations; a notice where they make batch_size smaller."""
+    packed, notices = (len(conversations.train), len(conversations.val)), []
+    if packed[0] < batch_size:
+        notices.append(
+            f"batch_size is lowered from {batch_size} to {packed[0]}: there are no more windows "
+            "of packed conversations"
+        )
+    batch_size = min(batch_size, packed[0])
+    plan = WindowPlan(n_tokens, n_train, max_length, max_length, batch_size, packed=packed)
+    return plan, notices
+
+
 def make_loaders(
-    tokens: Tokens,
+    tokens: Tokens | Conversations,
     plan: WindowPlan,
     *,
     seed: int,
@@ -530,25 +566,32 @@ def make_loaders(
     micro_batch: int | None = None,
     parallel: Parallel = ALONE,
 ) -> tuple[DataLoader, DataLoader]:
-    """Loaders of (ids, targets), each (B, T) int64, for training and for validation.
+    """Loaders of (ids, targets), each (B, T) int64, or of Packed for training and for validation.
 
     Training windows have a new order each epoch, and with plan.shift_windows another offset; or,
     with sampling "random", they start anywhere. A step takes plan.batch_size * accumulation
     windows in micro-batches of micro_batch (None: plan.batch_size); each rank gets its share of
-    them, and all validation windows. Those do not overlap, and the last one may be shorter.
+    them, and all validation windows. Those do not overlap, and the last one may be shorter. Packed
+    conversations have windows of their own, which are never sampled.
     """
-    is_random, length = sampling == "random", plan.max_length
+    is_packed, length = isinstance(tokens, Conversations), plan.max_length
+    is_random = sampling == "random" and not is_packed
     stride = 1 if is_random or plan.shift_windows else plan.stride
-    train = WindowDataset(tokens[: plan.n_train], length, stride)
-    val = WindowDataset(tokens[plan.n_train :], length, length, keep_tail=True)
     step_size = plan.batch_size * accumulation
     n_steps = -(-plan.n_windows // step_size) if is_random else None
     pin_memory = device.type == "cuda"
-    # small texts stay on the GPU
-    if pin_memory and num_workers == 0 and 4 * plan.n_tokens < free_memory(device) / 10:
-        train.move_to(device)
-        val.move_to(device)
-        pin_memory = False
+    train: WindowDataset | PackedWindows
+    val: WindowDataset | PackedWindows
+    if isinstance(tokens, Conversations):
+        train, val = tokens
+    else:
+        train = WindowDataset(tokens[: plan.n_train], length, stride)
+        val = WindowDataset(tokens[plan.n_train :], length, length, keep_tail=True)
+        # small texts stay on the GPU
+        if pin_memory and num_workers == 0 and 4 * plan.n_tokens < free_memory(device) / 10:
+            train.move_to(device)
+            val.move_to(device)
+            pin_memory = False
 
     def load(batches: WindowBatches) -> DataLoader:
         return DataLoader(
@@ -627,16 +670,17 @@ def measure_tokens(
 ) -> TokenSize:
     """The mean characters and bytes of tokens, or of the parts between two places each.
 
-    The mean is over all of them, and an end of text has none. It is exact where a token stands for
-    bytes; tokens of another tokenizer are decoded, a million at once.
+    The mean is over all of them, and special tokens, such as an end of text, have none. It is exact
+    where a token stands for bytes; tokens of another tokenizer are decoded, a million at once.
     """
-    pieces = _in_pieces(_as_array(tokens), [(0, len(tokens))] if parts is None else parts)
+    pieces = _in_pieces(as_array(tokens), [(0, len(tokens))] if parts is None else parts)
     n_tokens = characters = n_bytes = 0
+    special = list(tokenizer.special_tokens.values())
     if isinstance(tokenizer, ByteTokens):
         counts = np.zeros(tokenizer.vocab_size, dtype=np.int64)
         for ids in pieces:
             counts += np.bincount(ids, minlength=len(counts))
-        n_tokens, counts[tokenizer.end_of_text_id] = counts.sum().item(), 0
+        n_tokens, counts[special] = counts.sum().item(), 0
         for token in np.flatnonzero(counts).tolist():
             content, count = tokenizer.token_bytes(token), counts[token].item()
             n_bytes += count * len(content)
@@ -644,7 +688,7 @@ def measure_tokens(
             characters += count * sum(byte & 0xC0 != 0x80 for byte in content)
     else:
         for ids in pieces:
-            text = tokenizer.decode(ids[ids != tokenizer.end_of_text_id].tolist())
+            text = tokenizer.decode(ids[~np.isin(ids, special)].tolist())
             n_tokens, characters = n_tokens + len(ids), characters + len(text)
             n_bytes += len(text.encode("utf-8", "replace"))
     return TokenSize(max(1, characters) / n_tokens, max(1, n_bytes) / n_tokens)
@@ -652,12 +696,13 @@ def measure_tokens(
 
 def in_parts(batches: list[Batch], size: int) -> list[Batch]:
     """A step's micro-batches, (B, T) each, cut as by WindowBatches with micro_batch=size."""
-    if all(len(ids) <= size for ids, *_ in batches):
+    if all(len(batch[0]) <= size for batch in batches):
         return batches
     ids, targets = (torch.cat([batch[i] for batch in batches]).split(size) for i in (0, 1))
-    if not isinstance(batches[0], Packed):
+    packed = [batch for batch in batches if isinstance(batch, Packed)]
+    if not packed:
         return list(zip(ids, targets, strict=True))
-    starts = [torch.zeros_like(b.ids) if b.starts is None else b.starts for b in batches]
+    starts = [torch.zeros_like(b.ids) if b.starts is None else b.starts for b in packed]
     return list(map(Packed.of, ids, targets, torch.cat(starts).split(size)))
 
 

@@ -12,7 +12,7 @@ import itertools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, fields
-from typing import Any, Self
+from typing import Any, Self, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -301,7 +301,7 @@ class Newest:
 
 # the texts in windows, each of which attends to itself alone: how long they are, one after another
 # in all B x T positions; or a mask, (B, 1, T, T) bool, True where attended to
-Parts = list[int] | Tensor
+Parts: TypeAlias = list[int] | Tensor
 
 
 class CausalSelfAttention(nn.Module):

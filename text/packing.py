@@ -63,18 +63,18 @@ def cut_pieces(boundaries: np.ndarray, is_target: np.ndarray, most: int) -> Piec
         boundaries[is_long], stops[is_long], is_text[is_long], strict=True
     ):
         if text:
-            firsts = np.arange(start, stop - 1, most)
-            starts.append(firsts)
-            sizes.append(np.minimum(most, stop - 1 - firsts))
+            places = np.arange(start, stop - 1, most)
+            starts.append(places)
+            sizes.append(np.minimum(most, stop - 1 - places))
             continue
-        length = _length_of_answers(is_target[start:stop], most)
-        n_cut, n_left_out = n_cut + (length > 0), n_left_out + (length == 0)
-        if length > 0:
+        size = _length_of_answers(is_target[start:stop], most)
+        n_cut, n_left_out = n_cut + (size > 0), n_left_out + (size == 0)
+        if size > 0:
             starts.append(np.array([start]))
-            sizes.append(np.array([length]))
-    first, length = np.concatenate(starts), np.concatenate(sizes)
-    order = np.argsort(first, kind="stable")
-    return Pieces(first[order].astype(np.int64), length[order].astype(np.int64), n_cut, n_left_out)
+            sizes.append(np.array([size]))
+    firsts, lengths = (np.concatenate(found).astype(np.int64) for found in (starts, sizes))
+    order = np.argsort(firsts, kind="stable")
+    return Pieces(firsts[order], lengths[order], n_cut, n_left_out)
 
 
 def _length_of_answers(is_target: np.ndarray, most: int) -> int:
