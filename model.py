@@ -413,11 +413,11 @@ def attend_within(
         )
     B, H, T, D = q.shape
     rows = (tensor.transpose(1, 2).flatten(0, 1).split(parts) for tensor in (q, k, v))
-    found = [
-        attend(*(tensor.transpose(0, 1)[None] for tensor in part), dropout, is_plain=is_plain)
-        for part in zip(*rows, strict=True)  # (N, H, D) or (N, K, D) each
-    ]
-    return torch.cat([x[0].transpose(0, 1) for x in found]).view(B, T, H, D).transpose(1, 2)
+    found = []
+    for part in zip(*rows, strict=True):  # (N, H, D) or (N, K, D) each
+        q, k, v = (tensor.transpose(0, 1)[None] for tensor in part)
+        found.append(attend(q, k, v, dropout, is_plain=is_plain)[0].transpose(0, 1))
+    return torch.cat(found).view(B, T, H, D).transpose(1, 2)
 
 
 def usual_attention(dtype: torch.dtype, context_length: int) -> str:

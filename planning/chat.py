@@ -1,4 +1,4 @@
-"""A run on conversations: how they are packed, what it ends with, and what it is asked on its way."""
+"""A run on conversations: how they are packed, what is said of it, and what it is asked."""
 
 from dataclasses import dataclass
 
