@@ -38,9 +38,16 @@ WINDOW = 512  # tokens of a step on a CPU
 # of ten minutes on two cores that make 800 GFLOP/s, at six operations a weight and token
 TOKENS = 590_000
 ANSWER_TOKENS, AT_ONCE = 32, 20
-STARTS = "Bel Cor Dra Fen Gal Hol Jor Kel Lum Mar Nor Orl Pel Quen Ros Sil Tor Ulm Ver Wyn".split()
-MIDDLES = "a e i o u ai ea ou".split()
-ENDS = "bert dric fane gor lind mere nock pin quist rast sham tov vane wick xley zeth".split()
+# of the made-up names
+STARTS = (
+    *("Bel", "Cor", "Dra", "Fen", "Gal", "Hol", "Jor", "Kel", "Lum", "Mar"),
+    *("Nor", "Orl", "Pel", "Quen", "Ros", "Sil", "Tor", "Ulm", "Ver", "Wyn"),
+)
+MIDDLES = ("a", "e", "i", "o", "u", "ai", "ea", "ou")
+ENDS = (
+    *("bert", "dric", "fane", "gor", "lind", "mere", "nock", "pin"),
+    *("quist", "rast", "sham", "tov", "vane", "wick", "xley", "zeth"),
+)
 # four phrasings of each kind of question, and the answer; {0} is what is asked about
 KINDS = [
     (
@@ -155,9 +162,9 @@ def count_right(model: LoadedModel, facts: list[Fact], phrasing: int, label: str
 
 def bits_per_byte(where: str, folder: Path) -> float:
     """What a model scores on the sample text, by scripts.evaluate."""
+    options = ["--model", where, "--context", str(WINDOW), "--json"]
     done = subprocess.run(
-        [sys.executable, "-m", "scripts.evaluate", str(SAMPLE), "--model", where, "--json"]
-        + ["--context", str(WINDOW)],
+        [sys.executable, "-m", "scripts.evaluate", str(SAMPLE), *options],
         cwd=folder,
         env=os.environ | {"PYTHONPATH": str(REPOSITORY)},
         stdout=subprocess.PIPE,
