@@ -10,9 +10,9 @@ const found = createRequire(`${folder}/`).resolve("node-llama-cpp");
 const {getLlama} = await import(pathToFileURL(found).href);
 const llama = await getLlama({gpu: false, build: "never", progressLogs: false, logLevel: "error"});
 const results = [];
-for (const {path, texts, prompts, count} of JSON.parse(fs.readFileSync(jobsFile, "utf8"))) {
+for (const {path, texts, prompts, count, special} of JSON.parse(fs.readFileSync(jobsFile, "utf8"))) {
     const model = await llama.loadModel({modelPath: path});
-    const ids = texts.map((text) => model.tokenize(text, false));
+    const ids = texts.map((text) => model.tokenize(text, special ?? false));
     const context = await model.createContext({contextSize: 128, batchSize: 128, threads: 1});
     const sequence = context.getSequence();
     const answers = [];
