@@ -179,9 +179,10 @@ def sum_up(env: RuntimeEnv, journal: Journal, stop: StopSignals) -> None:
     """Print the summary and then write summary.json, which marks a finished run."""
     most = env.train_config.final_iter
     score = env.learner.score(env.val_loader, env.tokenizer, most, stop, label="Evaluating")
-    over = "all validation text"
+    text = "validation text" if env.run.record.chat is None else "answers that validate"
+    over = f"all {text}"
     if score.n_batches < score.of_batches:
-        over = f"{score.n_batches:,} of {score.of_batches:,} batches of the validation text"
+        over = f"{score.n_batches:,} of {score.of_batches:,} batches of the {text}"
     history = journal.history
     step = journal.weights_of_step or history.steps[-1]
     final_train = history.train_losses[history.steps.index(step)]

@@ -203,7 +203,8 @@ def test_a_run_that_begins_from_a_chat_model_keeps_its_template_and_resumes_exac
 ):
     rows = write_rows_of_numbers(bench.folder, 12)
     chat = {"DATA": rows, "INIT_FROM": str(learned), "TOKENIZER": None, "model_overrides": {}}
-    chat |= {"max_length": None, "max_steps": 4, "eval_freq": 2, "lora_rank": lora_rank}
+    chat |= {"max_length": None, "max_steps": 4, "warmup_steps": 1, "eval_freq": 2}
+    chat |= {"lora_rank": lora_rank}
     expected = uninterrupted(bench, **chat)
     bench.describe("run", **chat)
     bench.signal_at("take_step", 2, after=True)
