@@ -35,6 +35,7 @@ from planning.chat import (
     Question,
     about_chat,
     find_chat,
+    find_context,
     find_questions,
     pack_conversations,
 )
@@ -149,7 +150,8 @@ def _prepare(settings: str | Path | None, parallel: Parallel, began_at: float) -
     asked = decide_training(plan, machine.device, text.n_tokens, run.before, parallel.world)
     deadline = find_deadline(plan, asked, began_at)
     asked, about_prompt = fit_prompt(asked, text)
-    tokens = _find_windows(text, plan)
+    packed = pack_conversations(text, find_context(text, plan), plan.run.SEED)
+    tokens = packed or TokenSlice(text.path, text.dtype, 0, text.n_tokens)
     windows, about_windows = _cut(tokens, text, plan, asked)
     machine = decide_machine(machine, plan, asked, windows, run.before)
 
@@ -162,7 +164,8 @@ def _prepare(settings: str | Path | None, parallel: Parallel, began_at: float) -
     token_size = measure_tokens(val_loader.dataset.scored_tokens(), text.tokenizer)
     plan = dataclasses.replace(plan, sampling=plan.sampling.fitted(token_size))
     machine = check_arithmetic(machine, model, train_loader)
-    notices = [*about_chat(plan, asked, tokens), *about_prompt, *about_windows, *machine.notices]
+    about_windows += about_chat(plan, asked, tokens, windows.max_length)
+    notices = [*about_prompt, *about_windows, *machine.notices]
     optimizer = _build_optimizer(model, asked)
     trial = Trial.of(machine, model, optimizer, train_loader)
     plan = measure_start(plan, run.before, trial, val_loader, text.tokenizer)
@@ -208,16 +211,10 @@ def _free_earlier_runs() -> None:
         )
 
 
-def _find_windows(text: TokenizedText, plan: RunPlan) -> TokenSlice | Conversations:
-    """The tokens of a text, or its conversations, packed into windows."""
-    packed = pack_conversations(text, plan.model["context_length"], plan.run.SEED)
-    return packed or TokenSlice(text.path, text.dtype, 0, text.n_tokens)
-
-
 def _cut(
     tokens: TokenSlice | Conversations, text: TokenizedText, plan: RunPlan, asked: TrainingConfig
 ) -> tuple[WindowPlan, list[str]]:
-    sizes = {"max_length": plan.model["context_length"], "batch_size": asked.batch_size}
+    sizes = {"max_length": find_context(text, plan), "batch_size": asked.batch_size}
     if isinstance(tokens, Conversations):
         assert text.n_train is not None, "conversations are never divided by position"
         return plan_packed(tokens, text.n_tokens, text.n_train, **sizes)

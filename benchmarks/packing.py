@@ -26,10 +26,10 @@ from planning.machine import pick_device
 from text.packing import Packing, cut_pieces, pack
 from training.learner import take_step
 
-SHORTEST, LONGEST, N_ROWS = 20, 300, 96
+SHORTEST, LONGEST, N_ROWS = 20, 300, 128
 WINDOW, WINDOWS_A_STEP = 512, 5
 ROWS_A_STEP = 2 * WINDOW * WINDOWS_A_STEP // (SHORTEST + LONGEST)  # as many useful tokens
-VOCABULARY = 2048
+VOCABULARY = 8192
 
 
 def make_batches() -> tuple[list[Packed], list[Packed]]:
@@ -67,12 +67,13 @@ def time_passes(n_rounds: int, device: torch.device) -> dict[str, list[float]]:
     prepare_processor()
     precision = choose_precision("auto", device)
     torch.manual_seed(0)
-    config = GPTConfig(
+    config = GPTConfig(  # two layers of SmolLM2-135M
         vocab_size=VOCABULARY,
         context_length=WINDOW,
-        emb_dim=256,
-        n_heads=4,
-        n_kv_heads=2,
+        emb_dim=576,
+        n_heads=9,
+        n_kv_heads=3,
+        ff_dim=1536,
         n_layers=2,
         architecture="llama",
     )

@@ -14,6 +14,7 @@ from text.token_cache import TokenizedText
 from text.tokenizer import Tokenizer
 from training_utils import TrainingConfig
 
+MOST_CONTEXT = 512  # tokens that a recipe's context is raised to for long conversations
 N_QUESTIONS = 3  # that are answered before, during and after training
 _MARK = "\ue000"  # a character that no template writes
 
@@ -34,39 +35,62 @@ def find_chat(text: TokenizedText) -> Chat | None:
     return Chat(text.chat.template, len(text.chat.train_starts))
 
 
+def find_context(text: TokenizedText, plan: RunPlan) -> int:
+    """The most tokens of a window: those of the plan. A recipe's context, which is for texts, is
+    raised to the longest conversation, at most MOST_CONTEXT."""
+    context: int = plan.model["context_length"]
+    is_set = plan.fixed is not None and "context_length" in plan.fixed.model
+    if text.chat is None or plan.recipe is None or is_set:
+        return context
+    (starts, is_target), _ = _sides(text)
+    longest = int(cut_pieces(starts, is_target.array(), MOST_CONTEXT).lengths.max(initial=0))
+    return max(context, longest)
+
+
+def _sides(text: TokenizedText) -> list[tuple[np.ndarray, TokenSlice]]:
+    """Where the conversations to train on begin, and which of their tokens count; and of those to
+    validate on."""
+    chat, n_train = text.chat, text.n_train
+    assert chat is not None, "the text has conversations"
+    assert n_train is not None, "conversations are never divided by position"
+    return [
+        (chat.train_starts, TokenSlice(chat.targets, "uint8", 0, n_train)),
+        (chat.val_starts, TokenSlice(chat.targets, "uint8", n_train, text.n_tokens)),
+    ]
+
+
 def pack_conversations(text: TokenizedText, most: int, seed: int) -> Conversations | None:
     """The conversations of a text in windows of at most `most` tokens; None if it has none.
 
     Raises DataError where none fits, to train or to validate on.
     """
-    chat, n_train = text.chat, text.n_train
-    if chat is None:
+    if text.chat is None:
         return None
-    assert n_train is not None, "conversations are never divided by position"
     sides = []
-    for name, starts, first, stop in (
-        ("train", chat.train_starts, 0, n_train),
-        ("validate", chat.val_starts, n_train, text.n_tokens),
-    ):
-        is_target = TokenSlice(chat.targets, "uint8", first, stop)
+    for name, (starts, is_target) in zip(("train", "validate"), _sides(text), strict=True):
         pieces = cut_pieces(starts, is_target.array(), most)
         if not len(pieces):
             raise DataError(
                 f"no conversation to {name} on has an answer that ends within max_length ({most}) "
                 "tokens.\nSet a larger max_length, or shorten the conversations."
             )
-        tokens = TokenSlice(text.path, text.dtype, first, stop)
+        tokens = TokenSlice(text.path, text.dtype, is_target.start, is_target.stop)
         sides.append(PackedWindows(tokens, is_target, pieces, pack(pieces.lengths, most, seed)))
     return Conversations(*sides)
 
 
 def about_chat(
-    plan: RunPlan, asked: TrainingConfig, tokens: TokenSlice | Conversations
+    plan: RunPlan, asked: TrainingConfig, tokens: TokenSlice | Conversations, max_length: int
 ) -> list[str]:
     """What is to be said of a run on conversations before it begins; nothing of another one."""
     if plan.chat is None or not isinstance(tokens, Conversations):
         return []
     notices = []
+    if max_length != plan.model["context_length"]:
+        notices.append(
+            f"max_length is raised from {plan.model['context_length']} to {max_length}, for the "
+            "longest conversation"
+        )
     if plan.start is None:
         notices.append(
             "a model that begins from random weights will imitate the form of these answers, and "

@@ -12,12 +12,12 @@ from engine.errors import DataError
 from exchange.opening import open_pretrained
 from exchange.saved_run import load_run
 from generation import generate
-from planning.chat import about_chat, find_questions, pack_conversations
+from planning.chat import about_chat, find_context, find_questions, pack_conversations
 from planning.decisions import decide_training, most_steps_of, read_record
 from planning.fine_tuning import MOST_CHAT_PASSES, MOST_PASSES, PATIENCE
 from planning.plan import SMALL_CHAT, Chat, Start, resolve_settings
 from tests.conftest import train_in
-from tests.records import record_of
+from tests.records import plan_in_minutes, record_of
 from tests.resuming import Bench, compare, uninterrupted
 from tests.test_parallel import LOSSES, alone, furthest, settings_of, together
 from text.chat_template import CHATML, Message, template_of
@@ -127,12 +127,22 @@ def test_conversations_beyond_max_length_are_cut_or_left_out_and_told(tmp_path):
         assert sum(getattr(windows.pieces, name) for windows in found) == 1
     plan = dataclasses.replace(resolve_settings({}, "config_run.py"), chat=Chat("ChatML", 5))
     training = dataclasses.replace(plan.training, stride=3)
-    said = "\n".join(about_chat(plan, training, found))
+    said = "\n".join(about_chat(plan, training, found, 64))
     assert "are longer than max_length: each is cut behind the last answer that fits" in said
     assert "are left out: no answer of theirs ends within max_length" in said
     assert "stride is for texts, and not used" in said
     with pytest.raises(DataError, match=r"has an answer that ends within max_length \(8\)"):
         pack_conversations(text, 8, 1)
+
+
+def test_a_recipes_context_is_raised_to_the_longest_conversation_unless_it_is_set(tmp_path):
+    text = tokenized(tmp_path, [conversation("a" * n, "b" * 9) for n in (5, 5, 60, 60)])
+    # user's turn, "\n", the answer's opening and the answer; the end of its turn is a target only
+    expected = (1 + len("user\n") + 60 + 1) + 1 + (1 + len("assistant\n")) + 9
+    for context, fixed, found in ((16, {}, expected), (300, {}, 300), (16, {"max_length": 16}, 16)):
+        plan = plan_in_minutes(CUSTOM_MODE=True, MODEL="auto", custom_params=fixed)
+        plan = dataclasses.replace(plan, model=plan.model | {"context_length": context})
+        assert find_context(text, plan) == found
 
 
 @pytest.mark.parametrize("template", [None, OTHER], ids=["ChatML", "another"])

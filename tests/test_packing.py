@@ -204,6 +204,34 @@ def test_windows_of_one_conversation_each_need_no_mask(monkeypatch):
         torch.testing.assert_close(one, other, rtol=0, atol=1e-6)
 
 
+@pytest.mark.slow
+def test_compiled_blocks_keep_conversations_apart_and_are_compiled_once_for_all_packings():
+    model, batches = GPTModel(new_model().config), []
+    model.load_state_dict(new_model().state_dict())
+    for seed in range(3):
+        windows = packed_windows(seed=seed)
+        batch = windows.__getitems__([0, 1])
+        assert batch.starts is not None
+        batches.append([t[:, :24] for t in batch[:3]])  # of one shape, but for what is counted
+    expected, compiled = [], []
+
+    def backend(graph, inputs):
+        compiled.append(graph)
+        return graph
+
+    for place in (None, backend):
+        for block in model.blocks if place else ():
+            block.forward = torch.compile(block.forward, dynamic=False, backend=place)
+        for ids, targets, starts in batches:
+            batch = Packed.of(ids, targets, starts)
+            expected.append(gradients(model, [batch]))
+    for (loss, exact), (found, mine) in zip(expected[:3], expected[3:], strict=True):
+        assert found == pytest.approx(loss, abs=1e-6)
+        for one, other in zip(mine, exact, strict=True):
+            torch.testing.assert_close(one, other, rtol=0, atol=1e-6)
+    assert len(compiled) == 1  # the blocks share it
+
+
 class ProductRows(TorchDispatchMode):
     """The rows of all matrix products with a matrix of so many columns."""
 
