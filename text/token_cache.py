@@ -142,22 +142,12 @@ def tokenize(
     state = [_state_of(part) for part in parts]
     entry_id = _recall(found_path, state)
     if entry_id is None:
-        content = [
-            dataset_fingerprint(part) if part.path is None else file_sha256(part.path)
-            for part in parts
-        ]
-        how = [tokenizer_kind, spec.field, spec.encoding, spec.separator, spec.bad_rows]
-        # of a file's name only the suffixes matter
-        kinds = ["".join(Path(part.name).suffixes).lower() for part in texts]
-        weights = [part.weight for part in train]
-        facts = [train_ratio, len(train), content, kinds, weights]
-        used = template if has_conversations(texts, spec) else None
-        entry_id = _hash_of([FORMAT, how, *facts, used])
+        entry_id = _name_entry(spec, tokenizer_kind, train_ratio, [train, val], parts, template)
     folder = tokens_folder / entry_id
     text = _open_entry(folder, report)
     if text is None:
         used = template if has_conversations(texts, spec) else None
-        _build_entry(folder, [train, val], spec, tokenizer, train_ratio, report, used)
+        _build_entry(folder, [train, val], spec, tokenizer, train_ratio, report, template=used)
         text = _open_entry(folder, report)
         assert text is not None, f"{folder} was written and can't be read"
         keep_within_limit([path.parent for path in tokens_folder.glob("*/entry.json")], folder)
@@ -170,6 +160,27 @@ def tokenize(
         if part.path is not None:
             _rename(text.report, file, part)
     return text
+
+
+def _name_entry(
+    spec: DataSpec,
+    tokenizer_kind: str,
+    train_ratio: float,
+    sides: list[list[Part]],
+    parts: list[Part],
+    template: str,
+) -> str:
+    """The hash of all that an entry is made from; parts are those of both sides, and more."""
+    content = [
+        dataset_fingerprint(part) if part.path is None else file_sha256(part.path) for part in parts
+    ]
+    train, val = sides
+    how = [tokenizer_kind, spec.field, spec.encoding, spec.separator, spec.bad_rows]
+    # of a file's name only the suffixes matter
+    kinds = ["".join(Path(part.name).suffixes).lower() for part in (*train, *val)]
+    weights = [part.weight for part in train]
+    used = template if has_conversations([*train, *val], spec) else None
+    return _hash_of([FORMAT, how, train_ratio, len(train), content, kinds, weights, used])
 
 
 def _rename(report: dict[str, Any], file: dict[str, Any], part: Part) -> None:
@@ -279,6 +290,7 @@ def _build_entry(
     tokenizer_name: str,
     train_ratio: float,
     report: ReadingReport,
+    *,
     template: str | None,
 ) -> None:
     """Make an entry; template is the chat template if there are conversations."""
