@@ -152,8 +152,8 @@ def run_pipeline(env: RuntimeEnv) -> None:
 
 
 def show_samples(env: RuntimeEnv, journal: Journal) -> None:
-    """Continue the prompts as one batch in three ways: greedy, top-k and top-p."""
-    sampling, prompts = env.run.record.sampling, env.train_config.prompts
+    """Continue the prompts or answer the questions, as one batch: greedy, top-k and top-p."""
+    sampling, prompts = env.run.record.sampling, env.prompts
     top_k, top_p = ("all" if n is None else n for n in (sampling.top_k, sampling.top_p))
     generator = torch.Generator(device=env.device).manual_seed(env.run.record.asked.seed)
     choices: dict[str, dict[str, float | None]] = {
@@ -179,9 +179,10 @@ def sum_up(env: RuntimeEnv, journal: Journal, stop: StopSignals) -> None:
     """Print the summary and then write summary.json, which marks a finished run."""
     most = env.train_config.final_iter
     score = env.learner.score(env.val_loader, env.tokenizer, most, stop, label="Evaluating")
-    over = "all validation text"
+    text = "validation text" if env.run.record.chat is None else "answers that validate"
+    over = f"all {text}"
     if score.n_batches < score.of_batches:
-        over = f"{score.n_batches:,} of {score.of_batches:,} batches of the validation text"
+        over = f"{score.n_batches:,} of {score.of_batches:,} batches of the {text}"
     history = journal.history
     step = journal.weights_of_step or history.steps[-1]
     final_train = history.train_losses[history.steps.index(step)]

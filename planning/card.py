@@ -78,13 +78,13 @@ def start_lines(
     context = f"{training.max_length:,}" + f" of {known:,}" * (training.max_length != known)
     share = "" if start.measured_share == 1 else f" (on {start.measured_share:.0%} of it)"
     why = plan.origins.get("start")
+    scored = "the validation text" if plan.chat is None else "the answers that validate"
     rows = [
         ("Weights", f"{start.source}: {n_parameters:,} parameters, context {context}"),
         *([] if why is None else [("Start", why)]),
         (
             "Untuned",
-            f"{start.bits_per_byte:.3f} bits a byte on the validation text{share}, before the "
-            "first step",
+            f"{start.bits_per_byte:.3f} bits a byte on {scored}{share}, before the first step",
         ),
         ("Training", _about_fine_tuning(plan, training, total_steps)),
         ("To change", _how_to_fine_tune(plan, training)),

@@ -133,10 +133,16 @@ def show_windows(plan: RunPlan, text: TokenizedText, windows: WindowPlan, model:
     if plan.choice is None or plan.choice.text.repeated <= MOST_REPEATED:
         for line in about_copies(text.report):
             say(f"  {line}")
-    say(
-        f"  {windows.n_train:,} tokens to train on in {windows.n_windows:,} windows "
-        f"({windows.n_unused} left over), {windows.n_val:,} to validate on"
+    train = (
+        f"{windows.n_train:,} tokens to train on in {windows.n_windows:,} windows "
+        f"({windows.n_unused} left over)"
     )
+    if plan.chat is not None:
+        train = (
+            f"{plan.chat.rows:,} conversations to train on: {windows.n_train:,} tokens in "
+            f"{windows.n_windows:,} windows, in which each sees itself alone"
+        )
+    say(f"  {train}, {windows.n_val:,} to validate on")
     if windows.n_val < FEW_TOKENS:
         say(
             f"  Note: {windows.n_val} tokens to validate on say little: the validation loss and "

@@ -150,6 +150,7 @@ class Bench:
         history.pop("elapsed_s")
         newest = max((self.run / "checkpoints").glob("step-*"))
         best_step = self.journal.history.steps[self.journal.history.best]
+        best = self.run / "best" / f"step-{best_step:08d}" / "model.safetensors"
         state = json.loads((newest / "state.json").read_text(encoding="utf-8"))
         for name in ("metrics_bytes", "tokens_per_s", "spent"):  # times have more digits, or fewer
             state["journal"].pop(name, None)
@@ -169,7 +170,8 @@ class Bench:
             "saved weights": file_sha256(newest / "model.safetensors"),
             "saved optimizer": file_sha256(newest / "optimizer.safetensors"),
             "saved state": state,
-            "best": file_sha256(self.run / "best" / f"step-{best_step:08d}" / "model.safetensors"),
+            # a run on few conversations keeps none
+            "best": file_sha256(best) if self.env.run.record.chat is None else None,
             "samples.md": (self.run / "samples.md").read_text(encoding="utf-8"),
             "history": json.loads(json.dumps(history)),
             "drawn": json.loads(json.dumps(self.drawn)),

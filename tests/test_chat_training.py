@@ -1,0 +1,237 @@
+"""Runs on conversations: what they keep, how they resume, and what uses them knows of them."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks.facts import make_facts, write_rows
+from engine.errors import DataError
+from exchange.opening import open_pretrained
+from exchange.saved_run import load_run
+from generation import generate
+from planning.chat import about_chat, find_context, find_questions, pack_conversations
+from planning.decisions import decide_training, most_steps_of, read_record
+from planning.fine_tuning import MOST_CHAT_PASSES, MOST_PASSES, PATIENCE
+from planning.plan import SMALL_CHAT, Chat, Start, resolve_settings
+from tests.conftest import train_in
+from tests.records import plan_in_minutes, record_of
+from tests.resuming import Bench, compare, uninterrupted
+from tests.test_parallel import LOSSES, alone, furthest, settings_of, together
+from text.chat_template import CHATML, Message, template_of
+from text.sources import parse_data
+from text.token_cache import TokenizedText, tokenize
+
+SHAPE = {"emb_dim": 16, "n_heads": 2, "n_layers": 1, "architecture": "llama"}
+# a template that is not ChatML's, with rules of its own
+OTHER = (
+    "{% for m in messages %}{% if m['role'] == 'system' %}{{ raise_exception('no') }}{% endif %}"
+    "{{ '<' + m['role'] + '>' + m['content'] + eos_token }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<assistant>' }}{% endif %}"
+)
+
+
+def write_rows_of_numbers(folder: Path, n_rows: int = 40) -> str:
+    """Rows that ask which number comes next; the file's path."""
+    rows = [{"question": f"After {n}?", "answer": f"{n + 1}."} for n in range(n_rows)]
+    lines = "".join(json.dumps(row) + "\n" for row in rows)
+    (folder / "rows.jsonl").write_text(lines, encoding="utf-8")
+    return str(folder / "rows.jsonl")
+
+
+def conversation(*turns: str) -> dict:
+    """A row of turns, of which the user has the first."""
+    roles = ("user", "assistant")
+    return {"messages": [{"role": roles[i % 2], "content": turn} for i, turn in enumerate(turns)]}
+
+
+def tokenized(folder: Path, rows: list[dict], **options) -> TokenizedText:
+    content = "".join(json.dumps(row) + "\n" for row in rows)
+    (folder / "rows.jsonl").write_text(content, encoding="utf-8")
+    return tokenize(parse_data(str(folder / "rows.jsonl")), "char", 0.5, folder, **options)
+
+
+@pytest.fixture
+def bench(workdir, monkeypatch) -> Bench:
+    return Bench(workdir, monkeypatch)
+
+
+def test_a_run_on_conversations_resumes_exactly_and_is_used_with_its_last_weights(bench, capsys):
+    rows = write_rows_of_numbers(bench.folder)
+    chat = {"DATA": [rows, "text.txt"], "max_length": 48, "model_overrides": SHAPE}
+    chat |= {"gradient_accumulation_steps": 2, "batch_size": 2, "max_steps": 9, "eval_freq": 4}
+    expected = uninterrupted(bench, **chat)
+    bench.describe("run", **chat)
+    bench.signal_at("take_step", 1, 4, 8, after=True)
+    compare(bench.finish(), expected)
+    assert bench.stopped_at == [1, 4, 8]
+    said = capsys.readouterr().out
+    assert "from random weights will imitate the form of these answers, and know nothing" in said
+    assert "the run ends with its last weights and is used with them" in said
+
+    record = read_record(bench.run)
+    assert record.chat == Chat(CHATML.source, 36 + 1)  # the text counts as one
+    assert not list((bench.run / "best").iterdir())
+    loaded = load_run(bench.run, weights="fp32")
+    assert (loaded.step, loaded.chat_template) == (9, CHATML.source)
+    for name, weights in loaded.model.state_dict().items():
+        assert torch.equal(weights, bench.env.model.state_dict()[name]), name
+    assert open_pretrained(str(bench.run)).chat_template == CHATML.source
+    assert "<|im_end|>" in loaded.tokenizer.special_tokens
+
+    moments = (bench.run / "samples.md").read_text(encoding="utf-8").split("\n## ")[1:]
+    assert [moment.partition("\n")[0] for moment in moments] == ["Before training", "After epoch 1"]
+    for moment in moments:
+        assert moment.count("    After ") == moment.count("\n    -> ") == 3
+
+
+def test_a_run_on_few_conversations_keeps_best_weights_only_where_patience_is_set():
+    record = record_of(resolve_settings({}, "config_run.py"))
+    for rows, patience, keeps_last in (
+        (SMALL_CHAT - 1, None, True),
+        (SMALL_CHAT - 1, 5, False),
+        (SMALL_CHAT, None, False),
+    ):
+        training = dataclasses.replace(record.training, patience=patience)
+        found = dataclasses.replace(record, chat=Chat("ChatML", rows), training=training)
+        assert found.keeps_last == keeps_last
+    assert not record.keeps_last
+
+
+def test_fine_tuning_on_few_conversations_takes_more_passes_and_no_patience_of_its_own():
+    plan = resolve_settings({"INIT_FROM": "runs/x", "MINUTES": 5}, "config_run.py")
+    config = record_of(resolve_settings({}, "config_run.py")).model
+    plan = dataclasses.replace(
+        plan,
+        start=Start("x", "0", config),
+        model={"context_length": 64, "emb_dim": config.emb_dim},
+    )
+    for rows, passes, patience in (
+        (SMALL_CHAT - 1, MOST_CHAT_PASSES, None),
+        (SMALL_CHAT, MOST_PASSES, PATIENCE),
+    ):
+        chat = Chat("ChatML", rows)
+        of_chat = dataclasses.replace(plan, chat=chat)
+        assert decide_training(of_chat, torch.device("cpu"), 9999, None).patience == patience
+        assert most_steps_of(None, 5, 7, from_weights=True, chat=chat) == 7 * passes
+
+
+def test_conversations_beyond_max_length_are_cut_or_left_out_and_told(tmp_path):
+    rows = [conversation(str(n), "x") for n in range(9)]
+    rows += [conversation("a" * 90, "b"), conversation("c", "d", "e" * 90, "f")]
+    text = tokenized(tmp_path, rows)
+    found = pack_conversations(text, 64, 1)
+    for name in ("n_cut", "n_left_out"):
+        assert sum(getattr(windows.pieces, name) for windows in found) == 1
+    plan = dataclasses.replace(resolve_settings({}, "config_run.py"), chat=Chat("ChatML", 5))
+    training = dataclasses.replace(plan.training, stride=3)
+    said = "\n".join(about_chat(plan, training, found, 64))
+    assert "are longer than max_length: each is cut behind the last answer that fits" in said
+    assert "are left out: no answer of theirs ends within max_length" in said
+    assert "stride is for texts, and not used" in said
+    with pytest.raises(DataError, match=r"has an answer that ends within max_length \(8\)"):
+        pack_conversations(text, 8, 1)
+
+
+def test_a_recipes_context_is_raised_to_the_longest_conversation_unless_it_is_set(tmp_path):
+    text = tokenized(tmp_path, [conversation("a" * n, "b" * 9) for n in (5, 5, 60, 60)])
+    # user's turn, "\n", the answer's opening and the answer; the end of its turn is a target only
+    expected = (1 + len("user\n") + 60 + 1) + 1 + (1 + len("assistant\n")) + 9
+    for context, fixed, found in ((16, {}, expected), (300, {}, 300), (16, {"max_length": 16}, 16)):
+        plan = plan_in_minutes(CUSTOM_MODE=True, MODEL="auto", custom_params=fixed)
+        plan = dataclasses.replace(plan, model=plan.model | {"context_length": context})
+        assert find_context(text, plan) == found
+
+
+@pytest.mark.parametrize("template", [None, OTHER], ids=["ChatML", "another"])
+def test_questions_are_what_the_user_says_last_before_the_first_answer(template, tmp_path):
+    if template == OTHER:
+        pytest.importorskip("jinja2")
+    rows = [conversation(f"Is {n} odd?\nOr even?", "It is.", "Sure?", "Yes.") for n in range(8)]
+    text = tokenized(tmp_path, rows, chat_template=template)
+    tokens = pack_conversations(text, 200, 1)
+    questions = find_questions(text, tokens)
+    assert len(questions) == 3
+    made = template_of(text.chat.template, text.tokenizer)
+    for question in questions:
+        assert question.text.startswith("Is ") and question.text.endswith(" odd?\nOr even?")
+        asked = [Message("user", question.text)]
+        assert question.ids == made.encode(asked, text.tokenizer, add_generation_prompt=True)
+        assert question.end == made.stop_ids(text.tokenizer)[0]
+
+
+def test_made_up_facts_are_distinct_and_the_fourth_phrasing_is_not_trained_on(tmp_path):
+    facts = make_facts(200)
+    names = [fact.name for fact in facts]
+    assert len(set(names)) == len(facts)
+    assert all(name in fact.answer for name, fact in zip(names, facts, strict=True))
+    assert not any(name in q for name in names for fact in facts for q in fact.questions)
+    write_rows(tmp_path, facts)
+    train_rows, val_rows = (
+        [json.loads(line)["question"] for line in (tmp_path / f"{name}.jsonl").open("rb")]
+        for name in ("train", "val")
+    )
+    assert (len(set(train_rows)), len(set(val_rows))) == (600, 200)
+    assert not set(train_rows) & set(val_rows)
+
+
+@pytest.fixture(scope="module")
+def learned(tmp_path_factory) -> Path:
+    """The folder of a run that has learned to count from conversations alone."""
+    folder = tmp_path_factory.mktemp("learned")
+    rows = write_rows_of_numbers(folder, 24)
+    shape = SHAPE | {"emb_dim": 32, "n_layers": 2}
+    params = {"max_steps": 250, "max_length": 64, "batch_size": 4, "learning_rate": 1e-2}
+    params |= {"eval_freq": 250, "model_overrides": shape}
+    return train_in(
+        folder,
+        f"DATA = {{'path': {rows!r}, 'val': {rows!r}}}\n"
+        'TOKENIZER, CUSTOM_MODE, RUN_NAME, PRECISION = "char", True, "tiny", "fp32"\n'
+        f"custom_params = {params!r}\n",
+    )
+
+
+@pytest.mark.slow
+def test_a_model_answers_what_it_has_learned_and_ends_its_turn(learned):
+    loaded = load_run(learned, weights="fp32")
+    template = template_of(loaded.chat_template, loaded.tokenizer)
+    asked = [[Message("user", f"After {n}?")] for n in range(24)]
+    ids = [template.encode(m, loaded.tokenizer, add_generation_prompt=True) for m in asked]
+    end = template.stop_ids(loaded.tokenizer)[0]
+    rows = generate(loaded.model, ids, max_new_tokens=8, temperature=0.0, end_of_text_id=end)
+    for n, prompt, row in zip(range(24), ids, rows, strict=True):
+        assert row[-1] == end
+        assert loaded.tokenizer.decode(row[len(prompt) : -1]) == f"{n + 1}."
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("lora_rank", [None, 2])
+def test_a_run_that_begins_from_a_chat_model_keeps_its_template_and_resumes_exactly(
+    lora_rank, bench, learned
+):
+    rows = write_rows_of_numbers(bench.folder, 12)
+    chat = {"DATA": rows, "INIT_FROM": str(learned), "TOKENIZER": None, "model_overrides": {}}
+    chat |= {"max_length": None, "max_steps": 4, "warmup_steps": 1, "eval_freq": 2}
+    chat |= {"lora_rank": lora_rank}
+    expected = uninterrupted(bench, **chat)
+    bench.describe("run", **chat)
+    bench.signal_at("take_step", 2, after=True)
+    compare(bench.finish(), expected)
+    record = read_record(bench.run)
+    assert record.start.chat_template == record.chat.template == CHATML.source
+    assert record.model.vocab_size == read_record(learned).model.vocab_size
+    assert load_run(bench.run).chat_template == CHATML.source
+
+
+@pytest.mark.slow
+def test_two_ranks_make_the_steps_of_one_on_conversations(tmp_path):
+    rows = write_rows_of_numbers(tmp_path)
+    chat = {"DATA": rows, "max_length": 40, "model_overrides": SHAPE, "max_steps": 6}
+    files = [settings_of(tmp_path, name, **chat) for name in ("one", "two")]
+    alone(tmp_path, [files[0]])
+    together(tmp_path, 2, [files[1]])
+    runs = [tmp_path / "runs" / name for name in ("one", "two")]
+    assert [read_record(run).ranks for run in runs] == [1, 2]
+    assert furthest(*runs, *LOSSES) < 2e-5
