@@ -10,8 +10,14 @@ from typing import Any
 
 from engine.errors import CheckpointError, DataError, SettingsError
 from exchange.gguf_file import GGUFFile, unusable
-from exchange.huggingface import BEGIN_NAMES, TURN_ENDS
-from text.tokenizer import MOST_MERGE_STEPS, CharTokenizer, Tokenizer, read_tokenizer
+from text.tokenizer import (
+    BEGIN_NAMES,
+    MOST_MERGE_STEPS,
+    TURN_ENDS,
+    CharTokenizer,
+    Tokenizer,
+    read_tokenizer,
+)
 from text.tokenizer_file import (
     BYTE_LEVEL,
     END_OF_TEXT,
@@ -63,7 +69,10 @@ def tokenizer_of(file: GGUFFile) -> Tokenizer:
     if kind == "gpt2":
         tree = _byte_level_tree(file, vocabulary)
     elif kind == "llama":
-        characters = CharTokenizer(" " if t == SPACE else t for t in tokens if len(t) == 1)
+        characters = CharTokenizer(
+            (" " if t == SPACE else t for t in tokens if len(t) == 1),
+            added=[t for t, kind in zip(tokens, types, strict=True) if kind == CONTROL][1:],
+        )
         if _character_tokens(characters) == tokens:
             return characters
         tree = _sentence_piece_tree(file, vocabulary, types)
@@ -142,7 +151,8 @@ def tokenizer_metadata(
                 "space, which are one in llama.cpp.\n"
                 "Export to Hugging Face's format, or train on a text without that character."
             )
-        types = [NORMAL] * tokenizer.first_byte_id + [BYTE] * 256 + [CONTROL]
+        types = [NORMAL] * tokenizer.first_byte_id + [BYTE] * 256
+        types += [CONTROL] * len(tokenizer.special_tokens)
         kind: dict[str, Any] = {"tokenizer.ggml.model": "llama"}
         # none of these tokens is a merge of others: the scores choose nothing
         kind |= {"tokenizer.ggml.scores": [0.0] * len(tokens)}
@@ -174,7 +184,8 @@ def tokenizer_metadata(
 def _character_tokens(tokenizer: CharTokenizer) -> list[str]:
     """The tokens of a character tokenizer in SentencePiece's spelling."""
     characters = [SPACE if char == " " else char for char in tokenizer.chars]
-    return [*characters, *(f"<0x{byte:02X}>" for byte in range(256)), END_OF_TEXT]
+    bytes_ = (f"<0x{byte:02X}>" for byte in range(256))
+    return [*characters, *bytes_, *tokenizer.special_tokens]
 
 
 def _tokens_of(tree: dict[str, Any], count: int) -> tuple[list[str], list[int]]:

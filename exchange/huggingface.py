@@ -29,7 +29,13 @@ from exchange.pretrained import Pretrained, fingerprint_of, require_memory
 from model import ROPE_SCALINGS, GPTConfig
 from storage.checkpoint import Tensors, map_safetensors, safetensors_chunks
 from storage.files import NewFolder, make_folder, require_space, to_json
-from text.tokenizer import ForeignTokenizer, Tokenizer, read_tokenizer
+from text.tokenizer import (
+    BEGIN_NAMES,
+    TURN_ENDS,
+    ForeignTokenizer,
+    Tokenizer,
+    read_tokenizer,
+)
 from text.tokenizer_file import END_OF_TEXT, special_token, vocabulary_json
 
 CONFIG, WEIGHTS, TOKENIZER = "config.json", "model.safetensors", "tokenizer.json"
@@ -42,9 +48,6 @@ MOST_CONTEXT = 1_000_000  # GPTConfig's; a longer one is cut, which changes noth
 FORMATS = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 # beside the weights, in files of older versions: masks and rotary frequencies
 BUFFERS = re.compile(r"\.attn\.(bias|masked_bias)$|\.rotary_emb\.inv_freq$")
-# what tokenizers call the token before a text, and the one that ends a turn of a chat
-BEGIN_NAMES = ("<|begin_of_text|>", "<s>", "<bos>")
-TURN_ENDS = ("<|im_end|>", "<|eot_id|>", "<end_of_turn>", "<|end|>")
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 HUB_FILES = ["*.json", "*.jinja", "merges.txt", "*.safetensors"]
 

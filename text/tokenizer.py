@@ -26,6 +26,7 @@ from text.tokenizer_file import (
     check_tokenizer_tree,
     ranks_of,
     read_ranks,
+    special_token,
     tokenizer_json,
 )
 
@@ -33,7 +34,9 @@ GPT2_FILE = Path(__file__).resolve().parent.parent / "assets" / "gpt2.tiktoken"
 GPT2_SHA256 = "306cd27f03c1a714eca7108e03d66b7dc042abe8c258b44c199a7ed9838dd930"
 GPT2_FINGERPRINT = "bpe-120d137cc5382960"
 # what other tokenizers call the token that ends a document
-END_NAMES = (END_OF_TEXT, "</s>", "<eos>", "<|end_of_text|>", "<|im_end|>", "[SEP]", "<eot>")
+END_NAMES = (END_OF_TEXT, "</s>", "<eos>", "<|end_of_text|>", "[SEP]", "<eot>", "<|im_end|>")
+BEGIN_NAMES = ("<|begin_of_text|>", "<s>", "<bos>")  # the one that begins a document
+TURN_ENDS = ("<|im_end|>", "<|eot_id|>", "<end_of_turn>", "<|end|>")  # those that end a turn
 
 MAX_TRAINED_VOCABULARY = 100_000
 TRAINING_CHARACTERS = 64_000_000  # to train a BPE on at most; more make no difference
@@ -82,28 +85,37 @@ class ByteDecoder:
 class BPETokenizer(ByteTokens):
     """Byte-level BPE with GPT-2's pre-tokenizer, run by tiktoken.
 
-    The ids are the ranks, which ranks has in order; end-of-text is last. With short_words, no word
-    of the pre-tokenizer is longer than 64 characters, and a blank before them.
+    The ids are the ranks, which ranks has in order, end-of-text, and the further special tokens
+    that are added. With short_words, no word of the pre-tokenizer is longer than 64 characters, and
+    a blank before them.
     """
 
     kind = "bpe"
 
-    def __init__(self, name: str, ranks: dict[bytes, int], *, short_words: bool = False) -> None:
+    def __init__(
+        self,
+        name: str,
+        ranks: dict[bytes, int],
+        *,
+        short_words: bool = False,
+        added: Iterable[str] = (),
+    ) -> None:
         self.name = name
-        self._ranks = ranks
-        self._short_words = short_words
+        self._ranks, self._short_words = ranks, short_words
+        self.special_tokens = _numbered([END_OF_TEXT, *added], len(ranks))
         self.end_of_text_id = len(ranks)
-        self.vocab_size = len(ranks) + 1
+        self.vocab_size = len(ranks) + len(self.special_tokens)
         self.fingerprint = _fingerprint(
             "bpe",
             b"".join(b"%d %b " % (r, t) for t, r in ranks.items())
-            + (SHORT_WORDS.encode() if short_words else b""),
+            + (SHORT_WORDS.encode() if short_words else b"")
+            + _added_bytes(self.special_tokens),
         )
         self._encoding = tiktoken.Encoding(
             name,
             pat_str=SHORT_WORDS if short_words else r50k_pat_str,
             mergeable_ranks=ranks,
-            special_tokens={END_OF_TEXT: self.end_of_text_id},
+            special_tokens=self.special_tokens,
             explicit_n_vocab=self.vocab_size,
         )
 
@@ -129,28 +141,36 @@ class BPETokenizer(ByteTokens):
 
     def to_json(self) -> str:
         """The tokenizer as the text of a tokenizer.json (half a second for GPT-2's)."""
-        return json.dumps(
-            byte_level_json(self._ranks, short_words=self._short_words), ensure_ascii=False
-        )
+        tree = byte_level_json(self._ranks, self.special_tokens, short_words=self._short_words)
+        return json.dumps(tree, ensure_ascii=False)
+
+    def adding(self, names: Iterable[str]) -> "BPETokenizer":
+        """This tokenizer with further special tokens."""
+        added = _added(self.special_tokens, names)
+        name = _bpe_name(self.end_of_text_id + 1 + len(added))
+        return BPETokenizer(name, self._ranks, short_words=self._short_words, added=added)
 
 
 class CharTokenizer(ByteTokens):
     """A token for each of some characters; all other characters are encoded as UTF-8 bytes.
 
-    The ids are the characters in code point order, the 256 bytes, and end-of-text.
+    The ids are the characters in code point order, the 256 bytes, end-of-text, and the further
+    special tokens that are added.
     """
 
     kind = "char"
 
-    def __init__(self, chars: Iterable[str]) -> None:
+    def __init__(self, chars: Iterable[str], *, added: Iterable[str] = ()) -> None:
         self.chars = sorted(set(chars))
         self.name = f"{len(self.chars):,} characters"
         self.first_byte_id = len(self.chars)
         self.end_of_text_id = self.first_byte_id + 256
-        self.vocab_size = self.end_of_text_id + 1
+        self.special_tokens = _numbered([END_OF_TEXT, *added], self.end_of_text_id)
+        self.vocab_size = self.end_of_text_id + len(self.special_tokens)
         self.stoi = {char: i for i, char in enumerate(self.chars)}
         self.itos = dict(enumerate(self.chars))
-        self.fingerprint = _fingerprint("char", "".join(self.chars).encode("utf-8"))
+        content = "".join(self.chars).encode("utf-8") + _added_bytes(self.special_tokens)
+        self.fingerprint = _fingerprint("char", content)
         self._id_of_code = np.full(0x110000, -1, dtype=np.int32)
         self._id_of_code[[ord(char) for char in self.chars]] = np.arange(len(self.chars))
 
@@ -179,16 +199,22 @@ class CharTokenizer(ByteTokens):
             return self.itos[token].encode("utf-8")
         if token < self.end_of_text_id:
             return bytes([token - self.first_byte_id])
-        if token == self.end_of_text_id:
-            return END_OF_TEXT.encode()
+        if token < self.vocab_size:
+            return list(self.special_tokens)[token - self.end_of_text_id].encode()
         raise KeyError(token)
 
     def to_json(self) -> str:
         """The tokenizer as the text of a tokenizer.json: a BPE without merges."""
         bytes_ = {f"<0x{byte:02X}>": self.first_byte_id + byte for byte in range(256)}
         decoder = {"type": "Sequence", "decoders": [{"type": "ByteFallback"}, {"type": "Fuse"}]}
-        tree = tokenizer_json(self.stoi | bytes_, [], pre_tokenizer=None, decoder=decoder)
+        tree = tokenizer_json(
+            self.stoi | bytes_, [], self.special_tokens, pre_tokenizer=None, decoder=decoder
+        )
         return json.dumps(tree, ensure_ascii=False)
+
+    def adding(self, names: Iterable[str]) -> "CharTokenizer":
+        """This tokenizer with further special tokens."""
+        return CharTokenizer(self.chars, added=_added(self.special_tokens, names))
 
 
 class ForeignTokenizer:
@@ -207,6 +233,9 @@ class ForeignTokenizer:
         self.end_of_text = end or END_OF_TEXT
         self.end_of_text_id: int = ids.get(self.end_of_text, self.vocab_size)
         self.vocab_size += self.adds_end
+        added = tokenizer.get_added_tokens_decoder().items()
+        self.special_tokens = {token.content: i for i, token in added if token.special}
+        self.special_tokens[self.end_of_text] = self.end_of_text_id
 
     def encode(self, text: str) -> list[int]:
         """The ids of a text, without the special tokens that the file adds around it."""
@@ -255,6 +284,20 @@ class ForeignTokenizer:
         """The tokenizer as the text of a tokenizer.json, as the library writes it."""
         return self._tokenizer.to_str()
 
+    def adding(self, names: Iterable[str]) -> "ForeignTokenizer":
+        """This tokenizer with further special tokens; an end-of-text of its own keeps its id."""
+        names = [self.end_of_text] * self.adds_end + list(names)
+        ids = self._tokenizer.get_vocab()
+        new = [name for name in names if name not in ids]
+        ids |= _numbered(new, self.vocab_size - self.adds_end)
+        tree = json.loads(self.to_json())
+        kept = [entry for entry in tree["added_tokens"] if entry["content"] not in names]
+        tree["added_tokens"] = [*kept, *(special_token(ids[name], name) for name in names)]
+        tree["added_tokens"].sort(key=lambda entry: entry["id"])
+        found = _load_foreign(json.dumps(tree, ensure_ascii=False).encode("utf-8"), None)
+        found.name = f"{self.name}, and {', '.join(names)}"
+        return found
+
 
 class ForeignDecoder:
     """Decodes tokens whose text depends on their neighbors: decodes the newest ones each time."""
@@ -288,6 +331,20 @@ Tokenizer = BPETokenizer | CharTokenizer | ForeignTokenizer
 
 def _fingerprint(kind: str, content: bytes) -> str:
     return f"{kind}-{hashlib.sha256(content).hexdigest()[:16]}"
+
+
+def _numbered(names: Iterable[str], first: int) -> dict[str, int]:
+    return {name: i for i, name in enumerate(names, start=first)}
+
+
+def _added(special_tokens: dict[str, int], names: Iterable[str]) -> list[str]:
+    """The special tokens beside end-of-text, and further ones."""
+    return [name for name in special_tokens if name != END_OF_TEXT] + list(names)
+
+
+def _added_bytes(special_tokens: dict[str, int]) -> bytes:
+    """What a fingerprint has of special tokens beside end-of-text."""
+    return "".join(f"\n{name}" for name in _added(special_tokens, ())).encode()
 
 
 def cut_long_words(text: str) -> list[str]:
@@ -379,7 +436,7 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> BPETokenizer:
     pieces = _at_most(texts, TRAINING_CHARACTERS)
     vocabulary = learn_bpe(pieces, vocab_size - 1, SHORT_WORDS)
     collections.deque(pieces, maxlen=0)  # errors of reading come before an hour of encoding
-    name = f"BPE of {len(vocabulary) + 1:,} tokens"
+    name = _bpe_name(len(vocabulary) + 1)
     return BPETokenizer(name, ranks_of(vocabulary), short_words=True)
 
 
@@ -450,13 +507,28 @@ def restore_tokenizer(kind: str, content: bytes, path: Path | None = None) -> To
     if kind == "foreign":
         return _load_foreign(content, path)
     tree = json.loads(content)
+    special = [entry["content"] for entry in tree["added_tokens"]]
     vocabulary = tree["model"]["vocab"]
-    vocabulary = {token: i for token, i in vocabulary.items() if token != END_OF_TEXT}
+    vocabulary = {token: i for token, i in vocabulary.items() if token not in special}
+    added = [token for token in special if token != END_OF_TEXT]
     if kind == "char":
-        return CharTokenizer([token for token in vocabulary if len(token) == 1])
+        return CharTokenizer([token for token in vocabulary if len(token) == 1], added=added)
     short_words = tree["pre_tokenizer"]["type"] == "Sequence"
-    name = f"BPE of {len(vocabulary) + 1:,} tokens"
-    return BPETokenizer(name, ranks_of(vocabulary), short_words=short_words)
+    name = _bpe_name(len(vocabulary) + 1 + len(added))
+    return BPETokenizer(name, ranks_of(vocabulary), short_words=short_words, added=added)
+
+
+def _bpe_name(vocab_size: int) -> str:
+    return f"BPE of {vocab_size:,} tokens"
+
+
+def add_special_tokens(tokenizer: Tokenizer, names: Iterable[str]) -> Tokenizer:
+    """A tokenizer that has these special tokens too, after all ids that it has.
+
+    Those that it has already keep their ids. A text that holds their names is encoded as before.
+    """
+    missing = [name for name in names if name not in tokenizer.special_tokens]
+    return tokenizer.adding(missing) if missing else tokenizer
 
 
 def _load_foreign(content: bytes, path: Path | None) -> ForeignTokenizer:

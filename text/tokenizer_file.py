@@ -72,7 +72,9 @@ def ranks_of(vocabulary: dict[str, int]) -> dict[bytes, int]:
     return ranks
 
 
-def byte_level_json(ranks: dict[bytes, int], *, short_words: bool = False) -> dict[str, Any]:
+def byte_level_json(
+    ranks: dict[bytes, int], special_tokens: dict[str, int], *, short_words: bool = False
+) -> dict[str, Any]:
     """A tokenizer.json's content for a byte-level BPE; ranks are in order.
 
     Its words are those of GPT-2's pattern or, if short_words, of SHORT_WORDS.
@@ -82,7 +84,9 @@ def byte_level_json(ranks: dict[bytes, int], *, short_words: bool = False) -> di
     vocabulary = {shown[token]: rank for token, rank in ranks.items()}
     merges = [[shown[left], shown[right]] for left, right in merge_pairs(ranks)]
     pre_tokenizer = split_words(SHORT_WORDS) if short_words else BYTE_LEVEL
-    return tokenizer_json(vocabulary, merges, pre_tokenizer=pre_tokenizer, decoder=BYTE_LEVEL)
+    return tokenizer_json(
+        vocabulary, merges, special_tokens, pre_tokenizer=pre_tokenizer, decoder=BYTE_LEVEL
+    )
 
 
 def split_words(pattern: str) -> dict[str, Any]:
@@ -95,21 +99,23 @@ def split_words(pattern: str) -> dict[str, Any]:
 def tokenizer_json(
     vocabulary: dict[str, int],
     merges: list[list[str]],
+    special_tokens: dict[str, int] | None = None,
     *,
     pre_tokenizer: dict[str, Any] | None,
     decoder: dict[str, Any],
 ) -> dict[str, Any]:
     """A tokenizer.json's content, in the format of Hugging Face tokenizers.
 
-    End-of-text is last unless the vocabulary has it. Without a pre-tokenizer, characters outside
-    the vocabulary fall back to bytes.
+    The only special token is end-of-text if none are given; it is last unless the vocabulary has
+    it. Without a pre-tokenizer, characters outside the vocabulary fall back to bytes.
     """
-    end_of_text_id = vocabulary.get(END_OF_TEXT, len(vocabulary))
+    if special_tokens is None:
+        special_tokens = {END_OF_TEXT: vocabulary.get(END_OF_TEXT, len(vocabulary))}
     return {
         "version": "1.0",
         "truncation": None,
         "padding": None,
-        "added_tokens": [special_token(end_of_text_id, END_OF_TEXT)],
+        "added_tokens": [special_token(i, name) for name, i in special_tokens.items()],
         "normalizer": None,
         "pre_tokenizer": pre_tokenizer,
         "post_processor": None,
@@ -123,7 +129,7 @@ def tokenizer_json(
             "fuse_unk": False,
             "byte_fallback": pre_tokenizer is None,
             "ignore_merges": False,
-            "vocab": vocabulary | {END_OF_TEXT: end_of_text_id},
+            "vocab": vocabulary | special_tokens,
             "merges": merges,
         },
     }
