@@ -78,14 +78,14 @@ def main() -> int:
     if converser is not None:
         sampling["max_new_tokens"] = answer_length_of(arguments, run)
     elif arguments.system is not None:
-        raise SettingsError("--system is for chat models; this is a base model, without a template.")
+        raise SettingsError("--system is for chat models, and this is a base model.")
     chat = Chat(run, sampling, arguments.stop, seed, converser, arguments.system)
     context = run.model.config.context_length
     kind = (
         "This is a base model and no assistant: it continues the text that you begin,\n"
         f"and reads the newest {context:,} tokens of it.\n{COMMANDS}"
         if converser is None
-        else "This is a chat model: it answers, rightly or wrongly, and reads the newest turns\n"
+        else "This is a chat model: it answers, right or wrong, and reads the newest turns\n"
         f"that fit into its {context:,} tokens.\n/system TEXT /undo {COMMANDS}"
     )
     tell(f"{describe(run)}, seed {seed}\n{kind}")
@@ -184,8 +184,8 @@ class Chat:
         write("\n")
         if self._converser is not None and finish == "length":
             n, most = options["max_new_tokens"], self.sampling["max_new_tokens"]
-            more = f"/set max_new_tokens={2 * n} allows more" if n == most else "the context is full"
-            tell(f"(cut off after {n:,} tokens: {more})")
+            why = "the context is full" if n < most else f"/set max_new_tokens={2 * n} allows more"
+            tell(f"(cut off after {n:,} tokens: {why})")
 
     def prompt(self) -> tuple[str | list[int], dict[str, Any]]:
         """The prompt of the next answer, and the options that come with it.

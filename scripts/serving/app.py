@@ -172,9 +172,13 @@ class Application:
         return json_response(answer.whole(job.n_prompt_tokens), headers=headers)
 
     def _headers(self, order: Order) -> dict[str, str]:
-        """What an answer's headers say of its request."""
-        headers = {SUBSTITUTED: quote(self._served.model)} if order.is_substitute else {}  # in ASCII
-        return headers | ({DROPPED: str(order.n_dropped)} if order.n_dropped else {})
+        """What an answer's headers say of its request; they have ASCII only."""
+        headers = {}
+        if order.is_substitute:
+            headers[SUBSTITUTED] = quote(self._served.model)
+        if order.n_dropped:
+            headers[DROPPED] = str(order.n_dropped)
+        return headers
 
     def _note(self, ignored: Iterable[str]) -> None:
         """Print a line for each ignored parameter, the first time that it comes."""

@@ -14,7 +14,7 @@ const STRINGS = {
       "assistant would.",
     joined: "Your messages and its own are joined with blank lines, and it goes on from there.",
     greeting: "Ask something",
-    answers: "This model answers by what it has learnt, rightly or wrongly.",
+    answers: "This model answers by what it has learnt, right or wrong.",
     message: "Message",
     placeholder: "Begin a text …",
     question: "Ask something …",
