@@ -11,7 +11,9 @@ import sys
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
+import httpx
 import pytest
 import requests
 
@@ -19,6 +21,9 @@ from generation import stream_text
 from scripts import options as scripts_options
 from scripts import serve
 from scripts.serving import app
+from scripts.serving.app import Application
+from scripts.serving.protocol import Served
+from scripts.serving.writer import Writer
 from tests.by_heart import ENDLESS
 
 LONG = 100_000  # tokens of an answer that takes a minute, so that what ends soon was cancelled
@@ -143,3 +148,34 @@ def continued(model, prompt: str, **options) -> str:
     """What the model writes, without a server."""
     greedy = {"temperature": 0.0, "max_new_tokens": 20} | options
     return "".join(p.text for p in stream_text(model.model, model.tokenizer, [prompt], **greedy))
+
+
+def sent(run, served: Served, *asked: tuple[str, Any], token: str) -> list[httpx.Response]:
+    """The answers of the server's application, without a socket, to bodies one after another."""
+
+    async def answers() -> list[httpx.Response]:
+        queue = Writer(run, queue_limit=1)
+        guard = Application(run, served, queue).guarded(host="127.0.0.1", port=8000, token=token)
+        transport = httpx.ASGITransport(guard)
+        async with httpx.AsyncClient(
+            transport=transport,
+            base_url="http://host.docker.internal:8000",
+            headers={"Authorization": f"Bearer {token}"},
+        ) as client:
+            found = [
+                await client.get(f"/v1/{what}")
+                if body is None
+                else await client.post(f"/v1/{what}", json=body)
+                for what, body in asked
+            ]
+        await asyncio.to_thread(queue.close)
+        return found
+
+    return asyncio.run(answers())
+
+
+def chunks_of(answer: httpx.Response) -> list[dict[str, Any]]:
+    """The chunks of a streamed answer that ended as it should."""
+    *events, done, rest = answer.text.split("\n\n")
+    assert (done, rest) == ("data: [DONE]", ""), answer.text
+    return [json.loads(event.removeprefix("data: ")) for event in events]

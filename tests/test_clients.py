@@ -12,11 +12,10 @@ import torch
 
 from generation import SamplingConfig, stream_text
 from scripts.serving import app, writer
-from scripts.serving.app import Application
 from scripts.serving.guard import Guard, json_response
 from scripts.serving.protocol import Served
-from scripts.serving.writer import Writer
 from tests.letters import model_for
+from tests.serving import chunks_of, sent
 from text.tokenizer import CharTokenizer
 
 TOKEN = "open-sesame"
@@ -141,7 +140,7 @@ def test_pages_of_an_allowed_origin_may_ask_with_the_token_and_no_others():
         "allow-methods": "GET, POST",
         "allow-headers": "authorization,x-stainless-lang",
         "allow-private-network": "true",
-        "expose-headers": "x-served-model",
+        "expose-headers": "x-served-model, x-dropped-messages",
         "max-age": "600",
     }
     for headers, status in ((RIGHT, 200), ({}, 401)):  # a page can read why it was refused
@@ -187,25 +186,7 @@ def send(run):
     served = Served("tiny", ("quick",), 0, "", run.tokenizer, sampling, 1, LIMIT)
 
     def send(*asked: tuple[str, Any]) -> list[httpx.Response]:
-        async def answers() -> list[httpx.Response]:
-            queue = Writer(run, queue_limit=1)
-            guard = Application(run, served, queue).guarded(
-                host="127.0.0.1", port=8000, token=TOKEN
-            )
-            transport = httpx.ASGITransport(guard)
-            async with httpx.AsyncClient(
-                transport=transport, base_url="http://host.docker.internal:8000", headers=RIGHT
-            ) as client:
-                found = [
-                    await client.get(f"/v1/{what}")
-                    if body is None
-                    else await client.post(f"/v1/{what}", json=body)
-                    for what, body in asked
-                ]
-            await asyncio.to_thread(queue.close)
-            return found
-
-        return asyncio.run(answers())
+        return sent(run, served, *asked, token=TOKEN)
 
     return send
 
@@ -242,9 +223,7 @@ def test_every_recorded_request_is_answered_or_told_what_to_do(send):
             continue
         assert answer.status_code == 200, place
         if body.get("stream"):
-            *events, done, _ = answer.text.split("\n\n")
-            assert done == "data: [DONE]", place
-            chunks = [json.loads(event.removeprefix("data: ")) for event in events]
+            chunks = chunks_of(answer)
             assert not any("error" in chunk for chunk in chunks), place
             finishes = [c["finish_reason"] for chunk in chunks for c in chunk["choices"]]
             assert finishes.count(None) < len(finishes), place
