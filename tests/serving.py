@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import dataclasses
 import functools
 import http.client
 import json
@@ -91,9 +92,11 @@ class Client:
 
 
 class Server(Client):
-    """scripts.serve in a thread, on a port that was free."""
+    """scripts.serve in a thread, on a port that was free; with a template, of a chat model."""
 
-    def __init__(self, run: Path, *options: str, token: str = "none") -> None:
+    def __init__(
+        self, run: Path, *options: str, token: str = "none", chat_template: str | None = None
+    ) -> None:
         self.n_drawn = 0  # tokens, of all answers
         self._seconds_passed = 0.0
         started, real, found = threading.Event(), app.Server, []
@@ -114,7 +117,12 @@ class Server(Client):
             started.set()
             return self._uvicorn
 
+        def load_it(arguments):
+            return dataclasses.replace(load(arguments), chat_template=chat_template)
+
+        load = serve.load
         with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(serve, "load", load_it)
             patch.setattr(sys, "argv", ["serve", *options_of(run, *options)])
             patch.setattr(scripts_options, "default_threads", lambda: 1)
             patch.setattr(app, "Server", note)

@@ -205,7 +205,7 @@ async function loadRun() {
     `${step}${strings.parameters} ${millions.format(facts.parameters)}`;
   showFacts();
   if (isFirst) resetControls();
-  await loadPicture();
+  if (facts.step !== null) await loadPicture(); // a model from elsewhere has none
 }
 
 function showFacts() {
