@@ -5,7 +5,7 @@ import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -17,12 +17,14 @@ from engine.console import say
 from engine.devices import free_memory
 from engine.errors import DataError
 from engine.metrics import TokenSize
+from text.packing import Packing, Pieces
 from text.tokenizer import ByteTokens, GPT2Tokenizer, Tokenizer
 
 MIN_TOKENS = 4  # an input and its target to train on, and as many to validate on
 # of a text that are counted at once, so that it need not fit into memory
 COUNTED_TOKENS, COUNTED_PARTS = 1 << 14, 1 << 6
 LONGEST_TRAIN_SHARE = 0.95  # the most of a short text that is trained on, so that a window fits
+IGNORED = -100  # the target of a position that does not count
 
 
 @dataclass
@@ -53,11 +55,29 @@ class TokenSlice:
         return vars(self) | {"_mapped": None}
 
 
+class Packed(NamedTuple):
+    """Windows of conversations, each of which attends to itself alone: GPTModel's arguments."""
+
+    ids: torch.Tensor  # (B, T)
+    targets: torch.Tensor  # (B, T), IGNORED where none counts
+    starts: torch.Tensor | None  # (B, T), where a token's conversation begins; None: all at 0
+    counted: torch.Tensor  # (K,), the targets that count, by their places in all B x T
+
+    @classmethod
+    def of(cls, ids: torch.Tensor, targets: torch.Tensor, starts: torch.Tensor | None) -> "Packed":
+        """A batch on the CPU, where its targets are counted without a synchronization."""
+        if starts is not None and not starts.any():
+            starts = None
+        return cls(ids, targets, starts, (targets.flatten() != IGNORED).nonzero()[:, 0])
+
+
 Tokens = np.ndarray | TokenSlice
-Batch = tuple[torch.Tensor, torch.Tensor]  # ids and targets, (B, T) each
+Pair = tuple[torch.Tensor, torch.Tensor]  # ids and targets, (B, T) each
+Batch = Pair | Packed
 
 
-def _as_array(tokens: Tokens) -> np.ndarray:
+def as_array(tokens: Tokens) -> np.ndarray:
+    """Tokens in memory or mapped into it."""
     return tokens.array() if isinstance(tokens, TokenSlice) else tokens
 
 
@@ -79,14 +99,14 @@ class WindowDataset(Dataset):
     def __len__(self) -> int:
         return self.n_whole + self.has_tail
 
-    def __getitem__(self, index: int) -> Batch:
+    def __getitem__(self, index: int) -> Pair:
         """The window's ids and targets, each (T,)."""
         if not 0 <= index < len(self):
             raise IndexError(index)
         ids, targets = self.__getitems__([index])
         return ids[0], targets[0]
 
-    def __getitems__(self, indices: Sequence[int]) -> Batch:
+    def __getitems__(self, indices: Sequence[int]) -> Pair:
         """A batch by one gather: ids and targets, each (B, T) int64; the tail is its own batch."""
         starts = np.asarray(indices, dtype=np.int64)[:, None] * self.stride  # (B, 1)
         length = self.max_length + 1
@@ -99,9 +119,13 @@ class WindowDataset(Dataset):
             starts = torch.from_numpy(starts).to(device, non_blocking=True)
             window = self._resident[starts + torch.arange(length, device=device)].long()
         else:
-            array = _as_array(self.tokens)
+            array = as_array(self.tokens)
             window = torch.from_numpy(array[starts + np.arange(length)].astype(np.int64))
         return window[:, :-1], window[:, 1:]
+
+    def scored_tokens(self) -> Tokens:
+        """The tokens of all windows."""
+        return self.tokens
 
     def without_overlap(self) -> "WindowDataset":
         """Windows of the same tokens with the same length that do not overlap."""
@@ -117,11 +141,81 @@ class WindowDataset(Dataset):
         """The tokens from start to stop, (stop - start,) int64, where batches are gathered."""
         if self._resident is not None:
             return self._resident[start:stop].long()
-        return torch.from_numpy(_as_array(self.tokens)[start:stop].astype(np.int64))
+        return torch.from_numpy(as_array(self.tokens)[start:stop].astype(np.int64))
 
     def move_to(self, device: torch.device) -> None:
         """Copy the tokens to a device (4 bytes each) and gather batches there."""
-        self._resident = torch.from_numpy(_as_array(self.tokens).astype(np.int32)).to(device)
+        self._resident = torch.from_numpy(as_array(self.tokens).astype(np.int32)).to(device)
+
+
+class PackedWindows(Dataset):
+    """Windows of whole conversations, as text/packing.py packs them; is_target marks the tokens
+    that count. All windows are as long as the fullest one."""
+
+    has_tail = False
+
+    def __init__(self, tokens: Tokens, is_target: Tokens, pieces: Pieces, packing: Packing) -> None:
+        self.tokens, self.is_target = tokens, is_target
+        self.pieces, self.packing, self.n_whole = pieces, packing, len(packing)
+        self.max_length = int(self._sums(pieces.lengths).max(initial=1))
+        self._n_targets = self._sums(self._count_in_pieces())
+
+    def _sums(self, numbers: np.ndarray) -> np.ndarray:
+        """The sum of the pieces' numbers in each window, (windows,)."""
+        firsts = np.append(0, self.packing.ends)[:-1]
+        return np.add.reduceat(numbers[self.packing.order], firsts) if len(firsts) else firsts
+
+    def _count_in_pieces(self) -> np.ndarray:
+        """The targets of each piece that count, (N,)."""
+        is_target, firsts = as_array(self.is_target), self.pieces.starts + 1
+        places = np.column_stack((firsts, firsts + self.pieces.lengths)).ravel()
+        places = places[places < len(is_target)]  # the last piece may end with the tokens
+        return np.add.reduceat(is_target, places, dtype=np.int64)[::2] if len(places) else firsts
+
+    def __len__(self) -> int:
+        return self.n_whole
+
+    def count_targets(self, windows: Sequence[int] | np.ndarray) -> int:
+        """The targets of some windows that count."""
+        return int(self._n_targets[windows].sum())
+
+    def _targets(self, piece: int) -> tuple[np.ndarray, np.ndarray]:
+        """The targets of a piece, and which of them count."""
+        first = self.pieces.starts[piece] + 1
+        following = slice(first, first + self.pieces.lengths[piece])
+        return as_array(self.tokens)[following], as_array(self.is_target)[following].astype(bool)
+
+    def __getitems__(self, indices: Sequence[int]) -> Packed:
+        """A batch of windows; the end of a window that is not full belongs to its last piece."""
+        shape = (len(indices), self.max_length)
+        ids, starts = np.zeros(shape, np.int64), np.zeros(shape, np.int64)
+        targets = np.full(shape, IGNORED, np.int64)
+        for row, number in enumerate(indices):
+            at = 0
+            for piece in self.packing.window(number):
+                following, counts = self._targets(piece)
+                stop = at + len(following)
+                ids[row, at] = as_array(self.tokens)[self.pieces.starts[piece]]
+                ids[row, at + 1 : stop] = following[:-1]
+                targets[row, at:stop][counts] = following[counts]
+                starts[row, at:] = at
+                at = stop
+        return Packed.of(*(torch.from_numpy(array) for array in (ids, targets, starts)))
+
+    def scored_tokens(self, windows: Iterable[int] | None = None) -> np.ndarray:
+        """The targets that count in some windows, or in all, (N,)."""
+        numbers = range(self.n_whole) if windows is None else windows
+        found = [as_array(self.tokens)[:0]]
+        for number in numbers:
+            found += [t[counts] for t, counts in map(self._targets, self.packing.window(number))]
+        return np.concatenate(found)
+
+
+class Conversations(NamedTuple):
+    """Packed conversations, to train and to validate on."""
+
+    train: PackedWindows
+    val: PackedWindows
 
 
 class WindowBatches(Sampler):
@@ -137,7 +231,7 @@ class WindowBatches(Sampler):
 
     def __init__(
         self,
-        dataset: WindowDataset,
+        dataset: WindowDataset | PackedWindows,
         batch_size: int,
         seed: int | None,
         n_steps: int | None = None,
@@ -156,6 +250,7 @@ class WindowBatches(Sampler):
         self.step_size = step_size or batch_size
         self._is_random = n_steps is not None
         self.n_steps = n_steps or -(-self._n_windows // self.step_size)
+        self._order: tuple[int, np.ndarray] | None = None  # of the last epoch that was asked for
         self.start_at(0)
 
     @property
@@ -202,22 +297,36 @@ class WindowBatches(Sampler):
 
     def _batches(self, epoch: int, first: int, last: int) -> Iterator[list[int]]:
         """The micro-batches of an epoch's steps first to last - 1."""
-        n_whole, size = self.dataset.n_whole, self.step_size
+        for step in range(first, last):
+            windows = self._windows(epoch, step)[self._share(step)]
+            for start in range(0, len(windows), self.micro_batch):
+                yield windows[start : start + self.micro_batch].tolist()
+
+    def count_targets(self, epoch: int, step: int) -> int:
+        """The targets of a step, on all ranks."""
+        if isinstance(self.dataset, WindowDataset):
+            return self.count_windows(step) * self.dataset.max_length
+        return self.dataset.count_targets(self._windows(epoch, step))
+
+    def _windows(self, epoch: int, step: int) -> np.ndarray:
+        """The windows of an epoch's step, of all ranks."""
+        if self._is_random:
+            assert self.seed is not None, "n_steps comes with a seed"
+            generator = np.random.default_rng((self.seed, epoch, step))
+            return generator.integers(self.dataset.n_whole, size=self.step_size)
+        if self._order is None or self._order[0] != epoch:
+            self._order = epoch, self._order_of(epoch)
+        return self._order[1][step * self.step_size : (step + 1) * self.step_size]
+
+    def _order_of(self, epoch: int) -> np.ndarray:
+        """The windows of an epoch."""
+        n_whole = self.dataset.n_whole
         dtype = np.uint32 if n_whole < 2**32 else np.int64  # every rank holds an epoch's order
-        count = 0 if self._is_random else self._n_windows
-        spaced = range(self.offset(epoch), n_whole, self._spacing)[:count]
+        spaced = range(self.offset(epoch), n_whole, self._spacing)[: self._n_windows]
         order = np.arange(spaced.start, spaced.stop, spaced.step, dtype=dtype)
         if self.seed is not None:
             np.random.default_rng((self.seed, epoch)).shuffle(order)
-        for step in range(first, last):
-            windows = order[step * size : (step + 1) * size]
-            if self._is_random:
-                assert self.seed is not None, "n_steps comes with a seed"
-                generator = np.random.default_rng((self.seed, epoch, step))
-                windows = generator.integers(n_whole, size=size)
-            windows = windows[self._share(step)]
-            for start in range(0, len(windows), self.micro_batch):
-                yield windows[start : start + self.micro_batch].tolist()
+        return order
 
     def offset(self, epoch: int) -> int:
         """The window that an epoch begins at; all possible offsets come before any comes again."""
@@ -265,7 +374,7 @@ class OverlappingWindows(Dataset):
         first = 1 + self._lead + number * self._n_scored
         return first, first + self._n_scored
 
-    def __getitems__(self, indices: Sequence[int]) -> Batch:
+    def __getitems__(self, indices: Sequence[int]) -> Pair:
         """A batch of long windows, or a shorter one: ids (B, T) and targets (B, T // 2) int64."""
         if indices[0] < self.n_whole:
             ids, targets = self._whole.__getitems__(indices)
@@ -326,7 +435,8 @@ class EvaluationBatches(Sampler):
 class WindowPlan:
     """How a text of n_tokens is divided: training tokens first, then validation tokens.
 
-    With shift_windows each epoch's windows begin at another token, below stride.
+    With shift_windows each epoch's windows begin at another token, below stride. packed counts the
+    windows of conversations, to train and to validate on.
     """
 
     n_tokens: int
@@ -335,6 +445,7 @@ class WindowPlan:
     stride: int
     batch_size: int
     shift_windows: bool = False
+    packed: tuple[int, int] | None = None
 
     @property
     def n_val(self) -> int:
@@ -345,11 +456,15 @@ class WindowPlan:
     def n_val_batches(self) -> int:
         """The batches that an evaluation over all of the validation text takes at most."""
         n_windows = -(-(self.n_val - 1) // max(1, self.max_length // 2))  # they overlap by half
+        if self.packed is not None:
+            n_windows = self.packed[1]
         return max(1, -(-n_windows // self.batch_size))
 
     @property
     def n_windows(self) -> int:
         """Training windows of an epoch: those that fit, with shift_windows at every shift."""
+        if self.packed is not None:
+            return self.packed[0]
         n_places = max(0, self.n_train - self.max_length)
         n_windows = -(-n_places // self.stride)
         return min(n_windows, max(1, n_places // self.stride)) if self.shift_windows else n_windows
@@ -357,6 +472,8 @@ class WindowPlan:
     @property
     def n_unused(self) -> int:
         """Training tokens after the last window of the first epoch."""
+        if self.packed is not None:
+            return 0
         return self.n_train - ((self.n_windows - 1) * self.stride + self.max_length + 1)
 
 
@@ -422,8 +539,23 @@ def plan_windows(
     return plan, notices
 
 
+def plan_packed(
+    conversations: Conversations, n_tokens: int, n_train: int, *, max_length: int, batch_size: int
+) -> tuple[WindowPlan, list[str]]:
+    """The plan of packed conversations; a notice where they make batch_size smaller."""
+    packed, notices = (len(conversations.train), len(conversations.val)), []
+    if packed[0] < batch_size:
+        notices.append(
+            f"batch_size is lowered from {batch_size} to {packed[0]}: there are no more windows "
+            "of packed conversations"
+        )
+    batch_size = min(batch_size, packed[0])
+    plan = WindowPlan(n_tokens, n_train, max_length, max_length, batch_size, packed=packed)
+    return plan, notices
+
+
 def make_loaders(
-    tokens: Tokens,
+    tokens: Tokens | Conversations,
     plan: WindowPlan,
     *,
     seed: int,
@@ -434,25 +566,32 @@ def make_loaders(
     micro_batch: int | None = None,
     parallel: Parallel = ALONE,
 ) -> tuple[DataLoader, DataLoader]:
-    """Loaders of (ids, targets), each (B, T) int64, for training and for validation.
+    """Loaders of (ids, targets), each (B, T) int64, or of Packed for training and for validation.
 
     Training windows have a new order each epoch, and with plan.shift_windows another offset; or,
     with sampling "random", they start anywhere. A step takes plan.batch_size * accumulation
     windows in micro-batches of micro_batch (None: plan.batch_size); each rank gets its share of
-    them, and all validation windows. Those do not overlap, and the last one may be shorter.
+    them, and all validation windows. Those do not overlap, and the last one may be shorter. Packed
+    conversations have windows of their own, which are never sampled.
     """
-    is_random, length = sampling == "random", plan.max_length
+    is_packed, length = isinstance(tokens, Conversations), plan.max_length
+    is_random = sampling == "random" and not is_packed
     stride = 1 if is_random or plan.shift_windows else plan.stride
-    train = WindowDataset(tokens[: plan.n_train], length, stride)
-    val = WindowDataset(tokens[plan.n_train :], length, length, keep_tail=True)
     step_size = plan.batch_size * accumulation
     n_steps = -(-plan.n_windows // step_size) if is_random else None
     pin_memory = device.type == "cuda"
-    # small texts stay on the GPU
-    if pin_memory and num_workers == 0 and 4 * plan.n_tokens < free_memory(device) / 10:
-        train.move_to(device)
-        val.move_to(device)
-        pin_memory = False
+    train: WindowDataset | PackedWindows
+    val: WindowDataset | PackedWindows
+    if isinstance(tokens, Conversations):
+        train, val = tokens
+    else:
+        train = WindowDataset(tokens[: plan.n_train], length, stride)
+        val = WindowDataset(tokens[plan.n_train :], length, length, keep_tail=True)
+        # small texts stay on the GPU
+        if pin_memory and num_workers == 0 and 4 * plan.n_tokens < free_memory(device) / 10:
+            train.move_to(device)
+            val.move_to(device)
+            pin_memory = False
 
     def load(batches: WindowBatches) -> DataLoader:
         return DataLoader(
@@ -531,16 +670,17 @@ def measure_tokens(
 ) -> TokenSize:
     """The mean characters and bytes of tokens, or of the parts between two places each.
 
-    The mean is over all of them, and an end of text has none. It is exact where a token stands for
-    bytes; tokens of another tokenizer are decoded, a million at once.
+    The mean is over all of them, and special tokens, such as an end of text, have none. It is exact
+    where a token stands for bytes; tokens of another tokenizer are decoded, a million at once.
     """
-    pieces = _in_pieces(_as_array(tokens), [(0, len(tokens))] if parts is None else parts)
+    pieces = _in_pieces(as_array(tokens), [(0, len(tokens))] if parts is None else parts)
     n_tokens = characters = n_bytes = 0
+    special = list(tokenizer.special_tokens.values())
     if isinstance(tokenizer, ByteTokens):
         counts = np.zeros(tokenizer.vocab_size, dtype=np.int64)
         for ids in pieces:
             counts += np.bincount(ids, minlength=len(counts))
-        n_tokens, counts[tokenizer.end_of_text_id] = counts.sum().item(), 0
+        n_tokens, counts[special] = counts.sum().item(), 0
         for token in np.flatnonzero(counts).tolist():
             content, count = tokenizer.token_bytes(token), counts[token].item()
             n_bytes += count * len(content)
@@ -548,7 +688,7 @@ def measure_tokens(
             characters += count * sum(byte & 0xC0 != 0x80 for byte in content)
     else:
         for ids in pieces:
-            text = tokenizer.decode(ids[ids != tokenizer.end_of_text_id].tolist())
+            text = tokenizer.decode(ids[~np.isin(ids, special)].tolist())
             n_tokens, characters = n_tokens + len(ids), characters + len(text)
             n_bytes += len(text.encode("utf-8", "replace"))
     return TokenSize(max(1, characters) / n_tokens, max(1, n_bytes) / n_tokens)
@@ -556,10 +696,26 @@ def measure_tokens(
 
 def in_parts(batches: list[Batch], size: int) -> list[Batch]:
     """A step's micro-batches, (B, T) each, cut as by WindowBatches with micro_batch=size."""
-    if all(len(ids) <= size for ids, _ in batches):
+    if all(len(batch[0]) <= size for batch in batches):
         return batches
-    ids, targets = (torch.cat(tensors) for tensors in zip(*batches, strict=True))
-    return list(zip(ids.split(size), targets.split(size), strict=True))
+    ids, targets = (torch.cat([batch[i] for batch in batches]).split(size) for i in (0, 1))
+    packed = [batch for batch in batches if isinstance(batch, Packed)]
+    if not packed:
+        return list(zip(ids, targets, strict=True))
+    starts = [torch.zeros_like(b.ids) if b.starts is None else b.starts for b in packed]
+    return list(map(Packed.of, ids, targets, torch.cat(starts).split(size)))
+
+
+def count_targets(batch: Batch) -> int:
+    """The targets of a batch that count."""
+    return len(batch.counted) if isinstance(batch, Packed) else batch[1].numel()
+
+
+def to_device(batch: Batch, device: torch.device) -> Batch:
+    """Copy a batch to a device, asynchronously from pinned memory."""
+    is_async = device.type == "cuda"
+    parts = [None if t is None else t.to(device, non_blocking=is_async) for t in batch]
+    return Packed(*parts) if isinstance(batch, Packed) else (parts[0], parts[1])
 
 
 def as_batch(items: Any) -> Any:

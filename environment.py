@@ -11,7 +11,16 @@ from pathlib import Path
 import torch
 from torch.utils.data import DataLoader
 
-from data import TokenSlice, WindowPlan, make_loaders, measure_tokens, plan_windows
+from data import (
+    Conversations,
+    TokenSlice,
+    WindowPlan,
+    make_loaders,
+    measure_tokens,
+    plan_packed,
+    plan_windows,
+    to_device,
+)
 from distributed.parallel import Parallel, join
 from engine.console import in_kernel, say
 from engine.memory import as_bytes
@@ -22,6 +31,13 @@ from engine.processor import prepare_processor
 from exchange.beginning import Beginning, begin_with, find_beginning
 from exchange.saved_run import LoadedModel, load_run  # noqa: F401  users import them from here
 from model import GPTModel
+from planning.chat import (
+    Question,
+    about_chat,
+    find_chat,
+    find_questions,
+    pack_conversations,
+)
 from planning.decisions import decide_recipe, decide_tokenizer, decide_training, find_deadline
 from planning.dry_run import end_dry_run
 from planning.fine_tuning import decide_start
@@ -80,6 +96,7 @@ class RuntimeEnv:
     learner: Learner
     run: RunFolder
     token_size: TokenSize
+    prompts: list[str] | list[Question]  # of samples
 
     @property
     def parallel(self) -> Parallel:
@@ -127,11 +144,13 @@ def _prepare(settings: str | Path | None, parallel: Parallel, began_at: float) -
     plan, candidates = _choose_recipe(plan, candidates, weights, machine, cache)
 
     text = _read_text(plan, candidates, cache, parallel)
+    plan = dataclasses.replace(plan, chat=find_chat(text))
     run = settle_run(candidates, text.tokenizer.fingerprint, text.sha256)
     asked = decide_training(plan, machine.device, text.n_tokens, run.before, parallel.world)
     deadline = find_deadline(plan, asked, began_at)
     asked, about_prompt = fit_prompt(asked, text)
-    windows, about_windows = _cut(text, plan, asked)
+    tokens = _find_windows(text, plan)
+    windows, about_windows = _cut(tokens, text, plan, asked)
     machine = decide_machine(machine, plan, asked, windows, run.before)
 
     model = fresh_model(plan, asked, windows, text.tokenizer.vocab_size, machine)
@@ -139,11 +158,11 @@ def _prepare(settings: str | Path | None, parallel: Parallel, began_at: float) -
     begin_with(weights, plan, model, run, parallel, lora_rank=asked.lora_rank)
     set_attention(model, machine, plan, asked, windows, run.before)
     machine = fit_into_memory(machine, model, asked, windows)
-    train_loader, val_loader = _make_loaders(text, plan, asked, windows, machine)
-    token_size = measure_tokens(val_loader.dataset.tokens, text.tokenizer)
+    train_loader, val_loader = _make_loaders(tokens, plan, asked, windows, machine)
+    token_size = measure_tokens(val_loader.dataset.scored_tokens(), text.tokenizer)
     plan = dataclasses.replace(plan, sampling=plan.sampling.fitted(token_size))
     machine = check_arithmetic(machine, model, train_loader)
-    notices = [*about_prompt, *about_windows, *machine.notices]
+    notices = [*about_chat(plan, asked, tokens), *about_prompt, *about_windows, *machine.notices]
     optimizer = _build_optimizer(model, asked)
     trial = Trial.of(machine, model, optimizer, train_loader)
     plan = measure_start(plan, run.before, trial, val_loader, text.tokenizer)
@@ -164,6 +183,7 @@ def _prepare(settings: str | Path | None, parallel: Parallel, began_at: float) -
         learner=trial.learner_of_the_run(),
         run=make_folder_of(run, record, text, windows, deadline),
         token_size=token_size,
+        prompts=find_questions(text, tokens) or training.prompts,
     )
 
 
@@ -188,24 +208,39 @@ def _free_earlier_runs() -> None:
         )
 
 
-def _cut(text: TokenizedText, plan: RunPlan, asked: TrainingConfig) -> tuple[WindowPlan, list[str]]:
+def _find_windows(text: TokenizedText, plan: RunPlan) -> TokenSlice | Conversations:
+    """The tokens of a text, or its conversations, packed into windows."""
+    packed = pack_conversations(text, plan.model["context_length"], plan.run.SEED)
+    return packed or TokenSlice(text.path, text.dtype, 0, text.n_tokens)
+
+
+def _cut(
+    tokens: TokenSlice | Conversations, text: TokenizedText, plan: RunPlan, asked: TrainingConfig
+) -> tuple[WindowPlan, list[str]]:
+    sizes = {"max_length": plan.model["context_length"], "batch_size": asked.batch_size}
+    if isinstance(tokens, Conversations):
+        assert text.n_train is not None, "conversations are never divided by position"
+        return plan_packed(tokens, text.n_tokens, text.n_train, **sizes)
     return plan_windows(
         text.n_tokens,
-        max_length=plan.model["context_length"],
         stride=asked.stride,
-        batch_size=asked.batch_size,
         train_ratio=asked.train_ratio,
         n_train=text.n_train,
         # "random" windows begin anywhere in any case
         shift_windows=asked.shift_windows and asked.sampling == "windows",
+        **sizes,
     )
 
 
 def _make_loaders(
-    text: TokenizedText, plan: RunPlan, asked: TrainingConfig, windows: WindowPlan, machine: Machine
+    tokens: TokenSlice | Conversations,
+    plan: RunPlan,
+    asked: TrainingConfig,
+    windows: WindowPlan,
+    machine: Machine,
 ) -> tuple[DataLoader, DataLoader]:
     return make_loaders(
-        TokenSlice(text.path, text.dtype, 0, text.n_tokens),
+        tokens,
         windows,
         seed=plan.run.SEED,
         num_workers=machine.workers,
@@ -226,7 +261,7 @@ def _build_optimizer(model: GPTModel, asked: TrainingConfig) -> torch.optim.Opti
 def _verify_devices(
     model: GPTModel, optimizer: torch.optim.Optimizer, loader: DataLoader, device: torch.device
 ) -> None:
-    batch = [part.to(device) for part in loader.dataset.__getitems__([0])]
+    batch = to_device(loader.dataset.__getitems__([0]), device)
     check_devices(model, optimizer, batch, device)
     say(f"✓ Device consistency verified (using {device})")
 
@@ -286,8 +321,16 @@ def _read_text(
     assert tokenizer is not None, "decide_recipe() sets it"
 
     def read(stand_in: bool | None) -> TokenizedText:
-        is_free = plan.start is None
-        return tokenize(spec, tokenizer, ratio, cache, stand_in=stand_in, is_free=is_free)
+        start = plan.start
+        return tokenize(
+            spec,
+            tokenizer,
+            ratio,
+            cache,
+            stand_in=stand_in,
+            is_free=start is None,
+            chat_template=None if start is None else start.chat_template,
+        )
 
     with candidates.naming_the_run(plan.data):
         # other ranks usually find the main rank's tokens in the cache

@@ -152,8 +152,8 @@ def run_pipeline(env: RuntimeEnv) -> None:
 
 
 def show_samples(env: RuntimeEnv, journal: Journal) -> None:
-    """Continue the prompts as one batch in three ways: greedy, top-k and top-p."""
-    sampling, prompts = env.run.record.sampling, env.train_config.prompts
+    """Continue the prompts or answer the questions, as one batch: greedy, top-k and top-p."""
+    sampling, prompts = env.run.record.sampling, env.prompts
     top_k, top_p = ("all" if n is None else n for n in (sampling.top_k, sampling.top_p))
     generator = torch.Generator(device=env.device).manual_seed(env.run.record.asked.seed)
     choices: dict[str, dict[str, float | None]] = {

@@ -8,10 +8,11 @@ Tensor letters: B batch, T positions, C emb_dim, H heads, K key-value heads, D h
 V vocabulary.
 """
 
+import itertools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, fields
-from typing import Any, Self
+from typing import Any, Self, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend
 from torch.utils.checkpoint import checkpoint
 
-from engine.compiling import free_steps
+from engine.compiling import free_steps, is_compiled
 from engine.loss import next_token_loss
 from engine.precision import DTYPES, Precision
 from engine.settings import check, setting, shown
@@ -298,6 +299,11 @@ class Newest:
         return keys[:, :, : self.n_seen], values[:, :, : self.n_seen]
 
 
+# the texts in windows, each of which attends to itself alone: how long they are, one after another
+# in all B x T positions; or a mask, (B, 1, T, T) bool, True where attended to
+Parts: TypeAlias = list[int] | Tensor
+
+
 class CausalSelfAttention(nn.Module):
     """Causal multi-head attention, with grouped queries (Ainslie et al. 2023) where configured."""
 
@@ -320,11 +326,16 @@ class CausalSelfAttention(nn.Module):
             self.k_norm = nn.RMSNorm(self.head_dim, eps=config.norm_eps)
 
     def forward(
-        self, x: Tensor, angles: tuple[Tensor, Tensor] | None, newest: Newest | None = None
+        self,
+        x: Tensor,
+        angles: tuple[Tensor, Tensor] | None,
+        newest: Newest | None = None,
+        parts: Parts | None = None,
     ) -> Tensor:
         """(B, T, C) -> (B, T, C); angles are a RotaryTable's, None without rotary positions.
 
         With newest, x is the newest positions of a KVCache and attends to the earlier ones too.
+        With parts, each attends to itself alone.
         """
         B, T = x.shape[:2]
         qkv = self.qkv(x).view(B, T, -1, self.head_dim)
@@ -338,7 +349,7 @@ class CausalSelfAttention(nn.Module):
         q, k, v = (tensor.transpose(1, 2) for tensor in (q, k, v))  # (B, H, T, D)
         if newest is None:
             kernel = self.kernel or usual_attention(q.dtype, self.context_length)
-            x = attend(q, k, v, dropout, is_plain=kernel == "plain")
+            x = attend_within(parts, q, k, v, dropout, is_plain=kernel == "plain")
         else:
             k, v = newest.extend(self.layer, k, v)
             x = F.scaled_dot_product_attention(
@@ -370,6 +381,43 @@ def attend(q: Tensor, k: Tensor, v: Tensor, dropout: float, *, is_plain: bool) -
     mask = torch.full((T, T), -math.inf, dtype=q.dtype).triu(1)
     scores = torch.baddbmm(mask, q.flatten(0, 1), k.flatten(0, 1).mT, alpha=D**-0.5)
     return (scores.softmax(-1) @ v.flatten(0, 1)).view(q.shape)  # softmax is fp32 within
+
+
+def find_parts(starts: Tensor, *, as_mask: bool) -> Parts:
+    """The Parts of windows, in which each position's text begins at starts, (B, T)."""
+    T = starts.shape[1]
+    places = torch.arange(T, device=starts.device)
+    if as_mask:
+        is_same = starts[:, None, :, None] == starts[:, None, None, :]  # (B, 1, T, T)
+        return is_same & (places <= places[:, None])
+    firsts = (starts == places).flatten().nonzero()[:, 0].tolist()
+    return [stop - first for first, stop in itertools.pairwise([*firsts, starts.numel()])]
+
+
+def attend_within(
+    parts: Parts | None, q: Tensor, k: Tensor, v: Tensor, dropout: float, *, is_plain: bool
+) -> Tensor:
+    """attend(), within each of the parts; None: within the windows.
+
+    With lengths, an attention for each part computes nothing that a mask would drop.
+    """
+    if parts is None:
+        return attend(q, k, v, dropout, is_plain=is_plain)
+    if isinstance(parts, Tensor):
+        if q.shape[1] != k.shape[1] and q.device.type != "cpu":  # GPUs' masked kernels need it
+            shared_by = q.shape[1] // k.shape[1]
+            k, v = (tensor.repeat_interleave(shared_by, dim=1) for tensor in (k, v))
+        is_grouped = q.shape[1] != k.shape[1]
+        return F.scaled_dot_product_attention(
+            q, k, v, attn_mask=parts, dropout_p=dropout, enable_gqa=is_grouped
+        )
+    B, H, T, D = q.shape
+    rows = (tensor.transpose(1, 2).flatten(0, 1).split(parts) for tensor in (q, k, v))
+    found = []
+    for part in zip(*rows, strict=True):  # (N, H, D) or (N, K, D) each
+        q, k, v = (tensor.transpose(0, 1)[None] for tensor in part)
+        found.append(attend(q, k, v, dropout, is_plain=is_plain)[0].transpose(0, 1))
+    return torch.cat(found).view(B, T, H, D).transpose(1, 2)
 
 
 def usual_attention(dtype: torch.dtype, context_length: int) -> str:
@@ -440,10 +488,14 @@ class Block(nn.Module):
         self.dropout = Dropout(config.drop_rate)
 
     def forward(
-        self, x: Tensor, angles: tuple[Tensor, Tensor] | None, newest: Newest | None = None
+        self,
+        x: Tensor,
+        angles: tuple[Tensor, Tensor] | None,
+        newest: Newest | None = None,
+        parts: Parts | None = None,
     ) -> Tensor:
-        """(B, T, C) -> (B, T, C); angles and newest as in CausalSelfAttention."""
-        x = x + self.dropout(self.attention(self.attention_norm(x), angles, newest))
+        """(B, T, C) -> (B, T, C); angles, newest and parts as in CausalSelfAttention."""
+        x = x + self.dropout(self.attention(self.attention_norm(x), angles, newest, parts))
         return x + self.dropout(self.mlp(self.mlp_norm(x)))
 
     def residual_projections(self) -> tuple[nn.Linear, nn.Linear]:
@@ -540,44 +592,59 @@ class GPTModel(nn.Module):
                     nn.init.normal_(projection.weight, std=residual_std)
 
     def forward(
-        self, ids: Tensor, targets: Tensor | None = None, n_targets: float | None = None
+        self,
+        ids: Tensor,
+        targets: Tensor | None = None,
+        n_targets: float | None = None,
+        starts: Tensor | None = None,
+        counted: Tensor | None = None,
     ) -> Tensor:
         """(B, T) token ids -> (B, T, V) logits of each position's next token.
 
         With targets, (B, T) or those of the first rows or the last positions, next_token_loss(),
-        without ever holding all logits.
+        without ever holding all logits; counted as there. starts as in hidden().
         """
-        hidden = self.hidden(ids)
+        hidden = self.hidden(ids, starts=starts)
         if targets is None:
             return self.head(hidden)
         if targets.shape != ids.shape:  # the backward pass of a slice copies
             hidden = hidden[: len(targets), -targets.shape[1] :]
-        return next_token_loss(hidden, self.head.weight, targets, n_targets)
+        return next_token_loss(hidden, self.head.weight, targets, n_targets, counted)
 
-    def hidden(self, ids: Tensor, newest: Newest | None = None) -> Tensor:
+    def hidden(
+        self, ids: Tensor, newest: Newest | None = None, *, starts: Tensor | None = None
+    ) -> Tensor:
         """(B, T) token ids, of all positions or the newest, -> (B, T, C), the head's input.
+
+        With starts, (B, T), a window has several texts: each begins at a position that is its own
+        start, is numbered from there and attends to itself alone.
 
         Raises ValueError for a T above config.context_length.
         """
         T, limit = ids.shape[1], self.config.context_length
         if limit < T:
             raise ValueError(f"{T} token ids, but the model's context_length is {limit}")
-        positions = slice(T) if newest is None else newest.positions
+        positions: slice | Tensor = slice(T) if newest is None else newest.positions
+        parts = None
+        if starts is not None:
+            positions = torch.arange(T, device=ids.device) - starts
+            parts = find_parts(starts, as_mask=ids.device.type != "cpu" or is_compiled(self))
         x = self.token_embedding(ids)  # (B, T, C)
         angles = None
         if self.config.positions == "rope":
             angles = self.rotary(positions)
         elif self.config.positions == "learned":
-            x = x + self.position_embedding.weight[positions]
+            table = self.position_embedding
+            x = x + (table.weight[positions] if starts is None else table(positions))
         else:
             # sines of 1 would swamp embeddings of 0.02 (Vaswani et al. 2017, 3.4)
             x = x * math.sqrt(self.config.emb_dim) + self.position_table[positions]
         x = self.dropout(x)
         for block in self.blocks:
             if self.activation_checkpointing and torch.is_grad_enabled():
-                x = checkpoint(block, x, angles, use_reentrant=False)
+                x = checkpoint(block, x, angles, None, parts, use_reentrant=False)
             else:
-                x = block(x, angles, newest)
+                x = block(x, angles, newest, parts)
         return self.final_norm(x)
 
     def decode(self, ids: Tensor, cache: KVCache, columns: Tensor) -> Tensor:

@@ -41,6 +41,7 @@ from engine.randomness import random_state, set_random_state
 from engine.settings import find_problems, raise_if_any, shown
 from environment import RuntimeEnv
 from generation import generate, text_to_token_ids
+from planning.chat import Question
 from planning.decisions import most_steps_of
 from planning.machine import keeps_best_on_disk
 from planning.trial import N_SAMPLES, Budget, Costs, Trial, expected_save_s, usable_seconds
@@ -86,11 +87,12 @@ class LoopPlan:
     eval_iter: int
     max_grad_norm: float  # 0: gradients are not clipped
     schedule: Schedule | None  # None: the optimizer's learning rates don't change
-    prompts: list[str]  # of samples
+    prompts: list[str] | list[Question]  # of samples
     patience: int | None = None  # evaluations without a better one, then the run ends
     former_end: int | None = None  # the last step of a run that was made longer since
     budget: Budget | None = None  # the run's time, by which its steps are planned anew, once
     stops_by_heart: bool = False  # ends a run that only learns its text by heart
+    keeps_best: bool = True  # the weights of the lowest validation loss
     to_come: tuple[NewPlan, ...] = ()  # new plans that an earlier process has recorded
 
 
@@ -268,7 +270,7 @@ class Trainer:
         """Keep the weights if their evaluation is the best so far: a copy, which the next save
         writes, or large ones on the disk at once."""
         history, lowest, saving = self.journal.history, math.inf, self.saving
-        if saving is None:
+        if saving is None or not self.plan.keeps_best:
             return
         if saving.best is not None:
             lowest = history.val_losses[history.steps.index(saving.best.step)]
@@ -510,13 +512,17 @@ class Trainer:
 
 
 def continue_prompts(
-    model: nn.Module, tokenizer: Tokenizer, prompts: list[str], **options: Any
+    model: nn.Module, tokenizer: Tokenizer, prompts: list[str] | list[Question], **options: Any
 ) -> list[str]:
-    """Continue prompts up to their end of text by generate(); SettingsError if one is empty.
+    """Continue prompts up to their end of text, or answer questions, by generate(); SettingsError
+    if one is empty.
 
     Where the model writes nothing that can be seen, the text says so.
     """
-    ids = [text_to_token_ids(prompt, tokenizer)[0].tolist() for prompt in prompts]
+    asked = [prompt for prompt in prompts if isinstance(prompt, Question)]
+    if asked:
+        return _answer(model, tokenizer, asked, **options)
+    ids = [text_to_token_ids(str(prompt), tokenizer)[0].tolist() for prompt in prompts]
     end = tokenizer.end_of_text_id
     texts = []
     for row, prompt in zip(generate(model, ids, end_of_text_id=end, **options), ids, strict=True):
@@ -528,13 +534,28 @@ def continue_prompts(
     return texts
 
 
+def _answer(
+    model: nn.Module, tokenizer: Tokenizer, questions: list[Question], **options: Any
+) -> list[str]:
+    """Each question with the model's answer below it."""
+    end, prompts = questions[0].end, [question.ids for question in questions]
+    texts = []
+    for question, row in zip(
+        questions, generate(model, prompts, end_of_text_id=end, **options), strict=True
+    ):
+        is_ended = row[-1] == end
+        answer = tokenizer.decode(row[len(question.ids) : -1 if is_ended else None]).strip()
+        texts.append(f"{question.text}\n-> {answer or (ENDED if is_ended else BLANK).strip()}")
+    return texts
+
+
 def train(env: RuntimeEnv) -> Journal:
     """Train a prepared run, or resume it from its newest checkpoint.
 
     The model ends with its last weights; with patience or MINUTES set, or where training has
-    diverged, with the best ones. Raises Stopped after a signal, with a checkpoint saved; BusyError
-    if another program trains in the folder, CheckpointError if its checkpoints are bad,
-    ResourceError if the disk refuses them, NumericsError if training diverges.
+    diverged, with the best ones, unless the run keeps none. Raises Stopped after a signal, with a
+    checkpoint saved; BusyError if another program trains in the folder, CheckpointError if its
+    checkpoints are bad, ResourceError if the disk refuses them, NumericsError if training diverges.
     """
     held = env.parallel.held_by_main(env.run.opened)
     with env.parallel.watched(), held, using_threads(env.run.record.threads):
@@ -616,10 +637,11 @@ def _plan_loop(env: RuntimeEnv) -> LoopPlan:
         eval_iter=config.eval_iter,
         max_grad_norm=config.max_grad_norm,
         schedule=_schedule_of(config, total_steps),
-        prompts=config.prompts,
+        prompts=env.prompts,
         patience=config.patience,
         budget=_budget_until(run.deadline, env),
-        stops_by_heart=record.choice is not None,
+        stops_by_heart=record.choice is not None and not record.keeps_last,
+        keeps_best=not record.keeps_last,
         to_come=to_come,
     )
 
@@ -650,6 +672,7 @@ def _budget_until(deadline: float | None, env: RuntimeEnv) -> Budget | None:
             minutes,
             record.steps_per_epoch,
             from_weights=record.start is not None and record.asked.minutes is not None,
+            chat=record.chat,
         ),
     )
 

@@ -47,15 +47,23 @@ def softmax_rows(hidden: Tensor, vocab_size: int) -> int:
 
 
 def next_token_loss(
-    hidden: Tensor, head_weight: Tensor, targets: Tensor, n_targets: float | None = None
+    hidden: Tensor,
+    head_weight: Tensor,
+    targets: Tensor,
+    n_targets: float | None = None,
+    counted: Tensor | None = None,
 ) -> Tensor:
     """Mean cross-entropy of the next token, in nats, as a 0-d fp32 tensor.
 
     hidden is (B, T, D), head_weight (V, D) and targets (B, T). Matrix products follow autocast;
-    softmax and mean are fp32. The sum is divided by n_targets, those of the full batch for a
-    micro-batch; None counts the targets given. B may be 0 where n_targets is given.
+    softmax and mean are fp32. With counted, the places of some targets among all B x T, only those
+    count, and the head computes no others. The sum is divided by n_targets, those of the full batch
+    for a micro-batch; None counts the targets given. Without any target it is 0.
     """
-    given = (hidden.flatten(0, -2), head_weight, targets.flatten(), n_targets or targets.numel())
+    rows, targets = hidden.flatten(0, -2), targets.flatten()
+    if counted is not None:
+        rows, targets = rows.index_select(0, counted), targets[counted]
+    given = (rows, head_weight, targets, n_targets or max(1, len(targets)))
     if torch.is_grad_enabled() and (hidden.requires_grad or head_weight.requires_grad):
         return _HeadLoss.apply(*given)
     return _loss_and_gradients(*given, gradients=False)[0]

@@ -222,7 +222,9 @@ def _find_run(folder: str | Path | None) -> Path:
 
 
 def _chat_template_of(record: RunRecord) -> str | None:
-    """The chat template of the weights that a run began from."""
+    """The chat template that a run learned, or that of the weights that it began from."""
+    if record.chat is not None:
+        return record.chat.template
     return None if record.start is None else record.start.chat_template
 
 

@@ -15,10 +15,11 @@ from engine.optim import default_eval_freq, default_learning_rate, default_warmu
 from engine.settings import check, find_problems, from_json, names_on_resume, setting, shown
 from generation import SamplingConfig
 from model import ATTENTIONS, GPTConfig
-from planning.fine_tuning import MOST_PASSES, fine_tuning
+from planning.fine_tuning import MOST_CHAT_PASSES, MOST_PASSES, fine_tuning
 from planning.plan import (
     SETTING_NAMES,
     Asked,
+    Chat,
     RecipeChoice,
     RunPlan,
     RunSettings,
@@ -69,6 +70,7 @@ class RunRecord:
     training: TrainingConfig
     choice: RecipeChoice | None  # with MINUTES, from random weights
     start: Start | None  # the weights that it began from
+    chat: Chat | None = None  # the conversations that it learns
     sampling: SamplingConfig
     # decided at each start
     device: str = setting(on_resume="numeric")
@@ -104,6 +106,12 @@ class RunRecord:
             return [f"settings lacks {', '.join(lacking)}"]
         known = {name: settings[name] for name in SETTING_NAMES}
         return find_problems(RunSettings, known, 'settings["{}"]'.format, joined=False)
+
+    @property
+    def keeps_last(self) -> bool:
+        """Whether the run ends with its last weights, and has no best ones: it is to learn a few
+        conversations by heart, which a validation loss does not tell."""
+        return self.chat is not None and self.chat.is_small and self.training.patience is None
 
     @property
     def recipe(self) -> Recipe | None:
@@ -282,12 +290,19 @@ def _with_recipe(asked: TrainingConfig, recipe: Recipe | None) -> TrainingConfig
 
 
 def most_steps_of(
-    recipe: Recipe | None, minutes: float, steps_per_epoch: int, *, from_weights: bool
+    recipe: Recipe | None,
+    minutes: float,
+    steps_per_epoch: int,
+    *,
+    from_weights: bool,
+    chat: Chat | None = None,
 ) -> int | None:
     """The most steps of a run of so many minutes: its recipe's, where fewer are enough for it, or
-    with MINUTES those of MOST_PASSES through the text from given weights."""
+    with MINUTES those of MOST_PASSES through the text from given weights, of more through a few
+    conversations."""
     if from_weights:
-        return MOST_PASSES * steps_per_epoch
+        passes = MOST_CHAT_PASSES if chat is not None and chat.is_small else MOST_PASSES
+        return passes * steps_per_epoch
     if recipe is None or recipe.minutes >= ENOUGH_SHARE * minutes:
         return None
     return recipe.steps

@@ -19,6 +19,7 @@ LORA_RATE_SHARE = 1.0  # an adapter wants ten times the rate (Schulman et al. 20
 STEP_TOKENS = 2048  # a step
 PATIENCE = 3  # evaluations
 MOST_PASSES = 4  # through the training text with MINUTES: later ones learn it by heart
+MOST_CHAT_PASSES = 20  # through a few conversations, which are to be learned so
 LARGE = 50_000_000  # parameters, from which one window keeps a CPU busy
 NO_DROPOUT = {"drop_rate": 0.0, "attention_drop_rate": 0.0}  # the weights were trained without
 SMOLLM2 = "smollm2-135m"  # what INIT_FROM = "auto" looks for: English, from a package index
@@ -99,7 +100,10 @@ def fine_tuning(plan: RunPlan, device: str, ranks: int = 1) -> dict[str, Any]:
         "shift_windows": True,
     }
     chosen = {name: value for name, value in chosen.items() if name not in set_here}
-    return chosen | ({"patience": PATIENCE} if asked.patience is None else {})
+    is_small_chat = plan.chat is not None and plan.chat.is_small
+    if asked.patience is None and not is_small_chat:
+        chosen["patience"] = PATIENCE
+    return chosen
 
 
 def count_parameters(start: Start) -> int:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader
 
-from data import WindowPlan
+from data import WindowPlan, to_device
 from distributed.parallel import ALONE, Parallel
 from distributed.sharding import build_in_parts, whole
 from engine.console import say
@@ -255,7 +255,7 @@ def _about_missing_device(requested: str, counts: dict[str, int]) -> str:
 def check_devices(
     model: torch.nn.Module,
     optimizer: torch.optim.Optimizer,
-    batch: Iterable[torch.Tensor],
+    batch: Iterable[torch.Tensor | None],
     device: torch.device,
 ) -> None:
     """Raise ResourceError unless parameters, buffers, optimizer state and a batch are on device."""
@@ -268,7 +268,7 @@ def check_devices(
         # unfused AdamW keeps its 0-d step counters on the CPU
         if isinstance(value, torch.Tensor) and value.dim() > 0
     ]
-    tensors += [(f"batch part {i}", tensor) for i, tensor in enumerate(batch)]
+    tensors += [(f"batch part {i}", t) for i, t in enumerate(batch) if t is not None]
     strays = [
         f"{name} is on {tensor.device}"
         for name, tensor in tensors
@@ -468,7 +468,8 @@ def check_arithmetic(machine: Machine, model: GPTModel, loader: DataLoader) -> M
     """The machine with a precision in which its GPU computes the model correctly."""
     device, precision = machine.device, machine.precision
     if device.type == "mps":  # some versions of Metal were wrong
-        ids, targets = (part.to(device) for part in loader.dataset.__getitems__([0]))
+        ids, targets, *_ = to_device(loader.dataset.__getitems__([0]), device)
+        targets = targets.clamp(min=0)  # those that don't count have no token
         machine = machine.computing_in(precision_that_agrees(model, ids, targets, precision))
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")  # TF32 for fp32 matmuls

@@ -34,6 +34,7 @@ def make_record(
         training=training,
         choice=plan.choice,
         start=plan.start,
+        chat=plan.chat,
         sampling=plan.sampling,
         device=learner.device.type if parallel.world > 1 else str(learner.device),
         ranks=parallel.world,

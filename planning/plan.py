@@ -40,6 +40,7 @@ HIGH_RATE = 0.1
 SMALL_MODEL, DEFAULT_MODEL = "small", "gpt2-124m"  # that MODEL "auto" chooses from
 OPEN_MODEL = "auto"  # the name of a model that the recipe or the weights of INIT_FROM decide
 AUTO_START = "auto"  # INIT_FROM: the recipe chooses between random weights and given ones
+SMALL_CHAT = 2000  # conversations; a run on fewer keeps its last weights and not the best ones
 RECIPE_BASE = {"architecture": "llama"}  # of such models, unless the user sets another
 DEFAULT_TOKENIZER = "gpt2"  # where no recipe chooses one
 # TrainingConfig's names that a recipe chooses; config_run.py ships them as None
@@ -280,6 +281,22 @@ class Start:
 
 
 @dataclass(frozen=True)
+class Chat:
+    """The conversations that a run learns, as settings.json keeps them."""
+
+    template: str  # that they are written down by, in Jinja
+    rows: int = setting(minimum=1)  # conversations to train on
+
+    def __post_init__(self) -> None:
+        check(self)
+
+    @property
+    def is_small(self) -> bool:
+        """Whether they are so few that the model is to learn them by heart."""
+        return self.rows < SMALL_CHAT
+
+
+@dataclass(frozen=True)
 class RunPlan:
     """All settings of a run after every rule of precedence, and the reason of each result."""
 
@@ -297,6 +314,7 @@ class RunPlan:
     fixed: Fixed | None = None  # with MINUTES or INIT_FROM: what the user has set
     choice: RecipeChoice | None = None
     start: Start | None = None  # the weights to begin from; None: random ones
+    chat: Chat | None = None  # known once the text is read; None: a text without conversations
 
     @property
     def most_steps(self) -> int | None:

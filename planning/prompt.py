@@ -18,9 +18,10 @@ MOST_CHARACTERS = 16  # of a prompt from the text
 def fit_prompt(asked: TrainingConfig, text: TokenizedText) -> tuple[TrainingConfig, list[str]]:
     """The hyper-parameters with a start_context in the text's script, and a notice if it is new.
 
-    Only the default is replaced, by the beginning of the text.
+    Only the default is replaced, by the beginning of the text. A run on conversations has questions
+    of them as prompts.
     """
-    if asked.start_context != TrainingConfig().start_context:
+    if text.chat is not None or asked.start_context != TrainingConfig().start_context:
         return asked, []
     ids = np.fromfile(text.path, dtype=text.dtype, count=min(SEEN_TOKENS, text.n_tokens))
     prompt = _beginning_if_not_latin(text.tokenizer.decode(ids.tolist()))

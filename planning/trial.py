@@ -251,7 +251,7 @@ def decide_compiling(
     if requested is True:
         obstacle = trial.compile(None)
         return Compiled(obstacle is None, obstacle or "as set")
-    tokens = len(trial.loader.dataset[0][0]) * trial.loader.batch_sampler.step_size
+    tokens = trial.loader.dataset.max_length * trial.loader.batch_sampler.step_size
     n_flop = tokens // trial.parallel.world * model.flop_per_token() * (total_steps or 0)
     if budget_s is None and n_flop < WORTH_A_TRIAL:
         return Compiled(False, "a run this short would not repay it")
@@ -485,7 +485,11 @@ def _spend(
     budget = dataclasses.replace(
         _budget(seconds, costs, trial, plan, asked, windows),
         most_steps=most_steps_of(
-            plan.recipe, minutes, trial.steps_per_epoch, from_weights=from_weights
+            plan.recipe,
+            minutes,
+            trial.steps_per_epoch,
+            from_weights=from_weights,
+            chat=plan.chat,
         ),
     )
     # the recipe's warm-up is for the steps that it expected

@@ -1,5 +1,7 @@
 """A model, loaders and a trainer of eight letters, so small that every number can be checked."""
 
+from typing import ClassVar
+
 import numpy as np
 import torch
 from torch import nn
@@ -25,6 +27,7 @@ class Letters:
     name = fingerprint = "letters"
     vocab_size = 8
     end_of_text_id = 8  # which is none of the letters
+    special_tokens: ClassVar[dict[str, int]] = {}
 
     def encode(self, text: str) -> list[int]:
         return [ord(letter) - ord("a") for letter in text]

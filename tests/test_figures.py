@@ -58,7 +58,7 @@ def test_bf16_loses_nothing(architecture):
         whole = tokens[-held_out:][: (held_out - 1) // 64 * 64 + 1]
         ids, targets = whole[:-1].view(-1, 64), whole[1:].view(-1, 64)
         with torch.no_grad():
-            return batch_loss(model.eval(), ids, targets, precision).item()
+            return batch_loss(model.eval(), (ids, targets), precision).item()
 
     bf16, fp32 = (
         sum(loss_after_training(name, seed) for seed in (1, 2, 3)) / 3 for name in ("bf16", "fp32")

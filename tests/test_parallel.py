@@ -523,7 +523,7 @@ def test_a_batch_without_targets_has_no_loss_and_no_gradient(architecture, name)
     kind = {"architecture": architecture, "qk_norm": architecture == "llama"}
     model = GPTModel(GPTConfig(**shape, **kind, tie_embeddings=True))
     ids = torch.zeros(1, 8, dtype=torch.long)
-    loss = batch_loss(model, ids, ids[:0], Precision(name, "", "cpu"), 12.0)
+    loss = batch_loss(model, (ids, ids[:0]), Precision(name, "", "cpu"), 12.0)
     loss.backward()
     assert loss.item() == 0.0
     assert loss.dtype == torch.float32

@@ -296,7 +296,7 @@ def check_copies_of_batches(kernels: Kernels) -> None:
         batches = iter(loader)
         next(batches)
         with watching(kernels) as seen:
-            ids, targets = (learner.to_device(tensor, device) for tensor in next(batches))
+            ids, targets = learner.to_device(next(batches), device)
         assert ids.nbytes > MOST_STAGED
         assert seen == [], workers
         assert torch.equal((ids + 1) % 70, targets)

@@ -332,7 +332,7 @@ def test_with_a_fused_optimizer_nobody_waits_for_the_numbers():
         batches = list(itertools.islice(tiny_loaders()[0], 2))
         with HostReads() as of_losses:  # on a CPU the loss looks whether its gradient is 1
             for ids, targets in batches:
-                batch_loss(model, ids, targets, FP32).backward()
+                batch_loss(model, (ids, targets), FP32).backward()
         with HostReads() as mode:
             take_step(model, batches, optimizer, FP32, 1.0)
         return mode.count - of_losses.count

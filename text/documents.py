@@ -15,6 +15,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from engine.errors import DataError, SettingsError, first_line
+from text.chat import ChatForm, Conversation, form_of, is_turn, messages_of
+from text.chat_template import CHATML
 from text.encodings import SAMPLE_BYTES, codec_of, likelier_encoding, likely_encodings
 from text.formats import (
     READERS,
@@ -31,6 +33,8 @@ READ_BYTES = 1 << 20
 ZSTD_BYTES = 256  # of input per call, each of which may expand thirty-thousandfold
 BOMB_BYTES, BOMB_RATIO = 256 << 20, 300  # what expands further is a decompression bomb
 _DELIMITERS = {".csv": ",", ".tsv": "\t"}
+_JSON_SUFFIXES = (".jsonl", ".ndjson", ".json")
+_ROW_SUFFIXES = {*_JSON_SUFFIXES, *_DELIMITERS, ".parquet"}
 _JSON_START = 1 << 16  # characters by which the shape of JSON is told
 _BAD_SHARE, _FEW_BAD = 0.01, 3  # of a file's rows may be bad
 _NAMED_BAD = 3  # bad rows that a message names
@@ -41,6 +45,7 @@ _NOT_BLANK = re.compile(r"[^ \t\r\n]|\Z")
 _MEND_JSON = "Mend it, or save one object a line in a file whose name ends in .jsonl."
 _Piece = TypeVar("_Piece", str, bytes)
 Documents = Iterator[tuple[str, bool]]  # pieces of text; whether each is its document's last
+Document = Iterable[str] | Conversation  # a text in pieces, or a row that is a conversation
 
 
 @dataclass(frozen=True)
@@ -49,6 +54,7 @@ class DataSpec:
 
     train: tuple[str, ...]
     val: tuple[str, ...] = ()
+    weights: tuple[float, ...] = ()  # how often each of `train` is seen in an epoch; (): once
     field: str = "text"
     encoding: str | None = None
     separator: str | None = None  # "line", "blank-line", "file" or a text; None: a known marker
@@ -65,7 +71,7 @@ class BadRow:
     fields: tuple[str, ...] = ()  # those that hold a text, if the one asked for is missing
 
 
-Row = str | BadRow
+Row = str | Conversation | BadRow
 
 
 @dataclass(frozen=True)
@@ -77,6 +83,7 @@ class Part:
     dataset: str = ""
     configuration: str | None = None
     split: str = "train"
+    weight: float = 1.0  # how often its documents are seen in an epoch
 
 
 @dataclass
@@ -89,7 +96,8 @@ class ReadingReport:
     notices: list[str] = field(default_factory=list)  # to print in every run
     stand_in: bool | None = None  # whether to read a corpus's stand-in; None: if it is needed
     stood_in: bool = False  # whether one was read
-    documents: int = 0
+    documents: int = 0  # conversations among them
+    unanswered: int = 0  # rows of conversations in which the assistant says nothing
     empty_documents: int = 0
     characters: int = 0
     copied: float = 0.0  # share of the text that came before in the same document
@@ -105,30 +113,55 @@ def read_documents(parts: Iterable[Part], spec: DataSpec, report: ReadingReport)
     """Stream all documents in pieces; memory stays bounded.
 
     A text file is one document if no separator divides it; each line of .jsonl, element of .json,
-    and row of .csv, .tsv or .parquet is one. Blank documents are counted and left out, and so are
-    bad rows, with a note. Raises DataError that names file and line, also for too many bad rows.
+    and row of .csv, .tsv or .parquet is one. A conversation is one as ChatML has it. Blank
+    documents are counted and left out, and so are bad rows, with a note. Raises DataError that
+    names file and line, also for too many bad rows.
     """
+    for document in each_document(parts, spec, report):
+        yield from pieces_of(document, report)
+
+
+def pieces_of(document: Document, report: ReadingReport) -> Documents:
+    """A document's pieces, counted, the last one marked; nothing if it is blank."""
+    if isinstance(document, Conversation):
+        document = [CHATML.render(document.messages)]
+    return _count(document, report)
+
+
+def each_document(
+    parts: Iterable[Part], spec: DataSpec, report: ReadingReport
+) -> Iterator[Document]:
+    """The documents that read_documents() streams, each to be read before the next one."""
     for part in parts:
         before = report.documents
         entry: dict[str, Any] = {"name": part.name}
         if part.path is None:
             split = _load_splits(part.dataset, part.configuration)[part.split]
-            rows = (
-                _field_of(record, spec.field, f"row {row}", part.name, report)
-                for row, record in enumerate(split, start=1)
-            )
-            for text in _good_rows(rows, spec, f"{part.name} {part.split}", report):
-                yield from _count([text], report)
+            reader = _RowReader(spec.field, part.name, report)
+            rows = (reader.read(record, f"row {row}") for row, record in enumerate(split, start=1))
+            yield from _good_rows(rows, spec, f"{part.name} {part.split}", report)
             name = f"{part.name} ({part.split})"
             entry |= {"name": name, "sha256": dataset_fingerprint(part)}
         else:
             source = _HashedFile(part.path, report)
-            for pieces in _documents_of(source, part, spec, report):
-                yield from _count(pieces, report)
+            yield from _documents_of(source, part, spec, report)
             source.read_rest()
             entry |= {"path": str(part.path), "bytes": source.bytes_read}
             entry["sha256"] = source.sha256.hexdigest()
         report.files.append(entry | {"documents": report.documents - before})
+
+
+def has_conversations(parts: Iterable[Part], spec: DataSpec) -> bool:
+    """Whether the first row of any part is a conversation."""
+    for part in parts:
+        suffixes = [] if part.path is None else [suffix.lower() for suffix in part.path.suffixes]
+        if part.path is None or not _ROW_SUFFIXES.isdisjoint(suffixes):
+            report = ReadingReport()
+            documents = each_document([part], spec, report)
+            first = next(documents, None)
+            if isinstance(first, Conversation) or report.unanswered:
+                return True
+    return False
 
 
 def _count(pieces: Iterable[str], report: ReadingReport) -> Documents:
@@ -151,8 +184,8 @@ def _count(pieces: Iterable[str], report: ReadingReport) -> Documents:
 
 def _documents_of(
     source: "_HashedFile", part: Part, spec: DataSpec, report: ReadingReport
-) -> Iterator[Iterable[str]]:
-    """The documents of a file, each as pieces of text; content and suffix tell the format."""
+) -> Iterator[Document]:
+    """The documents of a file; content and suffix tell the format."""
     suffixes = [suffix.lower() for suffix in source.path.suffixes]
     name = part.name
     start, stream = _ahead(source.chunks, SNIFFED_BYTES, b"")
@@ -169,8 +202,8 @@ def _documents_of(
     if kind in READERS and not packed:  # which need the file itself
         return _divided(READERS[kind](source.path, name), spec, name, report, marked=False)
     if kind == "parquet":
-        rows = _parquet_rows(source.path, spec.field, name, report)
-        return ([text] for text in _good_rows(rows, spec, name, report))
+        rows = _parquet_rows(source.path, _RowReader(spec.field, name, report))
+        return _good_rows(rows, spec, name, report)
     if kind in READERS:
         raise DataError(f"{name} is a {kind} file within a {suffix} one. Unpack that first.")
     if refusal := kind == "binary" and refusal_of(start, name):
@@ -180,13 +213,14 @@ def _documents_of(
     if kind == "html":
         report.note(f"{name}: read as a web page, without its markup")
         return _divided(iter([page_text(text)]), spec, name, report, marked=False)
-    if suffix in (".jsonl", ".ndjson", ".json"):
-        rows = _json_rows(text, suffix == ".json", spec.field, name, report)
+    reader = _RowReader(spec.field, name, report)
+    if suffix in _JSON_SUFFIXES:
+        rows = _json_rows(text, suffix == ".json", reader)
     elif suffix in _DELIMITERS:
-        rows = _table_rows(text, spec.field, name, _DELIMITERS[suffix], report)
+        rows = _table_rows(text, _DELIMITERS[suffix], reader)
     else:
         return _divided(text, spec, name, report)
-    return ([row] for row in _good_rows(rows, spec, name, report))
+    return _good_rows(rows, spec, name, report)
 
 
 def _ahead(pieces: Iterator[_Piece], size: int, nothing: _Piece) -> tuple[_Piece, Iterator[_Piece]]:
@@ -204,7 +238,7 @@ def _ahead(pieces: Iterator[_Piece], size: int, nothing: _Piece) -> tuple[_Piece
 
 def _divided(
     pieces: Iterator[str], spec: DataSpec, name: str, report: ReadingReport, *, marked: bool = True
-) -> Iterator[Iterable[str]]:
+) -> Iterator[Document]:
     """The documents of a text: by the separator that is set, else by a marker that is found."""
     if spec.separator is not None:
         separator = separator_of(spec.separator)
@@ -243,25 +277,35 @@ def _watched(pieces: Iterator[str], name: str, report: ReadingReport) -> Iterato
 
 def _good_rows(
     rows: Iterable[Row], spec: DataSpec, name: str, report: ReadingReport
-) -> Iterator[str]:
-    """The texts of the rows; bad ones are counted and the first ones named.
+) -> Iterator[Document]:
+    """The texts and conversations of the rows; bad ones are counted and the first ones named, and
+    conversations without an answer are counted.
 
     Raises DataError if more than _FEW_BAD and _BAD_SHARE of the rows are bad and the DataSpec
     does not say to skip them, or if none is good.
     """
-    good, bad, named = 0, 0, list[BadRow]()
+    good, bad, unanswered, named = 0, 0, 0, list[BadRow]()
     for row in rows:
-        if isinstance(row, str):
+        if isinstance(row, Conversation) and not row.has_answer:
+            unanswered += 1
+            report.unanswered += 1
+            continue
+        if not isinstance(row, BadRow):
             good += 1
-            yield row
+            yield [row] if isinstance(row, str) else row
             continue
         bad += row.lines
         if len(named) < _NAMED_BAD:
             named.append(row)
         if not good and bad >= _HOPELESS and spec.bad_rows != "skip":
             break
+    if unanswered:
+        report.note(
+            f"{name}: {unanswered:,} row{'s' * (unanswered != 1)} without an answer passed over"
+        )
     if not bad:
         return
+    good += unanswered
     first = "; ".join(f"{row.where}: {row.why}" for row in named)
     share = bad / (good + bad)
     if spec.bad_rows != "skip" and (not good or (bad > _FEW_BAD and share > _BAD_SHARE)):
@@ -484,13 +528,12 @@ def _lines(pieces: Iterable[str]) -> Iterator[str]:
         yield last
 
 
-def _json_rows(
-    pieces: Iterator[str], is_json: bool, field_name: str, name: str, report: ReadingReport
-) -> Iterator[Row]:
+def _json_rows(pieces: Iterator[str], is_json: bool, reader: "_RowReader") -> Iterator[Row]:
     """Rows of JSON in any shape: lines, an array, objects in a row, an object with an array.
 
     is_json tells that the name says one value, not one a line; the content may say otherwise.
     """
+    name = reader.name
     start, pieces = _ahead(pieces, _JSON_START, "")
     lead = start.lstrip().removeprefix("\ufeff")
     line = lead.partition("\n")[0].strip()
@@ -499,10 +542,10 @@ def _json_rows(
         values = _json_elements(pieces, name)
     elif lead.startswith("{") and (line == "{" or is_json):
         first = _first_value(lead)
-        if first is not None and _name_in(field_name, first):
+        if first is not None and reader.reads(first):
             values = _json_sequence(pieces, name)
         elif is_line and lead.strip() != line:
-            return _jsonl_rows(pieces, field_name, name, report)
+            return _jsonl_rows(pieces, reader)
         else:
             values = _nested_elements(pieces, name)
     elif is_json:
@@ -511,11 +554,8 @@ def _json_rows(
             "For one object a line, let its name end in .jsonl."
         )
     else:
-        return _jsonl_rows(pieces, field_name, name, report)
-    return (
-        _field_of(value, field_name, f"element {number}", name, report)
-        for number, value in enumerate(values, start=1)
-    )
+        return _jsonl_rows(pieces, reader)
+    return (reader.read(value, f"element {number}") for number, value in enumerate(values, start=1))
 
 
 def _is_json(text: str) -> bool:
@@ -535,9 +575,7 @@ def _first_value(start: str) -> dict[str, Any] | None:
     return value if isinstance(value, dict) else None
 
 
-def _jsonl_rows(
-    pieces: Iterable[str], field_name: str, name: str, report: ReadingReport
-) -> Iterator[Row]:
+def _jsonl_rows(pieces: Iterable[str], reader: "_RowReader") -> Iterator[Row]:
     for number, line in enumerate(_lines(pieces), start=1):
         if not line.strip():
             continue
@@ -549,7 +587,7 @@ def _jsonl_rows(
                 reason = f"column {error.colno}: {error.msg}"
             yield BadRow(f"line {number}", f"not valid JSON: {reason}")
         else:
-            yield _field_of(value, field_name, f"line {number}", name, report)
+            yield reader.read(value, f"line {number}")
 
 
 def _json_elements(pieces: Iterable[str], name: str) -> Iterator[Any]:
@@ -665,82 +703,159 @@ class _JSONText:
         return DataError(f"{reason}.\n{_MEND_JSON}")
 
 
-def _table_rows(
-    pieces: Iterator[str], field_name: str, name: str, delimiter: str, report: ReadingReport
-) -> Iterator[Row]:
+def _table_rows(pieces: Iterator[str], delimiter: str, rows: "_RowReader") -> Iterator[Row]:
     csv.field_size_limit(2**31 - 1)  # the default is too short for a long article
     start, pieces = _ahead(pieces, _JSON_START, "")
-    found = _delimiter_of(start, field_name, delimiter)
+    found = _delimiter_of(start, rows, delimiter)
     if found != delimiter:
-        report.note(f"{name}: its columns are divided by {found!r}")
+        rows.report.note(f"{rows.name}: its columns are divided by {found!r}")
     reader = csv.reader(_lines(pieces), delimiter=found, strict=True)
-    column, n_columns, before = -1, 0, 0
+    header, columns, before = list[str](), list[int](), 0
     while True:
         try:
             row = next(reader, None)
         except csv.Error as error:
-            if column < 0:
-                raise DataError(f"{name} line {reader.line_num}: {error}.\nMend it.") from None
+            if not columns:
+                raise DataError(f"{rows.name} line {reader.line_num}: {error}.\nMend it.") from None
             # a quote that is never closed takes in the lines after it
             lines = reader.line_num - before
             yield BadRow(f"line {reader.line_num}", f"{error} (write a quote twice)", lines)
             row = []
-        if row is None and column >= 0:
+        if row is None and columns:
             return
-        if column < 0:
-            column = _column_of(field_name, row or [], name, report)
-            n_columns = len(row or [])
-        elif row and column >= len(row):
-            why = f"the row has {len(row)} columns, the header {n_columns}"
+        if not columns:
+            header = row or []
+            columns = rows.columns(header)
+        elif row and max(columns) >= len(row):
+            why = f"the row has {len(row)} columns, the header {len(header)}"
             yield BadRow(f"line {reader.line_num}", why)
         elif row:
-            yield row[column]
+            values = {header[column]: row[column] for column in columns}
+            yield rows.read(values, f"line {reader.line_num}")
         before = reader.line_num
 
 
-def _delimiter_of(start: str, field_name: str, delimiter: str) -> str:
-    """The delimiter with which the header has the field, else the one that gives most columns."""
+def _delimiter_of(start: str, rows: "_RowReader", delimiter: str) -> str:
+    """The delimiter with which the header has the fields, else that which gives most columns."""
     headers = {}
     for each in dict.fromkeys((delimiter, ",", ";", "\t", "|")):
         try:
             headers[each] = next(csv.reader(_lines([start]), delimiter=each), [])
         except csv.Error:
             headers[each] = []
-        if _name_in(field_name, headers[each]):
+        if rows.reads(headers[each]):
             return each
     best = max(headers, key=lambda each: len(headers[each]))
     return best if len(headers[delimiter]) < 2 and "\n" not in "".join(headers[best]) else delimiter
 
 
-def _parquet_rows(path: Path, field_name: str, name: str, report: ReadingReport) -> Iterator[Row]:
+def _parquet_rows(path: Path, reader: "_RowReader") -> Iterator[Row]:
     try:
         import pyarrow
         import pyarrow.parquet
     except ImportError:
-        raise SettingsError(f"{name} needs a library: pip install pyarrow") from None
+        raise SettingsError(f"{reader.name} needs a library: pip install pyarrow") from None
     try:
         table = pyarrow.parquet.ParquetFile(path)
         names = table.schema_arrow.names
-        column = names[_column_of(field_name, names, name, report)]
+        columns = [names[column] for column in reader.columns(names)]
         row = 0
-        for batch in table.iter_batches(batch_size=1024, columns=[column]):
-            for value in batch.column(0).to_pylist():
+        for batch in table.iter_batches(batch_size=1024, columns=columns):
+            for values in batch.to_pylist():
                 row += 1
-                yield _field_of({field_name: value}, field_name, f"row {row}", name, report)
+                yield reader.read(values, f"row {row}")
     except pyarrow.ArrowException as error:
-        raise DataError(f"{name} is no intact parquet file: {error}.\nGet it anew.") from None
-
-
-def _column_of(field_name: str, names: list[str], name: str, report: ReadingReport) -> int:
-    found = _name_in(field_name, names)
-    if found is None:
         raise DataError(
-            f'{name} has no column "{field_name}" (has: {_listed(names) or "nothing"}).\n'
-            f'Name one in DATA = {{"path": "{name}", "field": "{_listed(names[:1])}"}}.'
+            f"{reader.name} is no intact parquet file: {error}.\nGet it anew."
+        ) from None
+
+
+class _RowReader:
+    """Reads the rows of one file: texts by the name of their field, or conversations."""
+
+    def __init__(self, field_name: str, name: str, report: ReadingReport) -> None:
+        self.field_name, self.name, self.report = field_name, name, report
+        self._takes_chat = field_name == DataSpec.field  # a field that is set holds a text
+        self._is_chat: bool | None = None  # as the first row that was read
+
+    def reads(self, names: Iterable[str]) -> bool:
+        """Whether rows with these fields can be read."""
+        names = list(names)
+        return _name_in(self.field_name, names) is not None or self._form(names) is not None
+
+    def _form(self, names: Iterable[str]) -> ChatForm | None:
+        return form_of(names) if self._takes_chat else None
+
+    def columns(self, names: list[str]) -> list[int]:
+        """The columns of a table to read, by its header; DataError if it lacks them."""
+        found = _name_in(self.field_name, names)
+        if found is not None:
+            self._note_name(found, "column")
+            return [names.index(found)]
+        if (form := self._form(names)) is not None:
+            return [names.index(name) for name in form.names]
+        raise DataError(
+            f'{self.name} has no column "{self.field_name}" (has: {_listed(names) or "nothing"}).\n'
+            f'Name one in DATA = {{"path": "{self.name}", "field": "{_listed(names[:1])}"}}.'
         )
-    if found != field_name:
-        report.note(f'{name}: its column "{found}" is read')
-    return names.index(found)
+
+    def _note_name(self, found: str, kind: str) -> None:
+        if found != self.field_name:
+            self.report.note(f'{self.name}: its {kind} "{found}" is read')
+
+    def read(self, value: Any, where: str) -> Row:
+        """The text or the conversation of a decoded row: the row itself, or its fields."""
+        name, form = "a list of messages", None
+        if isinstance(value, dict):
+            found = _name_in(self.field_name, value)
+            form = None if found is not None else self._form(value)
+            if found is None and form is None:
+                return self._without_field(value, where)
+            if found is not None:
+                self._note_name(found, "field")
+                name, value = found, value[found]
+        is_list = isinstance(value, list) and len(value) > 0 and is_turn(value[0])
+        is_chat = form is not None or is_list
+        if self._is_chat not in (None, is_chat):
+            kinds = ("conversation", "text") if is_chat else ("text", "conversation")
+            return BadRow(where, f"a {kinds[0]}, and the rows before it are {kinds[1]}s")
+        if not is_chat:
+            row = self._text(value, where)
+        else:
+            row = self._conversation(value, form or ChatForm(name), where)
+        if not isinstance(row, BadRow):
+            self._is_chat = is_chat
+        return row
+
+    def _without_field(self, value: dict[str, Any], where: str) -> BadRow:
+        texts = [(len(text), key) for key, text in value.items() if isinstance(text, str)]
+        has = f"(has: {_listed(value) or 'no field at all'})"
+        if self._is_chat:
+            return BadRow(where, f"no conversation in its fields {has}")
+        why = f'no "{self.field_name}" field {has}'
+        return BadRow(where, why, fields=(max(texts)[1],) if texts else ())
+
+    def _conversation(self, value: Any, form: ChatForm, where: str) -> Row:
+        try:
+            if isinstance(value, list):
+                messages = messages_of(value, self.field_name)
+            else:
+                messages = form.messages(value)
+        except ValueError as error:
+            return BadRow(where, str(error))
+        self.report.note(f"{self.name}: chat rows: {', '.join(form.names)}")
+        return Conversation(messages, where)
+
+    def _text(self, value: Any, where: str) -> Row:
+        if not isinstance(value, str):
+            kind = "null" if value is None else type(value).__name__
+            return BadRow(where, f'"{self.field_name}" is {kind}, not text')
+        try:
+            value.encode("utf-8")
+        except UnicodeEncodeError:  # JSON may escape half of a character, such as "\ud83d"
+            self.report.note(f"{self.name}: half characters (lone surrogates) became U+FFFD")
+            return value.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+        return value
 
 
 def _name_in(field_name: str, names: Iterable[str]) -> str | None:
@@ -788,28 +903,6 @@ def _load_splits(dataset: str, configuration: str | None) -> Any:
     if "train" not in splits:
         raise DataError(f"the dataset {dataset} has no split train (has: {', '.join(splits)}).")
     return splits
-
-
-def _field_of(value: Any, field_name: str, where: str, name: str, report: ReadingReport) -> Row:
-    """The text of a decoded row: the row itself, or its field if it is an object."""
-    if isinstance(value, dict):
-        found = _name_in(field_name, value)
-        if found is None:
-            texts = [(len(text), key) for key, text in value.items() if isinstance(text, str)]
-            why = f'no "{field_name}" field (has: {_listed(value) or "no field at all"})'
-            return BadRow(where, why, fields=(max(texts)[1],) if texts else ())
-        if found != field_name:
-            report.note(f'{name}: its field "{found}" is read')
-        value = value[found]
-    if not isinstance(value, str):
-        kind = "null" if value is None else type(value).__name__
-        return BadRow(where, f'"{field_name}" is {kind}, not text')
-    try:
-        value.encode("utf-8")
-    except UnicodeEncodeError:  # JSON may escape half of a character, such as "\ud83d"
-        report.note(f"{name}: half characters (lone surrogates) became U+FFFD")
-        return value.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-    return value
 
 
 def _listed(names: Iterable[str]) -> str:

@@ -1,5 +1,7 @@
 """What DATA names, as files and splits to read: files, folders, URLs, corpora, datasets."""
 
+import dataclasses
+import itertools
 import os
 import re
 import stat
@@ -14,6 +16,7 @@ from text.documents import DataSpec, Part, ReadingReport
 from text.encodings import codec_of
 from text.formats import SNIFFED_BYTES, kind_of, refusal_of, zip_is_readable
 
+MOST_WEIGHT = 100
 INVALID_NAME = 123  # Windows' error code for a path with a reserved character, such as *
 _PATH_ALIASES = ("file", "files", "filename", "folder", "dir", "url", "source", "name", "data")
 WIKITEXT_2 = "hf:Salesforce/wikitext:wikitext-2-raw-v1"
@@ -22,18 +25,14 @@ WIKITEXT_2 = "hf:Salesforce/wikitext:wikitext-2-raw-v1"
 def parse_data(data: Any) -> DataSpec:
     """The DataSpec of DATA: a name, a list of names, or a dict with the fields of a DataSpec.
 
-    Raises SettingsError.
+    A name in the list may be a dict with "path" and "weight". Raises SettingsError.
     """
     if not isinstance(data, dict):
-        return DataSpec(train=_names(data, "DATA"))
-    known = ("path", "val", "field", "encoding", "separator", "bad_rows")
-    for key in data:
-        if key in _PATH_ALIASES:
-            raise SettingsError(f'DATA["{key}"] is unknown; the text is named in DATA["path"]')
-        if key not in known:
-            raise SettingsError(unknown_name(f'DATA["{key}"]', key, known))
-    if "path" not in data:
-        raise SettingsError('DATA is a dict without "path"; name the text there')
+        return _weighted(data, "DATA")
+    _check_keys(data, ("path", "val", "field", "encoding", "separator", "bad_rows", "weight"))
+    if "weight" in data:
+        only = {"path": data["path"], "weight": data["weight"]}
+        data = {key: value for key, value in data.items() if key != "weight"} | {"path": [only]}
     for key in ("field", "encoding", "separator"):
         if not isinstance(data.get(key, "x"), str) or not data.get(key, "x"):
             raise SettingsError(f'DATA["{key}"] is {data[key]!r}; it must be text in quotes')
@@ -47,14 +46,47 @@ def parse_data(data: Any) -> DataSpec:
         ) from None
     if (bad_rows := data.get("bad_rows", "refuse")) not in ("refuse", "skip"):
         raise SettingsError(f'DATA["bad_rows"] is {bad_rows!r}; it must be "refuse" or "skip"')
-    return DataSpec(
-        train=_names(data["path"], 'DATA["path"]'),
+    return dataclasses.replace(
+        _weighted(data["path"], 'DATA["path"]'),
         val=_names(data["val"], 'DATA["val"]') if "val" in data else (),
         field=data.get("field", "text"),
         encoding=encoding,
         separator=data.get("separator"),
         bad_rows=bad_rows,
     )
+
+
+def _check_keys(data: dict[str, Any], known: tuple[str, ...]) -> None:
+    for key in data:
+        if key in _PATH_ALIASES:
+            raise SettingsError(f'DATA["{key}"] is unknown; the text is named in DATA["path"]')
+        if key not in known:
+            raise SettingsError(unknown_name(f'DATA["{key}"]', key, known))
+    if "path" not in data:
+        raise SettingsError('DATA is a dict without "path"; name the text there')
+
+
+def _weighted(value: Any, label: str) -> DataSpec:
+    """The names to train on, each with its weight."""
+    entries = list(value) if isinstance(value, list | tuple) else [value]
+    if not any(isinstance(entry, dict) for entry in entries):
+        return DataSpec(train=_names(value, label))
+    names, weights = list[str](), list[float]()
+    for entry in entries:
+        if not isinstance(entry, dict):
+            entry = {"path": entry}
+        _check_keys(entry, ("path", "weight"))
+        weight = entry.get("weight", 1)
+        is_number = isinstance(weight, int | float) and not isinstance(weight, bool)
+        if not is_number or not 0 < weight <= MOST_WEIGHT:
+            raise SettingsError(
+                f'the "weight" of {entry["path"]!r} in DATA is {weight!r}; it must be a number '
+                f"above 0, and at most {MOST_WEIGHT}: how often it is seen in an epoch"
+            )
+        found = _names(entry["path"], f'{label}["path"]')
+        names += found
+        weights += [float(weight)] * len(found)
+    return DataSpec(train=tuple(names), weights=tuple(weights))
 
 
 def _names(value: Any, label: str) -> tuple[str, ...]:
@@ -69,19 +101,23 @@ def _names(value: Any, label: str) -> tuple[str, ...]:
     return names
 
 
-def find_parts(names: Iterable[str], cache: Path, report: ReadingReport) -> list[Part]:
+def find_parts(
+    names: Iterable[str], cache: Path, report: ReadingReport, weights: Iterable[float] = ()
+) -> list[Part]:
     """The files and splits to read, in a fixed order; downloads what is not on this machine.
 
-    A name is a corpus, a URL, "hf:dataset:configuration", a file, a folder or a pattern with *.
+    A name is a corpus, a URL, "hf:dataset:configuration", a file, a folder or a pattern with *, and
+    its parts have its weight.
     report.passed_over lists the hidden and binary files of folders and patterns. Raises DataError
     for a name that matches nothing.
     """
     parts: list[Part] = []
-    for name in names:
+    for name, weight in itertools.zip_longest(names, weights, fillvalue=1.0):
+        assert isinstance(name, str), "there are no more weights than names"
         found = _parts_of(name, cache, report)
         if not found:
             raise DataError(f"{name} holds no text: {_why_nothing(report)}.")
-        parts += found
+        parts += [dataclasses.replace(part, weight=weight) for part in found]
     return parts
 
 

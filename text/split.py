@@ -50,6 +50,35 @@ def split_documents(digests: np.ndarray, sizes: np.ndarray, train_ratio: float) 
     return None
 
 
+def split_whole(digests: np.ndarray, sizes: np.ndarray, train_ratio: float) -> np.ndarray | None:
+    """The documents to validate on if none may be cut, (N,) bool; None if all are equal.
+
+    As split_documents() chooses them, but for any number of documents; at least one validates, and
+    at least one trains.
+    """
+    values, group_of = np.unique(digests, return_inverse=True)
+    if len(values) < 2:
+        return None
+    weights = np.bincount(group_of, sizes)
+    total, share = weights.sum(), 1 - train_ratio
+    target, tolerance = share * total, total * min(TOLERANCE, share / 5, train_ratio / 5)
+    chosen = _choose(weights, weights <= target, target, tolerance)
+    if not chosen.any():
+        chosen[np.argmin(weights)] = True
+    return chosen[group_of]
+
+
+def split_by_position(sizes: np.ndarray, train_ratio: float) -> Split:
+    """Divide documents, (N,) sizes in tokens, so that the last tokens of all validate."""
+    ends = np.cumsum(sizes)
+    n_train = int(ends[-1] * train_ratio)
+    is_val = ends - sizes >= n_train
+    last = int(np.argmax(ends > n_train))  # the document that holds the place
+    if is_val[last]:
+        return Split(is_val)
+    return Split(is_val, last, int(ends[last]) - n_train)
+
+
 def _choose(weights: np.ndarray, fits: np.ndarray, room: float, tolerance: float) -> np.ndarray:
     """Groups of equal documents that fill the room, the last in the order first; (G,) bool."""
     order = np.flatnonzero(fits)[::-1]

@@ -44,7 +44,7 @@ def _environment() -> Any:
     class Generation(jinja2.ext.Extension):
         """The tags around what a model generates, which change no text."""
 
-        tags = frozenset(["generation"])
+        tags = {"generation"}  # noqa: RUF012  as the library has it
 
         def parse(self, parser: Any) -> Any:
             line = next(parser.stream).lineno

@@ -1,8 +1,10 @@
 """The token cache: each text is tokenized once, into a flat array on disk.
 
 An entry is a folder cache/tokens/<id>/ with tokens.bin, tokenizer.json and entry.json, which has
-the hashes of the other two. Its id is a hash of all that it was made from, and it appears by one
-rename. The file found-<id>.json records the files and the entry of a request (names and options).
+the hashes of the others; with conversations, targets.bin marks the tokens that count, a byte each,
+and starts.bin has where each conversation begins. Its id is a hash of all that it was made from,
+and it appears by one rename. The file found-<id>.json records the files and the entry of a request
+(names and options).
 """
 
 import collections
@@ -13,12 +15,11 @@ import json
 import os
 import re
 import time
-from array import array
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 
@@ -29,27 +30,33 @@ from storage.files import (
     NewFile,
     discard,
     make_folder,
-    remove_file,
     remove_folder,
-    rename_file,
     rename_folder,
     write_atomically,
     write_json,
 )
+from text.arrangement import Side, arrange, divide, times_seen
+from text.chat import Conversation
+from text.chat_template import CHATML, ChatTemplate
+from text.chat_tokens import ChatReport, chat_template_for, encode_conversations
 from text.corpora import CORPORA
 from text.documents import (
     DataSpec,
+    Document,
     Documents,
     Part,
     ReadingReport,
     dataset_fingerprint,
+    each_document,
     file_sha256,
+    has_conversations,
+    pieces_of,
     read_documents,
     validation_parts,
 )
 from text.repeats import Repeats
 from text.sources import find_parts
-from text.split import Split, split_documents
+from text.split import Split
 from text.tokenizer import (
     BLANK,
     LONGEST_WORD,
@@ -60,11 +67,12 @@ from text.tokenizer import (
     restore_tokenizer,
 )
 
-FORMAT = 3  # of an entry; no other is read
+FORMAT = 4  # of an entry; no other is read
 CHUNK = 1 << 18  # characters to encode in one task, which no Ctrl-C can end
 NEIGHBORHOOD = 1 << 12  # characters beside a chunk that its first and last tokens depend on
 MOST_UNCUT = 1 << 18  # characters without a place to cut, at most; a text has one in each sentence
 BLOCK = 16 << 20  # bytes of tokens per hash
+TARGETS, STARTS = "targets.bin", "starts.bin"  # of an entry with conversations
 MOST_RATE = 1.05  # tokens a character; from there on the characters themselves are fewer
 MOST_UNKNOWN = 0.5  # of all tokens
 LEAST_USED = 0.03  # of the vocabulary, without a notice
@@ -86,6 +94,18 @@ class TokenizedText:
     stood_in: bool  # whether a stand-in was read in place of what DATA names
     report: dict[str, Any]  # what was read, for data.json
     notices: list[str]  # to print in every run
+    chat: "ChatTokens | None" = None  # of a text with conversations
+
+
+@dataclass(frozen=True)
+class ChatTokens:
+    """What the tokens of conversations have besides. A text among them counts as one: all of its
+    tokens are targets, the end-of-text behind it too."""
+
+    template: str  # the chat template that they were written down by, in Jinja
+    targets: Path  # a byte for each token: 1 if it is an answer's, or the end of its turn
+    train_starts: np.ndarray  # (N,) where each conversation begins, in the training tokens
+    val_starts: np.ndarray  # the same in the validation tokens
 
 
 def tokenize(
@@ -96,15 +116,18 @@ def tokenize(
     *,
     stand_in: bool | None = None,
     is_free: bool = True,
+    chat_template: str | None = None,
 ) -> TokenizedText:
     """Tokenize DATA, or find its tokens in the cache if nothing has changed.
 
     tokenizer is TOKENIZER's value, but not "auto", is_free whether another one could be set;
-    stand_in is that of corpus_path(). Raises DataError for data that can't be read, SettingsError
-    for a missing library, ResourceError if the cache can't be written.
+    stand_in is that of corpus_path(). chat_template is the one by which conversations are written
+    down, if there are any; None is ChatML, whose tokens the tokenizer then gets too. Raises
+    DataError for data that can't be read, SettingsError for a missing library, ResourceError if the
+    cache can't be written.
     """
     report = ReadingReport(stand_in=stand_in)
-    train = find_parts(spec.train, cache, report)
+    train = find_parts(spec.train, cache, report, spec.weights)
     val = find_parts(spec.val, cache, report) if spec.val else validation_parts(train)
     tokens_folder = cache / "tokens"
     make_folder(tokens_folder)
@@ -113,7 +136,8 @@ def tokenize(
     if tokenizer.endswith(".json"):
         parts = [*texts, Part(tokenizer, Path(tokenizer).expanduser())]
         tokenizer_kind = "json"
-    request = _hash_of([FORMAT, asdict(spec), tokenizer, tokenizer_kind, train_ratio])
+    template = chat_template or CHATML.source
+    request = _hash_of([FORMAT, asdict(spec), tokenizer, tokenizer_kind, train_ratio, template])
     found_path = tokens_folder / f"found-{request}.json"
     state = [_state_of(part) for part in parts]
     entry_id = _recall(found_path, state)
@@ -125,11 +149,15 @@ def tokenize(
         how = [tokenizer_kind, spec.field, spec.encoding, spec.separator, spec.bad_rows]
         # of a file's name only the suffixes matter
         kinds = ["".join(Path(part.name).suffixes).lower() for part in texts]
-        entry_id = _hash_of([FORMAT, how, train_ratio, len(train), content, kinds])
+        weights = [part.weight for part in train]
+        facts = [train_ratio, len(train), content, kinds, weights]
+        used = template if has_conversations(texts, spec) else None
+        entry_id = _hash_of([FORMAT, how, *facts, used])
     folder = tokens_folder / entry_id
     text = _open_entry(folder, report)
     if text is None:
-        _build_entry(folder, [train, val], spec, tokenizer, train_ratio, report)
+        used = template if has_conversations(texts, spec) else None
+        _build_entry(folder, [train, val], spec, tokenizer, train_ratio, report, used)
         text = _open_entry(folder, report)
         assert text is not None, f"{folder} was written and can't be read"
         keep_within_limit([path.parent for path in tokens_folder.glob("*/entry.json")], folder)
@@ -188,9 +216,10 @@ def _open_entry(folder: Path, reading: ReadingReport) -> TokenizedText | None:
             and entry["tokenizer_sha256"] == hashlib.sha256(tokenizer_json).hexdigest()
             and entry["block_sha256"] == _block_hashes(folder / "tokens.bin")
         )
+        chat = _open_chat(folder, entry)
     except (OSError, ValueError, KeyError, TypeError):
-        intact = False
-    if not intact:
+        intact, chat = False, None
+    if not intact or (chat is None and entry["chat"] is not None):
         say(f"Note: the token cache {folder} is damaged; it is made anew")
         if not remove_folder(folder):
             raise ResourceError(
@@ -199,6 +228,8 @@ def _open_entry(folder: Path, reading: ReadingReport) -> TokenizedText | None:
             )
         return None
     content = json.dumps([entry["block_sha256"], entry["n_train"]])
+    if chat is not None:
+        content += json.dumps(entry["chat"])
     return TokenizedText(
         path=folder / "tokens.bin",
         dtype=entry["dtype"],
@@ -210,7 +241,22 @@ def _open_entry(folder: Path, reading: ReadingReport) -> TokenizedText | None:
         stood_in=reading.stood_in,
         report=entry["report"],
         notices=reading.notices,
+        chat=chat,
     )
+
+
+def _open_chat(folder: Path, entry: dict[str, Any]) -> ChatTokens | None:
+    """What an entry has of conversations; None if it has none, or other than it says."""
+    chat, n_train = entry["chat"], entry["n_train"]
+    if chat is None or chat["block_sha256"] != _chat_hashes(folder):
+        return None
+    starts = np.fromfile(folder / STARTS, dtype="<i8").astype(np.int64)
+    train, val = starts[starts < n_train], starts[starts >= n_train] - n_train
+    return ChatTokens(chat["template"], folder / TARGETS, train, val)
+
+
+def _chat_hashes(folder: Path) -> list[list[str]]:
+    return [_block_hashes(folder / TARGETS), _block_hashes(folder / STARTS)]
 
 
 def _block_hashes(path: Path) -> list[str]:
@@ -233,45 +279,116 @@ def _build_entry(
     tokenizer_name: str,
     train_ratio: float,
     report: ReadingReport,
+    template: str | None,
 ) -> None:
+    """Make an entry; template is the chat template if there are conversations."""
     train, val = parts
     _remove_orphans(folder.parent)
     temporary = folder.with_name(f".tmp-{os.getpid()}-{folder.name}")
     make_folder(temporary)
     try:
-        tokenizer = make_tokenizer(tokenizer_name, lambda: _texts(train, spec))
-        sides = _write_tokens(temporary / "all.bin", tokenizer, parts, spec, report)
+        tokenizer, chat = make_tokenizer(tokenizer_name, lambda: _texts(train, spec)), None
+        if template is not None:
+            chat, tokenizer = chat_template_for(template, tokenizer)
+        sides, told = _write_tokens(temporary, tokenizer, parts, spec, report, chat)
         if not report.documents:
-            names = ", ".join(spec.train + spec.val)
-            raise DataError(f"{names} is empty.\nSet DATA to a text of at least a few sentences.")
+            raise DataError(_about_nothing(spec, report))
         unknown = _count_unknown(tokenizer, sides)
         if unknown:
             report.notes.append(_about_unknown(unknown, sides, tokenizer))
         if not tokenizer_name.startswith("bpe:"):  # made of this text
             report.notes += _about_rate(tokenizer, sides, report.characters)
-        split = None if val else _split(sides[0], train_ratio)
+        weights = [part.weight for part in train]
+        is_weighted = set(weights) != {1.0}
+        split = None if val else divide(sides[0], train_ratio, by_position=is_weighted)
         if split is not None and split.cut is not None:
             report.notes.append(_note_on_cut(split, sides[0], train_ratio))
-        n_train = _arrange(temporary, sides, tokenizer, split, has_val=bool(val))
-        dtype = _dtype_for(tokenizer)
-        n_tokens = (temporary / "tokens.bin").stat().st_size // np.dtype(dtype).itemsize
-        tokenizer_json = tokenizer.to_json().encode("utf-8")
-        write_atomically(temporary / "tokenizer.json", tokenizer_json)
-        entry = {
-            "dtype": dtype,
-            "n_tokens": n_tokens,
-            "n_train": n_train,
-            "tokenizer_kind": tokenizer.kind,
-            "tokenizer_sha256": hashlib.sha256(tokenizer_json).hexdigest(),
-            "block_sha256": _block_hashes(temporary / "tokens.bin"),
-            "report": _report_of(report, sides, n_tokens, tokenizer)
-            | {"unknown_tokens": unknown}
-            | ({"documents_on_both_sides": 1} if split and split.cut is not None else {}),
-        }
-        write_json(temporary / "entry.json", {"sha256": _hash_of(entry), "entry": entry})
+        times = _times_seen(train, sides[0], split, report) if is_weighted else None
+        n_train = arrange(
+            temporary,
+            sides,
+            np.dtype(_dtype_for(tokenizer)),
+            tokenizer.end_of_text_id,
+            split,
+            times,
+        )
+        facts = _report_of(report, sides, tokenizer) | {"unknown_tokens": unknown}
+        if split is not None and split.cut is not None:
+            facts["documents_on_both_sides"] = 1
+        if told is not None:
+            facts["chat"] = told.facts(_shared_prompts(sides, split))
+            facts["notes"].append(told.line())
+        _seal(temporary, tokenizer, n_train, facts, template)
         rename_folder(temporary, folder)  # if another process was faster, its entry stays
     finally:
         discard(temporary)
+
+
+def _seal(
+    folder: Path,
+    tokenizer: Tokenizer,
+    n_train: int | None,
+    report: dict[str, Any],
+    template: str | None,
+) -> None:
+    """Write an entry's tokenizer.json and entry.json."""
+    dtype, tokenizer_json = _dtype_for(tokenizer), tokenizer.to_json().encode("utf-8")
+    write_atomically(folder / "tokenizer.json", tokenizer_json)
+    n_tokens = (folder / "tokens.bin").stat().st_size // np.dtype(dtype).itemsize
+    chat = None
+    if template is not None:
+        chat = {"template": template, "block_sha256": _chat_hashes(folder)}
+    entry = {
+        "dtype": dtype,
+        "n_tokens": n_tokens,
+        "n_train": n_train,
+        "tokenizer_kind": tokenizer.kind,
+        "tokenizer_sha256": hashlib.sha256(tokenizer_json).hexdigest(),
+        "block_sha256": _block_hashes(folder / "tokens.bin"),
+        "chat": chat,
+        "report": report | {"tokens": n_tokens},
+    }
+    write_json(folder / "entry.json", {"sha256": _hash_of(entry), "entry": entry})
+
+
+def _shared_prompts(sides: list[Side], split: Split | None) -> int:
+    """The prompts that are in the training and in the validation conversations."""
+    train, val = sides
+    if split is None:
+        pairs = [(train, train.is_chat), (val, val.is_chat)]
+    else:
+        pairs = [(train, train.is_chat & ~split.is_val), (train, train.is_chat & split.is_val)]
+    return len(np.intersect1d(*(side.prompt_hashes[chosen] for side, chosen in pairs)))
+
+
+def _about_nothing(spec: DataSpec, report: ReadingReport) -> str:
+    names = ", ".join(spec.train + spec.val)
+    if report.unanswered:
+        return (
+            f"{names} has no row with an answer ({report.unanswered:,} without).\n"
+            "A conversation to train on has a message of the assistant."
+        )
+    return f"{names} is empty.\nSet DATA to a text of at least a few sentences."
+
+
+def _times_seen(
+    parts: list[Part], side: Side, split: Split | None, report: ReadingReport
+) -> np.ndarray:
+    """How often each training document is seen in an epoch, with a note on each weight."""
+    n_documents = [file["documents"] for file in report.files[: len(parts)]]
+    part_of = np.repeat(np.arange(len(parts)), n_documents)
+    is_val = np.zeros(len(part_of), bool) if split is None else split.is_val
+    weights = np.array([part.weight for part in parts])
+    times = times_seen(weights, part_of, side.hashes, is_val)
+    for number, part in enumerate(parts):
+        if part.weight != 1:
+            seen = times[(part_of == number) & ~is_val]
+            documents = "document" + "s" * (len(seen) != 1)
+            report.notes.append(
+                f"{part.name}: its weight is {part.weight:g}: {len(seen):,} {documents} to train "
+                f"on, seen {seen.sum():,} times in an epoch"
+            )
+    return times
 
 
 def _remove_orphans(tokens_folder: Path) -> None:
@@ -291,26 +408,6 @@ def _texts(parts: list[Part], spec: DataSpec) -> Iterator[str]:
             yield chunk
 
 
-@dataclass
-class _Side:
-    """The training or the validation documents in the token file; positions are in tokens."""
-
-    stop: int
-    ends: "array[int]"  # of each document; an end-of-text separates it from the next
-    digests: "array[int]"  # of each document's text
-    counts: np.ndarray  # (V,) how often each token occurs
-
-    @property
-    def stops(self) -> np.ndarray:
-        """Where each document ends, (N,) int64."""
-        return np.frombuffer(self.ends, dtype=np.uint64).astype(np.int64)
-
-    @property
-    def starts(self) -> np.ndarray:
-        """Where each document of the file's first side begins, (N,) int64."""
-        return np.concatenate(([0], self.stops[:-1] + 1))
-
-
 def _watched(documents: Documents, repeats: Repeats) -> Documents:
     for piece, is_last in documents:
         repeats.add(piece, is_last)
@@ -318,36 +415,97 @@ def _watched(documents: Documents, repeats: Repeats) -> Documents:
 
 
 def _write_tokens(
-    path: Path, tokenizer: Tokenizer, sides: list[list[Part]], spec: DataSpec, report: ReadingReport
-) -> list[_Side]:
-    """Write the tokens of all documents in order, with an end-of-text between those of a side.
+    folder: Path,
+    tokenizer: Tokenizer,
+    sides: list[list[Part]],
+    spec: DataSpec,
+    report: ReadingReport,
+    chat: ChatTemplate | None,
+) -> tuple[list[Side], ChatReport | None]:
+    """Write the tokens of all documents in order, with an end-of-text between two texts of a side;
+    and, with a chat template, the marks of those that count.
 
     Sets the report's share of the text that came before in the same document.
     """
-    position, written, repeats = 0, [], Repeats()
+    repeats, told = Repeats(), None if chat is None else ChatReport()
+    written = [Side(np.zeros(tokenizer.vocab_size)) for _ in sides]
     with (
-        NewFile(path, durable=False) as file,
+        NewFile(folder / "all.bin", durable=False) as file,
+        contextlib.ExitStack() as stack,
         encoders() as pool,
         Progress("Tokenizing", sum(map(_size_of, sides))) as progress,
     ):
-        for parts in sides:
-            ends, digests, counts = array("Q"), array("Q"), np.zeros(tokenizer.vocab_size)
-            open_digests: list[bytes] = []
-            documents = _watched(read_documents(parts, spec, report), repeats)
-            for batch in encode_documents(documents, tokenizer, pool):
-                counts += batch.counts
-                for n_ids, digest, is_last in batch.chunks:
-                    open_digests.append(digest)
-                    position += n_ids
-                    if is_last:
-                        ends.append(position)
-                        digests.append(_join_digests(open_digests))
-                        open_digests = []
-                file.write(batch.ids.data.cast("B"))
-                progress.show(report.bytes_read)
-            written.append(_Side(position, ends, digests, counts))
+        marks = None
+        if chat is not None:
+            marks = stack.enter_context(NewFile(folder / "all-targets.bin", durable=False))
+        position = 0
+        for parts, side in zip(sides, written, strict=True):
+            side.stop = position
+            documents = each_document(parts, spec, report)
+            for is_chat, group in itertools.groupby(documents, _is_conversation):
+                if is_chat:
+                    assert chat is not None and told is not None, "has_conversations() has seen it"
+                    batches = _chat_batches(group, side, chat, tokenizer, told, report)
+                else:
+                    pieces = (piece for document in group for piece in pieces_of(document, report))
+                    batches = _text_batches(_watched(pieces, repeats), side, tokenizer, pool)
+                for ids, targets in batches:
+                    file.write(ids.data.cast("B"))
+                    if marks is not None:
+                        marks.write(targets.tobytes())
+                    progress.show(report.bytes_read)
+            position = side.stop
     report.copied = repeats.share
-    return written
+    return written, told
+
+
+def _is_conversation(document: Document) -> bool:
+    return isinstance(document, Conversation)
+
+
+def _text_batches(
+    documents: Documents, side: Side, tokenizer: Tokenizer, pool: ThreadPoolExecutor
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """The tokens of texts in batches, all of which count, noted in their side."""
+    open_digests: list[bytes] = []
+    start = side.stop
+    for batch in encode_documents(documents, tokenizer, pool):
+        side.counts += batch.counts
+        for n_ids, digest, is_last in batch.chunks:
+            open_digests.append(digest)
+            side.stop += n_ids
+            if is_last:
+                side.add(start, side.stop, _join_digests(open_digests), 0, is_chat=False)
+                open_digests, start = [], side.stop + 1
+        yield batch.ids, np.ones(len(batch.ids), np.uint8)
+
+
+def _counted(documents: Iterable[Document], report: ReadingReport) -> Iterator[Conversation]:
+    """Conversations, counted as read_documents() counts them."""
+    for document in documents:
+        assert isinstance(document, Conversation), "they are grouped"
+        for _ in pieces_of(document, report):
+            pass
+        yield document
+
+
+def _chat_batches(
+    conversations: Iterable[Document],
+    side: Side,
+    template: ChatTemplate,
+    tokenizer: Tokenizer,
+    told: ChatReport,
+    report: ReadingReport,
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """The tokens of conversations in batches, and which of them count, noted in their side."""
+    for batch in encode_conversations(_counted(conversations, report), template, tokenizer):
+        for encoded in batch:
+            start, side.stop = side.stop, side.stop + len(encoded.ids)
+            side.add(start, side.stop, encoded.digest, encoded.prompt_digest, is_chat=True)
+            told.add(encoded)
+        ids = np.concatenate([encoded.ids for encoded in batch]).astype(_dtype_for(tokenizer))
+        side.counts += np.bincount(ids, minlength=tokenizer.vocab_size)
+        yield ids, np.concatenate([encoded.is_target for encoded in batch]).astype(np.uint8)
 
 
 @contextlib.contextmanager
@@ -527,71 +685,7 @@ def _size_of(parts: list[Part]) -> int:
     return sum(part.path.stat().st_size for part in parts if part.path)
 
 
-def _arrange(
-    folder: Path, sides: list[_Side], tokenizer: Tokenizer, split: Split | None, *, has_val: bool
-) -> int | None:
-    """Make tokens.bin of all.bin, training tokens first; returns the number of those.
-
-    Returns None if the caller is to split them by position: for one text, or few documents.
-    """
-    train = sides[0]
-    if split is None:
-        rename_file(folder / "all.bin", folder / "tokens.bin")
-        return train.stop if has_val else None
-    dtype = np.dtype(_dtype_for(tokenizer))
-    end_of_text = np.array([tokenizer.end_of_text_id], dtype=dtype).tobytes()
-    sizes = []
-    with (
-        (folder / "all.bin").open("rb") as source,
-        NewFile(folder / "tokens.bin", durable=False) as file,
-    ):
-        for spans in _spans(train, split):
-            size = 0
-            for start, stop in spans:
-                if size:
-                    file.write(end_of_text)
-                    size += 1
-                _copy(source, file, start * dtype.itemsize, stop * dtype.itemsize)
-                size += stop - start
-            sizes.append(size)
-    remove_file(folder / "all.bin")
-    return sizes[0]
-
-
-def _spans(documents: _Side, split: Split) -> list[list[tuple[int, int]]]:
-    """The tokens of training and of validation, as (start, stop) in the token file.
-
-    Adjacent documents are one span, with the end-of-text between them.
-    """
-    starts, ends = documents.starts, documents.stops
-    heads, tails = ~split.is_val, split.is_val.copy()
-    head_ends, tail_starts = ends.copy(), starts.copy()
-    if split.cut is not None:
-        tails[split.cut] = True
-        head_ends[split.cut] = tail_starts[split.cut] = ends[split.cut] - split.n_cut
-    spans = []
-    for chosen, first, last in ((heads, starts, head_ends), (tails, tail_starts, ends)):
-        first, last = first[chosen], last[chosen]
-        is_new = np.concatenate(([True], first[1:] != last[:-1] + 1))
-        is_end = np.concatenate((is_new[1:], [True]))
-        spans.append(list(zip(first[is_new].tolist(), last[is_end].tolist(), strict=True)))
-    return spans
-
-
-def _copy(source: BinaryIO, file: NewFile, start: int, stop: int) -> None:
-    source.seek(start)
-    while start < stop:
-        block = source.read(min(stop - start, 1 << 22))
-        file.write(block)
-        start += len(block)
-
-
-def _split(documents: _Side, train_ratio: float) -> Split | None:
-    digests = np.frombuffer(documents.digests, dtype=np.uint64)
-    return split_documents(digests, documents.stops - documents.starts, train_ratio)
-
-
-def _note_on_cut(split: Split, documents: _Side, train_ratio: float) -> str:
+def _note_on_cut(split: Split, documents: Side, train_ratio: float) -> str:
     assert split.cut is not None
     size = int(documents.stops[split.cut] - documents.starts[split.cut])
     return (
@@ -601,7 +695,7 @@ def _note_on_cut(split: Split, documents: _Side, train_ratio: float) -> str:
     )
 
 
-def _about_rate(tokenizer: Tokenizer, sides: list[_Side], characters: int) -> list[str]:
+def _about_rate(tokenizer: Tokenizer, sides: list[Side], characters: int) -> list[str]:
     """A notice where one token a character would be fewer than this tokenizer needs."""
     needed = sum(side.counts.sum() - len(side.ends) for side in sides) / max(1, characters)
     if tokenizer.kind == "char" or needed <= MOST_RATE:
@@ -624,7 +718,7 @@ def _about_vocabulary(text: TokenizedText, spec: DataSpec) -> list[str]:
     ]
 
 
-def _count_unknown(tokenizer: Tokenizer, sides: list[_Side]) -> int:
+def _count_unknown(tokenizer: Tokenizer, sides: list[Side]) -> int:
     """How many tokens stand for what the tokenizer does not know."""
     if tokenizer.kind != "foreign":
         return 0  # ours know every byte
@@ -638,7 +732,7 @@ def _count_unknown(tokenizer: Tokenizer, sides: list[_Side]) -> int:
     return 0 if unknown is None else int(sum(side.counts[unknown] for side in sides))
 
 
-def _about_unknown(unknown: int, sides: list[_Side], tokenizer: Tokenizer) -> str:
+def _about_unknown(unknown: int, sides: list[Side], tokenizer: Tokenizer) -> str:
     """A notice with the share of unknown tokens; DataError if it is above MOST_UNKNOWN."""
     share = unknown / sum(side.counts.sum() for side in sides)
     told = (
@@ -650,11 +744,10 @@ def _about_unknown(unknown: int, sides: list[_Side], tokenizer: Tokenizer) -> st
     return f"{told}, and are lost; {instead}"
 
 
-def _report_of(
-    report: ReadingReport, sides: list[_Side], n_tokens: int, tokenizer: Tokenizer
-) -> dict[str, Any]:
-    train, val = (np.frombuffer(side.digests, dtype=np.uint64) for side in sides)
+def _report_of(report: ReadingReport, sides: list[Side], tokenizer: Tokenizer) -> dict[str, Any]:
+    train, val = (side.hashes for side in sides)
     digests = np.concatenate([train, val])
+    counts = np.sum([side.counts for side in sides], axis=0)
     return {
         "files": report.files,
         "passed_over": report.passed_over,
@@ -666,9 +759,8 @@ def _report_of(
         "bytes": report.bytes_read,
         "characters": report.characters,
         "copied": round(report.copied, 4),
-        "tokens": n_tokens,
-        "tokens_per_character": n_tokens / max(1, report.characters),
+        "tokens_per_character": counts.sum() / max(1, report.characters),
         "tokenizer": tokenizer.name,
         "vocabulary": tokenizer.vocab_size,
-        "vocabulary_used": int(np.count_nonzero(sum(side.counts for side in sides))),
+        "vocabulary_used": int(np.count_nonzero(counts)),
     }

@@ -12,7 +12,16 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
-from data import WindowBatches, evaluation_loader, in_parts, measure_tokens
+from data import (
+    Batch,
+    PackedWindows,
+    WindowBatches,
+    count_targets,
+    evaluation_loader,
+    in_parts,
+    measure_tokens,
+    to_device,
+)
 from distributed.parallel import ALONE, Parallel
 from distributed.sharding import flush_gradients, full, replica, summing_up, whole
 from distributed.signals import StopSignals
@@ -28,14 +37,13 @@ from generation import evaluating
 from text.tokenizer import Tokenizer
 
 T = TypeVar("T")
-Batch = tuple[torch.Tensor, torch.Tensor]  # ids and targets, (B, T) each
 
 
 class Step(NamedTuple):
     """The windows of an optimizer step."""
 
     batches: list[Batch]  # this rank's; one of (0, T) where it has no window
-    n_targets: int  # of all ranks
+    n_targets: int  # of all ranks, that count
     n_windows: int  # of the rank that has most
 
 
@@ -131,10 +139,14 @@ class Learner:
         loss = self.evaluate(loader, max_batches, stop, label=label)
         of_all_ranks = evaluation_loader(loader, max_batches)
         windows, batches = of_all_ranks.dataset, of_all_ranks.batch_sampler
+        chosen = (number for batch in batches.windows() for number in batch)
         parts: Iterable[tuple[int, int]] = [(1, len(windows.tokens))]  # none comes before the first
-        if batches.n_batches < batches.of_batches:
-            parts = (windows.scored(number) for batch in batches.windows() for number in batch)
-        size = measure_tokens(windows.tokens, tokenizer, parts)
+        if isinstance(windows, PackedWindows):
+            size = measure_tokens(windows.scored_tokens(chosen), tokenizer)
+        else:
+            if batches.n_batches < batches.of_batches:
+                parts = map(windows.scored, chosen)
+            size = measure_tokens(windows.tokens, tokenizer, parts)
         return Score(loss, size, batches.n_batches, batches.of_batches)
 
     def in_smaller_parts(self, attempt: Callable[[], T], label: str) -> T:
@@ -171,12 +183,9 @@ def micro_batches(step: Step, size: int, device: torch.device) -> list[Batch]:
 
     Micro-batches without targets make their number the same on all ranks.
     """
-    batches = [
-        (to_device(ids, device), to_device(targets, device)) for ids, targets in step.batches
-    ]
-    size = size or max(len(ids) for ids, _ in batches)
-    parts = [part for part in in_parts(batches, size) if len(part[0]) > 0]
-    length = batches[0][0].shape[1]
+    size = size or max(len(ids) for ids, *_ in step.batches)
+    parts = [to_device(part, device) for part in in_parts(step.batches, size) if len(part[0]) > 0]
+    length = step.batches[0][0].shape[1]
     nothing = torch.zeros(1, length, dtype=torch.long, device=device)
     return parts + [(nothing, nothing[:0])] * (-(-step.n_windows // size) - len(parts))
 
@@ -196,26 +205,30 @@ def take_step(
     """One optimizer step with gradient accumulation; its loss and gradient norm, 0-d tensors.
 
     The loss is the mean over n_targets targets, by default those of the batches. With several ranks
-    model is a replica() and n_targets counts all ranks' targets. A loss or gradient that is not
-    finite leaves weights and moments unchanged; fused optimizers check that without a sync. Raises
+    model is a replica() and n_targets counts all ranks' targets. A step without targets, and one
+    whose loss or gradient is not finite, leaves weights and moments unchanged; fused optimizers
+    check the latter without a sync. Raises
     Stopped after a signal if the rest of the step would take long, and OutOfStepMemory, both with
     the state from before the step.
     """
     scaler = scaler or precision.scaler()
-    n_targets = n_targets or sum(targets.numel() for _, targets in batches)
+    if n_targets is None:
+        n_targets = sum(map(count_targets, batches))
     device = batches[0][0].device
+    if n_targets == 0:  # nothing to learn from: not even weights decay
+        return torch.zeros((), device=device), torch.zeros((), device=device)
     random_before = random_state(device)
     started_at = time.perf_counter()
     total = torch.zeros((), device=device)
     try:
         with precision.autocast():  # one for all: it caches the casts of the weights
-            for number, (ids, targets) in enumerate(batches):
+            for number, batch in enumerate(batches):
                 if number > 0 and stop is not None:
                     stop.check_within_step(started_at, number / len(batches))
                 is_last = number == len(batches) - 1
                 with summing_up(model, parallel, now=is_last):
                     # the all-reduce averages gradients over the ranks
-                    loss = batch_loss(model, ids, targets, precision, n_targets / parallel.world)
+                    loss = batch_loss(model, batch, precision, n_targets / parallel.world)
                     with torch.autocast(device.type, enabled=False):
                         scaler.scale(loss).backward()
                 total += loss.detach()
@@ -226,7 +239,7 @@ def take_step(
         optimizer.zero_grad()
         set_random_state(random_before, device)
         if is_out_of_memory(error):
-            raise OutOfStepMemory(error, max(len(ids) for ids, _ in batches)) from error
+            raise OutOfStepMemory(error, max(len(ids) for ids, *_ in batches)) from error
         raise
     # An out-of-memory error below this line ends the run without a checkpoint: weights may have
     # changed, and smaller micro-batches don't help, for the activations are already freed.
@@ -262,15 +275,12 @@ def _update_weights(
 
 
 def batch_loss(
-    model: nn.Module,
-    ids: torch.Tensor,
-    targets: torch.Tensor,
-    precision: Precision,
-    n_targets: float | None = None,
+    model: nn.Module, batch: Batch, precision: Precision, n_targets: float | None = None
 ) -> torch.Tensor:
-    """The loss of a batch, (B, T) each, a 0-d fp32 tensor: the sum over n_targets or the mean."""
+    """The loss of a batch, a 0-d fp32 tensor: the sum over n_targets or the mean."""
+    ids, targets, *packing = batch
     with precision.autocast():
-        return model(ids, targets, n_targets)
+        return model(ids, targets, n_targets, *packing)
 
 
 def count_steps(loader: DataLoader) -> int:
@@ -285,26 +295,21 @@ def steps_between(loader: DataLoader, first: int, last: int) -> Iterator[Step]:
     if not isinstance(batches, WindowBatches):
         while first < last:
             steps = min(last, (first // per_epoch + 1) * per_epoch) - first
-            for ids, targets in itertools.islice(iter(loader), steps):
-                yield Step([(ids, targets)], targets.numel(), len(ids))
+            for batch in itertools.islice(iter(loader), steps):
+                yield Step([batch], count_targets(batch), len(batch[0]))
             first += steps
         return
     batches.start_at(*divmod(first, per_epoch), last - first)
     length = batches.dataset.max_length
     nothing = torch.zeros(0, length, dtype=torch.long)
     parts = iter(loader)
-    for step in (number % per_epoch for number in range(first, last)):
+    for epoch, step in (divmod(number, per_epoch) for number in range(first, last)):
         own = -(-batches.count_own(step) // batches.micro_batch)
         yield Step(
             list(itertools.islice(parts, own)) or [(nothing, nothing)],
-            batches.count_windows(step) * length,
+            batches.count_targets(epoch, step),
             batches.count_largest(step),
         )
-
-
-def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """Copy a batch to a device, asynchronously from pinned memory."""
-    return tensor.to(device, non_blocking=device.type == "cuda")
 
 
 @torch.no_grad()
@@ -323,14 +328,12 @@ def mean_loss(
     total, count, n_windows = torch.zeros((), device=device), 0, 1
     try:
         with evaluating(model), whole(model, parallel):
-            for ids, targets in loader:
+            for batch in loader:
                 if stop is not None and stop.has_come:
                     break  # raised below, where all ranks agree
-                n_windows = len(ids)
-                ids, targets = to_device(ids, device), to_device(targets, device)
-                loss = batch_loss(model, ids, targets, precision)
-                total += loss * targets.numel()
-                count += targets.numel()
+                n_windows, n_targets = len(batch[0]), count_targets(batch)
+                total += n_targets * batch_loss(model, to_device(batch, device), precision)
+                count += n_targets
     except (MemoryError, RuntimeError) as error:
         if is_out_of_memory(error):
             raise OutOfStepMemory(error, n_windows, "an evaluation") from error
