@@ -11,9 +11,11 @@ import pytest
 import torch
 
 from generation import SamplingConfig, stream_text
+from scripts.conversation import converser_of
 from scripts.serving import app, writer
 from scripts.serving.guard import Guard, json_response
 from scripts.serving.protocol import Served
+from tests.conversing import chat_model
 from tests.letters import model_for
 from tests.serving import chunks_of, sent
 from text.tokenizer import CharTokenizer
@@ -191,6 +193,18 @@ def send(run):
     return send
 
 
+@pytest.fixture
+def send_to_chat_model():
+    """As send, to a chat model."""
+    run, sampling = chat_model(), vars(SamplingConfig(max_new_tokens=5, temperature=0.0))
+    known = ("tiny", ("quick",), 0, "", run.tokenizer, sampling, 1, LIMIT, converser_of(run), LIMIT)
+
+    def send(*asked: tuple[str, Any]) -> list[httpx.Response]:
+        return sent(run, Served(*known), *asked, token=TOKEN)
+
+    return send
+
+
 def complete(send, **body: Any) -> dict[str, Any]:
     """The answer to one completion."""
     (answer,) = send(("completions", {"model": "tiny", "prompt": "The ferry"} | body))
@@ -209,17 +223,21 @@ CHAT, TEXTS = "chat/completions", "completions"
 REQUESTS = (Path(__file__).parent / "recorded_requests.jsonl").read_text(encoding="utf-8")
 
 
-def test_every_recorded_request_is_answered_or_told_what_to_do(send):
+@pytest.mark.parametrize("kind", ["send", "send_to_chat_model"])
+def test_every_recorded_request_is_answered_or_told_what_to_do(kind, request):
+    send = request.getfixturevalue(kind)
     requests = list(map(json.loads, REQUESTS.splitlines()))
-    assert len(requests) >= 40
-    clients = {request["client"] for request in requests}
-    assert clients >= {"Open WebUI", "SillyTavern", "LangChain", "lm-eval", "curl"}
-    answers = send(*((request["path"], request.get("body")) for request in requests))
-    for request, answer in zip(requests, answers, strict=True):
-        body, place = request.get("body", {}), f"{request}: {answer.text}"
-        if "told" in request:
+    if kind == "send_to_chat_model":  # which has a larger context: completions are the same
+        requests = [asked for asked in requests if asked["path"] == CHAT]
+    assert len(requests) >= 35
+    clients = {asked["client"] for asked in requests}
+    assert clients >= {"Open WebUI", "SillyTavern", "LangChain", "LibreChat", "lm-eval", "curl"}
+    answers = send(*((asked["path"], asked.get("body")) for asked in requests))
+    for asked, answer in zip(requests, answers, strict=True):
+        body, place = asked.get("body", {}), f"{asked}: {answer.text}"
+        if "told" in asked:
             assert answer.status_code == 400, place
-            assert request["told"] in answer.json()["error"]["message"], place
+            assert asked["told"] in answer.json()["error"]["message"], place
             continue
         assert answer.status_code == 200, place
         if body.get("stream"):
