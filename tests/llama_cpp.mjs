@@ -1,6 +1,6 @@
 // llama.cpp's reading of GGUF files: node llama_cpp.mjs FOLDER JOBS RESULTS
-// FOLDER has node_modules; a job is {path, texts, prompts, chats, count}, its result {ids, answers,
-// chats}: the texts' ids, the most likely `count` ids after each prompt of ids, and the ids of each
+// FOLDER has node_modules; a job is {path, texts, prompts, chats, count, special}, its result {ids,
+// answers, chats}: the texts' ids, those of special tokens' names with special, the most likely `count` ids after each prompt of ids, and the ids of each
 // conversation, a list of {role, content}, by the template in the file, up to where an answer begins.
 import fs from "fs";
 import {createRequire} from "module";
@@ -13,9 +13,10 @@ const llama = await getLlama({gpu: false, build: "never", progressLogs: false, l
 const results = [];
 const item = ({role, content}) =>
     role === "assistant" ? {type: "model", response: [content]} : {type: role, text: content};
-for (const {path, texts, prompts, chats, count} of JSON.parse(fs.readFileSync(jobsFile, "utf8"))) {
+const jobs = JSON.parse(fs.readFileSync(jobsFile, "utf8"));
+for (const {path, texts, prompts, chats, count, special} of jobs) {
     const model = await llama.loadModel({modelPath: path});
-    const ids = texts.map((text) => model.tokenize(text, false));
+    const ids = texts.map((text) => model.tokenize(text, special ?? false));
     const context = await model.createContext({contextSize: 128, batchSize: 128, threads: 1});
     const sequence = context.getSequence();
     const answers = [];

@@ -496,7 +496,7 @@ def test_an_entry_that_is_damaged_anywhere_is_made_anew_and_said(
 
 
 STEPS = [
-    *("make_tokenizer", "_write_tokens", "_encode_batch", "_arrange", "_copy"),
+    *("make_tokenizer", "_write_tokens", "_encode_batch", "divide", "arrange"),
     *("write_atomically", "_block_hashes", "write_json", "rename_folder"),
 ]
 

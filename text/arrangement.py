@@ -121,6 +121,8 @@ def arrange(
     end_of_text_id: int,
     split: Split | None,
     times: np.ndarray | None,
+    *,
+    has_val: bool,
 ) -> int | None:
     """Make tokens.bin of all.bin, training tokens first; returns the number of those.
 
@@ -129,7 +131,7 @@ def arrange(
     validation by position.
     """
     train, val = sides
-    has_val, is_chat = bool(len(val.ends)), any(side.is_chat.any() for side in sides)
+    is_chat = any(side.is_chat.any() for side in sides)
     if split is None and times is None and not is_chat:
         rename_file(folder / "all.bin", folder / "tokens.bin")
         return train.stop if has_val else None

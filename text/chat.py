@@ -24,7 +24,7 @@ _TOOLS = ("tools", "functions", "tool_calls", "function_call", "tool_call_id")
 
 @dataclass(frozen=True)
 class Conversation:
-    """The messages of a row, and where it is: "line 7"."""
+    """The messages of a row, and where it is: "questions.csv line 7"."""
 
     messages: tuple[Message, ...]
     where: str

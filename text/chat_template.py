@@ -266,13 +266,12 @@ def _names(names: tuple[str, ...]) -> re.Pattern[str]:
 
 @functools.lru_cache(maxsize=8)
 def _end_of_turn(template: ChatTemplate, names: tuple[str, ...]) -> str | None:
-    asked = [Message("user", "Question")]
-    prompt = template.render(asked, add_generation_prompt=True)
-    whole = template.render([*asked, Message("assistant", "Answer")])
-    if not whole.startswith(prompt):
+    answer = _unused_mark([template.source])
+    try:
+        whole = template.render([Message("user", "?"), Message("assistant", answer)])
+    except DataError:
         return None
-    behind = whole[len(prompt) :].partition("Answer")[2]
-    found = _names(names).search(behind)
+    found = _names(names).search(whole.rpartition(answer)[2])
     return None if found is None else found[0]
 
 

@@ -57,7 +57,7 @@ def _encode(
     try:
         ids, targets = template.encode_with_targets(conversation.messages, tokenizer)
     except DataError as error:
-        raise DataError(f"{conversation.where}: {error}") from None
+        raise DataError(f"{conversation.where}: {error}\nMend that row, or leave it out.") from None
     return EncodedConversation(
         np.array(ids),
         np.array(targets, dtype=bool),

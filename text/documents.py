@@ -844,7 +844,7 @@ class _RowReader:
         except ValueError as error:
             return BadRow(where, str(error))
         self.report.note(f"{self.name}: chat rows: {', '.join(form.names)}")
-        return Conversation(messages, where)
+        return Conversation(messages, f"{self.name} {where}")
 
     def _text(self, value: Any, where: str) -> Row:
         if not isinstance(value, str):

@@ -298,8 +298,7 @@ def _build_entry(
             report.notes.append(_about_unknown(unknown, sides, tokenizer))
         if not tokenizer_name.startswith("bpe:"):  # made of this text
             report.notes += _about_rate(tokenizer, sides, report.characters)
-        weights = [part.weight for part in train]
-        is_weighted = set(weights) != {1.0}
+        dtype, is_weighted = _dtype_for(tokenizer), any(part.weight != 1 for part in train)
         split = None if val else divide(sides[0], train_ratio, by_position=is_weighted)
         if split is not None and split.cut is not None:
             report.notes.append(_note_on_cut(split, sides[0], train_ratio))
@@ -307,12 +306,15 @@ def _build_entry(
         n_train = arrange(
             temporary,
             sides,
-            np.dtype(_dtype_for(tokenizer)),
+            np.dtype(dtype),
             tokenizer.end_of_text_id,
             split,
             times,
+            has_val=bool(val),
         )
-        facts = _report_of(report, sides, tokenizer) | {"unknown_tokens": unknown}
+        n_tokens = (temporary / "tokens.bin").stat().st_size // np.dtype(dtype).itemsize
+        n_read = sum(side.counts.sum() for side in sides) if is_weighted else n_tokens
+        facts = _report_of(report, sides, n_tokens, n_read, tokenizer) | {"unknown_tokens": unknown}
         if split is not None and split.cut is not None:
             facts["documents_on_both_sides"] = 1
         if told is not None:
@@ -332,21 +334,20 @@ def _seal(
     template: str | None,
 ) -> None:
     """Write an entry's tokenizer.json and entry.json."""
-    dtype, tokenizer_json = _dtype_for(tokenizer), tokenizer.to_json().encode("utf-8")
+    tokenizer_json = tokenizer.to_json().encode("utf-8")
     write_atomically(folder / "tokenizer.json", tokenizer_json)
-    n_tokens = (folder / "tokens.bin").stat().st_size // np.dtype(dtype).itemsize
     chat = None
     if template is not None:
         chat = {"template": template, "block_sha256": _chat_hashes(folder)}
     entry = {
-        "dtype": dtype,
-        "n_tokens": n_tokens,
+        "dtype": _dtype_for(tokenizer),
+        "n_tokens": report["tokens"],
         "n_train": n_train,
         "tokenizer_kind": tokenizer.kind,
         "tokenizer_sha256": hashlib.sha256(tokenizer_json).hexdigest(),
         "block_sha256": _block_hashes(folder / "tokens.bin"),
         "chat": chat,
-        "report": report | {"tokens": n_tokens},
+        "report": report,
     }
     write_json(folder / "entry.json", {"sha256": _hash_of(entry), "entry": entry})
 
@@ -744,7 +745,10 @@ def _about_unknown(unknown: int, sides: list[Side], tokenizer: Tokenizer) -> str
     return f"{told}, and are lost; {instead}"
 
 
-def _report_of(report: ReadingReport, sides: list[Side], tokenizer: Tokenizer) -> dict[str, Any]:
+def _report_of(
+    report: ReadingReport, sides: list[Side], n_tokens: int, n_read: int, tokenizer: Tokenizer
+) -> dict[str, Any]:
+    """What was read, for data.json; n_tokens has some of the n_read tokens several times."""
     train, val = (side.hashes for side in sides)
     digests = np.concatenate([train, val])
     counts = np.sum([side.counts for side in sides], axis=0)
@@ -759,7 +763,8 @@ def _report_of(report: ReadingReport, sides: list[Side], tokenizer: Tokenizer) -
         "bytes": report.bytes_read,
         "characters": report.characters,
         "copied": round(report.copied, 4),
-        "tokens_per_character": counts.sum() / max(1, report.characters),
+        "tokens": n_tokens,
+        "tokens_per_character": n_read / max(1, report.characters),
         "tokenizer": tokenizer.name,
         "vocabulary": tokenizer.vocab_size,
         "vocabulary_used": int(np.count_nonzero(counts)),
