@@ -1,7 +1,8 @@
 // llama.cpp's reading of GGUF files: node llama_cpp.mjs FOLDER JOBS RESULTS
 // FOLDER has node_modules; a job is {path, texts, prompts, chats, count, special}, its result {ids,
-// answers, chats}: the texts' ids, those of special tokens' names with special, the most likely `count` ids after each prompt of ids, and the ids of each
-// conversation, a list of {role, content}, by the template in the file, up to where an answer begins.
+// answers, chats}: the texts' ids, with special also the names of special tokens as their ids; the
+// most likely `count` ids after each prompt of ids; and the ids of each conversation, a list of
+// {role, content}, by the template in the file, up to where an answer begins.
 import fs from "fs";
 import {createRequire} from "module";
 import {pathToFileURL} from "url";
