@@ -9,10 +9,11 @@ from text.chat_template import ChatTemplate, Message, template_of
 from text.tokenizer import Tokenizer
 
 SYSTEM, USER, ASSISTANT = "system", "user", "assistant"
+MOST_MESSAGES = 500  # that are read of a conversation: a template's time grows with their square
 
 
 class TooLongError(DataError):
-    """The newest message does not fit into the model's context."""
+    """The newest turn of a conversation can't be read as a whole."""
 
 
 @dataclass(frozen=True)
@@ -36,10 +37,10 @@ class Converser:
     def prompt(self, messages: Sequence[Message], max_new_tokens: int) -> Prompt:
         """The prompt of the next answer; an assistant's message at the end is continued.
 
-        The oldest turns are dropped until the rest fits beside max_new_tokens, for which half of
-        the context is kept at most. The system messages at the beginning are joined, and stay.
-        Raises TooLongError if the newest turn fills the context, DataError for messages that the
-        template refuses.
+        The oldest turns are dropped until the rest, of MOST_MESSAGES at most, fits beside
+        max_new_tokens, for which half of the context is kept at most. The system messages at the
+        beginning are joined, and stay. Raises TooLongError if the newest turn alone is more,
+        DataError for messages that the template refuses.
         """
         n_head = next((i for i, m in enumerate(messages) if m.role != SYSTEM), len(messages))
         # many templates take one system message and no more
@@ -48,6 +49,13 @@ class Converser:
         # the conversation may begin where it does, or with any of the user's turns
         starts = [n_head]
         starts += [i for i, m in enumerate(messages) if m.role == USER and i > n_head]
+        n_newest = len(messages) - starts[-1]
+        if n_newest > MOST_MESSAGES:
+            raise TooLongError(
+                f"{n_newest:,} messages from the user's last one on are more than the "
+                f"{MOST_MESSAGES} that are read: leave out the oldest."
+            )
+        starts = [start for start in starts if len(messages) - start <= MOST_MESSAGES]
         room = self.context_length - min(max_new_tokens, self.context_length // 2)
         first, ids = self._newest(head, messages, starts, room)
         left = self.context_length - len(ids)

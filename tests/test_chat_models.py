@@ -1,5 +1,6 @@
 """Chat models: what they read of a conversation, over the API and in a terminal."""
 
+import dataclasses
 import io
 import random
 import sys
@@ -11,7 +12,7 @@ import pytest
 from engine.errors import DataError
 from generation import SamplingConfig
 from scripts import chat
-from scripts.conversation import Converser, TooLongError, converser_of
+from scripts.conversation import MOST_MESSAGES, Converser, TooLongError, converser_of
 from scripts.options import ANSWER_TOKENS, run_program
 from scripts.serving import protocol, writer
 from scripts.serving.protocol import Served
@@ -91,6 +92,10 @@ def test_of_thousands_of_turns_few_are_encoded(run, converser, monkeypatch):
         ids = ids_of(run.tokenizer, *turns[len(turns) - n :], "user\nIts")
         assert (len(ids) <= CONTEXT - 20) is fits
     assert sum(n_encoded) < 200
+    n_encoded.clear()  # short ones are read up to a bound, whatever the context has room for
+    large = dataclasses.replace(converser, context_length=10**6)
+    assert large.prompt(said(*turns, "user\nIts"), 20).n_dropped == 2001 - (MOST_MESSAGES - 1)
+    assert max(n_encoded) <= MOST_MESSAGES
 
 
 def test_a_message_that_fills_the_context_is_refused_with_both_numbers(converser):
@@ -227,7 +232,9 @@ REFUSED = {  # what a refusal says: bodies
         {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]},
         {"messages": [{"role": "user", "content": [{"type": "input_audio"}]}]},
     ],
-    "messages has 2001, and this server takes 2000": [{"messages": QUESTION * 2001}],
+    "501 messages from the user's last one on": [
+        {"messages": [*QUESTION, *[{"role": "assistant", "content": "a"}] * 500]}
+    ],
     "the newest message and the system prompt take": [
         {"messages": messages("user\n" + "T" * CONTEXT)}
     ],

@@ -121,6 +121,7 @@ class Application:
         self._facts = {"id": served.model, "object": "model", "created": served.created}
         self._facts["owned_by"] = "you"
         self._noted: set[str] = set()
+        self._rendering = asyncio.Lock()
 
     def guarded(
         self,
@@ -158,8 +159,9 @@ class Application:
         is_chat = request.url.path.endswith("/chat/completions")
         order = read_order(await read_body(request), self._served, is_chat=is_chat)
         if order.messages:
-            self._writer.check_room()  # a flood of requests does no work
-            order = await asyncio.to_thread(render_order, order, self._served)
+            async with self._rendering:  # one at a time: it takes the processor
+                self._writer.check_room()  # of a flood of requests none is rendered
+                order = await asyncio.to_thread(render_order, order, self._served)
         job = self._writer.submit(order)
         self._note(order.ignored)
         answer = Answer(order, self._served)

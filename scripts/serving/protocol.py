@@ -24,7 +24,6 @@ MOST_LIKELIEST = 20  # tokens beside the drawn one whose log-probabilities a req
 MOST_IGNORED = 100  # names of ignored parameters that are noted
 LONGEST_NAME = 60  # characters of such a name
 MOST_STOPS = 16
-MOST_MESSAGES = 2000  # of a conversation with a chat model: templates take time
 MOST_PROBLEMS = 8  # in one refusal: a hostile request may have any number
 LONGEST_STOP = 1000
 LENGTHS = ("max_tokens", "max_completion_tokens")
@@ -119,7 +118,7 @@ def read_order(body: bytes, served: Served, *, is_chat: bool) -> Order:
     if not is_chat:
         prompts = _prompts(fields, served.tokenizer.vocab_size)
     elif served.converser is not None:
-        prompts, messages = [""], _messages(fields, most=MOST_MESSAGES)
+        prompts, messages = [""], _messages(fields)
     else:  # a base model has no chat template
         contents = [message.content for message in _messages(fields)]
         prompts = ["\n\n".join(content for content in contents if content)]
@@ -305,7 +304,7 @@ def _prompts(fields: _Fields, vocab_size: int) -> list[str | list[int]]:
     return [prompt] if _is_text(prompt) or are_ids(prompt) else prompt
 
 
-def _messages(fields: _Fields, most: float = math.inf) -> list[Message]:
+def _messages(fields: _Fields) -> list[Message]:
     """The messages of a conversation; those with problems are missing."""
     given = fields.require(
         "messages",
@@ -313,10 +312,6 @@ def _messages(fields: _Fields, most: float = math.inf) -> list[Message]:
         lambda v: isinstance(v, list) and len(v) > 0,
         "a list of one or more messages",
     )
-    if len(given) > most:
-        said = f"messages has {len(given)}, and this server takes {most}: leave out the oldest"
-        fields.wrong("messages", said)
-        return []
     messages = []
     for i, message in enumerate(given):
         if (read := _message(fields, f"messages[{i}]", message)) is not None:
