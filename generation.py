@@ -7,7 +7,7 @@ which has room for as many new tokens.
 import contextlib
 import functools
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
@@ -185,6 +185,7 @@ def stream_text(
     prompts: str | Sequence[str | Sequence[int]],
     *,
     stop: str | Sequence[str] = (),
+    stop_ids: Collection[int] = (),
     num_samples: int = 1,
     n_likeliest: int = 0,
     frequency_penalty: float = 0.0,
@@ -197,7 +198,8 @@ def stream_text(
     A prompt may also be token ids; an empty one becomes an end of text. sampling overrides the
     fields of SamplingConfig(), and has max_new_tokens; choose_next() explains the penalties. A
     token has the n_likeliest tokens that could have been drawn. A text ends before the first stop
-    string, at an end of text, or after max_new_tokens. Raises SettingsError at the first piece.
+    string, at an end of text or one of stop_ids (an end of turn), or after max_new_tokens. Raises
+    SettingsError at the first piece.
     """
     given = asdict(SamplingConfig()) | sampling
     # a str is a sequence of str too
@@ -215,6 +217,7 @@ def stream_text(
         frequency_penalty=frequency_penalty,
         presence_penalty=presence_penalty,
     )
+    ends = {tokenizer.end_of_text_id, *stop_ids}
     with contextlib.closing(rows):
         decoders = [tokenizer.decoder() for _ in rows.running]
         held = [_HeldBack(stop) for _ in rows.running]
@@ -223,7 +226,7 @@ def stream_text(
             for row, token in enumerate(rows.draw()):
                 if token is None:
                     continue
-                is_end = token.id == tokenizer.end_of_text_id
+                is_end = token.id in ends
                 text = "" if is_end else decoders[row].add(token.id)
                 if is_end or is_last:
                     text += decoders[row].finish()

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from engine.errors import SettingsError
+from engine.errors import PipelineError, SettingsError
 from exchange.gguf_file import (
     LIBRARY,
     GGUFFile,
@@ -30,6 +30,7 @@ from exchange.pretrained import Pretrained, require_memory
 from model import GPTConfig, scaled_frequencies
 from planning.fine_tuning import SMOLLM2
 from storage.files import NewFile
+from text.chat_template import CHATML, ChatTemplate, Message
 from text.tokenizer import Tokenizer
 
 KINDS = {"fp32": "F32", "fp16": "F16", "bf16": "BF16", "q8_0": "Q8_0"}  # that are written
@@ -365,14 +366,37 @@ def _model_metadata(config: GPTConfig) -> dict[str, Any]:
 def modelfile(file_name: str, config: GPTConfig, chat_template: str | None) -> str:
     """Ollama's Modelfile for a GGUF file beside it.
 
-    Ollama's templates are Go's: ChatML is written out; of other chat templates Ollama takes what it
-    knows from the GGUF file; without one, a prompt is continued as it is.
+    Ollama's templates are Go's: ChatML is written out, with the system prompt that a template has
+    of its own; of other chat templates Ollama takes what it knows from the GGUF file; without one,
+    a prompt is continued as it is.
     """
     lines = [f"FROM ./{file_name}", f"PARAMETER num_ctx {config.context_length}"]
     if chat_template is None:
         lines.append('TEMPLATE """{{ .Prompt }}"""')
-    elif "<|im_start|>" in chat_template:
+    elif (system := _system_of_chatml(chat_template)) is not None:
         turns = "{{ range .Messages }}<|im_start|>{{ .Role }}\n{{ .Content }}<|im_end|>\n{{ end }}"
         lines.append(f'TEMPLATE """{turns}<|im_start|>assistant\n"""')
+        if system:
+            lines.append(f'SYSTEM """{system}"""')
         lines.append("PARAMETER stop <|im_end|>")
     return "\n".join(lines) + "\n"
+
+
+def _system_of_chatml(chat_template: str) -> str | None:
+    """The system prompt that a template has of its own, "" for none; None if it is not ChatML."""
+    turns = [Message("user", "U"), Message("assistant", "A"), Message("user", "V")]
+    with_system = [Message("system", "S"), *turns]
+    render, chatml = ChatTemplate(chat_template).render, CHATML.render
+    try:
+        both = render(with_system, add_generation_prompt=True)
+        alone = render(turns, add_generation_prompt=True)
+    except PipelineError:  # it refuses this, or needs a library that is not there
+        return None
+    rest = chatml(turns, add_generation_prompt=True)
+    if both != chatml(with_system, add_generation_prompt=True) or not alone.endswith(rest):
+        return None
+    own = alone.removesuffix(rest)
+    found = re.fullmatch(r"<\|im_start\|>system\n(.*)<\|im_end\|>\n", own, re.DOTALL)
+    if found is not None and '"""' not in found[1]:
+        return found[1]
+    return "" if own == "" else None

@@ -27,6 +27,9 @@ from generation import SamplingConfig, find_sampling_problems
 from storage.files import to_json
 
 HIGHEST_SEED = 2**32 - 1
+# tokens at most where neither an option nor a run says how many: of a text, and of an answer, which
+# a chat model ends by itself
+TEXT_TOKENS, ANSWER_TOKENS = 100, 1024
 # valid in JSON, but a terminal obeys some of them, and some programs take others for a line end
 _UNSAFE_IN_JSON = re.compile("[\x7f-\x9f\u2028\u2029\ud800-\udfff]")
 _FIELDS = {field.name: field for field in dataclasses.fields(SamplingConfig)}
@@ -162,9 +165,22 @@ def add_stop_option(parser: argparse._ActionsContainer) -> None:
 
 def sampling_of(arguments: argparse.Namespace, run: LoadedModel) -> dict[str, Any]:
     """All fields of SamplingConfig, from the options or the run; SettingsError for problems."""
-    sampling = dataclasses.asdict(run.sampling) | _given_sampling(arguments)
+    sampling = dataclasses.asdict(run.sampling)
+    if sampling["max_new_tokens"] is None:  # a model from elsewhere
+        sampling["max_new_tokens"] = TEXT_TOKENS
+    sampling |= _given_sampling(arguments)
     raise_if_any(find_sampling_problems(sampling), "the run's settings.json")
     return sampling
+
+
+def answer_length_of(arguments: argparse.Namespace, run: LoadedModel) -> int:
+    """The max_new_tokens of a chat model's answer: of the options or the run where they set it.
+
+    A run works out what is not set so that its samples are short, which would cut answers off.
+    """
+    in_run = run.settings.get("settings", {}).get("sampling_params", {}).get("max_new_tokens")
+    is_open = arguments.max_new_tokens is None and in_run is None
+    return ANSWER_TOKENS if is_open else sampling_of(arguments, run)["max_new_tokens"]
 
 
 def seed_of(arguments: argparse.Namespace) -> int:

@@ -25,6 +25,7 @@ from exchange.saved_run import LoadedModel
 from scripts.options import (
     add_run_options,
     add_sampling_options,
+    answer_length_of,
     flag_of,
     load,
     new_parser,
@@ -162,12 +163,13 @@ def known_as(host: str, listener: socket.socket) -> str:
 
 
 async def _serve(arguments: argparse.Namespace, run: LoadedModel, listener: socket.socket) -> None:
+    from scripts.conversation import converser_of
     from scripts.serving.app import Application, Server
     from scripts.serving.guard import bracketed
     from scripts.serving.protocol import Served
     from scripts.serving.writer import Writer
 
-    sampling = sampling_of(arguments, run)
+    sampling, converser = sampling_of(arguments, run), converser_of(run)
     if sampling["max_new_tokens"] > arguments.answer_limit:
         raise SettingsError(
             f"max_new_tokens is {sampling['max_new_tokens']}, more than --answer-limit "
@@ -186,6 +188,10 @@ async def _serve(arguments: argparse.Namespace, run: LoadedModel, listener: sock
         sampling=sampling,
         seed=None if arguments.seed is None else seed_of(arguments),
         answer_limit=arguments.answer_limit,
+        converser=converser,
+        answer_length=min(answer_length_of(arguments, run), arguments.answer_limit)
+        if converser is not None
+        else None,
     )
     host, port = known_as(arguments.host, listener), listener.getsockname()[1]
     writer = Writer(run, arguments.queue_limit)

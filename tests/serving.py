@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import dataclasses
 import functools
 import http.client
 import json
@@ -11,7 +12,9 @@ import sys
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
+import httpx
 import pytest
 import requests
 
@@ -19,6 +22,9 @@ from generation import stream_text
 from scripts import options as scripts_options
 from scripts import serve
 from scripts.serving import app
+from scripts.serving.app import Application
+from scripts.serving.protocol import Served
+from scripts.serving.writer import Writer
 from tests.by_heart import ENDLESS
 
 LONG = 100_000  # tokens of an answer that takes a minute, so that what ends soon was cancelled
@@ -86,9 +92,11 @@ class Client:
 
 
 class Server(Client):
-    """scripts.serve in a thread, on a port that was free."""
+    """scripts.serve in a thread, on a port that was free; with a template, of a chat model."""
 
-    def __init__(self, run: Path, *options: str, token: str = "none") -> None:
+    def __init__(
+        self, run: Path, *options: str, token: str = "none", chat_template: str | None = None
+    ) -> None:
         self.n_drawn = 0  # tokens, of all answers
         self._seconds_passed = 0.0
         started, real, found = threading.Event(), app.Server, []
@@ -109,7 +117,12 @@ class Server(Client):
             started.set()
             return self._uvicorn
 
+        def load_it(arguments):
+            return dataclasses.replace(load(arguments), chat_template=chat_template)
+
+        load = serve.load
         with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(serve, "load", load_it)
             patch.setattr(sys, "argv", ["serve", *options_of(run, *options)])
             patch.setattr(scripts_options, "default_threads", lambda: 1)
             patch.setattr(app, "Server", note)
@@ -143,3 +156,34 @@ def continued(model, prompt: str, **options) -> str:
     """What the model writes, without a server."""
     greedy = {"temperature": 0.0, "max_new_tokens": 20} | options
     return "".join(p.text for p in stream_text(model.model, model.tokenizer, [prompt], **greedy))
+
+
+def sent(run, served: Served, *asked: tuple[str, Any], token: str) -> list[httpx.Response]:
+    """The answers of the server's application, without a socket, to bodies one after another."""
+
+    async def answers() -> list[httpx.Response]:
+        queue = Writer(run, queue_limit=1)
+        guard = Application(run, served, queue).guarded(host="127.0.0.1", port=8000, token=token)
+        transport = httpx.ASGITransport(guard)
+        async with httpx.AsyncClient(
+            transport=transport,
+            base_url="http://host.docker.internal:8000",
+            headers={"Authorization": f"Bearer {token}"},
+        ) as client:
+            found = [
+                await client.get(f"/v1/{what}")
+                if body is None
+                else await client.post(f"/v1/{what}", json=body)
+                for what, body in asked
+            ]
+        await asyncio.to_thread(queue.close)
+        return found
+
+    return asyncio.run(answers())
+
+
+def chunks_of(answer: httpx.Response) -> list[dict[str, Any]]:
+    """The chunks of a streamed answer that ended as it should."""
+    *events, done, rest = answer.text.split("\n\n")
+    assert (done, rest) == ("data: [DONE]", ""), answer.text
+    return [json.loads(event.removeprefix("data: ")) for event in events]

@@ -11,12 +11,13 @@ import pytest
 import torch
 
 from generation import SamplingConfig, stream_text
+from scripts.conversation import converser_of
 from scripts.serving import app, writer
-from scripts.serving.app import Application
 from scripts.serving.guard import Guard, json_response
 from scripts.serving.protocol import Served
-from scripts.serving.writer import Writer
+from tests.conversing import chat_model
 from tests.letters import model_for
+from tests.serving import chunks_of, sent
 from text.tokenizer import CharTokenizer
 
 TOKEN = "open-sesame"
@@ -141,7 +142,7 @@ def test_pages_of_an_allowed_origin_may_ask_with_the_token_and_no_others():
         "allow-methods": "GET, POST",
         "allow-headers": "authorization,x-stainless-lang",
         "allow-private-network": "true",
-        "expose-headers": "x-served-model",
+        "expose-headers": "x-served-model, x-dropped-messages",
         "max-age": "600",
     }
     for headers, status in ((RIGHT, 200), ({}, 401)):  # a page can read why it was refused
@@ -187,25 +188,19 @@ def send(run):
     served = Served("tiny", ("quick",), 0, "", run.tokenizer, sampling, 1, LIMIT)
 
     def send(*asked: tuple[str, Any]) -> list[httpx.Response]:
-        async def answers() -> list[httpx.Response]:
-            queue = Writer(run, queue_limit=1)
-            guard = Application(run, served, queue).guarded(
-                host="127.0.0.1", port=8000, token=TOKEN
-            )
-            transport = httpx.ASGITransport(guard)
-            async with httpx.AsyncClient(
-                transport=transport, base_url="http://host.docker.internal:8000", headers=RIGHT
-            ) as client:
-                found = [
-                    await client.get(f"/v1/{what}")
-                    if body is None
-                    else await client.post(f"/v1/{what}", json=body)
-                    for what, body in asked
-                ]
-            await asyncio.to_thread(queue.close)
-            return found
+        return sent(run, served, *asked, token=TOKEN)
 
-        return asyncio.run(answers())
+    return send
+
+
+@pytest.fixture
+def send_to_chat_model():
+    """As send, to a chat model."""
+    run, sampling = chat_model(), vars(SamplingConfig(max_new_tokens=5, temperature=0.0))
+    known = ("tiny", ("quick",), 0, "", run.tokenizer, sampling, 1, LIMIT, converser_of(run), LIMIT)
+
+    def send(*asked: tuple[str, Any]) -> list[httpx.Response]:
+        return sent(run, Served(*known), *asked, token=TOKEN)
 
     return send
 
@@ -228,23 +223,25 @@ CHAT, TEXTS = "chat/completions", "completions"
 REQUESTS = (Path(__file__).parent / "recorded_requests.jsonl").read_text(encoding="utf-8")
 
 
-def test_every_recorded_request_is_answered_or_told_what_to_do(send):
+@pytest.mark.parametrize("kind", ["send", "send_to_chat_model"])
+def test_every_recorded_request_is_answered_or_told_what_to_do(kind, request):
+    send = request.getfixturevalue(kind)
     requests = list(map(json.loads, REQUESTS.splitlines()))
-    assert len(requests) >= 40
-    clients = {request["client"] for request in requests}
-    assert clients >= {"Open WebUI", "SillyTavern", "LangChain", "lm-eval", "curl"}
-    answers = send(*((request["path"], request.get("body")) for request in requests))
-    for request, answer in zip(requests, answers, strict=True):
-        body, place = request.get("body", {}), f"{request}: {answer.text}"
-        if "told" in request:
+    if kind == "send_to_chat_model":  # which has a larger context: completions are the same
+        requests = [asked for asked in requests if asked["path"] == CHAT]
+    assert len(requests) >= 35
+    clients = {asked["client"] for asked in requests}
+    assert clients >= {"Open WebUI", "SillyTavern", "LangChain", "LibreChat", "lm-eval", "curl"}
+    answers = send(*((asked["path"], asked.get("body")) for asked in requests))
+    for asked, answer in zip(requests, answers, strict=True):
+        body, place = asked.get("body", {}), f"{asked}: {answer.text}"
+        if "told" in asked:
             assert answer.status_code == 400, place
-            assert request["told"] in answer.json()["error"]["message"], place
+            assert asked["told"] in answer.json()["error"]["message"], place
             continue
         assert answer.status_code == 200, place
         if body.get("stream"):
-            *events, done, _ = answer.text.split("\n\n")
-            assert done == "data: [DONE]", place
-            chunks = [json.loads(event.removeprefix("data: ")) for event in events]
+            chunks = chunks_of(answer)
             assert not any("error" in chunk for chunk in chunks), place
             finishes = [c["finish_reason"] for chunk in chunks for c in chunk["choices"]]
             assert finishes.count(None) < len(finishes), place

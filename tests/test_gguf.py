@@ -39,7 +39,11 @@ from tests.hostile import mutated, status_of_this_process
 from tests.texts import CHINESE, ENGLISH
 from text.tokenizer import CharTokenizer, GPT2Tokenizer, Tokenizer, read_tokenizer, train_bpe
 
-CHATML = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+CHATML = (
+    "{% for m in messages %}{% if loop.first and m.role != 'system' %}{{ own }}{% endif %}"
+    "<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
 
 
 @pytest.fixture(scope="module")
@@ -202,9 +206,17 @@ def test_the_modelfile_has_the_template_that_the_model_was_trained_with():
         'FROM ./a.gguf\nPARAMETER num_ctx 64\nTEMPLATE """{{ .Prompt }}"""\n'
     )
     chat = modelfile("a.gguf", config, CHATML)
-    assert "<|im_start|>{{ .Role }}\n{{ .Content }}<|im_end|>" in chat
-    assert chat.endswith("PARAMETER stop <|im_end|>\n")
-    assert "TEMPLATE" not in modelfile("a.gguf", config, "{{ messages }}")
+    assert chat.endswith(
+        'TEMPLATE """{{ range .Messages }}<|im_start|>{{ .Role }}\n{{ .Content }}<|im_end|>\n'
+        '{{ end }}<|im_start|>assistant\n"""\nPARAMETER stop <|im_end|>\n'
+    )
+    own = "{{ '<|im_start|>system\nYou are a\nferryman.<|im_end|>\n' }}"
+    with_own = modelfile("a.gguf", config, CHATML.replace("{{ own }}", own))
+    system = 'SYSTEM """You are a\nferryman."""\n'
+    assert with_own == chat.replace("PARAMETER stop", f"{system}PARAMETER stop")
+    # ChatML is more than its tokens
+    for other in ("{{ messages }}", CHATML.replace("\n", " "), CHATML.replace("{{ own }}", "Hi")):
+        assert "TEMPLATE" not in modelfile("a.gguf", config, other)
 
 
 # ------------------------------------------------------------------------------- tokenizers

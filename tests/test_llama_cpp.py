@@ -30,7 +30,14 @@ from tests.gguf_models import (
     written,
 )
 from tests.texts import CHINESE, ENGLISH
-from text.tokenizer import CharTokenizer, GPT2Tokenizer, Tokenizer, train_bpe
+from text.chat_template import CHATML, Message, template_of
+from text.tokenizer import (
+    CharTokenizer,
+    GPT2Tokenizer,
+    Tokenizer,
+    add_special_tokens,
+    train_bpe,
+)
 
 NODE_LLAMA_CPP = os.environ.get("GPT_NODE_LLAMA_CPP")
 pytestmark = [
@@ -51,8 +58,14 @@ def run_llama_cpp(jobs: list[dict], folder: Path) -> list[dict]:
     return json.loads((folder / "results.json").read_bytes())
 
 
-def job(path: Path, texts: list[str] = [], prompts: list[list[int]] = []) -> dict:  # noqa: B006
-    return {"path": str(path), "texts": texts, "prompts": prompts, "count": COUNT}
+def job(
+    path: Path,
+    texts: list[str] = [],  # noqa: B006
+    prompts: list[list[int]] = [],  # noqa: B006
+    chats: list[list[dict[str, str]]] = [],  # noqa: B006
+) -> dict:
+    asked = {"path": str(path), "texts": texts, "prompts": prompts, "chats": chats}
+    return asked | {"count": COUNT}
 
 
 @torch.no_grad()
@@ -151,3 +164,51 @@ def test_smollm2_is_read_and_written_as_llama_cpp_has_it(tmp_path):
     assert second["ids"] == first["ids"][:100] == [again.tokenizer.encode(t) for t in texts(100)]
     assert second["answers"] == first["answers"]
     assert n_greedy(model, asked[0], first["answers"], vocabulary["<|im_end|>"]) == 1
+
+
+CHATS = [
+    [("user", "Who?")],
+    [("system", "Be brief."), ("user", "Who <|im_end|>?"), ("assistant", "Ines."), ("user", "A")],
+    [("user", "一"), ("assistant", "*二*\n"), ("user", "<|im_start|>system\n三")],
+]
+
+
+def conversed(asked: list[tuple[Path, Tokenizer, str]], folder: Path, most: int) -> list[dict]:
+    """llama.cpp's results for CHATS by these files; its ids are the template's own.
+
+    The answers are to the newest `most` tokens of each conversation.
+    """
+    jobs, expected = [], []
+    for path, tokenizer, source in asked:
+        template = template_of(source, tokenizer)
+        chats = [[Message(*turn) for turn in turns] for turns in CHATS]
+        ids = [template.encode(c, tokenizer, add_generation_prompt=True) for c in chats]
+        prompts = [conversation[-most:] for conversation in ids]
+        jobs.append(job(path, prompts=prompts, chats=[[vars(m) for m in c] for c in chats]))
+        expected.append(ids)
+    results = run_llama_cpp(jobs, folder)
+    assert [result["chats"] for result in results] == expected
+    return [asked | result for asked, result in zip(jobs, results, strict=True)]
+
+
+def test_chat_models_written_here_converse_in_llama_cpp_as_they_do_here(our_tokenizers, tmp_path):
+    files, models = [], []
+    for name, plain in our_tokenizers.items():
+        tokenizer = add_special_tokens(plain, ["<|im_start|>", "<|im_end|>"])
+        path = tmp_path / f"{name}.gguf"
+        written(path, model_of("llama", tokenizer), tokenizer, chat_template=CHATML.source)
+        files.append((path, tokenizer, open_gguf(path).chat_template))
+        models.append((opened_model(path), tokenizer.special_tokens["<|im_end|>"]))
+    for result, (model, end) in zip(conversed(files, tmp_path, 64 - COUNT), models, strict=True):
+        assert n_greedy(model, result, result["answers"], end, 0.02) >= 2, result["path"]
+
+
+@needs_smollm2
+def test_smollm2_exported_converses_in_llama_cpp_with_its_template(tmp_path):
+    original = open_gguf(find_smollm2())
+    path, template = tmp_path / "copy.gguf", original.chat_template
+    model, tokenizer = opened_model(find_smollm2()), original.tokenizer
+    written(path, model, tokenizer, dtype="fp16", chat_template=template)
+    (result,) = conversed([(path, tokenizer, template)], tmp_path, 100)
+    end = tokenizer.special_tokens["<|im_end|>"]
+    assert n_greedy(model, result, result["answers"], end, 0.05) == len(CHATS)

@@ -10,7 +10,7 @@ import pytest
 
 import environment
 from tests import by_heart
-from tests.by_heart import ENDLESS
+from tests.by_heart import ENDLESS, SHOWN
 from tests.conftest import REPOSITORY
 from tests.launching import wait_until
 from tests.serving import LONG, Server, continued
@@ -19,6 +19,36 @@ pytestmark = pytest.mark.slow
 NAMES = ("chromium", "chromium-browser", "google-chrome")
 CHROMIUM = next(filter(None, map(shutil.which, NAMES)), None)
 HOSTILE = "<img src=x onerror=alert(1)> </script><script>alert(2)</script> javascript:alert(3)"
+# the template of a model that has a story by heart, which it goes on with
+JOINED = "{% for message in messages %}{{ message.content }}{% endfor %}"
+MARKDOWN = """\
+# Three *fruits*
+Here are **three** of them,
+with `code <b>` and <i>no</i> HTML:
+
+1. Apple
+2. 这是**重点**内容
+   - ripe
+   - 2*3*4 and snake_case_name
+3. ***Cherry***
+
+```python
+if a < b:
+    print("**no** bold")
+```
+# [link](javascript:alert(1)) ![](x) \\*star\\* **open
+"""
+SHOWN_AS = (
+    "<h3>Three <em>fruits</em></h3>"
+    "<p>Here are <strong>three</strong> of them,\nwith <code>code &lt;b&gt;</code> and "
+    "&lt;i&gt;no&lt;/i&gt; HTML:</p>"
+    "<div><ol><li>Apple</li><li>这是<strong>重点</strong>内容"
+    "<ul><li>ripe</li><li>2*3*4 and snake_case_name</li></ul></li>"
+    "<li><strong><em>Cherry</em></strong></li></ol></div>"
+    '<div class="code"><div><span>python</span><button type="button">Copy</button></div>'
+    '<pre tabindex="0"><code>if a &lt; b:\n    print("**no** bold")</code></pre></div>'
+    "<h3>[link](javascript:alert(1)) ![](x) *star* **open</h3>"
+)
 CONTRAST = """
 (selectors) => selectors.map((selector) => {
   const numbers = (color) => color.match(/[\\d.]+/g).map(Number);
@@ -95,6 +125,12 @@ def open_page(browser, server):
     assert [text for text in wrong if not any(part in text for part in expected)] == []
 
 
+@pytest.fixture(scope="module")
+def chat_server(run, browser) -> Iterator[Server]:
+    with Server(run, chat_template=JOINED) as server:
+        yield server
+
+
 @pytest.fixture
 def page(open_page):
     page = open_page()
@@ -164,15 +200,19 @@ def test_a_conversation_goes_on_from_all_that_was_said_and_is_written_anew_or_cl
     assert page.locator(".problem").count() == 0
 
 
-def test_hostile_text_of_the_user_and_of_the_model_is_shown_as_text(page):
-    def answer(route) -> None:
-        chunks = [{"choices": [{"index": 0, "delta": {"content": HOSTILE}, "finish_reason": None}]}]
-        chunks += [{"choices": [{"index": 0, "delta": {"content": ""}, "finish_reason": "stop"}]}]
-        events = [f"data: {json.dumps(chunk)}\n\n" for chunk in chunks]
-        body = "".join([*events, "data: [DONE]\n\n"])
-        route.fulfill(body=body, headers={"content-type": "text/event-stream; charset=utf-8"})
+def answer_with(page, *pieces: str) -> None:
+    """Answer what the page asks for with a stream of these pieces."""
+    chunks = [{"choices": [{"delta": {"content": p}, "finish_reason": None}]} for p in pieces]
+    chunks += [{"choices": [{"delta": {"content": ""}, "finish_reason": "stop"}]}]
+    events = [f"data: {json.dumps(chunk)}\n\n" for chunk in chunks]
+    body = "".join([*events, "data: [DONE]\n\n"])
+    headers = {"content-type": "text/event-stream; charset=utf-8"}
+    page.unroute("**/v1/chat/completions")
+    page.route("**/v1/chat/completions", lambda route: route.fulfill(body=body, headers=headers))
 
-    page.route("**/v1/chat/completions", answer)
+
+def test_hostile_text_of_the_user_and_of_the_model_is_shown_as_text(page):
+    answer_with(page, HOSTILE)
     asked(page, HOSTILE)
     assert answers(page) == [HOSTILE]
     assert page.locator("#log").inner_text().count(HOSTILE) == 2
@@ -344,3 +384,142 @@ def test_a_phone_gets_a_chinese_page_that_scrolls_in_one_direction_only(open_pag
     assert page.locator("#panel").evaluate("(panel) => panel.scrollWidth <= panel.clientWidth")
     page.locator("#toggle").tap()
     assert page.locator("#prompt").is_visible()
+
+
+# ------------------------------------------------------------------------------ a chat model
+
+
+def test_a_chat_model_has_a_system_prompt_and_what_was_said_is_edited_and_continued(
+    open_page, chat_server
+):
+    page = open_page(chat_server.url, permissions=["clipboard-read", "clipboard-write"])
+    assert page.get_by_text("This model answers by what it has learnt").is_visible()
+    assert page.get_by_text("This model continues text").is_hidden()
+    assert page.locator("#prompt").get_attribute("placeholder") == "Ask something …"
+    set_controls(page, system=" The ", max_tokens="5", temperature="0")
+    assert asked(page, " ferry")["messages"] == [
+        {"role": "system", "content": "The"},
+        {"role": "user", "content": " ferry"},
+    ]
+    story = SHOWN.removeprefix("The ferry")
+    assert answers(page) == [story[:5]]
+    assert "cut off" in page.locator(".note").inner_text()
+    with page.expect_request("**/v1/chat/completions") as request:
+        click(page, "#more")
+    sent = json.loads(request.value.post_data)["messages"]
+    assert [m["role"] for m in sent] == ["system", "user", "assistant"]
+    assert sent[-1]["content"] == story[:5]
+    assert answers(page) == [story[:10].rstrip()]
+    page.locator(".assistant .tools button").click()
+    page.get_by_text("Copied").wait_for()
+    assert page.evaluate("navigator.clipboard.readText()") == story[:10]
+    # the second message is edited: the first stays, and what came after it goes
+    asked(page, "!")
+    page.locator(".user .tools button").nth(3).click()
+    editor = page.locator(".user textarea")
+    assert editor.input_value() == "!"
+    editor.press("Escape")
+    assert page.locator("textarea").count() == 2  # the system prompt and the next message
+    assert page.evaluate("document.activeElement.textContent") == "Edit"
+    page.keyboard.press("Enter")
+    editor.fill("?")
+    with page.expect_request("**/v1/chat/completions") as request:
+        editor.press("Enter")
+    page.wait_for_selector("#retry:visible")
+    sent = json.loads(request.value.post_data)["messages"]
+    assert [m["content"] for m in sent] == ["The", " ferry", story[:10], "?"]
+    assert page.locator(".user .text").all_text_contents() == [" ferry", "?"]
+    assert page.locator(".assistant").count() == 2
+    page.locator(".user .tools button").nth(1).click()
+    with page.expect_request("**/v1/chat/completions"):
+        page.locator(".user form button.primary").click()
+    page.wait_for_selector("#retry:visible")
+    assert page.locator(".message").count() == 2
+    assert page.evaluate("document.activeElement.id") == "prompt"
+
+
+def test_an_edit_in_the_middle_of_an_answer_stops_it(open_page, chat_server):
+    page = open_page(chat_server.url)
+    failed = []
+    page.on("requestfailed", lambda request: failed.append(request.url))
+    page.route("**/v1/chat/completions", lambda route: None)  # which never answers
+    say(page, "Its bell")
+    page.locator(".user .tools button").nth(1).click()
+    page.locator(".user textarea").fill("The ferry")
+    answer_with(page, "crossed")
+    page.locator(".user textarea").press("Enter")
+    page.wait_for_selector("#retry:visible")
+    assert len(failed) == 1
+    assert page.locator(".user .text").all_text_contents() == ["The ferry"]
+    assert answers(page) == ["crossed"]
+
+
+def test_markdown_is_shown_as_it_grows_and_all_else_as_text(open_page, chat_server):
+    page = open_page(chat_server.url, permissions=["clipboard-read", "clipboard-write"])
+    for pieces in ([MARKDOWN], list(MARKDOWN)):
+        answer_with(page, *pieces)
+        asked(page, "**no** markdown")
+        assert page.locator(".assistant .text").last.inner_html() == SHOWN_AS
+    assert page.locator(".user .text").last.text_content() == "**no** markdown"
+    page.locator(".code button").last.click()
+    page.get_by_text("Copied").wait_for()
+    code = page.evaluate("navigator.clipboard.readText()")
+    assert code == 'if a < b:\n    print("**no** bold")'
+    # a page over plain HTTP from another machine has no such clipboard
+    page.evaluate("delete Navigator.prototype.clipboard; document.oncopy = () => (copied = 1)")
+    page.locator(".assistant .tools button").last.click()
+    page.wait_for_function("window.copied === 1")
+    hostile = f"# {HOSTILE}\n- {HOSTILE}\n**{HOSTILE}** [a](javascript:alert(4))\n> <b>\n| a |\n"
+    answer_with(page, hostile)
+    asked(page, HOSTILE)
+    assert page.locator(".assistant .text").last.inner_text().count(HOSTILE) == 3
+    assert page.locator("#log img, #log script, #log a, #log b, #log table").count() == 0
+
+
+def test_no_markdown_takes_long_however_it_is_written(open_page, chat_server):
+    page = open_page(chat_server.url)
+    hostile = ["*a ", "**", "`a``b```", "_a_", "*_**__", "\n- a", "\n```\n", " #", "**a *b ", "\\*"]
+    texts = [part * (200_000 // len(part)) for part in hostile]
+    texts += ["```" + " " * 200_000 + "`x", "# a" + " " * 200_000 + "x", " " * 200_000 + "- x"]
+    page.evaluate(
+        """async (texts) => {
+          const { rendererOf } = await import("/markdown.js");
+          for (const text of texts) rendererOf(document.createElement("div"), () => "")(text);
+        }""",
+        texts,
+    )  # a square of their length would be minutes, and the time of a page's test is limited
+
+
+def test_a_chat_page_suits_the_keyboard_a_phone_light_and_dark(open_page, chat_server):
+    page = open_page(chat_server.url, viewport={"width": 400, "height": 700})
+    answer_with(page, MARKDOWN)
+    asked(page, "W" * 200)
+    wide = "() => document.scrollingElement.scrollWidth > innerWidth"
+    assert not page.evaluate(wide)
+    assert page.locator("#log").evaluate("(log) => log.scrollWidth <= log.clientWidth")
+    page.locator(".user .tools button").last.click()
+    assert not page.evaluate(wide)
+    page.keyboard.press("Escape")
+    page.locator("#toggle").click()
+    assert page.locator("#system").is_visible()
+    assert not page.evaluate(wide)
+    page.locator("#toggle").click()
+    page.set_viewport_size({"width": 1000, "height": 700})
+    page.locator("#prompt").focus()
+    for _ in range(40):
+        page.keyboard.press("Tab")
+        page.evaluate("document.activeElement.dataset.reached = 1")
+    controls = page.locator("button:visible, input:visible, textarea:visible, pre:visible").all()
+    assert [c.inner_html() for c in controls if c.get_attribute("data-reached") != "1"] == []
+    nameless = page.evaluate(
+        """() => [...document.querySelectorAll("button, textarea")]
+          .filter((e) => !e.ariaLabel && !e.labels?.length && !e.textContent.trim())
+          .map((e) => e.outerHTML)"""
+    )
+    assert nameless == []
+    parts = [".text h3", ".text p code", ".text li", ".code span", ".code button", ".code pre"]
+    parts += [".user .tools button", ".assistant .tools button", "#system", "#system-hint"]
+    for scheme in ("light", "dark"):
+        page.emulate_media(color_scheme=scheme)
+        contrasts = dict(zip(parts, page.evaluate(CONTRAST, parts), strict=True))
+        assert {part: contrast for part, contrast in contrasts.items() if contrast < 4.5} == {}

@@ -1,5 +1,6 @@
 """What the READMEs and docs/ say is so: commands run, settings are listed, files exist."""
 
+import csv
 import dataclasses
 import itertools
 import json
@@ -21,6 +22,7 @@ from planning.plan import RunSettings, resolve_settings
 from tests.conftest import REPOSITORY
 from tests.launching import Program
 from tests.programs import OFFLINE
+from text.chat import form_of
 from training_utils import TrainingConfig
 
 READMES = ["README.md", "README.zh-CN.md"]
@@ -297,6 +299,22 @@ def test_the_recipes_are_settings_and_their_figures_those_of_the_benchmark(recip
     for name in ("shakespeare", "shakespeare-30s", "ci"):
         for side in written(f"learn-{name}-cpu")["row"]["sides"]:
             assert f"{side['median_loss']:.3f}" in text
+
+
+@pytest.mark.parametrize("page", with_twins("docs/assistant.md"))
+def test_the_assistants_table_is_one_of_chat_rows_and_its_settings_resolve(page, tmp_path):
+    text = read(page)
+    (table,) = (block for block in fences(text, "") if block.startswith("question,answer"))
+    rows = list(csv.DictReader(table.splitlines()))
+    form = form_of(rows[0])
+    roles = [[message.role for message in form.messages(row)] for row in rows]
+    assert roles == [["user", "assistant"]] * 6
+    for row in re.findall(r"^\| (`\w+`.*?) \|", text, re.MULTILINE):
+        assert form_of(re.findall(r"`(\w+)`", row)) is not None, row
+    (block,) = fences(text, "python")
+    (tmp_path / "assistant.py").write_text(block, encoding="utf-8")
+    plan = resolve_settings(*read_given_settings(tmp_path / "assistant.py"))
+    assert (plan.mode, plan.run.INIT_FROM, plan.run.MINUTES) == ("auto", "smollm2-135m", 10)
 
 
 @pytest.mark.parametrize("page", PAGES)

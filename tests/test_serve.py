@@ -32,7 +32,7 @@ from scripts.serving.guard import HEADERS, Refused
 from scripts.serving.protocol import Served, read_order
 from scripts.serving.writer import Writer
 from tests import by_heart
-from tests.by_heart import ENDLESS, ON_POSIX, POEM
+from tests.by_heart import CONTEXT, ENDLESS, ON_POSIX, POEM
 from tests.conftest import REPOSITORY
 from tests.launching import Program, wait_until
 from tests.serving import GREETING, LONG, Client, Server, continued, options_of
@@ -139,6 +139,37 @@ def test_a_stream_comes_in_pieces_that_make_the_whole_and_says_who_speaks(server
     *events, done, rest = response.content.split(b"\n\n")
     assert all(event.startswith(b"data: {") for event in events)
     assert (done, rest) == (b"data: [DONE]", b"")
+
+
+@pytest.mark.slow
+def test_the_official_client_converses_with_a_chat_model(run, model):
+    joined = "{% for message in messages %}{{ message.content }}{% endfor %}"
+    story = continued(model, "The ferry", max_new_tokens=10)
+    with Server(run, chat_template=joined) as server:
+        create = server.openai.chat.completions.create
+        turns = [{"role": "system", "content": "The"}, *user(" ferry")]
+        options = {"model": "tiny", "messages": turns, "temperature": 0, "max_tokens": 10}
+        answer = create(**options)
+        assert answer.choices[0].message.content == story
+        assert (answer.usage.prompt_tokens, answer.usage.completion_tokens) == (9, 10)
+        chunks = list(create(**options, stream=True, stream_options={"include_usage": True}))
+        assert chunks[0].choices[0].delta.role == "assistant"
+        assert "".join(c.choices[0].delta.content for c in chunks[:-1]) == story
+        assert chunks[-2].choices[0].finish_reason == "length"
+        assert chunks[-1].usage == answer.usage
+        begun = [*turns, {"role": "assistant", "content": story[:4]}]
+        more = create(**options | {"messages": begun, "max_tokens": 6})
+        assert story[:4] + more.choices[0].message.content == story
+        refusal = sys.modules["openai"].BadRequestError
+        tool = {"type": "function", "function": {"name": "now", "parameters": {}}}
+        too_long = [*turns, *user("x" * CONTEXT)]
+        for body, said in (
+            ({"tools": [tool]}, "tools is"),
+            ({"messages": too_long}, "context has"),
+        ):
+            with pytest.raises(refusal, match=said):
+                create(**options | body)
+        assert server.get("/run.json").json()["converses"] is True
 
 
 def test_the_same_seed_writes_the_same_text_streamed_or_not_and_none_another(server, model):

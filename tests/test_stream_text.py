@@ -66,6 +66,21 @@ def say(parts, *scripts: list[int], stop=(), n_tokens: int | None = None) -> lis
         return list(stream_text(model, tokenizer, prompts, stop=stop, max_new_tokens=n_tokens))
 
 
+def test_an_end_of_turn_ends_a_text_as_the_end_of_text_does(parts, monkeypatch):
+    tokenizer, model = parts
+    ids = tokenizer.encode("abc")
+    for end, stop_ids in ((ids[-1], ids[-1:]), (tokenizer.end_of_text_id, ())):
+        script = iter([*tokenizer.encode("a b"), end, 0, 0])
+        monkeypatch.setattr(
+            generation,
+            "choose_next",
+            lambda *_, script=script, **__: torch.tensor([[next(script)]]),
+        )
+        pieces = list(stream_text(model, tokenizer, "a", stop_ids=stop_ids, max_new_tokens=9))
+        assert (joined(pieces), finishes(pieces)[-1]) == ("a b", "stop")
+        assert pieces[-1].token.id == end
+
+
 def joined(pieces: list[Piece], row: int = 0) -> str:
     return "".join(piece.text for piece in pieces if piece.row == row)
 

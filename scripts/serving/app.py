@@ -1,5 +1,6 @@
 """The server's endpoints: OpenAI's API, the page and its files."""
 
+import asyncio
 import json
 import socket
 from collections.abc import AsyncIterator, Callable, Collection, Iterable, Mapping
@@ -19,6 +20,7 @@ from engine.errors import PipelineError
 from engine.settings import shown
 from exchange.saved_run import LoadedModel
 from scripts.serving.guard import (
+    DROPPED,
     SUBSTITUTED,
     Guard,
     Refused,
@@ -27,7 +29,15 @@ from scripts.serving.guard import (
     report,
     to_json,
 )
-from scripts.serving.protocol import MOST_IGNORED, Answer, Served, check_model, read_order
+from scripts.serving.protocol import (
+    MOST_IGNORED,
+    Answer,
+    Order,
+    Served,
+    check_model,
+    read_order,
+    render_order,
+)
 from scripts.serving.writer import Job, Writer, watched
 
 MOST_BODY_BYTES = 1_000_000
@@ -37,6 +47,7 @@ FILES = {
     "/": ("page.html", "text/html; charset=utf-8"),
     "/page.css": ("page.css", "text/css; charset=utf-8"),
     "/page.js": ("page.js", "text/javascript; charset=utf-8"),
+    "/markdown.js": ("markdown.js", "text/javascript; charset=utf-8"),
     "/icon.svg": ("icon.svg", "image/svg+xml"),
 }
 
@@ -110,6 +121,7 @@ class Application:
         self._facts = {"id": served.model, "object": "model", "created": served.created}
         self._facts["owned_by"] = "you"
         self._noted: set[str] = set()
+        self._rendering = asyncio.Lock()
 
     def guarded(
         self,
@@ -146,17 +158,29 @@ class Application:
         """/v1/completions and /v1/chat/completions."""
         is_chat = request.url.path.endswith("/chat/completions")
         order = read_order(await read_body(request), self._served, is_chat=is_chat)
+        if order.messages:
+            async with self._rendering:  # one at a time: it takes the processor
+                self._writer.check_room()  # of a flood of requests none is rendered
+                order = await asyncio.to_thread(render_order, order, self._served)
         job = self._writer.submit(order)
         self._note(order.ignored)
         answer = Answer(order, self._served)
-        # a header has ASCII only
-        headers = {SUBSTITUTED: quote(self._served.model)} if order.is_substitute else {}
+        headers = self._headers(order)
         if order.stream:
             return EventStream(self._writer, job, answer, headers)
         async with watched(self._writer, job, request.receive):
             async for part in job.parts():
                 answer.add(part)
         return json_response(answer.whole(job.n_prompt_tokens), headers=headers)
+
+    def _headers(self, order: Order) -> dict[str, str]:
+        """What an answer's headers say of its request; they have ASCII only."""
+        headers = {}
+        if order.is_substitute:
+            headers[SUBSTITUTED] = quote(self._served.model)
+        if order.n_dropped:
+            headers[DROPPED] = str(order.n_dropped)
+        return headers
 
     def _note(self, ignored: Iterable[str]) -> None:
         """Print a line for each ignored parameter, the first time that it comes."""
@@ -192,6 +216,8 @@ class Application:
         run, served = self._run, self._served
         summary, data = self._facts_in("summary.json"), self._facts_in("data.json")
         names = [Path(file["name"]).name for file in data.get("files", [])]
+        length = served.answer_length or served.sampling["max_new_tokens"]
+        sampling = served.sampling | {"max_new_tokens": length}
         facts = {
             "name": served.model,
             "step": run.step,
@@ -205,7 +231,8 @@ class Application:
             "text": names[:3],
             "more_texts": len(names[3:]),
             "text_tokens": data.get("tokens"),
-            "sampling": served.sampling,
+            "sampling": sampling,
+            "converses": served.converser is not None,
             "seed": served.seed,
             "answer_limit": served.answer_limit,
         }

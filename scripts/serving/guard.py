@@ -23,9 +23,10 @@ from engine.settings import shown
 EVERYWHERE = ("0.0.0.0", "::")
 # what containers call the machine that they run on
 CONTAINER_NAMES = ("host.docker.internal", "host.containers.internal")
-SUBSTITUTED = "x-served-model"  # header: the model that answers in place of the requested one
+# headers: the model that answers in place of the requested one; how many messages don't fit
+SUBSTITUTED, DROPPED = "x-served-model", "x-dropped-messages"
 # no token is needed for the page, which asks for it
-PUBLIC = ("/", "/page.css", "/page.js", "/icon.svg")
+PUBLIC = ("/", "/page.css", "/page.js", "/markdown.js", "/icon.svg")
 
 MOST_CONNECTIONS = 200  # macOS allows a program 256 open files
 REQUEST_SECONDS = 15.0  # for a request to arrive
@@ -237,7 +238,7 @@ def cors_headers(headers: Mapping[bytes, str], origin: str) -> dict[str, str]:
     """The headers by which a browser lets a page of this origin ask, and read the answers."""
     shared = {
         "access-control-allow-origin": headers.get(b"origin", origin),
-        "access-control-expose-headers": SUBSTITUTED,
+        "access-control-expose-headers": f"{SUBSTITUTED}, {DROPPED}",
         "vary": "Origin",
     }
     if asked := headers.get(b"access-control-request-headers"):

@@ -1,6 +1,8 @@
 // The page: a conversation with the model, how it writes, and what it was trained on.
 // All text goes in as text, never as markup; nothing is fetched from anywhere but this server.
 
+import { rendererOf } from "./markdown.js";
+
 const STRINGS = {
   en: {
     clear: "Clear",
@@ -11,13 +13,22 @@ const STRINGS = {
       "This model continues text: it writes what might come next, and does not answer as an " +
       "assistant would.",
     joined: "Your messages and its own are joined with blank lines, and it goes on from there.",
+    greeting: "Ask something",
+    answers: "This model answers by what it has learnt, right or wrong.",
     message: "Message",
     placeholder: "Begin a text …",
+    question: "Ask something …",
     keys: "Enter sends, Shift+Enter begins a line, Escape stops",
     more: "Go on",
     retry: "Try again",
     stop: "Stop",
     send: "Send",
+    copy: "Copy",
+    copied: "Copied",
+    edit: "Edit",
+    cancel: "Cancel",
+    system: "System prompt",
+    systemHint: "Who the model is and how it answers; the next answer heeds it",
     sampling: "How it writes",
     temperature: "Temperature",
     temperatureHint: "0: always the likeliest token; higher: bolder",
@@ -53,6 +64,8 @@ const STRINGS = {
     perSecond: "tokens/s",
     stopped: "stopped",
     ended: "the model ended the text here",
+    cut: "cut off: Most tokens, or the context, allows no more",
+    dropped: "read without the oldest messages, which no longer fit:",
     gone: "The server does not answer.",
   },
   zh: {
@@ -62,13 +75,22 @@ const STRINGS = {
     welcome: "写个开头",
     continues: "这个模型只会续写：它接着写可能出现的下文，不会像助手那样回答问题。",
     joined: "你的话和它的话以空行相连，它从末尾继续往下写。",
+    greeting: "问点什么",
+    answers: "这个模型凭所学作答，可能对，也可能错。",
     message: "消息",
     placeholder: "写个开头……",
+    question: "问点什么……",
     keys: "回车发送，Shift+回车换行，Esc 停止",
     more: "继续",
     retry: "重写",
     stop: "停止",
     send: "发送",
+    copy: "复制",
+    copied: "已复制",
+    edit: "编辑",
+    cancel: "取消",
+    system: "系统提示词",
+    systemHint: "模型是谁、怎样回答；从下一次回答起生效",
     sampling: "生成方式",
     temperature: "温度",
     temperatureHint: "0：总取最可能的词元；越高越大胆",
@@ -104,6 +126,8 @@ const STRINGS = {
     perSecond: "词元/秒",
     stopped: "已停止",
     ended: "模型在此结束了全文",
+    cut: "被截断：已达最多词元数或上下文上限",
+    dropped: "最早的消息已放不进上下文，未读入的条数：",
     gone: "服务器没有响应。",
   },
 };
@@ -130,7 +154,7 @@ let writing = null; // the AbortController of the answer that is being written
 // an input method's own keys: WebKit ends composing before the key that ended it
 const isComposing = (event) => event.isComposing || event.keyCode === 229;
 
-async function ask(path, options = {}) {
+async function fetchHere(path, options = {}) {
   const headers = token === null ? {} : { authorization: `Bearer ${token}` };
   return fetch(path, { ...options, headers: { ...headers, ...options.headers } });
 }
@@ -162,7 +186,7 @@ async function problemOf(response) {
 // -------------------------------------------------------------------------------- the run
 
 async function loadRun() {
-  const response = await ask("/run.json");
+  const response = await fetchHere("/run.json");
   if (response.status === 401) {
     askToken();
     return;
@@ -170,6 +194,8 @@ async function loadRun() {
   if (!response.ok) throw new Error(await problemOf(response));
   const isFirst = facts === null;
   facts = await response.json();
+  document.body.classList.add(facts.converses ? "chat" : "base");
+  prompt.placeholder = facts.converses ? strings.question : strings.placeholder;
   if (element("ask").open) element("ask").close();
   element("name").textContent = facts.name;
   document.title = facts.name;
@@ -179,7 +205,7 @@ async function loadRun() {
     `${step}${strings.parameters} ${millions.format(facts.parameters)}`;
   showFacts();
   if (isFirst) resetControls();
-  await loadPicture();
+  if (facts.step !== null) await loadPicture(); // a model from elsewhere has none
 }
 
 function showFacts() {
@@ -212,7 +238,7 @@ function showFacts() {
 }
 
 async function loadPicture() {
-  const response = await ask("/training_losses.png");
+  const response = await fetchHere("/training_losses.png");
   if (!response.ok) return; // a run that has just begun has none
   const address = URL.createObjectURL(await response.blob());
   element("picture").querySelector("img").src = address;
@@ -271,15 +297,98 @@ function addMessage(role, content) {
   speaker.textContent = `${strings[role]}: `;
   text.className = "text";
   text.dir = "auto";
-  text.textContent = content;
   note.className = "note";
   box.append(speaker, text);
   if (role === "assistant") box.append(note);
-  const message = { role, content, view: { box, text, note } };
+  const message = { role, content, view: { box, text, note, render: null } };
+  if (facts.converses) {
+    const tools = document.createElement("div");
+    tools.className = "tools";
+    tools.append(copyButton(() => message.content));
+    if (role === "user") tools.append(button(strings.edit, () => edit(message)));
+    else message.view.render = rendererOf(text, (code) => copyButton(() => code));
+    box.append(tools);
+  }
+  if (message.view.render === null) text.textContent = content;
   messages.push(message);
   element("welcome").hidden = true;
   following(() => log.append(box));
   return message;
+}
+
+function button(label, action) {
+  const made = document.createElement("button");
+  made.type = "button";
+  made.textContent = label;
+  made.addEventListener("click", action);
+  return made;
+}
+
+function copyButton(textOf) {
+  const made = button(strings.copy, async () => {
+    await copy(textOf());
+    made.textContent = strings.copied;
+    setTimeout(() => (made.textContent = strings.copy), 1500);
+  });
+  return made;
+}
+
+async function copy(text) {
+  try {
+    await navigator.clipboard.writeText(text);
+  } catch {
+    // without HTTPS only this machine's own pages have a clipboard
+    const focused = document.activeElement;
+    const area = document.createElement("textarea");
+    area.className = "hidden";
+    area.value = text;
+    document.body.append(area);
+    area.select();
+    document.execCommand("copy");
+    area.remove();
+    focused?.focus();
+  }
+}
+
+// puts a message into a text field; sent again, it takes the place of all that came after it
+function edit(message) {
+  const { box, text } = message.view;
+  const form = document.createElement("form");
+  const area = document.createElement("textarea");
+  const close = () => {
+    form.remove();
+    box.classList.remove("editing");
+  };
+  const submit = button(strings.send, resend);
+  submit.className = "primary";
+  area.value = message.content;
+  area.ariaLabel = strings.message;
+  form.append(area, button(strings.cancel, () => leave()), submit);
+  box.classList.add("editing");
+  text.after(form);
+  area.focus();
+
+  function leave() {
+    close();
+    box.querySelector(".tools button:last-child").focus();
+  }
+  function resend() {
+    const content = area.value;
+    if (content.trim() === "") return;
+    stop();
+    for (const { view } of messages.splice(messages.indexOf(message))) view.box.remove();
+    pose(content);
+  }
+  area.addEventListener("keydown", (event) => {
+    if (isComposing(event)) return;
+    if (event.key === "Enter" && !event.shiftKey) {
+      event.preventDefault();
+      resend();
+    } else if (event.key === "Escape") {
+      event.stopPropagation(); // it stops nothing
+      leave();
+    }
+  });
 }
 
 // changes the log, and keeps its end in sight where it was
@@ -292,23 +401,25 @@ function following(change) {
 function history() {
   const newest = [];
   let left = MOST_CHARACTERS;
+  const system = facts.converses ? element("system").value.trim() : "";
   for (const { role, content } of [...messages].reverse()) {
     // half of a surrogate pair is no text
     const text = left > 0 ? content.slice(-left).replace(/^[\udc00-\udfff]/, "") : "";
     if (text !== "") newest.unshift({ role, content: text });
     left -= content.length;
   }
-  return newest;
+  return system === "" ? newest : [{ role: "system", content: system }, ...newest];
 }
 
 // shows what comes once a frame: a small model writes faster than a long text can be laid out
-function painterOf(place) {
-  const node = place.appendChild(document.createTextNode(""));
+function painterOf(message) {
+  const { text, render } = message.view;
+  const node = render === null ? text.appendChild(document.createTextNode("")) : null;
   let waiting = "";
   let frame = null;
   function paint() {
     frame = null;
-    following(() => node.appendData(waiting));
+    following(() => (node === null ? render(message.content) : node.appendData(waiting)));
     waiting = "";
   }
   return {
@@ -324,18 +435,18 @@ function painterOf(place) {
 }
 
 async function write(message) {
-  const { box, text, note } = message.view;
+  const { box, note } = message.view;
   const controller = new AbortController();
   writing = controller;
   box.classList.add("writing");
   note.className = "note";
   note.textContent = "";
   showState();
-  const figures = { startedAt: null, usage: null, finish: null };
-  const painter = painterOf(text);
+  const figures = { startedAt: null, usage: null, finish: null, dropped: null };
+  const painter = painterOf(message);
   try {
     await receive(message, controller.signal, figures, painter.add);
-    note.textContent = describe(message, figures);
+    note.textContent = describe(figures);
   } catch (error) {
     if (controller.signal.aborted) {
       note.textContent = strings.stopped;
@@ -358,7 +469,7 @@ async function receive(message, signal, figures, show) {
     stream_options: { include_usage: true },
     ...chosenSampling(),
   };
-  const response = await ask("/v1/chat/completions", {
+  const response = await fetchHere("/v1/chat/completions", {
     method: "POST",
     headers: { "content-type": "application/json" },
     body: JSON.stringify(body),
@@ -366,6 +477,7 @@ async function receive(message, signal, figures, show) {
   });
   if (response.status === 401) askToken();
   if (!response.ok) throw new Error(await problemOf(response));
+  figures.dropped = response.headers.get("x-dropped-messages");
   for await (const event of readEvents(response.body)) {
     if (event.error) throw new Error(event.error.message);
     figures.usage = event.usage ?? figures.usage;
@@ -380,7 +492,7 @@ async function receive(message, signal, figures, show) {
   }
 }
 
-function describe(message, { startedAt, usage, finish }) {
+function describe({ startedAt, usage, finish, dropped }) {
   const parts = [];
   if (usage !== null) {
     const drawn = usage.completion_tokens;
@@ -390,7 +502,9 @@ function describe(message, { startedAt, usage, finish }) {
       parts.push(`${((drawn - 1) / seconds).toFixed(0)} ${strings.perSecond}`);
     }
   }
-  if (finish === "stop") parts.push(strings.ended);
+  if (finish === "stop" && !facts.converses) parts.push(strings.ended);
+  if (finish === "length" && facts.converses) parts.push(strings.cut);
+  if (dropped !== null) parts.push(`${strings.dropped} ${dropped}`);
   return parts.join(" · ");
 }
 
@@ -414,6 +528,10 @@ function send() {
   const content = prompt.value;
   if (content.trim() === "") return;
   prompt.value = "";
+  pose(content);
+}
+
+function pose(content) {
   prompt.focus();
   retries = 0;
   addMessage("user", content);

@@ -10,9 +10,12 @@ import uuid
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, TypeGuard
 
+from engine.errors import PipelineError
 from engine.settings import find_problems, shown
 from generation import Piece, SamplingConfig, Token
+from scripts.conversation import ASSISTANT, SYSTEM, Converser, TooLongError
 from scripts.serving.guard import Refused
+from text.chat_template import Message
 from text.tokenizer import ForeignTokenizer, Tokenizer
 
 MOST_COPIES = 16  # n: texts that a request may ask for of each prompt
@@ -67,6 +70,8 @@ class Served:
     sampling: dict[str, Any]  # all fields of SamplingConfig
     seed: int | None
     answer_limit: int  # tokens
+    converser: Converser | None = None  # of a chat model
+    answer_length: int | None = None  # max_new_tokens of a chat model's answer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,6 +91,9 @@ class Order:
     include_usage: bool
     is_substitute: bool  # whether another model was requested
     ignored: list[str]  # parameters that nothing here knows
+    messages: list[Message]  # for a chat model, in place of prompts until render_order()
+    stop_ids: tuple[int, ...] = ()  # tokens that end a text beside the end of text
+    n_dropped: int = 0  # messages that do not fit into the context
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,10 +114,14 @@ def read_order(body: bytes, served: Served, *, is_chat: bool) -> Order:
     name = given.get("model")
     if name is not None and not isinstance(name, str):
         fields.wrong("model", f"model is {shown(name)}; it must be text, as {shown(served.model)}")
-    if is_chat:
-        prompts: list[str | list[int]] = [_chat_prompt(fields)]
-    else:
+    messages: list[Message] = []
+    if not is_chat:
         prompts = _prompts(fields, served.tokenizer.vocab_size)
+    elif served.converser is not None:
+        prompts, messages = [""], _messages(fields)
+    else:  # a base model has no chat template
+        contents = [message.content for message in _messages(fields)]
+        prompts = ["\n\n".join(content for content in contents if content)]
     up_to = f"a whole number from 1 to {MOST_COPIES}"
     n = fields.take("n", 1, _whole_number(1, MOST_COPIES), up_to)
     if len(prompts) * n > MOST_TEXTS and not fields.problems:
@@ -132,14 +144,39 @@ def read_order(body: bytes, served: Served, *, is_chat: bool) -> Order:
         n=n,
         stop=stop,
         seed=seed,
-        sampling=_sampling(fields, served, least=1 if is_chat else 0),
+        sampling=_sampling(fields, served, is_chat=is_chat),
         penalties={name: fields.take(name, 0, _is_penalty, "from -2 to 2") for name in PENALTIES},
         logprobs=_logprobs(fields, is_chat),
         echo=echo,
         stream=stream,
         include_usage=include_usage,
         is_substitute=name != served.model and name not in served.aliases,
+        messages=messages,
         ignored=fields.finish(),  # last, since it raises for the problems of all
+    )
+
+
+def render_order(order: Order, served: Served) -> Order:
+    """An order with the prompt of its messages, if it has any; Refused if they can't be one.
+
+    It takes a moment, and belongs into a thread.
+    """
+    if not order.messages:
+        return order
+    assert served.converser is not None, "read_order() gives messages to chat models only"
+    try:
+        prompt = served.converser.prompt(order.messages, order.sampling["max_new_tokens"])
+    except TooLongError as error:
+        raise Refused(400, str(error), param="messages", code="context_length_exceeded") from None
+    except PipelineError as error:
+        raise Refused(400, str(error), param="messages") from None
+    return dataclasses.replace(
+        order,
+        prompts=[prompt.ids],
+        messages=[],
+        sampling=order.sampling | {"max_new_tokens": prompt.most_new_tokens},
+        stop_ids=served.converser.stop_ids,
+        n_dropped=prompt.n_dropped,
     )
 
 
@@ -267,41 +304,49 @@ def _prompts(fields: _Fields, vocab_size: int) -> list[str | list[int]]:
     return [prompt] if _is_text(prompt) or are_ids(prompt) else prompt
 
 
-def _chat_prompt(fields: _Fields) -> str:
-    """A conversation's contents, separated by blank lines: a base model has no chat template."""
-    messages = fields.require(
+def _messages(fields: _Fields) -> list[Message]:
+    """The messages of a conversation; those with problems are missing."""
+    given = fields.require(
         "messages",
         [],
         lambda v: isinstance(v, list) and len(v) > 0,
         "a list of one or more messages",
     )
-    contents = []
-    for i, message in enumerate(messages):
-        contents.append(_content(fields, f"messages[{i}]", message))
+    messages = []
+    for i, message in enumerate(given):
+        if (read := _message(fields, f"messages[{i}]", message)) is not None:
+            messages.append(read)
         if len(fields.problems) == MOST_PROBLEMS:
             break
-    return "\n\n".join(content for content in contents if content)
+    return messages
 
 
-def _content(fields: _Fields, place: str, message: Any) -> str:
-    """The text of a message; of a message in parts, the parts separated by blank lines."""
+def _message(fields: _Fields, place: str, message: Any) -> Message | None:
+    """A message, of parts their texts separated by blank lines; None if it is wrong."""
     if not isinstance(message, dict) or message.get("role") not in ROLES:
         roles = ", ".join(ROLES)
-        fields.wrong("messages", f'{place} must be an object whose "role" is one of {roles}')
-        return ""
+        said = f'{place} must be an object whose "role" is one of {roles}'
+        fields.wrong("messages", f"{said}: this server runs no tools")
+        return None
+    for name in ("tool_calls", "function_call"):
+        if message.get(name):
+            said = f"{place}.{name} must be left out: this server runs no tools"
+            fields.wrong("messages", said)
+            return None
+    role = SYSTEM if message["role"] == "developer" else message["role"]
     content = message.get("content")
-    if content is None and message["role"] == "assistant":
-        return ""
+    if content is None and role == ASSISTANT:
+        return Message(role, "")
     if _is_text(content):
-        return content
+        return Message(role, content)
     parts: list[Any] = content if isinstance(content, list) else [None]
     if not all(
         isinstance(p, dict) and p.get("type") == "text" and _is_text(p.get("text")) for p in parts
     ):
         said = 'must be text, or a list of parts {"type": "text", "text": ...}'
         fields.wrong("messages", f"{place}.content is {shown(content)}; it {said}")
-        return ""
-    return "\n\n".join(part["text"] for part in parts if part["text"])
+        return None
+    return Message(role, "\n\n".join(part["text"] for part in parts if part["text"]))
 
 
 def _stop_strings(fields: _Fields) -> list[str]:
@@ -319,11 +364,15 @@ def _stop_strings(fields: _Fields) -> list[str]:
     return [text for text in ([stop] if isinstance(stop, str) else stop) if text]
 
 
-def _sampling(fields: _Fields, served: Served, least: int) -> dict[str, Any]:
+def _sampling(fields: _Fields, served: Served, *, is_chat: bool) -> dict[str, Any]:
     """All fields of SamplingConfig; null switches top_k and top_p off, and keeps the others.
 
-    A length beyond the limit becomes the limit; one below `least` is wrong.
+    A length beyond the limit becomes the limit. A message has one token or more.
     """
+    least = 1 if is_chat else 0
+    default_length = served.sampling["max_new_tokens"]
+    if is_chat and served.answer_length is not None:
+        default_length = served.answer_length
     limit = served.answer_limit
     allowed = f"a whole number from {least}; this server writes {limit} tokens at most"
     is_right = _whole_number(least, math.inf)
@@ -344,7 +393,7 @@ def _sampling(fields: _Fields, served: Served, least: int) -> dict[str, Any]:
                 given[field.name] = value
     for problem in find_problems(SamplingConfig, given):
         fields.wrong(problem.partition(" ")[0], problem)
-    length = lengths.pop() if lengths else served.sampling["max_new_tokens"]
+    length = lengths.pop() if lengths else default_length
     return served.sampling | given | {"max_new_tokens": length}
 
 

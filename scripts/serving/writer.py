@@ -51,8 +51,8 @@ class Writer:
         # prepare_processor() sets the handling of denormal numbers for its own thread only
         self._thread = ThreadPoolExecutor(1, "generation", initializer=prepare_processor)
 
-    def submit(self, order: Order) -> Job:
-        """Queue an order; Refused, with 429, if too many are waiting."""
+    def check_room(self) -> None:
+        """Raise Refused, with 429, if too many orders are waiting."""
         if len(self._jobs) > self._queue_limit:
             raise Refused(
                 429,
@@ -61,6 +61,10 @@ class Writer:
                 code="rate_limit_exceeded",
                 headers={"retry-after": str(RETRY_SECONDS)},
             )
+
+    def submit(self, order: Order) -> Job:
+        """Queue an order; raises as check_room() does."""
+        self.check_room()
         job = Job(order)
         self._jobs.add(job)
         job.future = self._thread.submit(self._write, job, asyncio.get_running_loop())
@@ -116,6 +120,7 @@ class Writer:
             generator.manual_seed(order.seed)
         options = order.sampling | order.penalties | {"stop": order.stop, "num_samples": order.n}
         options |= {"n_likeliest": order.logprobs or 0, "generator": generator}
+        options |= {"stop_ids": order.stop_ids}
         is_empty = order.sampling["max_new_tokens"] == 0
         n_at_once = MOST_ROWS // order.n
         for first in range(0, len(prompts), n_at_once):
