@@ -14,7 +14,6 @@ import contextlib
 import dataclasses
 import io
 import itertools
-import json
 import os
 import random
 import sys
@@ -235,9 +234,11 @@ def _faulty() -> list[Labelled]:
     add("duplicates", lambda n: {"copies": (8, 12, 5, 8, 6)[n], "n_bytes": 10_000})
     add(
         "nan",
-        lambda n: {"params": {"learning_rate": 10.0, "max_grad_norm": 0.0}}
-        if n in (2, 4)
-        else {"plant": "nan"},
+        lambda n: (
+            {"params": {"learning_rate": 10.0, "max_grad_norm": 0.0}}
+            if n in (2, 4)
+            else {"plant": "nan"}
+        ),
     )
     add("repeats", lambda n: {"sampling": {"temperature": (0.1, 0.05, 0.2, 0.1, 0.05)[n]}})
     add("starved", lambda n: {"plant": "slow"})

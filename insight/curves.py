@@ -62,7 +62,9 @@ class Curves:
             if bits > 0:
                 self.bytes_a_token = self.val_losses[-1] / math.log(2) / bits
         elif "forecast/val_expected" in row:
-            values = [_number(row, f"forecast/val_{name}") for name in ("least", "expected", "most")]
+            values = [
+                _number(row, f"forecast/val_{name}") for name in ("least", "expected", "most")
+            ]
             self.forecast = (values[0], values[1], values[2])
 
 

@@ -216,7 +216,11 @@ def _not_finite(facts: Facts, curves: Curves | None = None) -> Finding | None:
     losses, norms = ([], []) if curves is None else (curves.losses, curves.grad_norms)
     numbers = zip(steps, losses, norms, strict=True)
     first = next((step for step, a, b in numbers if not math.isfinite(a + b)), None)
-    where = Words("", "") if first is None else Words(f", first at step {first:,}", f"，首次在第 {first:,} 步")
+    where = (
+        Words("", "")
+        if first is None
+        else Words(f", first at step {first:,}", f"，首次在第 {first:,} 步")
+    )
     changes = _slower(facts, 3)
     if facts.max_grad_norm == 0:
         changes |= {"max_grad_norm": 1.0}
@@ -242,7 +246,7 @@ def _nan(m: Measured) -> Finding | None:
 
 
 def _rate_high(m: Measured) -> Finding | None:
-    train, val = m.curves.train_losses, m.curves.val_losses
+    train = m.curves.train_losses
     above = train[-1] / m.first - 1
     rate, usual = m.facts.learning_rate, m.facts.usual_rate
     norms = np.array(m.curves.grad_norms)
@@ -332,8 +336,8 @@ def _leak(m: Measured) -> Finding | None:
             f"表现。{below_zh}",
         ),
         Words(
-            "Validate on text that is not trained on; without \"val\" the program divides the text.",
-            "用未参与训练的文本来验证；不写 \"val\" 时程序会自动划分文本。",
+            'Validate on text that is not trained on; without "val" the program divides the text.',
+            '用未参与训练的文本来验证；不写 "val" 时程序会自动划分文本。',
         ),
         {"DATA": "training-text.txt"},
     )
@@ -356,8 +360,8 @@ def _unlike(m: Measured) -> Finding | None:
             f"的损失为 {train[-1]:.2f} 和 {val[-1]:.2f}。",
         ),
         Words(
-            "Validate on text of the same kind; without \"val\" the program divides the text.",
-            "用同类文本来验证；不写 \"val\" 时程序会自动划分文本。",
+            'Validate on text of the same kind; without "val" the program divides the text.',
+            '用同类文本来验证；不写 "val" 时程序会自动划分文本。',
         ),
         {"DATA": "training-text.txt"},
     )
@@ -388,7 +392,10 @@ def _model_large(m: Measured) -> Finding | None:
             f"best after {passes:.1f} passes through it.",
             f"训练文本的每个 token 对应 {ratio:,.0f} 个参数，模型读了 {passes:.1f} 遍就已最好。",
         ),
-        Words("Take a smaller model with dropout, or more text.", "换更小的模型并加 dropout，或增加文本。"),
+        Words(
+            "Take a smaller model with dropout, or more text.",
+            "换更小的模型并加 dropout，或增加文本。",
+        ),
         {"model_overrides": shape},
     )
 
@@ -410,8 +417,8 @@ def _by_heart(m: Measured) -> Finding | None:
             f"Since step {since:,} the training loss fell from {train[m.best]:.2f} to "
             f"{train[-1]:.2f}, while the validation loss rose from {val[m.best]:.2f} to "
             f"{val[-1]:.2f}; the run read the text {m.passes:.0f} times.",
-            f"从第 {since:,} 步起，训练损失从 {train[m.best]:.2f} 降到 {train[-1]:.2f}，验证损失却从 "
-            f"{val[m.best]:.2f} 升到 {val[-1]:.2f}；这次训练把文本读了 {m.passes:.0f} 遍。",
+            f"从第 {since:,} 步起，训练损失从 {train[m.best]:.2f} 降到 {train[-1]:.2f}，"
+            f"验证损失却从 {val[m.best]:.2f} 升到 {val[-1]:.2f}；这次训练把文本读了 {m.passes:.0f} 遍。",
         ),
         Words(
             "End the run where it was best, or train on more text. The best weights are kept.",
@@ -434,8 +441,8 @@ def _batch_large(m: Measured) -> Finding | None:
             f"The run has {_count(m.facts.total_steps, 'step')}, {m.facts.steps_per_epoch:,} of "
             f"them for a pass through the text, and the loss is still falling: twice the steps "
             f"would take off some {m.gain:.0%}.",
-            f"这次训练只有 {m.facts.total_steps:,} 步，读一遍文本 {m.facts.steps_per_epoch:,} 步，损失"
-            f"仍在下降：步数加倍约能再降 {m.gain:.0%}。",
+            f"这次训练只有 {m.facts.total_steps:,} 步，读一遍文本 {m.facts.steps_per_epoch:,} 步，"
+            f"损失仍在下降：步数加倍约能再降 {m.gain:.0%}。",
         ),
         Words(
             "Take a smaller batch: the same text then makes more steps.",
@@ -548,7 +555,9 @@ def _unfinished(m: Measured) -> Finding | None:
         "unfinished",
         WARNING if is_much else NOTE,
         0.8,
-        Words("It is not finished", "训练尚未完成") if is_much else Words("More time would help a little", "再多训练一些会略有帮助"),
+        Words("It is not finished", "训练尚未完成")
+        if is_much
+        else Words("More time would help a little", "再多训练一些会略有帮助"),
         Words(
             f"The validation loss is still falling: twice the steps would take off some "
             f"{m.gain:.0%}; the run read {_passes(m.passes).en} of the text.",
@@ -597,7 +606,8 @@ def _starved(m: Measured) -> Finding | None:
         Words(
             f"In the last third of the run it made {m.slowdown:.0%} of the tokens a second of the "
             "first third: other programs, heat, or too little memory.",
-            f"最后三分之一的速度只有最初三分之一的 {m.slowdown:.0%}：可能是其他程序、过热或内存不足。",
+            f"最后三分之一的速度只有最初三分之一的 {m.slowdown:.0%}："
+            "可能是其他程序、过热或内存不足。",
         ),
         Words(
             "End other programs, or leave half of the cores to them from the start.",

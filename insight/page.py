@@ -149,11 +149,12 @@ def _verdict(run: RunFiles, findings: list[Finding]) -> str:
     tokens = curves.tokens[-1] if curves.tokens else 0
     took = (run.summary or {}).get("elapsed_s")
     time = f", {as_duration(took)}" if isinstance(took, int | float) else ""
+    parameters = run.facts.parameters
     about = Words(
-        f"{step:,} of {record.total_steps:,} steps, {tokens:,} tokens{time}; {run.facts.parameters:,} "
+        f"{step:,} of {record.total_steps:,} steps, {tokens:,} tokens{time}; {parameters:,} "
         f"parameters, {record.model.n_layers} x {record.model.emb_dim}, {record.mode} mode, "
         f"{record.precision.name} on {record.device}; begun {record.started}",
-        f"{step:,}/{record.total_steps:,} 步，{tokens:,} 个 token{time}；{run.facts.parameters:,} 个参数，"
+        f"{step:,}/{record.total_steps:,} 步，{tokens:,} 个 token{time}；{parameters:,} 个参数，"
         f"{record.model.n_layers} 层 x {record.model.emb_dim}，{record.mode} 模式，"
         f"{record.precision.name}，{record.device}；开始于 {record.started}",
     )
@@ -171,7 +172,9 @@ def _findings(run: RunFiles, findings: list[Finding]) -> str:
     parts = []
     for finding in findings:
         sure = Words(f"{finding.confidence:.0%} sure", f"把握 {finding.confidence:.0%}")
-        badge = f'<span class="severity {finding.severity}">{_both(SEVERITY[finding.severity])}</span>'
+        badge = (
+            f'<span class="severity {finding.severity}">{_both(SEVERITY[finding.severity])}</span>'
+        )
         lines = change_lines(finding.changes, run.record.mode)
         parts.append(
             f'<div class="finding"><h3>{badge}{_both(finding.title)} '
@@ -248,7 +251,9 @@ def _outcomes(run: RunFiles) -> list[list[str]]:
     )
     if curves.forecast is not None:
         least, expected, most = map(curves.as_bits, curves.forecast)
-        where = Words("bits a byte, as seen where the decay began", "每字节比特（衰减开始时的预测）")
+        where = Words(
+            "bits a byte, as seen where the decay began", "每字节比特（衰减开始时的预测）"
+        )
         rows.append(
             [
                 _both(where),
@@ -321,7 +326,10 @@ def _baseline_rows(run: RunFiles) -> list[list[str]]:
     rows += [(value, BASELINES[name]) for name, value in known.items() if name in BASELINES]
     unit = Words(" bits a byte", " 比特/字节")
     return [
-        [_both(words) + _both(Words(": validation text", "：验证文本")), f"{value:.3f}{_both(unit)}"]
+        [
+            _both(words) + _both(Words(": validation text", "：验证文本")),
+            f"{value:.3f}{_both(unit)}",
+        ]
         for value, words in sorted(rows, key=lambda row: row[0])
     ]
 
@@ -358,8 +366,8 @@ def _settings(run: RunFiles) -> str:
     title = Words("Settings and where they are from", "设置及其来源")
     changed = Words("Changed on the way", "途中更改")
     more = f"<p>{_both(changed)}</p><ul>{listed}</ul>" if listed else ""
-    summary = f"<summary>{_both(title)}</summary>"
-    return f'<section id="settings"><details>{summary}\n{_table(body, head)}{more}</details></section>\n'
+    details = f"<summary>{_both(title)}</summary>\n{_table(body, head)}{more}"
+    return f'<section id="settings"><details>{details}</details></section>\n'
 
 
 def _how_to_use(run: RunFiles) -> str:
@@ -399,8 +407,12 @@ def _data(run: RunFiles) -> dict[str, Any]:
                 "lines": _lines(run),
                 "curves": [
                     _curve("batch", Words("batch", "批次"), curves.steps, curves.losses, band=True),
-                    _curve("train", Words("training", "训练"), curves.eval_steps, curves.train_losses),
-                    _curve("val", Words("validation", "验证"), curves.eval_steps, curves.val_losses),
+                    _curve(
+                        "train", Words("training", "训练"), curves.eval_steps, curves.train_losses
+                    ),
+                    _curve(
+                        "val", Words("validation", "验证"), curves.eval_steps, curves.val_losses
+                    ),
                 ],
             },
             "rate": {
@@ -410,7 +422,9 @@ def _data(run: RunFiles) -> dict[str, Any]:
             "norm": {
                 "zero": True,
                 "curves": [
-                    _curve("batch", Words("norm", "范数"), curves.steps, curves.grad_norms, band=True)
+                    _curve(
+                        "batch", Words("norm", "范数"), curves.steps, curves.grad_norms, band=True
+                    )
                 ],
             },
             "speed": {
@@ -428,7 +442,9 @@ def _data(run: RunFiles) -> dict[str, Any]:
 
 def _lines(run: RunFiles) -> list[dict[str, Any]]:
     """The baselines as losses in nats a token."""
-    lines = [{"name": BASELINES["uniform"], "value": _rounded(math.log(run.record.model.vocab_size))}]
+    lines = [
+        {"name": BASELINES["uniform"], "value": _rounded(math.log(run.record.model.vocab_size))}
+    ]
     nats = math.log(2) * run.curves.bytes_a_token
     for name, bits in run.facts.baselines.items():
         if name in BASELINES and name != "uniform" and math.isfinite(nats):
@@ -464,15 +480,43 @@ def _kept_samples(samples: list[Sample]) -> list[Sample]:
 
 
 def _moments(run: RunFiles) -> list[dict[str, Any]]:
+    copied = run.insight.get("copied") or {}
     return [
         {
             "label": _clean(sample.label),
             "step": sample.step,
-            "texts": [[[_clean(text), False]] for text in sample.texts],
+            "texts": [_pieces(text, copied.get(text)) for text in sample.texts],
         }
         for sample in _kept_samples(run.samples)
     ]
 
 
 def _about_copies(meter: dict[str, Any]) -> str:
-    return ""
+    """What the by-heart meter found, in a sentence."""
+
+    def share(name: str) -> str:
+        value = meter.get(name)
+        return f"{value:.1%}" if isinstance(value, int | float) else "–"
+
+    words = Words(
+        f"By heart: of {meter.get('prompts', 0)} passages of the training text it continues "
+        f"{share('extraction_rate')} word for word, and {share('guess_rate')} of the validation "
+        f"text. Of what it wrote {share('samples_share')} is copied (spans of 50 bytes); of new "
+        f"text {share('chance_share')} is in the training text by chance. Copies are marked.",
+        f"背诵情况：训练文本的 {meter.get('prompts', 0)} 个段落中，它能逐字续写 "
+        f"{share('extraction_rate')}；验证文本为 {share('guess_rate')}。它写的文字中 "
+        f"{share('samples_share')} 是照抄（按 50 字节片段计）；新文本本来就有 "
+        f"{share('chance_share')} 碰巧出现在训练文本中。照抄处已标出。",
+    )
+    return f'<p class="quiet">{_both(words)}</p>'
+
+
+def _pieces(text: str, copied: Any) -> list[list[Any]]:
+    """A text in pieces, each with whether it is copied."""
+    pieces, end = [], 0
+    for start, stop in sorted(copied) if isinstance(copied, list) else []:
+        start = max(start, end)
+        if stop > start:
+            pieces += [[text[end:start], False], [text[start:stop], True]]
+            end = stop
+    return [[_clean(part), is_copied] for part, is_copied in [*pieces, [text[end:], False]] if part]

@@ -1,6 +1,5 @@
 """What a run's folder tells of it, while it trains and afterwards."""
 
-import json
 import functools
 import re
 from dataclasses import dataclass, field
@@ -57,7 +56,7 @@ def _facts_of(run: RunFiles) -> Facts:
     record, curves, insight, summary = run.record, run.curves, run.insight, run.summary or {}
     training, model, choice = record.training, record.model, record.choice
     split = run.data.get("split", {})
-    baselines = dict(insight.get("baselines") or {})
+    baselines = dict(insight.get("baselines", {}))
     repeated, leaked = insight.get("repeated"), insight.get("leaked")
     if choice is not None:
         baselines.setdefault("bz2", choice.text.bz2_bits)
@@ -94,7 +93,7 @@ def _facts_of(run: RunFiles) -> Facts:
         skipped=count_skipped(curves, record.precision.name),
         repeated=repeated,
         leaked=leaked,
-        baselines={name: bits for name, bits in baselines.items() if _is_number(bits)},
+        baselines=baselines,
         samples=tuple(drawn[-1].texts) if drawn else (),
     )
 
@@ -113,7 +112,7 @@ def read_run(path: Path, curves: CurvesFile | None = None) -> RunFiles:
         curves.read(),
         read_samples(path / "samples.md"),
         _read_if_there(path / SUMMARY),
-        _read_if_there(path / INSIGHT) or {},
+        _sound(_read_if_there(path / INSIGHT) or {}),
     )
 
 
@@ -122,6 +121,36 @@ def _read_if_there(file: Path) -> dict[str, Any] | None:
         return read_run_file(file)
     except CheckpointError:
         return None
+
+
+def _sound(insight: dict[str, Any]) -> dict[str, Any]:
+    """What is of the right type in insight.json, a file that anyone may have changed."""
+    kept = {
+        name: insight[name]
+        for name in ("repeated", "leaked")
+        if isinstance(insight.get(name), int | float) and 0 <= insight[name] <= 1
+    }
+    baselines, copied = insight.get("baselines"), insight.get("copied")
+    if isinstance(baselines, dict):
+        kept["baselines"] = {name: bits for name, bits in baselines.items() if _is_number(bits)}
+    if isinstance(insight.get("by_heart"), dict):
+        kept["by_heart"] = {
+            name: value
+            for name, value in insight["by_heart"].items()
+            if isinstance(value, int | float)
+        }
+    if isinstance(copied, dict):
+        kept["copied"] = {
+            text: [(start, stop) for start, stop in spans]
+            for text, spans in copied.items()
+            if isinstance(spans, list) and all(map(_is_span, spans))
+        }
+    return kept
+
+
+def _is_span(value: Any) -> bool:
+    is_pair = isinstance(value, list) and len(value) == 2
+    return is_pair and all(isinstance(place, int) for place in value)
 
 
 def read_samples(file: Path) -> list[Sample]:
@@ -184,5 +213,3 @@ def _names_validation(data: Any) -> bool:
 
 def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and 0 < value < float("inf")
-
-

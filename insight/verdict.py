@@ -15,7 +15,7 @@ COPIED, EXTRACTED = 0.05, 0.01  # shares above which a model copies
 
 
 def headline(run: RunFiles, findings: list[Finding]) -> Words:
-    """How good the run is, in one sentence: its figure, beside a compressor's, copying, more time."""
+    """How good the run is, in one sentence: its figure, copying, and what more time would give."""
     curves, facts = run.curves, run.facts
     if not curves.val_losses:
         return Words("Nothing was evaluated yet.", "还没有评估结果。")
@@ -36,20 +36,28 @@ def headline(run: RunFiles, findings: list[Finding]) -> Words:
     parts_en.append(about.en)
     parts_zh.append(about.zh)
     more = Words("", "") if worst and worst.severity == PROBLEM else _about_more(run, facts)
-    opening = _opening(worst, is_over=run.is_over)
+    opening = _opening(
+        worst, is_over=run.is_over, is_weak=bits >= facts.baselines.get("bz2", bits + 1)
+    )
     return Words(
         f"{opening.en}: {', '.join(part for part in parts_en if part)}{more.en}.",
         f"{opening.zh}：{'，'.join(part for part in parts_zh if part)}{more.zh}。",
     )
 
 
-def _opening(worst: Finding | None, *, is_over: bool) -> Words:
+def _opening(worst: Finding | None, *, is_over: bool, is_weak: bool) -> Words:
     if worst is None or worst.severity == NOTE:
-        word = Words("Good", "良好")
+        word = (
+            Words("Sound, but not yet better than a compressor", "正常，但还不如压缩程序")
+            if is_weak
+            else Words("Good", "良好")
+        )
     elif worst.severity == PROBLEM:
         word = Words(worst.title.en, worst.title.zh)
     else:
-        word = Words(f"Could be better ({_lowered(worst.title.en)})", f"还可以更好（{worst.title.zh}）")
+        word = Words(
+            f"Could be better ({_lowered(worst.title.en)})", f"还可以更好（{worst.title.zh}）"
+        )
     return word if is_over else Words(f"So far: {_lowered(word.en)}", f"到目前为止：{word.zh}")
 
 
@@ -63,7 +71,9 @@ def _about_copying(meter: Any, findings: list[Finding]) -> Words:
         share = float(meter.get("extraction_rate") or 0.0)
         if share < EXTRACTED:
             return Words("no sign of copying", "没有照抄的迹象")
-        return Words(f"{share:.0%} of tried passages are known by heart", f"试过的段落有 {share:.0%} 能背出")
+        return Words(
+            f"{share:.0%} of tried passages are known by heart", f"试过的段落有 {share:.0%} 能背出"
+        )
     kinds = {finding.kind for finding in findings}
     if kinds & {"by-heart", "model-large", "duplicates", "leak"}:
         return Words("", "")
