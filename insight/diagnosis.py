@@ -94,6 +94,7 @@ class Measured(NamedTuple):
 
 
 MOST_FINDINGS = 6
+LEAST_TOKENS = 2000  # of a training text that a validation text may be unlike
 WIDTH = 16  # steps before one, with which its loss is compared
 
 
@@ -344,7 +345,7 @@ def _leak(m: Measured) -> Finding | None:
 
 
 def _unlike(m: Measured) -> Finding | None:
-    if m.early_gap < 0.2 or m.gap < 0.1:
+    if m.early_gap < 0.2 or m.gap < 0.1 or m.facts.train_tokens < LEAST_TOKENS:
         return None
     train, val = m.curves.train_losses, m.curves.val_losses
     return Finding(
@@ -418,7 +419,8 @@ def _by_heart(m: Measured) -> Finding | None:
             f"{train[-1]:.2f}, while the validation loss rose from {val[m.best]:.2f} to "
             f"{val[-1]:.2f}; the run read the text {m.passes:.0f} times.",
             f"从第 {since:,} 步起，训练损失从 {train[m.best]:.2f} 降到 {train[-1]:.2f}，"
-            f"验证损失却从 {val[m.best]:.2f} 升到 {val[-1]:.2f}；这次训练把文本读了 {m.passes:.0f} 遍。",
+            f"验证损失却从 {val[m.best]:.2f} 升到 {val[-1]:.2f}；"
+            f"这次训练把文本读了 {m.passes:.0f} 遍。",
         ),
         Words(
             "End the run where it was best, or train on more text. The best weights are kept.",
@@ -494,8 +496,7 @@ def _batch_small(m: Measured) -> Finding | None:
 
 def _model_small(m: Measured) -> Finding | None:
     ratio = m.facts.train_tokens / max(1, m.facts.parameters)
-    is_level = m.late_gain < 0.04 and m.gap < 0.1
-    if ratio < 10 or not is_level or m.facts.emb_dim > 16 or m.facts.total_steps < 100:
+    if ratio < 10 or m.passes < 1 or m.gap > 0.1 or m.late_gain > 0.1:
         return None
     width = 8 * m.facts.emb_dim
     return Finding(
@@ -504,10 +505,10 @@ def _model_small(m: Measured) -> Finding | None:
         0.75,
         Words("The model is too small for the text", "模型相对文本太小"),
         Words(
-            f"The loss has levelled off at {m.curves.val_losses[-1]:.2f} on both texts, with "
-            f"{ratio:,.0f} tokens to learn from for each of its {m.facts.parameters:,} parameters.",
-            f"两种文本的损失都停在 {m.curves.val_losses[-1]:.2f} 左右，而模型的 "
-            f"{m.facts.parameters:,} 个参数每个对应 {ratio:,.0f} 个 token。",
+            f"Each of its {m.facts.parameters:,} parameters has {ratio:,.0f} tokens to learn from. "
+            f"It has read all of them, and the loss is {m.curves.val_losses[-1]:.2f} on both texts.",
+            f"模型的 {m.facts.parameters:,} 个参数每个对应 {ratio:,.0f} 个 token；它已读完全部文本，"
+            f"两种文本的损失都是 {m.curves.val_losses[-1]:.2f}。",
         ),
         Words("Take a wider model with more layers.", "换更宽、层数更多的模型。"),
         {"model_overrides": {"emb_dim": width, "n_layers": m.facts.n_layers + 1}},
@@ -518,9 +519,8 @@ def _plateau(m: Measured) -> Finding | None:
     steps, val = np.array(m.curves.eval_steps), np.array(m.curves.val_losses)
     if len(steps) < 6 or _learns_by_heart(m):
         return None
-    target = val.min() * 1.015
-    reached = int(steps[np.flatnonzero(val <= target)[0]])
-    if reached > 0.6 * steps[-1] or m.late_gain > 0.008:
+    reached = int(steps[np.flatnonzero(val <= 1.02 * val.min())[0]])
+    if reached > 0.6 * steps[-1] or m.late_gain > 0.015 or m.gain > 0.025:
         return None
     return Finding(
         "plateau",
@@ -547,10 +547,13 @@ def _plateau(m: Measured) -> Finding | None:
 def _unfinished(m: Measured) -> Finding | None:
     if m.facts.begins_from_weights or m.gain < 0.02 or _learns_by_heart(m):
         return None
-    is_much = m.gain > 0.1
-    changes: dict[str, Any] = {"max_steps": (6 if is_much else 2) * m.facts.total_steps}
+    seen = m.curves.eval_tokens[-1] / max(1, m.facts.parameters)
+    is_much = m.gain > 0.1 and seen < 0.5 and m.facts.mode != "quick"
+    changes: dict[str, Any] = {"max_steps": (8 if is_much else 2) * m.facts.total_steps}
     if m.facts.minutes is not None:
         changes = {"MINUTES": 2 * m.facts.minutes}
+    elif m.facts.mode == "quick":
+        changes = {"MINUTES": 5}
     return Finding(
         "unfinished",
         WARNING if is_much else NOTE,
