@@ -47,6 +47,7 @@ PER_KIND, HEALTHY, TUNED_ON = 5, 30, 3  # of each five, so many are tuned on
 KEPT = ("settings.json", "data.json", "metrics.jsonl", "samples.md", "insight.json")
 COMMON = {"max_steps": 200, "batch_size": 8, "max_length": 32, "train_ratio": 0.9}
 SHAPE = {"n_layers": 1, "emb_dim": 32, "n_heads": 2}
+DIGITS = 4  # of a number in the results
 FALL = 4  # of the speed of a starved run, half-way
 
 
@@ -348,9 +349,9 @@ def history_of(run: Labelled, folder: Path) -> dict[str, Any]:
     facts, curves = files.facts, files.curves
     if facts.leaked is None:
         facts = dataclasses.replace(facts, **_copies(run))
-    known = asdict(curves) | {"losses": _short(curves.losses), "grad_norms": _short(curves.grad_norms)}
-    for name in ("train_losses", "val_losses", "speeds"):
-        known[name] = _short(known[name], 5)
+    known = asdict(curves)
+    for name in ("losses", "grad_norms", "train_losses", "val_losses", "speeds"):
+        known[name] = _short(known[name])
     for name in ("steps", "rates", "tokens", "forecast"):  # no rule reads them
         del known[name]
     label = {"name": run.name, "kind": run.kind, "kept_out": run.is_kept_out}
@@ -378,8 +379,8 @@ def _copies(run: Labelled) -> dict[str, float]:
     return {"repeated": repeated, "leaked": leaked}
 
 
-def _short(values: list[float], digits: int = 4) -> list[float | None]:
-    return [float(f"{x:.{digits}g}") if math.isfinite(x) else None for x in values]
+def _short(values: list[float]) -> list[float | None]:
+    return [float(f"{x:.{DIGITS}g}") if math.isfinite(x) else None for x in values]
 
 
 def count_right(rows: list[dict[str, Any]]) -> dict[str, Any]:
