@@ -197,16 +197,21 @@ def _require_fit(config: GPTConfig, tensors: dict[str, torch.Tensor], source: st
         )
 
 
+def find_output_dir() -> Path:
+    """The folder of the runs, as config_run.py has it; SettingsError if that is no text."""
+    given, place = read_given_settings(None)
+    output_dir = given.get("OUTPUT_DIR", "runs")
+    if not isinstance(output_dir, str):
+        raise SettingsError(f"OUTPUT_DIR is {shown(output_dir)} in {place}; it must be a string")
+    return Path(output_dir).expanduser()
+
+
 def _find_run(folder: str | Path | None) -> Path:
     """The folder of a run: the path itself, or this name in OUTPUT_DIR."""
     path = None if folder is None else Path(os.path.expanduser(folder))
     if path is not None and is_run(path):
         return path
-    given, place = read_given_settings(None)
-    output_dir = given.get("OUTPUT_DIR", "runs")
-    if not isinstance(output_dir, str):
-        raise SettingsError(f"OUTPUT_DIR is {shown(output_dir)} in {place}; it must be a string")
-    output_dir = Path(output_dir).expanduser()
+    output_dir = find_output_dir()
     if path is None:
         return newest_finished_run(output_dir)
     is_named = os.path.exists(output_dir / path) or not os.path.exists(path)
