@@ -146,7 +146,6 @@ class Run:
             "text": names[:NAMED_TEXTS],
             "more_texts": len(names[NAMED_TEXTS:]),
             "text_tokens": data.get("tokens"),
-            "summary": self._facts(SUMMARY) if self.is_finished else {},
         }
 
     def samples(self) -> list[dict[str, Any]]:
@@ -226,16 +225,15 @@ class Runs:
 
 
 def _sample(section: str) -> dict[str, Any]:
-    """A section of samples.md: its texts are what is indented."""
-    label, _, rest = section.partition("\n")
-    lines = rest.split("\n")
+    """A section of samples.md: a label, a line on the step, and texts, which are indented."""
+    label, *lines = section.split("\n")
     about = next((line for line in lines if line.startswith("Step ")), "")
     shown = [
-        line[4:] if line.startswith("    ") else line if line.startswith("Prompt ") else ""
+        line.removeprefix("    ")
         for line in lines
-        if line != about
+        if line.startswith(("    ", "Prompt "))  # which names a text where there are several
     ]
-    return {"label": label.strip(), "about": about, "text": "\n".join(shown).strip("\n")}
+    return {"label": label.strip(), "about": about, "text": "\n".join(shown)}
 
 
 def _card(record: RunRecord) -> list[str]:
@@ -247,21 +245,23 @@ def _card(record: RunRecord) -> list[str]:
 
 
 def _facts_of(record: RunRecord) -> list[list[str]]:
-    """The settings of a run that tell most, as rows of a name and a value."""
+    """The settings of a run that tell most, as rows of a name and a value; the page has words."""
     model, training = record.model, record.training
     windows = training.batch_size * training.gradient_accumulation_steps
-    minutes = training.time_budget_minutes
+    minutes, rate = training.time_budget_minutes, training.learning_rate
     rows = {
         "mode": record.mode,
-        "model": f"{record.model_name} ({model.architecture}): {model.n_layers} layers, "
-        f"{model.emb_dim} wide, context {model.context_length}",
-        "tokenizer": f"{record.tokenizer.partition('-')[0]}, {model.vocab_size:,} tokens",
-        "batch": f"{windows} x {training.max_length} tokens",
-        "optimizer": f"{training.optimizer}, rate {training.learning_rate:.3g}"
-        if training.learning_rate
-        else training.optimizer,
-        "time budget": as_duration(60 * minutes) if minutes else None,
-        "weights before": None if record.start is None else record.start.source,
+        "model": f"{record.model_name} ({model.architecture})",
+        "layers": f"{model.n_layers:,}",
+        "width": f"{model.emb_dim:,}",
+        "context": f"{model.context_length:,}",
+        "tokenizer": record.tokenizer.partition("-")[0],
+        "vocabulary": f"{model.vocab_size:,}",
+        "batch": f"{windows:,} x {training.max_length:,}",
+        "optimizer": training.optimizer,
+        "rate": None if rate is None else f"{rate:.3g}",
+        "budget": None if minutes is None else as_duration(60 * minutes),
+        "start": None if record.start is None else record.start.source,
         "device": f"{record.device}, {record.precision.name}",
     }
     return [[name, value] for name, value in rows.items() if value is not None]

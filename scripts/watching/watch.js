@@ -44,14 +44,21 @@ const STRINGS = {
     expected: (loss, low, high) => `expected at the end: ${loss} (${low} to ${high})`,
     bits: (bits) => `${bits} bits a byte`,
     chart: (name) => `${name} by step; the arrow keys move through it`,
-    mode: "Mode",
-    model: "Model",
-    tokenizer: "Tokenizer",
-    batch: "Batch",
-    optimizer: "Optimizer",
-    "time budget": "Time budget",
-    "weights before": "Began from",
-    device: "Device",
+    facts: {
+      mode: "Mode",
+      model: "Model",
+      layers: "Layers",
+      width: "Width",
+      context: "Context",
+      tokenizer: "Tokenizer",
+      vocabulary: "Vocabulary",
+      batch: "Batch, in tokens",
+      optimizer: "Optimizer",
+      rate: "Learning rate",
+      budget: "Time budget",
+      start: "Began from",
+      device: "Device",
+    },
     text: "Text",
     textTokens: "Its tokens",
     seen: "Tokens seen",
@@ -100,14 +107,21 @@ const STRINGS = {
     expected: (loss, low, high) => `预计最终：${loss}（${low} 至 ${high}）`,
     bits: (bits) => `每字节 ${bits} 比特`,
     chart: (name) => `${name}随步数的变化；方向键在其中移动`,
-    mode: "模式",
-    model: "模型",
-    tokenizer: "分词器",
-    batch: "批次",
-    optimizer: "优化器",
-    "time budget": "时间预算",
-    "weights before": "起始权重",
-    device: "设备",
+    facts: {
+      mode: "模式",
+      model: "模型",
+      layers: "层数",
+      width: "宽度",
+      context: "上下文",
+      tokenizer: "分词器",
+      vocabulary: "词表",
+      batch: "批次（词元）",
+      optimizer: "优化器",
+      rate: "学习率",
+      budget: "时间预算",
+      start: "起始权重",
+      device: "设备",
+    },
     text: "文本",
     textTokens: "词元数",
     seen: "已学词元",
@@ -342,7 +356,7 @@ function showFacts() {
   const count = (value) => (typeof value === "number" ? number.format(value) : null);
   const names = detail.text.join(", ");
   const text = detail.more_texts ? `${names}, ${detail.more_texts} ${strings.others}` : names;
-  const rows = detail.facts.map(([name, value]) => [strings[name] ?? name, value]);
+  const rows = detail.facts.map(([name, value]) => [strings.facts[name] ?? name, value]);
   rows.push([strings.text, text], [strings.textTokens, count(detail.text_tokens)]);
   rows.push([strings.seen, count(detail.tokens)]);
   const wanted = rows.filter(([, value]) => value !== null && value !== "");
@@ -511,7 +525,9 @@ function draw(chart) {
     svg("text", place, chart.svg).textContent = short(value);
   }
   for (const step of ticks(0, last, width / 110)) {
-    const place = { x: x(step), y: chart.height - 5, "text-anchor": step ? "middle" : "start" };
+    const anchor = step === 0 ? "start" : x(step) > right - 18 ? "end" : "middle";
+    const at = anchor === "end" ? width : x(step);
+    const place = { x: at, y: chart.height - 5, "text-anchor": anchor };
     svg("text", place, chart.svg).textContent = number.format(step);
   }
   if (forecast?.expected) {
