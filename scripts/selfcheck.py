@@ -50,9 +50,8 @@ def main() -> int:
     if not arguments.json:
         write(" · ".join(f"{name} {value}" for name, value in machine.items() if value) + "\n")
     outcomes = []
-    for name in names:
-        # over tensors as small as those of the others threads only wait for each other
-        with using_threads(default_threads() if name == "speed" else 1):
+    with using_threads(1):  # over tensors as small as these threads only wait for each other
+        for name in names:
             outcome = outcome_of(name, bench)
             outcomes.append(outcome)
             if not arguments.json:
