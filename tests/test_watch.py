@@ -588,6 +588,7 @@ def test_a_hundred_thousand_steps_are_drawn_light_and_dark_and_fit_a_phone(runs,
 
 @pytest.mark.slow
 def test_the_page_asks_for_the_token_and_finds_a_server_again_that_was_away(runs, open_page):
+    shutil.rmtree(runs / "young")
     open_page.expected += ["401 (Unauth", "ERR_CONNECTION_REFUSED", "ERR_INCOMPLETE", "ERR_EMPTY"]
     with Watcher(runs) as server:
         page = open_page(server)
