@@ -426,11 +426,13 @@ class FolderLock:
             self._take(file)
 
     def is_held(self) -> bool:
-        """Whether somebody holds the lock at this moment; writes nothing."""
+        """Whether somebody is known to hold the lock at this moment; writes nothing."""
         try:
             self.require_free()
-        except (BusyError, ResourceError):
+        except BusyError:
             return True
+        except ResourceError:  # a disk without locks
+            return False
         return False
 
     def _take(self, file: BinaryIO) -> None:

@@ -17,6 +17,7 @@ import pytest
 import requests
 
 import environment
+from planning.card import card_lines
 from scripts import watch
 from scripts.serving import app as serving
 from scripts.watching import app as watching
@@ -26,9 +27,11 @@ from scripts.watching.runs import Runs
 from storage.files import STOP, FolderLock
 from tests import by_heart
 from tests.launching import Program, launching, wait_until
+from tests.records import plan_in_minutes, record_of
 from tests.serving import continued
 from tests.test_page import CHROMIUM, CONTRAST, HOSTILE
 from training.journal import Moment, _as_section
+from training_utils import TrainingConfig
 
 TOKEN = "open-sesame"
 
@@ -382,6 +385,19 @@ def test_samples_are_what_the_journal_wrote_down(runs):
     assert first["about"] == "Step 7, validation loss 2.500"
     assert first["text"] == f"Prompt 1:\n{texts[0]}\nPrompt 2:\n{texts[1]}"
     assert second == {"label": "Greedy", "about": "Step 9", "text": "only one"}
+
+
+def test_the_card_of_a_run_with_minutes_is_the_one_that_was_printed(tmp_path):
+    training = TrainingConfig(batch_size=4, max_length=32, time_budget_minutes=1.0)
+    record = record_of(plan_in_minutes(), training=training)
+    (tmp_path / "one").mkdir()
+    (tmp_path / "one" / "settings.json").write_text(json.dumps(record.to_json()), encoding="utf-8")
+    detail = Runs(tmp_path).find("one").detail()
+    choice = record.choice
+    assert detail["card"] == card_lines(choice.recipe, choice.text, choice.machine, 1.0)
+    assert ["batch", "4 x 32"] in detail["facts"]
+    assert ["budget", "1m 0.0s"] in detail["facts"]
+    assert (detail["state"], detail["step"], detail["loss"]) == ("stopped", 0, None)
 
 
 def test_damaged_files_of_a_run_take_their_place_on_the_page_and_nothing_else(runs):
