@@ -57,7 +57,8 @@ Tokens = np.ndarray | TokenSlice
 Batch = tuple[torch.Tensor, torch.Tensor]  # ids and targets, (B, T) each
 
 
-def _as_array(tokens: Tokens) -> np.ndarray:
+def as_array(tokens: Tokens) -> np.ndarray:
+    """Tokens, (N,), mapped into memory where they lie in a file."""
     return tokens.array() if isinstance(tokens, TokenSlice) else tokens
 
 
@@ -99,7 +100,7 @@ class WindowDataset(Dataset):
             starts = torch.from_numpy(starts).to(device, non_blocking=True)
             window = self._resident[starts + torch.arange(length, device=device)].long()
         else:
-            array = _as_array(self.tokens)
+            array = as_array(self.tokens)
             window = torch.from_numpy(array[starts + np.arange(length)].astype(np.int64))
         return window[:, :-1], window[:, 1:]
 
@@ -117,11 +118,11 @@ class WindowDataset(Dataset):
         """The tokens from start to stop, (stop - start,) int64, where batches are gathered."""
         if self._resident is not None:
             return self._resident[start:stop].long()
-        return torch.from_numpy(_as_array(self.tokens)[start:stop].astype(np.int64))
+        return torch.from_numpy(as_array(self.tokens)[start:stop].astype(np.int64))
 
     def move_to(self, device: torch.device) -> None:
         """Copy the tokens to a device (4 bytes each) and gather batches there."""
-        self._resident = torch.from_numpy(_as_array(self.tokens).astype(np.int32)).to(device)
+        self._resident = torch.from_numpy(as_array(self.tokens).astype(np.int32)).to(device)
 
 
 class WindowBatches(Sampler):
@@ -534,7 +535,7 @@ def measure_tokens(
     The mean is over all of them, and an end of text has none. It is exact where a token stands for
     bytes; tokens of another tokenizer are decoded, a million at once.
     """
-    pieces = _in_pieces(_as_array(tokens), [(0, len(tokens))] if parts is None else parts)
+    pieces = _in_pieces(as_array(tokens), [(0, len(tokens))] if parts is None else parts)
     n_tokens = characters = n_bytes = 0
     if isinstance(tokenizer, ByteTokens):
         counts = np.zeros(tokenizer.vocab_size, dtype=np.int64)

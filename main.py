@@ -11,6 +11,7 @@ import time
 import traceback
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from engine.starting import end_at_ctrl_c, insisting_on_ctrl_c, raise_at_ctrl_c
 
@@ -44,6 +45,7 @@ from engine.errors import (
 from engine.metrics import Score
 from engine.processor import using_threads
 from environment import RuntimeEnv, prepare_environment
+from insight.report import Report
 from storage.files import write_json
 from train import continue_prompts, train
 from training.journal import PICTURE, History, Journal
@@ -232,7 +234,14 @@ def sum_up(env: RuntimeEnv, journal: Journal, stop: StopSignals) -> None:
         "precision": env.precision.name,
         "ranks": env.parallel.world,
     }
-    env.parallel.on_main(lambda: write_json(env.run.path / "summary.json", summary))
+    env.parallel.on_main(lambda: _write_summary(env.run.path, summary))
+
+
+def _write_summary(folder: Path, summary: dict[str, Any]) -> None:
+    """Write summary.json, and say what the run shows."""
+    write_json(folder / "summary.json", summary)
+    for line in Report(folder).finish():
+        say(line)
 
 
 def _best(env: RuntimeEnv, history: History, step: int, score: Score) -> tuple[float, int, str]:

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
-from data import WindowBatches
+from data import WindowBatches, as_array
 from distributed.parallel import joined
 from distributed.sharding import whole
 from distributed.signals import StopSignals
@@ -41,6 +41,8 @@ from engine.randomness import random_state, set_random_state
 from engine.settings import find_problems, raise_if_any, shown
 from environment import RuntimeEnv
 from generation import generate, text_to_token_ids
+from insight.report import Report
+from insight.run_text import RunText
 from planning.decisions import most_steps_of
 from planning.machine import keeps_best_on_disk
 from planning.trial import N_SAMPLES, Budget, Costs, Trial, expected_save_s, usable_seconds
@@ -565,6 +567,7 @@ def _train(env: RuntimeEnv) -> Journal:
         log_every=record.settings["LOG_EVERY"],
         folder=parallel.only_main(run.path),
         token_size=env.token_size,
+        draw_report=parallel.only_main(_report_of(env).follow),
     )
     saving = Saving(run, store, SaveClock(config.save_every, config.save_minutes))
     trainer = Trainer(env.learner, journal, env.tokenizer, _plan_loop(env), saving)
@@ -604,6 +607,12 @@ def _train(env: RuntimeEnv) -> Journal:
     journal.complete_picture()
     show_picture(run.path / PICTURE)
     return journal
+
+
+def _report_of(env: RuntimeEnv) -> Report:
+    """The report that is drawn while a run trains."""
+    train, val = (as_array(loader.dataset.tokens) for loader in (env.train_loader, env.val_loader))
+    return Report(env.run.path, RunText(train, val, env.tokenizer, env.run.record.tokenizer))
 
 
 def _plan_loop(env: RuntimeEnv) -> LoopPlan:

@@ -2,11 +2,20 @@
 
 import io
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from engine.metrics import perplexity
 
 MAX_BATCH_POINTS = 2000  # the picture has no more columns
+HALF_LIFE = 20  # points of the running mean; of a short run, a fortieth of its points
+USUAL_FONT = "DejaVu Sans"  # matplotlib's own, which lacks Chinese
+# that have Chinese, on Linux, Windows and macOS
+CJK_FONTS = (
+    *("Noto Sans CJK SC", "Noto Sans SC", "Source Han Sans SC", "WenQuanYi Micro Hei"),
+    *("WenQuanYi Zen Hei", "Droid Sans Fallback", "Microsoft YaHei", "SimHei", "PingFang SC"),
+    *("Hiragino Sans GB", "Heiti SC", "Arial Unicode MS"),
+)
+BASELINES = {"unigram": "token frequencies", "ngram": "5-gram", "bz2": "bz2", "xz": "xz"}
 PERPLEXITY_TICKS = [base * 10**power for power in range(6) for base in (1, 2, 5)]
 
 
@@ -19,10 +28,13 @@ def render_losses(
     batch_losses: Sequence[float],
     vocab_size: int,
     title: str,
+    baselines: Mapping[str, float] | None = None,
 ) -> bytes | None:
     """Draw the losses (nats per token) of a run; returns a PNG, None if matplotlib is missing.
 
-    Left: the evaluations at `steps`, with a star at index `best`. Right: every batch from step 1.
+    Left: the evaluations at `steps`, with a star at index `best`, and those `baselines`, losses on
+    the validation text by name, that lie among them. Right: every batch from step 1. The title is
+    left out if no font has its characters.
     """
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -32,8 +44,9 @@ def render_losses(
         return None
     figure = Figure(figsize=(12, 5), dpi=110, layout="constrained")
     canvas = FigureCanvasAgg(figure)
-    if title.isascii():  # matplotlib's font lacks Chinese
-        figure.suptitle(title, parse_math=False)  # a "$" in a folder's name is no formula
+    if fonts := _fonts_with(title):
+        # a "$" in a folder's name is no formula
+        figure.suptitle(title, parse_math=False, fontfamily=fonts)
     left, right = figure.subplots(1, 2, sharey=True)
     _draw_evaluations(left, steps, train_losses, val_losses, best)
     _draw_batches(right, batch_losses)
@@ -43,16 +56,8 @@ def render_losses(
         axes.grid(alpha=0.25)
         axes.tick_params(labelleft=True)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    left.annotate(
-        f"uniform guess: ln({vocab_size:,}) = {math.log(vocab_size):.2f}",
-        (1.0, math.log(vocab_size)),
-        xycoords=("axes fraction", "data"),
-        textcoords="offset points",
-        xytext=(-6, 4),
-        ha="right",
-        color="0.4",
-        fontsize=9,
-    )
+    _label(left, math.log(vocab_size), f"uniform guess: ln({vocab_size:,})")
+    _draw_baselines(left, baselines or {})
     _add_perplexity(right, vocab_size)
     png = io.BytesIO()
     canvas.print_png(png)
@@ -92,15 +97,81 @@ def _draw_batches(axes, batch_losses) -> None:
     axes.set_xlim(left=0)
 
 
-def _smooth(values: Sequence[float], keep: float = 0.95) -> list[float]:
-    """The exponential moving average, bias-corrected; NaN where a value is not finite."""
-    mean, count, smoothed = 0.0, 0, []
-    for value in values:
-        if math.isfinite(value):
-            count += 1
-            mean = keep * mean + (1 - keep) * value
-        smoothed.append(mean / (1 - keep**count) if math.isfinite(value) else math.nan)
+def _smooth(values: Sequence[float]) -> list[float]:
+    """The mean around each point, in which a point HALF_LIFE away counts half; NaN stays NaN.
+
+    It looks both ways, so that it does not lag behind a falling loss.
+    """
+    keep = 0.5 ** (1 / min(HALF_LIFE, max(2.0, len(values) / 40)))
+    before, after = _decaying_sums(values, keep), _decaying_sums(values[::-1], keep)[::-1]
+    smoothed = []
+    for value, (sum_before, n_before), (sum_after, n_after) in zip(
+        values, before, after, strict=True
+    ):
+        # the point itself is in both
+        is_known = math.isfinite(value)
+        mean = (sum_before + sum_after - value) / (n_before + n_after - 1) if is_known else math.nan
+        smoothed.append(mean)
     return smoothed
+
+
+def _decaying_sums(values: Sequence[float], keep: float) -> list[tuple[float, float]]:
+    """For each point the sum of it and those before, each worth `keep` less; and of the weights."""
+    total = weight = 0.0
+    sums = []
+    for value in values:
+        is_known = math.isfinite(value)
+        total = keep * total + (value if is_known else 0.0)
+        weight = keep * weight + is_known
+        sums.append((total, weight))
+    return sums
+
+
+def _draw_baselines(axes, baselines: Mapping[str, float]) -> None:
+    """Thin lines for the baselines within the axes; names that would overlap are left out."""
+    low, high = axes.get_ylim()
+    last = math.inf
+    within = {n: loss for n, loss in baselines.items() if n in BASELINES and low < loss < high}
+    for name, loss in sorted(within.items(), key=lambda item: -item[1]):
+        axes.axhline(loss, color="tab:purple", linestyle="--", linewidth=0.8, alpha=0.7, zorder=1)
+        if last - loss > 0.04 * (high - low):
+            _label(axes, loss, BASELINES[name])
+            last = loss
+    axes.set_ylim(low, high)
+
+
+def _label(axes, loss: float, name: str) -> None:
+    """A line's name and loss above its right end."""
+    axes.annotate(
+        f"{name} = {loss:.2f}",
+        (1.0, loss),
+        xycoords=("axes fraction", "data"),
+        textcoords="offset points",
+        xytext=(-6, 3),
+        ha="right",
+        color="0.4",
+        fontsize=9,
+    )
+
+
+def _fonts_with(text: str) -> list[str]:
+    """The fonts to write a text with; none if the fonts of this machine lack its characters."""
+    if text.isascii():
+        return [USUAL_FONT]
+    from matplotlib.font_manager import fontManager
+    from matplotlib.ft2font import FT2Font
+
+    missing, fonts = set(map(ord, text)), []
+    files = {font.name: font.fname for font in fontManager.ttflist}
+    for name in (USUAL_FONT, *CJK_FONTS):
+        if (
+            missing
+            and name in files
+            and (found := missing & FT2Font(files[name]).get_charmap().keys())
+        ):
+            fonts.append(name)
+            missing -= found
+    return [] if missing else fonts
 
 
 def _add_perplexity(axes, vocab_size: int) -> None:

@@ -7,7 +7,7 @@ chunk only, since the forward pass computes the gradients of hidden states and h
 import math
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from engine.compiling import what_prevents_compiling
 from engine.console import say
@@ -59,6 +59,22 @@ def next_token_loss(
     if torch.is_grad_enabled() and (hidden.requires_grad or head_weight.requires_grad):
         return _HeadLoss.apply(*given)
     return _loss_and_gradients(*given, gradients=False)[0]
+
+
+@torch.no_grad()
+def token_losses(hidden: Tensor, head_weight: Tensor, targets: Tensor) -> Tensor:
+    """The cross-entropy of each next token, (B, T) in nats, as next_token_loss() takes its mean."""
+    rows, of_row = hidden.flatten(0, -2), targets.flatten()
+    size = chunk_rows(rows, len(head_weight))
+    losses = [
+        nn.functional.cross_entropy(
+            nn.functional.linear(rows[start : start + size], head_weight).float(),
+            of_row[start : start + size],
+            reduction="none",
+        )
+        for start in range(0, len(rows), size)
+    ]
+    return torch.cat(losses).view(targets.shape)
 
 
 class _HeadLoss(torch.autograd.Function):

@@ -71,7 +71,7 @@ def load_run(
     and less exact. compiled (CUDA only) makes tokens faster, after half a minute
     for each batch size. Raises CheckpointError without a sound run, SettingsError, ResourceError.
     """
-    path = _find_run(folder)
+    path = find_run(folder)
     record = read_record(path)
     chosen = inference_device(device, weights)
     tokenizer = _tokenizer_of(path, record)
@@ -197,8 +197,8 @@ def _require_fit(config: GPTConfig, tensors: dict[str, torch.Tensor], source: st
         )
 
 
-def find_output_dir() -> Path:
-    """The folder of the runs, as config_run.py has it; SettingsError if that is no text."""
+def runs_folder() -> Path:
+    """The folder that OUTPUT_DIR names; SettingsError if it is no name."""
     given, place = read_given_settings(None)
     output_dir = given.get("OUTPUT_DIR", "runs")
     if not isinstance(output_dir, str):
@@ -206,12 +206,15 @@ def find_output_dir() -> Path:
     return Path(output_dir).expanduser()
 
 
-def _find_run(folder: str | Path | None) -> Path:
-    """The folder of a run: the path itself, or this name in OUTPUT_DIR."""
+def find_run(folder: str | Path | None) -> Path:
+    """The folder of a run: the path itself, or this name in OUTPUT_DIR; None: the newest finished.
+
+    Raises CheckpointError where there is none, and for a folder within a run.
+    """
     path = None if folder is None else Path(os.path.expanduser(folder))
     if path is not None and is_run(path):
         return path
-    output_dir = find_output_dir()
+    output_dir = runs_folder()
     if path is None:
         return newest_finished_run(output_dir)
     is_named = os.path.exists(output_dir / path) or not os.path.exists(path)

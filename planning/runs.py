@@ -230,16 +230,21 @@ def settle_run(candidates: Candidates, tokenizer: str, text: str) -> SettledRun:
 
 def newest_finished_run(output_dir: Path) -> Path:
     """The folder of the run that finished last; CheckpointError if there is none."""
+    if finished := finished_runs(output_dir):
+        return finished[0]
+    begun = sorted(path.parent for path in output_dir.glob(f"*/{SETTINGS}"))
+    hint = f"{begun[-1]} is unfinished, but can be named." if begun else "Train a model first."
+    raise CheckpointError(f"there is no finished run in {output_dir.absolute()}.\n{hint}")
+
+
+def finished_runs(output_dir: Path) -> list[Path]:
+    """The folders of all finished runs, the newest first."""
     finished = []
     for summary in output_dir.glob(f"*/{SUMMARY}"):
         if (summary.parent / SETTINGS).is_file():  # else it is no run
             with contextlib.suppress(FileNotFoundError):  # it is being made longer
                 finished.append((summary.stat().st_mtime_ns, summary.parent))
-    if not finished:
-        begun = sorted(path.parent for path in output_dir.glob(f"*/{SETTINGS}"))
-        hint = f"{begun[-1]} is unfinished, but can be named." if begun else "Train a model first."
-        raise CheckpointError(f"there is no finished run in {output_dir.absolute()}.\n{hint}")
-    return max(finished)[1]
+    return [path for _, path in sorted(finished, reverse=True)]
 
 
 def _existing_run(resume: str, output_dir: Path) -> Path:

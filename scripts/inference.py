@@ -7,6 +7,7 @@ characters, which a terminal would obey. --json keeps them, escaped.
 import argparse
 import math
 import sys
+from collections.abc import Iterable
 from typing import Any
 
 from engine.starting import end_at_ctrl_c
@@ -21,6 +22,8 @@ from engine.errors import DataError, SettingsError
 from engine.settings import raise_if_any, shown
 from exchange.saved_run import LoadedModel
 from generation import stream_text
+from insight.copies import LEAST, CopyIndex, find_copies, open_index
+from insight.run_text import DIVIDER, open_run_text
 from scripts.options import (
     add_run_options,
     add_sampling_options,
@@ -35,9 +38,12 @@ from scripts.options import (
     whole,
     write,
 )
+from storage.cache import usable_cache
 
 MOST_ROWS = 8  # samples in one batch, unless one prompt has more
 MOST_SAMPLES = 100
+COPIED = "⟦", "⟧"  # around a copied part of a text
+BEFORE = 30  # bytes of the training text that are shown before a copied part
 MOST_BYTES = 16 << 20  # of a prompt file; a model reads the newest few thousand
 
 
@@ -47,6 +53,7 @@ def main() -> int:
     prompts = read_prompts(arguments)
     _check(arguments, len(prompts))
     run = load(arguments)
+    index = _open_index(run) if arguments.show_copies else None
     seed = seed_of(arguments)
     tell(f"{describe(run)}, seed {seed}")
     for prompt in prompts:
@@ -67,12 +74,16 @@ def main() -> int:
     for first in range(0, len(prompts), batch):
         samples = continue_texts(run, prompts[first : first + batch], options)
         for row, sample in enumerate(samples):
+            copies = [] if index is None else list_copies(index, sample["text"])
             if arguments.json:
-                write(to_json_line(sample | facts))
+                found = {} if index is None else {"copies": copies}
+                write(to_json_line(sample | found | facts))
             else:
                 number = first * arguments.num_samples + row
                 write(_headline(number, len(prompts), arguments.num_samples))
-                write(f"{sample['prompt']}{sample['text']}\n")
+                write(f"{sample['prompt']}{mark_copies(sample['text'], copies)}\n")
+                if index is not None:
+                    write(_about_copies(sample["text"], copies))
     return 0
 
 
@@ -113,6 +124,12 @@ def _parser() -> argparse.ArgumentParser:
         help="a JSON object a text and line: prompt, text, finish_reason, tokens with their "
         "probabilities, seed, run, step",
     )
+    group.add_argument(
+        "--show-copies",
+        action="store_true",
+        help=f"mark {'...'.join(COPIED)} what stands word for word in the run's training text, in "
+        f"{LEAST} bytes or more, and list where",
+    )
     add_run_options(parser)
     add_sampling_options(parser)
     return parser
@@ -127,7 +144,81 @@ def _check(arguments: argparse.Namespace, n_prompts: int) -> None:
         problems.append("--stream shows a single text; ask for one prompt and one sample")
     if arguments.stream and arguments.json:
         problems.append("--stream and --json don't go together: an object is written when whole")
+    if arguments.show_copies and arguments.stream:
+        problems.append("--stream and --show-copies don't go together: a copy is known at its end")
+    if arguments.show_copies and any(model.option != "run" for model in arguments.models or []):
+        problems.append("--show-copies is for runs, whose training text is known; not for --model")
     raise_if_any(problems, "the options")
+
+
+def _open_index(run: LoadedModel) -> CopyIndex:
+    """The index of a run's training text. Raises DataError if that is gone or has changed."""
+    assert run.path is not None, "_check() has refused other models"
+    index = open_index(open_run_text(run.path), usable_cache())
+    if index.share < 1:
+        tell(f"Note: copies are looked for in {index.share:.0%} of the training text: it is large")
+    return index
+
+
+def list_copies(index: CopyIndex, text: str) -> list[dict[str, Any]]:
+    """The copied parts of a text: start and stop in characters, the text, the byte of the training
+    text that it begins at (source), and the text before that (before)."""
+    return [
+        {
+            "start": start,
+            "stop": stop,
+            "text": text[start:stop],
+            "source": source,
+            "before": _before(index, source),
+        }
+        for start, stop, source in find_copies(index, text)
+    ]
+
+
+def _before(index: CopyIndex, source: int) -> str:
+    """What the training text has before a place, in the same document."""
+    content = index.text[max(0, source - BEFORE) : source].tobytes()
+    content = content.rpartition(DIVIDER)[2]
+    # the first character may have begun earlier
+    return content.lstrip(bytes(range(0x80, 0xC0))).decode("utf-8", "replace")
+
+
+def mark_copies(text: str, copies: list[dict[str, Any]]) -> str:
+    """A text with its copied parts marked; those that touch or overlap are one."""
+    marked, at = [], 0
+    for start, stop in merged((copy["start"], copy["stop"]) for copy in copies):
+        marked += [text[at:start], COPIED[0], text[start:stop], COPIED[1]]
+        at = stop
+    return "".join([*marked, text[at:]])
+
+
+def merged(parts: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Parts in order of their starts, with those that touch or overlap as one."""
+    joined: list[tuple[int, int]] = []
+    for start, stop in parts:
+        if joined and start <= joined[-1][1]:
+            joined[-1] = joined[-1][0], max(stop, joined[-1][1])
+        else:
+            joined.append((start, stop))
+    return joined
+
+
+def _about_copies(text: str, copies: list[dict[str, Any]]) -> str:
+    """The lines below a text: how much of it is copied, and each part with its place."""
+    n_copied = sum(b - a for a, b in merged((copy["start"], copy["stop"]) for copy in copies))
+    share = n_copied / max(1, len(text))
+    lines = [
+        f"copied from the training text: {n_copied:,} of {len(text):,} characters ({share:.0%})"
+    ]
+    for copy in copies:
+        n_characters = copy["stop"] - copy["start"]
+        begins = " ".join(copy["text"].split())[:BEFORE]
+        before = " ".join(copy["before"].split())
+        lines.append(
+            f"  {n_characters:,} characters from its byte {copy['source']:,} on: "
+            f'"{begins}..." behind "{before}"'
+        )
+    return "\n".join(lines) + "\n"
 
 
 def _headline(number: int, n_prompts: int, n_samples: int) -> str:

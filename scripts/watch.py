@@ -21,7 +21,7 @@ from engine.console import tell
 from engine.devices import find_device_fault
 from engine.errors import SettingsError
 from engine.settings import raise_if_any, shown
-from exchange.saved_run import find_output_dir
+from exchange.saved_run import runs_folder
 from scripts.options import new_parser, run_program
 from scripts.serve import INSTALL, add_address_options, check_address, known_as, listen
 
@@ -32,7 +32,7 @@ def main() -> int:
     for library in ("starlette", "uvicorn"):
         if find_spec(library) is None:
             raise SettingsError(f"{library} is not installed: {INSTALL}")
-    folder = find_output_dir() if arguments.runs is None else Path(arguments.runs).expanduser()
+    folder = runs_folder() if arguments.runs is None else Path(arguments.runs).expanduser()
     if not folder.is_dir():
         tell(f"Note: there is no folder {folder} yet; its runs appear when they begin")
     with listen(arguments.host, arguments.port) as listener:

@@ -22,7 +22,7 @@ ROOMS = [
     "training",
     "planning",
     "config_run exchange",  # config_run is read by planning.settings_file alone, when it is called
-    "environment",
+    "environment insight",
     "train",
     "main scripts benchmarks",
 ]

@@ -175,6 +175,28 @@ def _recall(found_path: Path, state: list[list[Any]]) -> str | None:
         return None
 
 
+def find_tokens(cache: Path, sha256: str) -> TokenizedText | None:
+    """The tokens in the cache that have this sha256, or None if there are none.
+
+    A damaged entry is reported and removed.
+    """
+    for file in sorted((cache / "tokens").glob("*/entry.json")):
+        try:
+            is_it = _sha256_of(json.loads(file.read_bytes())["entry"]) == sha256
+        except (OSError, ValueError, KeyError, TypeError):  # damaged: tokenize() says so
+            continue
+        if is_it and (text := _open_entry(file.parent, ReadingReport())) is not None:
+            note_use(file.parent)
+            return text
+    return None
+
+
+def _sha256_of(entry: dict[str, Any]) -> str:
+    """The sha256 of an entry's tokens and their split."""
+    content = json.dumps([entry["block_sha256"], entry["n_train"]])
+    return hashlib.sha256(content.encode()).hexdigest()
+
+
 def _open_entry(folder: Path, reading: ReadingReport) -> TokenizedText | None:
     """An entry, or None if there is none; a damaged one is reported and removed."""
     if not folder.is_dir():
@@ -198,7 +220,6 @@ def _open_entry(folder: Path, reading: ReadingReport) -> TokenizedText | None:
                 "End the programs that have a file in it open, or remove it yourself."
             )
         return None
-    content = json.dumps([entry["block_sha256"], entry["n_train"]])
     return TokenizedText(
         path=folder / "tokens.bin",
         dtype=entry["dtype"],
@@ -206,7 +227,7 @@ def _open_entry(folder: Path, reading: ReadingReport) -> TokenizedText | None:
         n_train=entry["n_train"],
         tokenizer=restore_tokenizer(entry["tokenizer_kind"], tokenizer_json),
         tokenizer_file=folder / "tokenizer.json",
-        sha256=hashlib.sha256(content.encode()).hexdigest(),
+        sha256=_sha256_of(entry),
         stood_in=reading.stood_in,
         report=entry["report"],
         notices=reading.notices,

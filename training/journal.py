@@ -4,6 +4,7 @@ import json
 import math
 import re
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -92,6 +93,8 @@ class Journal:
     trackers: Trackers = field(default_factory=lambda: Trackers([]))
     history: History = field(default_factory=History)
     spent: Spent = field(default_factory=Spent)
+    # draws the report after so many seconds; returns what else the picture shows: losses by name
+    draw_report: Callable[[float], dict[str, float]] | None = None
 
     def __post_init__(self) -> None:
         self._metrics = None if self.folder is None else MetricsFile(self.folder / "metrics.jsonl")
@@ -232,11 +235,21 @@ class Journal:
         self._marked_at, self._marked_tokens = time.perf_counter(), self._tokens
 
     def draw(self) -> bool:
-        """Draw the losses into the run's folder and the working directory; False if neither."""
+        """Draw the report and the picture of the losses; False if there is no picture.
+
+        The picture is written into the run's folder and the working directory.
+        """
         if self.folder is None:
             return False
-        history = self.history
         began_at = time.perf_counter()
+        baselines = {} if self.draw_report is None else self.draw_report(self.elapsed_s)
+        is_drawn = self._draw_losses(self.folder, baselines)
+        self._pictures.spend(took_s := time.perf_counter() - began_at)
+        self.spent.note("picture", took_s)
+        return is_drawn
+
+    def _draw_losses(self, folder: Path, baselines: dict[str, float]) -> bool:
+        history = self.history
         png = render_losses(
             steps=history.steps,
             train_losses=history.train_losses,
@@ -244,14 +257,13 @@ class Journal:
             best=history.best,
             batch_losses=history.batch_losses,
             vocab_size=self.vocab_size,
-            title=self.folder.name,
+            title=folder.name,
+            baselines=baselines,
         )
         if png is None:
             self._say_once("matplotlib is not installed: no picture (pip install matplotlib)")
             return False
-        written = [self._try_to_write(path, png) for path in (self.folder / PICTURE, Path(PICTURE))]
-        self._pictures.spend(took_s := time.perf_counter() - began_at)
-        self.spent.note("picture", took_s)
+        written = [self._try_to_write(path, png) for path in (folder / PICTURE, Path(PICTURE))]
         self._drawn_at = len(history.steps) if all(written) else -1
         return any(written)
 

@@ -1,0 +1,96 @@
+"""What is measured about a run beside its training: its text, and on request its model."""
+
+import math
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from engine.console import say
+from engine.errors import DataError, first_line
+from exchange.saved_run import load_run
+from insight.baselines import find_baselines
+from insight.copies import find_copies, open_index
+from insight.memorization import ByHeart, measure_by_heart
+from insight.run_files import GREEDY, Sample
+from insight.run_text import RunText, open_run_text, sample_tokens, to_bytes
+from storage.cache import usable_cache
+from text.facts import bz2_bits, measure_repeats
+
+MOST_TRAIN, MOST_VAL = 4_000_000, 500_000  # tokens in which copies are looked for
+# seconds: of looking for copies in a token, and of compressing a byte, on a slow processor
+COPIES_S, BZ2_S = 2e-7, 2e-7
+BZ2_BYTES = 3_600_000  # that a compressor reads at most
+LEAST_S = 0.5  # for more baselines than a compressor's
+MOST_MARKED = 200  # texts of samples in which copied spans are marked
+
+
+def measure_in_run(text: RunText, limit_s: float) -> dict[str, Any]:
+    """What there is time for, of copies in the text and of baselines; empty where for nothing."""
+    began_at = time.perf_counter()
+    n_train, n_val = min(len(text.train), MOST_TRAIN), min(len(text.val), MOST_VAL)
+    facts: dict[str, Any] = {}
+    if COPIES_S * (n_train + n_val) > limit_s:
+        return facts
+    train = to_bytes(np.asarray(text.train[:n_train]), text.tokenizer)
+    val = to_bytes(sample_tokens(text.val, n_val), text.tokenizer)
+    facts["repeated"], facts["leaked"] = measure_repeats(train, val)
+    left_s = limit_s - (time.perf_counter() - began_at)
+    if BZ2_S * min(BZ2_BYTES, 2 * len(train) + 2 * len(val)) <= left_s:
+        facts["baselines"] = {"bz2": bz2_bits(train, val)}
+        left_s = limit_s - (time.perf_counter() - began_at)
+        if left_s >= LEAST_S:
+            facts["baselines"] = _baselines(text, left_s) | facts["baselines"]
+    return facts
+
+
+def measure_all(run: Path, samples: list[Sample], *, limit_s: float = 30.0) -> dict[str, Any]:
+    """Everything: copies in the text, baselines, and what the run's model has by heart.
+
+    Raises what open_run_text() and load_run() raise.
+    """
+    text = open_run_text(run)
+    facts = measure_in_run(text, math.inf)
+    facts["baselines"] = _baselines(text, limit_s) | facts["baselines"]
+    index = open_index(text, usable_cache())
+    drawn = [sample for sample in samples if not sample.label.startswith(GREEDY)]
+    model = load_run(run)
+    try:
+        meter = measure_by_heart(
+            model.model,
+            text.tokenizer,
+            text.train,
+            text.val,
+            index,
+            samples=[written for sample in drawn[-2:] for written in sample.texts],
+        )
+    except DataError as error:
+        say(f"Note: {first_line(error)}")
+        return facts
+    facts["by_heart"] = _as_facts(meter)
+    written = [text for sample in samples for text in sample.texts]
+    facts["copied"] = {
+        text: [[start, stop] for start, stop, _ in found]
+        for text in dict.fromkeys(written[-MOST_MARKED:])
+        if (found := find_copies(index, text))
+    }
+    return facts
+
+
+def _baselines(text: RunText, limit_s: float) -> dict[str, float]:
+    if len(text.val) < 2:
+        return {}
+    found = find_baselines(text.train, text.val, text.tokenizer, limit_s=limit_s)
+    names = ("uniform", "unigram", "ngram", "xz")
+    return {name: round(getattr(found, name), 4) for name in names}
+
+
+def _as_facts(meter: ByHeart) -> dict[str, Any]:
+    rates = {"extraction_rate": meter.extraction_rate, "guess_rate": meter.guess_rate}
+    shares = {
+        f"{name}_share": getattr(meter, name).share
+        for name in ("samples", "train", "val", "chance")
+    }
+    return asdict(meter) | rates | shares

@@ -1,0 +1,142 @@
+"""The sentence that matters first, and what a run prints of its diagnosis."""
+
+import json
+import math
+from typing import Any
+
+from insight.diagnosis import NOTE, PROBLEM, Facts, Finding, Words, measure
+from insight.run_files import RunFiles
+
+SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "repetition_window")
+TOP_LEVEL = ("DATA", "MINUTES", "PRECISION", "NIGHT_MODE", "TOKENIZER")
+LEAST_GAIN = 0.005  # of more time, that is worth a word
+ROUND_S = tuple(n * unit for unit in (1, 60, 3600) for n in (1, 2, 5, 10, 20, 30))
+COPIED, EXTRACTED = 0.05, 0.01  # shares above which a model copies
+
+
+def headline(run: RunFiles, findings: list[Finding]) -> Words:
+    """How good the run is, in one sentence: its figure, copying, and what more time would give."""
+    curves, facts = run.curves, run.facts
+    if not curves.val_losses:
+        return Words("Nothing was evaluated yet.", "还没有评估结果。")
+    worst = findings[0] if findings else None
+    bits = curves.as_bits(_final_loss(run))
+    parts_en, parts_zh = [], []
+    if bits == bits:
+        parts_en.append(f"{bits:.2f} bits a byte")
+        parts_zh.append(f"每字节 {bits:.2f} 比特")
+        if known := facts.baselines.get("bz2"):
+            share = bits / known - 1
+            parts_en.append(f"{abs(share):.0%} {'below' if share < 0 else 'above'} bz2")
+            parts_zh.append(f"比 bz2 {'低' if share < 0 else '高'} {abs(share):.0%}")
+    else:
+        parts_en.append(f"validation loss {_final_loss(run):.3f}")
+        parts_zh.append(f"验证损失 {_final_loss(run):.3f}")
+    about = _about_copying(run.insight.get("by_heart"), findings)
+    parts_en.append(about.en)
+    parts_zh.append(about.zh)
+    more = Words("", "") if worst and worst.severity == PROBLEM else _about_more(run, facts)
+    opening = _opening(
+        worst, is_over=run.is_over, is_weak=bits >= facts.baselines.get("bz2", bits + 1)
+    )
+    return Words(
+        f"{opening.en}: {', '.join(part for part in parts_en if part)}{more.en}.",
+        f"{opening.zh}：{'，'.join(part for part in parts_zh if part)}{more.zh}。",
+    )
+
+
+def _opening(worst: Finding | None, *, is_over: bool, is_weak: bool) -> Words:
+    if worst is None or worst.severity == NOTE:
+        word = (
+            Words("Sound, but not yet better than a compressor", "正常，但还不如压缩程序")
+            if is_weak
+            else Words("Good", "良好")
+        )
+    elif worst.severity == PROBLEM:
+        word = Words(worst.title.en, worst.title.zh)
+    else:
+        word = Words(
+            f"Could be better ({_lowered(worst.title.en)})", f"还可以更好（{worst.title.zh}）"
+        )
+    return word if is_over else Words(f"So far: {_lowered(word.en)}", f"到目前为止：{word.zh}")
+
+
+def _lowered(text: str) -> str:
+    return text[:1].lower() + text[1:]
+
+
+def _about_copying(meter: Any, findings: list[Finding]) -> Words:
+    """Whether it copies: by the meter, where it has measured, else by the curves."""
+    if isinstance(meter, dict):
+        share = float(meter.get("extraction_rate") or 0.0)
+        if share < EXTRACTED:
+            return Words("no sign of copying", "没有照抄的迹象")
+        return Words(
+            f"{share:.0%} of tried passages are known by heart", f"试过的段落有 {share:.0%} 能背出"
+        )
+    kinds = {finding.kind for finding in findings}
+    if kinds & {"by-heart", "model-large", "duplicates", "leak"}:
+        return Words("", "")
+    return Words("no sign of learning by heart", "没有背诵的迹象")
+
+
+def _about_more(run: RunFiles, facts: Facts) -> Words:
+    """What more time would give: half as long again, in round numbers."""
+    measured = measure(run.curves, facts)
+    if measured is None or measured.gain <= 0 or facts.begins_from_weights or not run.is_over:
+        return Words("", "")
+    elapsed_s = (run.summary or {}).get("elapsed_s")
+    if not isinstance(elapsed_s, int | float) or elapsed_s <= 0:
+        return Words("", "")
+    seconds = min(ROUND_S, key=lambda s: abs(s - elapsed_s / 2))
+    gain = 1 - (1 - measured.gain) ** math.log2(1 + seconds / elapsed_s)
+    if gain < LEAST_GAIN or measured.rise > 0.02:
+        return Words("; more time would give little", "；再久一些也没有多少提高")
+    time = _in_words(seconds)
+    return Words(
+        f"; {time.en} more would give some {gain:.0%}", f"；再训练{time.zh}约能再好 {gain:.0%}"
+    )
+
+
+def _in_words(seconds: int) -> Words:
+    for unit, en, zh in ((3600, "hour", "小时"), (60, "minute", "分钟"), (1, "second", "秒")):
+        if seconds >= unit:
+            count = seconds // unit
+            return Words(f"{count} {en}{'s' * (count != 1)}", f" {count} {zh}")
+    raise AssertionError("ROUND_S begins with a second")
+
+
+def _final_loss(run: RunFiles) -> float:
+    """The loss over all validation text, of a finished run; else that of the last evaluation."""
+    final = (run.summary or {}).get("final_val_loss")
+    return float(final) if isinstance(final, int | float) else run.curves.val_losses[-1]
+
+
+def change_lines(changes: dict[str, Any], mode: str) -> list[str]:
+    """The lines of config_run.py that make some changes of a run of this mode."""
+    above, params, sampling = [], [], []
+    for name, value in changes.items():
+        if name in TOP_LEVEL:
+            above.append(f"{name} = {_shown(value)}")
+        elif name in SAMPLING:
+            sampling.append(f'"{name}": {_shown(value)},  # in sampling_params')
+        else:
+            params.append(f'"{name}": {_shown(value)},  # in custom_params')
+    if params and mode != "custom":
+        above.insert(0, "CUSTOM_MODE = True")
+    return [*above, *params, *sampling]
+
+
+def _shown(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False) if isinstance(value, str) else repr(value)
+
+
+def printed_lines(run: RunFiles, findings: list[Finding], report: str) -> list[str]:
+    """What a finished run prints: at most three lines."""
+    lines = [f"Diagnosis: {headline(run, findings).en}"]
+    told = [finding for finding in findings if finding.severity != NOTE]
+    if told:
+        change = "; ".join(change_lines(told[0].changes, run.record.mode))
+        lines.append(f"  {told[0].evidence.en} To change: {change}")
+    more = f", with {len(told) - 1} more" if len(told) > 1 else ""
+    return [*lines, f"  Report{more}: {report}"]
