@@ -17,6 +17,8 @@ import pytest
 import requests
 
 import environment
+from insight.report import Report
+from insight.verdict import headline
 from planning.card import card_lines
 from scripts import watch
 from scripts.serving import app as serving
@@ -374,17 +376,23 @@ def test_a_run_writes_with_its_newest_weights_and_says_so_where_it_has_none(runs
         assert server.ask("POST", "/write?run=tiny", json=body).status_code == 200
 
 
-def test_samples_are_what_the_journal_wrote_down(runs):
+def test_samples_and_the_diagnosis_are_those_of_the_report(runs):
     texts = ["## no heading\n\nStep 5\n    indented", "one\n\n\ntwo"]
-    sections = [_as_section(Moment("After epoch 1", 7, texts), {7: 2.5})]
-    sections += [_as_section(Moment("Greedy", 9, ["only one"]), {})]
-    content = "\n\n".join(["# What the model writes", *sections]) + "\n"
-    (runs / "tiny" / "samples.md").write_text(content, encoding="utf-8")
-    first, second = Runs(runs).find("tiny").samples()
-    assert first["label"] == "After epoch 1"
-    assert first["about"] == "Step 7, validation loss 2.500"
-    assert first["text"] == f"Prompt 1:\n{texts[0]}\nPrompt 2:\n{texts[1]}"
-    assert second == {"label": "Greedy", "about": "Step 9", "text": "only one"}
+    section = _as_section(Moment("After epoch 1", 7, texts), {7: 2.5})
+    (runs / "tiny" / "samples.md").write_text(f"# What\n\n{section}\n", encoding="utf-8")
+    rows = [row(0, val_loss=4.0, eval_train_loss=4.0)]  # the validation loss rises to the end
+    for n in range(1, 11):
+        values = {"val_loss": 3 + abs(n - 3) / 4, "eval_train_loss": 4 - n / 3}
+        rows += [row(18 * n, train_loss=4 - n / 3, train_tokens=1000 * n), row(18 * n, **values)]
+    (runs / "tiny" / "metrics.jsonl").write_bytes(lines_of(rows))
+    detail = Runs(runs).find("tiny").detail()
+    assert detail["samples"] == [{"label": "After epoch 1", "step": 7, "texts": texts}]
+    run, findings = Report(runs / "tiny").read()
+    assert findings
+    assert detail["diagnosis"]["headline"] == headline(run, findings)._asdict()
+    assert [found["title"]["en"] for found in detail["diagnosis"]["findings"]] == [
+        finding.title.en for finding in findings
+    ]
 
 
 def test_the_card_of_a_run_with_minutes_is_the_one_that_was_printed(tmp_path):
@@ -567,6 +575,7 @@ def test_hostile_names_samples_and_settings_stay_text(runs, open_page):
         assert page.locator("#name").text_content() == name
         assert page.locator("#sample").text_content() == HOSTILE
         assert HOSTILE in page.locator("#moment-name").text_content()
+        assert page.locator("#headline").text_content()
         assert name in page.locator("#facts").text_content()
         assert page.locator("main img, main script, main a").count() == 0
 

@@ -2,15 +2,17 @@
 
 import contextlib
 import math
-import re
 import threading
 import time
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from engine.errors import CheckpointError
 from engine.metrics import as_duration
+from insight.report import Report
+from insight.run_files import read_samples
+from insight.verdict import headline
 from planning.card import card_lines
 from planning.decisions import RunRecord, read_record, read_run_file
 from scripts.watching.curves import Metrics, Sent
@@ -18,10 +20,10 @@ from storage.checkpoint import newest_step
 from storage.files import DATA, SETTINGS, STOP, SUMMARY, FolderLock, write_atomically
 
 MOST_RUNS = 500  # on the page, the newest
-MOST_SAMPLES_BYTES = 1 << 20
 MOST_FACTS_BYTES = 1 << 24
 NAMED_TEXTS = 3  # of those that a run learns from
 FRESH_S = 0.5  # how long the lines of all runs serve whoever asks
+DIAGNOSIS_S = 10.0  # between two diagnoses of a run
 LEAST_RATE_S = 5.0  # of watching, before a run's own pace is known
 
 
@@ -43,6 +45,9 @@ class Run:
         self._lock = threading.Lock()
         self._kept: dict[str, tuple[tuple[int, int], Any]] = {}  # by file: its stamp, what it held
         self._seen: list[tuple[float, int]] = []  # when the newest step was seen first, and it
+        self._report, self._diagnosis_lock = Report(path), threading.Lock()
+        self._diagnosis: dict[str, Any] = {}
+        self._diagnosed_at = -math.inf
 
     @property
     def trains(self) -> bool:
@@ -141,6 +146,7 @@ class Run:
             "forecast": self.metrics.forecast,
             "weights": None if weights is None else weights[1],
             "samples": self.samples(),
+            "diagnosis": self.diagnosis(),
             "card": described.card,
             "facts": described.facts,
             "text": names[:NAMED_TEXTS],
@@ -149,14 +155,41 @@ class Run:
         }
 
     def samples(self) -> list[dict[str, Any]]:
-        """What the model wrote at some moments, oldest first: label, words on the step, text."""
+        """What the model wrote at some moments, oldest first: label, step, a text a prompt."""
 
         def read(path: Path) -> list[dict[str, Any]]:
-            with open(path, "rb") as file:
-                text = file.read(MOST_SAMPLES_BYTES).decode("utf-8", "replace")
-            return [_sample(section) for section in re.split(r"(?m)^## ", text)[1:]]
+            return [asdict(sample) for sample in read_samples(path)]
 
         return self._read("samples.md", read) or []
+
+    def diagnosis(self) -> dict[str, Any]:
+        """The sentence that matters first, and the findings so far, each in both languages.
+
+        Found anew at most every DIAGNOSIS_S; empty where the run's files tell nothing yet.
+        """
+        with self._diagnosis_lock:
+            if time.monotonic() - self._diagnosed_at < DIAGNOSIS_S:
+                return self._diagnosis
+            self._diagnosed_at = time.monotonic()
+            try:
+                run, findings = self._report.read()
+                first = headline(run, findings)
+            except Exception:  # of files that anyone may have changed; the page has its other parts
+                self._diagnosis = {}
+                return {}
+            self._diagnosis = {
+                "headline": first._asdict(),
+                "findings": [
+                    {
+                        "severity": finding.severity,
+                        "title": finding.title._asdict(),
+                        "evidence": finding.evidence._asdict(),
+                        "advice": finding.advice._asdict(),
+                    }
+                    for finding in findings
+                ],
+            }
+            return self._diagnosis
 
     def news(self, sent: Sent) -> tuple[dict[str, Any], Sent]:
         """Metrics.news() of the run, read up to now."""
@@ -222,18 +255,6 @@ class Runs:
     def find(self, name: str) -> Run | None:
         """The run of a name; None if there is none. No other path can be reached by it."""
         return next((run for run in self.all() if run.path.name == name), None)
-
-
-def _sample(section: str) -> dict[str, Any]:
-    """A section of samples.md: a label, a line on the step, and texts, which are indented."""
-    label, *lines = section.split("\n")
-    about = next((line for line in lines if line.startswith("Step ")), "")
-    shown = [
-        line.removeprefix("    ")
-        for line in lines
-        if line.startswith(("    ", "Prompt "))  # which names a text where there are several
-    ]
-    return {"label": label.strip(), "about": about, "text": "\n".join(shown)}
 
 
 def _card(record: RunRecord) -> list[str]:

@@ -11,6 +11,7 @@ const STRINGS = {
     sure: (name) =>
       `Stop ${name} after its current step? It saves a checkpoint, and the same command goes on ` +
       "from there.",
+    diagnosis: "What it means",
     write: "Write with it",
     beginning: "The beginning of a text",
     begin: "Begin a text …",
@@ -74,6 +75,7 @@ const STRINGS = {
     stop: "停止",
     keep: "继续训练",
     sure: (name) => `在当前这一步之后停止 ${name} 吗？它会保存检查点，用同一条命令可从那里继续。`,
+    diagnosis: "这意味着什么",
     write: "用它写",
     beginning: "文本的开头",
     begin: "写个开头……",
@@ -326,6 +328,7 @@ function showDetail(changed) {
   element("go").disabled = weights === null;
   if ("forecast" in changed) drawAll();
   if ("samples" in changed) showSamples();
+  if ("diagnosis" in changed) showDiagnosis();
   if ("card" in changed) {
     element("card").hidden = detail.card.length === 0;
     element("card").querySelector("pre").textContent = detail.card.join("\n");
@@ -346,10 +349,37 @@ function showSamples() {
 
 function showSample() {
   const sample = detail.samples?.[Number(element("moment").value)];
-  const name = sample ? [sample.label, sample.about].filter(Boolean).join(" · ") : "";
+  const at = sample && (language === "zh" ? `第 ${sample.step} 步` : `step ${sample.step}`);
+  const name = sample ? `${sample.label} · ${at}` : "";
   element("moment-name").textContent = name;
   element("moment").ariaValueText = name;
-  element("sample").textContent = sample?.text ?? "";
+  const texts = (sample?.texts ?? []).map((text) => {
+    const place = document.createElement("p");
+    place.className = "text";
+    place.dir = "auto";
+    place.textContent = text;
+    return place;
+  });
+  element("sample").replaceChildren(...texts);
+}
+
+function showDiagnosis() {
+  const { headline, findings } = detail.diagnosis;
+  element("diagnosis").hidden = headline === undefined;
+  element("headline").textContent = headline?.[language] ?? "";
+  const items = (findings ?? []).map(({ severity, title, evidence, advice }) => {
+    const item = document.createElement("li");
+    const name = document.createElement("strong");
+    const why = document.createElement("p");
+    const what = document.createElement("p");
+    item.className = severity;
+    name.textContent = title[language];
+    why.textContent = evidence[language];
+    what.textContent = advice[language];
+    item.append(name, why, what);
+    return item;
+  });
+  element("findings").replaceChildren(...items);
 }
 
 function showFacts() {
