@@ -348,10 +348,7 @@ def history_of(run: Labelled, folder: Path) -> dict[str, Any]:
     facts, curves = files.facts, files.curves
     if facts.leaked is None:
         facts = dataclasses.replace(facts, **_copies(run))
-    known = asdict(curves) | {
-        "losses": _short(curves.losses),
-        "grad_norms": _short(curves.grad_norms),
-    }
+    known = asdict(curves) | {"losses": _short(curves.losses), "grad_norms": _short(curves.grad_norms)}
     for name in ("train_losses", "val_losses", "speeds"):
         known[name] = _short(known[name], 5)
     for name in ("steps", "rates", "tokens", "forecast"):  # no rule reads them
