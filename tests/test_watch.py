@@ -290,6 +290,7 @@ def test_events_have_all_runs_and_of_the_chosen_one_what_it_does_while_it_does_i
                 [loss for loss in losses if loss is not None], rel=1e-5
             )
             assert run["weights"] is None
+            assert run["bits_per_byte"] > 0
             assert ["model", "small (gpt2)"] in run["facts"]
             with open(runs / "young" / "metrics.jsonl", "ab") as file:
                 file.write(lines_of([row(181, train_loss=1.25)]))
@@ -386,6 +387,8 @@ def test_samples_and_the_diagnosis_are_those_of_the_report(runs):
         rows += [row(18 * n, train_loss=4 - n / 3, train_tokens=1000 * n), row(18 * n, **values)]
     (runs / "tiny" / "metrics.jsonl").write_bytes(lines_of(rows))
     detail = Runs(runs).find("tiny").detail()
+    summary = json.loads((runs / "tiny" / "summary.json").read_text(encoding="utf-8"))
+    assert detail["bits_per_byte"] == summary["final_val_bits_per_byte"]
     assert detail["samples"] == [{"label": "After epoch 1", "step": 7, "texts": texts}]
     run, findings = Report(runs / "tiny").read()
     assert findings

@@ -141,7 +141,10 @@ class Run:
         ]
         self.metrics.read()
         weights = self.newest_weights()
+        summary = self._facts(SUMMARY) if self.is_finished else {}
+        bits = self.metrics.curves["val/bits_per_byte"].last
         return self.line() | {
+            "bits_per_byte": summary.get("final_val_bits_per_byte", bits),
             "tokens": self.metrics.tokens,
             "forecast": self.metrics.forecast,
             "weights": None if weights is None else weights[1],

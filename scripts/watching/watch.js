@@ -263,7 +263,7 @@ function describe({ state, step, total, loss, seconds_left: left }) {
   parts.push(
     language === "zh" ? `${number.format(step)}${end} 步` : `step ${number.format(step)}${end}`,
   );
-  if (loss !== null) parts.push(`${strings.valLoss} ${loss.toFixed(3)}`);
+  if (typeof loss === "number") parts.push(`${strings.valLoss} ${loss.toFixed(3)}`);
   if (left !== null) parts.push(strings.left(duration(left)));
   return parts.join(" · ");
 }
@@ -314,9 +314,9 @@ function newEntry(name) {
 function showDetail(changed) {
   element("run").hidden = false;
   element("name").textContent = detail.name;
-  const bits = curves["val/bits_per_byte"]?.at(-1)?.[1];
+  const bits = detail.bits_per_byte;
   const about = [describe(detail)];
-  if (bits !== undefined) about.push(strings.bits(bits.toFixed(3)));
+  if (typeof bits === "number") about.push(strings.bits(bits.toFixed(3)));
   if (detail.started) about.push(strings.begun(detail.started));
   element("about").textContent = about.join(" · ");
   document.title = `${detail.name}: ${strings[detail.state]}`;
