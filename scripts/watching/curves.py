@@ -15,7 +15,6 @@ HIGHEST_STEP = 10**12
 # the names in metrics.jsonl that have a curve
 NAMES = (
     "train/loss",
-    "eval/train_loss",
     "val/loss",
     "val/bits_per_byte",
     "train/lr",

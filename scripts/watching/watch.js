@@ -31,13 +31,11 @@ const STRINGS = {
     stopping: "stops after this step",
     finished: "finished",
     stopped: "stopped",
-    step: "step",
     of: "of",
     left: (time) => `about ${time} left`,
     begun: (at) => `begun ${at}`,
     loss: "Loss",
     trainLoss: "training",
-    evalLoss: "training text, evaluated",
     valLoss: "validation",
     rate: "Learning rate",
     norm: "Gradient norm",
@@ -95,13 +93,11 @@ const STRINGS = {
     stopping: "这一步之后停止",
     finished: "已完成",
     stopped: "已停止",
-    step: "步",
     of: "/",
     left: (time) => `约剩 ${time}`,
     begun: (at) => `开始于 ${at}`,
     loss: "损失",
     trainLoss: "训练",
-    evalLoss: "训练文本（评估）",
     valLoss: "验证",
     rate: "学习率",
     norm: "梯度范数",
@@ -205,7 +201,10 @@ async function follow() {
       if (!response.ok) throw new Error(await problemOf(response));
       if (element("ask").open) element("ask").close();
       element("summary").textContent = "";
-      for await (const event of readEvents(response.body)) take(event);
+      for await (const event of readEvents(response.body)) {
+        if (controller.signal.aborted) return; // it is of the run before
+        take(event);
+      }
     } catch (error) {
       if (controller.signal.aborted) return;
       const isAway = error instanceof TypeError;
