@@ -193,7 +193,7 @@ def _number(keys: np.ndarray, limit: int) -> tuple[np.ndarray, np.ndarray, np.nd
         packed = keys.astype(np.uint64) << np.uint64(n_bits)
         packed |= np.arange(len(keys), dtype=np.uint64)
         packed.sort()
-        order = (packed & np.uint64((1 << n_bits) - 1)).astype(np.int32)
+        order = (packed & np.uint64((1 << n_bits) - 1)).astype(np.int64)
         ordered = (packed >> np.uint64(n_bits)).astype(np.int64)
         del packed
     else:

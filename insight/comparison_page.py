@@ -130,6 +130,7 @@ def draw(comparison: Comparison) -> bytes | None:
     by_tokens.set_xlabel("tokens trained on")
     by_tokens.set_ylabel("bits a byte of validation text")
     by_time.set_xlabel("minutes of training")
+    by_tokens.xaxis.set_major_formatter("{x:,.0f}")
     for axes, title in ((by_tokens, "At equal tokens"), (by_time, "At equal time")):
         axes.set_title(title)
         axes.grid(alpha=0.25)

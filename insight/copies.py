@@ -2,6 +2,7 @@
 
 import contextlib
 import hashlib
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import numpy as np
 
 from engine.console import say
 from engine.errors import BusyError, CheckpointError, first_line
-from insight.run_text import RunText, sample_tokens, to_bytes
+from insight.run_text import DIVIDER, RunText, sample_tokens, to_bytes
 from storage.cache import keep_within_limit, note_use
 from storage.files import (
     FolderLock,
@@ -28,6 +29,7 @@ LEAST = WINDOW + STRIDE - 1  # bytes of a copy that is found wherever it begins
 MOST_PLACES = 1000  # of one window: the first ones stand for all
 MOST_BYTES = 256 << 20  # of the training text; of a larger one a sample is looked up in
 KEPT_FROM = 1 << 20  # tokens of a text whose index is worth a place in the cache
+BEFORE = 40  # bytes of the training text that are shown before a copy
 TEXT_FILE, KEYS_FILE = "text.bin", "keys.bin"
 BLOCK = 1 << 20  # windows that are hashed at once
 AT_ONCE = 1 << 11  # bytes of a text whose windows are looked up at once
@@ -226,17 +228,40 @@ def _read(folder: Path) -> CopyIndex | None:
     return None
 
 
-def find_copies(index: CopyIndex, text: str) -> list[tuple[int, int, int]]:
-    """The copied parts of a text in characters, (start, stop), and where each begins in the index.
+@dataclass(frozen=True)
+class Copy:
+    """A part of a text that stands word for word in the training text."""
 
-    A part of a character does not count; parts that touch or overlap stay apart.
-    """
+    start: int  # in characters, as the stop
+    stop: int
+    text: str
+    source: int  # the byte of the training text that it begins at
+    before: str  # what the training text has there before it, in the same document
+
+
+def find_copies(index: CopyIndex, text: str) -> list[Copy]:
+    """The copied parts of a text, in order; they may overlap. A part of a character is left out."""
     content = text.encode("utf-8", "replace")
     # the character that each byte belongs to: bytes that go on with one are 10xxxxxx
     begins = (np.frombuffer(content, dtype=np.uint8) & 0xC0) != 0x80
     starts = np.append(np.flatnonzero(begins), len(content))
-    found = []
+    copies = []
     for span in index.spans(content):
         start, after = np.searchsorted(starts, (span.start, span.stop + 1)).tolist()
-        found.append((start, after - 1, span.source + int(starts[start]) - span.start))
-    return found
+        source = span.source + int(starts[start]) - span.start
+        before = index.text[max(0, source - BEFORE) : source].tobytes().rpartition(DIVIDER)[2]
+        # its first character may have begun earlier
+        words = before.lstrip(bytes(range(0x80, 0xC0))).decode("utf-8", "replace")
+        copies.append(Copy(start, after - 1, text[start : after - 1], source, words))
+    return copies
+
+
+def covered(copies: Iterable[Copy]) -> list[tuple[int, int]]:
+    """The parts of a text that some copies, in order, cover: (start, stop) in characters, apart."""
+    joined: list[tuple[int, int]] = []
+    for copy in copies:
+        if joined and copy.start <= joined[-1][1]:
+            joined[-1] = joined[-1][0], max(copy.stop, joined[-1][1])
+        else:
+            joined.append((copy.start, copy.stop))
+    return joined

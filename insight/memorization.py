@@ -110,7 +110,8 @@ def measure_by_heart(
         _stretches(tokens, known + n_new, n_prompts, tokenizer.end_of_text_id, generator)
         for tokens in (train, val)
     ]
-    real, written = ([[], []] for _ in range(2))
+    real: list[list[np.ndarray]] = [[], []]
+    written: list[list[np.ndarray]] = [[], []]
     for first in range(0, n_prompts, BATCH):
         for side, of_text in enumerate(stretches):
             part = of_text[first : first + BATCH]

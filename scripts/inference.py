@@ -7,7 +7,8 @@ characters, which a terminal would obey. --json keeps them, escaped.
 import argparse
 import math
 import sys
-from collections.abc import Iterable
+from collections.abc import Sequence
+from dataclasses import asdict
 from typing import Any
 
 from engine.starting import end_at_ctrl_c
@@ -22,8 +23,8 @@ from engine.errors import DataError, SettingsError
 from engine.settings import raise_if_any, shown
 from exchange.saved_run import LoadedModel
 from generation import stream_text
-from insight.copies import LEAST, CopyIndex, find_copies, open_index
-from insight.run_text import DIVIDER, open_run_text
+from insight.copies import LEAST, Copy, CopyIndex, covered, find_copies, open_index
+from insight.run_text import open_run_text
 from scripts.options import (
     add_run_options,
     add_sampling_options,
@@ -43,7 +44,7 @@ from storage.cache import usable_cache
 MOST_ROWS = 8  # samples in one batch, unless one prompt has more
 MOST_SAMPLES = 100
 COPIED = "⟦", "⟧"  # around a copied part of a text
-BEFORE = 30  # bytes of the training text that are shown before a copied part
+BEGINNING = 40  # characters of one that are shown with its place
 MOST_BYTES = 16 << 20  # of a prompt file; a model reads the newest few thousand
 
 
@@ -74,9 +75,9 @@ def main() -> int:
     for first in range(0, len(prompts), batch):
         samples = continue_texts(run, prompts[first : first + batch], options)
         for row, sample in enumerate(samples):
-            copies = [] if index is None else list_copies(index, sample["text"])
+            copies = [] if index is None else find_copies(index, sample["text"])
             if arguments.json:
-                found = {} if index is None else {"copies": copies}
+                found = {} if index is None else {"copies": list(map(asdict, copies))}
                 write(to_json_line(sample | found | facts))
             else:
                 number = first * arguments.num_samples + row
@@ -160,63 +161,25 @@ def _open_index(run: LoadedModel) -> CopyIndex:
     return index
 
 
-def list_copies(index: CopyIndex, text: str) -> list[dict[str, Any]]:
-    """The copied parts of a text: start and stop in characters, the text, the byte of the training
-    text that it begins at (source), and the text before that (before)."""
-    return [
-        {
-            "start": start,
-            "stop": stop,
-            "text": text[start:stop],
-            "source": source,
-            "before": _before(index, source),
-        }
-        for start, stop, source in find_copies(index, text)
-    ]
-
-
-def _before(index: CopyIndex, source: int) -> str:
-    """What the training text has before a place, in the same document."""
-    content = index.text[max(0, source - BEFORE) : source].tobytes()
-    content = content.rpartition(DIVIDER)[2]
-    # the first character may have begun earlier
-    return content.lstrip(bytes(range(0x80, 0xC0))).decode("utf-8", "replace")
-
-
-def mark_copies(text: str, copies: list[dict[str, Any]]) -> str:
+def mark_copies(text: str, copies: Sequence[Copy]) -> str:
     """A text with its copied parts marked; those that touch or overlap are one."""
     marked, at = [], 0
-    for start, stop in merged((copy["start"], copy["stop"]) for copy in copies):
+    for start, stop in covered(copies):
         marked += [text[at:start], COPIED[0], text[start:stop], COPIED[1]]
         at = stop
     return "".join([*marked, text[at:]])
 
 
-def merged(parts: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
-    """Parts in order of their starts, with those that touch or overlap as one."""
-    joined: list[tuple[int, int]] = []
-    for start, stop in parts:
-        if joined and start <= joined[-1][1]:
-            joined[-1] = joined[-1][0], max(stop, joined[-1][1])
-        else:
-            joined.append((start, stop))
-    return joined
-
-
-def _about_copies(text: str, copies: list[dict[str, Any]]) -> str:
-    """The lines below a text: how much of it is copied, and each part with its place."""
-    n_copied = sum(b - a for a, b in merged((copy["start"], copy["stop"]) for copy in copies))
-    share = n_copied / max(1, len(text))
-    lines = [
-        f"copied from the training text: {n_copied:,} of {len(text):,} characters ({share:.0%})"
-    ]
+def _about_copies(text: str, copies: Sequence[Copy]) -> str:
+    """The lines below a text: how much of it is copied, and where each part stands."""
+    n_copied = sum(stop - start for start, stop in covered(copies))
+    lines = [f"copied: {n_copied:,} of {len(text):,} characters"]
     for copy in copies:
-        n_characters = copy["stop"] - copy["start"]
-        begins = " ".join(copy["text"].split())[:BEFORE]
-        before = " ".join(copy["before"].split())
+        begins, before = (" ".join(part.split()) for part in (copy.text[:BEGINNING], copy.before))
+        place = f'behind "{before}"' if before else "where a document begins"
         lines.append(
-            f"  {n_characters:,} characters from its byte {copy['source']:,} on: "
-            f'"{begins}..." behind "{before}"'
+            f'  "{begins}...", {len(copy.text):,} characters: in the training text at byte '
+            f"{copy.source:,}, {place}"
         )
     return "\n".join(lines) + "\n"
 

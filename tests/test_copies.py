@@ -4,7 +4,17 @@ import numpy as np
 import pytest
 
 from insight import copies
-from insight.copies import LEAST, STRIDE, WINDOW, CopyIndex, Span, find_copies, open_index
+from insight.copies import (
+    LEAST,
+    STRIDE,
+    WINDOW,
+    Copy,
+    CopyIndex,
+    Span,
+    covered,
+    find_copies,
+    open_index,
+)
 from insight.run_text import RunText
 from storage.files import FolderLock
 from tests.texts import CHINESE, ENGLISH
@@ -100,11 +110,20 @@ def test_copies_of_characters_leave_out_parts_of_one():
     index = CopyIndex.of(text.encode())
     # 昨 and 春 begin with other bytes than what is there, and 誩 with the same two
     written = "昨" + CHINESE[10:40] + chr(ord(CHINESE[40]) ^ 1) + "昨"
-    ((start, stop, source),) = find_copies(index, written)
-    assert written[start:stop] == CHINESE[10:40]
-    assert text.encode()[source:].startswith(CHINESE[10:40].encode())
+    (copy,) = find_copies(index, written)
+    assert copy.text == written[copy.start : copy.stop] == CHINESE[10:40]
+    assert text.encode()[copy.source :].startswith(copy.text.encode())
+    assert copy.before == text[: 3 + 10][-13:]  # 39 bytes of at most 40
     assert index.spans(written.encode())[0].length == 3 * 30 + 2  # bytes
     assert find_copies(index, "") == find_copies(index, "昨") == []
+    divided = CopyIndex.of(b"one\0" + CHINESE[:60].encode())
+    assert find_copies(divided, CHINESE[:20])[0].before == ""
+
+
+def test_copies_that_touch_or_overlap_cover_one_part():
+    copies = [Copy(a, b, "", 0, "") for a, b in ((0, 5), (2, 9), (9, 12), (15, 20), (16, 18))]
+    assert covered(copies) == [(0, 12), (15, 20)]
+    assert covered([]) == []
 
 
 @pytest.fixture

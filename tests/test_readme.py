@@ -31,6 +31,7 @@ TRIED = [
     "README.md",
     "docs/settings.md",
     "docs/use.md",
+    "docs/insight.md",
     "docs/export.md",
     "docs/python.md",
     "docs/benchmarks.md",
