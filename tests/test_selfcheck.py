@@ -62,6 +62,7 @@ def test_a_wrong_scale_of_attention_is_found_by_the_logits_check(monkeypatch):
         assert "is off by" in fault_found("logits", precision)
 
 
+@pytest.mark.slow
 def test_a_dropped_division_of_accumulated_gradients_is_found(monkeypatch):
     real = learner.batch_loss
     monkeypatch.setattr(
@@ -102,6 +103,7 @@ def test_a_swapped_weight_is_found_by_the_saving_check(monkeypatch):
     assert "blocks.0.mlp_norm.weight of gpt2 is another one after it was saved" in said
 
 
+@pytest.mark.slow
 def test_an_overflow_in_fp16_is_found_by_the_logits_check(monkeypatch):
     def attend(q, k, v, dropout, *, is_plain):  # the products come before they are made smaller
         return sees(0, scale=1e-4)(q * 1e2, k * 1e4, v, dropout, is_plain=is_plain)
@@ -111,6 +113,7 @@ def test_an_overflow_in_fp16_is_found_by_the_logits_check(monkeypatch):
     assert re.search("of gpt2 .* are not finite", fault_found("logits", "fp16"))
 
 
+@pytest.mark.slow
 def test_nan_in_bf16_is_found_by_the_logits_check(monkeypatch):
     CHECKS["logits"](bench("bf16"))
     real = rooms_model.attend
@@ -137,6 +140,7 @@ def test_weights_that_begin_too_large_are_found_by_the_initial_loss(monkeypatch)
     assert "gpt2 begins with a loss of" in fault_found("initial loss")
 
 
+@pytest.mark.slow
 def test_steps_that_wait_are_found_by_the_speed_check(monkeypatch):
     monkeypatch.setattr(checks, "_fastest_s", lambda device, jobs: [20.0, 0.1])
     assert "of plain products'" in fault_found("speed")

@@ -555,9 +555,10 @@ def test_the_page_shows_a_run_as_it_trains_writes_with_it_and_stops_it_by_keyboa
         page.get_by_role("button", name="Stop", exact=True).last.press("Enter")
         wait_until((runs / "young" / STOP).exists)
         page.get_by_text("stops after this step").first.wait_for()
-        page.locator("#runs button").nth(1).press("Enter")
-        page.get_by_text("finished · step 180 of 180").first.wait_for()
+        page.locator("#runs button", has_text="tiny").press("Enter")
+        wait_until(lambda: page.title() == "tiny: finished")
         assert page.locator("#name").inner_text() == "tiny"
+        assert page.locator("#stop").is_hidden()
         slider = page.locator("#moment")
         last = page.locator("#moment-name").inner_text()
         slider.press("Home")
