@@ -1,6 +1,6 @@
 """Make runs with a known fault, and count how often the diagnosis names it.
 
-    python -m benchmarks.diagnosis [--make N] [--apply] [--results FILE]
+    python -m benchmarks.diagnosis [--make N] [--only KINDS] [--apply]
 
 Trains small models in ways that go wrong, five runs for each of 15 faults, and 30 healthy runs: a
 few seconds of one core each, half an hour in all. A later call goes on from the runs that are
@@ -11,16 +11,16 @@ whether the finding is gone. The histories are kept in the results, where the te
 
 import argparse
 import contextlib
-import dataclasses
 import io
 import itertools
+import json
 import math
 import os
 import random
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -33,7 +33,7 @@ from benchmarks.report import RESULTS
 from engine.console import say, use_utf8
 from engine.processor import using_threads
 from insight.curves import Curves
-from insight.diagnosis import NOTE, Facts, diagnose
+from insight.diagnosis import NOTE, Facts, Finding, diagnose
 from insight.run_files import read_run
 from storage.cache import usable_cache
 from storage.files import discard, make_folder, to_json, write_atomically, write_json
@@ -47,6 +47,7 @@ PER_KIND, HEALTHY, TUNED_ON = 5, 30, 3  # of each five, so many are tuned on
 KEPT = ("settings.json", "data.json", "metrics.jsonl", "samples.md", "insight.json")
 COMMON = {"max_steps": 200, "batch_size": 8, "max_length": 32, "train_ratio": 0.9}
 SHAPE = {"n_layers": 1, "emb_dim": 32, "n_heads": 2}
+DIGITS = 4  # of a number in the results
 FALL = 4  # of the speed of a starved run, half-way
 
 
@@ -339,6 +340,44 @@ def make(run: Labelled, folder: Path) -> None:
     discard(work)
 
 
+# ------------------------------------------------------------------------- changes, applied
+
+
+def changed(run: Labelled, finding: Finding) -> Labelled:
+    """The same run with the settings that a finding says to change."""
+    changes = dict(finding.changes)
+    if "DATA" in changes:
+        del changes["DATA"]
+        run = replace(run, validation=None, copies=1, n_bytes=run.n_bytes * run.copies)
+    shape = run.shape | changes.pop("model_overrides", {})
+    sampling = {n: changes.pop(n) for n in ("temperature", "repetition_penalty") if n in changes}
+    sampling = run.sampling | sampling
+    return replace(run, params=run.params | changes, shape=shape, sampling=sampling)
+
+
+def apply(place: Path) -> dict[str, Any]:
+    """For a run of each fault: whether the finding is gone once its line is changed.
+
+    Runs whose fault was planted in the machine are left out: no setting mends it.
+    """
+    applied = {}
+    for run in labelled_runs():
+        folder, again = place / run.name, place / f"changed-{run.name}"
+        is_asked = run.kind != "healthy" and run.plant is None and run.number == 0
+        if not is_asked or not (folder / "label.json").is_file():
+            continue
+        findings = diagnose(*read_history(history_of(run, folder)))
+        other = changed(run, findings[0])
+        if not (again / "label.json").is_file():
+            make(other, again)
+        left = diagnose(*read_history(history_of(other, again)))
+        loud = [finding.kind for finding in left if finding.severity != NOTE]
+        is_gone = findings[0].kind not in loud
+        applied[run.name] = {"changes": findings[0].changes, "is_gone": is_gone, "left": loud}
+        say(f"{run.name}: {findings[0].changes}: {'gone' if is_gone else 'still there'}")
+    return applied
+
+
 # ------------------------------------------------------------------------------ the results
 
 
@@ -347,10 +386,10 @@ def history_of(run: Labelled, folder: Path) -> dict[str, Any]:
     files = read_run(folder)
     facts, curves = files.facts, files.curves
     if facts.leaked is None:
-        facts = dataclasses.replace(facts, **_copies(run))
-    known = asdict(curves) | {"losses": _short(curves.losses), "grad_norms": _short(curves.grad_norms)}
-    for name in ("train_losses", "val_losses", "speeds"):
-        known[name] = _short(known[name], 5)
+        facts = replace(facts, **_copies(run))
+    known = asdict(curves)
+    for name in ("losses", "grad_norms", "train_losses", "val_losses", "speeds"):
+        known[name] = _short(known[name])
     for name in ("steps", "rates", "tokens", "forecast"):  # no rule reads them
         del known[name]
     label = {"name": run.name, "kind": run.kind, "kept_out": run.is_kept_out}
@@ -378,8 +417,8 @@ def _copies(run: Labelled) -> dict[str, float]:
     return {"repeated": repeated, "leaked": leaked}
 
 
-def _short(values: list[float], digits: int = 4) -> list[float | None]:
-    return [float(f"{x:.{digits}g}") if math.isfinite(x) else None for x in values]
+def _short(values: list[float]) -> list[float | None]:
+    return [float(f"{x:.{DIGITS}g}") if math.isfinite(x) else None for x in values]
 
 
 def count_right(rows: list[dict[str, Any]]) -> dict[str, Any]:
@@ -419,6 +458,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--make", type=int, default=10_000, metavar="N", help="the most to train")
     parser.add_argument("--only", help="of these kinds, divided by commas")
+    parser.add_argument("--apply", action="store_true", help="make runs again, with the changes")
     options = parser.parse_args()
     place = usable_cache() / "diagnosis"
     missing = [run for run in labelled_runs() if not (place / run.name / "label.json").is_file()]
@@ -432,7 +472,9 @@ def main() -> None:
         make(run, place / run.name)
         say(f"{number} of {len(missing)}: {run.name}, {time.process_time() - began_at:.1f} s")
     made = [run for run in labelled_runs() if (place / run.name / "label.json").is_file()]
-    write_histories([history_of(run, place / run.name) for run in made], {})
+    rows = [history_of(run, place / run.name) for run in made]
+    known = json.loads(HISTORIES.read_bytes())["applied"] if HISTORIES.is_file() else {}
+    write_histories(rows, apply(place) if options.apply else known)
 
 
 if __name__ == "__main__":

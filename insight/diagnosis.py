@@ -505,10 +505,11 @@ def _model_small(m: Measured) -> Finding | None:
         0.75,
         Words("The model is too small for the text", "模型相对文本太小"),
         Words(
-            f"Each of its {m.facts.parameters:,} parameters has {ratio:,.0f} tokens to learn from. "
-            f"It has read all of them, and the loss is {m.curves.val_losses[-1]:.2f} on both texts.",
-            f"模型的 {m.facts.parameters:,} 个参数每个对应 {ratio:,.0f} 个 token；它已读完全部文本，"
-            f"两种文本的损失都是 {m.curves.val_losses[-1]:.2f}。",
+            f"Each of its {m.facts.parameters:,} parameters has {ratio:,.0f} tokens to learn "
+            "from. It has read all of them, and the loss is "
+            f"{m.curves.val_losses[-1]:.2f} on both texts.",
+            f"模型的 {m.facts.parameters:,} 个参数每个对应 {ratio:,.0f} 个 token；"
+            f"它已读完全部文本，两种文本的损失都是 {m.curves.val_losses[-1]:.2f}。",
         ),
         Words("Take a wider model with more layers.", "换更宽、层数更多的模型。"),
         {"model_overrides": {"emb_dim": width, "n_layers": m.facts.n_layers + 1}},

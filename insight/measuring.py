@@ -15,7 +15,7 @@ from insight.baselines import find_baselines
 from insight.copies import find_copies, open_index
 from insight.memorization import ByHeart, measure_by_heart
 from insight.run_files import GREEDY, Sample
-from insight.run_text import RunText, open_run_text, sample_tokens, to_bytes
+from insight.run_text import RunText, sample_tokens, to_bytes
 from storage.cache import usable_cache
 from text.facts import bz2_bits, measure_repeats
 
@@ -41,41 +41,45 @@ def measure_in_run(text: RunText, limit_s: float) -> dict[str, Any]:
     if BZ2_S * min(BZ2_BYTES, 2 * len(train) + 2 * len(val)) <= left_s:
         facts["baselines"] = {"bz2": bz2_bits(train, val)}
         left_s = limit_s - (time.perf_counter() - began_at)
-        if left_s >= LEAST_S:
+        if LEAST_S <= left_s < math.inf:
             facts["baselines"] = _baselines(text, left_s) | facts["baselines"]
     return facts
 
 
-def measure_all(run: Path, samples: list[Sample], *, limit_s: float = 30.0) -> dict[str, Any]:
-    """Everything: copies in the text, baselines, and what the run's model has by heart.
-
-    Raises what open_run_text() and load_run() raise.
-    """
-    text = open_run_text(run)
+def measure_text(text: RunText, limit_s: float) -> dict[str, Any]:
+    """Copies in the text, and all baselines, of a sample where limit_s is not enough."""
     facts = measure_in_run(text, math.inf)
-    facts["baselines"] = _baselines(text, limit_s) | facts["baselines"]
+    return facts | {"baselines": _baselines(text, limit_s) | facts["baselines"]}
+
+
+def measure_model(run: Path, text: RunText, samples: list[Sample]) -> dict[str, Any]:
+    """What a run's model has by heart, and where its samples are copied.
+
+    Raises what load_run() raises.
+    """
     index = open_index(text, usable_cache())
+    facts: dict[str, Any] = {}
     drawn = [sample for sample in samples if not sample.label.startswith(GREEDY)]
-    model = load_run(run)
-    try:
-        meter = measure_by_heart(
-            model.model,
-            text.tokenizer,
-            text.train,
-            text.val,
-            index,
-            samples=[written for sample in drawn[-2:] for written in sample.texts],
-        )
-    except DataError as error:
-        say(f"Note: {first_line(error)}")
-        return facts
-    facts["by_heart"] = _as_facts(meter)
     written = [text for sample in samples for text in sample.texts]
     facts["copied"] = {
         text: [[start, stop] for start, stop, _ in found]
         for text in dict.fromkeys(written[-MOST_MARKED:])
         if (found := find_copies(index, text))
     }
+    model = load_run(run)
+    try:
+        facts["by_heart"] = _as_facts(
+            measure_by_heart(
+                model.model,
+                text.tokenizer,
+                text.train,
+                text.val,
+                index,
+                samples=[written for sample in drawn[-2:] for written in sample.texts],
+            )
+        )
+    except DataError as error:  # the text is too short for a prompt
+        say(f"Note: {first_line(error)}")
     return facts
 
 

@@ -1,0 +1,266 @@
+"""report.html: all of a run in one page that nothing in it can break out of."""
+
+import base64
+import hashlib
+import json
+import math
+import re
+import shutil
+from dataclasses import asdict
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from insight.curves import CurvesFile, buckets
+from insight.page import render_page
+from insight.report import Report
+from insight.run_files import INSIGHT, read_run, read_samples
+from insight.run_text import RunText
+from storage.files import write_json
+from tests.letters import Letters
+from tests.records import plan_in_minutes, record_of
+from training.journal import Journal
+
+HOSTILE = "</script><img src=x onerror=alert(1)><script>alert(2)</script>\u202e${'`'}&amp;"
+
+
+def make_run(folder: Path, n_steps: int = 20, every: int = 5, texts=("The ferry",)) -> Path:
+    """The folder of a run of some steps, without weights; its loss falls as 8 over the root."""
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / "settings.json", record_of(plan_in_minutes()).to_json())
+    write_json(folder / "data.json", {"files": [], "split": {"train_tokens": 5000}})
+    rows = []
+    for step in range(n_steps + 1):
+        loss = 8 / (step + 1) ** 0.5
+        known = {"train/loss": loss, "train/grad_norm": 0.5, "train/lr": 1e-3}
+        if step:
+            rows.append({"step": step, "train/tokens": 64 * step} | known)
+        if step % every == 0:
+            scores = {"val/loss": loss, "val/bits_per_byte": loss / math.log(2) / 4}
+            rows.append({"step": step, "eval/train_loss": loss, "train/tok_per_sec": 9.0} | scores)
+    lines = "".join(json.dumps(row) + "\n" for row in rows)
+    (folder / "metrics.jsonl").write_text(lines, encoding="utf-8")
+    journal = Journal(8, n_steps, folder=folder)
+    journal.note_sample("Before training", [*texts])
+    journal.steps = n_steps
+    journal.note_sample("Top-k (50)", [*texts])
+    return folder
+
+
+def page_of(folder: Path) -> str:
+    Report(folder).draw()
+    return (folder / "report.html").read_text(encoding="utf-8")
+
+
+class Elements(HTMLParser):
+    """The elements of a page, with their attributes, and the text of each script and style."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.found, self.raw, self.open = [], [], ""
+        self.feed(page)
+
+    def handle_starttag(self, tag, attrs):
+        self.found.append((tag, dict(attrs)))
+        self.open = tag
+
+    def handle_endtag(self, tag):
+        self.open = ""
+
+    def handle_data(self, data):
+        if self.open in ("script", "style"):
+            self.raw.append((*self.found[-1], data))
+
+
+def embedded(page: str) -> dict:
+    return next(json.loads(text) for _, attrs, text in Elements(page).raw if attrs.get("id"))
+
+
+# ------------------------------------------------------------------------------- reading
+
+
+def test_a_growing_file_is_read_piece_by_piece_and_a_half_written_line_when_it_is_whole(tmp_path):
+    path = make_run(tmp_path / "run") / "metrics.jsonl"
+    whole = path.read_bytes()
+    expected = CurvesFile(path).read()
+    assert expected.steps == [*range(1, 21)] and expected.eval_steps == [0, 5, 10, 15, 20]
+    assert expected.bytes_a_token == pytest.approx(4)
+    reader = CurvesFile(path)
+    for end in range(0, len(whole) + 1, 97):
+        path.write_bytes(whole[:end])
+        found = reader.read()
+        assert len(found.steps) + len(found.eval_steps) == whole[:end].count(b"\n")
+    path.write_bytes(whole)
+    assert asdict(reader.read()) == asdict(expected)
+    path.write_bytes(whole[: whole.index(b"\n") + 1])  # a resumed run has cut it
+    assert reader.read().steps == []
+
+
+def test_damaged_lines_and_numbers_that_are_none_are_passed_over(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    assert CurvesFile(path).read().steps == []
+    rows = ["{", "[]", '"x"', '{"step": "1", "train/loss": 2}', "\x00\ufffd", "[" * 9999]
+    rows += ['{"step": 1, "train/loss": null, "train/tokens": null, "train/lr": "x"}']
+    path.write_text("\n".join(rows) + "\n", encoding="utf-8")
+    curves = CurvesFile(path).read()
+    assert curves.steps == [1] and curves.tokens == [0]
+    assert math.isnan(curves.losses[0]) and math.isnan(curves.rates[0])
+
+
+def test_buckets_are_the_mean_and_the_extremes_of_neighbors():
+    steps = [*range(1, 8)]
+    values = [1.0, 3.0, math.nan, 2.0, math.nan, math.nan, 9.0]
+    found = buckets(steps, values, 4)
+    assert [b[0] for b in found] == [2, 4, 6, 7]
+    assert found[0] == (2, 2.0, 1.0, 3.0) and found[1] == (4, 2.0, 2.0, 2.0)
+    assert all(math.isnan(x) for x in found[2][1:]) and found[3] == (7, 9.0, 9.0, 9.0)
+    assert [b.mean for b in buckets(steps[:2], values[:2], 10)] == [1, 3]
+    assert buckets([], [], 5) == []
+
+
+def test_samples_are_read_back_as_the_journal_writes_them(tmp_path):
+    texts = ["## Not a heading\n\nPrompt 2:\n    indented", "Step 7", "一"]
+    run = make_run(tmp_path / "run", texts=texts)
+    first, last = read_samples(run / "samples.md")
+    assert (first.label, first.step, first.texts) == ("Before training", 0, texts)
+    assert (last.label, last.step, last.texts) == ("Top-k (50)", 20, texts)
+    assert read_samples(tmp_path / "none.md") == []
+
+
+# ---------------------------------------------------------------------------------- page
+
+
+def test_hostile_text_in_names_samples_settings_and_notes_stays_text(tmp_path):
+    run = make_run(tmp_path / "<img src=x onerror=alert(3)>", texts=[HOSTILE])
+    record = json.loads((run / "settings.json").read_text(encoding="utf-8"))
+    record["settings"]["DATA"] = record["origins"]["mode"] = HOSTILE
+    write_json(run / "settings.json", record)
+    files = [{"name": HOSTILE, "bytes": HOSTILE}, "no file"]
+    write_json(run / "data.json", {"files": files, "notes": [HOSTILE], "tokenizer": HOSTILE})
+    page = page_of(run)
+    elements = Elements(page)
+    allowed = "html head meta title link style body header h1 h2 h3 div button main section p span "
+    allowed += "pre code table tr th td ul li label input output noscript script details summary"
+    assert {tag for tag, _ in elements.found} <= {*allowed.split()}
+    assert not [
+        a for _, attrs in elements.found for a in attrs if a.startswith("on") or a == "style"
+    ]
+    assert [tag for tag, _, _ in elements.raw] == ["style", "script", "script"]
+    (text,) = embedded(page)["moments"][0]["texts"]
+    assert "".join(piece for piece, _ in text) == HOSTILE.replace("\u202e", "\ufffd")
+    assert "alert(2)" in page and "\u202e" not in page
+
+
+def test_the_page_asks_for_nothing_and_its_policy_allows_its_own_script_and_style_alone(tmp_path):
+    page = page_of(make_run(tmp_path / "run"))
+    elements = Elements(page)
+    (policy,) = (a["content"] for _, a in elements.found if "http-equiv" in a)
+    rules = dict(rule.split(" ", 1) for rule in policy.split("; "))
+    assert rules["default-src"] == rules["base-uri"] == rules["form-action"] == "'none'"
+    for tag, attributes, text in elements.raw:
+        digest = base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
+        is_code = attributes.get("type") != "application/json"
+        assert (rules[f"{tag}-src"] == f"'sha256-{digest}'") == is_code
+    links = [v for _, a in elements.found for n, v in a.items() if n in ("src", "href")]
+    assert links == ["data:,"]
+    assert set(re.findall(r"https?://[\w./]+", page)) == {"http://www.w3.org/2000/svg"}
+
+
+@pytest.mark.slow
+def test_a_run_of_100000_steps_and_long_samples_makes_less_than_a_megabyte(tmp_path):
+    run = make_run(tmp_path / "run", 100_000, every=10)
+    journal = Journal(8, 10**6, folder=run)
+    for step in range(60):
+        journal.steps = 1000 * step
+        journal.note_sample(f"After step {step}", [f"{step} 春" + "</" * 499] * 16)
+    page = page_of(run)
+    assert len(page.encode()) < 1_000_000
+    data = embedded(page)
+    batch, train, val = (curve["points"] for curve in data["charts"]["loss"]["curves"])
+    assert len(batch) <= 500 and len(train) == len(val) <= 500
+    assert batch[-1][0] == val[-1][0] == 100_000
+    at = 8 / np.sqrt(np.arange(2, 202))
+    assert batch[0] == [200, *(pytest.approx(x, rel=1e-4) for x in (at.mean(), at.min(), at.max()))]
+    moments = data["moments"]
+    assert 3 < len(moments) < 60
+    assert (moments[0]["step"], moments[-1]["step"]) == (0, 59_000)
+
+
+def test_the_sentence_that_matters_first_says_how_good_the_run_is(tmp_path):
+    run = make_run(tmp_path / "run", 40)
+    loss = 8 / math.sqrt(41)
+    bits = loss / math.log(2) / 4
+
+    def sentences() -> list[str]:
+        verdict = re.search(r'<section id="verdict"><p>(.*?)</p>', page_of(run))[1]
+        return re.findall(r">([^<]+)</span>", verdict)
+
+    english, chinese = sentences()
+    assert english.startswith("So far: ") and f"{bits:.2f} bits a byte" in english
+    assert chinese.startswith("到目前为止：") and f"{bits:.2f} 比特" in chinese
+    summary = {"elapsed_s": 600.0, "final_val_loss": loss, "parameters": 5000}
+    write_json(run / "summary.json", summary | {"final_val_bits_per_byte": bits})
+    by_heart = {"extraction_rate": 0.25, "prompts": 200}
+    for by_mean, meter, said in (
+        (2 * bits, {"extraction_rate": 0.0}, "50% below bz2, no sign of copying"),
+        (bits / 2, by_heart, "100% above bz2, 25% of tried passages are known by heart"),
+    ):
+        known = {"repeated": 0.0, "leaked": 0.0, "by_heart": meter}
+        write_json(run / INSIGHT, known | {"baselines": {"bz2": by_mean}})
+        english, chinese = sentences()
+        assert said in english and "5 minutes more would give some" in english
+        assert english.startswith("Good: " if by_mean > bits else "Sound, but not yet better")
+    assert "25%" in chinese and "再训练 5 分钟" in chinese
+
+
+def test_the_card_is_shown_with_what_came_of_it_and_baselines_are_lines(tmp_path):
+    run = make_run(tmp_path / "run")
+    write_json(run / "summary.json", {"elapsed_s": 61.0, "final_val_bits_per_byte": 0.125})
+    copied = {"The ferry": [[4, 9]]}
+    write_json(run / INSIGHT, {"baselines": {"ngram": 0.5, "bz2": 0.25}, "copied": copied})
+    page = page_of(run)
+    assert "0.125 · " in page and "outside the range" in page and "Runner-up" in page
+    lines = {line["name"][0]: line["value"] for line in embedded(page)["charts"]["loss"]["lines"]}
+    assert lines["5-gram"] == pytest.approx(0.5 * math.log(2) * 4, rel=1e-4)
+    assert embedded(page)["moments"][-1]["texts"] == [[["The ", False], ["ferry", True]]]
+
+
+@pytest.mark.parametrize("insight", ["{", "[]", '{"baselines": 3, "copied": {"x": [[1]]}}'])
+def test_a_damaged_insight_file_is_as_none(insight, tmp_path):
+    run = make_run(tmp_path / "run")
+    expected = page_of(run)
+    (run / INSIGHT).write_text(insight, encoding="utf-8")
+    assert page_of(run) == expected
+
+
+# ----------------------------------------------------------------------------- in a run
+
+
+def test_a_report_that_fails_is_said_once_and_ends_no_run(tmp_path, capsys):
+    report = Report(tmp_path)
+    assert report.follow(1.0) == {} and report.finish() == []
+    assert capsys.readouterr().out.count("Note: no report could be drawn") == 1
+
+
+def test_the_text_is_measured_once_there_is_time_and_the_picture_gets_its_baselines(tmp_path):
+    run = make_run(tmp_path / "run")
+    tokens = np.random.default_rng(0).integers(0, 8, 3000).astype(np.uint16)
+    text = RunText(np.concatenate([tokens, tokens]), tokens[:500], Letters(), "letters")
+    report = Report(run, text)
+    known = report.follow(1e-6)
+    assert not (run / INSIGHT).exists()
+    report = Report(run, text)
+    known = report.follow(10.0)
+    insight = json.loads((run / INSIGHT).read_text(encoding="utf-8"))
+    assert insight["leaked"] == 1 and 0.4 < insight["repeated"] < 0.6
+    assert known["bz2"] == pytest.approx(insight["baselines"]["bz2"] * math.log(2) * 4)
+    assert read_run(run).facts.leaked == 1
+    shutil.rmtree(run)
+    assert report.follow(20.0) == {}
+
+
+def test_a_page_is_a_function_of_the_files_alone(tmp_path):
+    run = read_run(make_run(tmp_path / "run"))
+    assert render_page(run, []) == render_page(run, [])
