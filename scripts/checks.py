@@ -44,7 +44,7 @@ SHAPES = {
 }
 SPREAD = 6.0  # times the initial weights: attention then prefers some positions to others
 # by precision, how far results may be off, as a share of their spread
-ALLOWED = {"fp32": 0.003, "fp16": 0.02, "bf16": 0.08}
+ALLOWED = {"fp32": 0.003, "fp16": 0.02, "bf16": 0.04}
 INITIAL_ALLOWED = 0.1  # nats above or below the logarithm of the vocabulary's size
 OVERFIT_STEPS, OVERFIT_LOSS = 80, 0.2
 # steps of the run that is killed, the one after which it is, and the most seconds of a process
