@@ -135,7 +135,8 @@ def run_pipeline(env: RuntimeEnv) -> None:
     with env.parallel.held_by_main(env.run.opened), using_threads(env.run.record.threads):
         journal = train(env)
         env.parallel.place = "after training"
-        with StopSignals(env.parallel) as stop:
+        requested = env.parallel.only_main(env.run.take_stop_request)
+        with StopSignals(env.parallel, requested) as stop:
             show_samples(env, journal)
             if journal.complete_picture():
                 say(f"✓ Saved training loss plot to {PICTURE}")

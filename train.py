@@ -223,7 +223,9 @@ class Trainer:
 
     def __post_init__(self) -> None:
         self.parallel = self.learner.parallel
-        self.stop = StopSignals(self.parallel)
+        run = self.saving and self.saving.run
+        requested = self.parallel.only_main(run.take_stop_request) if run else None
+        self.stop = StopSignals(self.parallel, requested)
         self.skipped = SkippedSteps(self.learner.precision.scales_loss)
         self.planned: list[NewPlan] = []  # the new plans that are followed
         self._is_late = False  # for a new plan by time

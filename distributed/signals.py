@@ -1,4 +1,4 @@
-"""Stop signals (Ctrl-C, SIGTERM), noted when they come and acted on at a safe point."""
+"""Stop signals (Ctrl-C, SIGTERM) and requests, noted when they come, acted on at a safe point."""
 
 import contextlib
 import os
@@ -6,6 +6,7 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Callable
 from types import FrameType
 
 from distributed.parallel import ALONE, Parallel
@@ -13,6 +14,7 @@ from engine.console import complain
 from engine.errors import Stopped
 
 _NAMES = ("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK")  # Windows lacks the third, others the last
+ASK_S = 1.0  # between two looks for a request to stop
 _ECHO_S = 0.5  # a terminal and a launcher may both send the same Ctrl-C
 _LINGER_S = 10.0  # how long a loader's worker outlives SIGTERM, so that its owner can save
 _LONG_S = 5.0  # a step that takes longer than this to finish is abandoned
@@ -22,15 +24,19 @@ class StopSignals:
     """A context that notes stop signals, so that check() raises Stopped.
 
     A second Ctrl-C raises KeyboardInterrupt at once. Ignored signals (nohup) stay ignored, and
-    threads other than the main one catch none.
+    threads other than the main one catch none. `requested`, called at most once each ASK_S, says
+    whether somebody asked for a stop in another way: that counts as a first Ctrl-C.
     """
 
-    def __init__(self, parallel: Parallel = ALONE) -> None:
-        self._parallel = parallel
+    def __init__(
+        self, parallel: Parallel = ALONE, requested: Callable[[], bool] | None = None
+    ) -> None:
+        self._parallel, self._requested = parallel, requested
+        self._ask_at = 0.0  # by time.monotonic()
         self._number = 0  # the first stop signal of this process; 0: none
         self._agreed = 0  # the signal that all ranks stop for
         self._asks_within_steps = parallel.is_alone
-        self._noted_at = 0.0
+        self._noted_at: float | None = None  # when the first signal came
         self._restore_handlers = contextlib.ExitStack()
 
     def __enter__(self) -> "StopSignals":
@@ -47,7 +53,7 @@ class StopSignals:
 
     def check(self) -> None:
         """Raise Stopped after a signal; with several ranks, after one that agree() has found."""
-        if number := self._number if self._parallel.is_alone else self._agreed:
+        if number := self._asked() if self._parallel.is_alone else self._agreed:
             raise Stopped(number)
 
     def agree(self, *others: float, step_s: float | None = None) -> list[float]:
@@ -55,7 +61,7 @@ class StopSignals:
 
         Returns the maximum of each of `others`. After a long step_s they also agree within steps.
         """
-        number, slowest_s, *highest = self._parallel.highest(self._number, step_s or 0.0, *others)
+        number, slowest_s, *highest = self._parallel.highest(self._asked(), step_s or 0.0, *others)
         self._agreed = int(number)
         if step_s is not None:
             self._asks_within_steps = self._parallel.is_alone or slowest_s > _LONG_S
@@ -63,8 +69,8 @@ class StopSignals:
 
     @property
     def has_come(self) -> bool:
-        """Whether a signal has come to this process."""
-        return self._number > 0
+        """Whether a signal or a request has come to this process."""
+        return self._asked() > 0
 
     def check_within_step(self, started_at: float, done: float) -> None:
         """Raise Stopped after a signal if the rest of a step takes long; it began at started_at, by
@@ -72,13 +78,24 @@ class StopSignals:
         if self._asks_within_steps:
             elapsed_s = time.perf_counter() - started_at
             is_long = elapsed_s / done * (1 - done) > _LONG_S
-            if number := self._parallel.highest(self._number * is_long)[0]:
+            if number := self._parallel.highest(self._asked() * is_long)[0]:
                 raise Stopped(int(number))
+
+    def _asked(self) -> int:
+        """The signal that this process stops for, SIGINT after a request; 0: none."""
+        if not self._number and self._requested is not None:
+            now = time.monotonic()
+            if now >= self._ask_at:
+                self._ask_at = now + ASK_S
+                if self._requested():
+                    self._number = signal.SIGINT
+                    complain("Stopping after this step, as the file named stop asks for.")
+        return self._number
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         now = time.monotonic()
-        if not self._number:
-            self._number, self._noted_at = number, now
+        if self._noted_at is None:  # after a request too: nobody at the terminal has asked yet
+            self._number, self._noted_at = self._number or number, now
             with contextlib.suppress(RuntimeError):  # the signal came in the middle of a print
                 complain("Stopping after this step; Ctrl-C again stops at once, without saving.")
         elif number == signal.SIGINT and now - self._noted_at > _ECHO_S:

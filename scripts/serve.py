@@ -12,6 +12,7 @@ import os
 import re
 import socket
 import time
+from collections.abc import Mapping
 from importlib.util import find_spec
 
 from engine.starting import end_at_ctrl_c
@@ -58,25 +59,7 @@ def _options() -> argparse.Namespace:
     parser = new_parser(__doc__)
     add_run_options(parser)
     group = parser.add_argument_group("the server")
-    group.add_argument("--port", metavar="N", default="8000", help="0 takes a free one (8000)")
-    group.add_argument(
-        "--host",
-        default="127.0.0.1",
-        help="the address to listen on; any but this machine's own needs --token (127.0.0.1)",
-    )
-    group.add_argument(
-        "--token",
-        default=os.environ.get("GPT_SERVE_TOKEN") or None,
-        help="what clients must know; other users of this machine may see options, so the "
-        "environment variable GPT_SERVE_TOKEN serves too",
-    )
-    group.add_argument(
-        "--allow-host",
-        metavar="NAME",
-        action="append",
-        default=[],
-        help="another name that clients may reach this server by; needs --token, may be repeated",
-    )
+    add_address_options(group, port=8000)
     group.add_argument(
         "--allow-origin",
         metavar="ORIGIN",
@@ -95,14 +78,51 @@ def _options() -> argparse.Namespace:
     return _checked(parser.parse_args())
 
 
+def add_address_options(group: argparse._ActionsContainer, *, port: int) -> None:
+    """Add --port, --host, --token and --allow-host, which check_address() reads."""
+    group.add_argument(
+        "--port", metavar="N", default=str(port), help=f"0 takes a free one ({port})"
+    )
+    group.add_argument(
+        "--host",
+        default="127.0.0.1",
+        help="the address to listen on; any but this machine's own needs --token (127.0.0.1)",
+    )
+    group.add_argument(
+        "--token",
+        default=os.environ.get("GPT_SERVE_TOKEN") or None,
+        help="what clients must know; other users of this machine may see options, so the "
+        "environment variable GPT_SERVE_TOKEN serves too",
+    )
+    group.add_argument(
+        "--allow-host",
+        metavar="NAME",
+        action="append",
+        default=[],
+        help="another name that clients may reach this server by; needs --token, may be repeated",
+    )
+
+
 def _checked(arguments: argparse.Namespace) -> argparse.Namespace:
     """The options with their numbers parsed; SettingsError with every wrong one."""
+    limits = {"answer_limit": (1, 100_000), "queue_limit": (0, 1000)}
+    problems = check_address(arguments, limits) + _check_names(
+        arguments,
+        "allow_origin",
+        ORIGIN,
+        "a scheme and a host, such as http://localhost:3000, each named",
+    )
+    raise_if_any(problems, "the options")
+    return arguments
+
+
+def check_address(
+    arguments: argparse.Namespace, limits: Mapping[str, tuple[int, int]]
+) -> list[str]:
+    """Parse the port and other whole numbers, of which the limits are given, and put names into
+    lower case; returns the problems of these and of the address."""
     problems = []
-    for name, least, most in (
-        ("port", 0, 65_535),
-        ("answer_limit", 1, 100_000),
-        ("queue_limit", 0, 1000),
-    ):
+    for name, (least, most) in ({"port": (0, 65_535)} | dict(limits)).items():
         text = getattr(arguments, name)
         number = int(text) if re.fullmatch("[0-9]{1,6}", text) else -1
         if not least <= number <= most:
@@ -119,26 +139,21 @@ def _checked(arguments: argparse.Namespace) -> argparse.Namespace:
             f"--host {shown(arguments.host)} lets other machines in, so it needs --token: "
             "a secret of 8 or more characters that clients must know"
         )
-    raise_if_any(problems + _check_allowed(arguments), "the options")
-    return arguments
+    allowed = "a host name or an address, such as mybox.lan, without a port"
+    return problems + _check_names(arguments, "allow_host", HOST, allowed)
 
 
-def _check_allowed(arguments: argparse.Namespace) -> list[str]:
-    """Put --allow-host and --allow-origin into lower case; returns the problems of both."""
-    problems = []
-    for name, pattern, allowed in (
-        ("allow_host", HOST, "a host name or an address, such as mybox.lan, without a port"),
-        ("allow_origin", ORIGIN, "a scheme and a host, such as http://localhost:3000, each named"),
-    ):
-        given = [text.lower() for text in getattr(arguments, name)]
-        setattr(arguments, name, given)
-        problems += [
-            f"{flag_of(name)} is {shown(text)}; it must be {allowed}"
-            for text in given
-            if not re.fullmatch(pattern, text)
-        ]
-        if given and arguments.token is None:
-            problems.append(f"{flag_of(name)} lets others in, so it needs --token")
+def _check_names(arguments: argparse.Namespace, name: str, pattern: str, allowed: str) -> list[str]:
+    """Put an option that may be repeated into lower case; returns its problems."""
+    given = [text.lower() for text in getattr(arguments, name)]
+    setattr(arguments, name, given)
+    problems = [
+        f"{flag_of(name)} is {shown(text)}; it must be {allowed}"
+        for text in given
+        if not re.fullmatch(pattern, text)
+    ]
+    if given and arguments.token is None:
+        problems.append(f"{flag_of(name)} lets others in, so it needs --token")
     return problems
 
 

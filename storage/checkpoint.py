@@ -373,6 +373,12 @@ def newest_weights(run_folder: Path, run_id: str, which: str = "best") -> tuple[
     return _step_of(path), digest
 
 
+def newest_step(run_folder: Path, which: str = "best") -> int | None:
+    """The step of the weights that read_weights() tries first; None if none are saved."""
+    places = [run_folder / "best"] * (which == "best") + [run_folder / "checkpoints"]
+    return next((_step_of(path) for place in places for path in _newest_first(place)), None)
+
+
 def _newest_sound(
     run_folder: Path, which: str, read: Callable[[Path], Result]
 ) -> tuple[Path, Result]:

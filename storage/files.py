@@ -28,8 +28,10 @@ from engine.errors import BusyError, CheckpointError, ResourceError
 
 MANIFEST = "manifest.json"
 SETTINGS, DATA, SUMMARY = "settings.json", "data.json", "summary.json"  # of a run's folder
+STOP = "stop"  # a file of this name in the folder of a run that trains asks it to stop
 _LONGEST_MANIFEST = 1 << 20  # bytes; this file writes none that is longer
 _HASHING_THREADS = 4
+_LOOK_S = 0.05  # longer than is_held() and require_free() hold a lock to find out
 _LONE_SURROGATES = "backslashreplace"  # the error handler: its result is JSON's own escape
 
 PATIENCE_S = 5.0  # how long to retry a rename or removal while another program holds a file open
@@ -398,7 +400,11 @@ class FolderLock:
         with _writing(self.folder):
             self._file = open(self.folder / ".lock", "ab")
         try:
-            self._take(self._file)
+            try:
+                self._take(self._file)
+            except BusyError:  # or another program has just looked whether it is free
+                time.sleep(_LOOK_S)
+                self._take(self._file)
             _LOCKED.add(self.folder)
             since = time.strftime("%Y-%m-%d %H:%M:%S")
             owner = {"pid": os.getpid(), "host": socket.gethostname(), "since": since}
@@ -418,6 +424,16 @@ class FolderLock:
             raise self._busy()
         with contextlib.suppress(OSError), open(self.folder / ".lock", "r+b") as file:
             self._take(file)
+
+    def is_held(self) -> bool:
+        """Whether somebody is known to hold the lock at this moment; writes nothing."""
+        try:
+            self.require_free()
+        except BusyError:
+            return True
+        except ResourceError:  # a disk without locks
+            return False
+        return False
 
     def _take(self, file: BinaryIO) -> None:
         try:

@@ -44,6 +44,7 @@ LONG = {"python -m pytest", "python -m scripts.serve", "python -m benchmarks.tra
 LONG |= {f"python -m benchmarks.{name}" for name in ("train", "generate", "learn", "startup")}
 LONG |= {f"python -m benchmarks.{name}" for name in ("data", "data --any", "saving", "scale")}
 LONG |= {f"python -m benchmarks.{name}" for name in ("survival", "budget")}
+LONG |= {"python -m scripts.watch", "python -m scripts.selfcheck"}
 
 PRINTED_IN_ORDER = r"""
 ======================================================================

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import os
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from engine.errors import BusyError, CheckpointError, ResourceError, SettingsErr
 from storage.files import (
     DATA,
     SETTINGS,
+    STOP,
     SUMMARY,
     FolderLock,
     make_folder,
@@ -82,12 +84,21 @@ class RunFolder:
             write_atomically(self.path / "tokenizer.json", self.tokenizer_file.read_bytes())
             write_json(self.path / DATA, self.data)
             remove_file(self.path / SUMMARY)
+            self.take_stop_request()  # one that came too late for the process before
             write_json(self.path / SETTINGS, self.settings)
             self._lock, self._is_there = lock, True
             try:
                 yield
             finally:
                 self._lock = None
+
+    def take_stop_request(self) -> bool:
+        """Whether the folder has a file STOP; removes it, so that it stops no later process."""
+        if not os.path.isfile(self.path / STOP):
+            return False
+        with contextlib.suppress(ResourceError):  # the next process removes it
+            remove_file(self.path / STOP)
+        return True
 
     def note_micro_batch(self, n_windows: int) -> None:
         """Write a smaller micro-batch to settings.json, so that a resumed run begins with it."""

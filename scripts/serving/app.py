@@ -5,7 +5,7 @@ import json
 import socket
 from collections.abc import AsyncIterator, Callable, Collection, Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 from urllib.parse import quote
 
 import uvicorn
@@ -265,10 +265,17 @@ class Application:
         return Response(status_code=400)
 
 
+class Stoppable(Protocol):
+    """What has answers under way, which it ends when the server is stopped."""
+
+    def stop(self) -> None:
+        """End them."""
+
+
 class Server(uvicorn.Server):
     """uvicorn's server; it announces when it is ready, and cancels all jobs at shutdown."""
 
-    def __init__(self, app: Guard, writer: Writer, greeting: str) -> None:
+    def __init__(self, app: Guard, writer: Stoppable, greeting: str) -> None:
         self._writer, self._greeting = writer, greeting
         super().__init__(
             uvicorn.Config(

@@ -140,8 +140,9 @@ class Guard:
 
     The Host must be a name of this server, against DNS rebinding: a page that makes its own name
     lead here still sends that name. An Origin must be the server's own, or one of `origins`, which
-    get CORS. If there is a token, all but the page's files require it. Only with a token are the
-    names known under which containers and tunnels reach this machine, and those in `hosts`.
+    get CORS. If there is a token, all paths but the `public` ones, of the page's files, require it.
+    Only with a token are the names known under which containers and tunnels reach this machine, and
+    those in `hosts`.
     """
 
     def __init__(
@@ -153,12 +154,13 @@ class Guard:
         token: str | None,
         hosts: Collection[str] = (),
         origins: Collection[str] = (),
+        public: Collection[str] = PUBLIC,
     ) -> None:
         assert token is not None or not (hosts or origins), "the options are checked"
         self._app, self._host, self._port = app, host, port
         self._names = own_names(host)
         self._token = token.encode() if token else None
-        self._origins = frozenset(origins)
+        self._origins, self._public = frozenset(origins), frozenset(public)
         if token is not None:
             self._names |= {*CONTAINER_NAMES, *map(bracketed, hosts)}
             if not is_loopback(host):
@@ -220,7 +222,7 @@ class Guard:
 
     def check_token(self, headers: Mapping[bytes, str], path: str) -> None:
         """Raise Refused for a request without the token, except for the page's files."""
-        if self._token is None or path in PUBLIC:
+        if self._token is None or path in self._public:
             return
         scheme, _, given = headers.get(b"authorization", "").partition(" ")
         right = hmac.compare_digest(given.strip().encode("latin-1"), self._token)

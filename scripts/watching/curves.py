@@ -1,0 +1,193 @@
+"""The curves of a run that may be training: metrics.jsonl, read as it grows, in bounded memory."""
+
+import json
+import math
+import os
+import threading
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+MOST_POINTS = 1000  # of a curve; beyond, its points stand for twice as many steps each
+MOST_LINE_BYTES = 1 << 20  # of metrics.jsonl; a longer line is none of ours
+BLOCK_BYTES = 1 << 20
+HIGHEST_STEP = 10**12
+# the names in metrics.jsonl that have a curve
+NAMES = (
+    "train/loss",
+    "val/loss",
+    "val/bits_per_byte",
+    "train/lr",
+    "train/grad_norm",
+    "train/tok_per_sec",
+)
+
+
+@dataclass
+class Point:
+    """Some steps in a row: the last of them, and the mean and the range of their values."""
+
+    first: int  # where its steps begin, a multiple of the curve's width
+    step: int
+    count: int
+    total: float
+    low: float
+    high: float
+
+    def add(self, other: "Point") -> None:
+        """Take in a point of later steps."""
+        self.step = other.step
+        self.count += other.count
+        self.total += other.total
+        self.low, self.high = min(self.low, other.low), max(self.high, other.high)
+
+
+class Curve:
+    """The values of some steps, of which at most MOST_POINTS points remain, however many come."""
+
+    def __init__(self) -> None:
+        self.width = 1  # steps of a point
+        self.points: list[Point] = []
+
+    def add(self, step: int, value: float) -> None:
+        """Add a value; one of an earlier step than the last takes the place of those after it."""
+        first = step - step % self.width
+        while self.points and self.points[-1].step >= step:
+            self.points.pop()
+        self._append(Point(first, step, 1, value, value, value))
+        if len(self.points) > MOST_POINTS:
+            self.width *= 2
+            points, self.points = self.points, []
+            for point in points:
+                point.first -= point.first % self.width
+                self._append(point)
+
+    def _append(self, point: Point) -> None:
+        if self.points and self.points[-1].first == point.first:
+            self.points[-1].add(point)
+        else:
+            self.points.append(point)
+
+    @property
+    def last(self) -> float | None:
+        """The newest point's mean; None without a point."""
+        return self.points[-1].total / self.points[-1].count if self.points else None
+
+    def to_json(self, first: int = 0) -> list[list[float]]:
+        """The points from one on: step, mean, lowest and highest value, in six digits."""
+        return [
+            [point.step, *(_short(x) for x in (point.total / point.count, point.low, point.high))]
+            for point in self.points[first:]
+        ]
+
+
+def _short(value: float) -> float:
+    return float(f"{value:.6g}")
+
+
+@dataclass(frozen=True)
+class Sent:
+    """What a reader of the curves has already."""
+
+    edition: int = -1
+    # of each curve its width, the number of its points, and the steps of the newest one
+    shapes: dict[str, tuple[int, int, int]] = field(default_factory=dict)
+
+
+class Metrics:
+    """The curves of a metrics.jsonl, brought up to date by read().
+
+    Lines that are damaged, half written or not ours are passed over. Where a run goes on from a
+    checkpoint, its file is cut there: then all of it is read anew. Any thread may call it.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._lock = threading.Lock()
+        self._edition = -1
+        self._reset(None)
+
+    def _reset(self, inode: int | None) -> None:
+        self._edition += 1
+        self._inode, self._offset, self._rest = inode, 0, b""
+        self._skips = False  # the rest of a line that is too long
+        self.curves = {name: Curve() for name in NAMES}
+        self.step = self.tokens = 0
+        self.forecast: dict[str, float] = {}
+
+    def read(self) -> None:
+        """Read what was added to the file since the last time; nothing where there is none."""
+        with self._lock:
+            try:
+                with open(self._path, "rb") as file:
+                    found = os.fstat(file.fileno())
+                    if found.st_ino != self._inode or found.st_size < self._offset:
+                        self._reset(found.st_ino)
+                    file.seek(self._offset)
+                    while block := file.read(BLOCK_BYTES):
+                        self._offset += len(block)
+                        self._take(block)
+            except OSError:
+                return
+
+    def _take(self, block: bytes) -> None:
+        *lines, self._rest = (self._rest + block).split(b"\n")
+        for line in lines:
+            if not self._skips:
+                self._note(line)
+            self._skips = False
+        if len(self._rest) > MOST_LINE_BYTES:
+            self._rest, self._skips = b"", True
+
+    def _note(self, line: bytes) -> None:
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError):
+            return
+        step = row.get("step") if isinstance(row, dict) else None
+        if not _is_number(step) or not isinstance(step, int) or not 0 <= step <= HIGHEST_STEP:
+            return
+        if step < self.step:  # points that a reader has are taken away
+            self._edition += 1
+        self.step = step
+        if _is_number(tokens := row.get("train/tokens")):
+            self.tokens = tokens
+        for name, curve in self.curves.items():
+            if _is_number(value := row.get(name)):
+                curve.add(step, float(value))
+        found = {name: row.get(f"forecast/val_{name}") for name in ("least", "expected", "most")}
+        if all(map(_is_number, found.values())):
+            self.forecast = {name: _short(value) for name, value in found.items()}
+
+    def news(self, sent: Sent) -> tuple[dict[str, Any], Sent]:
+        """The points that a reader lacks, by the curve's name, and what it has with them.
+
+        Each curve has the index `from` of its first point here, which replaces those behind it.
+        """
+        with self._lock:
+            shapes = {
+                name: (curve.width, len(curve.points), curve.points[-1].count)
+                for name, curve in self.curves.items()
+                if curve.points
+            }
+            if sent.edition != self._edition:
+                news = {name: _part(curve) for name, curve in self.curves.items()}
+                return news, Sent(self._edition, shapes)
+            news = {}
+            for name, shape in shapes.items():
+                width, n_points, _ = known = sent.shapes.get(name, (0, 0, 0))
+                if known != shape:
+                    # the newest point that is known may have grown
+                    first = max(0, n_points - 1) if width == shape[0] else 0
+                    news[name] = _part(self.curves[name], first)
+            return news, Sent(self._edition, shapes)
+
+
+def _part(curve: Curve, first: int = 0) -> dict[str, Any]:
+    return {"from": first, "points": curve.to_json(first)}
+
+
+def _is_number(value: Any) -> bool:
+    if isinstance(value, float):
+        return math.isfinite(value)
+    return isinstance(value, int) and not isinstance(value, bool) and abs(value) < 1e18
