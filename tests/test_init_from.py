@@ -23,11 +23,14 @@ from engine.lora import add_lora
 from engine.memory import as_bytes, count_trained
 from engine.optim import default_learning_rate
 from environment import prepare_environment
+from exchange import beginning
+from exchange.beginning import find_beginning
 from exchange.gguf import open_gguf
 from exchange.huggingface import write_folder
 from exchange.opening import open_pretrained
 from exchange.pretrained import fitted
 from model import GPTConfig, GPTModel
+from planning import yardstick
 from planning.decisions import decide_recipe, decide_training, read_record
 from planning.fine_tuning import (
     LARGE,
@@ -39,14 +42,16 @@ from planning.fine_tuning import (
     fine_tuning,
 )
 from planning.plan import AUTO_START, RunPlan, Start, resolve_settings
+from planning.runs import Candidate, Candidates
 from planning.settings_file import read_given_settings
 from storage.checkpoint import weights_of
 from tests.conftest import LETTERS, REPOSITORY, train_on_letters
 from tests.gguf_models import LETTERS as GGUF_LETTERS
 from tests.gguf_models import model_of, written
-from tests.records import MACHINE, TEXT_FACTS
+from tests.records import MACHINE, TEXT_FACTS, plan_in_minutes, record_of
 from tests.resuming import Bench, compare, uninterrupted
 from training import learner
+from training.learner import Learner
 from training_utils import TrainingConfig
 
 MODEL = GPTConfig(
@@ -357,7 +362,7 @@ def test_a_pickle_with_compressed_parts_is_refused_unread(tmp_path):
     stored = load_file(folder / "model.safetensors")
     (folder / "model.safetensors").unlink()
     torch.save(stored, folder / "pytorch_model.bin")
-    assert open_pretrained(str(folder)).weights().keys() == weights_of(model).keys()
+    assert open_pretrained(str(folder)).weights().keys() >= weights_of(model).keys()
     with zipfile.ZipFile(folder / "pytorch_model.bin") as archive:
         content = {name: archive.read(name) for name in archive.namelist()}
     with zipfile.ZipFile(folder / "pytorch_model.bin", "w", zipfile.ZIP_DEFLATED) as archive:
@@ -387,3 +392,34 @@ def test_a_dry_run_tells_the_disk_that_an_adapter_and_its_frozen_weights_take(be
             add_lora(model, lora_rank, seed=0)
             n_bytes = 4 * 4 * count_trained(model) * 3 + whole
         assert f"on disk up to {as_bytes(n_bytes)}, for checkpoints" in printed
+
+
+def test_auto_opens_weights_even_where_a_run_from_random_ones_may_go_on(
+    tiny, monkeypatch, tmp_path
+):
+    """Its text may have changed since, and a new run chooses anew."""
+    opened = open_pretrained(str(tiny))
+    monkeypatch.setattr(beginning, "open_pretrained", lambda where: opened)
+    plan = plan_in_minutes(INIT_FROM="auto")
+    record = record_of(plan)
+    assert record.start is None and record.choice is not None
+    run = Candidate(tmp_path, record, "char-0", "0" * 64)
+    candidates = Candidates(tmp_path, False, "0", "now", (run,))
+    found, left, weights = find_beginning(plan, candidates, tmp_path / "cache", ALONE)
+    assert (found.start, left.runs, weights.start.source) == (None, (run,), opened.source)
+
+
+def test_a_batch_that_takes_the_time_of_the_measurement_is_scored_once(begin, tiny, monkeypatch):
+    now, calls, score = 0.0, [], Learner.score
+
+    def slow(learner, loader, tokenizer, n_batches):
+        nonlocal now
+        now += 100.0
+        calls.append(n_batches)
+        return score(learner, loader, tokenizer, n_batches)
+
+    monkeypatch.setattr(yardstick.time, "perf_counter", lambda: now)
+    monkeypatch.setattr(Learner, "score", slow)
+    env = begin(INIT_FROM=str(tiny), RUN_NAME="mine")
+    assert calls == [1]
+    assert 0 < env.run.record.start.measured_share < 1

@@ -41,6 +41,7 @@ LONG = {"python -m pytest", "python -m scripts.serve", "python -m benchmarks.tra
 LONG |= {f"python -m benchmarks.{name}" for name in ("train", "generate", "learn", "startup")}
 LONG |= {f"python -m benchmarks.{name}" for name in ("data", "data --any", "saving", "scale")}
 LONG |= {f"python -m benchmarks.{name}" for name in ("survival", "budget")}
+LONG |= {f"python -m benchmarks.finetune --{part}" for part in ("memory", "peers", "gain docs")}
 
 PRINTED_IN_ORDER = r"""
 ======================================================================
