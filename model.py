@@ -443,7 +443,8 @@ class _Gated(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, d_product: Tensor) -> Tensor:
-        (gate_up,) = ctx.saved_tensors
+        gate_up = _input_of(ctx)
+        del ctx.gate_up
         gate, up = gate_up.chunk(2, dim=-1)
         d_gate_up = torch.empty_like(gate_up)
         d_gate, d_up = d_gate_up.chunk(2, dim=-1)
@@ -451,6 +452,14 @@ class _Gated(torch.autograd.Function):
         torch.ops.aten.silu_backward.grad_input(d_up, gate, grad_input=d_gate)
         torch.mul(d_product, F.silu(gate), out=d_up)
         return d_gate_up
+
+
+def _input_of(node: Any) -> Tensor:
+    """What a node of _Gated has kept. With activation checkpointing, asking for it computes it, and
+    may be done only once."""
+    if not hasattr(node, "gate_up"):
+        (node.gate_up,) = node.saved_tensors
+    return node.gate_up
 
 
 def _computed_again(product: Tensor) -> torch.autograd.graph.saved_tensors_hooks:
@@ -463,8 +472,7 @@ def _computed_again(product: Tensor) -> torch.autograd.graph.saved_tensors_hooks
         return tensor.shape if is_product else tensor
 
     def unpack(kept: Tensor | torch.Size) -> Tensor:
-        # with activation checkpointing, asking the node for its tensor is what computes that
-        return kept if isinstance(kept, Tensor) else gated(*node.saved_tensors).view(kept)
+        return kept if isinstance(kept, Tensor) else gated(_input_of(node)).view(kept)
 
     return torch.autograd.graph.saved_tensors_hooks(pack, unpack)
 

@@ -422,4 +422,4 @@ def test_a_batch_that_takes_the_time_of_the_measurement_is_scored_once(begin, ti
     monkeypatch.setattr(Learner, "score", slow)
     env = begin(INIT_FROM=str(tiny), RUN_NAME="mine")
     assert calls == [1]
-    assert 0 < env.run.record.start.measured_share < 1
+    assert env.run.record.start.bits_per_byte > 0
