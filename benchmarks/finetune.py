@@ -41,8 +41,16 @@ from planning.fine_tuning import SMOLLM2
 from storage.files import make_folder, write_json
 
 REPOSITORY = Path(__file__).resolve().parent.parent
-SHAPE = {"vocab_size": 49_152, "emb_dim": 576, "n_heads": 9, "n_kv_heads": 3, "ff_dim": 1536}
-SHAPE |= {"architecture": "llama", "norm_eps": 1e-5, "rope_theta": 1e5}
+SHAPE = {
+    "architecture": "llama",
+    "vocab_size": 49_152,
+    "emb_dim": 576,
+    "n_heads": 9,
+    "n_kv_heads": 3,
+    "ff_dim": 1536,
+    "norm_eps": 1e-5,
+    "rope_theta": 1e5,
+}
 RANK, LENGTH, LAYERS = 8, 512, 30
 # a run of five minutes on two cores whose products reach this rate
 MINUTES, REFERENCE = 5, 800e9

@@ -12,10 +12,11 @@ from engine.console import say
 from engine.errors import CheckpointError, DataError, PipelineError, SettingsError, first_line
 from engine.lora import add_lora
 from engine.memory import count_trained
+from engine.processor import return_large_blocks
 from exchange.opening import open_pretrained
 from exchange.pretrained import fitted
 from model import GPTModel
-from planning.fine_tuning import SMOLLM2, begin_from
+from planning.fine_tuning import LARGE, SMOLLM2, begin_from
 from planning.machine import Machine, choose_frozen
 from planning.plan import AUTO_START, RunPlan, Start
 from planning.runs import Candidate, Candidates, SettledRun
@@ -92,6 +93,10 @@ def begin_with(
         return fitted(weights.read(), model.config)
 
     load_weights(model, parallel.on_main(read) or {}, weights.start.source, parallel)
+    # in half precision a step is faster, and its activations take half the memory
+    is_slow = machine.device.type == "cpu" and machine.precision.name == "fp32"
+    if is_slow and model.count_parameters() >= LARGE:
+        return_large_blocks()
     if lora_rank is not None:
         add_lora(model, lora_rank, plan.run.SEED, choose_frozen(machine))
         counts = f"{count_trained(model):,} of {model.count_parameters():,}"

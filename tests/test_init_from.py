@@ -423,3 +423,15 @@ def test_a_batch_that_takes_the_time_of_the_measurement_is_scored_once(begin, ti
     env = begin(INIT_FROM=str(tiny), RUN_NAME="mine")
     assert calls == [1]
     assert env.run.record.start.bits_per_byte > 0
+
+
+def test_only_large_models_in_fp32_on_a_cpu_give_freed_blocks_back(begin, tiny, monkeypatch):
+    calls = []
+    monkeypatch.setattr(beginning, "return_large_blocks", lambda: calls.append(1))
+    begin(INIT_FROM=str(tiny))
+    assert calls == []
+    monkeypatch.setattr(beginning, "LARGE", 1)
+    begin(INIT_FROM=str(tiny), PRECISION="bf16")
+    assert calls == []
+    begin(INIT_FROM=str(tiny))
+    assert calls == [1]
