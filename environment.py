@@ -157,7 +157,7 @@ def _prepare(settings: str | Path | None, parallel: Parallel, began_at: float) -
 
     model = fresh_model(plan, asked, windows, text.tokenizer.vocab_size, machine)
     show_model(plan, model)
-    begin_with(weights, plan, model, run, parallel, lora_rank=asked.lora_rank)
+    begin_with(weights, plan, model, run, machine, lora_rank=asked.lora_rank)
     set_attention(model, machine, plan, asked, windows, run.before)
     machine = fit_into_memory(machine, model, asked, windows)
     train_loader, val_loader = _make_loaders(tokens, plan, asked, windows, machine)

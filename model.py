@@ -454,7 +454,10 @@ def attention_kernel(config: GPTConfig, precision: Precision, device: torch.devi
 
 
 class GatedMLP(nn.Module):
-    """SwiGLU (Shazeer 2020): the product of SiLU(gate) and up, projected down."""
+    """SwiGLU (Shazeer 2020): the product of SiLU(gate) and up, projected down.
+
+    The backward pass computes the product again, so that only gate and up are kept for it.
+    """
 
     def __init__(self, emb_dim: int, ff_dim: int, *, bias: bool) -> None:
         super().__init__()
@@ -463,8 +466,63 @@ class GatedMLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, T, C) -> (B, T, C)."""
-        gate, up = self.gate_up(x).chunk(2, dim=-1)  # (B, T, F) each
-        return self.down(F.silu(gate) * up)
+        gate_up = self.gate_up(x)  # (B, T, 2 F)
+        if torch.compiler.is_compiling() or not gate_up.requires_grad:
+            return self.down(gated(gate_up))  # a compiler decides itself what to compute again
+        product = _Gated.apply(gate_up)
+        with _computed_again(product):
+            return self.down(product)
+
+
+def gated(gate_up: Tensor) -> Tensor:
+    """SiLU(gate) * up: (..., 2 F) -> (..., F)."""
+    gate, up = gate_up.chunk(2, dim=-1)
+    return F.silu(gate).mul_(up)
+
+
+class _Gated(torch.autograd.Function):
+    """gated() that keeps its input alone."""
+
+    @staticmethod
+    def forward(ctx: Any, gate_up: Tensor) -> Tensor:
+        ctx.save_for_backward(gate_up)
+        return gated(gate_up)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, d_product: Tensor) -> Tensor:
+        gate_up = _input_of(ctx)
+        del ctx.gate_up
+        gate, up = gate_up.chunk(2, dim=-1)
+        d_gate_up = torch.empty_like(gate_up)
+        d_gate, d_up = d_gate_up.chunk(2, dim=-1)
+        torch.mul(d_product, up, out=d_up)  # as room for it: d_up itself is computed last
+        torch.ops.aten.silu_backward.grad_input(d_up, gate, grad_input=d_gate)
+        torch.mul(d_product, F.silu(gate), out=d_up)
+        return d_gate_up
+
+
+def _input_of(node: Any) -> Tensor:
+    """What a node of _Gated has kept. With activation checkpointing, asking for it computes it, and
+    may be done only once."""
+    if not hasattr(node, "gate_up"):
+        (node.gate_up,) = node.saved_tensors
+    return node.gate_up
+
+
+def _computed_again(product: Tensor) -> torch.autograd.graph.saved_tensors_hooks:
+    """A context whose operations don't keep _Gated's product, but compute it in their backward
+    pass."""
+    node, address = product.grad_fn, product.data_ptr()
+
+    def pack(tensor: Tensor) -> Tensor | torch.Size:
+        is_product = tensor.data_ptr() == address and tensor.numel() > 0
+        return tensor.shape if is_product else tensor
+
+    def unpack(kept: Tensor | torch.Size) -> Tensor:
+        return kept if isinstance(kept, Tensor) else gated(_input_of(node)).view(kept)
+
+    return torch.autograd.graph.saved_tensors_hooks(pack, unpack)
 
 
 class Block(nn.Module):
@@ -532,6 +590,15 @@ def build_norm(config: GPTConfig) -> nn.Module:
     return norm(config.emb_dim, eps=config.norm_eps)
 
 
+class Embedding(nn.Embedding):
+    """torch's, which draws no weights on the "meta" device (see GPTModel.initialize())."""
+
+    def reset_parameters(self) -> None:
+        """As in nn.Embedding."""
+        if not self.weight.is_meta:
+            super().reset_parameters()
+
+
 class GPTModel(nn.Module):
     """The model: token ids to logits. activation_checkpointing may be set at any time."""
 
@@ -542,9 +609,9 @@ class GPTModel(nn.Module):
         self.activation_checkpointing = False
         # on a CPU, True: products of one row are oneDNN's, not torch's own
         self.decodes_by_onednn = False
-        self.token_embedding = nn.Embedding(config.vocab_size, config.emb_dim)
+        self.token_embedding = Embedding(config.vocab_size, config.emb_dim)
         if config.positions == "learned":
-            self.position_embedding = nn.Embedding(config.context_length, config.emb_dim)
+            self.position_embedding = Embedding(config.context_length, config.emb_dim)
         elif config.positions == "sinusoidal":
             table = sinusoidal_positions(config.context_length, config.emb_dim)
             self.register_buffer("position_table", table, persistent=False)
@@ -577,7 +644,12 @@ class GPTModel(nn.Module):
             self.head.weight = self.token_embedding.weight
 
     def initialize(self) -> None:
-        """N(0, 0.02) as in GPT-2, residual projections / sqrt(2 n_layers), or 0 with zero_init."""
+        """N(0, 0.02) as in GPT-2, residual projections / sqrt(2 n_layers), or 0 with zero_init.
+
+        Nothing on the "meta" device, where normal_() imports sympy, which takes seconds.
+        """
+        if self.head.weight.is_meta:
+            return
         for module in self.modules():
             if isinstance(module, nn.Linear | nn.Embedding):
                 nn.init.normal_(module.weight, std=INIT_STD)

@@ -46,7 +46,7 @@ from insight.run_text import RunText
 from planning.chat import Question
 from planning.decisions import most_steps_of
 from planning.machine import keeps_best_on_disk
-from planning.trial import N_SAMPLES, Budget, Costs, Trial, expected_save_s, usable_seconds
+from planning.trial import N_SAMPLES, Budget, Costs, Trial, usable_seconds
 from storage.checkpoint import BestWeights, CheckpointStore, SaveClock, load_weights
 from storage.tracking import open_trackers
 from text.tokenizer import Tokenizer
@@ -373,12 +373,11 @@ class Trainer:
         budget, spent = plan.budget, journal.spent
         costs = Costs(
             step=journal.step_s,
-            # an evaluation may be the best so far
-            batch=(spent.mean("evaluation") + spent.mean("best"))
-            / budget.batches_of_one(plan.eval_iter),
+            batch=spent.mean("evaluation") / budget.batches_of_one(plan.eval_iter),
             token=spent.mean("sample") / SAMPLE_TOKENS,
             picture=spent.mean("picture", budget.costs.picture),
             save=spent.mean("save", budget.costs.save),
+            best=spent.mean("best", budget.costs.best),
         )
         left = replace(budget, seconds=budget.seconds - journal.elapsed_s, costs=costs)
         steps = left.steps_after(self.steps, plan.eval_freq, plan.eval_iter)
@@ -668,7 +667,7 @@ def _budget_until(deadline: float | None, env: RuntimeEnv) -> Budget | None:
     seconds = 60 * minutes
     if deadline is not None:
         seconds = usable_seconds(deadline, seconds, env.parallel)
-    costs = Costs(0.0, 0.0, 0.0, UNSEEN_PICTURE_S, expected_save_s(env.model))
+    costs = Costs(0.0, 0.0, 0.0, UNSEEN_PICTURE_S).with_files(env.model, env.device)
     n_val = Trial.count_batches(env.val_loader)
     return Budget(
         seconds,

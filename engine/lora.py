@@ -15,11 +15,17 @@ INPUTS, OUTPUTS = "lora_a", "lora_b"
 
 
 class LoRALinear(nn.Linear):
-    """A linear layer with frozen weights W, and (out, rank) B and (rank, in) A: W + SCALE B A."""
+    """A linear layer with frozen weights W, and (out, rank) B and (rank, in) A: W + SCALE B A.
 
-    def __init__(self, linear: nn.Linear, rank: int, generator: torch.Generator) -> None:
+    W is kept in the dtype `frozen`, A and B in fp32.
+    """
+
+    def __init__(
+        self, linear: nn.Linear, rank: int, generator: torch.Generator, frozen: torch.dtype
+    ) -> None:
         super().__init__(linear.in_features, linear.out_features, bias=False, device="meta")
-        self.weight, self.bias = linear.weight, linear.bias
+        weight = linear.weight.detach().to(frozen)
+        self.weight, self.bias = nn.Parameter(weight, requires_grad=False), linear.bias
         bound = 1 / math.sqrt(linear.in_features)
         inputs = torch.empty(rank, linear.in_features, device="cpu")
         inputs.uniform_(-bound, bound, generator=generator)
@@ -29,13 +35,18 @@ class LoRALinear(nn.Linear):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(..., in) -> (..., out)."""
-        return super().forward(x).add_(F.linear(SCALE * F.linear(x, self.lora_a), self.lora_b))
+        # autocast casts the weight itself, and keeps one that has its dtype
+        is_cast = torch.is_autocast_enabled(x.device.type)
+        weight = self.weight if is_cast else self.weight.to(x.dtype)
+        y = F.linear(x, weight, self.bias)
+        return y.add_(F.linear(SCALE * F.linear(x, self.lora_a), self.lora_b))
 
 
-def add_lora(model: nn.Module, rank: int, seed: int) -> None:
+def add_lora(model: nn.Module, rank: int, seed: int, frozen: torch.dtype = torch.float32) -> None:
     """Freeze a model, and add a trained product of this rank to each linear layer of its blocks.
 
-    The products are 0 until they are trained: the model's outputs stay the same.
+    The products are 0 until they are trained: the model's outputs stay the same. The weights of
+    these layers are kept in the dtype `frozen`: with that of autocast its products are the same.
     """
     model.requires_grad_(False)
     generator = torch.Generator().manual_seed(seed)
@@ -43,7 +54,7 @@ def add_lora(model: nn.Module, rank: int, seed: int) -> None:
         for parent in list(block.modules()):
             for name, child in list(parent.named_children()):
                 if isinstance(child, nn.Linear):
-                    setattr(parent, name, LoRALinear(child, rank, generator))
+                    setattr(parent, name, LoRALinear(child, rank, generator, frozen))
 
 
 def adapter_of(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -174,7 +174,8 @@ def _in_chunks(
                     continue
                 part = torch.mm(d_logits.T, x * share, out=part)
                 if d_weight is None:
-                    d_weight = part[:V].to(torch.float32, copy=True)
+                    is_last = len(x) == N and len(part) == V  # the buffer itself is the gradient
+                    d_weight = part if is_last else part[:V].to(torch.float32, copy=True)
                 else:
                     d_weight += part[:V]
         if gradients:

@@ -101,7 +101,7 @@ def estimate_memory(
     """
     n_parameters = sum(p.numel() for p in model.parameters())
     n_trained = count_trained(model)
-    weights, gradients = 4 * n_parameters, 4 * n_trained
+    weights, gradients = sum(p.nbytes for p in model.parameters()), 4 * n_trained
     gathered = unsharded = 0
     if parts > 1:  # as distributed/sharding.py lays it out
         width = 4 if precision.name == "fp32" else 2

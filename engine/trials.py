@@ -29,17 +29,21 @@ def time_each(
     return least
 
 
-def mlp_step(precision: Precision, device: torch.device) -> Callable[[], object]:
-    """A forward and a backward pass of an MLP in a precision."""
+def mlp_step(
+    precision: Precision, device: torch.device, *, frozen: torch.dtype | None = None
+) -> Callable[[], object]:
+    """A forward and a backward pass of an MLP in a precision; with weights in the dtype `frozen`,
+    only to its inputs."""
     rows, inner, outer = MLP_SHAPE
     # constants: a trial must not draw on the generators that the run's seed has set
     x = torch.full((rows, inner), 0.5, device=device, requires_grad=True)
-    up = torch.full((outer, inner), 0.01, device=device, requires_grad=True)
-    down = torch.full((inner, outer), 0.01, device=device, requires_grad=True)
+    options = {"device": device, "requires_grad": frozen is None, "dtype": frozen}
+    up = torch.full((outer, inner), 0.01, **options)
+    down = torch.full((inner, outer), 0.01, **options)
 
     def run() -> object:
         with precision.autocast():
             loss = F.linear(F.gelu(F.linear(x, up)), down).float().sum()
-        return torch.autograd.grad(loss, (x, up, down))
+        return torch.autograd.grad(loss, (x, up, down) if frozen is None else x)
 
     return run

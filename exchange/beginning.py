@@ -12,10 +12,12 @@ from engine.console import say
 from engine.errors import CheckpointError, DataError, PipelineError, SettingsError, first_line
 from engine.lora import add_lora
 from engine.memory import count_trained
+from engine.processor import return_large_blocks
 from exchange.opening import open_pretrained
 from exchange.pretrained import fitted
 from model import GPTModel
-from planning.fine_tuning import SMOLLM2, begin_from
+from planning.fine_tuning import LARGE, SMOLLM2, begin_from
+from planning.machine import Machine, choose_frozen
 from planning.plan import AUTO_START, RunPlan, Start
 from planning.runs import Candidate, Candidates, SettledRun
 from storage.checkpoint import has_checkpoint, load_weights, read_frozen
@@ -55,7 +57,8 @@ def find_beginning(
         return plan, candidates, None
     name = parallel.local_first(lambda: facts.keep_tokenizer(cache))
     read = dict if opened is None else opened.read  # only the main rank reads
-    if plan.run.names_weights or candidates.likeliest is not None:
+    likeliest = candidates.likeliest
+    if plan.run.names_weights or (likeliest is not None and likeliest.start is not None):
         plan = begin_from(plan, facts.start, name)
     return plan, candidates, Beginning(facts.start, name, read)
 
@@ -65,7 +68,7 @@ def begin_with(
     plan: RunPlan,
     model: GPTModel,
     run: SettledRun,
-    parallel: Parallel,
+    machine: Machine,
     *,
     lora_rank: int | None = None,
 ) -> None:
@@ -74,6 +77,7 @@ def begin_with(
     adapter; a checkpoint holds that alone, and the run's folder the weights. Collective."""
     if weights is None or plan.start is None:
         return
+    parallel = machine.parallel
     if lora_rank is not None and parallel.kind == "fsdp":
         raise SettingsError(
             f'PARALLEL = "fsdp" can\'t train with lora_rank ({lora_rank}); set PARALLEL = "ddp"'
@@ -89,8 +93,12 @@ def begin_with(
         return fitted(weights.read(), model.config)
 
     load_weights(model, parallel.on_main(read) or {}, weights.start.source, parallel)
+    # in half precision a step is faster, and its activations take half the memory
+    is_slow = machine.device.type == "cpu" and machine.precision.name == "fp32"
+    if is_slow and model.count_parameters() >= LARGE:
+        return_large_blocks()
     if lora_rank is not None:
-        add_lora(model, lora_rank, plan.run.SEED)
+        add_lora(model, lora_rank, plan.run.SEED, choose_frozen(machine))
         counts = f"{count_trained(model):,} of {model.count_parameters():,}"
         say(f"LoRA of rank {lora_rank}: {counts} parameters are trained")
 
@@ -128,7 +136,7 @@ def _open(plan: RunPlan, candidates: Candidates) -> tuple[_Opened | None, Candid
         candidates = candidates.of_one_start(plan.data)
     run = candidates.likeliest_run
     if run is not None and run.record.start is None:
-        return None, candidates
+        run = None  # with another text now, a new run chooses between both starts again
     try:
         found = open_pretrained(SMOLLM2 if is_auto else where)
     except (CheckpointError, DataError, SettingsError) as error:

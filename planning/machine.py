@@ -111,6 +111,22 @@ def _faster_precision(precision: Precision, choices: Choices) -> Precision:
     return Precision(choice.name, f"{reason}: {choice.reason}", precision.device_type)
 
 
+def choose_frozen(machine: Machine) -> torch.dtype:
+    """The dtype of frozen matrices: that of the run's products, which then cast nothing, or fp32
+    where a trial finds that clearly faster. The numbers are the same. Collective."""
+    precision, choices = machine.precision, machine.choices
+    if precision.name == "fp32":
+        return torch.float32
+    assert choices is not None, "find_machine() sets it"
+    dtypes = {name: DTYPES[name] for name in (precision.name, "fp32")}
+    steps = {n: mlp_step(precision, choices.device, frozen=dtypes[n]) for n in dtypes}
+    choice = machine.parallel.from_main(
+        lambda: choices.fastest(f"frozen weights of products in {precision.name}", steps)
+    )
+    say(f"Frozen weights: {choice.name} ({choice.reason})")
+    return dtypes[choice.name]
+
+
 def set_attention(
     model: GPTModel,
     machine: Machine,

@@ -33,7 +33,7 @@ from generation import generate
 from model import GPTModel
 from planning.choices import WORTH_A_TRIAL, Choices
 from planning.decisions import RunRecord, complete_training, most_steps_of
-from planning.machine import Machine
+from planning.machine import Machine, keeps_best_on_disk
 from planning.plan import RunPlan
 from training.learner import Learner, steps_between
 from training.spacing import (
@@ -55,6 +55,7 @@ FINAL_SHARE = 0.04  # of a time budget, the most that the evaluation after train
 LAST_SAMPLES_SHARE, LEAST_SAMPLE_TOKENS = 0.05, 50
 LEAST_INTERVALS = 4  # between evaluations, where a time budget is short
 TIMED_BATCHES, TIMED_TOKENS = 4, 10  # of an evaluation and a sample
+LONG_S = 2.0  # what takes as long is timed once: to load libraries first is a small part of it
 # of a run of so many minutes: the share that is planned, and the seconds that Python takes to end
 # after torch was imported (1.0 to 1.8)
 AIM, ENDING_S = 0.99, 1.0
@@ -112,14 +113,17 @@ class Trial:
 
     def costs(self, budget_s: float, n_prompts: int) -> "Costs":
         """What the parts of a run take, steps timed for a share of its budget. Collective."""
-        n_batches = min(TIMED_BATCHES, self.count_batches(self.loader, overlapping=False))
+        most_batches = min(TIMED_BATCHES, self.count_batches(self.loader, overlapping=False))
         learner = self.learner
         steps_s = BUDGET_TRIAL_SHARE * budget_s
         step = learner.in_smaller_parts(lambda: self._mean_step_seconds(steps_s), "a trial")
         generator = torch.Generator(learner.device).manual_seed(0)
 
-        def evaluate() -> None:
+        def evaluate(n_batches: int) -> float:
+            """The seconds of a batch."""
+            began_at = time.perf_counter()
             learner.evaluate(self.loader, n_batches, overlapping=False)
+            return (time.perf_counter() - began_at) / n_batches
 
         def sample() -> None:
             options = {"max_new_tokens": TIMED_TOKENS, "generator": generator}
@@ -127,9 +131,13 @@ class Trial:
                 generate(learner.model, [[0]] * n_prompts, **options)
 
         with using_threads(self.threads):
-            batch, token = _seconds(evaluate) / n_batches, _seconds(sample) / TIMED_TOKENS
-            costs = (step, batch, token, _seconds(_draw), expected_save_s(learner.model))
-            return Costs(*map(self.agreed, costs))
+            batch = evaluate(1)
+            # sharded, all ranks make each forward pass
+            if not learner.parallel.lowest(batch >= LONG_S):
+                batch = evaluate(most_batches)
+            costs = Costs(step, batch, _seconds(sample) / TIMED_TOKENS, _seconds(_draw))
+            costs = costs.with_files(learner.model, learner.device)
+            return Costs(*map(self.agreed, dataclasses.astuple(costs)))
 
     @staticmethod
     def count_batches(loader: DataLoader, *, overlapping: bool = True) -> int:
@@ -164,7 +172,7 @@ class Trial:
                 synchronize(self.learner.device)
                 seconds = time.perf_counter() - started_at
                 # with a sharded model all ranks make each step, so they stop after the same one
-                is_enough = count >= TIMED_STEPS and seconds >= least_s
+                is_enough = seconds >= least_s and (count >= TIMED_STEPS or seconds >= LONG_S)
                 if self.learner.parallel.lowest(is_enough):
                     break
         return seconds / count
@@ -270,11 +278,13 @@ def decide_compiling(
 
 def _try_compiling(trial: Trial, total_steps: int | None, budget_s: float | None) -> Compiled:
     """Compile if that saves twice its own time in the rest of the run, and is faster indeed."""
-    seconds = trial.agreed(trial.step_seconds())
-    steps = round((budget_s or 0) / seconds) if total_steps is None else total_steps
     saves, cost = expected_savings(trial.learner.model, trial.learner.device)
     if measured := trial.known(""):
         saves, cost = measured.get("saves", saves), measured.get("seconds", cost)
+    if budget_s is not None and budget_s * saves <= 2 * cost:
+        return Compiled(False, f"a run of {budget_s:g} s would not repay it")
+    seconds = trial.agreed(trial.step_seconds())
+    steps = round((budget_s or 0) / seconds) if total_steps is None else total_steps
     reason = f"{steps:,} steps of {seconds:.2g} s"
     if steps * seconds * saves <= 2 * cost:
         return Compiled(False, f"{reason} would not repay it")
@@ -283,11 +293,14 @@ def _try_compiling(trial: Trial, total_steps: int | None, budget_s: float | None
 
 
 def _seconds(work: Callable[[], None]) -> float:
-    """The seconds of some work that was done once before."""
-    work()
-    started_at = time.perf_counter()
-    work()
-    return time.perf_counter() - started_at
+    """The seconds of some work: at its second time, unless the first one took LONG_S."""
+    for _ in range(2):
+        started_at = time.perf_counter()
+        work()
+        seconds = time.perf_counter() - started_at
+        if seconds >= LONG_S:
+            break
+    return seconds
 
 
 def expected_save_s(model: torch.nn.Module) -> float:
@@ -317,6 +330,13 @@ class Costs:
     token: float  # of a sample: one for each prompt
     picture: float
     save: float = 0.0
+    best: float = 0.0  # of better weights that an evaluation finds, where they go to the disk
+
+    def with_files(self, model: GPTModel, device: torch.device) -> "Costs":
+        """With what a run's checkpoints and best weights take on a usual disk."""
+        is_on_disk = keeps_best_on_disk(model, device)
+        best = 4 * count_trained(model) / SAVED_BYTES_A_S if is_on_disk else 0.0
+        return dataclasses.replace(self, save=expected_save_s(model), best=best)
 
 
 @dataclass(frozen=True)
@@ -392,7 +412,8 @@ class Budget:
 
     def evaluation_s(self, evaluations: Spacing, eval_iter: int, done: int = 0) -> float:
         """The seconds of a run's evaluations before the end of training."""
-        return evaluations.count(done or -1) * self.batches_of_one(eval_iter) * self.costs.batch
+        of_one = self.batches_of_one(eval_iter) * self.costs.batch + self.costs.best
+        return evaluations.count(done or -1) * of_one
 
     @property
     def final_batches(self) -> int:

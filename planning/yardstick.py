@@ -31,9 +31,10 @@ def measure_start(
         most_s = min(most_s, MOST_SHARE * 60 * plan.training.time_budget_minutes)
     with using_threads(trial.threads):
         began_at = time.perf_counter()
-        learner.score(loader, tokenizer, 1)
+        score = learner.score(loader, tokenizer, 1)
         batch_s = trial.parallel.mean(time.perf_counter() - began_at)
-        score = learner.score(loader, tokenizer, max(1, int(most_s / batch_s)))
+        if (n_batches := int(most_s / batch_s)) > 1:
+            score = learner.score(loader, tokenizer, n_batches)
     start = dataclasses.replace(
         plan.start,
         bits_per_byte=score.bits_per_byte,

@@ -351,9 +351,11 @@ def read_adapter(run_folder: Path, run_id: str, which: str = "best") -> Tensors:
 
 
 def read_frozen(run_folder: Path, run_id: str) -> Tensors:
-    """The weights that a run with LoRA began from; CheckpointError if they can't be read."""
+    """The weights that a run with LoRA began from, in fp32; the file may have them in the run's
+    precision. CheckpointError if they can't be read."""
     try:
-        return _read_model(run_folder / FROZEN / _name(0), run_id)
+        tensors = _read_model(run_folder / FROZEN / _name(0), run_id)
+        return {name: tensor.float() for name, tensor in tensors.items()}
     except _Unusable as error:
         raise CheckpointError(f"the run's frozen weights are lost: {error}.") from None
 

@@ -3,19 +3,34 @@
 import dataclasses
 import re
 import shutil
+import zipfile
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import storage.checkpoint
 import train
 from distributed.parallel import ALONE
-from engine.errors import CheckpointError, DataError, RunFinished, SettingsError
+from engine.errors import (
+    CheckpointError,
+    DataError,
+    ResourceError,
+    RunFinished,
+    SettingsError,
+)
+from engine.lora import add_lora
+from engine.memory import as_bytes, count_trained
 from engine.optim import default_learning_rate
 from environment import prepare_environment
+from exchange import beginning
+from exchange.beginning import find_beginning
+from exchange.gguf import open_gguf
+from exchange.huggingface import write_folder
 from exchange.opening import open_pretrained
 from exchange.pretrained import fitted
 from model import GPTConfig, GPTModel
+from planning import yardstick
 from planning.decisions import decide_recipe, decide_training, read_record
 from planning.fine_tuning import (
     LARGE,
@@ -27,10 +42,16 @@ from planning.fine_tuning import (
     fine_tuning,
 )
 from planning.plan import AUTO_START, RunPlan, Start, resolve_settings
+from planning.runs import Candidate, Candidates
 from planning.settings_file import read_given_settings
+from storage.checkpoint import weights_of
 from tests.conftest import LETTERS, REPOSITORY, train_on_letters
-from tests.records import MACHINE, TEXT_FACTS
+from tests.gguf_models import LETTERS as GGUF_LETTERS
+from tests.gguf_models import model_of, written
+from tests.records import MACHINE, TEXT_FACTS, plan_in_minutes, record_of
 from tests.resuming import Bench, compare, uninterrupted
+from training import learner
+from training.learner import Learner
 from training_utils import TrainingConfig
 
 MODEL = GPTConfig(
@@ -131,6 +152,37 @@ def test_a_run_goes_on_without_the_file_that_it_began_from_bit_for_bit(workdir, 
     shutil.rmtree(source)
     compare(bench.finish(), expected)
     assert bench.stopped_at == [1, 9]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("lora_rank", [None, 4])
+@pytest.mark.parametrize("kind", ["folder", "gguf"])
+def test_a_run_from_a_file_goes_on_after_a_kill_bit_for_bit(kind, lora_rank, workdir, monkeypatch):
+    model, source = model_of("llama"), workdir / "source.gguf"
+    if kind == "gguf":
+        written(source, model)
+    else:
+        source = workdir / "source"
+        write_folder(source, model.config, weights_of(model), GGUF_LETTERS, card="A test's.")
+    settings = {"INIT_FROM": str(source), "TOKENIZER": None, "model_overrides": {"drop_rate": 0.1}}
+    settings |= {"save_every": 4} | ({} if lora_rank is None else {"lora_rank": lora_rank})
+    bench = Bench(workdir, monkeypatch)
+    expected = uninterrupted(bench, **settings)
+    bench.describe("run", **settings)
+    take_step = learner.take_step
+
+    def killed_at_the_eleventh(*arguments, **options):
+        if (
+            options.get("stop") is not None
+            and bench.env.run.path.joinpath("checkpoints", "step-00000008").exists()
+        ):
+            raise SystemExit("killed")
+        return take_step(*arguments, **options)
+
+    with monkeypatch.context() as patch, pytest.raises(SystemExit, match="killed"):
+        patch.setattr(learner, "take_step", killed_at_the_eleventh)
+        bench.session()
+    compare(bench.finish(), expected)
 
 
 def test_a_run_without_a_checkpoint_needs_its_source_again(begin, tiny, workdir):
@@ -290,3 +342,96 @@ def test_a_tokenizer_that_is_gone_from_a_run_is_named(begin, tiny, workdir):
     (source / "tokenizer.json").unlink()
     with pytest.raises((CheckpointError, DataError), match=r"tokenizer\.json"):
         begin(INIT_FROM=str(source))
+
+
+def test_weights_in_a_gguf_file_that_memory_has_no_room_for_are_refused(tmp_path, monkeypatch):
+    pretrained = open_gguf(written(tmp_path / "a.gguf", model := model_of("llama")))
+    needed = 4 * model.count_parameters()
+    for room in (needed, needed - 1):
+        monkeypatch.setattr("exchange.pretrained.available_memory", lambda device, n=room: n)
+        if room == needed:
+            assert pretrained.weights().keys() == weights_of(model).keys()
+        else:
+            with pytest.raises(ResourceError, match=r"a\.gguf take .* KB of memory, and"):
+                pretrained.weights()
+
+
+def test_a_pickle_with_compressed_parts_is_refused_unread(tmp_path):
+    model, folder = model_of("gpt2"), tmp_path / "model"
+    write_folder(folder, model.config, weights_of(model), GGUF_LETTERS, card="A test's.")
+    stored = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    torch.save(stored, folder / "pytorch_model.bin")
+    assert open_pretrained(str(folder)).weights().keys() >= weights_of(model).keys()
+    with zipfile.ZipFile(folder / "pytorch_model.bin") as archive:
+        content = {name: archive.read(name) for name in archive.namelist()}
+    with zipfile.ZipFile(folder / "pytorch_model.bin", "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, value in content.items():
+            archive.writestr(name, value)
+    with pytest.raises(CheckpointError, match="holds more than tensors, or is damaged"):
+        open_pretrained(str(folder))
+
+
+@pytest.mark.slow
+def test_a_dry_run_tells_the_disk_that_an_adapter_and_its_frozen_weights_take(begin, tiny, capsys):
+    for lora_rank, n_bytes in ((None, None), (2, None)):
+        with pytest.raises(RunFinished):
+            begin(
+                INIT_FROM=str(tiny),
+                CUSTOM_MODE=True,
+                max_steps=2,
+                keep_checkpoints=2,
+                DRY_RUN=True,
+                **({} if lora_rank is None else {"lora_rank": lora_rank}),
+            )
+        printed = capsys.readouterr().out
+        model = GPTModel(open_pretrained(str(tiny)).config)
+        whole = 4 * model.count_parameters()
+        n_bytes = 4 * whole * 3
+        if lora_rank is not None:
+            add_lora(model, lora_rank, seed=0)
+            n_bytes = 4 * 4 * count_trained(model) * 3 + whole
+        assert f"on disk up to {as_bytes(n_bytes)}, for checkpoints" in printed
+
+
+def test_auto_opens_weights_even_where_a_run_from_random_ones_may_go_on(
+    tiny, monkeypatch, tmp_path
+):
+    """Its text may have changed since, and a new run chooses anew."""
+    opened = open_pretrained(str(tiny))
+    monkeypatch.setattr(beginning, "open_pretrained", lambda where: opened)
+    plan = plan_in_minutes(INIT_FROM="auto")
+    record = record_of(plan)
+    assert record.start is None and record.choice is not None
+    run = Candidate(tmp_path, record, "char-0", "0" * 64)
+    candidates = Candidates(tmp_path, False, "0", "now", (run,))
+    found, left, weights = find_beginning(plan, candidates, tmp_path / "cache", ALONE)
+    assert (found.start, left.runs, weights.start.source) == (None, (run,), opened.source)
+
+
+def test_a_batch_that_takes_the_time_of_the_measurement_is_scored_once(begin, tiny, monkeypatch):
+    now, calls, score = 0.0, [], Learner.score
+
+    def slow(learner, loader, tokenizer, n_batches):
+        nonlocal now
+        now += 100.0
+        calls.append(n_batches)
+        return score(learner, loader, tokenizer, n_batches)
+
+    monkeypatch.setattr(yardstick.time, "perf_counter", lambda: now)
+    monkeypatch.setattr(Learner, "score", slow)
+    env = begin(INIT_FROM=str(tiny), RUN_NAME="mine")
+    assert calls == [1]
+    assert env.run.record.start.bits_per_byte > 0
+
+
+def test_only_large_models_in_fp32_on_a_cpu_give_freed_blocks_back(begin, tiny, monkeypatch):
+    calls = []
+    monkeypatch.setattr(beginning, "return_large_blocks", lambda: calls.append(1))
+    begin(INIT_FROM=str(tiny))
+    assert calls == []
+    monkeypatch.setattr(beginning, "LARGE", 1)
+    begin(INIT_FROM=str(tiny), PRECISION="bf16")
+    assert calls == []
+    begin(INIT_FROM=str(tiny))
+    assert calls == [1]

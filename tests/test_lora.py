@@ -8,19 +8,25 @@ import torch
 from safetensors.torch import save
 
 from benchmarks.peers import save_for_transformers
-from engine.errors import CheckpointError, SettingsError
+from data import plan_windows
+from distributed.parallel import ALONE
+from engine.errors import CheckpointError, ResourceError, SettingsError
 from engine.lora import add_lora, merged
 from engine.loss import next_token_loss
 from engine.memory import count_trained, estimate_memory
 from engine.optim import build_adamw
+from engine.precision import Precision
 from exchange.adapter import their_adapter, their_adapter_settings, write_adapter
 from exchange.opening import open_pretrained
 from exchange.saved_run import load_run
 from model import GPTConfig, GPTModel
+from planning.choices import Choices
+from planning.machine import Machine, choose_frozen, fresh_model
 from planning.plan import resolve_settings
 from storage.checkpoint import (
     CheckpointStore,
     read_adapter,
+    read_frozen,
     read_safetensors,
     read_weights,
     safetensors_chunks,
@@ -30,6 +36,21 @@ from tests.conftest import train_on_letters
 from tests.hostile import reseal
 from tests.letters import CPU, FP32
 from tests.resuming import Bench, compare, uninterrupted
+from tests.test_parallel import (
+    LOSSES,
+    NORM,
+    WEIGHTS,
+    alone,
+    assert_same_to_the_last_bit,
+    facts,
+    final,
+    furthest,
+    needs_signals,
+    settings_of,
+    steps_gone_on_from,
+    together,
+)
+from training_utils import TrainingConfig
 
 LLAMA = {"architecture": "llama", "n_kv_heads": 2, "qk_norm": True}
 both = pytest.mark.parametrize("changes", [{"qkv_bias": True}, LLAMA], ids=["gpt2", "llama"])
@@ -118,6 +139,80 @@ def test_an_adapter_takes_a_fraction_of_the_memory_of_training_all():
     )
     assert trained < 0.15 * model.count_parameters()
     assert adapted.total(1) < 0.6 * full.total(1)
+
+
+@both
+def test_frozen_matrices_in_the_runs_precision_give_the_same_numbers_in_less_memory(
+    changes, tmp_path
+):
+    precision, found = Precision("bf16", "as set", "cpu"), []
+    for frozen in (torch.float32, torch.bfloat16):
+        model = new_model(**changes)
+        add_lora(model, 4, seed=3, frozen=frozen)
+        for name, value in weights_of(model).items():
+            value.add_(0.1 if name.endswith("lora_b") else 0.0)
+        ids = batch(model)
+        with precision.autocast():
+            loss = model(ids[:, :-1], ids[:, 1:])
+        loss.backward()
+        adapter = [p.grad for p in model.parameters() if p.requires_grad]
+        found.append((loss.detach(), *adapter))
+    assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
+    # without autocast, as a library's user may call it: the frozen matrices are rounded
+    rounded = new_model(**changes)
+    for weight, _ in rounded.hidden_matrices():
+        weight.data = weight.data.bfloat16().float()
+    add_lora(rounded, 4, seed=3)
+    for name, value in weights_of(rounded).items():
+        value.add_(0.1 if name.endswith("lora_b") else 0.0)
+    assert torch.equal(model(ids[:, :-1]), rounded(ids[:, :-1]))
+    # the run's folder has them as they are, and they are read in fp32
+    CheckpointStore(tmp_path, "run-a", 2).keep_frozen(model)
+    kept = read_frozen(tmp_path, "run-a")
+    for name, value in rounded.named_parameters():
+        if "lora_" not in name:
+            assert torch.equal(kept[name], value), name
+    sizes = [
+        estimate_memory(m, n_tokens=16, n_windows=1, precision=precision, device=CPU)
+        for m in (model, rounded)
+    ]
+    hidden = sum(weight.numel() for weight, _ in model.hidden_matrices())
+    assert sizes[1].weights - sizes[0].weights == 2 * hidden
+
+
+def test_the_format_of_frozen_matrices_is_the_runs_unless_a_trial_finds_fp32_clearly_faster(
+    tmp_path, capsys
+):
+    def chosen(name: str, choices: Choices | None = None) -> torch.dtype:
+        return choose_frozen(Machine(CPU, ALONE, Precision(name, "as set", "cpu"), choices=choices))
+
+    assert chosen("fp32") == torch.float32  # nothing to choose, and nothing is timed
+    for number, (bf16_s, expected) in enumerate([(1.0, torch.bfloat16), (1.2, torch.float32)]):
+        choices = Choices(tmp_path / str(number), CPU, 1)
+        choices.keep("frozen weights of products in bf16", {"bf16": bf16_s, "fp32": 1.0})
+        assert chosen("bf16", choices) == expected
+    assert "Frozen weights: fp32 (bf16 1.2e+03 ms, fp32 1e+03 ms)" in capsys.readouterr().out
+    assert chosen("bf16", Choices(tmp_path, CPU, 1)) in (torch.bfloat16, torch.float32)
+    assert len(list((tmp_path / "choices").iterdir())) == 1  # it was timed, and kept
+
+
+def test_an_adapter_is_refused_only_where_the_weights_and_their_copy_do_not_fit(monkeypatch):
+    shape = {"emb_dim": 64, "n_heads": 2, "n_layers": 2}
+    plan = resolve_settings(
+        {"CUSTOM_MODE": True, "MODEL": "small", "custom_params": {"model_overrides": shape}}, "c.py"
+    )
+    windows, _ = plan_windows(999, max_length=16, stride=16, batch_size=4, train_ratio=0.9)
+    machine = Machine(CPU, ALONE, FP32)
+    matrices = 2 * 40 * 64 + 2 * (2 * 64 * (64 + 4 * 64))
+    for room, refused in ((8 * matrices, (True, False)), (8 * matrices - 1, (True, True))):
+        monkeypatch.setattr("planning.machine.available_memory", lambda device, room=room: room)
+        for rank, is_refused in zip((None, 4), refused, strict=True):
+            asked = TrainingConfig(lora_rank=rank)
+            if is_refused:
+                with pytest.raises(ResourceError, match="or a smaller model as INIT_FROM"):
+                    fresh_model(plan, asked, windows, 40, machine)
+            else:
+                assert fresh_model(plan, asked, windows, 40, machine).config.emb_dim == 64
 
 
 @pytest.fixture(scope="module")
@@ -215,6 +310,38 @@ def test_a_run_with_an_adapter_resumes_bit_for_bit_and_is_enough_by_itself(
     ):
         with pytest.raises(SettingsError, match=says):
             write_adapter(place, folder)
+
+
+@pytest.mark.slow
+@needs_signals
+def test_two_ranks_fine_tune_as_one_process_does_and_go_on_after_a_kill(tmp_path):
+    settings_of(tmp_path, "seed", MODEL="llama-mini", max_steps=3)
+    start = {"INIT_FROM": "runs/seed", "TOKENIZER": None, "model_overrides": {"drop_rate": 0.0}}
+    kinds = {"all": {}, "adapter": {"lora_rank": 4}}
+    for name, more in kinds.items():
+        for kind in ("alone", "ddp", "killed"):
+            where = {} if kind == "alone" else {"PARALLEL": "ddp"}
+            settings_of(tmp_path, f"{name}-{kind}", **start, **more, **where)
+    settings_of(tmp_path, "all-fsdp", **start, PARALLEL="fsdp")
+    alone(tmp_path, ["seed.py"], *([f"{name}-alone.py"] for name in kinds))
+    job = together(
+        tmp_path,
+        2,
+        ["all-fsdp.py"],
+        *([f"{name}-ddp.py"] for name in kinds),
+        *([f"{name}-killed.py", 1, 5, "SIGKILL", n] for n, name in enumerate(kinds)),
+        restarts=2,
+    )
+    assert steps_gone_on_from(job.out) == {f"{name}-killed": 3 for name in kinds}
+    runs = tmp_path / "runs"
+    for name in kinds:
+        for kind in ("ddp", "fsdp") if name == "all" else ("ddp",):
+            one, two = runs / f"{name}-alone", runs / f"{name}-{kind}"
+            assert furthest(one, two, *LOSSES, NORM) < 1e-5, (name, kind)
+            starts = [facts(run, "summary")["initial_val_bits_per_byte"] for run in (one, two)]
+            assert starts[1] == pytest.approx(starts[0], abs=1e-5)
+        assert_same_to_the_last_bit(runs / f"{name}-killed", runs / f"{name}-ddp")
+    assert len(final(runs / "adapter-ddp", WEIGHTS)) < len(final(runs / "all-ddp", WEIGHTS)) / 2
 
 
 @pytest.mark.slow  # PEFT and accelerate take seconds to import

@@ -8,7 +8,9 @@ import warnings
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
+import model as model_module
 from benchmarks.peers import save_for_transformers
 from engine.errors import SettingsError
 from engine.optim import build_adamw
@@ -425,3 +427,52 @@ def test_the_attention_kernel_is_named(rate, expected):
     config = GPTConfig(**SHAPE | {"emb_dim": 192}, attention_drop_rate=rate)
     precision = Precision("bf16", "as set", "cpu")
     assert attention_kernel(config, precision, torch.device("cpu")) == expected
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_the_gated_mlp_computes_its_product_again_and_no_bit_changes(
+    checkpointing, autocast, monkeypatch
+):
+    torch.manual_seed(0)
+    mlp, calls, own = model_module.GatedMLP(16, 40, bias=True), [], model_module.gated
+    monkeypatch.setattr(model_module, "gated", lambda x: calls.append(len(x)) or own(x))
+    x, kept = torch.randn(2, 6, 16), []
+
+    def as_written(x: torch.Tensor) -> torch.Tensor:
+        gate, up = mlp.gate_up(x).chunk(2, dim=-1)
+        return mlp.down(F.silu(gate) * up)
+
+    def gradients(forward) -> list[torch.Tensor]:
+        inputs = x.clone().requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            y = (
+                checkpoint(forward, inputs, use_reentrant=False)
+                if checkpointing
+                else (forward(inputs))
+            )
+        return [y, *torch.autograd.grad(y.float().square().sum(), [inputs, *mlp.parameters()])]
+
+    for one, other in zip(gradients(mlp), gradients(as_written), strict=True):
+        assert torch.equal(one, other)
+    assert len(calls) == 2 + checkpointing  # forward, and in the backward pass
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        y = mlp(x)
+    widths = [t.shape[-1] for t in kept if t.shape[:-1] in ((2, 6), (12,))]
+    assert y.requires_grad and sorted(widths) == [16, 80]  # the input, gate and up
+
+
+def test_a_model_on_the_meta_device_draws_no_weights(monkeypatch):
+    """Drawing normal numbers there imports sympy, for seconds."""
+    normal = torch.nn.init.normal_
+
+    def drawn(tensor: torch.Tensor, *arguments, **options) -> torch.Tensor:
+        assert not tensor.is_meta
+        return normal(tensor, *arguments, **options)
+
+    monkeypatch.setattr(torch.nn.init, "normal_", drawn)
+    monkeypatch.setattr(torch.nn.modules.sparse.init, "normal_", drawn)
+    for architecture in ("gpt2", "llama"):
+        with torch.device("meta"):
+            made = GPTModel(GPTConfig(10, 8, 16, 2, 1, architecture=architecture))
+        assert all(p.is_meta for p in made.parameters())

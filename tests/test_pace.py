@@ -18,7 +18,9 @@ from engine.errors import ResourceError, SettingsError
 from engine.optim import Schedule, learning_rate_at, make_schedule
 from planning import trial
 from planning.trial import Budget, Costs
+from tests.letters import new_trainer
 from tests.resuming import Bench, compare, of_steps, use_steady_clock
+from training.journal import Journal
 from training.pace import (
     BY_HEART,
     TIME,
@@ -162,6 +164,25 @@ def test_what_is_left_of_a_budget_is_filled_with_steps(step_s):
     for seconds in (0.0, -60.0):  # the time is over
         assert replace(budget, seconds=seconds).steps_after(7, 50, 10) == 8
     assert budget.total_s(Spacing(100, 500, 50), 10) > budget.total_s(Spacing(100, 500, 50), 10, 1)
+
+
+def test_best_weights_on_the_disk_are_planned_for_at_each_evaluation_and_only_there(monkeypatch):
+    budget = Budget(600.0, Costs(1.0, 0.5, 0.0, 0.0), 500, (500, 50), last_tokens=0)
+    on_disk = replace(budget, costs=replace(budget.costs, best=10.0))
+    run = Spacing(100, 500, 50)
+    assert on_disk.total_s(run, 4) == budget.total_s(run, 4) + 10 * run.count()
+    assert on_disk.final_batches == budget.final_batches
+    # a plan made anew has what both took so far
+    planned = []
+    monkeypatch.setattr(Budget, "steps_after", lambda left, *_: planned.append(left.costs) or 90)
+    monkeypatch.setattr(Journal, "step_s", 1.0)
+    schedule = make_schedule("cosine", 1e-3, 1, 100)
+    trainer = new_trainer(100, schedule=schedule, budget=budget, eval_iter=4)
+    trainer.steps = 50
+    trainer.journal.spent.note("evaluation", 4.0)
+    trainer.journal.spent.note("best", 6.0)
+    trainer.plan_anew_where_due()
+    assert (planned[0].batch, planned[0].best) == (4.0 / 8, 6.0)
 
 
 def test_a_forecast_continues_the_later_half_of_the_flat_phase_and_adds_what_the_decay_gains():

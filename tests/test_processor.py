@@ -1,6 +1,7 @@
 """How many threads suit a machine, by what Linux tells of it in files."""
 
 import os
+from ctypes import CDLL
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,7 @@ import torch
 
 from engine import processor
 from engine.processor import default_threads, is_held_up, physical_cores, quota_cores
+from tests.forking import CAN_FORK, run_fork
 
 
 @pytest.fixture
@@ -101,3 +103,29 @@ def test_cores_that_the_process_may_not_use_do_not_count_or_tell_nothing(machine
         assert default_threads() == 5
     (folder / "cpu7" / "topology" / "thread_siblings_list").unlink()
     assert physical_cores(folder) is None
+
+
+RETURNING = """
+import torch
+from engine.processor import prepare_processor, return_large_blocks
+
+def held():
+    with open("/proc/self/status") as file:
+        return next(int(line.split()[1]) * 1024 for line in file if line.startswith("VmRSS"))
+
+torch.set_num_threads(1)
+prepare_processor()
+for count in (5, 30):
+    before = held()
+    blocks = [torch.ones(2_000_000) for _ in range(count)]
+    del blocks
+    print(held() - before)
+    return_large_blocks()
+"""
+
+
+@pytest.mark.skipif(not CAN_FORK or not hasattr(CDLL(None), "mallopt"), reason="glibc's malloc")
+def test_freed_blocks_are_kept_for_the_next_step_unless_they_are_to_be_returned(tmp_path):
+    kept, returned = map(int, run_fork(RETURNING, tmp_path).split())
+    assert kept > 0.9 * 5 * 8e6
+    assert returned < 0.1 * 30 * 8e6

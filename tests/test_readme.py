@@ -45,6 +45,7 @@ LONG |= {f"python -m benchmarks.{name}" for name in ("train", "generate", "learn
 LONG |= {f"python -m benchmarks.{name}" for name in ("data", "data --any", "saving", "scale")}
 LONG |= {f"python -m benchmarks.{name}" for name in ("survival", "budget")}
 LONG |= {"python -m scripts.watch", "python -m scripts.selfcheck"}
+LONG |= {f"python -m benchmarks.finetune --{part}" for part in ("memory", "peers", "gain docs")}
 
 PRINTED_IN_ORDER = r"""
 ======================================================================

@@ -173,6 +173,28 @@ def compiler(monkeypatch):
     return calls
 
 
+@pytest.mark.parametrize(("step_s", "n_steps", "n_batches"), [(5.0, 2, [1]), (0.1, 4, [1, 4])])
+def test_what_takes_long_is_timed_once(monkeypatch, step_s, n_steps, n_batches):
+    now, steps, batches, samples = 0.0, [], [], []
+
+    def takes(seconds: float, into: list, what: object) -> None:
+        nonlocal now
+        now += seconds
+        into.append(what)
+
+    monkeypatch.setattr(trial.time, "perf_counter", lambda: now)
+    monkeypatch.setattr(Learner, "try_step", lambda *_: takes(step_s, steps, None))
+    monkeypatch.setattr(
+        Learner, "evaluate", lambda _, loader, n, **__: takes(n * step_s / 2, batches, n)
+    )
+    monkeypatch.setattr(trial, "generate", lambda *_, **__: takes(step_s, samples, None))
+    monkeypatch.setattr(trial, "_draw", lambda: None)
+    found = new_trial().costs(1.0, 1)
+    assert (len(steps), batches, len(samples)) == (n_steps, n_batches, 1 + (step_s < 2))
+    expected = (step_s, step_s / 2, step_s / trial.TIMED_TOKENS)
+    assert (found.step, found.batch, found.token) == pytest.approx(expected)
+
+
 def test_ranks_that_share_a_step_stop_timing_after_the_same_one(monkeypatch):
     """A rank whose time is over goes on, with a sharded model, until that of all is."""
     tried, votes, taken = new_trial(), [], []
@@ -230,7 +252,11 @@ def test_auto_compiles_where_the_steps_repay_it(
     assert found.on == compiled
     assert found.reason.endswith(" repay it" if compiled else " would not repay it")
     steps = total if budget is None else round(budget / step_s)
-    assert found.reason.startswith(f"{steps:,} steps of ")
+    said = f"{steps:,} steps of "
+    if budget is not None and not compiled:  # which is known before a step is timed
+        said = f"a run of {budget:g} s "
+        assert next(measured) == step_s
+    assert found.reason.startswith(said)
     assert compiler == ["compile"] * compiled
     assert ("✓ Compiled in" in capsys.readouterr().out) == compiled
 
