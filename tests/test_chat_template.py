@@ -17,7 +17,7 @@ from exchange.gguf_file import read_header
 from tests.gguf_models import model_of, written
 from tests.test_llama_cpp import job, run_llama_cpp
 from tests.texts import ENGLISH, train_in_the_library
-from text import template_language
+from text import chat_template, template_language
 from text.chat_template import CHATML, TURN_END, TURN_START, ChatTemplate, Message, template_of
 from text.chat_tokens import chat_template_for
 from text.tokenizer import (
@@ -375,6 +375,17 @@ def test_text_equals_that_of_transformers():
                 compared[name] += 1
     assert compared["headers"] == 600 and compared.get("smollm2", 600) == 600
     assert compared["brackets"] > 300
+
+
+@pytest.mark.slow
+@needs_smollm2
+def test_smollm2_needs_no_jinja(monkeypatch):
+    source = read_header(find_smollm2()).metadata["tokenizer.chat_template"]
+    chat_template._renderer.cache_clear()
+    monkeypatch.setitem(sys.modules, "jinja2", None)
+    text = ChatTemplate(source).render(turns("Hi"))
+    assert text.startswith("<|im_start|>system\nYou are a helpful AI assistant named SmolLM")
+    assert text.endswith("<|im_end|>\n<|im_start|>user\nHi<|im_end|>\n")
 
 
 @pytest.mark.slow
