@@ -5,6 +5,7 @@ import json
 import os
 import random
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -304,6 +305,21 @@ def test_a_template_that_does_not_end_or_reaches_out_is_refused(source, monkeypa
 def test_a_conversation_of_thousands_of_turns_is_within_the_budget():
     messages = turns(*["Hello there, what is new?"] * 2000)
     assert ChatTemplate(HEADERS).render(messages).count("<|eot_id|>") == 2000
+
+
+def test_the_renders_of_a_long_conversation_do_not_grow_with_its_turns(monkeypatch):
+    template, tokenizer = with_tokens("headers", CharTokenizer("abc"))
+    render, count = ChatTemplate._render, Counter()
+
+    def counted(self, messages, flag):
+        count[len(messages) > 2] += 1
+        return render(self, messages, flag)
+
+    monkeypatch.setattr(ChatTemplate, "_render", counted)
+    messages = turns(*["a", "b"] * 50)
+    ids, targets = template.encode_with_targets(messages, tokenizer)
+    assert template.encode(messages, tokenizer, add_generation_prompt=True)[: len(ids)] == ids
+    assert sum(targets) == 2 * 50 and count[True] <= 4
 
 
 def test_new_special_tokens_change_no_other_id_and_no_text(plain_tokenizers):
