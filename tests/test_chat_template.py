@@ -5,6 +5,7 @@ import json
 import os
 import random
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,7 @@ from exchange.gguf_file import read_header
 from tests.gguf_models import model_of, written
 from tests.test_llama_cpp import job, run_llama_cpp
 from tests.texts import ENGLISH, train_in_the_library
-from text import template_language
+from text import chat_template, template_language
 from text.chat_template import CHATML, TURN_END, TURN_START, ChatTemplate, Message, template_of
 from text.chat_tokens import chat_template_for
 from text.tokenizer import (
@@ -306,6 +307,21 @@ def test_a_conversation_of_thousands_of_turns_is_within_the_budget():
     assert ChatTemplate(HEADERS).render(messages).count("<|eot_id|>") == 2000
 
 
+def test_the_renders_of_a_long_conversation_do_not_grow_with_its_turns(monkeypatch):
+    template, tokenizer = with_tokens("headers", CharTokenizer("abc"))
+    render, count = ChatTemplate._render, Counter()
+
+    def counted(self, messages, flag):
+        count[len(messages) > 2] += 1
+        return render(self, messages, flag)
+
+    monkeypatch.setattr(ChatTemplate, "_render", counted)
+    messages = turns(*["a", "b"] * 50)
+    ids, targets = template.encode_with_targets(messages, tokenizer)
+    assert template.encode(messages, tokenizer, add_generation_prompt=True)[: len(ids)] == ids
+    assert sum(targets) == 2 * 50 and count[True] <= 4
+
+
 def test_new_special_tokens_change_no_other_id_and_no_text(plain_tokenizers):
     bare = tokenizers.Tokenizer(models.BPE({"a": 0, "b": 1, "ab": 2}, [("a", "b")]))
     bare = read_tokenizer(bare.to_str().encode(), Path("bare/tokenizer.json"))
@@ -375,6 +391,17 @@ def test_text_equals_that_of_transformers():
                 compared[name] += 1
     assert compared["headers"] == 600 and compared.get("smollm2", 600) == 600
     assert compared["brackets"] > 300
+
+
+@pytest.mark.slow
+@needs_smollm2
+def test_smollm2_needs_no_jinja(monkeypatch):
+    source = read_header(find_smollm2()).metadata["tokenizer.chat_template"]
+    chat_template._renderer.cache_clear()
+    monkeypatch.setitem(sys.modules, "jinja2", None)
+    text = ChatTemplate(source).render(turns("Hi"))
+    assert text.startswith("<|im_start|>system\nYou are a helpful AI assistant named SmolLM")
+    assert text.endswith("<|im_end|>\n<|im_start|>user\nHi<|im_end|>\n")
 
 
 @pytest.mark.slow

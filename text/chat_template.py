@@ -97,7 +97,7 @@ class ChatTemplate:
         whole = text.render(
             len(messages), add_generation_prompt, continue_final_message=continue_final_message
         )
-        cuts = [len(start) for _, start in text.starts(whole)]
+        cuts = [place for _, place in text.starts(whole)]
         return [token for ids, _, _ in text.encoded(whole, cuts) for token in ids]
 
     def encode_with_targets(
@@ -141,11 +141,9 @@ class ChatTemplate:
                 "the chat template ends an assistant's turn with no special token, so that a model "
                 "can't learn where to stop."
             )
-        starts = list(text.starts(whole))
         n_answers = sum(message.role == "assistant" for message in text.messages)
         stop = 0
-        for number, start in starts:
-            first = len(start)
+        for number, first in text.starts(whole):
             found = whole.find(end, first)
             content = text.messages[number].content.strip()
             if first < stop or found < 0 or content not in text.unmarked(whole[first:found]):
@@ -218,16 +216,41 @@ class _MarkedText:
         """A text without the marks."""
         return text.replace(self._mark, "")
 
-    def starts(self, whole: str) -> Iterator[tuple[int, str]]:
-        """The assistant's messages by number, each with the prompt that whole has before it."""
-        for number, message in enumerate(self.messages):
-            if message.role == "assistant":
-                try:
-                    prompt = self.render(number, True)
-                except DataError:  # some templates refuse to begin with an answer
-                    continue
-                if whole.startswith(prompt):
-                    yield number, prompt
+    def starts(self, whole: str) -> Iterator[tuple[int, int]]:
+        """The assistant's messages by number, each with where whole's prompt for it ends.
+
+        A message whose prompt is not in whole is left out.
+        """
+        numbers = [i for i, message in enumerate(self.messages) if message.role == "assistant"]
+        if numbers and (places := self._prompt_ends(whole, numbers)) is not None:
+            yield from zip(numbers, places, strict=True)
+            return
+        for number in numbers:
+            if (place := self._prompt_end(whole, number)) is not None:
+                yield number, place
+
+    def _prompt_end(self, whole: str, number: int) -> int | None:
+        """Where the prompt for a message ends, if whole begins with it."""
+        try:
+            prompt = self.render(number, True)
+        except DataError:  # some templates refuse to begin with an answer
+            return None
+        return len(prompt) if whole.startswith(prompt) else None
+
+    def _prompt_ends(self, whole: str, numbers: Sequence[int]) -> list[int] | None:
+        """Where the prompts for all answers end, by the text that stands before each answer.
+
+        A render for each answer takes quadratic time. None if that text may be in messages, or is
+        not as often in whole as there are answers.
+        """
+        asks = _asks(self._template)
+        if not self._special.search(asks):
+            return None
+        places = [found.end() for found in re.finditer(re.escape(asks), whole)]
+        if len(places) == len(numbers) + 1 and places[-1] == len(whole):  # for the next answer
+            places.pop()
+        is_last = len(places) == len(numbers) and self._prompt_end(whole, numbers[-1]) == places[-1]
+        return places if is_last else None
 
     def encoded(self, whole: str, cuts: Sequence[int]) -> Iterator[tuple[list[int], int, int]]:
         """The ids of a marked text in parts, with each part's place in it.
@@ -262,6 +285,19 @@ def _unused_mark(texts: Sequence[str]) -> str:
 def _names(names: tuple[str, ...]) -> re.Pattern[str]:
     longest_first = sorted(filter(None, names), key=len, reverse=True)
     return re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
+
+
+@functools.lru_cache(maxsize=8)
+def _asks(template: ChatTemplate) -> str:
+    """What a template adds to a conversation that an answer is to follow."""
+    asked = [Message("user", "?")]
+    try:
+        before, prompt = (
+            template.render(asked, add_generation_prompt=flag) for flag in (False, True)
+        )
+    except DataError:
+        return ""
+    return prompt.removeprefix(before) if prompt.startswith(before) else ""
 
 
 @functools.lru_cache(maxsize=8)
