@@ -574,24 +574,16 @@ def make_loaders(
     them, and all validation windows. Those do not overlap, and the last one may be shorter. Packed
     conversations have windows of their own, which are never sampled.
     """
-    is_packed, length = isinstance(tokens, Conversations), plan.max_length
-    is_random = sampling == "random" and not is_packed
-    stride = 1 if is_random or plan.shift_windows else plan.stride
+    is_random = sampling == "random" and not isinstance(tokens, Conversations)
     step_size = plan.batch_size * accumulation
     n_steps = -(-plan.n_windows // step_size) if is_random else None
+    train, val = _windows_of(tokens, plan, is_random=is_random)
     pin_memory = device.type == "cuda"
-    train: WindowDataset | PackedWindows
-    val: WindowDataset | PackedWindows
-    if isinstance(tokens, Conversations):
-        train, val = tokens
-    else:
-        train = WindowDataset(tokens[: plan.n_train], length, stride)
-        val = WindowDataset(tokens[plan.n_train :], length, length, keep_tail=True)
-        # small texts stay on the GPU
-        if pin_memory and num_workers == 0 and 4 * plan.n_tokens < free_memory(device) / 10:
-            train.move_to(device)
-            val.move_to(device)
-            pin_memory = False
+    is_small = pin_memory and num_workers == 0 and 4 * plan.n_tokens < free_memory(device) / 10
+    if is_small and isinstance(train, WindowDataset) and isinstance(val, WindowDataset):
+        train.move_to(device)  # small texts stay on the GPU
+        val.move_to(device)
+        pin_memory = False
 
     def load(batches: WindowBatches) -> DataLoader:
         return DataLoader(
@@ -616,6 +608,20 @@ def make_loaders(
         parallel=parallel,
     )
     return load(batches), load(WindowBatches(val, size, None, micro_batch=micro_batch))
+
+
+def _windows_of(
+    tokens: Tokens | Conversations, plan: WindowPlan, *, is_random: bool
+) -> tuple[WindowDataset | PackedWindows, WindowDataset | PackedWindows]:
+    """The windows to train and to validate on."""
+    if isinstance(tokens, Conversations):
+        return tokens
+    length = plan.max_length
+    stride = 1 if is_random or plan.shift_windows else plan.stride
+    return (
+        WindowDataset(tokens[: plan.n_train], length, stride),
+        WindowDataset(tokens[plan.n_train :], length, length, keep_tail=True),
+    )
 
 
 def create_dataloader_v1(

@@ -144,17 +144,13 @@ def _prepare(settings: str | Path | None, parallel: Parallel, began_at: float) -
     show_machine(machine, plan)
     plan, candidates = _choose_recipe(plan, candidates, weights, machine, cache)
 
-    text = _read_text(plan, candidates, cache, parallel)
-    plan = dataclasses.replace(plan, chat=find_chat(text))
+    plan, text = _read_text(plan, candidates, cache, parallel)
     run = settle_run(candidates, text.tokenizer.fingerprint, text.sha256)
     asked = decide_training(plan, machine.device, text.n_tokens, run.before, parallel.world)
     deadline = find_deadline(plan, asked, began_at)
     asked, about_prompt = fit_prompt(asked, text)
-    packed = pack_conversations(text, find_context(text, plan), plan.run.SEED)
-    tokens = packed or TokenSlice(text.path, text.dtype, 0, text.n_tokens)
-    windows, about_windows = _cut(tokens, text, plan, asked)
+    tokens, windows, about_windows = _cut(text, plan, asked)
     machine = decide_machine(machine, plan, asked, windows, run.before)
-
     model = fresh_model(plan, asked, windows, text.tokenizer.vocab_size, machine)
     show_model(plan, model)
     begin_with(weights, plan, model, run, machine, lora_rank=asked.lora_rank)
@@ -164,7 +160,6 @@ def _prepare(settings: str | Path | None, parallel: Parallel, began_at: float) -
     token_size = measure_tokens(val_loader.dataset.scored_tokens(), text.tokenizer)
     plan = dataclasses.replace(plan, sampling=plan.sampling.fitted(token_size))
     machine = check_arithmetic(machine, model, train_loader)
-    about_windows += about_chat(plan, asked, tokens, windows.max_length)
     notices = [*about_prompt, *about_windows, *machine.notices]
     optimizer = _build_optimizer(model, asked)
     trial = Trial.of(machine, model, optimizer, train_loader)
@@ -212,13 +207,15 @@ def _free_earlier_runs() -> None:
 
 
 def _cut(
-    tokens: TokenSlice | Conversations, text: TokenizedText, plan: RunPlan, asked: TrainingConfig
-) -> tuple[WindowPlan, list[str]]:
+    text: TokenizedText, plan: RunPlan, asked: TrainingConfig
+) -> tuple[TokenSlice | Conversations, WindowPlan, list[str]]:
+    """The text's tokens, or its conversations packed, how they are divided, and notices."""
     sizes = {"max_length": find_context(text, plan), "batch_size": asked.batch_size}
-    if isinstance(tokens, Conversations):
+    if packed := pack_conversations(text, sizes["max_length"], plan.run.SEED):
         assert text.n_train is not None, "conversations are never divided by position"
-        return plan_packed(tokens, text.n_tokens, text.n_train, **sizes)
-    return plan_windows(
+        windows, notices = plan_packed(packed, text.n_tokens, text.n_train, **sizes)
+        return packed, windows, about_chat(plan, asked, packed, windows.max_length) + notices
+    windows, notices = plan_windows(
         text.n_tokens,
         stride=asked.stride,
         train_ratio=asked.train_ratio,
@@ -227,6 +224,7 @@ def _cut(
         shift_windows=asked.shift_windows and asked.sampling == "windows",
         **sizes,
     )
+    return TokenSlice(text.path, text.dtype, 0, text.n_tokens), windows, notices
 
 
 def _make_loaders(
@@ -311,8 +309,9 @@ def _choose_recipe(
 
 def _read_text(
     plan: RunPlan, candidates: Candidates, cache: Path, parallel: Parallel
-) -> TokenizedText:
-    """The text as tokens; with the DATA of the likeliest candidate, only that run's own text."""
+) -> tuple[RunPlan, TokenizedText]:
+    """The text as tokens, with the DATA of the likeliest candidate only that run's own text; and
+    the plan with what it says of conversations."""
     spec, tokenizer, ratio = parse_data(plan.run.DATA), plan.tokenizer, plan.training.train_ratio
     stand_in = candidates.stand_in(plan.data)
     assert tokenizer is not None, "decide_recipe() sets it"
@@ -336,4 +335,4 @@ def _read_text(
         text = parallel.local_first(lambda: first or read(stood_in))
     show_text(text, spec)
     parallel.require_same(text=text.sha256, tokenizer=text.tokenizer.fingerprint)
-    return text
+    return dataclasses.replace(plan, chat=find_chat(text)), text

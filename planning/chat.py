@@ -80,11 +80,10 @@ def pack_conversations(text: TokenizedText, most: int, seed: int) -> Conversatio
 
 
 def about_chat(
-    plan: RunPlan, asked: TrainingConfig, tokens: TokenSlice | Conversations, max_length: int
+    plan: RunPlan, asked: TrainingConfig, conversations: Conversations, max_length: int
 ) -> list[str]:
-    """What is to be said of a run on conversations before it begins; nothing of another one."""
-    if plan.chat is None or not isinstance(tokens, Conversations):
-        return []
+    """What is to be said of a run on conversations before it begins."""
+    assert plan.chat is not None, "the text has conversations"
     notices = []
     if max_length != plan.model["context_length"]:
         notices.append(
@@ -103,7 +102,7 @@ def about_chat(
             "last weights and is used with them, not with those of the lowest validation loss; it "
             "stops early only where patience is set"
         )
-    for name, windows in zip(("train", "validate"), tokens, strict=True):
+    for name, windows in zip(("train", "validate"), conversations, strict=True):
         cut, left_out = windows.pieces.n_cut, windows.pieces.n_left_out
         if cut:
             notices.append(

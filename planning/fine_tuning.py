@@ -19,7 +19,7 @@ LORA_RATE_SHARE = 1.0  # an adapter wants ten times the rate (Schulman et al. 20
 STEP_TOKENS = 2048  # a step
 PATIENCE = 3  # evaluations
 MOST_PASSES = 4  # through the training text with MINUTES: later ones learn it by heart
-MOST_CHAT_PASSES = 20  # through a few conversations, which are to be learned so
+MOST_CHAT_PASSES = 10  # through a few conversations, which are to be learned so
 LARGE = 50_000_000  # parameters, from which one window keeps a CPU busy
 NO_DROPOUT = {"drop_rate": 0.0, "attention_drop_rate": 0.0}  # the weights were trained without
 SMOLLM2 = "smollm2-135m"  # what INIT_FROM = "auto" looks for: English, from a package index

@@ -311,7 +311,7 @@ def test_a_step_takes_the_same_windows_and_counts_the_same_targets_on_any_ranks(
         ]
         for steps, whole in zip(zip(*ranks, strict=True), expected[first:], strict=True):
             assert {step.n_targets for step in steps} == {whole.n_targets}
-            found = [batch.ids for step in steps for batch in step.batches]
+            found = [batch[0] for step in steps for batch in step.batches]
             assert torch.cat(found).equal(torch.cat([batch.ids for batch in whole.batches]))
 
 
