@@ -11,8 +11,8 @@ import pytest
 
 from engine.errors import DataError
 from generation import SamplingConfig
-from scripts import chat
-from scripts.conversation import MOST_MESSAGES, Converser, TooLongError, converser_of
+from scripts import chat, conversation
+from scripts.conversation import Converser, TooLongError, converser_of
 from scripts.options import ANSWER_TOKENS, run_program
 from scripts.serving import protocol, writer
 from scripts.serving.protocol import Served
@@ -93,9 +93,10 @@ def test_of_thousands_of_turns_few_are_encoded(run, converser, monkeypatch):
         assert (len(ids) <= CONTEXT - 20) is fits
     assert sum(n_encoded) < 200
     n_encoded.clear()  # short ones are read up to a bound, whatever the context has room for
+    monkeypatch.setattr(conversation, "MOST_MESSAGES", 50)
     large = dataclasses.replace(converser, context_length=10**6)
-    assert large.prompt(said(*turns, "user\nIts"), 20).n_dropped == 2001 - (MOST_MESSAGES - 1)
-    assert max(n_encoded) <= MOST_MESSAGES
+    assert large.prompt(said(*turns, "user\nIts"), 20).n_dropped == 2000 - 48
+    assert max(n_encoded) == 49
 
 
 def test_a_message_that_fills_the_context_is_refused_with_both_numbers(converser):

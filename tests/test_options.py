@@ -8,6 +8,7 @@ import pytest
 
 from engine import errors
 from engine.errors import DataError, SettingsError, Stopped
+from generation import SamplingConfig
 from scripts import options
 
 DIGITS = "9" * 5000
@@ -127,3 +128,17 @@ def test_seeds_and_values_are_read_from_their_text():
     for text in ("", "nan", "inf", "-1", "None", "1,5", DIGITS, "1e400"):
         with pytest.raises(SettingsError, match="temperature is "):
             options.read_sampling({"temperature": text})
+
+
+def test_a_model_that_has_no_length_of_its_own_gets_one():
+    given = Namespace(**dict.fromkeys(("seed", *vars(SamplingConfig()))))
+    elsewhere, run = SamplingConfig(temperature=0.5), SamplingConfig(max_new_tokens=7)
+    for sampling, option, length in (
+        (elsewhere, None, options.TEXT_TOKENS),
+        (elsewhere, "9", 9),
+        (run, None, 7),
+        (run, "9", 9),
+    ):
+        given.max_new_tokens = option
+        found = options.sampling_of(given, Namespace(sampling=sampling))
+        assert found == vars(sampling) | {"max_new_tokens": length}

@@ -66,6 +66,14 @@ def say(parts, *scripts: list[int], stop=(), n_tokens: int | None = None) -> lis
         return list(stream_text(model, tokenizer, prompts, stop=stop, max_new_tokens=n_tokens))
 
 
+def joined(pieces: list[Piece], row: int = 0) -> str:
+    return "".join(piece.text for piece in pieces if piece.row == row)
+
+
+def finishes(pieces: list[Piece], row: int = 0) -> list[str | None]:
+    return [piece.finish for piece in pieces if piece.row == row]
+
+
 def test_an_end_of_turn_ends_a_text_as_the_end_of_text_does(parts, monkeypatch):
     tokenizer, model = parts
     ids = tokenizer.encode("abc")
@@ -79,14 +87,6 @@ def test_an_end_of_turn_ends_a_text_as_the_end_of_text_does(parts, monkeypatch):
         pieces = list(stream_text(model, tokenizer, "a", stop_ids=stop_ids, max_new_tokens=9))
         assert (joined(pieces), finishes(pieces)[-1]) == ("a b", "stop")
         assert pieces[-1].token.id == end
-
-
-def joined(pieces: list[Piece], row: int = 0) -> str:
-    return "".join(piece.text for piece in pieces if piece.row == row)
-
-
-def finishes(pieces: list[Piece], row: int = 0) -> list[str | None]:
-    return [piece.finish for piece in pieces if piece.row == row]
 
 
 def test_chinese_and_emoji_stream_without_a_broken_character(parts):
