@@ -93,11 +93,14 @@ def test_equal_hashes_of_other_windows_are_no_copies(monkeypatch):
     assert index.spans(text[::-1]) == []
 
 
-def test_a_window_that_is_everywhere_takes_bounded_time_and_hides_no_copy_around_it():
+def test_a_window_that_is_everywhere_takes_bounded_time_and_hides_no_copy_around_it(monkeypatch):
+    sizes, real = [], copies._joined
+    monkeypatch.setattr(copies, "_joined", lambda runs: sizes.append(runs.shape[1]) or real(runs))
     blanks, line = b" " * 20_000, ENGLISH[:100].encode()
     text = blanks + line + blanks
     spans = CopyIndex.of(text).spans(b"\n" * 40 + line + b" " * 500)
     assert [(span.start, span.stop, span.source) for span in spans] == [(40, 640, 20_000)]
+    assert 1000 < max(sizes) <= copies.MOST_PLACES * (500 - WINDOW + 1)
 
 
 def test_a_long_copy_is_one_span():
