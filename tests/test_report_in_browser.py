@@ -18,9 +18,7 @@ __all__ = ["browser"]  # a fixture
 
 @pytest.fixture(scope="module")
 def report(tmp_path_factory) -> Path:
-    run = make_run(
-        tmp_path_factory.mktemp("report") / "<b>run</b>", 40, texts=[HOSTILE, "The ferry"]
-    )
+    run = make_run(tmp_path_factory.mktemp("report") / "<b>run", 40, texts=[HOSTILE, "The ferry"])
     known = {"bz2": 0.5, "ngram": 0.4}
     write_json(run / "insight.json", {"baselines": known, "copied": {"The ferry": [[4, 9]]}})
     Report(run).draw()
@@ -58,6 +56,7 @@ def test_curves_are_read_with_the_pointer_and_with_the_keyboard(open_page):
     chart = page.locator("[data-chart=loss]")
     legend = chart.locator(".legend")
     assert "step 40" in legend.inner_text()
+    chart.scroll_into_view_if_needed()
     box = chart.locator("svg").bounding_box()
     page.mouse.move(box["x"] + box["width"] / 2, box["y"] + box["height"] / 2)
     step = int(re.search(r"step (\d+)", legend.inner_text())[1])
@@ -82,20 +81,20 @@ def test_the_text_over_time_is_on_a_slider_and_stays_text(open_page):
     assert page.locator("#when").inner_text() == "Before training · step 0"
     assert page.locator("#texts .written").all_text_contents() == [HOSTILE, "The ferry"]
     assert page.locator("#texts mark").all_text_contents() == ["ferry"]
-    assert page.locator("h1").inner_text() == page.title() == "<b>run</b>"
+    assert page.locator("h1").inner_text() == page.title() == "<b>run"
     assert page.locator("main img, main b, main a").count() == 0
 
 
 def test_the_page_speaks_both_languages(open_page):
     page = open_page()
     assert page.locator("#verdict").inner_text().startswith("So far")
-    page.get_by_text("中文").click()
+    page.locator("[data-speaks=zh]").click()
     assert page.locator("#verdict").inner_text().startswith("到目前为止")
     assert "步 40" in page.locator("[data-chart=loss] .legend").inner_text()
     assert page.get_by_text("Learning rate").is_hidden()
     chinese = open_page(locale="zh-CN")
     assert chinese.evaluate("document.documentElement.lang") == "zh"
-    chinese.get_by_text("English").click()
+    chinese.locator("[data-speaks=en]").click()
     assert chinese.get_by_text("Learning rate").is_visible()
 
 
