@@ -155,7 +155,6 @@ def test_a_lost_state_of_the_random_generator_is_found_in_a_copy_by_a_run_that_i
     skipped = shutil.ignore_patterns(".git", "runs", "cache", "__pycache__", "tests", "docs")
     shutil.copytree(REPOSITORY, tmp_path / "copy", ignore=skipped)
     monkeypatch.setattr(checks, "REPOSITORY", tmp_path / "copy")
-    assert "ends with the same bits" in CHECKS["kill and resume"](bench())
     file = tmp_path / "copy" / "engine" / "randomness.py"
     code = file.read_text(encoding="utf-8")
     broken = code.replace("torch.set_rng_state(state)", "pass")
