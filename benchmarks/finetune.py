@@ -107,7 +107,8 @@ def measure_memory() -> dict[str, Any]:
     weights = 4 * sum(p.numel() for p in fresh_meta_model().parameters())
     found: dict[str, Any] = {"weights_bytes": weights}
     for name, params in (("all", {}), ("adapter", {"lora_rank": RANK})):
-        params = {"max_steps": 2, "max_length": LENGTH, "eval_iter": 1, "final_iter": 1} | params
+        fixed = {"max_steps": 2, "eval_freq": 2, "eval_iter": 1, "final_iter": 1}
+        params = fixed | {"max_length": LENGTH} | params
         settings = {
             "DATA": "sample-en",
             "INIT_FROM": SMOLLM2,
