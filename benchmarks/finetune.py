@@ -41,7 +41,7 @@ from planning.fine_tuning import SMOLLM2
 from storage.files import make_folder, write_json
 
 REPOSITORY = Path(__file__).resolve().parent.parent
-SHAPE = {
+SHAPE: dict[str, Any] = {
     "architecture": "llama",
     "vocab_size": 49_152,
     "emb_dim": 576,

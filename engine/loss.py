@@ -158,8 +158,9 @@ def _in_chunks(
                     continue
                 part = torch.mm(d_logits.T, x * share, out=part)
                 if d_weight is None:
-                    is_last = len(x) == N and len(part) == V  # the buffer itself is the gradient
-                    d_weight = part if is_last else part[:V].to(torch.float32, copy=True)
+                    # a single chunk's buffer in fp32 is the gradient itself
+                    is_it = len(x) == N and len(part) == V and part.dtype == torch.float32
+                    d_weight = part if is_it else part[:V].to(torch.float32, copy=True)
                 else:
                     d_weight += part[:V]
         if gradients:
