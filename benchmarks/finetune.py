@@ -41,7 +41,7 @@ from planning.fine_tuning import SMOLLM2
 from storage.files import make_folder, write_json
 
 REPOSITORY = Path(__file__).resolve().parent.parent
-SHAPE = {
+SHAPE: dict[str, Any] = {
     "architecture": "llama",
     "vocab_size": 49_152,
     "emb_dim": 576,
@@ -107,7 +107,8 @@ def measure_memory() -> dict[str, Any]:
     weights = 4 * sum(p.numel() for p in fresh_meta_model().parameters())
     found: dict[str, Any] = {"weights_bytes": weights}
     for name, params in (("all", {}), ("adapter", {"lora_rank": RANK})):
-        params = {"max_steps": 2, "max_length": LENGTH, "eval_iter": 1, "final_iter": 1} | params
+        fixed = {"max_steps": 2, "eval_freq": 2, "eval_iter": 1, "final_iter": 1}
+        params = fixed | {"max_length": LENGTH} | params
         settings = {
             "DATA": "sample-en",
             "INIT_FROM": SMOLLM2,

@@ -36,6 +36,13 @@ def chunk_rows(hidden: Tensor, vocab_size: int) -> int:
     return max(256, min(GPU_CHUNK_ROWS, fitting))
 
 
+def light_chunk_rows(hidden: Tensor, vocab_size: int) -> int:
+    """chunk_rows() where no head gradient is needed: on a CPU fewer rows are as fast, and take less
+    memory."""
+    rows = chunk_rows(hidden, vocab_size)
+    return min(rows, max(128, 2**22 // vocab_size)) if hidden.device.type == "cpu" else rows
+
+
 def softmax_rows(hidden: Tensor, vocab_size: int) -> int:
     """The rows of logits (N, V) in one fp32 softmax; on a CPU few enough for its cache.
 
@@ -143,7 +150,8 @@ def _in_chunks(
     with torch.autocast(device_type, enabled=False):
         rows, head = hidden.detach().to(dtype), weight.detach().to(dtype)
         V, N = len(head), len(rows)
-        padded, buffer = _buffers(rows, V, by_kernel=by_kernel)
+        trains_head = gradients and weight.requires_grad
+        padded, buffer = _buffers(rows, V, by_kernel=by_kernel, trains_head=trains_head)
         largest, at_once = len(padded), len(buffer)
         total = torch.zeros((), device=hidden.device)
         d_hidden = torch.empty_like(rows[: N * gradients])
@@ -174,8 +182,9 @@ def _in_chunks(
                     continue
                 part = torch.mm(d_logits.T, x * share, out=part)
                 if d_weight is None:
-                    is_last = len(x) == N and len(part) == V  # the buffer itself is the gradient
-                    d_weight = part if is_last else part[:V].to(torch.float32, copy=True)
+                    # a single chunk's buffer in fp32 is the gradient itself
+                    is_it = len(x) == N and len(part) == V and part.dtype == torch.float32
+                    d_weight = part if is_it else part[:V].to(torch.float32, copy=True)
                 else:
                     d_weight += part[:V]
         if gradients:
@@ -187,13 +196,14 @@ def _in_chunks(
     return total / n_targets, d_hidden, d_weight
 
 
-def _buffers(rows: Tensor, V: int, *, by_kernel: bool) -> tuple[Tensor, Tensor]:
+def _buffers(rows: Tensor, V: int, *, by_kernel: bool, trains_head: bool) -> tuple[Tensor, Tensor]:
     """Buffers for a chunk's logits, of width V or padded, and for those in one fp32 softmax.
 
     They are the same where the softmax works in place. All chunks use them: allocating costs more
     than the arithmetic.
     """
-    n_chunks = max(1, -(-len(rows) // chunk_rows(rows, V)))
+    most = (chunk_rows if trains_head else light_chunk_rows)(rows, V)
+    n_chunks = max(1, -(-len(rows) // most))
     largest = max(1, -(-len(rows) // n_chunks))  # equal chunks: no small one at the end
     is_fp32 = rows.dtype == torch.float32
     # padding V with zeros to a multiple of 64 speeds up the product for the head's gradient. The

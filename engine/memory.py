@@ -12,7 +12,7 @@ from torch import nn
 
 from engine.devices import free_memory
 from engine.errors import first_line
-from engine.loss import chunk_rows, softmax_rows
+from engine.loss import chunk_rows, light_chunk_rows, softmax_rows
 from engine.precision import Precision
 from engine.randomness import random_state, set_random_state
 
@@ -197,7 +197,8 @@ def head_bytes(weight: torch.Tensor, n_rows: int, precision: Precision) -> int:
     """The peak bytes of engine/loss.py for a (V, D) weight, but for the gradient it returns."""
     V, D = weight.shape
     rows = weight.detach().new_empty(1, D).expand(n_rows, D)
-    at_once = min(n_rows, chunk_rows(rows, V))
+    most = (chunk_rows if weight.requires_grad else light_chunk_rows)(rows, V)
+    at_once = min(n_rows, most)
     logits = at_once * V * 4
     if precision.name != "fp32":  # in half precision, and some of them in fp32
         logits = at_once * V * 2 + min(at_once, softmax_rows(rows, V)) * V * 4

@@ -29,13 +29,17 @@ def prepare_processor() -> None:
 
 
 def return_large_blocks() -> None:
-    """Return freed blocks from LARGE_BLOCK on to the system, until prepare_processor().
+    """Return freed memory to the system: all of now, and later on blocks from LARGE_BLOCK on, until
+    prepare_processor().
 
     For a large model's steps, which take seconds. Gradients do not fit between the activations that
     the backward pass has freed: kept, these take a fifth of the memory in vain. New pages take a
     tenth of a second.
     """
     _set_malloc({MMAP_MAX: 65_536, MMAP_THRESHOLD: LARGE_BLOCK})
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+    if trim is not None:
+        trim(0)
 
 
 def _set_malloc(options: dict[int, int]) -> None:

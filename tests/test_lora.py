@@ -13,7 +13,7 @@ from distributed.parallel import ALONE
 from engine.errors import CheckpointError, ResourceError, SettingsError
 from engine.lora import add_lora, merged
 from engine.loss import next_token_loss
-from engine.memory import count_trained, estimate_memory
+from engine.memory import count_trained, estimate_memory, head_bytes
 from engine.optim import build_adamw
 from engine.precision import Precision
 from exchange.adapter import their_adapter, their_adapter_settings, write_adapter
@@ -120,6 +120,30 @@ def test_a_frozen_head_gets_no_gradient_and_the_hidden_states_the_same_one():
         assert (weight.grad is not None) == trained
         gradients.append(x.grad)
     assert torch.equal(*gradients)
+
+
+def test_a_frozen_head_has_fewer_rows_of_logits_at_once_and_the_same_loss(monkeypatch):
+    V, generator, found = 20_000, torch.Generator().manual_seed(0), []
+    hidden = torch.randn(1, 300, 8, generator=generator)
+    head = torch.randn(V, 8, generator=generator)
+    targets = torch.randint(V, (1, 300), generator=generator)
+    products, mm = [], torch.mm
+
+    def counted(x: torch.Tensor, *arguments, **options) -> torch.Tensor:
+        products.append(len(x))
+        return mm(x, *arguments, **options)
+
+    monkeypatch.setattr(torch, "mm", counted)
+    for trained in (True, False):
+        x, weight = hidden.clone().requires_grad_(), head.clone().requires_grad_(trained)
+        loss = next_token_loss(x, weight, targets)
+        loss.backward()
+        found.append((loss.detach(), x.grad))
+    torch.testing.assert_close(*found)
+    # logits, their gradient's products by the head and for it; then twice logits and the first
+    assert products == [300, 300, V, 150, 150, 150, 150]
+    sizes = [head_bytes(head.requires_grad_(t), 300, FP32) for t in (True, False)]
+    assert sizes == [300 * V * 4 + 8 * V * 8, 2**22 // V * V * 4]
 
 
 def test_an_adapter_takes_a_fraction_of_the_memory_of_training_all():
