@@ -398,7 +398,7 @@ def history_of(run: Labelled, folder: Path) -> dict[str, Any]:
 
 def read_history(row: dict[str, Any]) -> tuple[Curves, Facts]:
     """The curves and the facts of a row of the results."""
-    known = {
+    known: dict[str, Any] = {
         name: [math.nan if x is None else x for x in value] if isinstance(value, list) else value
         for name, value in row["curves"].items()
     }
