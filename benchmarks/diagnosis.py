@@ -17,6 +17,7 @@ import json
 import math
 import os
 import random
+import runpy
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -27,7 +28,6 @@ from typing import Any
 
 import torch
 
-import main as program
 import training.journal
 from benchmarks.report import RESULTS
 from engine.console import say, use_utf8
@@ -324,7 +324,7 @@ def make(run: Labelled, folder: Path) -> None:
     os.chdir(work)
     try:
         with contextlib.redirect_stdout(io.StringIO()) as out, _planted(run), using_threads(1):
-            code = program.main(["settings.py"])
+            code = runpy.run_path(str(REPOSITORY / "main.py"))["main"](["settings.py"])
     finally:
         os.chdir(before)
     if code >= 128:  # a signal, which the run has taken
@@ -398,7 +398,7 @@ def history_of(run: Labelled, folder: Path) -> dict[str, Any]:
 
 def read_history(row: dict[str, Any]) -> tuple[Curves, Facts]:
     """The curves and the facts of a row of the results."""
-    known = {
+    known: dict[str, Any] = {
         name: [math.nan if x is None else x for x in value] if isinstance(value, list) else value
         for name, value in row["curves"].items()
     }

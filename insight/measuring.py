@@ -62,7 +62,7 @@ def measure_model(run: Path, text: RunText, samples: list[Sample]) -> dict[str, 
     drawn = [sample for sample in samples if not sample.label.startswith(GREEDY)]
     written = [text for sample in samples for text in sample.texts]
     facts["copied"] = {
-        text: [[start, stop] for start, stop, _ in found]
+        text: [[copy.start, copy.stop] for copy in found]
         for text in dict.fromkeys(written[-MOST_MARKED:])
         if (found := find_copies(index, text))
     }

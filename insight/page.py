@@ -513,10 +513,12 @@ def _about_copies(meter: dict[str, Any]) -> str:
 
 def _pieces(text: str, copied: Any) -> list[list[Any]]:
     """A text in pieces, each with whether it is copied."""
-    pieces, end = [], 0
+    pieces: list[tuple[str, bool]] = []
+    end = 0
     for start, stop in sorted(copied) if isinstance(copied, list) else []:
         start = max(start, end)
         if stop > start:
-            pieces += [[text[end:start], False], [text[start:stop], True]]
+            pieces += [(text[end:start], False), (text[start:stop], True)]
             end = stop
-    return [[_clean(part), is_copied] for part, is_copied in [*pieces, [text[end:], False]] if part]
+    pieces.append((text[end:], False))
+    return [[_clean(part), is_copied] for part, is_copied in pieces if part]

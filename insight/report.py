@@ -16,7 +16,7 @@ from insight.verdict import printed_lines
 from storage.files import write_atomically, write_json
 
 REPORT = "report.html"
-MEASURED_SHARE = 0.015  # of a run's time, that measuring its text may take
+MEASURED_SHARE = 0.01  # of a run's time, that measuring its text may take
 
 
 class Report:

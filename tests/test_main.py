@@ -110,7 +110,7 @@ def test_a_run_on_chinese_text_writes_readable_samples_of_each_prompt(workdir, s
     assert summary["final_val_bits_per_character"] == pytest.approx(bits)
     assert summary["final_val_bits_per_byte"] == pytest.approx(per_byte)
     last = f"Bits a byte: {per_byte:.3f} ({bits:.3f} a character, perplexity "
-    assert last in printed and "over all validation text)\n✓ Training pipeline" in printed
+    assert last in printed and "over all validation text)\nDiagnosis: " in printed
 
 
 def test_the_last_samples_heed_every_limit_and_end_where_the_model_ends_its_text(
