@@ -14,7 +14,7 @@ CGROUP = Path("/sys/fs/cgroup")
 OWN_SHARE = 0.8  # of the time, that a thread works which nothing holds up
 # of mallopt() in glibc's malloc.h
 TRIM_THRESHOLD, MMAP_THRESHOLD, MMAP_MAX = -1, -3, -4
-LARGE_BLOCK = 4_000_000  # bytes, which return_large_blocks() is for
+LARGE_BLOCK = 1_000_000  # bytes, which return_large_blocks() is for
 
 
 def prepare_processor() -> None:
@@ -33,8 +33,8 @@ def return_large_blocks() -> None:
     prepare_processor().
 
     For a large model's steps, which take seconds. Gradients do not fit between the activations that
-    the backward pass has freed: kept, these take a fifth of the memory in vain. New pages take a
-    tenth of a second.
+    the backward pass has freed: kept, these take a tenth of the memory in vain. New pages take a
+    small part of such a step.
     """
     _set_malloc({MMAP_MAX: 65_536, MMAP_THRESHOLD: LARGE_BLOCK})
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
