@@ -345,13 +345,13 @@ def make(run: Labelled, folder: Path) -> None:
 
 def changed(run: Labelled, finding: Finding) -> Labelled:
     """The same run with the settings that a finding says to change."""
-    changes = dict(finding.changes)
+    changes: dict[str, Any] = dict(finding.changes)
     if "DATA" in changes:
         del changes["DATA"]
         run = replace(run, validation=None, copies=1, n_bytes=run.n_bytes * run.copies)
     shape = run.shape | changes.pop("model_overrides", {})
-    sampling = {n: changes.pop(n) for n in ("temperature", "repetition_penalty") if n in changes}
-    sampling = run.sampling | sampling
+    drawn = ("temperature", "repetition_penalty")
+    sampling = run.sampling | {n: changes.pop(n) for n in drawn if n in changes}
     return replace(run, params=run.params | changes, shape=shape, sampling=sampling)
 
 
@@ -407,7 +407,7 @@ def read_history(row: dict[str, Any]) -> tuple[Curves, Facts]:
     return curves, Facts(**row["facts"] | {"samples": tuple(row["facts"]["samples"])})
 
 
-def _copies(run: Labelled) -> dict[str, float]:
+def _copies(run: Labelled) -> dict[str, Any]:
     """What measuring a run's text finds, of a run that was too short for that."""
     text, held_out = texts_of(run)
     if held_out is None:

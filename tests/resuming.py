@@ -155,7 +155,8 @@ class Bench:
         for name in ("metrics_bytes", "tokens_per_s", "spent"):  # times have more digits, or fewer
             state["journal"].pop(name, None)
         state["journal"]["history"].pop("elapsed_s")
-        self.drawn.pop("title", None)
+        for name in ("title", "baselines"):  # what is measured depends on the time
+            self.drawn.pop(name, None)
         moments = [value for _, value in sorted(self.env.optimizer.state_dict()["state"].items())]
         return {
             # to the last bit; a speed is no result

@@ -115,7 +115,7 @@ def test_every_baseline_is_in_bits_a_byte_of_the_validation_text():
 
 def test_xz_behind_the_training_text_finds_what_is_copied_from_far_away():
     noise = np.random.default_rng(0).integers(0, 256, 100_000, dtype=np.uint8).tobytes()
-    assert xz_bytes_behind(noise, noise[1000:11_000]) < 500  # of a text 90 KB before it
+    assert xz_bytes_behind(noise, noise[1000:11_000]) < 1000  # of a text 90 KB before it
     assert xz_bytes_behind(noise, noise[::-1][:10_000]) > 9_900
     filters = [{"id": lzma.FILTER_LZMA2, "preset": 6}]
     alone = len(lzma.compress(ENGLISH.encode(), lzma.FORMAT_RAW, filters=filters))

@@ -57,7 +57,10 @@ def test_a_handful_of_validation_tokens_is_remarked_on(capsys, n_val):
     plan = WindowPlan(100 + n_val, 100, max_length=4, stride=4, batch_size=2)
     model = SimpleNamespace(count_parameters=lambda: 1000)
     show_windows(
-        SimpleNamespace(recipe=None, choice=None), SimpleNamespace(report=report), plan, model
+        SimpleNamespace(recipe=None, choice=None, chat=None),
+        SimpleNamespace(report=report),
+        plan,
+        model,
     )
     remark = f"Note: {n_val} tokens to validate on say little"
     assert (remark in capsys.readouterr().out) == (n_val < 32)
