@@ -204,11 +204,15 @@ def test_frozen_matrices_in_the_runs_precision_give_the_same_numbers_in_less_mem
     assert sizes[1].weights - sizes[0].weights == 2 * hidden
 
 
+def machine_of(precision: str, choices: Choices | None) -> Machine:
+    return Machine(CPU, ALONE, Precision(precision, "as set", "cpu"), choices=choices)
+
+
 def test_the_format_of_frozen_matrices_is_the_runs_unless_a_trial_finds_fp32_clearly_faster(
     tmp_path, capsys
 ):
     def chosen(name: str, choices: Choices | None = None) -> torch.dtype:
-        return choose_frozen(Machine(CPU, ALONE, Precision(name, "as set", "cpu"), choices=choices))
+        return choose_frozen(machine_of(name, choices))
 
     assert chosen("fp32") == torch.float32  # nothing to choose, and nothing is timed
     for number, (bf16_s, expected) in enumerate([(1.0, torch.bfloat16), (1.2, torch.float32)]):
@@ -216,8 +220,13 @@ def test_the_format_of_frozen_matrices_is_the_runs_unless_a_trial_finds_fp32_cle
         choices.keep("frozen weights of products in bf16", {"bf16": bf16_s, "fp32": 1.0})
         assert chosen("bf16", choices) == expected
     assert "Frozen weights: fp32 (bf16 1.2e+03 ms, fp32 1e+03 ms)" in capsys.readouterr().out
-    assert chosen("bf16", Choices(tmp_path, CPU, 1)) in (torch.bfloat16, torch.float32)
-    assert len(list((tmp_path / "choices").iterdir())) == 1  # it was timed, and kept
+
+
+@pytest.mark.slow
+def test_the_format_of_frozen_matrices_is_timed_once_and_kept(tmp_path):
+    found = choose_frozen(machine_of("bf16", Choices(tmp_path, CPU, 1)))
+    assert found in (torch.bfloat16, torch.float32)
+    assert len(list((tmp_path / "choices").iterdir())) == 1
 
 
 def test_an_adapter_is_refused_only_where_the_weights_and_their_copy_do_not_fit(monkeypatch):
