@@ -325,6 +325,22 @@ def _leak(m: Measured) -> Finding | None:
     if baseline is not None and bits < 0.7 * baseline:
         below_en = f" Its loss of {bits:.2f} bits a byte is {1 - bits / baseline:.0%} below bz2."
         below_zh = f"它的损失为每字节 {bits:.2f} 比特，比 bz2 低 {1 - bits / baseline:.0%}。"
+    advice, data = (
+        Words(
+            "Leave the copies out of the text, or validate on another one.",
+            "去掉文本里的重复内容，或者用另一份文本来验证。",
+        ),
+        "text-without-copies.txt",
+    )
+    if m.facts.has_own_validation:
+        advice, data = (
+            Words(
+                'Validate on text that is not trained on; without "val" the program divides the '
+                "text.",
+                '用未参与训练的文本来验证；不写 "val" 时程序会自动划分文本。',
+            ),
+            "training-text.txt",
+        )
     return Finding(
         "leak",
         PROBLEM,
@@ -336,11 +352,8 @@ def _leak(m: Measured) -> Finding | None:
             f"验证文本有 {share:.0%} 逐字出现在训练文本中，验证损失因此说明不了模型对新文本的"
             f"表现。{below_zh}",
         ),
-        Words(
-            'Validate on text that is not trained on; without "val" the program divides the text.',
-            '用未参与训练的文本来验证；不写 "val" 时程序会自动划分文本。',
-        ),
-        {"DATA": "training-text.txt"},
+        advice,
+        {"DATA": data},
     )
 
 

@@ -34,7 +34,8 @@ function shown(value) {
   if (size >= 1000) return Math.round(value).toLocaleString("en");
   if (size >= 100) return value.toFixed(0);
   if (size >= 0.01 || size === 0) return String(Number(value.toFixed(3)));
-  return value.toExponential(2);
+  if (size >= 0.0001) return String(Number(value.toPrecision(3)));
+  return value.toExponential(1);
 }
 
 // round numbers that divide a range into some four parts
