@@ -467,8 +467,11 @@ class GatedMLP(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(B, T, C) -> (B, T, C)."""
         gate_up = self.gate_up(x)  # (B, T, 2 F)
-        if torch.compiler.is_compiling() or not gate_up.requires_grad:
-            return self.down(gated(gate_up))  # a compiler decides itself what to compute again
+        # a compiler decides itself what to compute again; Metal before macOS 15 does not write into
+        # halves of a tensor
+        is_plain = torch.compiler.is_compiling() or gate_up.device.type == "mps"
+        if is_plain or not gate_up.requires_grad:
+            return self.down(gated(gate_up))
         product = _Gated.apply(gate_up)
         with _computed_again(product):
             return self.down(product)

@@ -84,6 +84,10 @@ def begin_with(
         )
     before = run.before
     goes_on = parallel.from_main(lambda: before is not None and has_checkpoint(run.path))
+    # in half precision a step is faster, and its activations take half the memory
+    is_slow = machine.device.type == "cpu" and machine.precision.name == "fp32"
+    if is_slow and model.count_parameters() >= LARGE:
+        return_large_blocks()
     if goes_on and lora_rank is None:
         return
 
@@ -93,10 +97,6 @@ def begin_with(
         return fitted(weights.read(), model.config)
 
     load_weights(model, parallel.on_main(read) or {}, weights.start.source, parallel)
-    # in half precision a step is faster, and its activations take half the memory
-    is_slow = machine.device.type == "cpu" and machine.precision.name == "fp32"
-    if is_slow and model.count_parameters() >= LARGE:
-        return_large_blocks()
     if lora_rank is not None:
         add_lora(model, lora_rank, plan.run.SEED, choose_frozen(machine))
         counts = f"{count_trained(model):,} of {model.count_parameters():,}"

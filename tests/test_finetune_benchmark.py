@@ -1,9 +1,8 @@
-"""The benchmark of fine-tuning trains both contenders alike, and divides texts without a loss."""
+"""The benchmark of fine-tuning divides texts without a loss."""
 
 import pytest
 
-from benchmarks import finetune
-from benchmarks.finetune import compare, write_paragraphs
+from benchmarks.finetune import write_paragraphs
 
 
 def test_paragraphs_are_shuffled_by_a_seed_and_none_is_lost(tmp_path):
@@ -24,15 +23,3 @@ def test_paragraphs_are_shuffled_by_a_seed_and_none_is_lost(tmp_path):
     assert train != sorted(train, key=lambda words: int(words.split()[1]))
     with pytest.raises(SystemExit, match=r"there is no \.md file"):
         write_paragraphs([tmp_path / "one" / "none"], tmp_path)
-
-
-@pytest.mark.slow  # imports transformers, in processes of its own
-def test_both_contenders_begin_with_the_same_loss_and_adapters_are_of_one_size(monkeypatch):
-    pytest.importorskip("transformers"), pytest.importorskip("peft")
-    small = {"vocab_size": 60, "emb_dim": 24, "n_heads": 3, "n_kv_heads": 1, "ff_dim": 40}
-    monkeypatch.setattr(finetune, "SHAPE", finetune.SHAPE | small)
-    found = compare(rounds=1, steps=2, layers=1, length=8)
-    for row in found["rows"]:
-        assert row["void"] is None
-        assert row["times_as_fast"]["median"] > 0 and row["memory_ratio"]["median"] > 0
-    assert [row["lora_rank"] for row in found["rows"]] == [None, finetune.RANK]

@@ -155,8 +155,7 @@ def test_a_run_goes_on_without_the_file_that_it_began_from_bit_for_bit(workdir, 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("lora_rank", [None, 4])
-@pytest.mark.parametrize("kind", ["folder", "gguf"])
+@pytest.mark.parametrize(("kind", "lora_rank"), [("folder", 4), ("gguf", None)])
 def test_a_run_from_a_file_goes_on_after_a_kill_bit_for_bit(kind, lora_rank, workdir, monkeypatch):
     model, source = model_of("llama"), workdir / "source.gguf"
     if kind == "gguf":

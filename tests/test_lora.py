@@ -222,13 +222,6 @@ def test_the_format_of_frozen_matrices_is_the_runs_unless_a_trial_finds_fp32_cle
     assert "Frozen weights: fp32 (bf16 1.2e+03 ms, fp32 1e+03 ms)" in capsys.readouterr().out
 
 
-@pytest.mark.slow
-def test_the_format_of_frozen_matrices_is_timed_once_and_kept(tmp_path):
-    found = choose_frozen(machine_of("bf16", Choices(tmp_path, CPU, 1)))
-    assert found in (torch.bfloat16, torch.float32)
-    assert len(list((tmp_path / "choices").iterdir())) == 1
-
-
 def test_an_adapter_is_refused_only_where_the_weights_and_their_copy_do_not_fit(monkeypatch):
     shape = {"emb_dim": 64, "n_heads": 2, "n_layers": 2}
     plan = resolve_settings(

@@ -68,9 +68,7 @@ def test_a_dropped_division_of_accumulated_gradients_is_found(monkeypatch):
     monkeypatch.setattr(
         learner,
         "batch_loss",
-        lambda model, ids, targets, precision, n=None: real(
-            model, ids, targets, precision, targets.numel()
-        ),
+        lambda model, batch, precision, n=None: real(model, batch, precision, batch[1].numel()),
     )
     assert "in micro-batches is off by" in fault_found("accumulation")
 
