@@ -192,6 +192,20 @@ def test_known_chatml_needs_no_jinja_and_is_what_jinja_makes_of_it(monkeypatch):
         ChatTemplate(HEADERS + "{# #}").render([])
 
 
+def test_a_system_prompt_before_each_message_is_written_before_each():
+    """Without loop.first, the prompt of the ChatML that is rendered without Jinja comes again."""
+    source = CHATML.source.replace(
+        "messages %}",
+        "messages %}{% if messages[0]['role'] != 'system' %}"
+        "{{ '<|im_start|>system\nS<|im_end|>\n' }}{% endif %}",
+        1,
+    )
+    assert ChatTemplate(source).render(turns("a", "b")) == (
+        "<|im_start|>system\nS<|im_end|>\n<|im_start|>user\na<|im_end|>\n"
+        "<|im_start|>system\nS<|im_end|>\n<|im_start|>assistant\nb<|im_end|>\n"
+    )
+
+
 def test_an_older_jinja_is_refused(monkeypatch):
     jinja2 = pytest.importorskip("jinja2")
     monkeypatch.setattr(jinja2, "__version__", "3.1.5")
