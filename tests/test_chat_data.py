@@ -415,6 +415,26 @@ def test_too_few_conversations_are_refused_by_what_is_missing():
     assert [len(side) for side in sides(text)] == [1, 2]
 
 
+def test_texts_beside_rows_without_answers_are_texts_alone():
+    save("story.txt", ENGLISH[:3000].encode())
+    save("none.jsonl", json_lines([{"question": "q", "answer": ""}] * 3))
+    text = build(["story.txt", "none.jsonl"])
+    assert text.chat is None and "chat" not in text.report
+    assert text.tokenizer.decode(np.fromfile(text.path, text.dtype)) == ENGLISH[:3000]
+    assert "none.jsonl: 3 rows without an answer passed over" in text.report["notes"]
+    files = {path.name for path in text.path.parent.iterdir()}
+    assert files == {"tokens.bin", "tokenizer.json", "entry.json"}
+    assert build(["story.txt", "none.jsonl"]).sha256 == text.sha256  # found again
+    save("qa.jsonl", json_lines(rows(2)))
+    for data in (
+        {"path": "story.txt", "val": "none.jsonl"},
+        {"path": "qa.jsonl", "val": "none.jsonl"},
+        {"path": "none.jsonl", "val": "qa.jsonl"},
+    ):
+        with pytest.raises(DataError, match=r"^none.jsonl has no row with an answer \(3 without\)"):
+            build(data)
+
+
 def test_texts_among_conversations_count_in_full_and_end_with_their_end():
     story = ENGLISH[:3000]
     save("story.txt", story.encode())

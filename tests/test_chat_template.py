@@ -5,6 +5,7 @@ import json
 import os
 import random
 import sys
+import tracemalloc
 from collections import Counter
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from tests.texts import ENGLISH, train_in_the_library
 from text import chat_template, template_language
 from text.chat_template import CHATML, TURN_END, TURN_START, ChatTemplate, Message, template_of
 from text.chat_tokens import chat_template_for
+from text.template_language import compile_template
 from text.tokenizer import (
     CharTokenizer,
     GPT2Tokenizer,
@@ -192,6 +194,20 @@ def test_known_chatml_needs_no_jinja_and_is_what_jinja_makes_of_it(monkeypatch):
         ChatTemplate(HEADERS + "{# #}").render([])
 
 
+def test_a_system_prompt_before_each_message_is_written_before_each():
+    """Without loop.first, the prompt of the ChatML that is rendered without Jinja comes again."""
+    source = CHATML.source.replace(
+        "messages %}",
+        "messages %}{% if messages[0]['role'] != 'system' %}"
+        "{{ '<|im_start|>system\nS<|im_end|>\n' }}{% endif %}",
+        1,
+    )
+    assert ChatTemplate(source).render(turns("a", "b")) == (
+        "<|im_start|>system\nS<|im_end|>\n<|im_start|>user\na<|im_end|>\n"
+        "<|im_start|>system\nS<|im_end|>\n<|im_start|>assistant\nb<|im_end|>\n"
+    )
+
+
 def test_an_older_jinja_is_refused(monkeypatch):
     jinja2 = pytest.importorskip("jinja2")
     monkeypatch.setattr(jinja2, "__version__", "3.1.5")
@@ -279,6 +295,26 @@ HOSTILE = [  # what runs long, grows large or reaches out
     "{% set n.l = dict(a=n.l, b=n.l) %}{% endfor %}",
     "{% set b = 'a' * 4096 %}{% set x %}{% for i in range(9999) %}{{ b }}{% endfor %}{% endset %}",
     "{% set x %}{% for i in range(9999) %}" + "x" * 4096 + "{% endfor %}{% endset %}",
+    "{{ '%(a)80000000d' % {'a': 1} }}",
+    "{% set y = '" + "%(a)s" * 8000 + "' % {'a': 'a' * 10**4} %}",
+    "{% set y = ('a' * 10**4).join('b' * 8000) %}",
+    "{% set y = ('a' * 10**4).join((['b'] * 8000)|map(attribute=0)) %}",
+    "{% set y = (['b'] * 8000)|join(attribute=0, d='a' * 10**4) %}",
+    "{% set y = ('b' * 8000)|replace(new='a' * 10**4, old='b') %}",
+    "{% set y = ([1] * 10**4)|tojson(separators=('a' * 10**4, ':')) %}",
+    "{% set y = ('a' * 10**4 * 2)|list %}",
+    "{% set y = ('a ' * 10**4).split() %}",
+    "{% set y = ('a' * 10**4).strip('b' * 10**4) %}",
+    "{% set y = ('a' * 10**4)|trim('b' * 10**4) %}",
+    "{% set d = {'a': 'a' * 10**4}.items() %}{% set y = " + "~".join("d" * 100) + " %}",
+    "{% set y = 'a'.encode() * 10**9 %}",
+    "{% set y = (1).to_bytes(10**9, 'big') %}",
+    "{% set y = ('1' * 9999)|int(0, 2) %}",
+    "{% set y = ([[1]] * 99)|sum(start=[]) %}",
+    "{{ 5|round(-8000000) }}",
+    "{% set x = 'a' * 10**4 %}{% for i in range(99) %}{% if x is lower %}{% endif %}{% endfor %}",
+    "{% set x = 'a' * 10**4 %}{% for i in range(99) %}{% if 'b' in x %}{% endif %}{% endfor %}",
+    "{% set x = 'a' * 10**4 %}{% for i in range(99) %}{% set y = x[1:] %}{% endfor %}",
     "{{ ''.__class__.__mro__ }}",
     "{{ self.__init__.__globals__ }}",
     "{{ cycler.__init__.__globals__.os }}",
@@ -296,10 +332,40 @@ HOSTILE = [  # what runs long, grows large or reaches out
 
 @pytest.mark.parametrize("source", HOSTILE, ids=range(len(HOSTILE)))
 def test_a_template_that_does_not_end_or_reaches_out_is_refused(source, monkeypatch):
-    # a hundredth of what is allowed; with all of it each takes a second or three at most
+    # a hundredth of what is allowed; with all of it each takes a second at most
     monkeypatch.setattr(template_language, "BUDGET", template_language.BUDGET // 100)
-    with pytest.raises(DataError, match="the chat template"):
-        ChatTemplate(source).render(turns("a", "b"))
+    compile_template("")  # what is imported is no part of it
+    tracemalloc.start()
+    try:
+        with pytest.raises(DataError, match="the chat template"):
+            ChatTemplate(source).render(turns("a", "b"))
+        assert tracemalloc.get_traced_memory()[1] < 16e6
+    finally:
+        tracemalloc.stop()
+
+
+def test_filters_of_our_own_do_what_those_of_jinja_do():
+    jinja2 = pytest.importorskip("jinja2")
+    for source in (
+        "{{ m|join(', ', attribute='content') }} {{ 'abc'|join('-') }} {{ m|join(attribute='x') }}",
+        "{{ ['a', 1, none]|join(d=2) }} {{ m|map(attribute='role')|join('/') }}",
+        "{{ 'aXbX'|replace('X', 1) }} {{ 'aXbX'|replace(count=1, new='Y', old='X') }}",
+        "{{ 2.55|round }} {{ 2.55|round(1, 'floor') }} {{ 1234|round(-2) }}",
+        "{{ 'a\nb\n\nc'|indent(2, true, true) }} {{ ' x '|trim }} {{ '\nx\n'.strip('\n') }}",
+        "{{ 'a b c'.split(' ')[-1] }} {{ '-'.join(['a', 'b']) }} {{ '%s, %d' % ('a', 7) }}",
+        "{{ [1, 2]|sum }} {{ m[0].content == 'a' and 'b' in m[1].content }} {{ m[1:]|length }}",
+        "{% for k, v in m[0].items() %}{{ k ~ v }}{% endfor %} {{ x is defined }} {{ m is none }}",
+        "{% set n = namespace(a=1) %}{% set n.a = n.a + 7 // 2 %}{{ n.a }} {{ 1 < n.a <= 5 }}",
+    ):
+        messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "bc"}]
+        expected = jinja2.Template(source).render(m=messages)
+        assert compile_template(source)(m=messages) == expected
+
+
+def test_the_text_of_a_namespace_is_short():
+    """It is not paid for, and may hold all that is."""
+    source = "{% set n = namespace(s='a' * 999) %}{{ n ~ n }} {{ n.s|length }}"
+    assert compile_template(source)() == "<Namespace><Namespace> 999"
 
 
 def test_a_conversation_of_thousands_of_turns_is_within_the_budget():

@@ -23,6 +23,7 @@ class Side:
 
     counts: np.ndarray  # (V,) how often each token occurs
     stop: int = 0
+    unanswered: int = 0  # rows of conversations without an answer, which are no documents
     first: "array[int]" = field(default_factory=_numbers)  # token of each document
     ends: "array[int]" = field(default_factory=_numbers)  # of each; an end-of-text may follow
     digests: "array[int]" = field(default_factory=_numbers)  # of each document's text
@@ -132,6 +133,8 @@ def arrange(
     """
     train, val = sides
     is_chat = any(side.is_chat.any() for side in sides)
+    if not is_chat:
+        remove_file(folder / "all-targets.bin")  # there if all rows were without an answer
     if split is None and times is None and not is_chat:
         rename_file(folder / "all.bin", folder / "tokens.bin")
         return train.stop if has_val else None

@@ -25,7 +25,7 @@ _CHATML = (
 # own before a conversation that has none
 _CHATML_FORM = re.compile(
     r"\{%for message in messages%\}"
-    r"(?:\{%if (?:loop\.first and )?messages\[0\]\['role'\] != 'system'%\}"
+    r"(?:\{%if loop\.first and messages\[0\]\['role'\] != 'system'%\}"
     r"\{\{'<\|im_start\|>system(?:\\n|\n)([^'\\+{}%]*)<\|im_end\|>(?:\\n|\n)'\}\}\{%endif%\})?"
     r"\{\{'<\|im_start\|>'\+message\['role'\]\+'(?:\\n|\n)'\+message\['content'\]"
     r"\+'<\|im_end\|>'\+'(?:\\n|\n)'\}\}\{%endfor%\}"

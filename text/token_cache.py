@@ -329,8 +329,9 @@ def _build_entry(
         if template is not None:
             chat, tokenizer = chat_template_for(template, tokenizer)
         sides, told = _write_tokens(temporary, tokenizer, parts, spec, report, chat)
-        if not report.documents:
-            raise DataError(_about_nothing(spec, report))
+        _check_sides(spec, sides, report)
+        if not any(side.is_chat.any() for side in sides):  # no row has an answer
+            template = told = None
         unknown = _count_unknown(tokenizer, sides)
         if unknown:
             report.notes.append(_about_unknown(unknown, sides, tokenizer))
@@ -400,14 +401,17 @@ def _shared_prompts(sides: list[Side], split: Split | None) -> int:
     return len(np.intersect1d(*(side.prompt_hashes[chosen] for side, chosen in pairs)))
 
 
-def _about_nothing(spec: DataSpec, report: ReadingReport) -> str:
-    names = ", ".join(spec.train + spec.val)
-    if report.unanswered:
-        return (
-            f"{names} has no row with an answer ({report.unanswered:,} without).\n"
-            "A conversation to train on has a message of the assistant."
-        )
-    return f"{names} is empty.\nSet DATA to a text of at least a few sentences."
+def _check_sides(spec: DataSpec, sides: list[Side], report: ReadingReport) -> None:
+    """Raise DataError if there is no document, or on one side nothing but rows without answers."""
+    for files, side in zip((spec.train, spec.val), sides, strict=True):
+        if side.unanswered and not len(side.ends):
+            raise DataError(
+                f"{', '.join(files)} has no row with an answer ({side.unanswered:,} without).\n"
+                "A conversation to train on has a message of the assistant."
+            )
+    if not report.documents:
+        names = ", ".join(spec.train + spec.val)
+        raise DataError(f"{names} is empty.\nSet DATA to a text of at least a few sentences.")
 
 
 def _times_seen(
@@ -479,7 +483,7 @@ def _write_tokens(
             marks = stack.enter_context(NewFile(folder / "all-targets.bin", durable=False))
         position = 0
         for parts, side in zip(sides, written, strict=True):
-            side.stop = position
+            side.stop, n_unanswered = position, report.unanswered
             documents = each_document(parts, spec, report)
             for is_chat, group in itertools.groupby(documents, _is_conversation):
                 if is_chat:
@@ -495,7 +499,7 @@ def _write_tokens(
                     if marks is not None:
                         marks.write(targets.tobytes())
                     progress.show(report.bytes_read)
-            position = side.stop
+            position, side.unanswered = side.stop, report.unanswered - n_unanswered
     report.copied = repeats.share
     return written, told
 
