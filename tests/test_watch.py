@@ -344,6 +344,22 @@ def test_without_the_token_or_from_another_site_nothing_is_told_or_stopped(runs)
         assert Runs(runs).find("young").state == "stopping"
 
 
+def test_a_run_that_was_asked_to_stop_is_stopping_until_its_process_ends(runs):
+    run = Runs(runs).find("young")
+    with FolderLock(runs / "young"):
+        assert run.state == "training" and run.ask_to_stop()
+        (runs / "young" / STOP).unlink()  # as the loop does before it saves
+        assert run.state == "stopping"
+    with FolderLock(runs / "young"):  # nobody has looked in between
+        os.utime(runs / "young" / ".lock-owner.json", ns=(1, 1))  # however coarse the clock is
+        assert run.state == "training"
+        (runs / "young" / STOP).touch()  # a stop that was asked for elsewhere
+        assert run.state == "stopping"
+        (runs / "young" / STOP).unlink()
+        assert run.state == "stopping"
+    assert run.state == "stopped" and not run.ask_to_stop()
+
+
 def test_a_token_is_made_where_none_is_given_and_is_in_the_address_that_is_printed(runs):
     with Watcher(runs, token=None) as server:
         assert re.fullmatch(r"[\w-]{22}", server.token)

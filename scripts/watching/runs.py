@@ -48,11 +48,7 @@ class Run:
         self._report, self._diagnosis_lock = Report(path), threading.Lock()
         self._diagnosis: dict[str, Any] = {}
         self._diagnosed_at = -math.inf
-
-    @property
-    def trains(self) -> bool:
-        """Whether a process holds the run's lock."""
-        return FolderLock(self.path).is_held()
+        self._asked: int | None = None  # the lock's holder that was asked to stop
 
     @property
     def is_finished(self) -> bool:
@@ -62,15 +58,23 @@ class Run:
     @property
     def state(self) -> str:
         """ "training", "stopping", "finished" or "stopped"."""
-        if self.trains:
-            return "stopping" if (self.path / STOP).exists() else "training"
+        lock = FolderLock(self.path)
+        if lock.is_held():
+            holder = lock.holder()
+            if (self.path / STOP).exists():  # the run removes it, and then saves for a while
+                self._asked = holder
+                return "stopping"
+            return "training" if holder is None or holder != self._asked else "stopping"
         return "finished" if self.is_finished else "stopped"
 
     def ask_to_stop(self) -> bool:
         """Ask the process that trains the run to stop; False if none does."""
-        if not self.trains:
+        lock = FolderLock(self.path)
+        holder = lock.holder()
+        if not lock.is_held():
             return False
         write_atomically(self.path / STOP, b"")
+        self._asked = holder
         return True
 
     def newest_weights(self) -> tuple[str, int] | None:
