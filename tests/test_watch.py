@@ -22,6 +22,7 @@ from insight.verdict import headline
 from planning.card import card_lines
 from scripts import watch
 from scripts.serving import app as serving
+from scripts.serving.guard import to_json
 from scripts.watching import app as watching
 from scripts.watching import curves
 from scripts.watching.curves import Curve, Metrics, Sent
@@ -440,6 +441,33 @@ def test_damaged_files_of_a_run_take_their_place_on_the_page_and_nothing_else(ru
     )
     assert Runs(runs).find("young").detail()["text"] == []
     assert [run["name"] for run in Runs(runs).lines()] == [r.path.name for r in Runs(runs).all()]
+
+
+def test_numbers_that_no_run_has_leave_the_other_runs_on_the_page(runs):
+    shutil.copytree(runs / "tiny", runs / "sound")
+    (runs / "tiny" / "summary.json").write_text(
+        '{"steps": NaN, "final_val_loss": [1e999], "final_val_bits_per_byte": -1e999}'
+    )
+    (runs / "tiny" / "data.json").write_text('{"tokens": {"a": NaN}}')
+    (runs / "tiny" / "samples.md").write_text(f"## One\n\nStep {'9' * 5000}\n\n    a\n")
+    values = {"val_loss": 1.5, "val_bits_per_byte": 2.0, "train_lr": 1.7e308}
+    (runs / "tiny" / "metrics.jsonl").write_bytes(lines_of([row(7, **values)]))
+    content = json.loads((runs / "young" / "settings.json").read_text(encoding="utf-8"))
+    content["total_steps"] = 10**400  # the time that is left is more than a float holds
+    (runs / "young" / "settings.json").write_text(json.dumps(content))
+    found = Runs(runs)
+    sound = found.find("sound").line()
+    assert sound["state"] == "finished" and sound["loss"] is not None
+    with FolderLock(runs / "young"):
+        by_name = {line["name"]: line for line in json.loads(to_json(found.lines()))}
+    assert by_name["sound"] == sound
+    assert by_name["young"]["state"] == "training"
+    tiny = json.loads(to_json(found.find("tiny").detail()))
+    assert (tiny["step"], tiny["loss"], tiny["bits_per_byte"]) == (7, 1.5, 2.0)
+    assert tiny["text_tokens"] is None
+    assert [(sample["step"], sample["texts"]) for sample in tiny["samples"]] == [(0, ["a"])]
+    news, _ = found.find("tiny").news(Sent())
+    assert to_json(news) and news["train/lr"]["points"] == []
 
 
 def test_the_time_left_is_that_of_the_pace_which_is_seen_and_before_of_the_last_speed(
