@@ -453,8 +453,10 @@ def test_numbers_that_no_run_has_leave_the_other_runs_on_the_page(runs):
     values = {"val_loss": 1.5, "val_bits_per_byte": 2.0, "train_lr": 1.7e308}
     (runs / "tiny" / "metrics.jsonl").write_bytes(lines_of([row(7, **values)]))
     content = json.loads((runs / "young" / "settings.json").read_text(encoding="utf-8"))
-    content["total_steps"] = 10**400  # the time that is left is more than a float holds
+    content["total_steps"] = 10**300
     (runs / "young" / "settings.json").write_text(json.dumps(content))
+    values = {"train_tokens": 10**17, "train_tok_per_sec": 1e-199}
+    (runs / "young" / "metrics.jsonl").write_bytes(lines_of([row(7, **values)]))
     found = Runs(runs)
     sound = found.find("sound").line()
     assert sound["state"] == "finished" and sound["loss"] is not None
