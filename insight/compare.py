@@ -71,6 +71,8 @@ class ComparedRun:
             "device": record.device,
             "processes": record.ranks,
             "total_steps": record.total_steps,
+            "conversations": None if record.chat is None else record.chat.rows,
+            "chat_template": None if record.chat is None else record.chat.template,
         }
         model, training = dataclasses.asdict(record.model), record.training.to_dict()
         del training["model_overrides"]  # which the model's own fields are
@@ -155,7 +157,8 @@ def compare(
     """Compare two or more runs; `progress` passes on the runs as they are scored.
 
     Each is scored with its best weights on the same blocks of validation text. Runs whose
-    validation texts differ, or are gone, get no verdict. Raises what load_run() raises.
+    validation texts differ, are gone, or hold conversations get no verdict, and the order of
+    their last evaluations. Raises what load_run() raises.
     """
     blocks, texts, why_none = _shared_blocks(runs, most_bytes)
     bits: list[np.ndarray] = []
@@ -216,6 +219,12 @@ def _shared_blocks(
     Where tokenizers differ, a text that is split by position may be cut at another character: then
     the end that all have counts.
     """
+    if chats := [run.name for run in runs if run.record.chat is not None]:
+        why = (
+            f"{chats[0]} learned conversations, of which the answers alone count, but parts of a "
+            "text have the questions too. The runs are in the order of their last evaluations"
+        )
+        return None, [], why
     texts, contents = [], []
     for run in runs:
         try:

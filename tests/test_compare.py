@@ -359,6 +359,29 @@ def test_runs_with_different_validation_texts_are_tabled_without_a_verdict(
     assert "pip install matplotlib" in done.err
 
 
+def test_runs_on_conversations_are_in_the_order_of_their_answers_without_a_verdict(
+    call, tiny_run, tmp_path, no_pictures
+):
+    chat = {"template": "{{ messages }}", "rows": 9}
+    worse, better = (
+        copied(tiny_run, tmp_path, name, settings={"chat": chat | {"rows": rows}})
+        for name, rows in (("a", 9), ("b", 8))
+    )
+    rows = [{"step": 0, "val/bits_per_byte": 8.0, "train/tok_per_sec": 9.0}]
+    for run, bits in ((worse, 3.0), (better, 2.0)):
+        rows[1:] = [rows[0] | {"step": 9, "val/bits_per_byte": bits, "train/tokens": 90}]
+        (run / "metrics.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    done = call(str(worse), str(better))
+    assert done.code == 0, done.err
+    assert done.out.startswith("No verdict: a learned conversations, of which the answers alone")
+    assert [line.split()[0] for line in done.out.splitlines()[3:5]] == ["b", "a"]
+    (row,) = [line for line in done.out.splitlines() if line.startswith("conversations")]
+    assert row.split()[1:] == ["8", "9"]
+    assert "worse" not in done.out and "chat_template" not in done.out
+    plain = read_compared(tiny_run)
+    assert len({run.kind() for run in (plain, read_compared(worse), read_compared(better))}) == 3
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "said"),
     [
