@@ -1,6 +1,7 @@
 """Runs side by side: their curves, what differs in their settings, which one is better."""
 
 import dataclasses
+import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from engine.precision import choose_precision
 from engine.settings import names_on_resume
 from exchange.saved_run import load_run
 from insight.paired import (
+    LONGEST_CONTEXT,
     Blocks,
     Difference,
     Spread,
@@ -22,13 +24,15 @@ from insight.paired import (
     plan_blocks,
     score_blocks,
 )
-from insight.run_text import DIVIDER, RunText, open_run_text, to_bytes
+from insight.run_text import DIVIDER, RunText, open_run_text, to_byte_pieces, to_bytes
 from planning.decisions import RunRecord, read_record, read_run_file
 from storage.files import DATA
+from text.tokenizer import Tokenizer
 from training_utils import TrainingConfig
 
 LEAST_SHARED = 0.5  # of the longest validation text: what all runs must have at its end
 LEAST_BLOCKS = 16  # of a text, for an interval
+ENDING = 4  # times the bytes that are scored: the end of a text that they are taken from
 # what may change on the way and still changes what is learnt
 LENGTHS = ("num_epochs", "max_steps", "patience")
 # what follows from the time that a run with MINUTES had
@@ -71,6 +75,8 @@ class ComparedRun:
             "device": record.device,
             "processes": record.ranks,
             "total_steps": record.total_steps,
+            "conversations": None if record.chat is None else record.chat.rows,
+            "chat_template": None if record.chat is None else record.chat.template,
         }
         model, training = dataclasses.asdict(record.model), record.training.to_dict()
         del training["model_overrides"]  # which the model's own fields are
@@ -155,7 +161,8 @@ def compare(
     """Compare two or more runs; `progress` passes on the runs as they are scored.
 
     Each is scored with its best weights on the same blocks of validation text. Runs whose
-    validation texts differ, or are gone, get no verdict. Raises what load_run() raises.
+    validation texts differ, are gone, or hold conversations get no verdict, and the order of
+    their last evaluations. Raises what load_run() raises.
     """
     blocks, texts, why_none = _shared_blocks(runs, most_bytes)
     bits: list[np.ndarray] = []
@@ -216,22 +223,52 @@ def _shared_blocks(
     Where tokenizers differ, a text that is split by position may be cut at another character: then
     the end that all have counts.
     """
-    texts, contents = [], []
+    if chats := [run.name for run in runs if run.record.chat is not None]:
+        why = (
+            f"{chats[0]} learned conversations, of which the answers alone count, but parts of a "
+            "text have the questions too. The runs are in the order of their last evaluations"
+        )
+        return None, [], why
+    texts = []
     for run in runs:
         try:
             texts.append(open_run_text(run.path))
         except DataError as error:
             return None, [], " ".join(str(error).split())
-        contents.append(to_bytes(texts[-1].val, texts[-1].tokenizer))
-    shortest, longest = (f(contents, key=len) for f in (min, max))
-    if len(shortest) < LEAST_SHARED * len(longest) or not all(
-        content.endswith(shortest) for content in contents
+    sizes = [_size_of(text.val, text.tokenizer) for text in texts]
+    shared, longest = min(sizes), max(sizes)
+    if (
+        shared < LEAST_SHARED * longest
+        or len({_digest(text, size - shared) for text, size in zip(texts, sizes, strict=True)}) > 1
     ):
         return None, [], "the runs have different validation texts"
-    blocks = plan_blocks(len(shortest), most_bytes)
+    n_bytes = min(shared, ENDING * most_bytes)
+    blocks = plan_blocks(n_bytes, most_bytes)
     if len(blocks.numbers) < LEAST_BLOCKS:
-        return None, [], f"a validation text of {len(shortest):,} bytes is too short for a verdict"
-    return blocks, texts, None
+        return None, [], f"a validation text of {shared:,} bytes is too short for a verdict"
+    return blocks, [_end_of(text, n_bytes) for text in texts], None
+
+
+def _size_of(tokens: np.ndarray, tokenizer: Tokenizer) -> int:
+    """The bytes of some tokens, of which one piece after the other is in memory."""
+    return sum(map(len, to_byte_pieces(tokens, tokenizer)))
+
+
+def _digest(text: RunText, start: int) -> bytes:
+    """A hash of the validation text without its first `start` bytes."""
+    digest = hashlib.sha256()
+    for piece in to_byte_pieces(text.val, text.tokenizer):
+        digest.update(piece[start:])
+        start = max(0, start - len(piece))
+    return digest.digest()
+
+
+def _end_of(text: RunText, n_bytes: int) -> RunText:
+    """The text with the end of its validation tokens alone: n_bytes, and a context before them."""
+    size = max(1, n_bytes // 8)
+    while size < len(text.val) and _size_of(text.val[-size:], text.tokenizer) < n_bytes:
+        size *= 2
+    return dataclasses.replace(text, val=text.val[-(size + LONGEST_CONTEXT) :])
 
 
 def _count_scored(text: RunText, blocks: Blocks) -> int:

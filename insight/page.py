@@ -18,13 +18,14 @@ from engine.metrics import as_duration
 from engine.settings import shown
 from insight.curves import buckets
 from insight.diagnosis import Finding, Words
-from insight.run_files import RunFiles, Sample
+from insight.run_files import RunFiles
 from insight.verdict import change_lines, headline
 from planning.card import card_lines
 
 HERE = Path(__file__).resolve().parent
 MOST_POINTS = 500  # of a curve; no screen has more columns for it
-MOST_WRITTEN = 250_000  # characters of samples
+MOST_WRITTEN = 600_000  # bytes of samples
+MOST_TEXTS, MOST_TEXT = 16, 5_000  # of a moment; characters of each
 MOST_FILES, MOST_NOTES, MOST_VALUE = 40, 60, 400  # files and notes of the data report; characters
 DIGITS = 5  # of a number in a curve
 # characters that change the writing direction, or that no page may contain
@@ -51,12 +52,12 @@ def render_page(run: RunFiles, findings: list[Finding]) -> bytes:
         f"default-src 'none'; style-src '{_hash_of(style)}'; script-src '{_hash_of(script)}'; "
         "img-src data:; base-uri 'none'; form-action 'none'"
     )
-    name = _text(run.path.name)
+    name, data = _text(run.path.name), _data(run)
     sections = [
         _verdict(run, findings),
         _findings(run, findings),
         _curves(),
-        _written(run),
+        _written(run, len(data["moments"])),
         _card(run),
         _text_report(run),
         _settings(run),
@@ -82,7 +83,7 @@ def render_page(run: RunFiles, findings: list[Finding]) -> bytes:
 <main>
 {"".join(sections)}
 </main>
-<script type="application/json" id="data">{_embedded(_data(run))}</script>
+<script type="application/json" id="data">{_embedded(data)}</script>
 <script>{script}</script>
 </body>
 </html>
@@ -105,7 +106,7 @@ def _hash_of(content: str) -> str:
 
 def _embedded(value: Any) -> str:
     """A value as JSON that can't end the script element it stands in."""
-    content = json.dumps(value, ensure_ascii=True, allow_nan=False, separators=(",", ":"))
+    content = json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
     return content.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
 
 
@@ -206,10 +207,10 @@ def _curves() -> str:
     return _section("curves", Words("Curves", "曲线"), content)
 
 
-def _written(run: RunFiles) -> str:
-    if not run.samples:
+def _written(run: RunFiles, n_moments: int) -> str:
+    if not n_moments:
         return ""
-    last = len(_kept_samples(run.samples)) - 1
+    last = n_moments - 1
     label = Words("moment", "时刻")
     content = (
         f'<div class="moment"><label for="moment">{_both(label)}</label>'
@@ -466,29 +467,24 @@ def _rounded(value: float) -> float | None:
     return float(f"{value:.{DIGITS}g}") if math.isfinite(value) else None
 
 
-def _kept_samples(samples: list[Sample]) -> list[Sample]:
-    """As many moments as fit into MOST_WRITTEN characters: the first, and the last ones."""
+def _moments(run: RunFiles) -> list[dict[str, Any]]:
+    """As many moments as fit into MOST_WRITTEN bytes of the page: the first, and the last ones."""
+    copied = run.insight.get("copied") or {}
     room = MOST_WRITTEN
-    kept: list[Sample] = []
-    for sample in [samples[0], *reversed(samples[1:])] if samples else []:
-        texts = [text[: MOST_WRITTEN // 50] for text in sample.texts[:16]]
-        room -= sum(map(len, texts))
+    kept: list[dict[str, Any]] = []
+    for sample in [*run.samples[:1], *reversed(run.samples[1:])]:
+        moment = {
+            "label": _clean(sample.label[:MOST_VALUE]),
+            "step": sample.step,
+            "texts": [
+                _pieces(text[:MOST_TEXT], copied.get(text)) for text in sample.texts[:MOST_TEXTS]
+            ],
+        }
+        room -= len(_embedded(moment).encode("utf-8"))
         if room < 0:
             break
-        kept.append(Sample(sample.label, sample.step, texts))
+        kept.append(moment)
     return kept[:1] + kept[:0:-1]
-
-
-def _moments(run: RunFiles) -> list[dict[str, Any]]:
-    copied = run.insight.get("copied") or {}
-    return [
-        {
-            "label": _clean(sample.label),
-            "step": sample.step,
-            "texts": [_pieces(text, copied.get(text)) for text in sample.texts],
-        }
-        for sample in _kept_samples(run.samples)
-    ]
 
 
 def _about_copies(meter: dict[str, Any]) -> str:

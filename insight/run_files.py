@@ -16,7 +16,7 @@ from storage.files import DATA, SUMMARY
 INSIGHT = "insight.json"  # what was measured about the run, beside its training
 GREEDY = "Greedy"
 _HEADING = re.compile(r"## (.*)")
-_STEP = re.compile(r"Step (\d+)(?:, validation loss ([\d.]+))?")
+_STEP = re.compile(r"Step (\d{1,15})(?:, validation loss ([\d.]+))?")
 _PROMPT = re.compile(r"Prompt (\d+):")
 
 

@@ -435,6 +435,13 @@ class FolderLock:
             return False
         return False
 
+    def holder(self) -> int | None:
+        """A number of the lock's last holder, which no other one has; None if there was none."""
+        try:
+            return self._owner_path.stat().st_mtime_ns
+        except OSError:
+            return None
+
     def _take(self, file: BinaryIO) -> None:
         try:
             _lock(file.fileno())

@@ -32,7 +32,7 @@ from insight.paired import (
     score_tokens,
     t_quantile,
 )
-from insight.run_text import to_bytes
+from insight.run_text import RunText, to_bytes
 from model import GPTConfig, GPTModel
 from scripts import compare
 from scripts.options import run_program
@@ -117,6 +117,49 @@ def test_a_large_text_is_scored_on_blocks_spread_over_it():
     assert blocks.numbers[0] == 1 and blocks.numbers[-1] > 0.95 * 10_000_000 / 4096 - 100
     assert len(set(np.diff(blocks.numbers))) <= 2
     assert len(plan_blocks(100, 10**6).numbers) == 0
+
+
+def test_of_a_large_text_the_end_alone_is_held_in_memory_and_all_of_it_must_be_the_same(
+    tmp_path, monkeypatch
+):
+    """Runs whose texts begin at different places, and are divided by different tokenizers."""
+    text = "".join(np.random.default_rng(0).choice([*"abcdé\n"], 30_000))
+    cases = {
+        "letters": (CharTokenizer(text), text),
+        "bytes": (CharTokenizer("etaoin"), text[500:]),
+        "short": (CharTokenizer(text), text[20_000:]),
+        "other": (CharTokenizer(text), "x" + text[1:]),
+    }
+    texts = {}
+    for name, (tokenizer, content) in cases.items():
+        tokens = np.array(tokenizer.encode(content))
+        texts[tmp_path / name] = RunText(tokens[:0], tokens, tokenizer, name)
+    monkeypatch.setattr(comparing, "open_run_text", texts.__getitem__)
+    run = dataclasses.make_dataclass("Run", ["path", "record"])
+    no_chat = dataclasses.make_dataclass("Record", ["chat"])(None)
+    runs = {path.name: run(path, no_chat) for path in texts}
+
+    def shared(*names: str):
+        return comparing._shared_blocks([runs[name] for name in names], 1200)
+
+    blocks, ends, why_none = shared("letters", "bytes")
+    assert why_none is None and blocks.n_bytes == 4800 and blocks.scored_bytes <= 1200
+    for end in ends:
+        content = to_bytes(end.val, end.tokenizer)
+        assert text.encode().endswith(content)
+        # a context is before it, and at most twice as much
+        assert 4800 + 2048 <= len(content) <= 2 * (2 * 4800 + 2048)
+        model = small_model(end.tokenizer.vocab_size)
+        for parameter in model.parameters():
+            parameter.data.zero_()
+        whole = next(of for of in texts.values() if of.tokenizer is end.tokenizer)
+        of_end, of_whole = (
+            score_blocks(model, end.tokenizer, tokens, blocks, CPU, FP32)
+            for tokens in (end.val, whole.val)
+        )
+        assert of_end == pytest.approx(of_whole) and of_end.min() > 0
+    assert shared("letters", "short")[2] == "the runs have different validation texts"
+    assert shared("letters", "other")[2] == "the runs have different validation texts"
 
 
 # ------------------------------------------------------------------------------ verdicts
@@ -357,6 +400,29 @@ def test_runs_with_different_validation_texts_are_tabled_without_a_verdict(
     assert {"other": "have different validation texts", "gone": "has changed"}[kind] in done.out
     assert "at its end" in done.out and "worse" not in done.out
     assert "pip install matplotlib" in done.err
+
+
+def test_runs_on_conversations_are_in_the_order_of_their_answers_without_a_verdict(
+    call, tiny_run, tmp_path, no_pictures
+):
+    chat = {"template": "{{ messages }}", "rows": 9}
+    worse, better = (
+        copied(tiny_run, tmp_path, name, settings={"chat": chat | {"rows": rows}})
+        for name, rows in (("a", 9), ("b", 8))
+    )
+    rows = [{"step": 0, "val/bits_per_byte": 8.0, "train/tok_per_sec": 9.0}]
+    for run, bits in ((worse, 3.0), (better, 2.0)):
+        rows[1:] = [rows[0] | {"step": 9, "val/bits_per_byte": bits, "train/tokens": 90}]
+        (run / "metrics.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    done = call(str(worse), str(better))
+    assert done.code == 0, done.err
+    assert done.out.startswith("No verdict: a learned conversations, of which the answers alone")
+    assert [line.split()[0] for line in done.out.splitlines()[3:5]] == ["b", "a"]
+    (row,) = [line for line in done.out.splitlines() if line.startswith("conversations")]
+    assert row.split()[1:] == ["8", "9"]
+    assert "worse" not in done.out and "chat_template" not in done.out
+    plain = read_compared(tiny_run)
+    assert len({run.kind() for run in (plain, read_compared(worse), read_compared(better))}) == 3
 
 
 @pytest.mark.parametrize(

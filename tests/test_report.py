@@ -188,6 +188,22 @@ def test_a_run_of_100000_steps_and_long_samples_makes_less_than_a_megabyte(tmp_p
     assert (moments[0]["step"], moments[-1]["step"]) == (0, 59_000)
 
 
+@pytest.mark.parametrize(
+    "text", ["春江潮水连海平。" * 400, "👩‍🚀" * 1000, "<&>" * 1000, "a" * 9999]
+)
+def test_samples_of_any_script_take_their_share_of_the_page(text, tmp_path):
+    run = make_run(tmp_path / "run")
+    moments = [f"## Moment {n}\n\nStep {n}\n\n    {n} {text}\n" for n in range(1, 301)]
+    (run / "samples.md").write_text("\n".join(moments), encoding="utf-8")
+    page = page_of(run)
+    assert len(page.encode()) < 1_000_000
+    shown = embedded(page)["moments"]
+    assert len(shown) > 20  # and they are the first one, and the last ones
+    assert [moment["step"] for moment in shown] == [1, *range(302 - len(shown), 301)]
+    ((written, is_copied),) = shown[-1]["texts"][0]
+    assert (written, is_copied) == (f"300 {text}"[:5000], False)
+
+
 def test_the_sentence_that_matters_first_says_how_good_the_run_is(tmp_path):
     run = make_run(tmp_path / "run", 40)
     loss = 8 / math.sqrt(41)

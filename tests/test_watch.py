@@ -22,6 +22,7 @@ from insight.verdict import headline
 from planning.card import card_lines
 from scripts import watch
 from scripts.serving import app as serving
+from scripts.serving.guard import to_json
 from scripts.watching import app as watching
 from scripts.watching import curves
 from scripts.watching.curves import Curve, Metrics, Sent
@@ -344,6 +345,22 @@ def test_without_the_token_or_from_another_site_nothing_is_told_or_stopped(runs)
         assert Runs(runs).find("young").state == "stopping"
 
 
+def test_a_run_that_was_asked_to_stop_is_stopping_until_its_process_ends(runs):
+    run = Runs(runs).find("young")
+    with FolderLock(runs / "young"):
+        assert run.state == "training" and run.ask_to_stop()
+        (runs / "young" / STOP).unlink()  # as the loop does before it saves
+        assert run.state == "stopping"
+    with FolderLock(runs / "young"):  # nobody has looked in between
+        os.utime(runs / "young" / ".lock-owner.json", ns=(1, 1))  # however coarse the clock is
+        assert run.state == "training"
+        (runs / "young" / STOP).touch()  # a stop that was asked for elsewhere
+        assert run.state == "stopping"
+        (runs / "young" / STOP).unlink()
+        assert run.state == "stopping"
+    assert run.state == "stopped" and not run.ask_to_stop()
+
+
 def test_a_token_is_made_where_none_is_given_and_is_in_the_address_that_is_printed(runs):
     with Watcher(runs, token=None) as server:
         assert re.fullmatch(r"[\w-]{22}", server.token)
@@ -424,6 +441,35 @@ def test_damaged_files_of_a_run_take_their_place_on_the_page_and_nothing_else(ru
     )
     assert Runs(runs).find("young").detail()["text"] == []
     assert [run["name"] for run in Runs(runs).lines()] == [r.path.name for r in Runs(runs).all()]
+
+
+def test_numbers_that_no_run_has_leave_the_other_runs_on_the_page(runs):
+    shutil.copytree(runs / "tiny", runs / "sound")
+    (runs / "tiny" / "summary.json").write_text(
+        '{"steps": NaN, "final_val_loss": [1e999], "final_val_bits_per_byte": -1e999}'
+    )
+    (runs / "tiny" / "data.json").write_text('{"tokens": {"a": NaN}}')
+    (runs / "tiny" / "samples.md").write_text(f"## One\n\nStep {'9' * 5000}\n\n    a\n")
+    values = {"val_loss": 1.5, "val_bits_per_byte": 2.0, "train_lr": 1.7e308}
+    (runs / "tiny" / "metrics.jsonl").write_bytes(lines_of([row(7, **values)]))
+    content = json.loads((runs / "young" / "settings.json").read_text(encoding="utf-8"))
+    content["total_steps"] = 10**300
+    (runs / "young" / "settings.json").write_text(json.dumps(content))
+    values = {"train_tokens": 10**17, "train_tok_per_sec": 1e-199}
+    (runs / "young" / "metrics.jsonl").write_bytes(lines_of([row(7, **values)]))
+    found = Runs(runs)
+    sound = found.find("sound").line()
+    assert sound["state"] == "finished" and sound["loss"] is not None
+    with FolderLock(runs / "young"):
+        by_name = {line["name"]: line for line in json.loads(to_json(found.lines()))}
+    assert by_name["sound"] == sound
+    assert by_name["young"]["state"] == "training"
+    tiny = json.loads(to_json(found.find("tiny").detail()))
+    assert (tiny["step"], tiny["loss"], tiny["bits_per_byte"]) == (7, 1.5, 2.0)
+    assert tiny["text_tokens"] is None
+    assert [(sample["step"], sample["texts"]) for sample in tiny["samples"]] == [(0, ["a"])]
+    news, _ = found.find("tiny").news(Sent())
+    assert to_json(news) and news["train/lr"]["points"] == []
 
 
 def test_the_time_left_is_that_of_the_pace_which_is_seen_and_before_of_the_last_speed(

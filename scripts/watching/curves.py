@@ -1,7 +1,6 @@
 """The curves of a run that may be training: metrics.jsonl, read as it grows, in bounded memory."""
 
 import json
-import math
 import os
 import threading
 from dataclasses import dataclass, field
@@ -12,6 +11,7 @@ MOST_POINTS = 1000  # of a curve; beyond, its points stand for twice as many ste
 MOST_LINE_BYTES = 1 << 20  # of metrics.jsonl; a longer line is none of ours
 BLOCK_BYTES = 1 << 20
 HIGHEST_STEP = 10**12
+HIGHEST_VALUE = 1e200  # sums of them are finite
 # the names in metrics.jsonl that have a curve
 NAMES = (
     "train/loss",
@@ -145,18 +145,18 @@ class Metrics:
         except (ValueError, RecursionError):
             return
         step = row.get("step") if isinstance(row, dict) else None
-        if not _is_number(step) or not isinstance(step, int) or not 0 <= step <= HIGHEST_STEP:
+        if not is_number(step) or not isinstance(step, int) or not 0 <= step <= HIGHEST_STEP:
             return
         if step < self.step:  # points that a reader has are taken away
             self._edition += 1
         self.step = step
-        if _is_number(tokens := row.get("train/tokens")):
+        if is_number(tokens := row.get("train/tokens")):
             self.tokens = tokens
         for name, curve in self.curves.items():
-            if _is_number(value := row.get(name)):
+            if is_number(value := row.get(name)):
                 curve.add(step, float(value))
         found = {name: row.get(f"forecast/val_{name}") for name in ("least", "expected", "most")}
-        if all(map(_is_number, found.values())):
+        if all(map(is_number, found.values())):
             self.forecast = {name: _short(value) for name, value in found.items()}
 
     def news(self, sent: Sent) -> tuple[dict[str, Any], Sent]:
@@ -187,7 +187,8 @@ def _part(curve: Curve, first: int = 0) -> dict[str, Any]:
     return {"from": first, "points": curve.to_json(first)}
 
 
-def _is_number(value: Any) -> bool:
+def is_number(value: Any) -> bool:
+    """Whether a value of a run's files, which anyone may have changed, is a number to show."""
     if isinstance(value, float):
-        return math.isfinite(value)
+        return abs(value) < HIGHEST_VALUE
     return isinstance(value, int) and not isinstance(value, bool) and abs(value) < 1e18

@@ -15,7 +15,7 @@ from insight.run_files import read_samples
 from insight.verdict import headline
 from planning.card import card_lines
 from planning.decisions import RunRecord, read_record, read_run_file
-from scripts.watching.curves import Metrics, Sent
+from scripts.watching.curves import Metrics, Sent, is_number
 from storage.checkpoint import newest_step
 from storage.files import DATA, SETTINGS, STOP, SUMMARY, FolderLock, write_atomically
 
@@ -48,11 +48,7 @@ class Run:
         self._report, self._diagnosis_lock = Report(path), threading.Lock()
         self._diagnosis: dict[str, Any] = {}
         self._diagnosed_at = -math.inf
-
-    @property
-    def trains(self) -> bool:
-        """Whether a process holds the run's lock."""
-        return FolderLock(self.path).is_held()
+        self._asked: int | None = None  # the lock's holder that was asked to stop
 
     @property
     def is_finished(self) -> bool:
@@ -62,15 +58,23 @@ class Run:
     @property
     def state(self) -> str:
         """ "training", "stopping", "finished" or "stopped"."""
-        if self.trains:
-            return "stopping" if (self.path / STOP).exists() else "training"
+        lock = FolderLock(self.path)
+        if lock.is_held():
+            holder = lock.holder()
+            if (self.path / STOP).exists():  # the run removes it, and then saves for a while
+                self._asked = holder
+                return "stopping"
+            return "training" if holder is None or holder != self._asked else "stopping"
         return "finished" if self.is_finished else "stopped"
 
     def ask_to_stop(self) -> bool:
         """Ask the process that trains the run to stop; False if none does."""
-        if not self.trains:
+        lock = FolderLock(self.path)
+        holder = lock.holder()
+        if not lock.is_held():
             return False
         write_atomically(self.path / STOP, b"")
+        self._asked = holder
         return True
 
     def newest_weights(self) -> tuple[str, int] | None:
@@ -88,15 +92,23 @@ class Run:
         def read(path: Path) -> Described:
             try:
                 record = read_record(path.parent)
-            except CheckpointError:  # of another version, or damaged
+                return Described(record, _card(record), _facts_of(record))
+            except Exception:  # of another version, or with values that no run has
                 return Described()
-            return Described(record, _card(record), _facts_of(record))
 
         return self._read(SETTINGS, read) or Described()
 
     def line(self) -> dict[str, Any]:
-        """What the list of runs says of this one."""
-        state, record = self.state, self.described().record
+        """What the list of runs says of this one; of a damaged one its name and state alone."""
+        state = self.state
+        try:
+            return self._line(state)
+        except Exception:  # of files that anyone may have changed; the other runs have their lines
+            unknown = dict.fromkeys(("total", "loss", "seconds_left", "started"))
+            return {"name": self.path.name, "state": state, "step": 0} | unknown
+
+    def _line(self, state: str) -> dict[str, Any]:
+        record = self.described().record
         if state != "finished":
             self.metrics.read()
         if state != "training":
@@ -105,10 +117,10 @@ class Run:
         return {
             "name": self.path.name,
             "state": state,
-            "step": summary.get("steps", self.metrics.step),
+            "step": _number(summary.get("steps"), self.metrics.step),
             "total": None if record is None else record.total_steps,
-            "loss": summary.get("final_val_loss", self.metrics.curves["val/loss"].last),
-            "seconds_left": self.seconds_left() if state == "training" else None,
+            "loss": _number(summary.get("final_val_loss"), self.metrics.curves["val/loss"].last),
+            "seconds_left": _number(self.seconds_left()) if state == "training" else None,
             "started": None if record is None else record.started,
         }
 
@@ -144,7 +156,7 @@ class Run:
         summary = self._facts(SUMMARY) if self.is_finished else {}
         bits = self.metrics.curves["val/bits_per_byte"].last
         return self.line() | {
-            "bits_per_byte": summary.get("final_val_bits_per_byte", bits),
+            "bits_per_byte": _number(summary.get("final_val_bits_per_byte"), bits),
             "tokens": self.metrics.tokens,
             "forecast": self.metrics.forecast,
             "weights": None if weights is None else weights[1],
@@ -154,7 +166,7 @@ class Run:
             "facts": described.facts,
             "text": names[:NAMED_TEXTS],
             "more_texts": len(names[NAMED_TEXTS:]),
-            "text_tokens": data.get("tokens"),
+            "text_tokens": _number(data.get("tokens")),
         }
 
     def samples(self) -> list[dict[str, Any]]:
@@ -258,6 +270,11 @@ class Runs:
     def find(self, name: str) -> Run | None:
         """The run of a name; None if there is none. No other path can be reached by it."""
         return next((run for run in self.all() if run.path.name == name), None)
+
+
+def _number(value: Any, otherwise: float | None = None) -> float | None:
+    """A value of a run's files if it is a number."""
+    return value if is_number(value) else otherwise
 
 
 def _card(record: RunRecord) -> list[str]:
