@@ -631,6 +631,8 @@ def _train(env: RuntimeEnv) -> Journal:
 
 def _report_of(env: RuntimeEnv) -> Report:
     """The report that is drawn while a run trains."""
+    if env.run.record.chat is not None:  # figures of a whole text say nothing about answers
+        return Report(env.run.path)
     train, val = (as_array(loader.dataset.tokens) for loader in (env.train_loader, env.val_loader))
     return Report(env.run.path, RunText(train, val, env.tokenizer, env.run.record.tokenizer))
 

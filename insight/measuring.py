@@ -3,7 +3,6 @@
 import math
 import time
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,7 +13,7 @@ from exchange.saved_run import load_run
 from insight.baselines import find_baselines
 from insight.copies import find_copies, open_index
 from insight.memorization import ByHeart, measure_by_heart
-from insight.run_files import GREEDY, Sample
+from insight.run_files import GREEDY, RunFiles
 from insight.run_text import RunText, sample_tokens, to_bytes
 from storage.cache import usable_cache
 from text.facts import bz2_bits, measure_repeats
@@ -52,21 +51,22 @@ def measure_text(text: RunText, limit_s: float) -> dict[str, Any]:
     return facts | {"baselines": _baselines(text, limit_s) | facts["baselines"]}
 
 
-def measure_model(run: Path, text: RunText, samples: list[Sample]) -> dict[str, Any]:
-    """What a run's model has by heart, and where its samples are copied.
+def measure_model(run: RunFiles, text: RunText) -> dict[str, Any]:
+    """What a run's model has by heart, and where its samples are copied, prompts left out.
 
     Raises what load_run() raises.
     """
     index = open_index(text, usable_cache())
     facts: dict[str, Any] = {}
-    drawn = [sample for sample in samples if not sample.label.startswith(GREEDY)]
-    written = [text for sample in samples for text in sample.texts]
-    facts["copied"] = {
-        text: [[copy.start, copy.stop] for copy in found]
-        for text in dict.fromkeys(written[-MOST_MARKED:])
-        if (found := find_copies(index, text))
-    }
-    model = load_run(run)
+    drawn = [sample for sample in run.samples if not sample.label.startswith(GREEDY)]
+    shown = [text for sample in run.samples for text in sample.texts]
+    facts["copied"] = {}
+    for sample_text in dict.fromkeys(shown[-MOST_MARKED:]):
+        begin = run.begin_of_written(sample_text)
+        if found := find_copies(index, sample_text[begin:]):
+            spans = [[begin + copy.start, begin + copy.stop] for copy in found]
+            facts["copied"][sample_text] = spans
+    model = load_run(run.path)
     try:
         facts["by_heart"] = _as_facts(
             measure_by_heart(
@@ -75,7 +75,7 @@ def measure_model(run: Path, text: RunText, samples: list[Sample]) -> dict[str, 
                 text.train,
                 text.val,
                 index,
-                samples=[written for sample in drawn[-2:] for written in sample.texts],
+                samples=[t[run.begin_of_written(t) :] for s in drawn[-2:] for t in s.texts],
             )
         )
     except DataError as error:  # the text is too short for a prompt

@@ -23,8 +23,9 @@ def headline(run: RunFiles, findings: list[Finding]) -> Words:
     bits = curves.as_bits(_final_loss(run))
     parts_en, parts_zh = [], []
     if bits == bits:
-        parts_en.append(f"{bits:.2f} bits a byte")
-        parts_zh.append(f"每字节 {bits:.2f} 比特")
+        of = Words("", "") if run.record.chat is None else Words(" of the answers", "答案")
+        parts_en.append(f"{bits:.2f} bits a byte{of.en}")
+        parts_zh.append(f"{of.zh}每字节 {bits:.2f} 比特")
         if known := facts.baselines.get("bz2"):
             share = bits / known - 1
             parts_en.append(f"{abs(share):.0%} {'below' if share < 0 else 'above'} bz2")

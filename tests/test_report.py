@@ -18,6 +18,7 @@ from insight.page import render_page
 from insight.report import Report
 from insight.run_files import INSIGHT, read_run, read_samples
 from insight.run_text import RunText
+from planning.plan import Chat
 from storage.files import write_json
 from tests.letters import Letters
 from tests.records import plan_in_minutes, record_of
@@ -233,6 +234,44 @@ def test_a_damaged_insight_file_is_as_none(insight, tmp_path):
     expected = page_of(run)
     (run / INSIGHT).write_text(insight, encoding="utf-8")
     assert page_of(run) == expected
+
+
+def make_chat_run(folder: Path, **options) -> Path:
+    run = make_run(folder, **options)
+    record = record_of(plan_in_minutes(), chat=Chat("{{ messages }}", 500))
+    write_json(run / "settings.json", record.to_json())
+    return run
+
+
+def test_answers_are_not_compared_with_figures_of_whole_conversations(tmp_path):
+    measured = {"repeated": 0.9, "leaked": 0.9, "baselines": {"bz2": 0.1, "ngram": 0.1}}
+    found = {}
+    for name, make in ("text", make_run), ("chat", make_chat_run):
+        run = make(tmp_path / name)
+        write_json(run / INSIGHT, measured)
+        page = page_of(run)
+        kinds = {finding.kind for finding in Report(run).read()[1]}
+        lines = [line["name"][0] for line in embedded(page)["charts"]["loss"]["lines"]]
+        found[name] = (read_run(run).facts.baselines, lines, kinds & {"leak", "duplicates"})
+        assert (": validation text" in page) == (name == "text")
+        assert ("bits a byte of the answers" in page) == (name == "chat")
+    assert found["text"] == (
+        measured["baselines"],
+        ["uniform guess", "bz2", "5-gram"],
+        {"leak", "duplicates"},
+    )
+    assert found["chat"] == ({}, ["uniform guess"], set())
+
+
+def test_what_a_model_writes_begins_behind_the_prompt_or_the_question(tmp_path):
+    answered = "Where is it?\nIn town?\n-> Here.\n-> There."
+    run = read_run(make_chat_run(tmp_path / "chat"))
+    assert answered[run.begin_of_written(answered) :] == "Here.\n-> There."
+    assert run.begin_of_written("…the end of a long answer") == 0
+    run = read_run(make_run(tmp_path / "run"))
+    (prompt,) = run.record.training.prompts
+    assert run.begin_of_written(f"{prompt} on") == len(prompt)
+    assert run.begin_of_written(answered) == 0
 
 
 # ----------------------------------------------------------------------------- in a run
