@@ -3,7 +3,7 @@
 import contextlib
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -581,13 +581,14 @@ def _train(env: RuntimeEnv) -> Journal:
     )
     store.require_room(env.model)
     store.keep_frozen(env.model)
+    report = parallel.only_main(_report_of(env))
     journal = Journal(
         vocab_size=env.tokenizer.vocab_size,
         total_steps=record.total_steps,
         log_every=record.settings["LOG_EVERY"],
         folder=parallel.only_main(run.path),
         token_size=env.token_size,
-        draw_report=parallel.only_main(_report_of(env).follow),
+        draw_report=report and report.follow,
     )
     saving = Saving(run, store, SaveClock(config.save_every, config.save_minutes))
     trainer = Trainer(env.learner, journal, env.tokenizer, _plan_loop(env), saving)
@@ -599,7 +600,7 @@ def _train(env: RuntimeEnv) -> Journal:
     trackers = parallel.only_main(record.settings["TRACKING"]) or []
     journal.trackers = open_trackers(trackers, run.path, record.run_id, run.settings, trainer.steps)
     try:
-        with trainer.stop:
+        with trainer.stop, _reported(journal, report):
             _train_and_save(trainer, store, env.train_loader, env.val_loader)
             trainer.insist(lambda: store.save_best(saving.best))
     finally:
@@ -627,6 +628,19 @@ def _train(env: RuntimeEnv) -> Journal:
     journal.complete_picture()
     show_picture(run.path / PICTURE)
     return journal
+
+
+@contextlib.contextmanager
+def _reported(journal: Journal, report: Report | None) -> Iterator[None]:
+    """Draw the report once more if the run diverges or is stopped in here: the one of the last
+    evaluation knows nothing of the steps since."""
+    try:
+        yield
+    except (NumericsError, Stopped):
+        journal.fetch()
+        if report is not None:
+            report.finish()
+        raise
 
 
 def _report_of(env: RuntimeEnv) -> Report:

@@ -68,22 +68,25 @@ class Report:
                 self.note(facts)
             run, _ = self._draw()
         except Exception as error:  # whatever it is, it is no reason to end a run
-            self._say_once(error)
+            self._say_once(error, " Training goes on")
             return {}
         nats = math.log(2) * run.curves.bytes_a_token
         return {name: bits * nats for name, bits in run.facts.baselines.items()}
 
     def finish(self) -> list[str]:
-        """Draw the report of a finished run, as follow(); returns what it prints, or nothing."""
+        """Draw the report of a run that has ended; never fails, but says so once.
+
+        Returns what a finished run prints, or nothing.
+        """
         try:
             return self.draw()
         except Exception as error:
             self._say_once(error)
             return []
 
-    def _say_once(self, error: Exception) -> None:
+    def _say_once(self, error: Exception, then: str = "") -> None:
         if not self._has_failed:
             self._has_failed = True
             known = isinstance(error, ResourceError)
             reason = first_line(error) if known else f"no report could be drawn: {error!r}."
-            say(f"Note: {reason} Training goes on")
+            say(f"Note: {reason}{then}")

@@ -4,15 +4,21 @@ import base64
 import hashlib
 import json
 import math
+import os
 import re
 import shutil
+import signal
+import sys
 from dataclasses import asdict
 from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
+import main
+from engine.errors import NumericsError, Stopped
 from insight.curves import CurvesFile, buckets
 from insight.page import render_page
 from insight.report import Report
@@ -20,9 +26,11 @@ from insight.run_files import INSIGHT, read_run, read_samples
 from insight.run_text import RunText
 from planning.plan import Chat
 from storage.files import write_json
+from tests.conftest import LETTERS
 from tests.letters import Letters
 from tests.records import plan_in_minutes, record_of
 from training.journal import Journal
+from training.learner import take_step
 
 HOSTILE = "</script><img src=x onerror=alert(1)><script>alert(2)</script>\u202e${'`'}&amp;"
 
@@ -281,6 +289,42 @@ def test_a_report_that_fails_is_said_once_and_ends_no_run(tmp_path, capsys):
     report = Report(tmp_path)
     assert report.follow(1.0) == {} and report.finish() == []
     assert capsys.readouterr().out.count("Note: no report could be drawn") == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("spoils", [True, False])
+def test_a_run_that_diverges_or_is_stopped_draws_the_steps_since_its_last_evaluation(
+    spoils, tmp_path, monkeypatch
+):
+    seen = 0
+
+    def spoil(model, *arguments, **options):
+        nonlocal seen
+        seen += 1
+        if seen == 14 and not spoils:
+            os.kill(os.getpid(), signal.SIGTERM)
+        if seen >= 14 and spoils:
+            with torch.no_grad():
+                model.final_norm.weight.fill_(math.nan)
+        return take_step(model, *arguments, **options)
+
+    monkeypatch.setattr("training.learner.take_step", spoil)
+    monkeypatch.setattr("storage.cache.CACHE", tmp_path / "cache")
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    monkeypatch.chdir(tmp_path)
+    shape = {"n_layers": 1, "n_heads": 1, "emb_dim": 16}
+    params = {"max_steps": 60, "eval_freq": 10, "max_length": 8, "model_overrides": shape}
+    names = "DATA, TOKENIZER, CUSTOM_MODE, RUN_NAME, custom_params"
+    values = f"'text.txt', 'char', True, 'tiny', {params!r}"
+    Path("settings.py").write_text(f"{names} = {values}\n", encoding="utf-8")
+    Path("text.txt").write_text(LETTERS, encoding="utf-8")
+    error = NumericsError("") if spoils else Stopped(signal.SIGTERM, "")
+    assert main.main(["settings.py"]) == error.exit_code
+    run = Path("runs/tiny")
+    page = (run / "report.html").read_text(encoding="utf-8")
+    assert ("Steps with numbers that are not finite" in page) == spoils
+    last = embedded(page)["charts"]["norm"]["curves"][0]["points"][-1][0]
+    assert last == len(read_run(run).curves.steps) > 12
 
 
 def test_the_text_is_measured_once_there_is_time_and_the_picture_gets_its_baselines(tmp_path):
