@@ -581,14 +581,14 @@ def _train(env: RuntimeEnv) -> Journal:
     )
     store.require_room(env.model)
     store.keep_frozen(env.model)
-    report = parallel.only_main(_report_of(env))
+    report = _report_of(env)
     journal = Journal(
         vocab_size=env.tokenizer.vocab_size,
         total_steps=record.total_steps,
         log_every=record.settings["LOG_EVERY"],
         folder=parallel.only_main(run.path),
         token_size=env.token_size,
-        draw_report=report and report.follow,
+        draw_report=parallel.only_main(report.follow),
     )
     saving = Saving(run, store, SaveClock(config.save_every, config.save_minutes))
     trainer = Trainer(env.learner, journal, env.tokenizer, _plan_loop(env), saving)
@@ -600,7 +600,7 @@ def _train(env: RuntimeEnv) -> Journal:
     trackers = parallel.only_main(record.settings["TRACKING"]) or []
     journal.trackers = open_trackers(trackers, run.path, record.run_id, run.settings, trainer.steps)
     try:
-        with trainer.stop, _reported(journal, report):
+        with trainer.stop, _reported(journal, parallel.only_main(report)):
             _train_and_save(trainer, store, env.train_loader, env.val_loader)
             trainer.insist(lambda: store.save_best(saving.best))
     finally:
@@ -647,8 +647,11 @@ def _report_of(env: RuntimeEnv) -> Report:
     """The report that is drawn while a run trains."""
     if env.run.record.chat is not None:  # figures of a whole text say nothing about answers
         return Report(env.run.path)
+    # other ranks wait meanwhile
+    limit_s = math.inf if env.parallel.is_alone else env.parallel.timeout_s / 4
     train, val = (as_array(loader.dataset.tokens) for loader in (env.train_loader, env.val_loader))
-    return Report(env.run.path, RunText(train, val, env.tokenizer, env.run.record.tokenizer))
+    text = RunText(train, val, env.tokenizer, env.run.record.tokenizer)
+    return Report(env.run.path, text, limit_s=limit_s)
 
 
 def _plan_loop(env: RuntimeEnv) -> LoopPlan:

@@ -12,12 +12,15 @@ import sys
 from dataclasses import asdict
 from html.parser import HTMLParser
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
 import main
+import train
+from distributed.parallel import Parallel
 from engine.errors import NumericsError, Stopped
 from insight.curves import CurvesFile, buckets
 from insight.page import render_page
@@ -342,6 +345,70 @@ def test_the_text_is_measured_once_there_is_time_and_the_picture_gets_its_baseli
     assert read_run(run).facts.leaked == 1
     shutil.rmtree(run)
     assert report.follow(20.0) == {}
+
+
+def text_of_letters() -> RunText:
+    tokens = np.arange(1000).astype(np.uint16) % 8
+    return RunText(tokens, tokens[:100], Letters(), "letters")
+
+
+def test_measuring_the_text_of_a_long_run_takes_10_s_at_most_and_less_where_ranks_wait(
+    tmp_path, monkeypatch
+):
+    run, limits = make_run(tmp_path / "run"), []
+    monkeypatch.setattr(
+        "insight.report.measure_in_run", lambda text, limit_s: limits.append(limit_s)
+    )
+    for report in (
+        Report(run, text_of_letters()),
+        Report(run, text_of_letters(), limit_s=2.5),
+    ):
+        for elapsed_s in (100.0, 1e6):
+            report.follow(elapsed_s)
+    assert limits == [1.0, 10.0, 1.0, 2.5]
+
+
+def test_the_main_rank_of_several_measures_for_a_quarter_of_their_timeout(tmp_path):
+    dataset = SimpleNamespace(tokens=text_of_letters().train)
+    loader = SimpleNamespace(dataset=dataset)
+    record = SimpleNamespace(chat=None, tokenizer="letters")
+    env = SimpleNamespace(train_loader=loader, val_loader=loader, tokenizer=Letters())
+    env.run = SimpleNamespace(path=tmp_path, record=record)
+    for parallel, limit_s in ((Parallel(), 10), (Parallel(0, 2, timeout_s=20), 5)):
+        env.parallel = parallel
+        assert train._report_of(env)._limit_s == limit_s
+    record.chat = Chat("{{ messages }}", 500)
+    assert train._report_of(env)._text is None
+
+
+def test_what_was_measured_before_stays_and_only_gaps_are_filled(tmp_path, monkeypatch):
+    run = make_run(tmp_path / "run")
+    found = {"repeated": 0.1, "leaked": 0.1, "baselines": {"bz2": 3.0, "xz": 3.0}}
+    monkeypatch.setattr("insight.report.measure_in_run", lambda *_: found)
+    for known, expected in (
+        ({"repeated": 0.2, "baselines": {"bz2": 2.0}}, {"repeated": 0.2, "baselines": {"bz2": 2}}),
+        ({"baselines": {"bz2": 2.0}}, found | {"baselines": {"bz2": 2.0, "xz": 3.0}}),
+    ):
+        write_json(run / INSIGHT, known)
+        Report(run, text_of_letters()).follow(10.0)
+        assert json.loads((run / INSIGHT).read_text(encoding="utf-8")) == expected
+
+
+def test_a_text_that_cannot_be_measured_is_tried_once_and_the_report_is_drawn(
+    tmp_path, monkeypatch, capsys
+):
+    run, tries = make_run(tmp_path / "run"), []
+
+    def fail(*_) -> None:
+        tries.append(1)
+        raise MemoryError
+
+    monkeypatch.setattr("insight.report.measure_in_run", fail)
+    report = Report(run, text_of_letters())
+    for _ in range(2):
+        report.follow(10.0)
+    assert len(tries) == 1 and (run / "report.html").exists()
+    assert capsys.readouterr().out.count("Note: the text could not be measured: Memory") == 1
 
 
 def test_a_page_is_a_function_of_the_files_alone(tmp_path):
