@@ -606,10 +606,21 @@ def _train(env: RuntimeEnv) -> Journal:
     finally:
         journal.close()
     history = journal.history
+    _say_if_cut_short(trainer, config.patience)
+    if config.patience is not None or history.has_diverged or trainer.plan.stops_by_heart:
+        trainer.use_best()
+    journal.complete_picture()
+    show_picture(run.path / PICTURE)
+    return journal
+
+
+def _say_if_cut_short(trainer: Trainer, patience: int | None) -> None:
+    """Say why a run ended before its last step, or does not keep its last weights."""
+    history = trainer.journal.history
     best_step = history.steps[history.best]
     if trainer.steps < trainer.plan.total_steps:
         say(
-            f"Stopped early: {config.patience} evaluations in a row have not been better than "
+            f"Stopped early: {patience} evaluations in a row have not been better than "
             f"that of step {best_step}"
         )
     elif trainer.planned and trainer.planned[-1].why == BY_HEART:
@@ -623,11 +634,6 @@ def _train(env: RuntimeEnv) -> Journal:
             f"Warning: training diverged: the training loss rose from {losses[0]:.4g} to "
             f"{losses[-1]:.4g}; the best weights, of step {best_step}, are used from here on"
         )
-    if config.patience is not None or history.has_diverged or trainer.plan.stops_by_heart:
-        trainer.use_best()
-    journal.complete_picture()
-    show_picture(run.path / PICTURE)
-    return journal
 
 
 @contextlib.contextmanager

@@ -18,10 +18,11 @@ from insight.run_text import RunText, sample_tokens, to_bytes
 from storage.cache import usable_cache
 from text.facts import bz2_bits, measure_repeats
 
-MOST_TRAIN, MOST_VAL = 4_000_000, 500_000  # tokens in which copies are looked for
-# seconds: of looking for copies in a token, and of compressing a byte, on a slow processor
+MOST_TRAIN, MOST_VAL = 16_000_000, 2_000_000  # bytes in which copies are looked for
+# seconds of looking for copies in a byte, and of compressing one, on a slow processor
 COPIES_S, BZ2_S = 2e-7, 2e-7
 BZ2_BYTES = 3_600_000  # that a compressor reads at most
+PROBE = 1 << 14  # tokens whose bytes are counted
 LEAST_S = 0.5  # for more baselines than a compressor's
 MOST_MARKED = 200  # texts of samples in which copied spans are marked
 
@@ -29,9 +30,13 @@ MOST_MARKED = 200  # texts of samples in which copied spans are marked
 def measure_in_run(text: RunText, limit_s: float) -> dict[str, Any]:
     """What there is time for, of copies in the text and of baselines; empty where for nothing."""
     began_at = time.perf_counter()
-    n_train, n_val = min(len(text.train), MOST_TRAIN), min(len(text.val), MOST_VAL)
     facts: dict[str, Any] = {}
-    if COPIES_S * (n_train + n_val) > limit_s:
+    if COPIES_S * min(len(text.train), MOST_TRAIN) > limit_s:  # a token has a byte at least
+        return facts
+    size = _bytes_a_token(text)
+    n_train = min(len(text.train), int(MOST_TRAIN / size))
+    n_val = min(len(text.val), int(MOST_VAL / size))
+    if COPIES_S * size * (n_train + n_val) > limit_s:
         return facts
     train = to_bytes(np.asarray(text.train[:n_train]), text.tokenizer)
     val = to_bytes(sample_tokens(text.val, n_val), text.tokenizer)
@@ -43,6 +48,12 @@ def measure_in_run(text: RunText, limit_s: float) -> dict[str, Any]:
         if LEAST_S <= left_s < math.inf:
             facts["baselines"] = _baselines(text, left_s) | facts["baselines"]
     return facts
+
+
+def _bytes_a_token(text: RunText) -> float:
+    """The mean bytes of a token, from some of the training text; at least 1."""
+    probe = sample_tokens(text.train, PROBE)
+    return max(1.0, len(to_bytes(probe, text.tokenizer)) / max(1, len(probe)))
 
 
 def measure_text(text: RunText, limit_s: float) -> dict[str, Any]:

@@ -22,7 +22,9 @@ import main
 import train
 from distributed.parallel import Parallel
 from engine.errors import NumericsError, Stopped
+from insight import measuring
 from insight.curves import CurvesFile, buckets
+from insight.measuring import COPIES_S, measure_in_run
 from insight.page import render_page
 from insight.report import Report
 from insight.run_files import INSIGHT, read_run, read_samples
@@ -392,6 +394,32 @@ def test_what_was_measured_before_stays_and_only_gaps_are_filled(tmp_path, monke
         write_json(run / INSIGHT, known)
         Report(run, text_of_letters()).follow(10.0)
         assert json.loads((run / INSIGHT).read_text(encoding="utf-8")) == expected
+
+
+class LongTokens(Letters):
+    """Each token is a letter eight times."""
+
+    def decode(self, ids) -> str:
+        return "".join(8 * letter for letter in super().decode(ids))
+
+
+def test_the_time_that_measuring_takes_goes_by_the_bytes_of_a_token(monkeypatch):
+    tokens = np.random.default_rng(0).integers(0, 7, 50_000).astype(np.uint16)
+    limit_s = 2 * COPIES_S * (50_000 + 5_000)
+    seen = []
+    monkeypatch.setattr(
+        measuring,
+        "measure_repeats",
+        lambda train, val: seen.append((len(train), len(val))) or (0, 0),
+    )
+    for tokenizer, factor in ((Letters(), 2), (LongTokens(), 2), (LongTokens(), 9)):
+        text = RunText(tokens, tokens[:5000], tokenizer, "letters")
+        measure_in_run(text, factor * limit_s / 2)
+    assert seen == [(50_000, 5_000), (400_000, 40_000)]
+    monkeypatch.setattr(measuring, "MOST_TRAIN", 160_000)
+    monkeypatch.setattr(measuring, "MOST_VAL", 16_000)
+    measure_in_run(text, math.inf)
+    assert seen[-1] == (160_000, pytest.approx(16_000, rel=0.1))
 
 
 def test_a_text_that_cannot_be_measured_is_tried_once_and_the_report_is_drawn(
