@@ -20,6 +20,7 @@ def headline(run: RunFiles, findings: list[Finding]) -> Words:
     if not curves.val_losses:
         return Words("Nothing was evaluated yet.", "还没有评估结果。")
     worst = findings[0] if findings else None
+    is_measured = measure(curves, facts) is not None
     bits = curves.as_bits(_final_loss(run))
     parts_en, parts_zh = [], []
     if bits == bits:
@@ -33,26 +34,30 @@ def headline(run: RunFiles, findings: list[Finding]) -> Words:
     else:
         parts_en.append(f"validation loss {_final_loss(run):.3f}")
         parts_zh.append(f"验证损失 {_final_loss(run):.3f}")
-    about = _about_copying(run.insight.get("by_heart"), findings)
+    about = Words("", "")
+    if is_measured:
+        about = _about_copying(run.insight.get("by_heart"), findings)
     parts_en.append(about.en)
     parts_zh.append(about.zh)
     more = Words("", "") if worst and worst.severity == PROBLEM else _about_more(run, facts)
-    opening = _opening(
-        worst, is_over=run.is_over, is_weak=bits >= facts.baselines.get("bz2", bits + 1)
-    )
+    opening = Words("Too early to say", "为时尚早")
+    if is_measured or worst is not None:
+        opening = _opening(worst, bits, facts.baselines.get("bz2"), is_over=run.is_over)
     return Words(
         f"{opening.en}: {', '.join(part for part in parts_en if part)}{more.en}.",
         f"{opening.zh}：{'，'.join(part for part in parts_zh if part)}{more.zh}。",
     )
 
 
-def _opening(worst: Finding | None, *, is_over: bool, is_weak: bool) -> Words:
+def _opening(worst: Finding | None, bits: float, of_bz2: float | None, *, is_over: bool) -> Words:
+    """A word for the run: good is only what is known to be better than a compressor."""
     if worst is None or worst.severity == NOTE:
-        word = (
-            Words("Sound, but not yet better than a compressor", "正常，但还不如压缩程序")
-            if is_weak
-            else Words("Good", "良好")
-        )
+        if of_bz2 is None or not math.isfinite(bits):
+            word = Words("Sound", "正常")
+        elif bits >= of_bz2:
+            word = Words("Sound, but not yet better than a compressor", "正常，但还不如压缩程序")
+        else:
+            word = Words("Good", "良好")
     elif worst.severity == PROBLEM:
         word = Words(worst.title.en, worst.title.zh)
     else:

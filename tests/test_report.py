@@ -24,11 +24,13 @@ from distributed.parallel import Parallel
 from engine.errors import NumericsError, Stopped
 from insight import measuring
 from insight.curves import CurvesFile, buckets
+from insight.diagnosis import NOTE
 from insight.measuring import COPIES_S, measure_in_run
 from insight.page import render_page
 from insight.report import Report
 from insight.run_files import INSIGHT, read_run, read_samples
 from insight.run_text import RunText
+from insight.verdict import headline
 from planning.plan import Chat
 from storage.files import write_json
 from tests.conftest import LETTERS
@@ -227,6 +229,26 @@ def test_the_sentence_that_matters_first_says_how_good_the_run_is(tmp_path):
         assert said in english and "5 minutes more would give some" in english
         assert english.startswith("Good: " if by_mean > bits else "Sound, but not yet better")
     assert "25%" in chinese and "再训练 5 分钟" in chinese
+
+
+def test_good_is_only_what_is_known_to_beat_a_compressor_and_nothing_is_after_one_evaluation(
+    tmp_path,
+):
+    summary = {"elapsed_s": 60.0}
+    for name, options, make, opening in (
+        ("good", {}, make_run, "Good: "),
+        ("answers", {}, make_chat_run, "Sound: "),  # no compressor compares
+        ("first", {"n_steps": 4}, make_run, "Too early to say: "),
+    ):
+        run = make(tmp_path / name, **options)
+        write_json(run / INSIGHT, {"baselines": {"bz2": 9.0}, "repeated": 0, "leaked": 0})
+        if name != "first":
+            write_json(run / "summary.json", summary)
+        files, findings = Report(run).read()
+        kept = [finding for finding in findings if finding.severity == NOTE]
+        words = headline(files, kept)
+        assert words.en.startswith(opening)
+        assert ("no sign of" in words.en) == (name != "first")
 
 
 def test_the_card_is_shown_with_what_came_of_it_and_baselines_are_lines(tmp_path):
