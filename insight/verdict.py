@@ -11,7 +11,9 @@ SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "rep
 TOP_LEVEL = ("DATA", "MINUTES", "PRECISION", "NIGHT_MODE", "TOKENIZER")
 LEAST_GAIN = 0.005  # of more time, that is worth a word
 ROUND_S = tuple(n * unit for unit in (1, 60, 3600) for n in (1, 2, 5, 10, 20, 30))
-COPIED, EXTRACTED = 0.05, 0.01  # shares above which a model copies
+# shares from which a model copies: of what it writes, beyond what new text has by chance, and of
+# the passages that it continues word for word
+COPIED, EXTRACTED = 0.05, 0.01
 
 
 def headline(run: RunFiles, findings: list[Finding]) -> Words:
@@ -74,12 +76,20 @@ def _lowered(text: str) -> str:
 def _about_copying(meter: Any, findings: list[Finding]) -> Words:
     """Whether it copies: by the meter, where it has measured, else by the curves."""
     if isinstance(meter, dict):
-        share = float(meter.get("extraction_rate") or 0.0)
-        if share < EXTRACTED:
-            return Words("no sign of copying", "没有照抄的迹象")
-        return Words(
-            f"{share:.0%} of tried passages are known by heart", f"试过的段落有 {share:.0%} 能背出"
+        known, written, chance = (
+            float(meter.get(name) or 0.0)
+            for name in ("extraction_rate", "samples_share", "chance_share")
         )
+        if known >= EXTRACTED:
+            return Words(
+                f"{known:.0%} of tried passages are known by heart",
+                f"试过的段落有 {known:.0%} 能背出",
+            )
+        if written - chance >= COPIED:
+            return Words(
+                f"{written:.0%} of what it writes is copied", f"它写的文字有 {written:.0%} 是照抄"
+            )
+        return Words("no sign of copying", "没有照抄的迹象")
     kinds = {finding.kind for finding in findings}
     if kinds & {"by-heart", "model-large", "duplicates", "leak"}:
         return Words("", "")

@@ -219,8 +219,11 @@ def test_the_sentence_that_matters_first_says_how_good_the_run_is(tmp_path):
     summary = {"elapsed_s": 600.0, "final_val_loss": loss, "parameters": 5000}
     write_json(run / "summary.json", summary | {"final_val_bits_per_byte": bits})
     by_heart = {"extraction_rate": 0.25, "prompts": 200}
+    not_by_heart = {"extraction_rate": 0.0, "samples_share": 0.6}
     for by_mean, meter, said in (
         (2 * bits, {"extraction_rate": 0.0}, "50% below bz2, no sign of copying"),
+        (2 * bits, not_by_heart | {"chance_share": 0.5}, "60% of what it writes is copied"),
+        (2 * bits, not_by_heart | {"chance_share": 0.58}, "50% below bz2, no sign of copying"),
         (bits / 2, by_heart, "100% above bz2, 25% of tried passages are known by heart"),
     ):
         known = {"repeated": 0.0, "leaked": 0.0, "by_heart": meter}
