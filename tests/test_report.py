@@ -21,8 +21,9 @@ import torch
 import main
 import train
 from distributed.parallel import Parallel
-from engine.errors import NumericsError, Stopped
+from engine.errors import DataError, NumericsError, Stopped
 from insight import measuring
+from insight.copies import Copy
 from insight.curves import CurvesFile, buckets
 from insight.diagnosis import NOTE
 from insight.measuring import COPIES_S, measure_in_run
@@ -310,6 +311,26 @@ def test_what_a_model_writes_begins_behind_the_prompt_or_the_question(tmp_path):
     (prompt,) = run.record.training.prompts
     assert run.begin_of_written(f"{prompt} on") == len(prompt)
     assert run.begin_of_written(answered) == 0
+
+
+def test_copies_are_looked_for_in_what_the_model_wrote_alone(tmp_path, monkeypatch):
+    seen = []
+
+    def note(*_, samples: list[str]) -> None:
+        seen.extend(samples)
+        raise DataError("too short.")
+
+    copy = Copy(1, 4, "ere", 0, "")
+    monkeypatch.setattr(measuring, "open_index", lambda *_: None)
+    monkeypatch.setattr(measuring, "find_copies", lambda _, text: [copy] if text == "Here" else [])
+    monkeypatch.setattr(measuring, "load_run", lambda _: SimpleNamespace(model=None))
+    monkeypatch.setattr(measuring, "measure_by_heart", note)
+    for make, begin in ((make_chat_run, "Where?\n-> "), (make_run, "Every effort moves you")):
+        run = read_run(make(tmp_path / make.__name__, texts=[f"{begin}Here"]))
+        facts = measuring.measure_model(run, text_of_letters())
+        spans = [[len(begin) + 1, len(begin) + 4]]
+        assert facts == {"copied": {f"{begin}Here": spans}}
+    assert seen == 4 * ["Here"]
 
 
 # ----------------------------------------------------------------------------- in a run
