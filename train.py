@@ -3,7 +3,7 @@
 import contextlib
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -581,13 +581,14 @@ def _train(env: RuntimeEnv) -> Journal:
     )
     store.require_room(env.model)
     store.keep_frozen(env.model)
+    report = _report_of(env)
     journal = Journal(
         vocab_size=env.tokenizer.vocab_size,
         total_steps=record.total_steps,
         log_every=record.settings["LOG_EVERY"],
         folder=parallel.only_main(run.path),
         token_size=env.token_size,
-        draw_report=parallel.only_main(_report_of(env).follow),
+        draw_report=parallel.only_main(report.follow),
     )
     saving = Saving(run, store, SaveClock(config.save_every, config.save_minutes))
     trainer = Trainer(env.learner, journal, env.tokenizer, _plan_loop(env), saving)
@@ -599,16 +600,27 @@ def _train(env: RuntimeEnv) -> Journal:
     trackers = parallel.only_main(record.settings["TRACKING"]) or []
     journal.trackers = open_trackers(trackers, run.path, record.run_id, run.settings, trainer.steps)
     try:
-        with trainer.stop:
+        with trainer.stop, _reported(journal, parallel.only_main(report)):
             _train_and_save(trainer, store, env.train_loader, env.val_loader)
             trainer.insist(lambda: store.save_best(saving.best))
     finally:
         journal.close()
     history = journal.history
+    _say_if_cut_short(trainer, config.patience)
+    if config.patience is not None or history.has_diverged or trainer.plan.stops_by_heart:
+        trainer.use_best()
+    journal.complete_picture()
+    show_picture(run.path / PICTURE)
+    return journal
+
+
+def _say_if_cut_short(trainer: Trainer, patience: int | None) -> None:
+    """Say why a run ended before its last step, or does not keep its last weights."""
+    history = trainer.journal.history
     best_step = history.steps[history.best]
     if trainer.steps < trainer.plan.total_steps:
         say(
-            f"Stopped early: {config.patience} evaluations in a row have not been better than "
+            f"Stopped early: {patience} evaluations in a row have not been better than "
             f"that of step {best_step}"
         )
     elif trainer.planned and trainer.planned[-1].why == BY_HEART:
@@ -622,17 +634,30 @@ def _train(env: RuntimeEnv) -> Journal:
             f"Warning: training diverged: the training loss rose from {losses[0]:.4g} to "
             f"{losses[-1]:.4g}; the best weights, of step {best_step}, are used from here on"
         )
-    if config.patience is not None or history.has_diverged or trainer.plan.stops_by_heart:
-        trainer.use_best()
-    journal.complete_picture()
-    show_picture(run.path / PICTURE)
-    return journal
+
+
+@contextlib.contextmanager
+def _reported(journal: Journal, report: Report | None) -> Iterator[None]:
+    """Draw the report once more if the run diverges or is stopped in here: the one of the last
+    evaluation knows nothing of the steps since."""
+    try:
+        yield
+    except (NumericsError, Stopped):
+        journal.fetch()
+        if report is not None:
+            report.finish()
+        raise
 
 
 def _report_of(env: RuntimeEnv) -> Report:
     """The report that is drawn while a run trains."""
+    if env.run.record.chat is not None:  # figures of a whole text say nothing about answers
+        return Report(env.run.path)
+    # other ranks wait meanwhile
+    limit_s = math.inf if env.parallel.is_alone else env.parallel.timeout_s / 4
     train, val = (as_array(loader.dataset.tokens) for loader in (env.train_loader, env.val_loader))
-    return Report(env.run.path, RunText(train, val, env.tokenizer, env.run.record.tokenizer))
+    text = RunText(train, val, env.tokenizer, env.run.record.tokenizer)
+    return Report(env.run.path, text, limit_s=limit_s)
 
 
 def _plan_loop(env: RuntimeEnv) -> LoopPlan:

@@ -3,7 +3,6 @@
 import math
 import time
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,15 +13,16 @@ from exchange.saved_run import load_run
 from insight.baselines import find_baselines
 from insight.copies import find_copies, open_index
 from insight.memorization import ByHeart, measure_by_heart
-from insight.run_files import GREEDY, Sample
+from insight.run_files import GREEDY, RunFiles
 from insight.run_text import RunText, sample_tokens, to_bytes
 from storage.cache import usable_cache
 from text.facts import bz2_bits, measure_repeats
 
-MOST_TRAIN, MOST_VAL = 4_000_000, 500_000  # tokens in which copies are looked for
-# seconds: of looking for copies in a token, and of compressing a byte, on a slow processor
+MOST_TRAIN, MOST_VAL = 16_000_000, 2_000_000  # bytes in which copies are looked for
+# seconds of looking for copies in a byte, and of compressing one, on a slow processor
 COPIES_S, BZ2_S = 2e-7, 2e-7
 BZ2_BYTES = 3_600_000  # that a compressor reads at most
+PROBE = 1 << 14  # tokens whose bytes are counted
 LEAST_S = 0.5  # for more baselines than a compressor's
 MOST_MARKED = 200  # texts of samples in which copied spans are marked
 
@@ -30,9 +30,13 @@ MOST_MARKED = 200  # texts of samples in which copied spans are marked
 def measure_in_run(text: RunText, limit_s: float) -> dict[str, Any]:
     """What there is time for, of copies in the text and of baselines; empty where for nothing."""
     began_at = time.perf_counter()
-    n_train, n_val = min(len(text.train), MOST_TRAIN), min(len(text.val), MOST_VAL)
     facts: dict[str, Any] = {}
-    if COPIES_S * (n_train + n_val) > limit_s:
+    if COPIES_S * min(len(text.train), MOST_TRAIN) > limit_s:  # a token has a byte at least
+        return facts
+    size = _bytes_a_token(text)
+    n_train = min(len(text.train), int(MOST_TRAIN / size))
+    n_val = min(len(text.val), int(MOST_VAL / size))
+    if COPIES_S * size * (n_train + n_val) > limit_s:
         return facts
     train = to_bytes(np.asarray(text.train[:n_train]), text.tokenizer)
     val = to_bytes(sample_tokens(text.val, n_val), text.tokenizer)
@@ -46,27 +50,34 @@ def measure_in_run(text: RunText, limit_s: float) -> dict[str, Any]:
     return facts
 
 
+def _bytes_a_token(text: RunText) -> float:
+    """The mean bytes of a token, from some of the training text; at least 1."""
+    probe = sample_tokens(text.train, PROBE)
+    return max(1.0, len(to_bytes(probe, text.tokenizer)) / max(1, len(probe)))
+
+
 def measure_text(text: RunText, limit_s: float) -> dict[str, Any]:
     """Copies in the text, and all baselines, of a sample where limit_s is not enough."""
     facts = measure_in_run(text, math.inf)
     return facts | {"baselines": _baselines(text, limit_s) | facts["baselines"]}
 
 
-def measure_model(run: Path, text: RunText, samples: list[Sample]) -> dict[str, Any]:
-    """What a run's model has by heart, and where its samples are copied.
+def measure_model(run: RunFiles, text: RunText) -> dict[str, Any]:
+    """What a run's model has by heart, and where its samples are copied, prompts left out.
 
     Raises what load_run() raises.
     """
     index = open_index(text, usable_cache())
     facts: dict[str, Any] = {}
-    drawn = [sample for sample in samples if not sample.label.startswith(GREEDY)]
-    written = [text for sample in samples for text in sample.texts]
-    facts["copied"] = {
-        text: [[copy.start, copy.stop] for copy in found]
-        for text in dict.fromkeys(written[-MOST_MARKED:])
-        if (found := find_copies(index, text))
-    }
-    model = load_run(run)
+    drawn = [sample for sample in run.samples if not sample.label.startswith(GREEDY)]
+    shown = [text for sample in run.samples for text in sample.texts]
+    facts["copied"] = {}
+    for sample_text in dict.fromkeys(shown[-MOST_MARKED:]):
+        begin = run.begin_of_written(sample_text)
+        if found := find_copies(index, sample_text[begin:]):
+            spans = [[begin + copy.start, begin + copy.stop] for copy in found]
+            facts["copied"][sample_text] = spans
+    model = load_run(run.path)
     try:
         facts["by_heart"] = _as_facts(
             measure_by_heart(
@@ -75,7 +86,7 @@ def measure_model(run: Path, text: RunText, samples: list[Sample]) -> dict[str, 
                 text.train,
                 text.val,
                 index,
-                samples=[written for sample in drawn[-2:] for written in sample.texts],
+                samples=[t[run.begin_of_written(t) :] for s in drawn[-2:] for t in s.texts],
             )
         )
     except DataError as error:  # the text is too short for a prompt

@@ -16,18 +16,23 @@ from insight.verdict import printed_lines
 from storage.files import write_atomically, write_json
 
 REPORT = "report.html"
-MEASURED_SHARE = 0.01  # of a run's time, that measuring its text may take
+NO_REPORT = "no report could be drawn"
+# of a run's time, that measuring its text may take, and the most: the loop waits for it
+MEASURED_SHARE, MOST_MEASURED_S = 0.01, 10.0
 
 
 class Report:
     """The report of a run, which is drawn again and again while it trains.
 
-    text: the run's, which is measured once there is time for it.
+    text: the run's, which is measured once there is time for it, at most limit_s.
     """
 
-    def __init__(self, folder: Path, text: RunText | None = None) -> None:
+    def __init__(
+        self, folder: Path, text: RunText | None = None, *, limit_s: float = math.inf
+    ) -> None:
         self.folder = folder
         self._text = text
+        self._limit_s = min(limit_s, MOST_MEASURED_S)
         self._curves = CurvesFile(folder / "metrics.jsonl")
         self._has_failed = False
 
@@ -56,34 +61,50 @@ class Report:
         write_json(self.folder / INSIGHT, known | facts | {"baselines": baselines})
 
     def follow(self, elapsed_s: float) -> dict[str, float]:
-        """Draw the report of a run that trains since elapsed_s; never fails, but says so once.
+        """Measure the run's text if there is time for it after elapsed_s of training, and draw
+        the report; never fails, but says so once.
 
         Returns the baselines that are known so far, as losses in nats a token.
         """
         try:
-            if self._text is not None and (
-                facts := measure_in_run(self._text, MEASURED_SHARE * elapsed_s)
-            ):
-                self._text = None
-                self.note(facts)
-            run, _ = self._draw()
+            self._measure(min(MEASURED_SHARE * elapsed_s, self._limit_s))
         except Exception as error:  # whatever it is, it is no reason to end a run
-            self._say_once(error)
+            self._text = None  # it would fail again
+            self._say_once(error, "the text could not be measured", " Training goes on")
+        try:
+            run, _ = self._draw()
+        except Exception as error:  # as above
+            self._say_once(error, NO_REPORT, " Training goes on")
             return {}
         nats = math.log(2) * run.curves.bytes_a_token
         return {name: bits * nats for name, bits in run.facts.baselines.items()}
 
+    def _measure(self, limit_s: float) -> None:
+        """Measure the text if there is time for it; an earlier measurement stays."""
+        if self._text is None:
+            return
+        known = read_run(self.folder, self._curves).insight
+        if "repeated" in known:  # by an earlier process, or by scripts.report
+            self._text = None
+        elif facts := measure_in_run(self._text, limit_s):
+            self._text = None
+            baselines = facts.get("baselines", {}) | known.get("baselines", {})
+            self.note(facts | known | {"baselines": baselines})
+
     def finish(self) -> list[str]:
-        """Draw the report of a finished run, as follow(); returns what it prints, or nothing."""
+        """Draw the report of a run that has ended; never fails, but says so once.
+
+        Returns what a finished run prints, or nothing.
+        """
         try:
             return self.draw()
         except Exception as error:
-            self._say_once(error)
+            self._say_once(error, NO_REPORT)
             return []
 
-    def _say_once(self, error: Exception) -> None:
+    def _say_once(self, error: Exception, failure: str, then: str = "") -> None:
         if not self._has_failed:
             self._has_failed = True
             known = isinstance(error, ResourceError)
-            reason = first_line(error) if known else f"no report could be drawn: {error!r}."
-            say(f"Note: {reason} Training goes on")
+            reason = first_line(error) if known else f"{failure}: {error!r}."
+            say(f"Note: {reason}{then}")

@@ -15,6 +15,7 @@ from storage.files import DATA, SUMMARY
 
 INSIGHT = "insight.json"  # what was measured about the run, beside its training
 GREEDY = "Greedy"
+ANSWER = "\n-> "  # stands between a question and its answer in a sample
 _HEADING = re.compile(r"## (.*)")
 _STEP = re.compile(r"Step (\d{1,15})(?:, validation loss ([\d.]+))?")
 _PROMPT = re.compile(r"Prompt (\d+):")
@@ -46,6 +47,14 @@ class RunFiles:
         """Whether nothing more is to be trained."""
         return self.summary is not None
 
+    def begin_of_written(self, text: str) -> int:
+        """Where, in a sample, the model's own words begin: behind the prompt or the question."""
+        if self.record.chat is not None:
+            place = text.find(ANSWER)
+            return 0 if place < 0 else place + len(ANSWER)
+        prompts = self.record.training.prompts
+        return max((len(p) for p in prompts if text.startswith(p)), default=0)
+
     @functools.cached_property
     def facts(self) -> Facts:
         """What a diagnosis needs to know."""
@@ -58,7 +67,10 @@ def _facts_of(run: RunFiles) -> Facts:
     split = run.data.get("split", {})
     baselines = dict(insight.get("baselines", {}))
     repeated, leaked = insight.get("repeated"), insight.get("leaked")
-    if choice is not None:
+    if record.chat is not None:
+        # only its answers are scored, and those figures are of whole conversations
+        baselines, repeated, leaked = {}, None, None
+    elif choice is not None:
         baselines.setdefault("bz2", choice.text.bz2_bits)
         repeated = choice.text.repeated if repeated is None else repeated
         leaked = choice.text.leaked if leaked is None else leaked

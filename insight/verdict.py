@@ -11,7 +11,9 @@ SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "rep
 TOP_LEVEL = ("DATA", "MINUTES", "PRECISION", "NIGHT_MODE", "TOKENIZER")
 LEAST_GAIN = 0.005  # of more time, that is worth a word
 ROUND_S = tuple(n * unit for unit in (1, 60, 3600) for n in (1, 2, 5, 10, 20, 30))
-COPIED, EXTRACTED = 0.05, 0.01  # shares above which a model copies
+# shares from which a model copies: of what it writes, beyond what new text has by chance, and of
+# the passages that it continues word for word
+COPIED, EXTRACTED = 0.05, 0.01
 
 
 def headline(run: RunFiles, findings: list[Finding]) -> Words:
@@ -20,11 +22,13 @@ def headline(run: RunFiles, findings: list[Finding]) -> Words:
     if not curves.val_losses:
         return Words("Nothing was evaluated yet.", "还没有评估结果。")
     worst = findings[0] if findings else None
+    is_measured = measure(curves, facts) is not None
     bits = curves.as_bits(_final_loss(run))
     parts_en, parts_zh = [], []
     if bits == bits:
-        parts_en.append(f"{bits:.2f} bits a byte")
-        parts_zh.append(f"每字节 {bits:.2f} 比特")
+        of = Words("", "") if run.record.chat is None else Words(" of the answers", "答案")
+        parts_en.append(f"{bits:.2f} bits a byte{of.en}")
+        parts_zh.append(f"{of.zh}每字节 {bits:.2f} 比特")
         if known := facts.baselines.get("bz2"):
             share = bits / known - 1
             parts_en.append(f"{abs(share):.0%} {'below' if share < 0 else 'above'} bz2")
@@ -32,26 +36,30 @@ def headline(run: RunFiles, findings: list[Finding]) -> Words:
     else:
         parts_en.append(f"validation loss {_final_loss(run):.3f}")
         parts_zh.append(f"验证损失 {_final_loss(run):.3f}")
-    about = _about_copying(run.insight.get("by_heart"), findings)
+    about = Words("", "")
+    if is_measured:
+        about = _about_copying(run.insight.get("by_heart"), findings)
     parts_en.append(about.en)
     parts_zh.append(about.zh)
     more = Words("", "") if worst and worst.severity == PROBLEM else _about_more(run, facts)
-    opening = _opening(
-        worst, is_over=run.is_over, is_weak=bits >= facts.baselines.get("bz2", bits + 1)
-    )
+    opening = Words("Too early to say", "为时尚早")
+    if is_measured or worst is not None:
+        opening = _opening(worst, bits, facts.baselines.get("bz2"), is_over=run.is_over)
     return Words(
         f"{opening.en}: {', '.join(part for part in parts_en if part)}{more.en}.",
         f"{opening.zh}：{'，'.join(part for part in parts_zh if part)}{more.zh}。",
     )
 
 
-def _opening(worst: Finding | None, *, is_over: bool, is_weak: bool) -> Words:
+def _opening(worst: Finding | None, bits: float, of_bz2: float | None, *, is_over: bool) -> Words:
+    """A word for the run: good is only what is known to be better than a compressor."""
     if worst is None or worst.severity == NOTE:
-        word = (
-            Words("Sound, but not yet better than a compressor", "正常，但还不如压缩程序")
-            if is_weak
-            else Words("Good", "良好")
-        )
+        if of_bz2 is None or not math.isfinite(bits):
+            word = Words("Sound", "正常")
+        elif bits >= of_bz2:
+            word = Words("Sound, but not yet better than a compressor", "正常，但还不如压缩程序")
+        else:
+            word = Words("Good", "良好")
     elif worst.severity == PROBLEM:
         word = Words(worst.title.en, worst.title.zh)
     else:
@@ -68,12 +76,20 @@ def _lowered(text: str) -> str:
 def _about_copying(meter: Any, findings: list[Finding]) -> Words:
     """Whether it copies: by the meter, where it has measured, else by the curves."""
     if isinstance(meter, dict):
-        share = float(meter.get("extraction_rate") or 0.0)
-        if share < EXTRACTED:
-            return Words("no sign of copying", "没有照抄的迹象")
-        return Words(
-            f"{share:.0%} of tried passages are known by heart", f"试过的段落有 {share:.0%} 能背出"
+        known, written, chance = (
+            float(meter.get(name) or 0.0)
+            for name in ("extraction_rate", "samples_share", "chance_share")
         )
+        if known >= EXTRACTED:
+            return Words(
+                f"{known:.0%} of tried passages are known by heart",
+                f"试过的段落有 {known:.0%} 能背出",
+            )
+        if written - chance >= COPIED:
+            return Words(
+                f"{written:.0%} of what it writes is copied", f"它写的文字有 {written:.0%} 是照抄"
+            )
+        return Words("no sign of copying", "没有照抄的迹象")
     kinds = {finding.kind for finding in findings}
     if kinds & {"by-heart", "model-large", "duplicates", "leak"}:
         return Words("", "")

@@ -74,11 +74,12 @@ def _measure(report: Report, limit_s: float) -> None:
     except DataError as error:
         tell(f"Note: {first_line(error)} The report has what was measured before")
         return
-    tell(f"Measuring the text of {path.name} ...")
-    report.note(measure_text(text, limit_s))
-    tell("Measuring what the model has by heart ...")
     run, _ = report.read()
-    report.note(measure_model(path, text, run.samples))
+    if run.record.chat is None:  # else only answers are scored, and nothing else compares
+        tell(f"Measuring the text of {path.name} ...")
+        report.note(measure_text(text, limit_s))
+    tell("Measuring what the model has by heart ...")
+    report.note(measure_model(run, text))
 
 
 def lines_of(run: RunFiles, findings: list[Finding]) -> list[str]:

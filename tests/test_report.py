@@ -4,24 +4,41 @@ import base64
 import hashlib
 import json
 import math
+import os
 import re
 import shutil
+import signal
+import sys
 from dataclasses import asdict
 from html.parser import HTMLParser
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 
+import main
+import train
+from distributed.parallel import Parallel
+from engine.errors import DataError, NumericsError, Stopped
+from insight import measuring
+from insight.copies import Copy
 from insight.curves import CurvesFile, buckets
+from insight.diagnosis import NOTE
+from insight.measuring import COPIES_S, measure_in_run
 from insight.page import render_page
 from insight.report import Report
 from insight.run_files import INSIGHT, read_run, read_samples
 from insight.run_text import RunText
+from insight.verdict import headline
+from planning.plan import Chat
 from storage.files import write_json
+from tests.conftest import LETTERS
 from tests.letters import Letters
 from tests.records import plan_in_minutes, record_of
 from training.journal import Journal
+from training.learner import take_step
 
 HOSTILE = "</script><img src=x onerror=alert(1)><script>alert(2)</script>\u202e${'`'}&amp;"
 
@@ -219,8 +236,11 @@ def test_the_sentence_that_matters_first_says_how_good_the_run_is(tmp_path):
     summary = {"elapsed_s": 600.0, "final_val_loss": loss, "parameters": 5000}
     write_json(run / "summary.json", summary | {"final_val_bits_per_byte": bits})
     by_heart = {"extraction_rate": 0.25, "prompts": 200}
+    not_by_heart = {"extraction_rate": 0.0, "samples_share": 0.6}
     for by_mean, meter, said in (
         (2 * bits, {"extraction_rate": 0.0}, "50% below bz2, no sign of copying"),
+        (2 * bits, not_by_heart | {"chance_share": 0.5}, "60% of what it writes is copied"),
+        (2 * bits, not_by_heart | {"chance_share": 0.58}, "50% below bz2, no sign of copying"),
         (bits / 2, by_heart, "100% above bz2, 25% of tried passages are known by heart"),
     ):
         known = {"repeated": 0.0, "leaked": 0.0, "by_heart": meter}
@@ -229,6 +249,26 @@ def test_the_sentence_that_matters_first_says_how_good_the_run_is(tmp_path):
         assert said in english and "5 minutes more would give some" in english
         assert english.startswith("Good: " if by_mean > bits else "Sound, but not yet better")
     assert "25%" in chinese and "再训练 5 分钟" in chinese
+
+
+def test_good_is_only_what_is_known_to_beat_a_compressor_and_nothing_is_after_one_evaluation(
+    tmp_path,
+):
+    summary = {"elapsed_s": 60.0}
+    for name, options, make, opening in (
+        ("good", {}, make_run, "Good: "),
+        ("answers", {}, make_chat_run, "Sound: "),  # no compressor compares
+        ("first", {"n_steps": 4}, make_run, "Too early to say: "),
+    ):
+        run = make(tmp_path / name, **options)
+        write_json(run / INSIGHT, {"baselines": {"bz2": 9.0}, "repeated": 0, "leaked": 0})
+        if name != "first":
+            write_json(run / "summary.json", summary)
+        files, findings = Report(run).read()
+        kept = [finding for finding in findings if finding.severity == NOTE]
+        words = headline(files, kept)
+        assert words.en.startswith(opening)
+        assert ("no sign of" in words.en) == (name != "first")
 
 
 def test_the_card_is_shown_with_what_came_of_it_and_baselines_are_lines(tmp_path):
@@ -251,6 +291,64 @@ def test_a_damaged_insight_file_is_as_none(insight, tmp_path):
     assert page_of(run) == expected
 
 
+def make_chat_run(folder: Path, **options) -> Path:
+    run = make_run(folder, **options)
+    record = record_of(plan_in_minutes(), chat=Chat("{{ messages }}", 500))
+    write_json(run / "settings.json", record.to_json())
+    return run
+
+
+def test_answers_are_not_compared_with_figures_of_whole_conversations(tmp_path):
+    measured = {"repeated": 0.9, "leaked": 0.9, "baselines": {"bz2": 0.1, "ngram": 0.1}}
+    found = {}
+    for name, make in ("text", make_run), ("chat", make_chat_run):
+        run = make(tmp_path / name)
+        write_json(run / INSIGHT, measured)
+        page = page_of(run)
+        kinds = {finding.kind for finding in Report(run).read()[1]}
+        lines = [line["name"][0] for line in embedded(page)["charts"]["loss"]["lines"]]
+        found[name] = (read_run(run).facts.baselines, lines, kinds & {"leak", "duplicates"})
+        assert (": validation text" in page) == (name == "text")
+        assert ("bits a byte of the answers" in page) == (name == "chat")
+    assert found["text"] == (
+        measured["baselines"],
+        ["uniform guess", "bz2", "5-gram"],
+        {"leak", "duplicates"},
+    )
+    assert found["chat"] == ({}, ["uniform guess"], set())
+
+
+def test_what_a_model_writes_begins_behind_the_prompt_or_the_question(tmp_path):
+    answered = "Where is it?\nIn town?\n-> Here.\n-> There."
+    run = read_run(make_chat_run(tmp_path / "chat"))
+    assert answered[run.begin_of_written(answered) :] == "Here.\n-> There."
+    assert run.begin_of_written("…the end of a long answer") == 0
+    run = read_run(make_run(tmp_path / "run"))
+    (prompt,) = run.record.training.prompts
+    assert run.begin_of_written(f"{prompt} on") == len(prompt)
+    assert run.begin_of_written(answered) == 0
+
+
+def test_copies_are_looked_for_in_what_the_model_wrote_alone(tmp_path, monkeypatch):
+    seen = []
+
+    def note(*_, samples: list[str]) -> None:
+        seen.extend(samples)
+        raise DataError("too short.")
+
+    copy = Copy(1, 4, "ere", 0, "")
+    monkeypatch.setattr(measuring, "open_index", lambda *_: None)
+    monkeypatch.setattr(measuring, "find_copies", lambda _, text: [copy] if text == "Here" else [])
+    monkeypatch.setattr(measuring, "load_run", lambda _: SimpleNamespace(model=None))
+    monkeypatch.setattr(measuring, "measure_by_heart", note)
+    for make, begin in ((make_chat_run, "Where?\n-> "), (make_run, "Every effort moves you")):
+        run = read_run(make(tmp_path / make.__name__, texts=[f"{begin}Here"]))
+        facts = measuring.measure_model(run, text_of_letters())
+        spans = [[len(begin) + 1, len(begin) + 4]]
+        assert facts == {"copied": {f"{begin}Here": spans}}
+    assert seen == 4 * ["Here"]
+
+
 # ----------------------------------------------------------------------------- in a run
 
 
@@ -258,6 +356,42 @@ def test_a_report_that_fails_is_said_once_and_ends_no_run(tmp_path, capsys):
     report = Report(tmp_path)
     assert report.follow(1.0) == {} and report.finish() == []
     assert capsys.readouterr().out.count("Note: no report could be drawn") == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("spoils", [True, False])
+def test_a_run_that_diverges_or_is_stopped_draws_the_steps_since_its_last_evaluation(
+    spoils, tmp_path, monkeypatch
+):
+    seen = 0
+
+    def spoil(model, *arguments, **options):
+        nonlocal seen
+        seen += 1
+        if seen == 14 and not spoils:
+            os.kill(os.getpid(), signal.SIGTERM)
+        if seen >= 14 and spoils:
+            with torch.no_grad():
+                model.final_norm.weight.fill_(math.nan)
+        return take_step(model, *arguments, **options)
+
+    monkeypatch.setattr("training.learner.take_step", spoil)
+    monkeypatch.setattr("storage.cache.CACHE", tmp_path / "cache")
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    monkeypatch.chdir(tmp_path)
+    shape = {"n_layers": 1, "n_heads": 1, "emb_dim": 16}
+    params = {"max_steps": 60, "eval_freq": 10, "max_length": 8, "model_overrides": shape}
+    names = "DATA, TOKENIZER, CUSTOM_MODE, RUN_NAME, custom_params"
+    values = f"'text.txt', 'char', True, 'tiny', {params!r}"
+    Path("settings.py").write_text(f"{names} = {values}\n", encoding="utf-8")
+    Path("text.txt").write_text(LETTERS, encoding="utf-8")
+    error = NumericsError("") if spoils else Stopped(signal.SIGTERM, "")
+    assert main.main(["settings.py"]) == error.exit_code
+    run = Path("runs/tiny")
+    page = (run / "report.html").read_text(encoding="utf-8")
+    assert ("Steps with numbers that are not finite" in page) == spoils
+    last = embedded(page)["charts"]["norm"]["curves"][0]["points"][-1][0]
+    assert last == len(read_run(run).curves.steps) > 12
 
 
 def test_the_text_is_measured_once_there_is_time_and_the_picture_gets_its_baselines(tmp_path):
@@ -275,6 +409,96 @@ def test_the_text_is_measured_once_there_is_time_and_the_picture_gets_its_baseli
     assert read_run(run).facts.leaked == 1
     shutil.rmtree(run)
     assert report.follow(20.0) == {}
+
+
+def text_of_letters() -> RunText:
+    tokens = np.arange(1000).astype(np.uint16) % 8
+    return RunText(tokens, tokens[:100], Letters(), "letters")
+
+
+def test_measuring_the_text_of_a_long_run_takes_10_s_at_most_and_less_where_ranks_wait(
+    tmp_path, monkeypatch
+):
+    run, limits = make_run(tmp_path / "run"), []
+    monkeypatch.setattr(
+        "insight.report.measure_in_run", lambda text, limit_s: limits.append(limit_s)
+    )
+    for report in (
+        Report(run, text_of_letters()),
+        Report(run, text_of_letters(), limit_s=2.5),
+    ):
+        for elapsed_s in (100.0, 1e6):
+            report.follow(elapsed_s)
+    assert limits == [1.0, 10.0, 1.0, 2.5]
+
+
+def test_the_main_rank_of_several_measures_for_a_quarter_of_their_timeout(tmp_path):
+    dataset = SimpleNamespace(tokens=text_of_letters().train)
+    loader = SimpleNamespace(dataset=dataset)
+    record = SimpleNamespace(chat=None, tokenizer="letters")
+    env = SimpleNamespace(train_loader=loader, val_loader=loader, tokenizer=Letters())
+    env.run = SimpleNamespace(path=tmp_path, record=record)
+    for parallel, limit_s in ((Parallel(), 10), (Parallel(0, 2, timeout_s=20), 5)):
+        env.parallel = parallel
+        assert train._report_of(env)._limit_s == limit_s
+    record.chat = Chat("{{ messages }}", 500)
+    assert train._report_of(env)._text is None
+
+
+def test_what_was_measured_before_stays_and_only_gaps_are_filled(tmp_path, monkeypatch):
+    run = make_run(tmp_path / "run")
+    found = {"repeated": 0.1, "leaked": 0.1, "baselines": {"bz2": 3.0, "xz": 3.0}}
+    monkeypatch.setattr("insight.report.measure_in_run", lambda *_: found)
+    for known, expected in (
+        ({"repeated": 0.2, "baselines": {"bz2": 2.0}}, {"repeated": 0.2, "baselines": {"bz2": 2}}),
+        ({"baselines": {"bz2": 2.0}}, found | {"baselines": {"bz2": 2.0, "xz": 3.0}}),
+    ):
+        write_json(run / INSIGHT, known)
+        Report(run, text_of_letters()).follow(10.0)
+        assert json.loads((run / INSIGHT).read_text(encoding="utf-8")) == expected
+
+
+class LongTokens(Letters):
+    """Each token is a letter eight times."""
+
+    def decode(self, ids) -> str:
+        return "".join(8 * letter for letter in super().decode(ids))
+
+
+def test_the_time_that_measuring_takes_goes_by_the_bytes_of_a_token(monkeypatch):
+    tokens = np.random.default_rng(0).integers(0, 7, 50_000).astype(np.uint16)
+    limit_s = 2 * COPIES_S * (50_000 + 5_000)
+    seen = []
+    monkeypatch.setattr(
+        measuring,
+        "measure_repeats",
+        lambda train, val: seen.append((len(train), len(val))) or (0, 0),
+    )
+    for tokenizer, factor in ((Letters(), 2), (LongTokens(), 2), (LongTokens(), 9)):
+        text = RunText(tokens, tokens[:5000], tokenizer, "letters")
+        measure_in_run(text, factor * limit_s / 2)
+    assert seen == [(50_000, 5_000), (400_000, 40_000)]
+    monkeypatch.setattr(measuring, "MOST_TRAIN", 160_000)
+    monkeypatch.setattr(measuring, "MOST_VAL", 16_000)
+    measure_in_run(text, math.inf)
+    assert seen[-1] == (160_000, pytest.approx(16_000, rel=0.1))
+
+
+def test_a_text_that_cannot_be_measured_is_tried_once_and_the_report_is_drawn(
+    tmp_path, monkeypatch, capsys
+):
+    run, tries = make_run(tmp_path / "run"), []
+
+    def fail(*_) -> None:
+        tries.append(1)
+        raise MemoryError
+
+    monkeypatch.setattr("insight.report.measure_in_run", fail)
+    report = Report(run, text_of_letters())
+    for _ in range(2):
+        report.follow(10.0)
+    assert len(tries) == 1 and (run / "report.html").exists()
+    assert capsys.readouterr().out.count("Note: the text could not be measured: Memory") == 1
 
 
 def test_a_page_is_a_function_of_the_files_alone(tmp_path):
