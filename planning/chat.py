@@ -126,18 +126,18 @@ def about_chat(
 
 
 def find_questions(text: TokenizedText, tokens: TokenSlice | Conversations) -> list[Question]:
-    """The first conversations to validate on up to their first answers; texts among them are
-    none."""
+    """The first conversations to validate on up to their first answers, of those that fit into a
+    window with that answer; texts among them are none."""
     if text.chat is None or not isinstance(tokens, Conversations):
         return []
     template = template_of(text.chat.template, text.tokenizer)
     end = template.stop_ids(text.tokenizer)[0]
     found: list[Question] = []
-    for start in text.chat.val_starts:
-        first = int(start)
-        n_before = int(np.argmax(as_array(tokens.val.is_target)[first:]))
-        if n_before == 0:  # a text
+    is_target, pieces = as_array(tokens.val.is_target).view(bool), tokens.val.pieces
+    for first, length in zip(pieces.starts.tolist(), pieces.lengths.tolist(), strict=True):
+        if is_target[first]:  # a text
             continue
+        n_before = int(np.argmax(is_target[first : first + length + 1]))  # it ends with a target
         ids = as_array(tokens.val.tokens)[first : first + n_before].tolist()
         found.append(Question(_asked_last(ids, template, text.tokenizer), ids, end))
         if len(found) == N_QUESTIONS:

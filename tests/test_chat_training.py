@@ -4,6 +4,7 @@ import dataclasses
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -160,6 +161,24 @@ def test_questions_are_what_the_user_says_last_before_the_first_answer(template,
         asked = [Message("user", question.text)]
         assert question.ids == made.encode(asked, text.tokenizer, add_generation_prompt=True)
         assert question.end == made.stop_ids(text.tokenizer)[0]
+
+
+def test_questions_are_found_behind_texts_in_one_pass_and_fit_into_a_window(tmp_path, monkeypatch):
+    tokenized(tmp_path, [conversation(f"Is {n} odd?", "Yes.") for n in range(8)])
+    texts = [{"text": "a text of its own " * 20} for _ in range(60)]
+    rows = [conversation("too long " * 20, "x"), *(conversation(f"{n}?", "Yes.") for n in range(4))]
+    for name, lines in (("texts", texts), ("val", rows)):
+        content = "".join(json.dumps(line) + "\n" for line in lines)
+        (tmp_path / f"{name}.jsonl").write_text(content, encoding="utf-8")
+    path, *val = (str(tmp_path / f"{name}.jsonl") for name in ("rows", "texts", "val"))
+    text = tokenize(parse_data({"path": path, "val": val}), "char", 0.5, tmp_path)
+    tokens = pack_conversations(text, 64, 1)
+    assert tokens.val.pieces.n_left_out == 1
+    scanned, argmax = [], np.argmax
+    monkeypatch.setattr(np, "argmax", lambda a: scanned.append(len(a)) or argmax(a))
+    questions = find_questions(text, tokens)
+    assert [question.text for question in questions] == ["0?", "1?", "2?"]
+    assert sum(scanned) < sum(len(question.ids) + 8 for question in questions)
 
 
 def test_made_up_facts_are_distinct_and_the_fourth_phrasing_is_not_trained_on(tmp_path):
