@@ -42,9 +42,11 @@ def find_context(text: TokenizedText, plan: RunPlan) -> int:
     is_set = plan.fixed is not None and "context_length" in plan.fixed.model
     if text.chat is None or plan.recipe is None or is_set:
         return context
-    (starts, is_target), _ = _sides(text)
-    longest = int(cut_pieces(starts, is_target.array(), MOST_CONTEXT).lengths.max(initial=0))
-    return max(context, longest)
+    (starts, tokens), _ = _sides(text)
+    is_target = tokens.array().view(bool)
+    pieces = cut_pieces(starts, is_target, MOST_CONTEXT)
+    of_conversations = pieces.lengths[~is_target[pieces.starts]]  # a text counts from its first on
+    return max(context, int(of_conversations.max(initial=0)))
 
 
 def _sides(text: TokenizedText) -> list[tuple[np.ndarray, TokenSlice]]:

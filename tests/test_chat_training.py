@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -48,10 +49,12 @@ def conversation(*turns: str) -> dict:
     return {"messages": [{"role": roles[i % 2], "content": turn} for i, turn in enumerate(turns)]}
 
 
-def tokenized(folder: Path, rows: list[dict], **options) -> TokenizedText:
+def tokenized(folder: Path, rows: list[dict], among: Sequence = (), **options) -> TokenizedText:
+    """Rows as tokens, beside other files of the folder."""
     content = "".join(json.dumps(row) + "\n" for row in rows)
     (folder / "rows.jsonl").write_text(content, encoding="utf-8")
-    return tokenize(parse_data(str(folder / "rows.jsonl")), "char", 0.5, folder, **options)
+    data = [str(folder / name) for name in ("rows.jsonl", *among)]
+    return tokenize(parse_data(data), "char", 0.5, folder, **options)
 
 
 @pytest.fixture
@@ -137,7 +140,9 @@ def test_conversations_beyond_max_length_are_cut_or_left_out_and_told(tmp_path):
 
 
 def test_a_recipes_context_is_raised_to_the_longest_conversation_unless_it_is_set(tmp_path):
-    text = tokenized(tmp_path, [conversation("a" * n, "b" * 9) for n in (5, 5, 60, 60)])
+    (tmp_path / "long.txt").write_text("A longer text. " * 200, encoding="utf-8")
+    rows = [conversation("a" * n, "b" * 9) for n in (5, 5, 60, 60)]
+    text = tokenized(tmp_path, rows, among=["long.txt"])
     # user's turn, "\n", the answer's opening and the answer; the end of its turn is a target only
     expected = (1 + len("user\n") + 60 + 1) + 1 + (1 + len("assistant\n")) + 9
     for context, fixed, found in ((16, {}, expected), (300, {}, 300), (16, {"max_length": 16}, 16)):
