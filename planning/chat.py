@@ -32,7 +32,7 @@ def find_chat(text: TokenizedText) -> Chat | None:
     """What a run's record has of its conversations; None for a text without any."""
     if text.chat is None:
         return None
-    return Chat(text.chat.template, len(text.chat.train_starts))
+    return Chat(text.chat.template, text.chat.n_different)
 
 
 def find_context(text: TokenizedText, plan: RunPlan) -> int:

@@ -14,7 +14,13 @@ from engine.errors import DataError
 from exchange.opening import open_pretrained
 from exchange.saved_run import load_run
 from generation import generate
-from planning.chat import about_chat, find_context, find_questions, pack_conversations
+from planning.chat import (
+    about_chat,
+    find_chat,
+    find_context,
+    find_questions,
+    pack_conversations,
+)
 from planning.decisions import decide_training, most_steps_of, read_record
 from planning.fine_tuning import MOST_CHAT_PASSES, MOST_PASSES, PATIENCE
 from planning.plan import SMALL_CHAT, Chat, Start, resolve_settings
@@ -76,7 +82,7 @@ def test_a_run_on_conversations_resumes_exactly_and_is_used_with_its_last_weight
     assert "the run ends with its last weights and is used with them" in said
 
     record = read_record(bench.run)
-    assert record.chat == Chat(CHATML.source, 36 + 1)  # the text counts as one
+    assert record.chat == Chat(CHATML.source, 36)  # and a text besides
     assert not list((bench.run / "best").iterdir())
     loaded = load_run(bench.run, weights="fp32")
     assert (loaded.step, loaded.chat_template) == (9, CHATML.source)
@@ -97,6 +103,7 @@ def test_a_run_on_few_conversations_keeps_best_weights_only_where_patience_is_se
         (SMALL_CHAT - 1, None, True),
         (SMALL_CHAT - 1, 5, False),
         (SMALL_CHAT, None, False),
+        (0, None, False),  # texts alone, and conversations to validate on
     ):
         training = dataclasses.replace(record.training, patience=patience)
         found = dataclasses.replace(record, chat=Chat("ChatML", rows), training=training)
@@ -149,6 +156,21 @@ def test_a_recipes_context_is_raised_to_the_longest_conversation_unless_it_is_se
         plan = plan_in_minutes(CUSTOM_MODE=True, MODEL="auto", custom_params=fixed)
         plan = dataclasses.replace(plan, model=plan.model | {"context_length": context})
         assert find_context(text, plan) == found
+
+
+def test_a_runs_conversations_are_counted_without_texts_and_without_repeats(tmp_path):
+    rows = [conversation(str(n), "x") for n in range(12)]
+    (tmp_path / "text.txt").write_text("A text of its own. " * 9, encoding="utf-8")
+    tokenized(tmp_path, [*rows, *rows])
+    files = [str(tmp_path / name) for name in ("rows.jsonl", "text.txt")]
+    for data, n_rows in (
+        ({"path": files[0], "val": files[0]}, 12),
+        ({"path": [{"path": name, "weight": 10} for name in files], "val": files[0]}, 12),
+        ({"path": [{"path": files[0], "weight": 0.5}], "val": files[0]}, 6),
+        ({"path": files[1], "val": files[0]}, 0),
+    ):
+        text = tokenize(parse_data(data), "char", 0.5, tmp_path)
+        assert find_chat(text) == Chat(CHATML.source, n_rows)
 
 
 @pytest.mark.parametrize("template", [None, OTHER], ids=["ChatML", "another"])
