@@ -127,11 +127,10 @@ def about_chat(
     ]
 
 
-def find_questions(text: TokenizedText, tokens: TokenSlice | Conversations) -> list[Question]:
+def find_questions(text: TokenizedText, tokens: Conversations) -> list[Question]:
     """The first conversations to validate on up to their first answers, of those that fit into a
     window with that answer; texts among them are none."""
-    if text.chat is None or not isinstance(tokens, Conversations):
-        return []
+    assert text.chat is not None, "the text has conversations"
     template = template_of(text.chat.template, text.tokenizer)
     end = template.stop_ids(text.tokenizer)[0]
     found: list[Question] = []
@@ -145,6 +144,14 @@ def find_questions(text: TokenizedText, tokens: TokenSlice | Conversations) -> l
         if len(found) == N_QUESTIONS:
             break
     return found
+
+
+def count_ids(prompts: list[str] | list[Question], tokenizer: Tokenizer) -> list[int]:
+    """The tokens of each prompt of a sample."""
+    return [
+        len(prompt.ids if isinstance(prompt, Question) else tokenizer.encode(prompt)) or 1
+        for prompt in prompts
+    ]
 
 
 def _asked_last(ids: list[int], template: ChatTemplate, tokenizer: Tokenizer) -> str:

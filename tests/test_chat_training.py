@@ -24,6 +24,7 @@ from planning.chat import (
 from planning.decisions import decide_training, most_steps_of, read_record
 from planning.fine_tuning import MOST_CHAT_PASSES, MOST_PASSES, PATIENCE
 from planning.plan import SMALL_CHAT, Chat, Start, resolve_settings
+from planning.trial import Trial
 from tests.conftest import train_in
 from tests.records import plan_in_minutes, record_of
 from tests.resuming import Bench, compare, uninterrupted
@@ -68,7 +69,11 @@ def bench(workdir, monkeypatch) -> Bench:
     return Bench(workdir, monkeypatch)
 
 
-def test_a_run_on_conversations_resumes_exactly_and_is_used_with_its_last_weights(bench, capsys):
+def test_a_run_on_conversations_resumes_exactly_and_is_used_with_its_last_weights(
+    bench, capsys, monkeypatch
+):
+    lengths, of = [], Trial.of
+    monkeypatch.setattr(Trial, "of", lambda *given: lengths.append(given[-1]) or of(*given))
     rows = write_rows_of_numbers(bench.folder)
     chat = {"DATA": [rows, "text.txt"], "max_length": 48, "model_overrides": SHAPE}
     chat |= {"gradient_accumulation_steps": 2, "batch_size": 2, "max_steps": 9, "eval_freq": 4}
@@ -77,6 +82,7 @@ def test_a_run_on_conversations_resumes_exactly_and_is_used_with_its_last_weight
     bench.signal_at("take_step", 1, 4, 8, after=True)
     compare(bench.finish(), expected)
     assert bench.stopped_at == [1, 4, 8]
+    assert lengths[-1] == [len(question.ids) for question in bench.env.prompts]
     said = capsys.readouterr().out
     assert "from random weights will imitate the form of these answers, and know nothing" in said
     assert "the run ends with its last weights and is used with them" in said
