@@ -22,7 +22,7 @@ from text.tokenizer import ByteTokens, GPT2Tokenizer, Tokenizer
 
 MIN_TOKENS = 4  # an input and its target to train on, and as many to validate on
 # of a text that are counted at once, so that it need not fit into memory
-COUNTED_TOKENS, COUNTED_PARTS = 1 << 14, 1 << 6
+COUNTED_TOKENS, COUNTED_PARTS, COUNTED_PIECES = 1 << 14, 1 << 6, 1 << 8
 LONGEST_TRAIN_SHARE = 0.95  # the most of a short text that is trained on, so that a window fits
 IGNORED = -100  # the target of a position that does not count
 
@@ -168,9 +168,15 @@ class PackedWindows(Dataset):
     def _count_in_pieces(self) -> np.ndarray:
         """The targets of each piece that count, (N,)."""
         is_target, firsts = as_array(self.is_target), self.pieces.starts + 1
-        places = np.column_stack((firsts, firsts + self.pieces.lengths)).ravel()
-        places = places[places < len(is_target)]  # the last piece may end with the tokens
-        return np.add.reduceat(is_target, places, dtype=np.int64)[::2] if len(places) else firsts
+        places = np.column_stack((firsts, firsts + self.pieces.lengths))
+        found = [firsts[:0]]
+        # some pieces at once: reduceat() copies what it adds up, as int64
+        for at in range(0, len(places), COUNTED_PIECES):
+            part = places[at : at + COUNTED_PIECES]
+            start, stop = part[0, 0], part[-1, 1]
+            bounds = part.ravel()[:-1] - start
+            found.append(np.add.reduceat(is_target[start:stop], bounds, dtype=np.int64)[::2])
+        return np.concatenate(found)
 
     def __len__(self) -> int:
         return self.n_whole

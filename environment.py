@@ -34,6 +34,7 @@ from model import GPTModel
 from planning.chat import (
     Question,
     about_chat,
+    count_ids,
     find_chat,
     find_context,
     find_questions,
@@ -149,7 +150,7 @@ def _prepare(settings: str | Path | None, parallel: Parallel, began_at: float) -
     asked = decide_training(plan, machine.device, text.n_tokens, run.before, parallel.world)
     deadline = find_deadline(plan, asked, began_at)
     asked, about_prompt = fit_prompt(asked, text)
-    tokens, windows, about_windows = _cut(text, plan, asked)
+    tokens, windows, prompts, about_windows = _cut(text, plan, asked)
     machine = decide_machine(machine, plan, asked, windows, run.before)
     model = fresh_model(plan, asked, windows, text.tokenizer.vocab_size, machine)
     show_model(plan, model)
@@ -162,7 +163,7 @@ def _prepare(settings: str | Path | None, parallel: Parallel, began_at: float) -
     machine = check_arithmetic(machine, model, train_loader)
     notices = [*about_prompt, *about_windows, *machine.notices]
     optimizer = _build_optimizer(model, asked)
-    trial = Trial.of(machine, model, optimizer, train_loader)
+    trial = Trial.of(machine, model, optimizer, train_loader, count_ids(prompts, text.tokenizer))
     plan = measure_start(plan, run.before, trial, val_loader, text.tokenizer)
     if plan.run.DRY_RUN:
         raise end_dry_run(run, plan, asked, windows, trial, machine=machine, notices=notices)
@@ -181,7 +182,7 @@ def _prepare(settings: str | Path | None, parallel: Parallel, began_at: float) -
         learner=trial.learner_of_the_run(),
         run=make_folder_of(run, record, text, windows, deadline),
         token_size=token_size,
-        prompts=find_questions(text, tokens) or training.prompts,
+        prompts=prompts,
     )
 
 
@@ -208,13 +209,16 @@ def _free_earlier_runs() -> None:
 
 def _cut(
     text: TokenizedText, plan: RunPlan, asked: TrainingConfig
-) -> tuple[TokenSlice | Conversations, WindowPlan, list[str]]:
-    """The text's tokens, or its conversations packed, how they are divided, and notices."""
+) -> tuple[TokenSlice | Conversations, WindowPlan, list[str] | list[Question], list[str]]:
+    """The text's tokens, or its conversations packed, how they are divided, the prompts of samples,
+    and notices."""
     sizes = {"max_length": find_context(text, plan), "batch_size": asked.batch_size}
     if packed := pack_conversations(text, sizes["max_length"], plan.run.SEED):
         assert text.n_train is not None, "conversations are never divided by position"
         windows, notices = plan_packed(packed, text.n_tokens, text.n_train, **sizes)
-        return packed, windows, about_chat(plan, asked, packed, windows.max_length) + notices
+        prompts = find_questions(text, packed) or asked.prompts
+        notices = about_chat(plan, asked, packed, windows.max_length) + notices
+        return packed, windows, prompts, notices
     windows, notices = plan_windows(
         text.n_tokens,
         stride=asked.stride,
@@ -224,7 +228,8 @@ def _cut(
         shift_windows=asked.shift_windows and asked.sampling == "windows",
         **sizes,
     )
-    return TokenSlice(text.path, text.dtype, 0, text.n_tokens), windows, notices
+    tokens = TokenSlice(text.path, text.dtype, 0, text.n_tokens)
+    return tokens, windows, asked.prompts, notices
 
 
 def _make_loaders(

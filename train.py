@@ -374,10 +374,11 @@ class Trainer:
         costs = Costs(
             step=journal.step_s,
             batch=spent.mean("evaluation") / budget.batches_of_one(plan.eval_iter),
-            token=spent.mean("sample") / SAMPLE_TOKENS,
+            token=max(0.0, spent.mean("sample") - budget.costs.prompts) / SAMPLE_TOKENS,
             picture=spent.mean("picture", budget.costs.picture),
             save=spent.mean("save", budget.costs.save),
             best=spent.mean("best", budget.costs.best),
+            prompts=budget.costs.prompts,
         )
         left = replace(budget, seconds=budget.seconds - journal.elapsed_s, costs=costs)
         steps = left.steps_after(self.steps, plan.eval_freq, plan.eval_iter)

@@ -32,7 +32,7 @@ def find_chat(text: TokenizedText) -> Chat | None:
     """What a run's record has of its conversations; None for a text without any."""
     if text.chat is None:
         return None
-    return Chat(text.chat.template, len(text.chat.train_starts))
+    return Chat(text.chat.template, text.chat.n_different)
 
 
 def find_context(text: TokenizedText, plan: RunPlan) -> int:
@@ -42,9 +42,11 @@ def find_context(text: TokenizedText, plan: RunPlan) -> int:
     is_set = plan.fixed is not None and "context_length" in plan.fixed.model
     if text.chat is None or plan.recipe is None or is_set:
         return context
-    (starts, is_target), _ = _sides(text)
-    longest = int(cut_pieces(starts, is_target.array(), MOST_CONTEXT).lengths.max(initial=0))
-    return max(context, longest)
+    (starts, tokens), _ = _sides(text)
+    is_target = tokens.array().view(bool)
+    pieces = cut_pieces(starts, is_target, MOST_CONTEXT)
+    of_conversations = pieces.lengths[~is_target[pieces.starts]]  # a text counts from its first on
+    return max(context, int(of_conversations.max(initial=0)))
 
 
 def _sides(text: TokenizedText) -> list[tuple[np.ndarray, TokenSlice]]:
@@ -125,24 +127,31 @@ def about_chat(
     ]
 
 
-def find_questions(text: TokenizedText, tokens: TokenSlice | Conversations) -> list[Question]:
-    """The first conversations to validate on up to their first answers; texts among them are
-    none."""
-    if text.chat is None or not isinstance(tokens, Conversations):
-        return []
+def find_questions(text: TokenizedText, tokens: Conversations) -> list[Question]:
+    """The first conversations to validate on up to their first answers, of those that fit into a
+    window with that answer; texts among them are none."""
+    assert text.chat is not None, "the text has conversations"
     template = template_of(text.chat.template, text.tokenizer)
     end = template.stop_ids(text.tokenizer)[0]
     found: list[Question] = []
-    for start in text.chat.val_starts:
-        first = int(start)
-        n_before = int(np.argmax(as_array(tokens.val.is_target)[first:]))
-        if n_before == 0:  # a text
+    is_target, pieces = as_array(tokens.val.is_target).view(bool), tokens.val.pieces
+    for first, length in zip(pieces.starts.tolist(), pieces.lengths.tolist(), strict=True):
+        if is_target[first]:  # a text
             continue
+        n_before = int(np.argmax(is_target[first : first + length + 1]))  # it ends with a target
         ids = as_array(tokens.val.tokens)[first : first + n_before].tolist()
         found.append(Question(_asked_last(ids, template, text.tokenizer), ids, end))
         if len(found) == N_QUESTIONS:
             break
     return found
+
+
+def count_ids(prompts: list[str] | list[Question], tokenizer: Tokenizer) -> list[int]:
+    """The tokens of each prompt of a sample."""
+    return [
+        len(prompt.ids if isinstance(prompt, Question) else tokenizer.encode(prompt)) or 1
+        for prompt in prompts
+    ]
 
 
 def _asked_last(ids: list[int], template: ChatTemplate, tokenizer: Tokenizer) -> str:

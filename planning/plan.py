@@ -285,7 +285,7 @@ class Chat:
     """The conversations that a run learns, as settings.json keeps them."""
 
     template: str  # that they are written down by, in Jinja
-    rows: int = setting(minimum=1)  # conversations to train on
+    rows: int = setting(minimum=0)  # different conversations to train on; 0: only texts are
 
     def __post_init__(self) -> None:
         check(self)
@@ -293,7 +293,7 @@ class Chat:
     @property
     def is_small(self) -> bool:
         """Whether they are so few that the model is to learn them by heart."""
-        return self.rows < SMALL_CHAT
+        return 0 < self.rows < SMALL_CHAT
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ import itertools
 import math
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -29,7 +29,7 @@ from engine.memory import OutOfStepMemory, count_trained
 from engine.optim import EVALUATIONS, LONGEST_EVAL_FREQ, LONGEST_EVAL_S, set_learning_rate
 from engine.processor import using_threads
 from engine.randomness import random_state, set_random_state
-from generation import generate
+from generation import stream
 from model import GPTModel
 from planning.choices import WORTH_A_TRIAL, Choices
 from planning.decisions import RunRecord, complete_training, most_steps_of
@@ -81,17 +81,24 @@ class Trial:
     threads: int
     parallel: Parallel = ALONE
     choices: Choices | None = None  # what was measured on this machine
+    prompt_lengths: Sequence[int] = (1,)  # of the run's samples, in tokens
 
     @classmethod
     def of(
-        cls, machine: Machine, model: GPTModel, optimizer: torch.optim.Optimizer, loader: DataLoader
+        cls,
+        machine: Machine,
+        model: GPTModel,
+        optimizer: torch.optim.Optimizer,
+        loader: DataLoader,
+        prompt_lengths: Sequence[int],
     ) -> "Trial":
-        """The trial of a run on a machine."""
+        """The trial of a run on a machine, with samples after prompts of some lengths."""
         ranks = machine.parallel if machine.parallel.kind == "fsdp" else ALONE
         learner = Learner(
             model, optimizer, machine.precision, ranks, micro_batch=machine.micro_batch
         )
-        return cls(learner, loader, machine.threads, machine.parallel, machine.choices)
+        parallel, choices = machine.parallel, machine.choices
+        return cls(learner, loader, machine.threads, parallel, choices, prompt_lengths)
 
     def learner_of_the_run(self) -> Learner:
         """The learner that makes the run's steps, with all ranks."""
@@ -111,13 +118,14 @@ class Trial:
             return self._step_seconds()
         return self.learner.in_smaller_parts(self._step_seconds, "a trial")
 
-    def costs(self, budget_s: float, n_prompts: int) -> "Costs":
+    def costs(self, budget_s: float) -> "Costs":
         """What the parts of a run take, steps timed for a share of its budget. Collective."""
         most_batches = min(TIMED_BATCHES, self.count_batches(self.loader, overlapping=False))
         learner = self.learner
         steps_s = BUDGET_TRIAL_SHARE * budget_s
         step = learner.in_smaller_parts(lambda: self._mean_step_seconds(steps_s), "a trial")
-        generator = torch.Generator(learner.device).manual_seed(0)
+        generator, prompts_s = torch.Generator(learner.device).manual_seed(0), 0.0
+        options = {"max_new_tokens": 1 + TIMED_TOKENS, "generator": generator}
 
         def evaluate(n_batches: int) -> float:
             """The seconds of a batch."""
@@ -126,16 +134,22 @@ class Trial:
             return (time.perf_counter() - began_at) / n_batches
 
         def sample() -> None:
-            options = {"max_new_tokens": TIMED_TOKENS, "generator": generator}
+            """Notes when the first of its tokens is drawn: the prompts are read by then."""
+            nonlocal prompts_s
+            began_at = time.perf_counter()
+            rows = [[0] * length for length in self.prompt_lengths]
             with whole(learner.model, learner.parallel), learner.precision.autocast():
-                generate(learner.model, [[0]] * n_prompts, **options)
+                for n, _ in enumerate(stream(learner.model, rows, **options)):
+                    if n == 0:
+                        prompts_s = time.perf_counter() - began_at
 
         with using_threads(self.threads):
             batch = evaluate(1)
             # sharded, all ranks make each forward pass
             if not learner.parallel.lowest(batch >= LONG_S):
                 batch = evaluate(most_batches)
-            costs = Costs(step, batch, _seconds(sample) / TIMED_TOKENS, _seconds(_draw))
+            token = (_seconds(sample) - prompts_s) / TIMED_TOKENS
+            costs = Costs(step, batch, token, _seconds(_draw), prompts=prompts_s)
             costs = costs.with_files(learner.model, learner.device)
             return Costs(*map(self.agreed, dataclasses.astuple(costs)))
 
@@ -331,6 +345,7 @@ class Costs:
     picture: float
     save: float = 0.0
     best: float = 0.0  # of better weights that an evaluation finds, where they go to the disk
+    prompts: float = 0.0  # of a sample, before the first of its tokens
 
     def with_files(self, model: GPTModel, device: torch.device) -> "Costs":
         """With what a run's checkpoints and best weights take on a usual disk."""
@@ -432,15 +447,17 @@ class Budget:
 
     def _other_s(self, evaluations: Spacing, done: int) -> float:
         """The most seconds of pictures, samples and checkpoints."""
-        count, sample_s = evaluations.count(done or -1), SAMPLE_TOKENS * self.costs.token
+        count, costs = evaluations.count(done or -1), self.costs
+        sample_s = costs.prompts + SAMPLE_TOKENS * costs.token
         samples = min(count, SAMPLES_A_RUN)
         between = sum(
             min(each, allowed_seconds(self.seconds))
-            for each in (samples * sample_s, count * self.costs.picture)
+            for each in (samples * sample_s, count * costs.picture)
         )
-        at_ends = (2 - (done > 0)) * sample_s + self.last_tokens * self.costs.token
-        saves_s = (1 + self.seconds // (60 * self.save_minutes)) * self.costs.save
-        return between + at_ends + self.costs.picture + saves_s
+        last_s = N_SAMPLES * costs.prompts + self.last_tokens * costs.token
+        at_ends = (2 - (done > 0)) * sample_s + last_s
+        saves_s = (1 + self.seconds // (60 * self.save_minutes)) * costs.save
+        return between + at_ends + costs.picture + saves_s
 
 
 def usable_seconds(deadline: float, of_s: float, parallel: Parallel) -> float:
@@ -456,7 +473,8 @@ def shorten_samples(plan: RunPlan, costs: Costs, budget_s: float) -> tuple[RunPl
     notice if they are shorter for it."""
     length = plan.sampling.max_new_tokens
     assert length is not None  # fitted() to the text
-    most = int(LAST_SAMPLES_SHARE * budget_s / max(N_SAMPLES * costs.token, 1e-9))
+    tokens_s = LAST_SAMPLES_SHARE * budget_s - N_SAMPLES * costs.prompts
+    most = int(tokens_s / max(N_SAMPLES * costs.token, 1e-9))
     short = max(LEAST_SAMPLE_TOKENS, most)
     if not plan.sample_length_is_open or short >= length:
         return plan, []
@@ -548,7 +566,7 @@ class Rehearsal:
 
 def rehearse(plan: RunPlan, asked: TrainingConfig, windows: WindowPlan, trial: Trial) -> Rehearsal:
     """What a run without MINUTES would be, uncompiled, by TIMED_STEPS steps. Collective."""
-    costs, notices = trial.costs(0.0, len(asked.prompts)), list[str]()
+    costs, notices = trial.costs(0.0), list[str]()
     if asked.time_budget_minutes is not None and asked.max_steps is None:
         minutes = asked.time_budget_minutes
         plan, notices = shorten_samples(plan, costs, 60 * minutes)
@@ -606,7 +624,7 @@ def try_out(
         notices.append(f"the model is not compiled: {compiled.reason}")
     say(f"Compile: {'on' if compiled.on else 'off'} ({compiled.reason})")
     if minutes is not None:
-        costs = trial.costs(60 * minutes, len(asked.prompts))
+        costs = trial.costs(60 * minutes)
         plan, about_samples = shorten_samples(plan, costs, 60 * minutes)
         asked, about_budget = _spend(minutes, costs, trial, plan, asked, windows, deadline=deadline)
         notices += about_budget + about_samples

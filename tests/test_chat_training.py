@@ -2,8 +2,10 @@
 
 import dataclasses
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -12,10 +14,17 @@ from engine.errors import DataError
 from exchange.opening import open_pretrained
 from exchange.saved_run import load_run
 from generation import generate
-from planning.chat import about_chat, find_context, find_questions, pack_conversations
+from planning.chat import (
+    about_chat,
+    find_chat,
+    find_context,
+    find_questions,
+    pack_conversations,
+)
 from planning.decisions import decide_training, most_steps_of, read_record
 from planning.fine_tuning import MOST_CHAT_PASSES, MOST_PASSES, PATIENCE
 from planning.plan import SMALL_CHAT, Chat, Start, resolve_settings
+from planning.trial import Trial
 from tests.conftest import train_in
 from tests.records import plan_in_minutes, record_of
 from tests.resuming import Bench, compare, uninterrupted
@@ -47,10 +56,12 @@ def conversation(*turns: str) -> dict:
     return {"messages": [{"role": roles[i % 2], "content": turn} for i, turn in enumerate(turns)]}
 
 
-def tokenized(folder: Path, rows: list[dict], **options) -> TokenizedText:
+def tokenized(folder: Path, rows: list[dict], among: Sequence = (), **options) -> TokenizedText:
+    """Rows as tokens, beside other files of the folder."""
     content = "".join(json.dumps(row) + "\n" for row in rows)
     (folder / "rows.jsonl").write_text(content, encoding="utf-8")
-    return tokenize(parse_data(str(folder / "rows.jsonl")), "char", 0.5, folder, **options)
+    data = [str(folder / name) for name in ("rows.jsonl", *among)]
+    return tokenize(parse_data(data), "char", 0.5, folder, **options)
 
 
 @pytest.fixture
@@ -58,7 +69,11 @@ def bench(workdir, monkeypatch) -> Bench:
     return Bench(workdir, monkeypatch)
 
 
-def test_a_run_on_conversations_resumes_exactly_and_is_used_with_its_last_weights(bench, capsys):
+def test_a_run_on_conversations_resumes_exactly_and_is_used_with_its_last_weights(
+    bench, capsys, monkeypatch
+):
+    lengths, of = [], Trial.of
+    monkeypatch.setattr(Trial, "of", lambda *given: lengths.append(given[-1]) or of(*given))
     rows = write_rows_of_numbers(bench.folder)
     chat = {"DATA": [rows, "text.txt"], "max_length": 48, "model_overrides": SHAPE}
     chat |= {"gradient_accumulation_steps": 2, "batch_size": 2, "max_steps": 9, "eval_freq": 4}
@@ -67,12 +82,13 @@ def test_a_run_on_conversations_resumes_exactly_and_is_used_with_its_last_weight
     bench.signal_at("take_step", 1, 4, 8, after=True)
     compare(bench.finish(), expected)
     assert bench.stopped_at == [1, 4, 8]
+    assert lengths[-1] == [len(question.ids) for question in bench.env.prompts]
     said = capsys.readouterr().out
     assert "from random weights will imitate the form of these answers, and know nothing" in said
     assert "the run ends with its last weights and is used with them" in said
 
     record = read_record(bench.run)
-    assert record.chat == Chat(CHATML.source, 36 + 1)  # the text counts as one
+    assert record.chat == Chat(CHATML.source, 36)  # and a text besides
     assert not list((bench.run / "best").iterdir())
     loaded = load_run(bench.run, weights="fp32")
     assert (loaded.step, loaded.chat_template) == (9, CHATML.source)
@@ -93,6 +109,7 @@ def test_a_run_on_few_conversations_keeps_best_weights_only_where_patience_is_se
         (SMALL_CHAT - 1, None, True),
         (SMALL_CHAT - 1, 5, False),
         (SMALL_CHAT, None, False),
+        (0, None, False),  # texts alone, and conversations to validate on
     ):
         training = dataclasses.replace(record.training, patience=patience)
         found = dataclasses.replace(record, chat=Chat("ChatML", rows), training=training)
@@ -136,13 +153,30 @@ def test_conversations_beyond_max_length_are_cut_or_left_out_and_told(tmp_path):
 
 
 def test_a_recipes_context_is_raised_to_the_longest_conversation_unless_it_is_set(tmp_path):
-    text = tokenized(tmp_path, [conversation("a" * n, "b" * 9) for n in (5, 5, 60, 60)])
+    (tmp_path / "long.txt").write_text("A longer text. " * 200, encoding="utf-8")
+    rows = [conversation("a" * n, "b" * 9) for n in (5, 5, 60, 60)]
+    text = tokenized(tmp_path, rows, among=["long.txt"])
     # user's turn, "\n", the answer's opening and the answer; the end of its turn is a target only
     expected = (1 + len("user\n") + 60 + 1) + 1 + (1 + len("assistant\n")) + 9
     for context, fixed, found in ((16, {}, expected), (300, {}, 300), (16, {"max_length": 16}, 16)):
         plan = plan_in_minutes(CUSTOM_MODE=True, MODEL="auto", custom_params=fixed)
         plan = dataclasses.replace(plan, model=plan.model | {"context_length": context})
         assert find_context(text, plan) == found
+
+
+def test_a_runs_conversations_are_counted_without_texts_and_without_repeats(tmp_path):
+    rows = [conversation(str(n), "x") for n in range(12)]
+    (tmp_path / "text.txt").write_text("A text of its own. " * 9, encoding="utf-8")
+    tokenized(tmp_path, [*rows, *rows])
+    files = [str(tmp_path / name) for name in ("rows.jsonl", "text.txt")]
+    for data, n_rows in (
+        ({"path": files[0], "val": files[0]}, 12),
+        ({"path": [{"path": name, "weight": 10} for name in files], "val": files[0]}, 12),
+        ({"path": [{"path": files[0], "weight": 0.5}], "val": files[0]}, 6),
+        ({"path": files[1], "val": files[0]}, 0),
+    ):
+        text = tokenize(parse_data(data), "char", 0.5, tmp_path)
+        assert find_chat(text) == Chat(CHATML.source, n_rows)
 
 
 @pytest.mark.parametrize("template", [None, OTHER], ids=["ChatML", "another"])
@@ -160,6 +194,24 @@ def test_questions_are_what_the_user_says_last_before_the_first_answer(template,
         asked = [Message("user", question.text)]
         assert question.ids == made.encode(asked, text.tokenizer, add_generation_prompt=True)
         assert question.end == made.stop_ids(text.tokenizer)[0]
+
+
+def test_questions_are_found_behind_texts_in_one_pass_and_fit_into_a_window(tmp_path, monkeypatch):
+    tokenized(tmp_path, [conversation(f"Is {n} odd?", "Yes.") for n in range(8)])
+    texts = [{"text": "a text of its own " * 20} for _ in range(60)]
+    rows = [conversation("too long " * 20, "x"), *(conversation(f"{n}?", "Yes.") for n in range(4))]
+    for name, lines in (("texts", texts), ("val", rows)):
+        content = "".join(json.dumps(line) + "\n" for line in lines)
+        (tmp_path / f"{name}.jsonl").write_text(content, encoding="utf-8")
+    path, *val = (str(tmp_path / f"{name}.jsonl") for name in ("rows", "texts", "val"))
+    text = tokenize(parse_data({"path": path, "val": val}), "char", 0.5, tmp_path)
+    tokens = pack_conversations(text, 64, 1)
+    assert tokens.val.pieces.n_left_out == 1
+    scanned, argmax = [], np.argmax
+    monkeypatch.setattr(np, "argmax", lambda a: scanned.append(len(a)) or argmax(a))
+    questions = find_questions(text, tokens)
+    assert [question.text for question in questions] == ["0?", "1?", "2?"]
+    assert sum(scanned) < sum(len(question.ids) + 8 for question in questions)
 
 
 def test_made_up_facts_are_distinct_and_the_fourth_phrasing_is_not_trained_on(tmp_path):

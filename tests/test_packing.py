@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -28,6 +29,7 @@ from engine.optim import build_adamw
 from generation import evaluating
 from model import GPTConfig, GPTModel
 from tests.letters import CPU, FP32, Letters, assert_the_same, everything
+from text import packing as packing_file
 from text.packing import Packing, Pieces, cut_pieces, pack
 from training.learner import Learner, mean_loss, steps_between, take_step
 
@@ -89,7 +91,11 @@ def gradients(model: GPTModel, batches: list[Packed]) -> tuple[float, list[torch
     return sum(losses).item(), [p.grad.clone() for p in model.parameters()]
 
 
-def test_a_piece_ends_with_its_last_answer_that_fits_and_a_text_is_cut_into_windows():
+@pytest.mark.parametrize("block", [1, 5, 1 << 18])
+def test_a_piece_ends_with_its_last_answer_that_fits_and_a_text_is_cut_into_windows(
+    block, monkeypatch
+):
+    monkeypatch.setattr(packing_file, "BLOCK", block)
     rows = [
         ("..xx.", 3),  # what follows the last answer trains nothing
         ("..xx..xx..xx", 7),  # too long: up to the end of the second answer
@@ -114,6 +120,24 @@ def test_a_piece_ends_with_its_last_answer_that_fits_and_a_text_is_cut_into_wind
     assert [token for piece in scored for token in piece] == [*range(1, 20), 21, 22]
     assert max(map(len, scored)) == 8
     assert (text.n_cut, text.n_left_out) == (0, 0)
+
+
+def test_marks_that_need_not_fit_into_memory_are_searched_and_counted_in_blocks():
+    n = 4 << 20
+    is_target, boundaries = np.ones(n, np.uint8), np.arange(0, n // 2 + 1, 64)  # the last: a text
+    is_target[boundaries[:-1]] = 0
+    tracemalloc.start()
+    try:
+        pieces = cut_pieces(boundaries, is_target, 512)
+        assert tracemalloc.get_traced_memory()[1] < 3 * n
+        packing = pack(pieces.lengths, 512, 0)
+        tracemalloc.reset_peak()
+        before, _ = tracemalloc.get_traced_memory()
+        windows = PackedWindows(is_target, is_target, pieces, packing)
+        assert tracemalloc.get_traced_memory()[1] - before < 3 * n
+    finally:
+        tracemalloc.stop()
+    assert windows.count_targets(range(len(windows))) == pieces.lengths.sum()
 
 
 @settings(derandomize=True, deadline=None, max_examples=60, database=None)

@@ -4,6 +4,7 @@ import copy
 import gc
 import itertools
 import time
+from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
@@ -20,11 +21,12 @@ from engine.precision import Precision
 from planning import agreement, trial
 from planning.choices import WORTH_A_TRIAL, Choices
 from planning.plan import resolve_settings
-from planning.trial import Compiled, Costs, Trial, decide_compiling, shorten_samples
+from planning.trial import Budget, Compiled, Costs, Trial, decide_compiling, shorten_samples
 from tests.letters import BATCH, CONTEXT, FP32, tiny_loaders, tiny_model
 from tests.resuming import Bench, of_steps, use_steady_clock
 from training import learner
 from training.learner import Learner, steps_between, take_step
+from training.spacing import Spacing
 
 BF16 = Precision("bf16", "as set", "cpu")
 
@@ -187,12 +189,33 @@ def test_what_takes_long_is_timed_once(monkeypatch, step_s, n_steps, n_batches):
     monkeypatch.setattr(
         Learner, "evaluate", lambda _, loader, n, **__: takes(n * step_s / 2, batches, n)
     )
-    monkeypatch.setattr(trial, "generate", lambda *_, **__: takes(step_s, samples, None))
+
+    def stream(_, rows: list[list[int]], *, max_new_tokens: int, **__) -> Iterator[None]:
+        """A prompt's token takes a thousandth of a step, a new one a hundredth."""
+        takes(step_s * sum(map(len, rows)) / 1000, samples, [len(row) for row in rows])
+        for _ in range(max_new_tokens):
+            takes(step_s / 100, [], None)
+            yield
+
+    monkeypatch.setattr(trial, "stream", stream)
     monkeypatch.setattr(trial, "_draw", lambda: None)
-    found = new_trial().costs(1.0, 1)
-    assert (len(steps), batches, len(samples)) == (n_steps, n_batches, 1 + (step_s < 2))
-    expected = (step_s, step_s / 2, step_s / trial.TIMED_TOKENS)
-    assert (found.step, found.batch, found.token) == pytest.approx(expected)
+    tried = replace(new_trial(), prompt_lengths=[400, 7, 500])
+    found = tried.costs(1.0)
+    n_samples = 1 + (step_s < 2)
+    assert (len(steps), batches, samples) == (n_steps, n_batches, n_samples * [[400, 7, 500]])
+    expected = (step_s, step_s / 2, 0.917 * step_s, 0.01 * step_s)
+    assert (found.step, found.batch, found.prompts, found.token) == pytest.approx(expected)
+
+
+def test_reading_the_prompts_of_samples_is_a_part_of_a_runs_time():
+    run = Spacing(100, steps_per_epoch=1000, eval_freq=100)  # evaluates at its ends
+    seconds = [
+        Budget(600.0, Costs(1.0, 0.0, 0.0, 0.0, prompts=prompts), 1000, (1, 1), 0).total_s(run, 1)
+        for prompts in (0.0, 0.01)
+    ]
+    at_evaluations, first_and_last, last_samples = run.count(), 2, trial.N_SAMPLES
+    reads = at_evaluations + first_and_last + last_samples
+    assert seconds[1] - seconds[0] == pytest.approx(0.01 * reads)
 
 
 def test_ranks_that_share_a_step_stop_timing_after_the_same_one(monkeypatch):

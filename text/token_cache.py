@@ -111,6 +111,7 @@ class ChatTokens:
     targets: Path  # a byte for each token: 1 if it is an answer's, or the end of its turn
     train_starts: np.ndarray  # (N,) where each conversation begins, in the training tokens
     val_starts: np.ndarray  # the same in the validation tokens
+    n_different: int  # conversations to train on: no texts, and each once
 
 
 def tokenize(
@@ -289,7 +290,7 @@ def _open_chat(folder: Path, entry: dict[str, Any]) -> ChatTokens | None:
         return None
     starts = np.fromfile(folder / STARTS, dtype="<i8").astype(np.int64)
     train, val = starts[starts < n_train], starts[starts >= n_train] - n_train
-    return ChatTokens(chat["template"], folder / TARGETS, train, val)
+    return ChatTokens(chat["template"], folder / TARGETS, train, val, chat["n_different"])
 
 
 def _chat_hashes(folder: Path) -> list[list[str]]:
@@ -359,7 +360,8 @@ def _build_entry(
         if told is not None:
             facts["chat"] = told.facts(_shared_prompts(sides, split))
             facts["notes"].append(told.line())
-        _seal(temporary, tokenizer, n_train, facts, template)
+        n_different = _count_different(sides[0], split, times)
+        _seal(temporary, tokenizer, n_train, facts, template, n_different)
         rename_folder(temporary, folder)  # if another process was faster, its entry stays
     finally:
         discard(temporary)
@@ -371,13 +373,15 @@ def _seal(
     n_train: int | None,
     report: dict[str, Any],
     template: str | None,
+    n_different: int,
 ) -> None:
-    """Write an entry's tokenizer.json and entry.json."""
+    """Write an entry's tokenizer.json and entry.json, with its n_different conversations."""
     tokenizer_json = tokenizer.to_json().encode("utf-8")
     write_atomically(folder / "tokenizer.json", tokenizer_json)
     chat = None
     if template is not None:
-        chat = {"template": template, "block_sha256": _chat_hashes(folder)}
+        hashes = _chat_hashes(folder)
+        chat = {"template": template, "n_different": n_different, "block_sha256": hashes}
     entry = {
         "dtype": _dtype_for(tokenizer),
         "n_tokens": report["tokens"],
@@ -399,6 +403,14 @@ def _shared_prompts(sides: list[Side], split: Split | None) -> int:
     else:
         pairs = [(train, train.is_chat & ~split.is_val), (train, train.is_chat & split.is_val)]
     return len(np.intersect1d(*(side.prompt_hashes[chosen] for side, chosen in pairs)))
+
+
+def _count_different(side: Side, split: Split | None, times: np.ndarray | None) -> int:
+    """The different conversations that are trained on, however often an epoch has each."""
+    is_seen = np.ones(len(side.first), bool) if times is None else times > 0
+    if split is not None:
+        is_seen &= ~split.is_val
+    return len(np.unique(side.hashes[side.is_chat & is_seen]))
 
 
 def _check_sides(spec: DataSpec, sides: list[Side], report: ReadingReport) -> None:
