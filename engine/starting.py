@@ -53,7 +53,8 @@ def insisting_on_ctrl_c() -> Iterator[None]:
                     signal.pthread_kill(main, signal.SIGINT)  # which ends waiting, too
                 else:
                     _thread.interrupt_main()
-                return
+
+    watcher = threading.Thread(target=watch, daemon=True)
 
     def tell_of_lost(lost: Any) -> None:
         if lost.exc_type is not KeyboardInterrupt:
@@ -61,7 +62,8 @@ def insisting_on_ctrl_c() -> Iterator[None]:
 
     def interrupt(*_: object) -> None:
         warnings.filterwarnings("ignore", "Error detected in")  # torch's, of a backward pass
-        threading.Thread(target=watch, daemon=True).start()
+        if watcher.ident is None:  # one alone: a second would interrupt what comes after the block
+            watcher.start()
         raise KeyboardInterrupt
 
     signal.signal(signal.SIGINT, interrupt)
