@@ -197,7 +197,7 @@ def sum_up(env: RuntimeEnv, journal: Journal, stop: StopSignals) -> None:
     say(f"  Best val loss: {best_loss:.4f} (at step {best_step}{how_best})")
     if history.skipped:
         say(f"  Steps skipped: {history.skipped} (a loss or gradient was not finite)")
-    say(f"  Run folder: {env.run.path}")
+    say(f"  Run folder: {env.run.path} (its report.html says what came of the run)")
     start = env.run.record.start
     untuned = None if start is None else start.bits_per_byte
     is_of_part = start is not None and start.measured_share < 1

@@ -19,7 +19,7 @@ _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]"
 _is_silent = False
 LINE_EVERY_S = 2.0  # between progress lines in a notebook, whose page keeps them all
 # and elsewhere, where so many more come at once, so that a short run prints all of its own
-TERMINAL_LINE_EVERY_S, SPARE_LINES = 10.0, 5
+TERMINAL_LINE_EVERY_S, SPARE_LINES = 15.0, 4
 _next_report_at = 0.0  # by time.monotonic()
 _PLAIN_BAR = "{l_bar}{bar:30}| {n_fmt}/{total_fmt}"
 

@@ -47,7 +47,7 @@ class Report:
         Raises CheckpointError as read(), and ResourceError if the disk refuses it.
         """
         run, findings = self._draw()
-        return printed_lines(run, findings, str(self.folder / REPORT))
+        return printed_lines(run, findings)
 
     def _draw(self) -> tuple[RunFiles, list[Finding]]:
         run, findings = self.read()

@@ -147,12 +147,12 @@ def _shown(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False) if isinstance(value, str) else repr(value)
 
 
-def printed_lines(run: RunFiles, findings: list[Finding], report: str) -> list[str]:
-    """What a finished run prints: at most three lines."""
+def printed_lines(run: RunFiles, findings: list[Finding]) -> list[str]:
+    """What a finished run prints: at most two lines."""
     lines = [f"Diagnosis: {headline(run, findings).en}"]
     told = [finding for finding in findings if finding.severity != NOTE]
     if told:
         change = "; ".join(change_lines(told[0].changes, run.record.mode))
-        lines.append(f"  {told[0].evidence.en} To change: {change}")
-    more = f", with {len(told) - 1} more" if len(told) > 1 else ""
-    return [*lines, f"  Report{more}: {report}"]
+        more = f" ({len(told) - 1} more in the report)" if len(told) > 1 else ""
+        lines.append(f"  {told[0].evidence.en} To change: {change}{more}")
+    return lines
