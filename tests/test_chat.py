@@ -66,6 +66,7 @@ def remarks(done: Done) -> list[str]:
     return done.err.splitlines()[4:]
 
 
+@pytest.mark.slow
 def test_answers_are_all_of_standard_output_below_what_tells_who_talks(talk, drawn, tiny_run):
     done = talk("The ferry", "", "   ", "啦la 啦la", options=("--max-new-tokens", "8", "--seed=5"))
     first, second = (call["answer"] for call in drawn)

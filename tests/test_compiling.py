@@ -163,6 +163,7 @@ def test_steps_that_run_out_of_memory_are_compiled_again_where_they_were(monkeyp
     assert again == [{"micro_batches": 2}] * 2 * is_compiled
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("device", [CPU, CUDA], ids=str)  # says only which part is compiled
 def test_training_alone_runs_compiled(compiled_calls, device):
     model, (_, val_loader) = tiny_model(n_layers=2).train(), tiny_loaders()

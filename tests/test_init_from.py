@@ -97,6 +97,7 @@ def plan_of(**given) -> RunPlan:
     return resolve_settings(values, "config_run.py")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("QUICK_MODE", [True, False])
 def test_a_run_from_another_one_has_its_model_tokenizer_and_weights_in_every_mode(
     QUICK_MODE, begin, tiny, capsys
@@ -138,6 +139,7 @@ def test_what_training_has_added_is_told_and_kept_beside_what_the_weights_had(be
     assert again.config == env.model.config
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_without_the_file_that_it_began_from_bit_for_bit(workdir, monkeypatch, tiny):
     bench = Bench(workdir, monkeypatch)
     source = workdir / "source"

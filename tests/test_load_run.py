@@ -511,6 +511,7 @@ def test_positions_that_no_memory_holds_are_refused(run, monkeypatch):
     assert "memory" in refused(lambda: load_run("one", which="last"), ResourceError)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["settings.json", "tokenizer.json"])
 def test_hostile_json_is_refused_in_words_at_little_cost(run, name):
     reader, kind = {

@@ -211,6 +211,7 @@ def spoil_losses(monkeypatch, is_spoilt) -> None:
     monkeypatch.setattr(training.learner, "batch_loss", batch_loss)
 
 
+@pytest.mark.slow
 def test_a_diverging_run_ends_with_5_and_names_the_last_good_checkpoint(
     workdir, start, monkeypatch
 ):
@@ -231,6 +232,7 @@ def test_a_diverging_run_ends_with_5_and_names_the_last_good_checkpoint(
     assert "Resuming" in start(**settings).out
 
 
+@pytest.mark.slow
 def test_without_matplotlib_and_tqdm_a_run_trains_and_a_step_that_is_not_finite_is_skipped(
     workdir, start, monkeypatch
 ):
@@ -250,6 +252,7 @@ def test_without_matplotlib_and_tqdm_a_run_trains_and_a_step_that_is_not_finite_
     assert [loss is None for loss in losses] == [step == 3 for step in range(1, 9)]
 
 
+@pytest.mark.slow
 def test_memory_that_runs_out_is_said_with_what_to_change_and_the_checkpoint_is_kept(
     workdir, start, monkeypatch
 ):

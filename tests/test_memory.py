@@ -421,6 +421,7 @@ def test_what_smaller_parts_would_not_mend_is_not_tried_again():
     assert len(calls) == 2
 
 
+@pytest.mark.slow
 def test_a_run_that_ran_out_of_memory_is_stopped_and_goes_on_exactly(bench):
     settings = {"gradient_accumulation_steps": 2, "max_steps": 9}
     # one that had no more memory from its first step on, and was never stopped

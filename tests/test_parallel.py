@@ -554,6 +554,7 @@ class Syncs(torch.nn.Module):
         self._now = True
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["ddp", "fsdp"])
 def test_gradients_travel_only_at_the_last_micro_batch_of_each_step(kind):
     model, parallel = Syncs(), Listening(0, 2)
@@ -764,6 +765,7 @@ def test_an_epoch_of_millions_is_sharded_as_fast_as_it_is_shuffled_in_ten_bytes_
         tracemalloc.stop()
 
 
+@pytest.mark.slow
 def test_what_only_several_ranks_need_is_imported_where_they_do():
     found = []
     for name in project_trees():

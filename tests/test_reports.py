@@ -246,6 +246,7 @@ def test_a_table_of_some_twenty_rows_is_divided_by_documents_or_by_position(tmp_
     assert abs(windows.n_val / text.n_tokens - 0.1) < 0.03 and windows.n_windows > 10
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("sampling", "max_length", "said"),
     [

@@ -39,6 +39,7 @@ def bench(workdir, monkeypatch) -> Bench:
     return Bench(workdir, monkeypatch)
 
 
+@pytest.mark.slow
 def test_a_run_stopped_after_many_of_its_steps_equals_one_that_was_never_stopped(bench):
     # evaluations are after 7 and 14, epochs' ends after 8 and 16
     check_stops(bench, [1, 7, 8, 9, 16, STEPS])
@@ -53,6 +54,7 @@ def test_a_run_stopped_after_many_of_its_steps_equals_one_that_was_never_stopped
     assert len(bench.drawn["batch_losses"]) == STEPS
 
 
+@pytest.mark.slow
 def test_a_run_by_muon_in_bf16_on_random_windows_accumulated_resumes_exactly(bench):
     check_stops(bench, [1, 7, 8], **MUON)  # 8 is an epoch's end
 

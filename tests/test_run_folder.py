@@ -245,6 +245,7 @@ def test_a_path_goes_on_with_that_run_which_no_other_program_trains(start):
     assert not Path("elsewhere").exists()
 
 
+@pytest.mark.slow
 def test_a_named_run_goes_on_with_its_own_text_and_tokenizer_only(start):
     pytest.importorskip("tokenizers")
     sample = (REPOSITORY / "corpus" / "sample-en.txt").read_text(encoding="utf-8")

@@ -87,6 +87,7 @@ def models():
 # ------------------------------------------------------------------------------------- the docs
 
 
+@pytest.mark.slow
 def test_the_tables_are_what_the_calculator_prints(models):
     english, chinese = map(read, DOCS)
     tables = scaling.tables(list(models.values()), H100, networks())

@@ -369,6 +369,7 @@ ANY_SECTION = st.dictionaries(
 RUN_NAMES = st.sampled_from(field_names(RunSettings)) | st.text(max_size=5)
 
 
+@pytest.mark.slow
 @settings(max_examples=40, derandomize=True, deadline=None, database=None)
 @given(st.dictionaries(RUN_NAMES, ANYTHING | ANY_SECTION, max_size=4))
 @example({})

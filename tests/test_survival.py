@@ -81,6 +81,7 @@ def test_the_storm_finds_what_was_acknowledged_too_early(memory, monkeypatch):
     assert "is lost, the newest is" in "".join(storm(memory, "lost")["failures"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("start", "mode"), [("empty", "once"), *(("a run", mode) for mode in FAILING)]
 )

@@ -501,6 +501,7 @@ STEPS = [
 ]
 
 
+@pytest.mark.slow
 def test_a_build_that_is_stopped_or_killed_at_any_step_leaves_no_half_entry(
     tmp_path, build, thirty, monkeypatch, capsys
 ):

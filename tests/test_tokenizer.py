@@ -139,6 +139,7 @@ def oracle(saved, tmp_path_factory) -> tiktoken.Encoding:
         return tiktoken.get_encoding("gpt2")
 
 
+@pytest.mark.slow
 def test_vocabulary_and_ids_equal_tiktokens_and_halves_of_characters_are_replaced(ours, oracle):
     assert ours.vocab_size == oracle.n_vocab == 50257
     assert ours.end_of_text_id == oracle.eot_token == 50256

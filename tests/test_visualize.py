@@ -40,6 +40,7 @@ RUNS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("run", RUNS)
 def test_every_run_gives_a_picture_of_readable_size_without_a_warning(run):
     assert_readable(pixels(render(**RUNS[run])))
