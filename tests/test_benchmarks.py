@@ -67,6 +67,7 @@ def test_the_peak_is_that_of_the_named_gpu_or_none():
         assert steps.bf16_peak(f"NVIDIA {name}") == (peak and peak * 1e12)
 
 
+@pytest.mark.slow
 def test_the_step_with_full_logits_is_the_same_training():
     precision = choose_precision("fp32", CPU)
     ids, targets = torch.randint(100, (2, 4, 16), generator=torch.Generator().manual_seed(0))
@@ -277,6 +278,7 @@ def test_our_contender_trains_on_the_given_tokens_from_the_shared_weights(
     assert "tokens/s" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_the_training_benchmark_measures_every_kind_of_step(results, monkeypatch, capsys):
     quick = train.cases(CPU)[0]
     with torch.device("meta"):

@@ -555,6 +555,7 @@ def test_a_token_of_any_length_is_read_in_no_time(tmp_path):
     assert costs[1] < 20 * costs[0]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not os.path.exists("/proc/self/clear_refs"), reason="Linux tells the peak")
 def test_hostile_files_and_huge_models_are_refused_and_take_little_memory(run):
     def take_all() -> None:

@@ -47,6 +47,7 @@ def storm(folder: Path, *wanted: str) -> dict:
     return pytest.fail(f"no {wanted} in {total}")
 
 
+@pytest.mark.slow
 def test_kills_leave_every_folder_whole_and_lose_no_acknowledged_one(memory):
     result = storm(memory, "half_written", "half_removed")
     assert result["failures"] == []
@@ -71,6 +72,7 @@ def test_the_storm_finds_a_writer_that_is_not_atomic(memory, monkeypatch):
     assert re.match(r"storm: seed \d+, kill \d+: .*step-\d{8}", result["failures"][0])
 
 
+@pytest.mark.slow
 def test_the_storm_finds_what_was_acknowledged_too_early(memory, monkeypatch):
     def save(folder, step, acknowledge):
         acknowledge(step)
