@@ -102,8 +102,8 @@ def diagnose(curves: Curves, facts: Facts) -> list[Finding]:
     """The findings of a run, worst first; empty before its second evaluation, or if all is well."""
     measured = measure(curves, facts)
     if measured is None:
-        found = [_not_finite(facts)] if facts.skipped else []
-        return [finding for finding in found if finding is not None]
+        found = _not_finite(facts, curves)
+        return [] if found is None else [found]
     results = [rule(measured) for rule in RULES]
     findings = [finding for finding in results if finding is not None]
     kinds = {finding.kind for finding in findings}
@@ -210,18 +210,31 @@ def _slowdown(speeds: np.ndarray) -> float:
 # ---------------------------------------------------------------------------------- rules
 
 
-def _not_finite(facts: Facts, curves: Curves | None = None) -> Finding | None:
-    if not facts.skipped:
-        return None
-    steps = [] if curves is None else curves.steps
-    losses, norms = ([], []) if curves is None else (curves.losses, curves.grad_norms)
-    numbers = zip(steps, losses, norms, strict=True)
-    first = next((step for step, a, b in numbers if not math.isfinite(a + b)), None)
-    where = (
-        Words("", "")
-        if first is None
-        else Words(f", first at step {first:,}", f"，首次在第 {first:,} 步")
+def _not_finite(facts: Facts, curves: Curves) -> Finding | None:
+    """Of steps that were left out, and of an evaluation, which has ended the run."""
+    of_steps = zip(curves.steps, curves.losses, curves.grad_norms, strict=True)
+    evaluations = zip(curves.eval_steps, curves.train_losses, curves.val_losses, strict=True)
+    first, evaluated = (
+        next((step for step, a, b in numbers if not math.isfinite(a + b)), None)
+        for numbers in (of_steps, evaluations)
     )
+    en, zh = [], []
+    if facts.skipped:
+        en.append(
+            f"In {_count(facts.skipped, 'step')} the loss or the gradient was infinite or not a "
+            f"number{'' if first is None else f', first at step {first:,}'}; these steps were left "
+            "out."
+        )
+        where = "" if first is None else f"，首次在第 {first:,} 步"
+        zh.append(f"有 {facts.skipped:,} 步的损失或梯度是无穷大或非数{where}；这些步被跳过了。")
+    if evaluated is not None:
+        en.append(
+            f"The evaluation at step {evaluated:,} gave a loss that is infinite or not a number, "
+            "which ended the run."
+        )
+        zh.append(f"第 {evaluated:,} 步的评估得到无穷大或非数的损失，运行因此结束。")
+    if not en:
+        return None
     changes = _slower(facts, 3)
     if facts.max_grad_norm == 0:
         changes |= {"max_grad_norm": 1.0}
@@ -231,12 +244,8 @@ def _not_finite(facts: Facts, curves: Curves | None = None) -> Finding | None:
         "nan",
         PROBLEM,
         0.95,
-        Words("Steps with numbers that are not finite", "有些步的数值不是有限数"),
-        Words(
-            f"In {_count(facts.skipped, 'step')} the loss or the gradient was infinite or not a "
-            f"number{where.en}; these steps were left out.",
-            f"有 {facts.skipped:,} 步的损失或梯度是无穷大或非数{where.zh}；这些步被跳过了。",
-        ),
+        Words("Numbers that are not finite", "有些数值不是有限数"),
+        Words(" ".join(en), "".join(zh)),
         Words("Lower the learning rate, and clip the gradients.", "降低学习率，并裁剪梯度。"),
         changes,
     )

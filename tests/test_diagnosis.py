@@ -86,6 +86,14 @@ def test_a_run_that_has_hardly_begun_has_no_finding():
     assert [f.kind for f in diagnose(begun, dataclasses.replace(facts, skipped=3))] == ["nan"]
 
 
+def test_an_evaluation_that_is_not_finite_is_a_finding_with_its_step():
+    curves, facts = of("healthy-1")
+    assert "nan" not in kinds(curves, facts)
+    curves.add({"step": 900, "eval/train_loss": None, "val/loss": None})
+    (finding,) = diagnose(curves, facts)
+    assert finding.kind == "nan" and "The evaluation at step 900 gave" in finding.evidence.en
+
+
 @pytest.mark.parametrize(
     ("changes", "kind"),
     [

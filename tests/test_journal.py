@@ -120,6 +120,8 @@ def test_bad_numbers_are_null_in_the_log_and_bad_evaluations_stop_the_run(tmp_pa
         with pytest.raises(NumericsError, match=f"after step 1 the training loss is {train_loss}"):
             evaluate(journal, train_loss, val_loss)
         assert journal.history.steps == drawn == []
+        row = rows_of(tmp_path)[-1]  # for the report
+        assert (row["step"], row["val/loss"]) == (1, val_loss if val_loss == GOOD else None)
 
 
 def test_the_lines_and_rows_of_evaluations_are_those_of_the_public_format(clock, capsys, tmp_path):

@@ -389,7 +389,7 @@ def test_a_run_that_diverges_or_is_stopped_draws_the_steps_since_its_last_evalua
     assert main.main(["settings.py"]) == error.exit_code
     run = Path("runs/tiny")
     page = (run / "report.html").read_text(encoding="utf-8")
-    assert ("Steps with numbers that are not finite" in page) == spoils
+    assert ("Numbers that are not finite" in page) == spoils
     last = embedded(page)["charts"]["norm"]["curves"][0]["points"][-1][0]
     assert last == len(read_run(run).curves.steps) > 12
 

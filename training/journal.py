@@ -201,7 +201,9 @@ class Journal:
     def evaluation(self, epoch: int | None, train_loss: float, val_loss: float) -> None:
         """Note an evaluation, ending `epoch` (from 1) unless None; NumericsError if not finite."""
         history, step = self.history, self.steps
+        row = {"step": step, "eval/train_loss": train_loss, "val/loss": val_loss}
         if not math.isfinite(train_loss + val_loss):
+            self._log([row])  # so that the report can say why the run ended
             raise NumericsError(
                 f"after step {step} the training loss is {train_loss} and the validation loss "
                 f"{val_loss}: training diverged.\nBegin a run with a third of the learning rate, "
@@ -212,7 +214,6 @@ class Journal:
         history.val_losses.append(val_loss)
         history.tokens_seen.append(self._tokens)
         history.elapsed_s = self.elapsed_s
-        row = {"step": step, "eval/train_loss": train_loss, "val/loss": val_loss}
         row["val/perplexity"] = perplexity(val_loss)
         if self.token_size is not None:
             row["val/bits_per_character"] = bits_per_character(val_loss, self.token_size)
