@@ -1,26 +1,30 @@
 """Fit the law by which MINUTES chooses, and compare its choices with others.
 
-    python -m benchmarks.recipe [--texts A.txt B.txt ...] [--verify] [--rehearse] [--results FILE]
-    python -m benchmarks.recipe --auto 1.67 5 [--seeds 3]
+    python -m benchmarks.recipe [--texts A.txt B.txt ...] [--workers 2] [--results FILE]
+    python -m benchmarks.recipe --rules | --verify | --auto 1.67 5 [--seeds 3]
 
 Short runs of the real program: sizes and times, passes through small parts, tokenizers, seeds.
 Budgets are in tokens, those of a reference machine, so that other load changes no loss. A later
 call goes on from the results that are there. Then the law's numbers are fitted, also without each
-text for the error there. --verify trains what the law chooses against what else could be chosen,
-on texts that the fit has not seen, and prints the regret. --auto trains its choice alone, for some
-minutes of the reference machine, and prints the median of some seeds. --rehearse does it with a few
-steps.
+text for the error there. --rules trains with each of the recipe's rules and without it. --verify
+trains what the law chooses against what else could be chosen, on texts that the fit has not seen,
+and prints the regret. --auto trains its choice alone, for some minutes of the reference machine,
+and prints the median of some seeds. --workers trains several models at once, each on one thread.
+--rehearse does it with a few steps.
 """
 
 import argparse
+import concurrent.futures
 import itertools
 import json
+import math
+import os
 import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -60,15 +64,36 @@ NANOGPT = Fixed(
 )  # fmt: skip
 
 
+PART = 50_000  # bytes that a run of a third of a minute reads several times
+# what stood in place of each rule of the recipe, by name: in runs on PART of a text, and on all
+OF_PASSES: dict[str, dict[str, Any]] = {
+    "weight decay by passes": {"weight_decay": 0.1},
+    "dropout by passes": {"drop_rate": 0.0},
+    "windows moved each pass": {"shift_windows": False},
+    "embeddings decay, too": {"decay_embeddings": False},
+}
+OF_STEPS: dict[str, dict[str, Any]] = {
+    "decay over 55 %": {"decay_share": 0.2},
+    "decay to 3 %": {"final_rate": 0.1},
+    "beta2 by its half-life": {"beta2": 0.95},
+    "warm-up of 3 %": {"warmup_steps": 100},
+}
+
+
 @dataclass(frozen=True)
 class Run:
-    """A run on a text, or on its first bytes: a recipe of its minutes around what is set."""
+    """A run on a text, or on its first bytes: a recipe of its minutes around what is set.
+
+    A part is read for all the minutes, also where the recipe would end before. changed replaces
+    some of the recipe's values and moves no others.
+    """
 
     text: str
     minutes: float  # of REFERENCE
     fixed: Fixed
     first_bytes: int | None = None
     seed: int = 1
+    changed: dict[str, Any] = field(default_factory=dict)
 
     @property
     def key(self) -> str:
@@ -77,18 +102,45 @@ class Run:
 
 
 def fit_runs(texts: Iterable[str]) -> list[Run]:
-    """The runs that the law is fitted to, the most telling first."""
-    runs = []
-    for text in texts:
-        for layers, width in SIZES:
-            shape = Fixed(None, {"n_layers": layers, "emb_dim": width}, {})
-            runs += [Run(text, minutes, shape) for minutes in (1 / 3, 1.0, 3.0)]
-        runs += [Run(text, 1.0, Fixed(f"bpe:{n}", {}, {})) for n in (512, 2048, 4096)]
-        for dropout, decay in ((0.0, 0.1), (0.2, 1.0)):
-            fixed = Fixed(None, {"drop_rate": dropout}, {"weight_decay": decay})
-            parts = itertools.product((0.5, 1.5, 4.0), (100_000, 300_000))
-            runs += [Run(text, minutes, fixed, first_bytes) for minutes, first_bytes in parts]
-        runs += [Run(text, 1.0, Fixed(None, {}, {}), seed=seed) for seed in (2, 3)]
+    """The runs that the law is fitted to, the most telling first, text by text in turn."""
+    free, short = Fixed(None, {}, {}), 1 / 3
+    shapes = [Fixed(None, {"n_layers": layers, "emb_dim": width}, {}) for layers, width in SIZES]
+    parts = [
+        (minutes, n_bytes, Fixed(None, {"drop_rate": dropout}, {"weight_decay": decay}))
+        for minutes, n_bytes in ((short, 30_000), (2 / 3, 30_000), (2 / 3, 120_000))
+        for dropout, decay in ((0.0, 0.1), (0.2, 1.0))
+    ]
+    of_text = [
+        *((short, None, shape, 1) for shape in shapes),
+        *((minutes, n_bytes, fixed, 1) for minutes, n_bytes, fixed in parts),
+        *((1.0, None, shape, 1) for shape in shapes[::2]),
+        *((short, None, Fixed(f"bpe:{n}", {}, {}), 1) for n in (512, 2048, 4096)),
+        *((1.0, None, shape, 1) for shape in shapes[1::2]),
+        *((short, None, free, seed) for seed in (1, 2, 3)),
+        *((3.0, None, shape, 1) for shape in shapes[2:]),
+    ]
+    return [
+        Run(text, minutes, fixed, n_bytes, seed)
+        for minutes, n_bytes, fixed, seed in of_text
+        for text in texts
+    ]
+
+
+def rule_runs(text: str, seeds: Iterable[int]) -> dict[str, list[tuple[Run, Run]]]:
+    """By the names of the recipe's rules, a run with each and one without it for each seed."""
+    runs: dict[str, list[tuple[Run, Run]]] = {}
+    wide = Fixed(None, {"n_layers": 5, "emb_dim": 256}, {})
+    for seed in seeds:
+        own = Run(text, 1 / 3, Fixed(None, {}, {}), seed=seed)
+        off_anchor = replace(own, fixed=wide)
+        facts = facts_of(own, Path())[0]
+        rate = choose_recipe(facts, REFERENCE, 1 / 3, wide).training["embedding_rate"]
+        pairs = {"rate by width": (off_anchor, {"learning_rate": rate})}
+        pairs |= {name: (own, changed) for name, changed in OF_STEPS.items()}
+        part = replace(own, first_bytes=PART)
+        pairs |= {name: (part, changed) for name, changed in OF_PASSES.items()}
+        for name, (run, changed) in pairs.items():
+            runs.setdefault(name, []).append((run, replace(run, changed=changed)))
     return runs
 
 
@@ -119,24 +171,34 @@ def facts_of(run: Run, folder: Path) -> tuple[TextFacts, Path]:
     return find_facts(DataSpec(train=(str(path),)), 0.9, usable_cache()), path
 
 
-def train(run: Run, most_steps: int | None) -> dict[str, Any]:
+def train(run: Run, most_steps: int | None, workers: int) -> dict[str, Any]:
     """Train as the program does; its recipe, steps and final bits a byte."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         facts, path = facts_of(run, folder)
         recipe = choose_recipe(facts, REFERENCE, run.minutes, run.fixed)
-        steps = min(recipe.steps, most_steps or recipe.steps)
+        steps = recipe.steps
+        if run.first_bytes is not None:
+            steps = round(steps * run.minutes / recipe.minutes)
+        steps = min(steps, most_steps or steps)
         chosen = {**recipe.training, **run.fixed.training, "max_steps": steps}
-        chosen["warmup_steps"] = min(chosen["warmup_steps"], steps // 4)
         model = {n: v for n, v in recipe.model.items() if n != "context_length"}
+        model |= {name: value for name, value in run.changed.items() if name in model}
+        chosen |= {name: value for name, value in run.changed.items() if name not in model}
+        chosen["warmup_steps"] = min(chosen["warmup_steps"], steps // 4)
         chosen |= {"max_length": recipe.model["context_length"], "model_overrides": model}
         settings = (
             f"DATA, TOKENIZER, SEED = {str(path)!r}, {recipe.tokenizer!r}, {run.seed}\n"
             f"CUSTOM_MODE, MODEL, RUN_NAME = True, 'llama-mini', 'run'\ncustom_params = {chosen!r}"
         )
         (folder / "settings.py").write_text(settings, encoding="utf-8")
-        command = [sys.executable, str(REPOSITORY / "main.py"), "settings.py"]
-        done = subprocess.run(command, cwd=folder, capture_output=True, encoding="utf-8")
+        done = subprocess.run(
+            [sys.executable, str(REPOSITORY / "main.py"), "settings.py"],
+            cwd=folder,
+            env=os.environ | ({"OMP_NUM_THREADS": "1"} if workers > 1 else {}),
+            capture_output=True,
+            encoding="utf-8",
+        )
         if done.returncode != 0:
             raise RuntimeError(f"{run} ended with {done.returncode}:\n{done.stderr[-2000:]}")
         summary = json.loads((folder / "runs" / "run" / "summary.json").read_bytes())
@@ -144,22 +206,31 @@ def train(run: Run, most_steps: int | None) -> dict[str, Any]:
     return found | {"bits": summary["final_val_bits_per_byte"]}
 
 
-def train_all(runs: list[Run], results: dict[str, Any], file: Path, most: int | None) -> None:
-    """Train what has no result yet; each result is in the file before the next run begins."""
-    for number, run in enumerate(runs, start=1):
-        if run.key not in results["runs"]:
-            results["runs"][run.key] = train(run, most)
-            write_json(file, results)
-        found = results["runs"][run.key]
-        told = f"{found['bits']:.4f} bits a byte, {found['recipe']['bits_per_byte']:.4f} expected"
-        say(f"{number}/{len(runs)} {run.text} {run.minutes:.3g} min, {run.fixed}: {told}")
+def train_all(
+    runs: Iterable[Run], results: dict[str, Any], file: Path, most: int | None, workers: int
+) -> None:
+    """Train what has no result yet; each result is in the file as soon as it is there."""
+    missing = {run.key: run for run in runs if run.key not in results["runs"]}
+    with concurrent.futures.ThreadPoolExecutor(workers) as pool:
+        waiting = {pool.submit(train, run, most, workers): run for run in missing.values()}
+        try:
+            for number, done in enumerate(concurrent.futures.as_completed(waiting), start=1):
+                run = waiting[done]
+                results["runs"][run.key] = found = done.result()
+                write_json(file, results)
+                told = f"{found['bits']:.4f} bits a byte, {found['recipe']['bits_per_byte']:.4f}"
+                of = f"{number}/{len(waiting)} {run.text} {run.first_bytes or 'all'}"
+                say(f"{of} {run.minutes:.3g} min, {run.fixed} {run.changed}: {told} expected")
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
 
 
 def predicted(found: dict[str, Any], k: dict[str, float]) -> float:
     """What the law says of a run, with some coefficients."""
     facts, recipe = TextFacts(**found["facts"]), Recipe(**found["recipe"])
-    model, fixed = recipe.model, json.loads(found["key"])["fixed"]
-    training = recipe.training | fixed["training"]
+    run = json.loads(found["key"])
+    model = recipe.model
+    training = recipe.training | run["fixed"]["training"]
     name, rate = recipe.tokenizer, facts.bytes_per_token[recipe.tokenizer]
     windows = training["batch_size"] * training["gradient_accumulation_steps"]
     shape = [model["n_layers"], model["emb_dim"], facts.vocabularies[name], rate]
@@ -211,45 +282,65 @@ def left_out_errors(runs: list[dict[str, Any]], tries: int) -> dict[str, list[fl
     return errors
 
 
+def say_rules(texts: list[str], seeds: range, bits: Callable[[Run], float]) -> None:
+    """Say what each rule gains on each text: the mean of some seeds, and its standard error."""
+    for text in texts:
+        for name, pairs in rule_runs(text, seeds).items():
+            gains = [bits(without) / bits(own) - 1 for own, without in pairs]
+            error = statistics.stdev(gains) / len(gains) ** 0.5 if len(gains) > 1 else math.nan
+            say(f"{text} {name}: gains {statistics.mean(gains):+.2%} +- {error:.2%}")
+
+
 def main() -> None:
-    """Train, fit and write the file, or print the regret."""
+    """Train, and fit and write the file or print what was asked for."""
     use_utf8()
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--texts", nargs="+", default=["tinyshakespeare.txt", "ci.txt"])
-    for name in ("--verify", "--rehearse"):
+    for name in ("--rules", "--verify", "--rehearse"):
         parser.add_argument(name, action="store_true")
     parser.add_argument("--auto", nargs="+", type=float, metavar="MINUTES", default=[])
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--workers", type=int, default=1)
     parser.add_argument("--results", type=Path, default=RESULTS / "recipe-cpu.json")
     asked = parser.parse_args()
     results: dict[str, Any] = {"machine": machine(torch.device("cpu")), "runs": {}}
     results |= json.loads(asked.results.read_bytes()) if asked.results.is_file() else {}
     most, tries = (8, 2) if asked.rehearse else (None, TRIES)
+    seeds = range(1, asked.seeds + 1)
+
+    def train_some(runs: Iterable[Run]) -> None:
+        train_all(runs, results, asked.results, most, asked.workers)
+
+    def bits(run: Run) -> float:
+        return results["runs"][run.key]["bits"]
+
     if asked.auto:
-        for text, minutes in itertools.product(asked.texts, asked.auto):
-            auto = Run(text, minutes, Fixed(None, {}, {}))
-            runs = [replace(auto, seed=seed) for seed in range(1, asked.seeds + 1)]
-            train_all(runs, results, asked.results, most)
-            median = statistics.median(results["runs"][run.key]["bits"] for run in runs)
-            say(f"{text} {minutes:g} min: {median:.4f} bits a byte, median of {len(runs)} seeds")
-        return
-    if asked.verify:
-        for text, minutes in ((t, m) for t in asked.texts for m in (1.0, 3.0)):
+        autos = [Run(t, m, Fixed(None, {}, {})) for t in asked.texts for m in asked.auto]
+        train_some(replace(auto, seed=seed) for auto in autos for seed in seeds)
+        for auto in autos:
+            median = statistics.median(bits(replace(auto, seed=seed)) for seed in seeds)
+            say(f"{auto.text} {auto.minutes:g} min: {median:.4f} bits a byte, {len(seeds)} seeds")
+    elif asked.rules:
+        of_rules = [pairs for text in asked.texts for pairs in rule_runs(text, seeds).values()]
+        train_some(run for pairs in zip(*of_rules, strict=True) for pair in pairs for run in pair)
+        say_rules(asked.texts, seeds, bits)
+    elif asked.verify:
+        for text, minutes in itertools.product(asked.texts, (1.0, 3.0)):
             named = rivals(text, facts_of(Run(text, minutes, NANOGPT), Path())[0], minutes)
-            runs = list(named.values())[: 2 if asked.rehearse else None]
-            train_all(runs, results, asked.results, most)
-            bits = {n: results["runs"][r.key]["bits"] for n, r in named.items() if r in runs}
-            regret = bits["auto"] / min(bits.values()) - 1
-            say(f"{text} {minutes:g} min: {bits}, regret {regret:.2%}")
-        return
-    runs = fit_runs(asked.texts)
-    runs = [runs[0], runs[-1]] if asked.rehearse else runs
-    train_all(runs, results, asked.results, most)
-    found = [run | {"key": key} for key, run in results["runs"].items()]
-    results["coefficients"], results["texts"] = fit(found, tries)
-    results["left_out"] = left_out_errors(found, tries)
-    write_json(asked.results, results)
-    say(json.dumps(results["coefficients"]))
+            named = dict(list(named.items())[: 2 if asked.rehearse else None])
+            train_some(named.values())
+            reached = {name: bits(run) for name, run in named.items()}
+            regret = reached["auto"] / min(reached.values()) - 1
+            say(f"{text} {minutes:g} min: {reached}, regret {regret:.2%}")
+    else:
+        runs = fit_runs(asked.texts)
+        train_some([runs[0], runs[-1]] if asked.rehearse else runs)
+        unchanged = [run | {"key": key} for key, run in results["runs"].items()]
+        unchanged = [run for run in unchanged if not json.loads(run["key"])["changed"]]
+        results["coefficients"], results["texts"] = fit(unchanged, tries)
+        results["left_out"] = left_out_errors(unchanged, tries)
+        write_json(asked.results, results)
+        say(json.dumps(results["coefficients"]))
 
 
 if __name__ == "__main__":
