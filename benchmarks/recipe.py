@@ -22,6 +22,7 @@ import os
 import statistics
 import subprocess
 import sys
+import sysconfig
 import tempfile
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field, replace
@@ -50,6 +51,8 @@ from text.facts import TextFacts, find_facts
 
 REPOSITORY = RESULTS.parent.parent
 TEXTS = REPOSITORY.parent / "shared" / "data"
+OF_FIT = ("tinyshakespeare.txt", "ci.txt")
+OF_RULES, OF_VERIFYING = (*OF_FIT, "wikitext-2/valid.txt"), ("wikitext-2/valid.txt", "python:email")
 # shared by all texts; each text's part of "entropy" is free
 FITTED = (*tuple(COEFFICIENTS)[:7], "turn_muon", "context")
 TRIES, HUBER, PRIOR = 30, 0.03, 0.01
@@ -161,9 +164,15 @@ def rivals(text: str, facts: TextFacts, minutes: float) -> dict[str, Run]:
     return {name: Run(text, minutes, values) for name, values in fixed.items()}
 
 
+def _path_of(text: str) -> Path:
+    """A file of TEXTS, or the folder of one of Python's packages by "python:" and its name."""
+    package = text.removeprefix("python:")
+    return TEXTS / text if package == text else Path(sysconfig.get_path("stdlib")) / package
+
+
 def facts_of(run: Run, folder: Path) -> tuple[TextFacts, Path]:
     """The facts of a run's text, and the file to train on."""
-    path = TEXTS / run.text
+    path = _path_of(run.text)
     if run.first_bytes is not None:
         content = path.read_bytes()[: run.first_bytes].decode("utf-8", "ignore")
         path = folder / path.name
@@ -282,7 +291,7 @@ def left_out_errors(runs: list[dict[str, Any]], tries: int) -> dict[str, list[fl
     return errors
 
 
-def say_rules(texts: list[str], seeds: range, bits: Callable[[Run], float]) -> None:
+def say_rules(texts: Iterable[str], seeds: range, bits: Callable[[Run], float]) -> None:
     """Say what each rule gains on each text: the mean of some seeds, and its standard error."""
     for text in texts:
         for name, pairs in rule_runs(text, seeds).items():
@@ -295,7 +304,7 @@ def main() -> None:
     """Train, and fit and write the file or print what was asked for."""
     use_utf8()
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--texts", nargs="+", default=["tinyshakespeare.txt", "ci.txt"])
+    parser.add_argument("--texts", nargs="+", help='files, or "python:" and a package\'s name')
     for name in ("--rules", "--verify", "--rehearse"):
         parser.add_argument(name, action="store_true")
     parser.add_argument("--auto", nargs="+", type=float, metavar="MINUTES", default=[])
@@ -303,6 +312,8 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=1)
     parser.add_argument("--results", type=Path, default=RESULTS / "recipe-cpu.json")
     asked = parser.parse_args()
+    usual = OF_RULES if asked.rules else OF_VERIFYING if asked.verify else OF_FIT
+    texts = asked.texts or usual
     results: dict[str, Any] = {"machine": machine(torch.device("cpu")), "runs": {}}
     results |= json.loads(asked.results.read_bytes()) if asked.results.is_file() else {}
     most, tries = (8, 2) if asked.rehearse else (None, TRIES)
@@ -315,17 +326,17 @@ def main() -> None:
         return results["runs"][run.key]["bits"]
 
     if asked.auto:
-        autos = [Run(t, m, Fixed(None, {}, {})) for t in asked.texts for m in asked.auto]
+        autos = [Run(t, m, Fixed(None, {}, {})) for t in texts for m in asked.auto]
         train_some(replace(auto, seed=seed) for auto in autos for seed in seeds)
         for auto in autos:
             median = statistics.median(bits(replace(auto, seed=seed)) for seed in seeds)
             say(f"{auto.text} {auto.minutes:g} min: {median:.4f} bits a byte, {len(seeds)} seeds")
     elif asked.rules:
-        of_rules = [pairs for text in asked.texts for pairs in rule_runs(text, seeds).values()]
+        of_rules = [pairs for text in texts for pairs in rule_runs(text, seeds).values()]
         train_some(run for pairs in zip(*of_rules, strict=True) for pair in pairs for run in pair)
-        say_rules(asked.texts, seeds, bits)
+        say_rules(texts, seeds, bits)
     elif asked.verify:
-        for text, minutes in itertools.product(asked.texts, (1.0, 3.0)):
+        for text, minutes in itertools.product(texts, (1.0, 3.0)):
             named = rivals(text, facts_of(Run(text, minutes, NANOGPT), Path())[0], minutes)
             named = dict(list(named.items())[: 2 if asked.rehearse else None])
             train_some(named.values())
@@ -333,7 +344,7 @@ def main() -> None:
             regret = reached["auto"] / min(reached.values()) - 1
             say(f"{text} {minutes:g} min: {reached}, regret {regret:.2%}")
     else:
-        runs = fit_runs(asked.texts)
+        runs = fit_runs(texts)
         train_some([runs[0], runs[-1]] if asked.rehearse else runs)
         unchanged = [run | {"key": key} for key, run in results["runs"].items()]
         unchanged = [run for run in unchanged if not json.loads(run["key"])["changed"]]

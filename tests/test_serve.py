@@ -104,7 +104,7 @@ def test_a_completion_is_what_the_model_writes_for_each_prompt_in_order(server, 
         assert usage.total_tokens == read + 8 * len(written)
 
 
-def test_a_conversation_is_its_contents_joined_with_blank_lines(server, model):
+def test_messages_are_joined_with_blank_lines_and_their_parts_with_line_ends(server, model):
     parts = [{"type": "text", "text": "Its bell"}, {"type": "text", "text": "rang"}]
     messages = [
         {"role": "system", "content": "The ferry"},
@@ -116,7 +116,7 @@ def test_a_conversation_is_its_contents_joined_with_blank_lines(server, model):
     answer = server.openai.chat.completions.create(model="tiny", messages=messages, **options)
     (choice,) = answer.choices
     assert choice.message.role == "assistant"
-    assert choice.message.content == continued(model, "The ferry\n\nIts bell\n\nrang")
+    assert choice.message.content == continued(model, "The ferry\n\nIts bell\nrang")
 
 
 def test_a_stream_comes_in_pieces_that_make_the_whole_and_says_who_speaks(server, model):

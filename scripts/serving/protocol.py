@@ -15,6 +15,7 @@ from engine.settings import find_problems, shown
 from generation import Piece, SamplingConfig, Token
 from scripts.conversation import ASSISTANT, SYSTEM, Converser, TooLongError
 from scripts.serving.guard import Refused
+from text.chat import content_text
 from text.chat_template import Message
 from text.tokenizer import ForeignTokenizer, Tokenizer
 
@@ -322,7 +323,7 @@ def _messages(fields: _Fields) -> list[Message]:
 
 
 def _message(fields: _Fields, place: str, message: Any) -> Message | None:
-    """A message, of parts their texts separated by blank lines; None if it is wrong."""
+    """A message, of parts their texts joined as in training; None if it is wrong."""
     if not isinstance(message, dict) or message.get("role") not in ROLES:
         roles = ", ".join(ROLES)
         said = f'{place} must be an object whose "role" is one of {roles}'
@@ -346,7 +347,7 @@ def _message(fields: _Fields, place: str, message: Any) -> Message | None:
         said = 'must be text, or a list of parts {"type": "text", "text": ...}'
         fields.wrong("messages", f"{place}.content is {shown(content)}; it {said}")
         return None
-    return Message(role, "\n\n".join(part["text"] for part in parts if part["text"]))
+    return Message(role, content_text(parts))
 
 
 def _stop_strings(fields: _Fields) -> list[str]:
