@@ -117,6 +117,8 @@ class GPTConfig:
             problems.append(f"emb_dim ({emb_dim}) must be a multiple of n_heads ({n_heads})")
         elif emb_dim and n_heads:
             head_dim = emb_dim // n_heads
+        if emb_dim and emb_dim % 2 and not n_heads and not head_dim and architecture == "llama":
+            problems.append(f"emb_dim ({emb_dim}) must be even: rotary positions turn pairs")
         if head_dim and head_dim % 2 and architecture == "llama":
             problems.append(f"{ratio} must be even: rotary positions turn pairs")
         if emb_dim and emb_dim % 2 and values["positions"] == "sinusoidal":

@@ -34,27 +34,21 @@ import torch
 
 from benchmarks.report import RESULTS, machine
 from engine.console import say, use_utf8
-from planning.recipe import (
-    COEFFICIENTS,
-    REFERENCE,
-    Candidates,
-    Fixed,
-    Recipe,
-    choose_recipe,
-    expected_bits,
-    turning_passes,
-)
+from planning.law import COEFFICIENTS, Candidates, expected_bits, layer_sizes, turning_passes
+from planning.recipe import REFERENCE, Fixed, Recipe, choose_recipe
 from storage.cache import usable_cache
 from storage.files import write_json
 from text.documents import DataSpec
 from text.facts import TextFacts, find_facts
+from training_utils import TrainingConfig
 
 REPOSITORY = RESULTS.parent.parent
 TEXTS = REPOSITORY.parent / "shared" / "data"
 OF_FIT = ("tinyshakespeare.txt", "ci.txt")
 OF_RULES, OF_VERIFYING = (*OF_FIT, "wikitext-2/valid.txt"), ("wikitext-2/valid.txt", "python:email")
 # shared by all texts; each text's part of "entropy" is free
-FITTED = (*tuple(COEFFICIENTS)[:7], "turn_muon", "context")
+FITTED = (*tuple(COEFFICIENTS)[:7], "turn_muon", "few_steps", "thin_loss", "context")
+COVERED = 0.8  # of the runs that a fit has not seen: the share that the interval is to hold
 TRIES, HUBER, PRIOR = 30, 0.03, 0.01
 SIZES = ((3, 96), (4, 128), (4, 192), (5, 256), (6, 320))
 # nanoGPT's run on a CPU by its README, but for the same time in place of 2,000 steps
@@ -67,6 +61,22 @@ NANOGPT = Fixed(
 )  # fmt: skip
 
 
+# docs/recipes.md's, for one byte a character and for more; training as TrainingConfig has it
+OF_HAND = {"optimizer": "muon", "schedule": "wsd", "batch_size": 16, "weight_decay": 0.1}
+OF_HAND |= {
+    name: getattr(TrainingConfig(), name)
+    for name in ("decay_share", "final_rate", "beta2", "shift_windows", "decay_embeddings")
+}
+BY_HAND = Fixed(
+    "char",
+    {"n_layers": 6, "emb_dim": 192, "context_length": 256, "drop_rate": 0.0},
+    OF_HAND | {"learning_rate": 6e-3, "embedding_rate": 6e-3},
+)
+BY_HAND_OF_WIDE = Fixed(
+    "bpe:4096",
+    {"n_layers": 4, "emb_dim": 192, "context_length": 128, "drop_rate": 0.1},
+    OF_HAND | {"learning_rate": 1.2e-2, "embedding_rate": 1.2e-2},
+)
 PART = 50_000  # bytes that a run of a third of a minute reads several times
 # what stood in place of each rule of the recipe, by name: in runs on PART of a text, and on all
 OF_PASSES: dict[str, dict[str, Any]] = {
@@ -148,12 +158,13 @@ def rule_runs(text: str, seeds: Iterable[int]) -> dict[str, list[tuple[Run, Run]
 
 
 def rivals(text: str, facts: TextFacts, minutes: float) -> dict[str, Run]:
-    """The law's choice, its neighbors and nanoGPT's recipe, by name."""
+    """The law's choice, its neighbors, and the recipes of nanoGPT and of the docs, by name."""
     own = choose_recipe(facts, REFERENCE, minutes, Fixed(None, {}, {}))
     shape = {name: own.model[name] for name in ("n_layers", "emb_dim")}
     shapes = [{"n_layers": layers, "emb_dim": width} for layers, width in SIZES]
     names = {"char", "bpe:1024", "bpe:4096"} & facts.bytes_per_token.keys() - {own.tokenizer}
-    fixed = {"auto": Fixed(None, {}, {}), "nanoGPT": NANOGPT}
+    by_hand = BY_HAND if facts.bytes_per_character < 1.2 else BY_HAND_OF_WIDE
+    fixed = {"auto": Fixed(None, {}, {}), "nanoGPT": NANOGPT, "docs/recipes.md": by_hand}
     fixed |= {str(other): Fixed(None, other, {}) for other in shapes if other != shape}
     fixed |= {name: Fixed(name, {}, {}) for name in sorted(names)}
     for factor in (2.0, 0.5):
@@ -218,8 +229,8 @@ def train(run: Run, most_steps: int | None, workers: int) -> dict[str, Any]:
 def train_all(
     runs: Iterable[Run], results: dict[str, Any], file: Path, most: int | None, workers: int
 ) -> None:
-    """Train what has no result yet; each result is in the file as soon as it is there."""
-    missing = {run.key: run for run in runs if run.key not in results["runs"]}
+    """Train what has no result of today's recipe; each is in the file as soon as it is there."""
+    missing = {run.key: run for run in runs if not _is_known(run, results["runs"])}
     with concurrent.futures.ThreadPoolExecutor(workers) as pool:
         waiting = {pool.submit(train, run, most, workers): run for run in missing.values()}
         try:
@@ -234,6 +245,16 @@ def train_all(
             pool.shutdown(wait=False, cancel_futures=True)
 
 
+def _is_known(run: Run, runs: dict[str, Any]) -> bool:
+    """Whether a run has a result, of the recipe that is chosen today."""
+    if run.key not in runs:
+        return False
+    was = Recipe(**runs[run.key]["recipe"])
+    now = choose_recipe(TextFacts(**runs[run.key]["facts"]), REFERENCE, run.minutes, run.fixed)
+    shape = [(r.tokenizer, r.model, r.training, r.steps) for r in (was, now)]
+    return shape[0] == shape[1]
+
+
 def predicted(found: dict[str, Any], k: dict[str, float]) -> float:
     """What the law says of a run, with some coefficients."""
     facts, recipe = TextFacts(**found["facts"]), Recipe(**found["recipe"])
@@ -242,17 +263,20 @@ def predicted(found: dict[str, Any], k: dict[str, float]) -> float:
     training = recipe.training | run["fixed"]["training"]
     name, rate = recipe.tokenizer, facts.bytes_per_token[recipe.tokenizer]
     windows = training["batch_size"] * training["gradient_accumulation_steps"]
-    shape = [model["n_layers"], model["emb_dim"], facts.vocabularies[name], rate]
-    shape += [model["context_length"], windows]
+    shape = [model["n_layers"], model["emb_dim"], *layer_sizes(model["emb_dim"], model)]
+    shape += [facts.vocabularies[name], rate, model["context_length"], windows]
     c = Candidates([name], *(np.array([[float(value)]]) for value in shape))
     dropout, decay = (np.array([[v]]) for v in (model["drop_rate"], training["weight_decay"]))
-    turn = turning_passes(facts, c, dropout, decay, k=k)
-    return float(expected_bits(facts, c, np.array([[float(found["steps"])]]), turn, k=k)[0, 0])
+    is_adamw, is_gpt2 = training["optimizer"] == "adamw", model["architecture"] == "gpt2"
+    steps = np.array([[float(found["steps"])]])
+    turn = turning_passes(facts, c, dropout, decay, is_adamw=is_adamw, k=k)
+    bits = expected_bits(facts, c, steps, turn, is_adamw=is_adamw, is_gpt2=is_gpt2, k=k)
+    return float(bits[0, 0])
 
 
 def fit(runs: list[dict[str, Any]], tries: int) -> tuple[dict[str, float], dict[str, float]]:
     """The coefficients that meet some runs best, by Levenberg and Marquardt's method with Huber's
-    weights on the logarithms; and each text's part of "entropy"."""
+    weights on the logarithms; and each text's factor of "entropy", whose mean is in the first."""
     texts = sorted({json.loads(run["key"])["text"] for run in runs})
     places = [len(FITTED) + texts.index(json.loads(run["key"])["text"]) for run in runs]
 
@@ -276,8 +300,10 @@ def fit(runs: list[dict[str, Any]], tries: int) -> tuple[dict[str, float], dict[
         better = (after := residuals(other)) @ after < now @ now
         logs, now = (other, after) if better else (logs, now)
         damping *= 0.3 if better else 5
-    shared = {n: v for n, v in coefficients(logs, 0).items() if n in FITTED}
-    return shared, {text: float(np.exp(logs[len(FITTED) + i])) for i, text in enumerate(texts)}
+    of_texts = logs[len(FITTED) :]
+    mean = coefficients(np.append(logs, of_texts.mean()), len(logs))
+    shared = {name: mean[name] for name in (*FITTED, "entropy")}
+    return shared, {t: float(np.exp(log)) for t, log in zip(texts, of_texts, strict=True)}
 
 
 def left_out_errors(runs: list[dict[str, Any]], tries: int) -> dict[str, list[float]]:
@@ -289,6 +315,54 @@ def left_out_errors(runs: list[dict[str, Any]], tries: int) -> dict[str, list[fl
         k = COEFFICIENTS | (fit(others, tries)[0] if others else {})
         errors[text] = [round(predicted(run, k) / run["bits"] - 1, 4) for run in own]
     return errors
+
+
+def covering(errors: Iterable[float]) -> float:
+    """Half of the interval that holds COVERED of some relative errors."""
+    return float(np.quantile(np.abs(list(errors)), COVERED))
+
+
+def say_errors(left_out: dict[str, list[float]]) -> None:
+    """Say how far off each text is by a fit to the others, and how often it is in the interval
+    that the others' errors give."""
+    for text, errors in left_out.items():
+        others = [error for other in left_out if other != text for error in left_out[other]]
+        within = covering(others or errors)
+        share = np.mean(np.abs(errors) <= within)
+        say(
+            f"{text}: {len(errors)} runs, off by {np.median(np.abs(errors)):.1%} in the median; "
+            f"{share:.0%} within {within:.1%}, which holds {COVERED:.0%} of the other texts' runs"
+        )
+
+
+def verify(
+    text: str, train_some: Callable[[Iterable[Run]], None], bits: Callable[[Run], float], few: bool
+) -> None:
+    """Train what the law chooses and its rivals for one and three minutes, the best with three
+    seeds, and for ten minutes the best of three; prints each regret with its standard error."""
+    winner, seeds = Fixed(None, {}, {}), (1,) if few else (1, 2, 3)
+    facts = facts_of(Run(text, 1.0, NANOGPT), Path())[0]
+    for minutes in (1.0, 3.0, 10.0):
+        if minutes < 10:
+            named = rivals(text, facts, minutes)
+            named = dict(list(named.items())[: 2 if few else None])
+        else:
+            fixed = {"auto": Fixed(None, {}, {}), "the best of 3 min": winner}
+            named = {name: Run(text, minutes, values) for name, values in fixed.items()}
+        train_some(named.values())
+        say(f"{text} {minutes:g} min: { ({name: bits(run) for name, run in named.items()}) }")
+        best = sorted(named.keys() - {"auto"}, key=lambda name: bits(named[name]))[:2]
+        of_seeds = {n: [replace(named[n], seed=seed) for seed in seeds] for n in ("auto", *best)}
+        train_some(run for runs in of_seeds.values() for run in runs)
+        reached = {name: [bits(run) for run in runs] for name, runs in of_seeds.items()}
+        first = min(reached, key=lambda name: statistics.mean(reached[name]))
+        regret = statistics.mean(reached["auto"]) / statistics.mean(reached[first]) - 1
+        spread = [
+            statistics.stdev(reached[n]) if len(seeds) > 1 else math.nan for n in ("auto", first)
+        ]
+        error = math.hypot(*spread) / len(seeds) ** 0.5 / statistics.mean(reached[first])
+        say(f"{text} {minutes:g} min: regret {regret:.2%} +- {error:.2%} against {first}")
+        winner = named[first].fixed
 
 
 def say_rules(texts: Iterable[str], seeds: range, bits: Callable[[Run], float]) -> None:
@@ -336,22 +410,27 @@ def main() -> None:
         train_some(run for pairs in zip(*of_rules, strict=True) for pair in pairs for run in pair)
         say_rules(texts, seeds, bits)
     elif asked.verify:
-        for text, minutes in itertools.product(texts, (1.0, 3.0)):
-            named = rivals(text, facts_of(Run(text, minutes, NANOGPT), Path())[0], minutes)
-            named = dict(list(named.items())[: 2 if asked.rehearse else None])
-            train_some(named.values())
-            reached = {name: bits(run) for name, run in named.items()}
-            regret = reached["auto"] / min(reached.values()) - 1
-            say(f"{text} {minutes:g} min: {reached}, regret {regret:.2%}")
+        for text in texts:
+            verify(text, train_some, bits, asked.rehearse)
     else:
         runs = fit_runs(texts)
         train_some([runs[0], runs[-1]] if asked.rehearse else runs)
-        unchanged = [run | {"key": key} for key, run in results["runs"].items()]
-        unchanged = [run for run in unchanged if not json.loads(run["key"])["changed"]]
-        results["coefficients"], results["texts"] = fit(unchanged, tries)
-        results["left_out"] = left_out_errors(unchanged, tries)
+        own = [run | {"key": key} for key, run in results["runs"].items()]
+        own = [run for run in own if _is_of_law(json.loads(run["key"]), texts)]
+        results["coefficients"], results["texts"] = fit(own, tries)
+        results["left_out"] = left_out_errors(own, tries)
+        every = itertools.chain.from_iterable(results["left_out"].values())
+        results["coefficients"]["interval"] = covering(every)
         write_json(asked.results, results)
         say(json.dumps(results["coefficients"]))
+        say_errors(results["left_out"])
+
+
+def _is_of_law(run: dict[str, Any], texts: Iterable[str]) -> bool:
+    """Whether a run tells about the law: one of the recipe's own on a text of the fit."""
+    return (
+        run["text"] in texts and not run["changed"] and "optimizer" not in run["fixed"]["training"]
+    )
 
 
 if __name__ == "__main__":

@@ -14,6 +14,11 @@ from text.facts import TextFacts
 from training_utils import TrainingConfig
 
 LABEL_WIDTH, WIDTH = 14, 100
+# the hyper-parameters that the card shows, for "To change"
+TO_SET = (
+    *("batch_size", "optimizer", "learning_rate", "embedding_rate", "weight_decay"),
+    "decay_share",
+)
 
 
 def card_lines(
@@ -159,12 +164,13 @@ def _about_machine(recipe: Recipe, machine: MachineFacts) -> str:
 
 
 def _about_model(recipe: Recipe) -> str:
-    model, why = recipe.model, recipe.reasons
-    n_layers = model["n_layers"]
+    model = recipe.model
+    n_layers, both = model["n_layers"], (recipe.reasons["n_layers"], recipe.reasons["emb_dim"])
+    why = ", ".join(reason for reason in both if reason != "as set") or "as set"
     return (
         f"{n_layers} layer{'s' * (n_layers != 1)}, {model['emb_dim']} wide, "
-        f"{recipe.parameters:,} parameters ({model['architecture']}): {why['n_layers']}, "
-        f"{why['emb_dim']}; context {model['context_length']}"
+        f"{recipe.parameters:,} parameters ({model['architecture']}): {why}; context "
+        f"{model['context_length']}"
     )
 
 
@@ -212,11 +218,7 @@ def _how_to_set(recipe: Recipe) -> str:
     chosen = {"n_layers": model["n_layers"], "emb_dim": model["emb_dim"]}
     chosen |= {"n_heads": model["n_heads"], "max_length": model["context_length"]}
     chosen |= {"drop_rate": model["drop_rate"]}
-    chosen |= {
-        name: recipe.training[name]
-        for name in ("batch_size", "learning_rate", "weight_decay")
-        if name in recipe.training
-    }
+    chosen |= {name: recipe.training[name] for name in TO_SET if name in recipe.training}
     values = ", ".join(f'"{name}": {value!r}' for name, value in chosen.items())
     return (
         f"MINUTES (from {LEAST_MINUTES:g}), TOKENIZER = {json.dumps(recipe.tokenizer)}, and with "

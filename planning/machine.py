@@ -77,6 +77,7 @@ class Machine:
     micro_batch: int = 1  # the most windows of a forward pass
     memory: int = 0  # bytes that training takes; 0 before it is estimated
     choices: Choices | None = None  # what was measured here
+    is_shared: bool = False  # with NIGHT_MODE: half of the threads, or of a GPU's memory
     notices: tuple[str, ...] = ()  # of what differs from the settings
 
     def but(self, *notices: str, **changes: Any) -> "Machine":
@@ -95,10 +96,11 @@ def find_machine(plan: RunPlan, cache: Path, parallel: Parallel = ALONE) -> Mach
     device = pick_device(plan.run.DEVICE, parallel)
     precision = choose_precision(plan.run.PRECISION, device)
     parallel.require_same(device=device.type)
-    choices = Choices(cache, device, default_threads(parallel.local_world))
+    night = plan.run.NIGHT_MODE
+    choices = Choices(cache, device, _threads_for(night, device, parallel))
     if plan.run.PRECISION == "auto" and may_be_slow(precision):
         precision = parallel.from_main(lambda: _faster_precision(precision, choices))
-    return Machine(device, parallel, precision, choices=choices)
+    return Machine(device, parallel, precision, choices=choices, is_shared=night)
 
 
 def _faster_precision(precision: Precision, choices: Choices) -> Precision:
@@ -541,12 +543,18 @@ def decide_threads(
 ) -> tuple[int, list[str]]:
     """The number of threads, half of it in NIGHT_MODE on the CPU; and notices."""
     usual = default_threads(parallel.local_world)
-    is_halved = night_mode and device.type == "cpu"
-    threads = max(1, usual // 2) if is_halved else usual
+    threads = _threads_for(night_mode, device, parallel)
     kept = _same_sharing(before, night_mode, parallel)
     if kept and not threads_are_set(parallel.local_world):
         threads = min(kept.threads, os.cpu_count() or 1)
+    is_halved = night_mode and device.type == "cpu"
     return threads, [f"night mode: {threads} of {usual} threads"] if is_halved else []
+
+
+def _threads_for(night_mode: bool, device: torch.device, parallel: Parallel) -> int:
+    """The number of threads of a new run."""
+    usual = default_threads(parallel.local_world)
+    return max(1, usual // 2) if night_mode and device.type == "cpu" else usual
 
 
 def decide_micro_batch(

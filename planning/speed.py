@@ -15,8 +15,9 @@ from engine.optim import build_optimizer
 from engine.processor import is_held_up, using_threads
 from engine.randomness import random_state, set_random_state
 from model import GPTConfig, GPTModel
+from planning.law import layer_sizes, step_costs
 from planning.machine import Machine
-from planning.recipe import MachineFacts, in_digits, step_costs
+from planning.recipe import MachineFacts, in_digits
 from training.learner import Learner, Step
 
 MOST_SHARE = 0.03  # of the minutes, for the measurement; a step that has begun is not cut short
@@ -51,7 +52,8 @@ class Probe:
     def costs(self) -> np.ndarray:
         """What a step is made of, as step_costs() says: operations, tokens, parameters, layers."""
         values = (self.layers, self.width, self.vocabulary, self.context, self.windows)
-        return np.array(step_costs(*map(float, values)), dtype=np.float64)
+        in_layer, _ = layer_sizes(self.width, {})
+        return np.array(step_costs(*map(float, values), in_layer=in_layer), dtype=np.float64)
 
 
 # the first is ruled by what each token or layer costs, the last by large products and the optimizer
@@ -67,7 +69,7 @@ def measure_speed(machine: Machine, minutes: float) -> MachineFacts:
     """How fast the machine trains, from the cache or measured in some 3 % of the minutes.
 
     A measurement takes at least a step, however short the minutes. With several ranks it is the
-    speed of all of them. Prints the figures.
+    speed of all of them, with NIGHT_MODE that of the machine's share. Prints the figures.
     """
     device, choices = machine.device, machine.choices
     question = f"the speed of training steps in {machine.precision.name}"
@@ -88,6 +90,8 @@ def measure_speed(machine: Machine, minutes: float) -> MachineFacts:
         elif choices is not None and len(times) == len(probes):
             choices.keep(question, figures)
     memory = available_memory(device) or UNKNOWN_MEMORY
+    if machine.is_shared and device.type != "cpu":
+        memory //= 2
     world, shared = machine.parallel.world, machine.parallel.local_world
     facts = MachineFacts(
         device=device.type,

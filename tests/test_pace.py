@@ -196,7 +196,11 @@ def test_a_forecast_continues_the_later_half_of_the_flat_phase_and_adds_what_the
     assert forecast_loss(steps, odd, schedule)[1] == pytest.approx(found[1])
     rising = [3.0 + step / 1e4 for step in steps]
     assert forecast_loss(steps, rising, schedule)[1] == pytest.approx(0.97 * 3.001)
-    assert forecast_loss([10, 60, 100], [4.0, 3.0, 2.9], schedule) is None
+    # two are enough, but never tell of a steep fall; one is not
+    assert forecast_loss([10, 60, 100], [4.0, 3.0, 2.9], schedule)[1] < 0.97 * 2.9
+    steep = forecast_loss([10, 20], [4.0, 1.0], schedule)[1]
+    assert steep > 0.9 * 2.0 * (15 / schedule.total_steps) ** 0.5
+    assert forecast_loss([10], [4.0], schedule) is None
     assert forecast_loss([], [], schedule) is None
 
 

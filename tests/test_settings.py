@@ -494,6 +494,10 @@ def test_what_is_set_stays_and_the_recipe_chooses_the_rest():
             {"MINUTES": "10"},
             "MINUTES is '10' (str); it must be a number at least 0.25 and at most ",
         ),
+        (
+            AUTO | {"CUSTOM_MODE": True, "custom_params": {"emb_dim": 97}},
+            "emb_dim (97) must be even: rotary positions turn pairs",
+        ),
         ({"MINUTES": True}, "MINUTES is True (bool); it must be a number at least 0.25"),
         ({"MINUTES": 0}, "MINUTES is 0; it must be a number at least 0.25 and at most 10 000 or N"),
         ({"MINUTES": 20_000}, "MINUTES is 20000; it must be a number at least 0.25"),

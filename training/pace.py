@@ -21,7 +21,8 @@ SHORT_DECAY = 0.25  # of the steps done: a decay that begins at once
 # what the decay of "wsd" takes off the loss beside its progress, as a share of it: the least, the
 # usual and the most (from six runs: 2.5 to 5.2 % in runs of 500 to 800 steps, 0.6 to 1 % in 100)
 DECAY_GAINS = (0.005, 0.03, 0.055)
-LEAST_FITTED = 3  # evaluations that a forecast needs
+LEAST_FITTED = 2  # evaluations that a forecast needs
+STEEPEST = 0.5  # the highest power of a step by which the loss is taken to fall: two may be noise
 REASONS = TIME, BY_HEART = "time", "by heart"  # why a plan is made anew
 
 
@@ -124,14 +125,16 @@ def forecast_loss(
 ) -> tuple[float, float, float] | None:
     """The least, the expected and the highest final validation loss of a run about to decay.
 
-    steps (from 1) and val_losses are its evaluations between warm-up and decay, over the later half
-    of which a power law of the step is fitted. It is continued by the decay's steps, each as much
-    as its learning rate is of the peak, and DECAY_GAINS are taken off. None where there are too few
-    evaluations.
+    steps (from 1) and val_losses are its evaluations between warm-up and decay. A power law of the
+    step is fitted over the later half of them, at least two. It is continued by the decay's steps,
+    each as much as its learning rate is of the peak, and DECAY_GAINS are taken off. None where
+    there are too few evaluations.
     """
     pairs = zip(steps, val_losses, strict=True)
     known = [(s, loss) for s, loss in pairs if 0 < loss < math.inf]  # logarithms are taken
-    kept = [(s, loss) for s, loss in known if 2 * s >= steps[-1]]
+    kept = max(
+        [(s, loss) for s, loss in known if 2 * s >= steps[-1]], known[-LEAST_FITTED:], key=len
+    )
     if len(kept) < LEAST_FITTED:
         return None
     x, y = ([math.log(pair[i]) for pair in kept] for i in (0, 1))
@@ -141,6 +144,8 @@ def forecast_loss(
     last = flat + decay * (1 + schedule.final_rate) / 2
     at_end = min(loss for _, loss in known)
     if slope < 0:
+        slope = max(slope, -STEEPEST)
+        intercept = statistics.mean(y) - slope * statistics.mean(x)
         at_end = math.exp(intercept + slope * math.log(last))
     least, usual, most = DECAY_GAINS
     return at_end * (1 - most), at_end * (1 - usual), at_end * (1 - least)
