@@ -180,7 +180,7 @@ def compare(
     def difference(number: int) -> Difference | None:
         if spread is None or number == order[0]:
             return None
-        return find_difference(bits[number], bits[order[0]], spread)
+        return find_difference(bits[number], bits[order[0]], spread, n_models=len(runs))
 
     standings = [
         Standing(
@@ -209,10 +209,11 @@ def find_differing(settings: Sequence[dict[str, Any]]) -> dict[str, list[Any]]:
 
 
 def _spread_of(runs: Sequence[ComparedRun], scores: Sequence[float]) -> Spread:
-    groups: dict[str, list[float]] = {}
+    """The spread between seeds; of several runs with one seed, which tell nothing of it, one."""
+    groups: dict[str, dict[int, float]] = {}
     for run, score in zip(runs, scores, strict=True):
-        groups.setdefault(run.kind(), []).append(score)
-    return find_spread(list(groups.values()))
+        groups.setdefault(run.kind(), {}).setdefault(run.record.settings["SEED"], score)
+    return find_spread([list(group.values()) for group in groups.values()])
 
 
 def _shared_blocks(
