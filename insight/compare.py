@@ -14,6 +14,7 @@ from engine.errors import DataError
 from engine.precision import choose_precision
 from engine.settings import names_on_resume
 from exchange.saved_run import load_run
+from insight.curves import MetricsReader
 from insight.paired import (
     LONGEST_CONTEXT,
     Blocks,
@@ -133,26 +134,19 @@ def read_compared(path: Path) -> ComparedRun:
 def read_curve(file: Path) -> Curve:
     """The evaluations in a metrics.jsonl; lines that are damaged count as missing."""
     points, tokens, counted, seconds = [], 0, 0, 0.0
-    for line in _lines_of(file):
+    _, rows = MetricsReader(file).read()
+    for row in rows:
         try:
-            row = json.loads(line)
             tokens = row.get("train/tokens", tokens)
             if "val/bits_per_byte" not in row or row["step"] == 0:
                 continue
             seconds += (tokens - counted) / max(1e-9, row["train/tok_per_sec"])
             counted = tokens
             points.append((int(row["step"]), tokens, seconds, float(row["val/bits_per_byte"])))
-        except (ValueError, KeyError, TypeError, AttributeError):
+        except (ValueError, KeyError, TypeError):
             continue
     columns = np.array(points, dtype=np.float64).reshape(-1, 4).T
     return Curve(*columns)
-
-
-def _lines_of(file: Path) -> list[bytes]:
-    try:
-        return file.read_bytes().splitlines()
-    except OSError:
-        return []
 
 
 def compare(

@@ -291,7 +291,7 @@ def test_a_curve_has_the_tokens_and_the_training_time_of_each_evaluation(tmp_pat
     file = tmp_path / "metrics.jsonl"
     lines = [json.dumps(row) for row in rows]
     lines[3:3] = ["[1]", '{"step": ', '{"step": 3, "val/bits_per_byte": null}']
-    file.write_text("\n".join(lines), encoding="utf-8")
+    file.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
     curve = read_curve(file)
     assert curve.steps.tolist() == [2, 4, 6]
     assert curve.tokens.tolist() == [200, 400, 600]
@@ -440,7 +440,8 @@ def test_runs_on_conversations_are_in_the_order_of_their_answers_without_a_verdi
     rows = [{"step": 0, "val/bits_per_byte": 8.0, "train/tok_per_sec": 9.0}]
     for run, bits in ((worse, 3.0), (better, 2.0)):
         rows[1:] = [rows[0] | {"step": 9, "val/bits_per_byte": bits, "train/tokens": 90}]
-        (run / "metrics.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+        lines = "".join(f"{json.dumps(row)}\n" for row in rows)
+        (run / "metrics.jsonl").write_text(lines, encoding="utf-8")
     done = call(str(worse), str(better))
     assert done.code == 0, done.err
     assert done.out.startswith("No verdict: a learned conversations, of which the answers alone")
