@@ -33,6 +33,7 @@ from insight.run_files import INSIGHT, read_run, read_samples
 from insight.run_text import RunText
 from insight.verdict import headline
 from planning.plan import Chat
+from scripts import report as program
 from storage.files import write_json
 from tests.conftest import LETTERS
 from tests.letters import Letters
@@ -359,6 +360,20 @@ def test_copies_are_looked_for_in_what_the_model_wrote_alone(tmp_path, monkeypat
         spans = [[len(begin) + 1, len(begin) + 4]]
         assert facts == {"copied": {f"{begin}Here": spans}}
     assert seen == 4 * ["Here"]
+
+
+def test_runs_without_weights_are_drawn_with_a_note_each_and_the_text_is_measured(
+    tmp_path, monkeypatch, capsys
+):
+    runs = [make_run(tmp_path / name) for name in ("one", "two")]
+    monkeypatch.setattr(program, "open_run_text", lambda _: text_of_letters())
+    monkeypatch.setattr(sys, "argv", ["report", "--seconds=1", *map(str, runs)])
+    assert program.main() == 0
+    told = capsys.readouterr()
+    assert told.err.count("The report lacks what the model has by heart") == 2
+    for run in runs:
+        assert (run / "report.html").exists() and f"Report: {run / 'report.html'}" in told.out
+        assert read_run(run).facts.leaked == 1
 
 
 # ----------------------------------------------------------------------------- in a run
