@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,6 +11,7 @@ import numpy as np
 
 MOST_LINE_BYTES = 1 << 20  # of metrics.jsonl; a longer line is none of ours
 BLOCK_BYTES = 1 << 20
+KEPT_BYTES = 256  # of the end of what was read: a row, more or less
 
 
 @dataclass
@@ -81,15 +81,15 @@ class MetricsReader:
     """metrics.jsonl, of which each read() takes only what was added since the one before.
 
     Where a run goes on from a checkpoint, another file takes its place, without the rows of later
-    steps: it may soon be longer than what was read.
+    steps: it may soon be longer than what was read, but has another row there.
     """
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._begin(None)
+        self._begin()
 
-    def _begin(self, inode: int | None) -> None:
-        self._inode, self._offset, self._rest = inode, 0, b""
+    def _begin(self) -> None:
+        self._offset, self._last, self._rest = 0, b"", b""
         self._skips = False  # the rest of a line that is too long
 
     def read(self) -> tuple[bool, Iterator[dict[str, Any]]]:
@@ -97,12 +97,12 @@ class MetricsReader:
         of the file in memory. A line that is half written, damaged or too long is left out."""
         try:
             file = open(self._path, "rb")  # noqa: SIM115  which _rows() closes
+            file.seek(self._offset - len(self._last))
+            is_another = file.read(len(self._last)) != self._last
         except OSError:
             return False, iter(())
-        found = os.fstat(file.fileno())
-        is_another = found.st_ino != self._inode or found.st_size < self._offset
         if is_another:
-            self._begin(found.st_ino)
+            self._begin()
         return is_another, self._rows(file)
 
     def _rows(self, file: BinaryIO) -> Iterator[dict[str, Any]]:
@@ -110,6 +110,7 @@ class MetricsReader:
             file.seek(self._offset)
             while block := self._block(file):
                 self._offset += len(block)
+                self._last = (self._last + block)[-KEPT_BYTES:]
                 *lines, self._rest = (self._rest + block).split(b"\n")
                 for line in lines:
                     if not self._skips and (row := _row(line)) is not None:

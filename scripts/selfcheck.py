@@ -101,7 +101,7 @@ def without_paths(text: str) -> str:
         "temporary": Path(tempfile.gettempdir()),
         "home": Path("~").expanduser(),  # stays as it is where there is none
     }
-    found = {}
+    found: dict[str, str] = {}
     for name, folder in folders.items():
         for path in {folder, folder.resolve()} if len(folder.parts) > 1 else ():
             # as in a message, within a repr(), and with slashes on Windows

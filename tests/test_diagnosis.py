@@ -14,7 +14,7 @@ from benchmarks.diagnosis import HISTORIES, count_right, labelled_runs, put_into
 from insight.curves import Curves
 from insight.diagnosis import NOTE, Facts, Finding, diagnose, measure, repetition
 from insight.verdict import change_lines
-from planning.plan import resolve_settings
+from planning.plan import RunPlan, resolve_settings
 from tests.test_chinese_documents import BLANKS, HALF_WIDTH, HAN
 
 
@@ -148,21 +148,20 @@ CUSTOM_PARAMS = (
 )
 
 
-def resolve(settings: dict):
+def resolve(settings: dict) -> RunPlan:
     return resolve_settings(settings, "config_run.py")
 
 
-def facts_of(settings: dict, facts: Facts) -> Facts:
-    """The facts of a run of these settings that went as another one."""
-    plan = resolve(settings)
+def facts_of(plan: RunPlan, facts: Facts) -> Facts:
+    """The facts of a run of this plan that went as another one."""
     overrides = plan.training.model_overrides
     return dataclasses.replace(
         facts,
         mode=plan.mode,
         precision="bf16",
-        minutes=settings.get("MINUTES"),
+        minutes=plan.run.MINUTES,
         model_name=plan.model_name,
-        custom_params=settings["custom_params"],
+        custom_params=plan.run.custom_params,
         warmup_steps=plan.training.warmup_steps or facts.warmup_steps,
         emb_dim=overrides.get("emb_dim", facts.emb_dim),
         n_heads=(n_heads := overrides.get("n_heads", facts.n_heads)),
@@ -182,7 +181,7 @@ def test_the_lines_to_change_are_accepted_in_every_mode_and_keep_the_other_numbe
     plan, seen = resolve(before), set()
     for name in {row["kind"]: row["name"] for row in histories()}.values():
         curves, facts = of(name)
-        facts = facts_of(before, facts)
+        facts = facts_of(plan, facts)
         for finding in diagnose(curves, facts):
             changes, lines = finding.changes, change_lines(finding.changes, facts)
             seen |= changes.keys()

@@ -116,16 +116,20 @@ def test_a_growing_file_is_read_piece_by_piece_and_a_half_written_line_when_it_i
     assert reader.read().steps == []
     path.write_bytes(whole)
     assert reader.read().steps == expected.steps
-    # or one has replaced it, and it is longer than it was
+    # or another one has its place, and is longer than it was
     *kept, _ = whole.split(b"\n", 13)
-    again = [{"step": step, "train/loss": 0.5} for step in range(11, 60)]
-    beside = path.with_name("beside")
-    beside.write_bytes(b"\n".join([*kept, *(json.dumps(row).encode() for row in again), b""]))
-    assert beside.stat().st_size > len(whole)
-    os.replace(beside, path)
-    found = reader.read()
-    assert found.steps == [*range(1, 60)] and found.eval_steps == [0, 5, 10]
-    assert found.losses[:10] == expected.losses[:10] and set(found.losses[10:]) == {0.5}
+    for loss, stop in ((0.5, 60), (0.25, 90)):
+        again = [{"step": step, "train/loss": loss} for step in range(11, stop)]
+        content = b"\n".join([*kept, *(json.dumps(row).encode() for row in again), b""])
+        assert len(content) > path.stat().st_size
+        if loss == 0.5:
+            path.with_name("beside").write_bytes(content)
+            os.replace(path.with_name("beside"), path)
+        else:
+            path.write_bytes(content)
+        found = reader.read()
+        assert found.steps == [*range(1, stop)] and found.eval_steps == [0, 5, 10]
+        assert found.losses[:10] == expected.losses[:10] and set(found.losses[10:]) == {loss}
 
 
 def test_damaged_lines_and_numbers_that_are_none_are_passed_over(tmp_path):

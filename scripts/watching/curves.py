@@ -120,7 +120,7 @@ class Metrics:
             for row in rows:
                 self._note(row)
 
-    def _note(self, row: dict[str, Any]) -> None:
+    def _note(self, row: Any) -> None:
         step = row.get("step")
         if not is_number(step) or not isinstance(step, int) or not 0 <= step <= HIGHEST_STEP:
             return
