@@ -106,8 +106,8 @@ def without_paths(text: str) -> str:
         for path in {folder, folder.resolve()} if len(folder.parts) > 1 else ():
             # as in a message, within a repr(), and with slashes on Windows
             found |= dict.fromkeys((str(path), repr(str(path))[1:-1], path.as_posix()), name)
-    for path in sorted(found, key=len, reverse=True):
-        text = text.replace(path, f"<{found[path]}>")
+    for spelling in sorted(found, key=len, reverse=True):
+        text = text.replace(spelling, f"<{found[spelling]}>")
     return ELSEWHERE.sub("<elsewhere>", text)
 
 
