@@ -87,7 +87,7 @@ def _draw_batches(axes, batch_losses) -> None:
     every = max(1, math.ceil(len(batch_losses) / MAX_BATCH_POINTS))
     steps, points = range(1, len(batch_losses) + 1, every), batch_losses[::every]
     axes.plot(steps, points, color="tab:green", alpha=0.35, linewidth=1)
-    label = "each batch" if every == 1 else f"every {every}th batch"
+    label = "each batch" if every == 1 else f"one batch in {every}"
     if len(points) >= 20:
         axes.plot(steps, _smooth(points), color="tab:green", linewidth=2)
         label += ", and their running mean"

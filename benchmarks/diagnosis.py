@@ -10,6 +10,7 @@ whether the finding is gone. The histories are kept in the results, where the te
 """
 
 import argparse
+import ast
 import contextlib
 import io
 import itertools
@@ -33,8 +34,10 @@ from benchmarks.report import RESULTS
 from engine.console import say, use_utf8
 from engine.processor import using_threads
 from insight.curves import Curves
-from insight.diagnosis import NOTE, Facts, Finding, diagnose
+from insight.diagnosis import NOTE, Facts, diagnose
 from insight.run_files import read_run
+from insight.verdict import change_lines
+from planning.plan import SECTIONS
 from storage.cache import usable_cache
 from storage.files import discard, make_folder, to_json, write_atomically, write_json
 from text.facts import measure_repeats
@@ -62,6 +65,7 @@ class Labelled:
     params: dict[str, Any] = field(default_factory=dict)  # custom_params beside COMMON
     shape: dict[str, Any] = field(default_factory=dict)  # model_overrides beside SHAPE
     sampling: dict[str, Any] = field(default_factory=dict)
+    above: dict[str, Any] = field(default_factory=dict)  # names beside the dicts
     n_bytes: int = 60_000  # of the text
     validation: str | None = None  # a name in TEXTS, or "a part of it": validates
     copies: int = 1  # of the training text
@@ -228,7 +232,7 @@ def _faulty() -> list[Labelled]:
         "model-small",
         lambda n: {
             "shape": {"n_layers": 1, "emb_dim": (4, 6, 4, 4, 6)[n], "n_heads": 1},
-            "params": {"max_steps": 300},
+            "params": {"max_steps": 1500},
         },
     )
     add(
@@ -262,9 +266,8 @@ def labelled_runs() -> list[Labelled]:
 
 def settings_of(run: Labelled, data: dict[str, Any]) -> dict[str, Any]:
     """The names of a run's settings file."""
-    params = COMMON | {"start_context": "The "} | run.params
-    params["model_overrides"] = SHAPE | run.shape
-    return {
+    params = COMMON | {"start_context": "The ", "model_overrides": SHAPE | run.shape} | run.params
+    usual = {
         "DATA": data,
         "TOKENIZER": "char",
         "CUSTOM_MODE": True,
@@ -277,6 +280,7 @@ def settings_of(run: Labelled, data: dict[str, Any]) -> dict[str, Any]:
         "RUN_NAME": "run",
         "RESUME": False,
     }
+    return usual | run.above
 
 
 @contextlib.contextmanager
@@ -343,16 +347,28 @@ def make(run: Labelled, folder: Path) -> None:
 # ------------------------------------------------------------------------- changes, applied
 
 
-def changed(run: Labelled, finding: Finding) -> Labelled:
-    """The same run with the settings that a finding says to change."""
-    changes: dict[str, Any] = dict(finding.changes)
-    if "DATA" in changes:
-        del changes["DATA"]
+def put_into(settings: dict[str, Any], lines: list[str]) -> dict[str, Any]:
+    """The names of a settings file after a user has put the lines of a finding into it."""
+    settings = dict(settings)
+    for line in lines:
+        code, _, comment = line.rpartition("  # in ")
+        if section := next((s for s in SECTIONS if comment.startswith(s)), None):
+            settings[section] = settings.get(section, {}) | ast.literal_eval(f"{{{code}}}")
+        else:
+            name, _, value = line.partition(" = ")
+            settings[name] = ast.literal_eval(value)
+    return settings
+
+
+def changed(run: Labelled, lines: list[str]) -> Labelled:
+    """The same run with the lines of a finding in its settings file."""
+    given = settings_of(run, {})
+    settings = put_into(given, lines)
+    if settings.pop("DATA"):  # which the lines can't name
         run = replace(run, validation=None, copies=1, n_bytes=run.n_bytes * run.copies)
-    shape = run.shape | changes.pop("model_overrides", {})
-    drawn = ("temperature", "repetition_penalty")
-    sampling = run.sampling | {n: changes.pop(n) for n in drawn if n in changes}
-    return replace(run, params=run.params | changes, shape=shape, sampling=sampling)
+    params, sampling = (settings.pop(section) for section in SECTIONS)
+    above = {name: value for name, value in settings.items() if value != given.get(name)}
+    return replace(run, params=params, sampling=sampling, above=above)
 
 
 def apply(place: Path) -> dict[str, Any]:
@@ -366,15 +382,17 @@ def apply(place: Path) -> dict[str, Any]:
         is_asked = run.kind != "healthy" and run.plant is None and run.number == 0
         if not is_asked or not (folder / "label.json").is_file():
             continue
-        findings = diagnose(*read_history(history_of(run, folder)))
-        other = changed(run, findings[0])
+        curves, facts = read_history(history_of(run, folder))
+        first = diagnose(curves, facts)[0]
+        lines = change_lines(first.changes, facts)
+        other = changed(run, lines)
         if not (again / "label.json").is_file():
             make(other, again)
         left = diagnose(*read_history(history_of(other, again)))
         loud = [finding.kind for finding in left if finding.severity != NOTE]
-        is_gone = findings[0].kind not in loud
-        applied[run.name] = {"changes": findings[0].changes, "is_gone": is_gone, "left": loud}
-        say(f"{run.name}: {findings[0].changes}: {'gone' if is_gone else 'still there'}")
+        is_gone = first.kind not in loud
+        applied[run.name] = {"lines": lines, "is_gone": is_gone, "left": loud}
+        say(f"{run.name}: {'; '.join(lines)}: {'gone' if is_gone else 'still there'}")
     return applied
 
 
@@ -384,7 +402,7 @@ def apply(place: Path) -> dict[str, Any]:
 def history_of(run: Labelled, folder: Path) -> dict[str, Any]:
     """What the tests need of a run: its label, the facts and the curves, in few digits."""
     files = read_run(folder)
-    facts, curves = files.facts, files.curves
+    facts, curves = replace(files.facts, is_over=True), files.curves  # no summary is kept
     if facts.leaked is None:
         facts = replace(facts, **_copies(run))
     known = asdict(curves)

@@ -14,6 +14,7 @@ from engine.errors import DataError
 from engine.precision import choose_precision
 from engine.settings import names_on_resume
 from exchange.saved_run import load_run
+from insight.curves import MetricsReader
 from insight.paired import (
     LONGEST_CONTEXT,
     Blocks,
@@ -133,26 +134,19 @@ def read_compared(path: Path) -> ComparedRun:
 def read_curve(file: Path) -> Curve:
     """The evaluations in a metrics.jsonl; lines that are damaged count as missing."""
     points, tokens, counted, seconds = [], 0, 0, 0.0
-    for line in _lines_of(file):
+    _, rows = MetricsReader(file).read()
+    for row in rows:
         try:
-            row = json.loads(line)
             tokens = row.get("train/tokens", tokens)
             if "val/bits_per_byte" not in row or row["step"] == 0:
                 continue
             seconds += (tokens - counted) / max(1e-9, row["train/tok_per_sec"])
             counted = tokens
             points.append((int(row["step"]), tokens, seconds, float(row["val/bits_per_byte"])))
-        except (ValueError, KeyError, TypeError, AttributeError):
+        except (ValueError, KeyError, TypeError):
             continue
     columns = np.array(points, dtype=np.float64).reshape(-1, 4).T
     return Curve(*columns)
-
-
-def _lines_of(file: Path) -> list[bytes]:
-    try:
-        return file.read_bytes().splitlines()
-    except OSError:
-        return []
 
 
 def compare(
@@ -180,7 +174,7 @@ def compare(
     def difference(number: int) -> Difference | None:
         if spread is None or number == order[0]:
             return None
-        return find_difference(bits[number], bits[order[0]], spread)
+        return find_difference(bits[number], bits[order[0]], spread, n_models=len(runs))
 
     standings = [
         Standing(
@@ -209,10 +203,11 @@ def find_differing(settings: Sequence[dict[str, Any]]) -> dict[str, list[Any]]:
 
 
 def _spread_of(runs: Sequence[ComparedRun], scores: Sequence[float]) -> Spread:
-    groups: dict[str, list[float]] = {}
+    """The spread between seeds; of several runs with one seed, which tell nothing of it, one."""
+    groups: dict[str, dict[int, float]] = {}
     for run, score in zip(runs, scores, strict=True):
-        groups.setdefault(run.kind(), []).append(score)
-    return find_spread(list(groups.values()))
+        groups.setdefault(run.kind(), {}).setdefault(run.record.settings["SEED"], score)
+    return find_spread([list(group.values()) for group in groups.values()])
 
 
 def _shared_blocks(

@@ -56,14 +56,22 @@ def how_judged(comparison: Comparison) -> str:
     spread = comparison.spread
     if spread is None:
         return ""
-    source = "the usual one, as no two runs here have the same settings"
+    source = "the usual one, as no two runs here have the same settings and different seeds"
     if spread.measured:
-        source = f"measured on the runs here that have the same settings ({spread.measured} degree"
+        source = (
+            f"measured on the runs here that differ in the seed alone ({spread.measured} degree"
+        )
         source += f"{'s' * (spread.measured != 1)} of freedom, weighed with the usual 0.65%)"
+    n_runs, chosen = len(comparison.standings), ""
+    if n_runs > 2:
+        chosen = (
+            f" The best of {n_runs} runs was chosen by these figures, so the intervals are wide "
+            f"enough to hold for all {math.comb(n_runs, 2)} pairs at once (Bonferroni)."
+        )
     return (
         f"The best weights of each run are scored on the same {comparison.scored_bytes:,} bytes of "
         f"validation text. The intervals ({CONFIDENCE:.0%}) count the spread over the parts of the "
-        f"text, and that between seeds: {spread.share:.2%} a run, {source}."
+        f"text, and that between seeds: {spread.share:.2%} a run, {source}.{chosen}"
     )
 
 

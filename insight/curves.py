@@ -2,12 +2,16 @@
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
+
+MOST_LINE_BYTES = 1 << 20  # of metrics.jsonl; a longer line is none of ours
+BLOCK_BYTES = 1 << 20
+KEPT_BYTES = 256  # of the end of what was read: a row, more or less
 
 
 @dataclass
@@ -73,33 +77,77 @@ def _number(row: dict[str, Any], name: str) -> float:
     return float(value) if isinstance(value, int | float) else math.nan
 
 
-class CurvesFile:
-    """metrics.jsonl, of which each read() takes only what was added since the one before."""
+class MetricsReader:
+    """metrics.jsonl, of which each read() takes only what was added since the one before.
+
+    Where a run goes on from a checkpoint, another file takes its place, without the rows of later
+    steps: it may soon be longer than what was read, but has another row there.
+    """
 
     def __init__(self, path: Path) -> None:
-        self.path = path
+        self._path = path
+        self._begin()
+
+    def _begin(self) -> None:
+        self._offset, self._last, self._rest = 0, b"", b""
+        self._skips = False  # the rest of a line that is too long
+
+    def read(self) -> tuple[bool, Iterator[dict[str, Any]]]:
+        """Whether all earlier rows are void, and the new ones: take them all, there is one block
+        of the file in memory. A line that is half written, damaged or too long is left out."""
+        try:
+            file = open(self._path, "rb")  # noqa: SIM115  which _rows() closes
+            file.seek(self._offset - len(self._last))
+            is_another = file.read(len(self._last)) != self._last
+        except OSError:
+            return False, iter(())
+        if is_another:
+            self._begin()
+        return is_another, self._rows(file)
+
+    def _rows(self, file: BinaryIO) -> Iterator[dict[str, Any]]:
+        with file:
+            file.seek(self._offset)
+            while block := self._block(file):
+                self._offset += len(block)
+                self._last = (self._last + block)[-KEPT_BYTES:]
+                *lines, self._rest = (self._rest + block).split(b"\n")
+                for line in lines:
+                    if not self._skips and (row := _row(line)) is not None:
+                        yield row
+                    self._skips = False
+                if len(self._rest) > MOST_LINE_BYTES:
+                    self._rest, self._skips = b"", True
+
+    def _block(self, file: BinaryIO) -> bytes:
+        try:
+            return file.read(BLOCK_BYTES)
+        except OSError:  # of a network, say; the next read() goes on from here
+            return b""
+
+
+def _row(line: bytes) -> dict[str, Any] | None:
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    return row if isinstance(row, dict) else None
+
+
+class CurvesFile:
+    """The Curves of a metrics.jsonl that grows."""
+
+    def __init__(self, path: Path) -> None:
         self.curves = Curves()
-        self._read = 0  # bytes, up to the end of a line
+        self._file = MetricsReader(path)
 
     def read(self) -> Curves:
-        """The curves so far; a line that is only half written, or damaged, is left out."""
-        try:
-            with open(self.path, "rb") as file:
-                if file.seek(0, 2) < self._read:  # a resumed run has cut it
-                    self.curves, self._read = Curves(), 0
-                file.seek(self._read)
-                content = file.read()
-        except OSError:
-            return self.curves
-        complete = content[: content.rfind(b"\n") + 1]
-        self._read += len(complete)
-        for line in complete.splitlines():
-            try:
-                row = json.loads(line)
-            except (ValueError, RecursionError):
-                continue
-            if isinstance(row, dict):
-                self.curves.add(row)
+        """The curves so far."""
+        is_another, rows = self._file.read()
+        if is_another:
+            self.curves = Curves()
+        for row in rows:
+            self.curves.add(row)
         return self.curves
 
 

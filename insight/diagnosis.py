@@ -35,21 +35,21 @@ class Facts:
     tokens_a_step: int
     batch_size: int
     warmup_steps: int
-    schedule: str
     learning_rate: float
     usual_rate: float  # for this width and optimizer
     max_grad_norm: float
     precision: str
     parameters: int
-    vocab_size: int
     n_layers: int
     emb_dim: int
     n_heads: int
-    drop_rate: float
+    n_kv_heads: int
     train_tokens: int
-    val_tokens: int
     temperature: float
-    minutes: float | None = None
+    model_name: str = ""
+    # as in the settings file, whether the mode reads it or not
+    custom_params: dict[str, Any] = field(default_factory=dict)
+    minutes: float | None = None  # MINUTES
     begins_from_weights: bool = False
     has_own_validation: bool = False  # DATA names the text to validate on
     is_over: bool = True
@@ -94,7 +94,11 @@ class Measured(NamedTuple):
 
 
 MOST_FINDINGS = 6
+LEAST_MINUTES, MOST_MINUTES = 0.25, 10_000  # that MINUTES may be
+MOST_STEPS = 10**9
 LEAST_TOKENS = 2000  # of a training text that a validation text may be unlike
+LEAST_PASSES = 3  # through the text, before a model is too small for it
+LITTLE_GAIN = 0.02  # of twice the steps
 WIDTH = 16  # steps before one, with which its loss is compared
 
 
@@ -401,10 +405,8 @@ def _model_large(m: Measured) -> Finding | None:
         return None
     if ratio < 100 and not (ratio >= 50 and _learns_by_heart(m) and passes < 5):
         return None
-    shape: dict[str, Any] = {"emb_dim": max(16, m.facts.emb_dim // 4 // 8 * 8), "drop_rate": 0.2}
-    shape |= {"n_layers": max(1, m.facts.n_layers // 2)}
-    if shape["emb_dim"] % m.facts.n_heads:
-        shape["n_heads"] = 2
+    width = min(m.facts.emb_dim, max(16, m.facts.emb_dim // 4 // 8 * 8))
+    shape = _shape(m.facts, width, max(1, m.facts.n_layers // 2))
     return Finding(
         "model-large",
         WARNING,
@@ -419,7 +421,7 @@ def _model_large(m: Measured) -> Finding | None:
             "Take a smaller model with dropout, or more text.",
             "换更小的模型并加 dropout，或增加文本。",
         ),
-        {"model_overrides": shape},
+        {"model_overrides": shape | {"drop_rate": 0.2}},
     )
 
 
@@ -448,7 +450,7 @@ def _by_heart(m: Measured) -> Finding | None:
             "End the run where it was best, or train on more text. The best weights are kept.",
             "在最好的那一步结束，或增加文本。最好的权重已保存。",
         ),
-        {"max_steps": since},
+        _length(m.facts, since),
     )
 
 
@@ -518,9 +520,11 @@ def _batch_small(m: Measured) -> Finding | None:
 
 def _model_small(m: Measured) -> Finding | None:
     ratio = m.facts.train_tokens / max(1, m.facts.parameters)
-    if ratio < 10 or m.passes < 1 or m.gap > 0.1 or m.late_gain > 0.1:
+    if m.facts.begins_from_weights or ratio < 10 or m.gap > 0.1:
         return None
-    width = 8 * m.facts.emb_dim
+    if m.passes < LEAST_PASSES or m.gain > LITTLE_GAIN:  # then more time is what it lacks
+        return None
+    shape = _shape(m.facts, 2 * m.facts.emb_dim, m.facts.n_layers + 1)
     return Finding(
         "model-small",
         WARNING,
@@ -528,19 +532,20 @@ def _model_small(m: Measured) -> Finding | None:
         Words("The model is too small for the text", "模型相对文本太小"),
         Words(
             f"Each of its {m.facts.parameters:,} parameters has {ratio:,.0f} tokens to learn "
-            "from. It has read all of them, and the loss is "
-            f"{m.curves.val_losses[-1]:.2f} on both texts.",
+            f"from. It has read all of them {m.passes:.0f} times, more time would give little, and "
+            f"the loss is {m.curves.val_losses[-1]:.2f} on both texts.",
             f"模型的 {m.facts.parameters:,} 个参数每个对应 {ratio:,.0f} 个 token；"
-            f"它已读完全部文本，两种文本的损失都是 {m.curves.val_losses[-1]:.2f}。",
+            f"它已把全部文本读了 {m.passes:.0f} 遍，再久一些也没有多少提高，"
+            f"两种文本的损失都是 {m.curves.val_losses[-1]:.2f}。",
         ),
         Words("Take a wider model with more layers.", "换更宽、层数更多的模型。"),
-        {"model_overrides": {"emb_dim": width, "n_layers": m.facts.n_layers + 1}},
+        {"model_overrides": shape},
     )
 
 
 def _plateau(m: Measured) -> Finding | None:
     steps, val = np.array(m.curves.eval_steps), np.array(m.curves.val_losses)
-    if len(steps) < 6 or _learns_by_heart(m):
+    if not m.facts.is_over or len(steps) < 6 or _learns_by_heart(m):
         return None
     reached = int(steps[np.flatnonzero(val <= 1.02 * val.min())[0]])
     if reached > 0.6 * steps[-1] or m.late_gain > 0.015 or m.gain > 0.025:
@@ -563,20 +568,18 @@ def _plateau(m: Measured) -> Finding | None:
             "End the run earlier; a larger model or other text may learn more.",
             "可以早些结束；更大的模型或别的文本也许能学到更多。",
         ),
-        {"max_steps": max(10, round(1.6 * reached))},
+        _length(m.facts, max(10, round(1.6 * reached))),
     )
 
 
 def _unfinished(m: Measured) -> Finding | None:
-    if m.facts.begins_from_weights or m.gain < 0.02 or _learns_by_heart(m):
+    if not m.facts.is_over or m.facts.begins_from_weights or _learns_by_heart(m):
+        return None
+    if m.gain < LITTLE_GAIN:
         return None
     seen = m.curves.eval_tokens[-1] / max(1, m.facts.parameters)
     is_much = m.gain > 0.1 and seen < 0.5 and m.facts.mode != "quick"
-    changes: dict[str, Any] = {"max_steps": (8 if is_much else 2) * m.facts.total_steps}
-    if m.facts.minutes is not None:
-        changes = {"MINUTES": 2 * m.facts.minutes}
-    elif m.facts.mode == "quick":
-        changes = {"MINUTES": 5}
+    times = 8 if is_much and m.facts.minutes is None else 2
     return Finding(
         "unfinished",
         WARNING if is_much else NOTE,
@@ -591,7 +594,7 @@ def _unfinished(m: Measured) -> Finding | None:
             f"{_passes(m.passes).zh}。",
         ),
         Words("Train longer.", "训练得更久一些。"),
-        changes,
+        _length(m.facts, times * m.facts.total_steps),
     )
 
 
@@ -691,9 +694,33 @@ def _batches(facts: Facts, factor: float, *, longer: bool = False) -> dict[str, 
     """The settings of a batch that is `factor` times as large; `longer`: over as many tokens."""
     windows = max(1, round(facts.batch_size * factor))
     changes: dict[str, Any] = {"batch_size": windows}
-    if longer:
-        changes["max_steps"] = round(facts.total_steps * facts.batch_size / windows)
+    if longer and facts.minutes is None:  # which set the length otherwise
+        changes |= _length(facts, round(facts.total_steps * facts.batch_size / windows))
     return changes
+
+
+def _length(facts: Facts, steps: int) -> dict[str, Any]:
+    """The setting that makes a run about so many steps long."""
+    if facts.minutes is None:
+        # fewer steps than those of warm-up are refused
+        return {"max_steps": min(MOST_STEPS, max(steps, facts.warmup_steps + 1))}
+    minutes = facts.minutes * steps / facts.total_steps
+    return {"MINUTES": _rounded(min(MOST_MINUTES, max(LEAST_MINUTES, minutes)))}
+
+
+def _shape(facts: Facts, width: int, n_layers: int) -> dict[str, Any]:
+    """The model_overrides of another width, with numbers of heads that fit: theirs stays nearly."""
+    wanted = width * facts.n_heads / facts.emb_dim
+    most = min(1024, width // 2)
+    # an even width of a head, which rotary positions need
+    fitting = [n for n in range(1, most + 1) if width % (2 * n) == 0] or [1]
+    n_heads = min(fitting, key=lambda n: (abs(n - wanted), -n))
+    shape = {"emb_dim": width, "n_heads": n_heads}
+    overrides = facts.custom_params.get("model_overrides") or {}
+    if facts.n_kv_heads != facts.n_heads or "n_kv_heads" in {*facts.custom_params, *overrides}:
+        shared = max(1, n_heads * facts.n_kv_heads // facts.n_heads)
+        shape["n_kv_heads"] = max(n for n in range(1, shared + 1) if n_heads % n == 0)
+    return shape | {"n_layers": n_layers}
 
 
 def _count(number: int, thing: str) -> str:

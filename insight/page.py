@@ -176,7 +176,7 @@ def _findings(run: RunFiles, findings: list[Finding]) -> str:
         badge = (
             f'<span class="severity {finding.severity}">{_both(SEVERITY[finding.severity])}</span>'
         )
-        lines = change_lines(finding.changes, run.record.mode)
+        lines = change_lines(finding.changes, run.facts)
         parts.append(
             f'<div class="finding"><h3>{badge}{_both(finding.title)} '
             f'<span class="quiet">{_both(sure)}</span></h3>\n<p>{_both(finding.evidence)}</p>\n'

@@ -144,12 +144,15 @@ class Difference:
         return self.low > 0 or self.high < 0
 
 
-def find_difference(bits: np.ndarray, of_other: np.ndarray, spread: Spread) -> Difference:
+def find_difference(
+    bits: np.ndarray, of_other: np.ndarray, spread: Spread, *, n_models: int = 2
+) -> Difference:
     """The Difference of a model to another one, by the bits of each for the same blocks, (N,).
 
     The interval, of CONFIDENCE, has two parts: what another text of this kind might have shown (a
     paired t interval of a ratio over the blocks) and what another seed might have (the spread of
-    both runs). Their degrees of freedom combine as Welch and Satterthwaite's.
+    both runs). Their degrees of freedom combine as Welch and Satterthwaite's. Of more models the
+    intervals of all pairs hold at once (Bonferroni): it may be the best one that is compared with.
     """
     n_blocks, total = len(bits), of_other.sum()
     share = (bits.sum() / total - 1).item()
@@ -159,18 +162,21 @@ def find_difference(bits: np.ndarray, of_other: np.ndarray, spread: Spread) -> D
     freedom = math.inf if spread.measured == 0 else USUAL_WEIGHT + spread.measured
     variance = of_text + of_seeds
     parts = of_text**2 / max(1, n_blocks - 1) + of_seeds**2 / freedom
-    reach = t_quantile(variance**2 / parts if parts else math.inf) * math.sqrt(variance)
+    freedom = variance**2 / parts if parts else math.inf
+    reach = t_quantile(freedom, math.comb(n_models, 2)) * math.sqrt(variance)
     return Difference(share, share - reach, share + reach)
 
 
-def t_quantile(freedom: float) -> float:
-    """How many standard errors a t interval of CONFIDENCE reaches to each side, to 1 % for 3 or
-    more degrees of freedom (Abramowitz & Stegun 1964, 26.7.5)."""
-    z = NormalDist().inv_cdf((1 + CONFIDENCE) / 2)
+def t_quantile(freedom: float, n_intervals: int = 1) -> float:
+    """How many standard errors t intervals reach to each side that hold all at once in CONFIDENCE
+    of cases (Bonferroni), to 1 % for 5 or more degrees of freedom and up to 28 intervals
+    (Abramowitz & Stegun 1964, 26.7.5)."""
+    z = -NormalDist().inv_cdf((1 - CONFIDENCE) / (2 * n_intervals))
     n = max(1.0, freedom)
     return (
         z
         + (z**3 + z) / (4 * n)
         + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * n**2)
         + (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / (384 * n**3)
+        + (79 * z**9 + 776 * z**7 + 1482 * z**5 - 1920 * z**3 - 945 * z) / (92160 * n**4)
     )

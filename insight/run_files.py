@@ -76,6 +76,9 @@ def _facts_of(run: RunFiles) -> Facts:
         leaked = choice.text.leaked if leaked is None else leaked
     drawn = [sample for sample in run.samples if not sample.label.startswith(GREEDY)]
     windows = training.batch_size * training.gradient_accumulation_steps
+    own = dict(record.settings["custom_params"])
+    if not isinstance(own.get("model_overrides"), dict):
+        own.pop("model_overrides", None)
     rate = training.learning_rate or default_learning_rate(model.emb_dim, training.optimizer)
     return Facts(
         mode=record.mode,
@@ -84,20 +87,19 @@ def _facts_of(run: RunFiles) -> Facts:
         tokens_a_step=windows * model.context_length,
         batch_size=training.batch_size,
         warmup_steps=training.warmup_steps or 0,
-        schedule=training.schedule,
         learning_rate=rate,
         usual_rate=default_learning_rate(model.emb_dim, training.optimizer),
         max_grad_norm=training.max_grad_norm,
         precision=record.precision.name,
         parameters=summary.get("parameters") or count_parameters(record),
-        vocab_size=model.vocab_size,
         n_layers=model.n_layers,
         emb_dim=model.emb_dim,
         n_heads=model.n_heads,
-        drop_rate=model.drop_rate,
+        n_kv_heads=model.n_kv_heads or model.n_heads,
         train_tokens=int(split.get("train_tokens", 0)),
-        val_tokens=int(split.get("validation_tokens", 0)),
         temperature=record.sampling.temperature,
+        model_name=record.model_name,
+        custom_params=own,
         minutes=record.asked.minutes,
         begins_from_weights=record.start is not None,
         has_own_validation=_names_validation(record.settings.get("DATA")),

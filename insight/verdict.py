@@ -2,13 +2,17 @@
 
 import json
 import math
+from itertools import starmap
 from typing import Any
 
+from engine.settings import ALIASES
 from insight.diagnosis import NOTE, PROBLEM, Facts, Finding, Words, measure
 from insight.run_files import RunFiles
+from training_utils import TrainingConfig
 
 SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "repetition_window")
 TOP_LEVEL = ("DATA", "MINUTES", "PRECISION", "NIGHT_MODE", "TOKENIZER")
+FIRST_MINUTES = 5  # after a quick run
 LEAST_GAIN = 0.005  # of more time, that is worth a word
 ROUND_S = tuple(n * unit for unit in (1, 60, 3600) for n in (1, 2, 5, 10, 20, 30))
 # shares from which a model copies: of what it writes, beyond what new text has by chance, and of
@@ -128,19 +132,57 @@ def _final_loss(run: RunFiles) -> float:
     return float(final) if isinstance(final, int | float) else run.curves.val_losses[-1]
 
 
-def change_lines(changes: dict[str, Any], mode: str) -> list[str]:
-    """The lines of config_run.py that make some changes of a run of this mode."""
-    above, params, sampling = [], [], []
-    for name, value in changes.items():
-        if name in TOP_LEVEL:
-            above.append(f"{name} = {_shown(value)}")
-        elif name in SAMPLING:
-            sampling.append(f'"{name}": {_shown(value)},  # in sampling_params')
+def change_lines(changes: dict[str, Any], facts: Facts) -> list[str]:
+    """The lines of the run's settings file that make some changes, and leave its other numbers.
+
+    Quick mode is only to show that all works: in place of its numbers, MINUTES chooses them.
+    """
+    above = {name: value for name, value in changes.items() if name in TOP_LEVEL}
+    sampling = {name: value for name, value in changes.items() if name in SAMPLING}
+    params = {n: v for n, v in changes.items() if n not in above and n not in sampling}
+    first, kept = [], {}
+    if params and facts.mode == "quick":
+        first, params = [f"MINUTES = {FIRST_MINUTES}  # chooses all numbers for the text"], {}
+    elif params and facts.mode != "custom":
+        first = ["CUSTOM_MODE = True"]
+        if facts.mode == "full" and not facts.begins_from_weights:
+            first.append(f"MODEL = {_shown(facts.model_name)}")
+            kept = {n: v for n, v in _numbers_of_full_mode().items() if n not in params}
+    params, kept = (_in_custom_params(part, facts.custom_params) for part in (params, kept))
+    return [
+        *first,
+        *(f"{name} = {_shown(value)}" for name, value in above.items()),
+        *(f"{_item(name, value)},  # in custom_params" for name, value in params.items()),
+        *([f"{', '.join(starmap(_item, kept.items()))},  # in custom_params too"] if kept else []),
+        *(f"{_item(name, value)},  # in sampling_params" for name, value in sampling.items()),
+    ]
+
+
+def _numbers_of_full_mode() -> dict[str, Any]:
+    """What full mode sets, and custom mode would work out otherwise."""
+    usual = TrainingConfig().to_dict()
+    full = TrainingConfig.get_full_training_config().to_dict()
+    return {name: value for name, value in full.items() if value != usual[name]}
+
+
+def _in_custom_params(changes: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
+    """Items of custom_params that make some changes, where its own are those given: a name keeps
+    its place and spelling, and model_overrides what else they hold."""
+    overrides = dict(own.get("model_overrides") or {})
+    spelled = {ALIASES.get(name, name): name for name in own}
+    inner = {ALIASES.get(name, name): name for name in overrides}
+    items = {spelled.get(n, n): v for n, v in changes.items() if n != "model_overrides"}
+    for name, value in changes.get("model_overrides", {}).items():
+        if name in spelled and name not in inner:
+            items[spelled[name]] = value
         else:
-            params.append(f'"{name}": {_shown(value)},  # in custom_params')
-    if params and mode != "custom":
-        above.insert(0, "CUSTOM_MODE = True")
-    return [*above, *params, *sampling]
+            overrides[inner.get(name, name)] = value
+            items["model_overrides"] = overrides
+    return items
+
+
+def _item(name: str, value: Any) -> str:
+    return f'"{name}": {_shown(value)}'
 
 
 def _shown(value: Any) -> str:
@@ -152,7 +194,7 @@ def printed_lines(run: RunFiles, findings: list[Finding]) -> list[str]:
     lines = [f"Diagnosis: {headline(run, findings).en}"]
     told = [finding for finding in findings if finding.severity != NOTE]
     if told:
-        change = "; ".join(change_lines(told[0].changes, run.record.mode))
+        change = "; ".join(change_lines(told[0].changes, run.facts))
         more = f" ({len(told) - 1} more in the report)" if len(told) > 1 else ""
         lines.append(f"  {told[0].evidence.en} To change: {change}{more}")
     return lines

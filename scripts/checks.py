@@ -446,7 +446,7 @@ def _newest_step(run: Path) -> int:
 
 def _last_line(folder: Path, run: str) -> str:
     lines = (folder / f"{run}.log").read_text(encoding="utf-8", errors="replace").split("\n")
-    return next((line.strip() for line in reversed(lines) if line.strip()), "it said nothing")[:200]
+    return next((line.strip() for line in reversed(lines) if line.strip()), "it said nothing")
 
 
 def _losses_of(run: Path) -> list[float]:

@@ -30,7 +30,13 @@ from insight.comparison_page import (
     verdict_of,
 )
 from planning.runs import finished_runs
-from scripts.options import add_device_option, new_parser, run_program, write
+from scripts.options import (
+    add_device_option,
+    add_runs_argument,
+    new_parser,
+    run_program,
+    write,
+)
 from storage.files import write_atomically
 
 MOST_RUNS = 8  # without names
@@ -69,13 +75,7 @@ def main() -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = new_parser(__doc__)
-    parser.add_argument(
-        "runs",
-        metavar="RUN",
-        nargs="*",
-        help=f"a run's folder, or its name in OUTPUT_DIR (the newest finished ones, up to "
-        f"{MOST_RUNS})",
-    )
+    add_runs_argument(parser, f"the newest finished ones, up to {MOST_RUNS}")
     parser.add_argument(
         "--bytes",
         metavar="N",

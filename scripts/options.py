@@ -119,6 +119,16 @@ def add_device_option(group: argparse._ActionsContainer) -> None:
     group.add_argument("--device", help='"cpu", "cuda", "cuda:1", "mps", "xpu" (the best there is)')
 
 
+def add_runs_argument(parser: argparse.ArgumentParser, if_none: str) -> None:
+    """Add RUN ..., a list for find_run(); if_none says which runs serve without any."""
+    parser.add_argument(
+        "runs",
+        metavar="RUN",
+        nargs="*",
+        help=f"a run's folder, or its name in OUTPUT_DIR ({if_none})",
+    )
+
+
 def add_run_options(parser: argparse.ArgumentParser) -> None:
     """Add what load() takes: the options of a model, --weights and --compile."""
     group = parser.add_argument_group("the model")

@@ -13,7 +13,7 @@ if __name__ == "__main__":
     end_at_ctrl_c()
 
 from engine.console import tell
-from engine.errors import DataError, SettingsError, first_line
+from engine.errors import CheckpointError, DataError, SettingsError, first_line
 from exchange.saved_run import find_run
 from insight.diagnosis import Finding
 from insight.measuring import measure_model, measure_text
@@ -21,7 +21,7 @@ from insight.report import REPORT, Report
 from insight.run_files import RunFiles
 from insight.run_text import open_run_text
 from insight.verdict import change_lines, headline
-from scripts.options import new_parser, run_program, write
+from scripts.options import add_runs_argument, new_parser, run_program, write
 
 LONGEST_S = 3600.0  # that --seconds may be
 
@@ -47,12 +47,7 @@ def main() -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = new_parser(__doc__)
-    parser.add_argument(
-        "runs",
-        metavar="RUN",
-        nargs="*",
-        help="a run's folder, or its name in OUTPUT_DIR (newest finished)",
-    )
+    add_runs_argument(parser, "newest finished")
     parser.add_argument(
         "--as-is", action="store_true", help="measure nothing: draw what the folder has"
     )
@@ -67,7 +62,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _measure(report: Report, limit_s: float) -> None:
-    """Measure the text and then the model of a run; say so if the text is gone."""
+    """Measure the text and then the model of a run; say so if text or weights are gone."""
     path = report.folder
     try:
         text = open_run_text(path)
@@ -79,7 +74,10 @@ def _measure(report: Report, limit_s: float) -> None:
         tell(f"Measuring the text of {path.name} ...")
         report.note(measure_text(text, limit_s))
     tell("Measuring what the model has by heart ...")
-    report.note(measure_model(run, text))
+    try:
+        report.note(measure_model(run, text))
+    except CheckpointError as error:
+        tell(f"Note: {first_line(error)} The report lacks what the model has by heart")
 
 
 def lines_of(run: RunFiles, findings: list[Finding]) -> list[str]:
@@ -90,7 +88,7 @@ def lines_of(run: RunFiles, findings: list[Finding]) -> list[str]:
             f"- {finding.severity}: {finding.title.en} ({finding.confidence:.0%} sure)",
             f"  {finding.evidence.en}",
             f"  {finding.advice.en}",
-            *(f"      {line}" for line in change_lines(finding.changes, run.record.mode)),
+            *(f"      {line}" for line in change_lines(finding.changes, run.facts)),
         ]
     return lines
 

@@ -7,8 +7,12 @@ and the speed. Nothing of yours is read, written or sent. The exit code is 1 if 
 
 import argparse
 import platform
+import re
+import sys
+import tempfile
 import time
 from dataclasses import asdict, dataclass
+from pathlib import Path
 
 from engine.starting import end_at_ctrl_c
 
@@ -23,8 +27,12 @@ from engine.precision import PRECISIONS, choose_precision
 from engine.processor import default_threads, prepare_processor, using_threads
 from engine.settings import shown
 from planning.machine import pick_device
-from scripts.checks import CHECKS, Bench, Failed
+from scripts.checks import CHECKS, REPOSITORY, Bench, Failed
 from scripts.options import add_device_option, new_parser, run_program, to_json_line, write
+
+MOST_SAID = 300  # characters of what a check says
+# the folders of a path, at a place that is none of those that have a name
+ELSEWHERE = re.compile(r"""(?<![\w>.:/\\])(?:[A-Za-z]:)?[\\/]+(?:[^\s"'\\/]+[\\/]+)+""")
 
 
 @dataclass(frozen=True)
@@ -79,8 +87,28 @@ def outcome_of(name: str, bench: Bench) -> Outcome:
     except Failed as failed:
         passed, said = False, str(failed)
     except Exception as error:  # a library's, of any type
-        passed, said = False, f"{type(error).__name__}: {first_line(error)[:200]}"
+        passed, said = False, f"{type(error).__name__}: {first_line(error)}"
+    said = without_paths(said)[:MOST_SAID]
     return Outcome(name, passed, said, round(time.perf_counter() - started_at, 2))
+
+
+def without_paths(text: str) -> str:
+    """A text in which the folders of this machine have names that tell nothing of its user."""
+    folders = {
+        "repository": REPOSITORY,
+        "python": Path(sys.prefix),
+        "base python": Path(sys.base_prefix),
+        "temporary": Path(tempfile.gettempdir()),
+        "home": Path("~").expanduser(),  # stays as it is where there is none
+    }
+    found: dict[str, str] = {}
+    for name, folder in folders.items():
+        for path in {folder, folder.resolve()} if len(folder.parts) > 1 else ():
+            # as in a message, within a repr(), and with slashes on Windows
+            found |= dict.fromkeys((str(path), repr(str(path))[1:-1], path.as_posix()), name)
+    for spelling in sorted(found, key=len, reverse=True):
+        text = text.replace(spelling, f"<{found[spelling]}>")
+    return ELSEWHERE.sub("<elsewhere>", text)
 
 
 def about_machine(bench: Bench) -> dict[str, str | None]:

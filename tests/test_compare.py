@@ -186,6 +186,9 @@ def test_the_interval_has_the_spread_of_the_text_and_that_of_the_seeds():
     assert [t_quantile(n) for n in (3, 10, 30, math.inf)] == pytest.approx(
         [3.182, 2.228, 2.042, 1.960], rel=0.01
     )
+    assert [t_quantile(n, 28) for n in (5, 11, 30, math.inf)] == pytest.approx(
+        [6.045, 4.091, 3.428, 3.124], rel=0.01
+    )
     assert Difference(0.02, 0.01, 0.03).is_real and Difference(-0.02, -0.03, -0.01).is_real
     assert not Difference(0.02, -0.01, 0.05).is_real
     assert find_difference(other, other, Spread(0.0, 0)).high == 0
@@ -258,6 +261,23 @@ def test_verdicts_on_simulated_pairs_with_the_usual_spread_between_seeds():
     assert calls[0.03] >= 0.8 * 400
 
 
+def test_of_eight_equal_runs_hardly_ever_one_is_worse_than_the_one_that_came_out_best():
+    generator, n_blocks, families = np.random.default_rng(0), 128, 400
+    usual, fooled, seen = find_spread([]), 0, 0
+    for _ in range(families):
+        noise = generator.normal(0, 0.02, (8, n_blocks))  # of a block, in one model alone
+        seeds = generator.normal(0, USUAL_SPREAD, (8, 1))
+        bits = generator.gamma(9, 30, n_blocks) * (1 + noise) * (1 + seeds)
+        best, worst = bits.sum(axis=1).argmin(), bits.sum(axis=1).argmax()
+        found = find_difference(bits[worst], bits[best], usual, n_models=8)
+        fooled += found.is_real
+        assert found.high - found.low > find_difference(bits[worst], bits[best], usual).high
+        bits[worst] *= 1.05  # and one that is really worse is seen
+        seen += find_difference(bits[worst], bits[best], usual, n_models=8).is_real
+    assert fooled <= 0.06 * families
+    assert seen >= 0.95 * families
+
+
 # ------------------------------------------------------------------------- runs and pages
 
 
@@ -271,7 +291,7 @@ def test_a_curve_has_the_tokens_and_the_training_time_of_each_evaluation(tmp_pat
     file = tmp_path / "metrics.jsonl"
     lines = [json.dumps(row) for row in rows]
     lines[3:3] = ["[1]", '{"step": ', '{"step": 3, "val/bits_per_byte": null}']
-    file.write_text("\n".join(lines), encoding="utf-8")
+    file.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
     curve = read_curve(file)
     assert curve.steps.tolist() == [2, 4, 6]
     assert curve.tokens.tolist() == [200, 400, 600]
@@ -378,7 +398,7 @@ def test_runs_are_compared_from_their_folders(call, tiny_run, tmp_path, no_pictu
     done = call(str(tiny_run), str(other), "--html", "page.html", "--device", "cpu")
     assert done.code == 0, done.err
     assert "no run is shown to be better than another" in done.out
-    assert "1 degree of freedom" in done.out
+    assert "1 degree of freedom" in done.out and "Bonferroni" not in done.out
     assert 0 < float(done.out.splitlines()[3].split()[2]) < 0.5  # it has the text by heart
     (row,) = [line for line in done.out.splitlines() if line.startswith("SEED")]
     assert sorted(row.split()[1:]) == ["123", "2"]
@@ -386,6 +406,13 @@ def test_runs_are_compared_from_their_folders(call, tiny_run, tmp_path, no_pictu
     assert "seed &lt;2&gt;" in page and "seed <2>" not in page
     runs = [read_compared(path) for path in (tiny_run, other)]
     assert runs[0].kind() == runs[1].kind()
+    # the run itself, twice, tells nothing about other seeds
+    again = copied(tiny_run, tmp_path, "again")
+    done = call(str(tiny_run), str(again), "--device", "cpu")
+    assert "no two runs here have the same settings and different seeds" in done.out
+    done = call(str(tiny_run), str(again), str(other), "--device", "cpu")
+    assert "1 degree of freedom" in done.out
+    assert "for all 3 pairs at once (Bonferroni)" in done.out
 
 
 @pytest.mark.parametrize("kind", ["other", "gone"])
@@ -413,7 +440,8 @@ def test_runs_on_conversations_are_in_the_order_of_their_answers_without_a_verdi
     rows = [{"step": 0, "val/bits_per_byte": 8.0, "train/tok_per_sec": 9.0}]
     for run, bits in ((worse, 3.0), (better, 2.0)):
         rows[1:] = [rows[0] | {"step": 9, "val/bits_per_byte": bits, "train/tokens": 90}]
-        (run / "metrics.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+        lines = "".join(f"{json.dumps(row)}\n" for row in rows)
+        (run / "metrics.jsonl").write_text(lines, encoding="utf-8")
     done = call(str(worse), str(better))
     assert done.code == 0, done.err
     assert done.out.startswith("No verdict: a learned conversations, of which the answers alone")

@@ -1,5 +1,7 @@
 """Copied spans against a brute-force search, and the index in the cache."""
 
+import tracemalloc
+
 import numpy as np
 import pytest
 
@@ -173,7 +175,13 @@ def test_of_a_text_beyond_all_memory_a_sample_is_indexed(large, tmp_path, monkey
 
 
 def test_the_index_takes_less_than_ten_bytes_of_memory_a_byte_of_text():
-    text = np.zeros(100_000, dtype=np.uint8)
-    index = CopyIndex.of(text)
+    text = np.random.default_rng(0).integers(0, 256, 1_000_000, dtype=np.uint8)
+    tracemalloc.start()
+    try:
+        index = CopyIndex.of(text)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak <= 10 * len(text)
     assert len(index.keys) == (len(text) - WINDOW) // STRIDE + 1
     assert index.keys.nbytes <= 2 * len(text)

@@ -10,11 +10,11 @@ import time
 import numpy as np
 import pytest
 
-from benchmarks.diagnosis import HISTORIES, count_right, labelled_runs, read_history
+from benchmarks.diagnosis import HISTORIES, count_right, labelled_runs, put_into, read_history
 from insight.curves import Curves
-from insight.diagnosis import NOTE, Facts, Finding, diagnose, repetition
+from insight.diagnosis import NOTE, Facts, Finding, diagnose, measure, repetition
 from insight.verdict import change_lines
-from planning.plan import resolve_settings
+from planning.plan import RunPlan, resolve_settings
 from tests.test_chinese_documents import BLANKS, HALF_WIDTH, HAN
 
 
@@ -130,25 +130,138 @@ def test_every_finding_has_sentences_in_both_languages_without_a_slip_of_typogra
             assert not re.search(r"\bnan\b|\binf\b|None", words.en + words.zh)
 
 
-def test_every_change_is_a_line_of_the_settings_file_that_the_program_accepts():
-    seen = set()
-    for facts, finding in all_findings():
-        names = {"params": {}, "sampling": {}, "above": {}}
-        for name, value in finding.changes.items():
-            if name.isupper():
-                names["above"][name] = value
-            elif name in ("temperature", "repetition_penalty"):
-                names["sampling"][name] = value
-            else:
-                names["params"][name] = value
-        seen |= finding.changes.keys()
-        settings = {"CUSTOM_MODE": True, "TOKENIZER": "char", "custom_params": names["params"]}
-        settings |= {"sampling_params": names["sampling"]} | names["above"]
-        resolve_settings(settings, "config_run.py")
-        lines = change_lines(finding.changes, facts.mode)
-        assert len(lines) == len(finding.changes)
-        assert "CUSTOM_MODE = True" in change_lines({"max_steps": 5}, "quick")
-    assert {"max_steps", "learning_rate", "batch_size", "DATA", "model_overrides"} <= seen
+MODES = {
+    "quick": {},
+    "full": {"QUICK_MODE": False},
+    "custom": {"CUSTOM_MODE": True},
+    "auto": {"MINUTES": 0.5},
+    "custom in minutes": {"CUSTOM_MODE": True, "MINUTES": 9000},
+}
+# that a line may set on the way to what it changes
+LEFT_OUT = {"CUSTOM_MODE", "MODEL", "custom_params", "sampling_params", "model_overrides"}
+LLAMA = {"architecture": "llama", "n_embd": 384, "n_heads": 6, "n_kv_heads": 3, "zero_init": True}
+# as the file is shipped, in another system's words, and with a model of one's own
+CUSTOM_PARAMS = (
+    {"num_epochs": 3, "max_steps": None, "learning_rate": None, "model_overrides": {}},
+    {"lr": 0.01, "n_embd": 32, "num_heads": 2, "warmup_iters": 40, "model_overrides": None},
+    {"max_length": 64, "model_overrides": LLAMA},
+)
+
+
+def resolve(settings: dict) -> RunPlan:
+    return resolve_settings(settings, "config_run.py")
+
+
+def facts_of(plan: RunPlan, facts: Facts) -> Facts:
+    """The facts of a run of this plan that went as another one."""
+    overrides = plan.training.model_overrides
+    return dataclasses.replace(
+        facts,
+        mode=plan.mode,
+        precision="bf16",
+        minutes=plan.run.MINUTES,
+        model_name=plan.model_name,
+        custom_params=plan.run.custom_params,
+        warmup_steps=plan.training.warmup_steps or facts.warmup_steps,
+        emb_dim=overrides.get("emb_dim", facts.emb_dim),
+        n_heads=(n_heads := overrides.get("n_heads", facts.n_heads)),
+        n_kv_heads=overrides.get("n_kv_heads", n_heads),
+    )
+
+
+@pytest.mark.parametrize(
+    ("mode", "own"),
+    [
+        *(("quick", 0), ("full", 0), ("full", 1), ("auto", 0)),
+        *(("custom", 0), ("custom", 1), ("custom", 2), ("custom in minutes", 1)),
+    ],
+)
+def test_the_lines_to_change_are_accepted_in_every_mode_and_keep_the_other_numbers(mode, own):
+    before = MODES[mode] | {"custom_params": CUSTOM_PARAMS[own]}
+    plan, seen = resolve(before), set()
+    for name in {row["kind"]: row["name"] for row in histories()}.values():
+        curves, facts = of(name)
+        facts = facts_of(plan, facts)
+        for finding in diagnose(curves, facts):
+            changes, lines = finding.changes, change_lines(finding.changes, facts)
+            seen |= changes.keys()
+            after = resolve(put_into(before, lines))
+            if lines[0].startswith("MINUTES"):
+                assert before.get("MINUTES") != after.run.MINUTES
+                continue  # which choose the other numbers
+            for part in ("run", "training", "sampling"):
+                wanted = dataclasses.asdict(getattr(plan, part)) | {"model_overrides": {}}
+                wanted |= {n: v for n, v in changes.items() if n in wanted}
+                for name, value in dataclasses.asdict(getattr(after, part)).items():
+                    if name not in LEFT_OUT and (part != "training" or mode != "full" or own == 0):
+                        assert value == wanted[name], (name, lines)
+            if mode != "full" or own == 0:  # else numbers of one's own are read now
+                assert after.model == plan.model | changes.get("model_overrides", {})
+    lengths = {"MINUTES"} if "MINUTES" in before else {"max_steps"}
+    assert seen >= {"learning_rate", "batch_size", "DATA", "model_overrides", "PRECISION"} | lengths
+    assert not seen & ({"MINUTES", "max_steps"} - lengths)
+
+
+@pytest.mark.parametrize(
+    ("shape", "smaller", "wider"),
+    [
+        ({"emb_dim": 384, "n_heads": 6}, (96, 2, None), (768, 12, None)),
+        ({"emb_dim": 768, "n_heads": 12, "n_kv_heads": 4}, (192, 3, 1), (1536, 24, 8)),
+        ({"emb_dim": 4, "n_heads": 1}, (4, 1, None), (8, 2, None)),
+        ({"emb_dim": 200, "n_heads": 5, "n_kv_heads": 1}, (48, 1, 1), (400, 10, 2)),
+    ],
+)
+def test_another_width_comes_with_heads_that_fit(shape, smaller, wider):
+    for name, expected in (("model-large-0", smaller), ("model-small-0", wider)):
+        curves, facts = of(name)
+        facts = dataclasses.replace(facts, n_kv_heads=shape["n_heads"])
+        facts = dataclasses.replace(facts, n_layers=4, **shape)
+        found = next(f for f in diagnose(curves, facts) if f.kind == name[:-2])
+        overrides = found.changes["model_overrides"]
+        assert tuple(overrides.get(n) for n in ("emb_dim", "n_heads", "n_kv_heads")) == expected
+        assert overrides["n_layers"] == (2 if name == "model-large-0" else 5)
+
+
+def test_a_quick_run_is_told_to_let_minutes_choose_and_a_full_one_keeps_its_own():
+    facts = of("rate-high-0")[1]
+    changes = {"learning_rate": 1e-4, "PRECISION": "fp32"}
+    quick, full = (
+        change_lines(changes, dataclasses.replace(facts, mode=mode, model_name="mini"))
+        for mode in ("quick", "full")
+    )
+    assert quick == ["MINUTES = 5  # chooses all numbers for the text", 'PRECISION = "fp32"']
+    assert full[:3] == ["CUSTOM_MODE = True", 'MODEL = "mini"', 'PRECISION = "fp32"']
+    assert full[3] == '"learning_rate": 0.0001,  # in custom_params'
+    assert '"num_epochs": 10, "batch_size": 4' in full[4] and "learning_rate" not in full[4]
+    given = dataclasses.replace(facts, mode="full", begins_from_weights=True)
+    assert change_lines(changes, given) == [full[0], *full[2:4]]
+
+
+def test_a_run_that_still_trains_is_not_told_that_it_is_unfinished_or_gains_nothing():
+    for name in ("unfinished-0", "plateau-0"):
+        curves, facts = of(name)
+        assert kinds(curves, facts)[0] == name[:-2]
+        assert name[:-2] not in kinds(curves, dataclasses.replace(facts, is_over=False))
+
+
+def test_a_model_of_one_pass_through_a_large_text_is_not_too_small():
+    """20 tokens a parameter, each seen once, as compute-optimal runs have."""
+    steps = [*range(0, 19_001, 500)]
+    losses = [2.9 + 7.9 * (1 + step / 60) ** -0.6 for step in steps]
+    tokens = [131_072 * step for step in steps]
+    curves = Curves(eval_steps=steps, train_losses=losses, val_losses=losses, eval_tokens=tokens)
+    curves.speeds = [1e5] * len(steps)
+    facts = dataclasses.replace(
+        of("model-small-0")[1],
+        total_steps=19_000,
+        steps_per_epoch=19_000,
+        parameters=124_000_000,
+        train_tokens=tokens[-1],
+    )
+    assert "model-small" not in kinds(curves, facts)
+    # nor one of many passes that still gains: it lacks time
+    again = dataclasses.replace(facts, train_tokens=tokens[-1] // 8, parameters=4_000_000)
+    assert measure(curves, again).passes == 8 and "model-small" not in kinds(curves, again)
 
 
 def test_repetition_is_the_share_of_a_text_that_goes_round_in_a_loop():

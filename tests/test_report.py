@@ -33,6 +33,7 @@ from insight.run_files import INSIGHT, read_run, read_samples
 from insight.run_text import RunText
 from insight.verdict import headline
 from planning.plan import Chat
+from scripts import report as program
 from storage.files import write_json
 from tests.conftest import LETTERS
 from tests.letters import Letters
@@ -113,6 +114,22 @@ def test_a_growing_file_is_read_piece_by_piece_and_a_half_written_line_when_it_i
     assert asdict(reader.read()) == asdict(expected)
     path.write_bytes(whole[: whole.index(b"\n") + 1])  # a resumed run has cut it
     assert reader.read().steps == []
+    path.write_bytes(whole)
+    assert reader.read().steps == expected.steps
+    # or another one has its place, and is longer than it was
+    *kept, _ = whole.split(b"\n", 13)
+    for loss, stop in ((0.5, 60), (0.25, 90)):
+        again = [{"step": step, "train/loss": loss} for step in range(11, stop)]
+        content = b"\n".join([*kept, *(json.dumps(row).encode() for row in again), b""])
+        assert len(content) > path.stat().st_size
+        if loss == 0.5:
+            path.with_name("beside").write_bytes(content)
+            os.replace(path.with_name("beside"), path)
+        else:
+            path.write_bytes(content)
+        found = reader.read()
+        assert found.steps == [*range(1, stop)] and found.eval_steps == [0, 5, 10]
+        assert found.losses[:10] == expected.losses[:10] and set(found.losses[10:]) == {loss}
 
 
 def test_damaged_lines_and_numbers_that_are_none_are_passed_over(tmp_path):
@@ -347,6 +364,20 @@ def test_copies_are_looked_for_in_what_the_model_wrote_alone(tmp_path, monkeypat
         spans = [[len(begin) + 1, len(begin) + 4]]
         assert facts == {"copied": {f"{begin}Here": spans}}
     assert seen == 4 * ["Here"]
+
+
+def test_runs_without_weights_are_drawn_with_a_note_each_and_the_text_is_measured(
+    tmp_path, monkeypatch, capsys
+):
+    runs = [make_run(tmp_path / name) for name in ("one", "two")]
+    monkeypatch.setattr(program, "open_run_text", lambda _: text_of_letters())
+    monkeypatch.setattr(sys, "argv", ["report", "--seconds=1", *map(str, runs)])
+    assert program.main() == 0
+    told = capsys.readouterr()
+    assert told.err.count("The report lacks what the model has by heart") == 2
+    for run in runs:
+        assert (run / "report.html").exists() and f"Report: {run / 'report.html'}" in told.out
+        assert read_run(run).facts.leaked == 1
 
 
 # ----------------------------------------------------------------------------- in a run

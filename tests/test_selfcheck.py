@@ -161,6 +161,30 @@ def test_a_lost_state_of_the_random_generator_is_found_in_a_copy_by_a_run_that_i
     assert "tensors in model.safetensors have other bits" in fault_found("kill and resume")
 
 
+def test_what_a_check_says_has_no_path_of_this_machine_and_is_short(monkeypatch, tmp_path):
+    monkeypatch.setattr(selfcheck.tempfile, "gettempdir", lambda: str(tmp_path))
+    monkeypatch.setenv("HOME", "/home/alice")
+    monkeypatch.setenv("USERPROFILE", "/home/alice")
+    library = selfcheck.Path(sys.prefix, "lib", "torch", "__init__.py")
+    for said, expected in (
+        (f"no name in {library!s}:5", "no name in <python>/lib/torch/__init__.py:5"),
+        (f"[Errno 2] {str(tmp_path / 'one')!r}", "[Errno 2] '<temporary>/one'"),
+        (f'File "{REPOSITORY / "model.py"}"', 'File "<repository>/model.py"'),
+        ("('/home/alice/x/y.py')", "('<home>/x/y.py')"),
+        ("from /mnt/bob/lib/a.so", "from <elsewhere>a.so"),
+        (r"C:\Users\bob\a.dll is 'C:\\bob\\a.dll'", "<elsewhere>a.dll is '<elsewhere>a.dll'"),
+        ("83 GFLOP/s, off by 6e-07 / 2; 1/2", "83 GFLOP/s, off by 6e-07 / 2; 1/2"),
+        ("x" * 9999, "x" * 300),
+    ):
+
+        def fail(_: Bench, said: str = said) -> str:
+            raise Failed(said)
+
+        monkeypatch.setitem(CHECKS, "causality", fail)
+        outcome = selfcheck.outcome_of("causality", bench())
+        assert outcome.said.replace("\\", "/") == expected
+
+
 def run(monkeypatch, capsys, *options: str) -> tuple[int, str]:
     monkeypatch.setattr(sys, "argv", ["selfcheck", "--device", "cpu", "--precision=fp32", *options])
     return selfcheck.main(), capsys.readouterr().out

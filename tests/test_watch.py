@@ -18,7 +18,7 @@ import requests
 
 import environment
 from insight.report import Report
-from insight.verdict import headline
+from insight.verdict import change_lines, headline
 from planning.card import card_lines
 from scripts import watch
 from scripts.serving import app as serving
@@ -145,8 +145,8 @@ def test_a_run_that_goes_on_from_a_checkpoint_takes_its_later_points_back(tmp_pa
 
 
 def test_lines_that_are_damaged_or_none_of_ours_are_passed_over(tmp_path, monkeypatch):
-    monkeypatch.setattr(curves, "MOST_LINE_BYTES", 1000)
-    monkeypatch.setattr(curves, "BLOCK_BYTES", 300)
+    monkeypatch.setattr("insight.curves.MOST_LINE_BYTES", 1000)
+    monkeypatch.setattr("insight.curves.BLOCK_BYTES", 300)
     odd = [b"", b"{", b"[]", b"7", b"null", b"\xff\xfe", b'{"step": "1", "train/loss": 1}']
     odd += [b'{"step": 1e3, "train/loss": 1}', b'{"step": -1, "train/loss": 1}']
     odd += [b'{"step": 1' + b"0" * 40 + b', "train/loss": 1}', b"[" * 900]
@@ -410,6 +410,11 @@ def test_samples_and_the_diagnosis_are_those_of_the_report(runs):
     run, findings = Report(runs / "tiny").read()
     assert findings
     assert detail["diagnosis"]["headline"] == headline(run, findings)._asdict()
+    keys = ("severity", "confidence", "lines")
+    assert [tuple(found[k] for k in keys) for found in detail["diagnosis"]["findings"]] == [
+        (found.severity, found.confidence, change_lines(found.changes, run.facts))
+        for found in findings
+    ]
     assert [found["title"]["en"] for found in detail["diagnosis"]["findings"]] == [
         finding.title.en for finding in findings
     ]
@@ -569,6 +574,8 @@ def test_the_page_shows_a_run_as_it_trains_writes_with_it_and_stops_it_by_keyboa
     with FolderLock(runs / "young"), Watcher(runs) as server:
         page = open_page(server)
         assert page.locator("#name").inner_text() == "young"  # the one that trains
+        assert "% sure" in page.locator("#findings").inner_text()
+        assert page.locator("#findings pre").first.inner_text().startswith("DATA = ")
         assert "trains · step 180 of 180" in page.locator("#about").inner_text()
         assert page.title() == "young: trains"
         with open(runs / "young" / "metrics.jsonl", "ab") as file:

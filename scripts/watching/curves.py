@@ -1,15 +1,13 @@
 """The curves of a run that may be training: metrics.jsonl, read as it grows, in bounded memory."""
 
-import json
-import os
 import threading
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from insight.curves import MetricsReader
+
 MOST_POINTS = 1000  # of a curve; beyond, its points stand for twice as many steps each
-MOST_LINE_BYTES = 1 << 20  # of metrics.jsonl; a longer line is none of ours
-BLOCK_BYTES = 1 << 20
 HIGHEST_STEP = 10**12
 HIGHEST_VALUE = 1e200  # sums of them are finite
 # the names in metrics.jsonl that have a curve
@@ -97,20 +95,18 @@ class Sent:
 class Metrics:
     """The curves of a metrics.jsonl, brought up to date by read().
 
-    Lines that are damaged, half written or not ours are passed over. Where a run goes on from a
-    checkpoint, its file is cut there: then all of it is read anew. Any thread may call it.
+    Rows that are not ours are passed over. Where a run goes on from a checkpoint, all of its file
+    is read anew. Any thread may call it.
     """
 
     def __init__(self, path: Path) -> None:
-        self._path = path
+        self._file = MetricsReader(path)
         self._lock = threading.Lock()
         self._edition = -1
-        self._reset(None)
+        self._reset()
 
-    def _reset(self, inode: int | None) -> None:
+    def _reset(self) -> None:
         self._edition += 1
-        self._inode, self._offset, self._rest = inode, 0, b""
-        self._skips = False  # the rest of a line that is too long
         self.curves = {name: Curve() for name in NAMES}
         self.step = self.tokens = 0
         self.forecast: dict[str, float] = {}
@@ -118,33 +114,14 @@ class Metrics:
     def read(self) -> None:
         """Read what was added to the file since the last time; nothing where there is none."""
         with self._lock:
-            try:
-                with open(self._path, "rb") as file:
-                    found = os.fstat(file.fileno())
-                    if found.st_ino != self._inode or found.st_size < self._offset:
-                        self._reset(found.st_ino)
-                    file.seek(self._offset)
-                    while block := file.read(BLOCK_BYTES):
-                        self._offset += len(block)
-                        self._take(block)
-            except OSError:
-                return
+            is_another, rows = self._file.read()
+            if is_another:
+                self._reset()
+            for row in rows:
+                self._note(row)
 
-    def _take(self, block: bytes) -> None:
-        *lines, self._rest = (self._rest + block).split(b"\n")
-        for line in lines:
-            if not self._skips:
-                self._note(line)
-            self._skips = False
-        if len(self._rest) > MOST_LINE_BYTES:
-            self._rest, self._skips = b"", True
-
-    def _note(self, line: bytes) -> None:
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError):
-            return
-        step = row.get("step") if isinstance(row, dict) else None
+    def _note(self, row: Any) -> None:
+        step = row.get("step")
         if not is_number(step) or not isinstance(step, int) or not 0 <= step <= HIGHEST_STEP:
             return
         if step < self.step:  # points that a reader has are taken away

@@ -12,7 +12,7 @@ from engine.errors import CheckpointError
 from engine.metrics import as_duration
 from insight.report import Report
 from insight.run_files import read_samples
-from insight.verdict import headline
+from insight.verdict import change_lines, headline
 from planning.card import card_lines
 from planning.decisions import RunRecord, read_record, read_run_file
 from scripts.watching.curves import Metrics, Sent, is_number
@@ -197,9 +197,11 @@ class Run:
                 "findings": [
                     {
                         "severity": finding.severity,
+                        "confidence": finding.confidence,
                         "title": finding.title._asdict(),
                         "evidence": finding.evidence._asdict(),
                         "advice": finding.advice._asdict(),
+                        "lines": change_lines(finding.changes, run.facts),
                     }
                     for finding in findings
                 ],
