@@ -193,7 +193,7 @@ def test_questions_are_what_the_user_says_last_before_the_first_answer(template,
         assert question.text.startswith("Is ") and question.text.endswith(" odd?\nOr even?")
         asked = [Message("user", question.text)]
         assert question.ids == made.encode(asked, text.tokenizer, add_generation_prompt=True)
-        assert question.end == made.stop_ids(text.tokenizer)[0]
+        assert question.ends == made.stop_ids(text.tokenizer)
 
 
 def test_questions_are_found_behind_texts_in_one_pass_and_fit_into_a_window(tmp_path, monkeypatch):
@@ -207,11 +207,39 @@ def test_questions_are_found_behind_texts_in_one_pass_and_fit_into_a_window(tmp_
     text = tokenize(parse_data({"path": path, "val": val}), "char", 0.5, tmp_path)
     tokens = pack_conversations(text, 64, 1)
     assert tokens.val.pieces.n_left_out == 1
-    scanned, argmax = [], np.argmax
-    monkeypatch.setattr(np, "argmax", lambda a: scanned.append(len(a)) or argmax(a))
+    decoded, decode = [], type(text.tokenizer).decode
+    monkeypatch.setattr(
+        type(text.tokenizer), "decode", lambda self, ids: decoded.append(ids) or decode(self, ids)
+    )
     questions = find_questions(text, tokens)
     assert [question.text for question in questions] == ["0?", "1?", "2?"]
-    assert sum(scanned) < sum(len(question.ids) + 8 for question in questions)
+    assert decoded[1:] == [question.ids for question in questions]  # the template's own first
+
+
+def test_questions_are_shown_behind_a_greeting_and_a_piece_begins_where_its_conversation_does(
+    tmp_path,
+):
+    greeting = {"role": "assistant", "content": "Hello, and good day"}
+    rows = [{"messages": [greeting, *conversation(f"{n}?", "Yes.")["messages"]]} for n in range(8)]
+    (tmp_path / "text.txt").write_text("A longer text. " * 200, encoding="utf-8")
+    text = tokenized(tmp_path, rows, among=["text.txt"])
+    assert (text.chat.train_is_text.sum(), text.chat.val_is_text.sum()) == (1, 1)
+    made = template_of(text.chat.template, text.tokenizer)
+    for most, shown in ((200, 3), (40, 0)):  # the greeting alone fits
+        tokens = pack_conversations(text, most, 1)
+        chats = text.chat.train_starts[~text.chat.train_is_text]
+        texts = text.chat.train_starts[text.chat.train_is_text]
+        starts = tokens.train.pieces.starts
+        assert {*chats.tolist()} <= {*starts.tolist()}
+        others = np.setdiff1d(starts, chats)
+        assert len(others) > 1 and others.min() == texts.min()
+        assert ((others - texts.min()) % most == 0).all()
+        questions = find_questions(text, tokens)
+        assert len(questions) == shown
+        for question in questions:
+            asked = [Message("assistant", greeting["content"]), Message("user", question.text)]
+            assert question.text[1:] == "?"
+            assert question.ids == made.encode(asked, text.tokenizer, add_generation_prompt=True)
 
 
 def test_made_up_facts_are_distinct_and_the_fourth_phrasing_is_not_trained_on(tmp_path):

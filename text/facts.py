@@ -43,7 +43,7 @@ from text.tokenizer import (
 )
 from text.tokenizer_file import SHORT_WORDS, ranks_of
 
-FORMAT = 1  # of the facts in the cache; no other is read
+FORMAT = 2  # of the facts in the cache; no other is read
 SAMPLE_BYTES = 8 << 20  # a larger text is sampled evenly: more make no difference
 CHUNK = 1 << 15  # characters of the sample that lie together
 BPE_SIZES = (512, 1024, 2048, 4096, 8192, 16384)
