@@ -4,11 +4,13 @@ import dataclasses
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
+from benchmarks import facts
 from benchmarks.facts import make_facts, write_rows
 from engine.errors import DataError
 from exchange.opening import open_pretrained
@@ -255,6 +257,23 @@ def test_made_up_facts_are_distinct_and_the_fourth_phrasing_is_not_trained_on(tm
     )
     assert (len(set(train_rows)), len(set(val_rows))) == (600, 200)
     assert not set(train_rows) & set(val_rows)
+
+
+def test_facts_that_were_measured_for_other_arguments_are_measured_again(tmp_path, monkeypatch):
+    counted = []
+    monkeypatch.setattr(facts, "load_model", lambda *_, **__: None)
+    monkeypatch.setattr(facts, "count_right", lambda *given: counted.append(given) or 0)
+    monkeypatch.setattr(facts, "bits_per_byte", lambda *_: 1.0)
+    for asked, n_counted in (({"tokens": 5}, 2), ({"tokens": 5}, 2), ({"tokens": 6}, 4)):
+        found = facts.measure(tmp_path, "full", "somewhere", make_facts(3), asked)
+        assert (found["asked"], len(counted)) == (asked, n_counted)
+    monkeypatch.setattr(facts.subprocess, "run", lambda *_, **__: SimpleNamespace(returncode=0))
+    kept = tmp_path / "runs" / "full" / "kept"
+    for settings, is_kept in (("# 3 facts", False), ("# 3 facts", True), ("# 4 facts", False)):
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        kept.touch()
+        facts.train(tmp_path, "full", settings)
+        assert kept.exists() == is_kept
 
 
 @pytest.fixture(scope="module")
