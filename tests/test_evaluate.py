@@ -123,11 +123,12 @@ def test_of_conversations_the_answers_are_scored_by_the_models_template(score, m
         rows.append(json.dumps({"messages": messages}) + "\n")
         expected.append(nats)
     Path("chat.jsonl").write_text("".join(rows), encoding="utf-8")
+    every = [nats for one in expected for nats in one]
     *each, whole = score("chat.jsonl", "--json", "--documents", run=None).samples
-    for row, nats in zip([*each, whole], [*expected, sum(expected, [])], strict=True):
+    for row, nats in zip([*each, whole], [*expected, every], strict=True):
         assert row["tokens"] == len(nats)
         assert row["loss"] == pytest.approx(sum(nats) / len(nats), rel=1e-5)
-    bits = sum(sum(expected, [])) / math.log(2)
+    bits = sum(every) / math.log(2)
     n_bytes = len("".join(answer for pairs in turns for _, answer in pairs).encode())
     assert whole["bits_per_byte"] * n_bytes == pytest.approx(bits, rel=1e-5)
     (together,) = score("chat.jsonl", "--json", run=None).samples

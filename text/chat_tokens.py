@@ -56,8 +56,8 @@ def require_answers(template: ChatTemplate, tokenizer: Tokenizer) -> None:
         template.write(PROBE, tokenizer)
     except DataError as error:
         raise DataError(
-            f"{error}\nNo conversation can be trained on or scored by it: choose a model with "
-            "another chat template, or one without, which gets ChatML."
+            f"{error}\nNo conversation can be learned or scored by it: choose a model with another "
+            "chat template."
         ) from None
 
 

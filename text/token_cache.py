@@ -2,9 +2,9 @@
 
 An entry is a folder cache/tokens/<id>/ with tokens.bin, tokenizer.json and entry.json, which has
 the hashes of the others; with conversations, targets.bin marks the tokens that count, a byte each,
-and starts.bin has where each document begins. Its id is a hash of all that it was made from,
-and it appears by one rename. The file found-<id>.json records the files and the entry of a request
-(names and options).
+and starts.bin has where each conversation begins, and ~place of a text. Its id is a hash of all
+that it was made from, and it appears by one rename. The file found-<id>.json records the files and
+the entry of a request (names and options).
 """
 
 import collections
