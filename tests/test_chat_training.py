@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+import train
 from benchmarks import facts
 from benchmarks.facts import make_facts, write_rows
 from engine.errors import DataError
@@ -17,6 +18,7 @@ from exchange.opening import open_pretrained
 from exchange.saved_run import load_run
 from generation import generate
 from planning.chat import (
+    Question,
     about_chat,
     find_chat,
     find_context,
@@ -34,6 +36,7 @@ from tests.test_parallel import LOSSES, alone, furthest, settings_of, together
 from text.chat_template import CHATML, Message, template_of
 from text.sources import parse_data
 from text.token_cache import TokenizedText, tokenize
+from text.tokenizer import CharTokenizer
 
 SHAPE = {"emb_dim": 16, "n_heads": 2, "n_layers": 1, "architecture": "llama"}
 # a template that is not ChatML's, with rules of its own
@@ -242,6 +245,20 @@ def test_questions_are_shown_behind_a_greeting_and_a_piece_begins_where_its_conv
             asked = [Message("assistant", greeting["content"]), Message("user", question.text)]
             assert question.text[1:] == "?"
             assert question.ids == made.encode(asked, text.tokenizer, add_generation_prompt=True)
+
+
+def test_an_answer_during_training_ends_with_its_turn_or_with_the_text(monkeypatch):
+    tokenizer, asked = CharTokenizer("ab?").adding(["<|im_end|>"]), {}
+    ends = (tokenizer.special_tokens["<|im_end|>"], tokenizer.end_of_text_id)
+    questions = [Question("a?", tokenizer.encode("a?"), ends)] * 2
+
+    def generate(model, prompts, **options):
+        asked.update(options)
+        return [[*ids, *tokenizer.encode("b"), end] for ids, end in zip(prompts, ends, strict=True)]
+
+    monkeypatch.setattr(train, "generate", generate)
+    assert train.continue_prompts(None, tokenizer, questions) == ["a?\n-> b"] * 2
+    assert asked["stop_ids"] == ends
 
 
 def test_made_up_facts_are_distinct_and_the_fourth_phrasing_is_not_trained_on(tmp_path):
