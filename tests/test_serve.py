@@ -78,7 +78,7 @@ def test_the_client_lists_the_run_as_a_model_and_finds_it_by_name(server):
     (model,) = client.models.list().data
     assert model.id == "tiny"
     assert client.models.retrieve("tiny") == model
-    with pytest.raises(openai.NotFoundError, match="'gpt-4' does not exist; this server has"):
+    with pytest.raises(openai.NotFoundError, match='"gpt-4" does not exist; this server has'):
         client.models.retrieve("gpt-4")
 
 

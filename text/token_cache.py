@@ -380,7 +380,7 @@ def _build_entry(
             facts["chat"] = told.facts(_shared_prompts(sides, split))
             facts["notes"].append(told.line())
         n_different = _count_different(sides[0], split, times)
-        _seal(temporary, tokenizer, n_train, facts, template, n_different, added)
+        _seal(temporary, tokenizer, n_train, facts, template, n_different, added=added)
         rename_folder(temporary, folder)  # if another process was faster, its entry stays
     finally:
         discard(temporary)
@@ -393,6 +393,7 @@ def _seal(
     report: dict[str, Any],
     template: str | None,
     n_different: int,
+    *,
     added: list[str],
 ) -> None:
     """Write an entry's tokenizer.json and entry.json, with its n_different conversations and the
