@@ -206,7 +206,8 @@ def test_an_adapter_is_refused_where_frozen_weights_lack_the_tokens_of_conversat
         begin(**given, lora_rank=2)
     assert "has no tokens <|im_start|> and <|im_end|>" in str(caught.value)
     assert "Set lora_rank to None" in str(caught.value)
-    assert begin(**given).prompts[0].ends[0] == begin(**given).tokenizer.vocab_size - 1
+    env = begin(**given)
+    assert env.prompts[0].ends[0] == env.tokenizer.vocab_size - 1
 
 
 def test_other_weights_are_told_as_other_settings_are(begin, tiny, workdir, capsys):
