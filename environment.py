@@ -34,6 +34,7 @@ from model import GPTModel
 from planning.chat import (
     Question,
     about_chat,
+    check_adapter,
     count_ids,
     find_chat,
     find_context,
@@ -212,6 +213,7 @@ def _cut(
 ) -> tuple[TokenSlice | Conversations, WindowPlan, list[str] | list[Question], list[str]]:
     """The text's tokens, or its conversations packed, how they are divided, the prompts of samples,
     and notices."""
+    check_adapter(asked, text)
     sizes = {"max_length": find_context(text, plan), "batch_size": asked.batch_size}
     if packed := pack_conversations(text, sizes["max_length"], plan.run.SEED):
         assert text.n_train is not None, "conversations are never divided by position"

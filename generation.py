@@ -151,13 +151,15 @@ def stream(
     repetition_window: int = 64,
     num_samples: int = 1,
     end_of_text_id: int | None = None,
+    stop_ids: Collection[int] = (),
     generator: torch.Generator | None = None,
 ) -> Iterator[list[Token | None]]:
     """Yield the next token of every row at each step, None for a row that has ended.
 
-    Rows are the prompts, lists of token ids, each num_samples times. choose_next() explains the
-    options; the penalty applies to the newest repetition_window tokens of a row. The generator is
-    on the model's device. Raises SettingsError with every wrong value, at the first step.
+    Rows are the prompts, lists of token ids, each num_samples times. A row ends with end_of_text_id
+    or one of stop_ids. choose_next() explains the options; the penalty applies to the newest
+    repetition_window tokens of a row. The generator is on the model's device. Raises SettingsError
+    with every wrong value, at the first step.
     """
     sampling = {
         "max_new_tokens": max_new_tokens,
@@ -168,12 +170,13 @@ def stream(
         "repetition_penalty": repetition_penalty,
         "repetition_window": repetition_window,
     }
+    ends = {end_of_text_id, *stop_ids}
     with contextlib.closing(Rows(model, prompts, sampling, num_samples, generator)) as rows:
         for _ in range(max_new_tokens):
             tokens = rows.draw()
             yield tokens
             for row, token in enumerate(tokens):
-                if token is not None and token.id == end_of_text_id:
+                if token is not None and token.id in ends:
                     rows.running.discard(row)
             if not rows.running:
                 return

@@ -542,12 +542,12 @@ def _answer(
     model: nn.Module, tokenizer: Tokenizer, questions: list[Question], **options: Any
 ) -> list[str]:
     """Each question with the model's answer below it."""
-    end, prompts = questions[0].end, [question.ids for question in questions]
+    ends, prompts = questions[0].ends, [question.ids for question in questions]
     texts = []
     for question, row in zip(
-        questions, generate(model, prompts, end_of_text_id=end, **options), strict=True
+        questions, generate(model, prompts, stop_ids=ends, **options), strict=True
     ):
-        is_ended = row[-1] == end
+        is_ended = row[-1] in ends
         answer = tokenizer.decode(row[len(question.ids) : -1 if is_ended else None]).strip()
         texts.append(f"{question.text}\n-> {answer or (ENDED if is_ended else BLANK).strip()}")
     return texts

@@ -5,7 +5,7 @@
 Each fact is asked in three phrasings to train on; a fourth, which also validates, is asked after
 training. Answers are greedy, and right if they hold the fact's name. Bits a byte on
 corpus/sample-en.txt tell what was forgotten. The runs are those of the program itself, in --folder:
-the same command goes on with what is there.
+the same command goes on with what is there, and another one begins anew.
 """
 
 import argparse
@@ -28,7 +28,7 @@ from exchange.opening import load_model
 from exchange.saved_run import LoadedModel
 from generation import generate
 from planning.fine_tuning import SMOLLM2
-from storage.files import make_folder, write_atomically, write_json
+from storage.files import discard, make_folder, write_atomically, write_json
 from text.chat_template import Message, template_of
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -126,6 +126,7 @@ def settings_of(name: str, asked: argparse.Namespace, lora_rank: int | None) -> 
         params["max_steps"] = max(1, asked.tokens // WINDOW)
     length = f"MINUTES = {asked.minutes}\n" if asked.minutes is not None else ""
     return (
+        f"# {asked.facts} facts\n"
         'DATA = {"path": "train.jsonl", "val": "val.jsonl"}\n'
         f'INIT_FROM = "{SMOLLM2}"\n{length}'
         f'RUN_NAME = "{name}"\n'
@@ -134,8 +135,11 @@ def settings_of(name: str, asked: argparse.Namespace, lora_rank: int | None) -> 
 
 
 def train(folder: Path, name: str, settings: str) -> None:
-    """Train a run, or go on with it; nothing if it is finished."""
-    write_atomically(folder / f"{name}.py", settings.encode("utf-8"))
+    """Train a run, or go on with it; nothing if it is finished. One of other settings goes."""
+    file = folder / f"{name}.py"
+    if not file.exists() or file.read_text(encoding="utf-8") != settings:
+        discard(folder / "runs" / name)
+    write_atomically(file, settings.encode("utf-8"))
     done = subprocess.run(
         [sys.executable, str(REPOSITORY / "main.py"), f"{name}.py"], cwd=folder, check=False
     )
@@ -147,13 +151,13 @@ def count_right(model: LoadedModel, facts: list[Fact], phrasing: int, label: str
     """How many of the facts a model tells where they are asked in one of the phrasings."""
     assert model.chat_template is not None, f"{model.source} is no chat model"
     template, right = template_of(model.chat_template, model.tokenizer), 0
-    end = template.stop_ids(model.tokenizer)[0]
+    ends = template.stop_ids(model.tokenizer)
     parts = [facts[at : at + AT_ONCE] for at in range(0, len(facts), AT_ONCE)]
     for part in count_off(parts, len(parts), label):
         asked = [[Message("user", fact.questions[phrasing])] for fact in part]
         ids = [template.encode(m, model.tokenizer, add_generation_prompt=True) for m in asked]
         rows = generate(
-            model.model, ids, max_new_tokens=ANSWER_TOKENS, temperature=0.0, end_of_text_id=end
+            model.model, ids, max_new_tokens=ANSWER_TOKENS, temperature=0.0, stop_ids=ends
         )
         for fact, prompt, row in zip(part, ids, rows, strict=True):
             right += fact.name in model.tokenizer.decode(row[len(prompt) :])
@@ -174,13 +178,19 @@ def bits_per_byte(where: str, folder: Path) -> float:
     return json.loads(done.stdout)["bits_per_byte"]
 
 
-def measure(folder: Path, name: str, where: str, facts: list[Fact]) -> dict[str, Any]:
-    """What a model knows of the facts and of the sample text; kept in the folder."""
+def measure(
+    folder: Path, name: str, where: str, facts: list[Fact], asked: dict[str, Any]
+) -> dict[str, Any]:
+    """What a model knows of the facts and of the sample text; kept in the folder, with what was
+    asked of the run, and measured again where that differs."""
     file = folder / f"{name}.json"
     if file.exists():
-        return json.loads(file.read_text(encoding="utf-8"))
+        found = json.loads(file.read_text(encoding="utf-8"))
+        if found.get("asked") == asked:
+            return found
     model = load_model(where, weights="fp32")
-    found: dict[str, Any] = {
+    found = {
+        "asked": asked,
         "facts": len(facts),
         "trained_phrasing": count_right(model, facts, 0, "Asking as trained"),
         "untrained_phrasing": count_right(model, facts, -1, "Asking anew"),
@@ -220,18 +230,20 @@ def main() -> None:
     make_folder(folder)
     facts = make_facts(asked.facts)
     write_rows(folder, facts)
-    found = {"untuned": measure(folder, "untuned", SMOLLM2, facts)}
+    of_all: dict[str, Any] = {"facts": asked.facts}
+    of_runs = {"tokens": asked.tokens if asked.minutes is None else None, "minutes": asked.minutes}
+    found = {"untuned": measure(folder, "untuned", SMOLLM2, facts, of_all)}
     say(describe("untuned", found["untuned"], found["untuned"]))
     runs: dict[str, int | None] = {"full": None}
     if asked.lora:
         runs[f"lora-{asked.lora}"] = asked.lora
     for name, rank in runs.items():
         train(folder, name, settings_of(name, asked, rank))
-        found[name] = measure(folder, name, str(folder / "runs" / name), facts)
+        where = str(folder / "runs" / name)
+        found[name] = measure(folder, name, where, facts, of_all | of_runs)
         say(describe(name, found[name], found["untuned"]))
     device = torch.device("cpu")
-    length_of_runs = {"tokens": asked.tokens, "minutes": asked.minutes}
-    results = {"machine": machine(device), **length_of_runs, "models": found}
+    results = {"machine": machine(device), **of_runs, "models": found}
     path = write_results("facts", device, results)
     say(f"written to {path}")
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from data import Conversations, PackedWindows, TokenSlice, as_array
-from engine.errors import DataError
+from engine.errors import DataError, SettingsError
 from planning.fine_tuning import SMOLLM2
 from planning.plan import SMALL_CHAT, Chat, RunPlan
 from text.chat_template import ChatTemplate, Message, template_of
@@ -25,7 +25,7 @@ class Question:
 
     text: str  # what the user says last
     ids: list[int]
-    end: int  # the token that ends an answer
+    ends: tuple[int, ...]  # the tokens that end an answer
 
 
 def find_chat(text: TokenizedText) -> Chat | None:
@@ -42,23 +42,41 @@ def find_context(text: TokenizedText, plan: RunPlan) -> int:
     is_set = plan.fixed is not None and "context_length" in plan.fixed.model
     if text.chat is None or plan.recipe is None or is_set:
         return context
-    (starts, tokens), _ = _sides(text)
-    is_target = tokens.array().view(bool)
-    pieces = cut_pieces(starts, is_target, MOST_CONTEXT)
-    of_conversations = pieces.lengths[~is_target[pieces.starts]]  # a text counts from its first on
+    (starts, is_text, is_target), _ = _sides(text)
+    pieces = cut_pieces(starts, is_target.array(), MOST_CONTEXT, is_text=is_text)
+    of_conversations = pieces.lengths[np.isin(pieces.starts, starts[~is_text])]
     return max(context, int(of_conversations.max(initial=0)))
 
 
-def _sides(text: TokenizedText) -> list[tuple[np.ndarray, TokenSlice]]:
-    """Where the conversations to train on begin, and which of their tokens count; and of those to
-    validate on."""
+def _sides(text: TokenizedText) -> list[tuple[np.ndarray, np.ndarray, TokenSlice]]:
+    """Where the documents to train on begin, which of them are texts, and which of their tokens
+    count; and of those to validate on."""
     chat, n_train = text.chat, text.n_train
     assert chat is not None, "the text has conversations"
     assert n_train is not None, "conversations are never divided by position"
     return [
-        (chat.train_starts, TokenSlice(chat.targets, "uint8", 0, n_train)),
-        (chat.val_starts, TokenSlice(chat.targets, "uint8", n_train, text.n_tokens)),
+        (chat.train_starts, chat.train_is_text, TokenSlice(chat.targets, "uint8", 0, n_train)),
+        (
+            chat.val_starts,
+            chat.val_is_text,
+            TokenSlice(chat.targets, "uint8", n_train, text.n_tokens),
+        ),
     ]
+
+
+def check_adapter(asked: TrainingConfig, text: TokenizedText) -> None:
+    """Raise SettingsError where an adapter is to learn tokens that the frozen weights lack.
+
+    Their rows are all the mean of the others and would stay so: a model could end no answer.
+    """
+    if asked.lora_rank is None or text.chat is None or not text.chat.added:
+        return
+    raise SettingsError(
+        f"lora_rank is {asked.lora_rank}, and the model that INIT_FROM names has no tokens "
+        f"{' and '.join(text.chat.added)}, which conversations need: beside frozen weights they "
+        "can't be learned, and no answer would end.\nSet lora_rank to None, which trains all "
+        "weights, or INIT_FROM to a chat model, such as a run that has been trained so."
+    )
 
 
 def pack_conversations(text: TokenizedText, most: int, seed: int) -> Conversations | None:
@@ -69,8 +87,9 @@ def pack_conversations(text: TokenizedText, most: int, seed: int) -> Conversatio
     if text.chat is None:
         return None
     sides = []
-    for name, (starts, is_target) in zip(("train", "validate"), _sides(text), strict=True):
-        pieces = cut_pieces(starts, is_target.array(), most)
+    for name, side in zip(("train", "validate"), _sides(text), strict=True):
+        starts, is_text, is_target = side
+        pieces = cut_pieces(starts, is_target.array(), most, is_text=is_text)
         if not len(pieces):
             raise DataError(
                 f"no conversation to {name} on has an answer that ends within max_length ({most}) "
@@ -128,19 +147,24 @@ def about_chat(
 
 
 def find_questions(text: TokenizedText, tokens: Conversations) -> list[Question]:
-    """The first conversations to validate on up to their first answers, of those that fit into a
-    window with that answer; texts among them are none."""
-    assert text.chat is not None, "the text has conversations"
-    template = template_of(text.chat.template, text.tokenizer)
-    end = template.stop_ids(text.tokenizer)[0]
-    found: list[Question] = []
-    is_target, pieces = as_array(tokens.val.is_target).view(bool), tokens.val.pieces
-    for first, length in zip(pieces.starts.tolist(), pieces.lengths.tolist(), strict=True):
-        if is_target[first]:  # a text
-            continue
-        n_before = int(np.argmax(is_target[first : first + length + 1]))  # it ends with a target
-        ids = as_array(tokens.val.tokens)[first : first + n_before].tolist()
-        found.append(Question(_asked_last(ids, template, text.tokenizer), ids, end))
+    """The first conversations to validate on up to their first answers to a user, of those that fit
+    into a window with that answer; texts among them are none."""
+    chat, found = text.chat, list[Question]()
+    assert chat is not None, "the text has conversations"
+    template = template_of(chat.template, text.tokenizer)
+    ends = template.stop_ids(text.tokenizer)
+    around = _around_question(template, text.tokenizer)
+    pieces, is_target = tokens.val.pieces, as_array(tokens.val.is_target).view(bool)
+    is_chat = np.isin(pieces.starts, chat.val_starts[~chat.val_is_text])
+    places = np.column_stack((pieces.starts, pieces.lengths))[is_chat]
+    for first, length in places.tolist():
+        counts = is_target[first : first + length + 1]  # it ends with a target
+        for n_before in np.flatnonzero(counts & ~np.append(False, counts[:-1])).tolist():
+            ids = as_array(tokens.val.tokens)[first : first + n_before].tolist()
+            asked = _asked_last(text.tokenizer.decode(ids), *around)
+            if asked is not None:
+                found.append(Question(asked, ids, ends))
+                break
         if len(found) == N_QUESTIONS:
             break
     return found
@@ -154,21 +178,31 @@ def count_ids(prompts: list[str] | list[Question], tokenizer: Tokenizer) -> list
     ]
 
 
-def _asked_last(ids: list[int], template: ChatTemplate, tokenizer: Tokenizer) -> str:
-    """The user's last message in the tokens of a prompt; all of its text where that is unknown."""
-    whole = tokenizer.decode(ids)
+def _asked_last(whole: str, opening: str, closing: str) -> str | None:
+    """The user's last message in the text of a prompt, None if there is none; all of the text where
+    the opening is unknown."""
+    if opening not in whole:
+        return None
+    if not opening or not whole.endswith(closing):
+        return whole.strip()
+    return whole.removesuffix(closing).rpartition(opening)[2].strip()
+
+
+def _around_question(template: ChatTemplate, tokenizer: Tokenizer) -> tuple[str, str]:
+    """What a template writes before each message of a user, "" if that is unknown, and what comes
+    between it and an answer."""
     question = Message("user", _MARK)
     try:
         before, _, after = template.render([question], add_generation_prompt=True).partition(_MARK)
         later = template.render([question, Message("assistant", _MARK), question]).split(_MARK)[2]
+        ids = template.encode([question], tokenizer, add_generation_prompt=True)
     except (DataError, IndexError):  # a template with rules of its own
-        return whole.strip()
-    # what comes before every message of a user, the first one and the later ones
+        return "", ""
+    # the same before the first message and the later ones
     n_same = next(
         (n for n in range(min(len(before), len(later))) if before[-1 - n] != later[-1 - n]),
         min(len(before), len(later)),
     )
     opening = before[len(before) - n_same :]
-    if not opening or opening not in whole or not whole.endswith(after):
-        return whole.strip()
-    return whole.removesuffix(after).rpartition(opening)[2].strip()
+    # some tokenizers decode to a text with other blanks
+    return (opening, after) if opening in tokenizer.decode(ids) else ("", "")

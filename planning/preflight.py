@@ -126,9 +126,12 @@ def show_training(
 
 
 def show_windows(plan: RunPlan, text: TokenizedText, windows: WindowPlan, model: GPTModel) -> None:
-    if plan.recipe is None:  # else the card has them
-        for line in describe_text(text.report, windows, model.count_parameters()):
-            say(f"  {line}")
+    if plan.recipe is None:
+        lines = describe_text(text.report, windows, model.count_parameters())
+    else:  # the card has the rest
+        lines = about_documents(text.report)
+    for line in lines + about_prompts(text.report):
+        say(f"  {line}")
     # the card may have told it
     if plan.choice is None or plan.choice.text.repeated <= MOST_REPEATED:
         for line in about_copies(text.report):
@@ -160,13 +163,20 @@ def about_copies(report: dict[str, Any]) -> list[str]:
     ]
 
 
-def describe_text(report: dict[str, Any], plan: WindowPlan, n_parameters: int) -> list[str]:
-    """Lines on the text: its files, its tokens, and whether it is enough for the model."""
-    count = len(report["files"])
-    lines = [
-        f"{report['documents']:,} document{'s' * (report['documents'] != 1)} in {count:,} "
-        f"file{'s' * (count != 1)}: {report['bytes']:,} bytes, {report['characters']:,} characters"
+def about_prompts(report: dict[str, Any]) -> list[str]:
+    """A note where a question is asked in training and in validation."""
+    if not (shared := report.get("chat", {}).get("prompts_on_both_sides", 0)):
+        return []
+    verb = "is" if shared == 1 else "are"
+    return [
+        f"Note: {shared:,} of the questions to validate on {verb} trained on too: the validation "
+        "loss says less of new ones"
     ]
+
+
+def about_documents(report: dict[str, Any]) -> list[str]:
+    """A line on the documents that add nothing, if there are any; a note if most repeat others."""
+    lines = []
     aside = {
         "passed over": len(report["passed_over"]),
         "without text": report["empty_documents"],
@@ -181,6 +191,17 @@ def describe_text(report: dict[str, Any], plan: WindowPlan, n_parameters: int) -
             f"Note: {report['duplicate_documents'] / report['documents']:.0%} of the documents "
             "repeat others: the model learns them by heart; leave them out of the text"
         )
+    return lines
+
+
+def describe_text(report: dict[str, Any], plan: WindowPlan, n_parameters: int) -> list[str]:
+    """Lines on the text: its files, its tokens, and whether it is enough for the model."""
+    count = len(report["files"])
+    lines = [
+        f"{report['documents']:,} document{'s' * (report['documents'] != 1)} in {count:,} "
+        f"file{'s' * (count != 1)}: {report['bytes']:,} bytes, {report['characters']:,} characters"
+    ]
+    lines += about_documents(report)
     per_parameter = plan.n_train / n_parameters
     verdict = "a few epochs are safe"
     if per_parameter < 1:

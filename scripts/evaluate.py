@@ -2,12 +2,14 @@
 
 Each token is predicted from the text before it, of which the model sees at least half a context;
 only the first tokens have less. So a run's own validation text gets the figures of its summary.
-Bits a byte compare models of any tokenizer, the loss and the perplexity only those of one.
+Of conversations, which the model's chat template writes down, the answers alone are scored. Bits a
+byte compare models of any tokenizer, the loss and the perplexity only those of one.
 """
 
 import argparse
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
+from typing import Any
 
 from engine.starting import end_at_ctrl_c
 
@@ -17,7 +19,14 @@ if __name__ == "__main__":
 import numpy as np
 from torch.utils.data import DataLoader
 
-from data import WindowDataset, as_batch, evaluation_loader, measure_tokens
+from data import (
+    PackedWindows,
+    WindowDataset,
+    as_batch,
+    evaluation_loader,
+    measure_tokens,
+    to_array,
+)
 from engine.console import count_off, tell
 from engine.errors import DataError, SettingsError
 from engine.metrics import Score, TokenSize
@@ -35,7 +44,18 @@ from scripts.options import (
     write,
 )
 from storage.cache import usable_cache
-from text.documents import DataSpec, ReadingReport, read_documents
+from text.chat import Conversation
+from text.chat_template import template_of
+from text.chat_tokens import require_answers, writer_of
+from text.documents import (
+    DataSpec,
+    Part,
+    ReadingReport,
+    each_document,
+    has_conversations,
+    read_documents,
+)
+from text.packing import cut_pieces, pack
 from text.sources import find_parts, parse_data
 from text.token_cache import encode_documents, encoders
 from text.tokenizer import Tokenizer
@@ -51,6 +71,18 @@ COLUMNS = {
     "bits_per_character": ".4f",
     "bits_per_byte": ".4f",
 }
+
+
+Scored = tuple[int | None, int, Score]  # a Row's document, its tokens, and what they score
+
+
+@dataclass(frozen=True)
+class Document:
+    """A conversation's or a text's tokens, (N,), and which of them are scored, (N,) bool."""
+
+    ids: np.ndarray
+    is_target: np.ndarray
+    is_text: bool
 
 
 @dataclass(frozen=True)
@@ -172,44 +204,94 @@ class Yardstick:
 
     def rows(self, model: str, text: str, spec: DataSpec, *, apart: bool) -> Iterator[Row]:
         """The row of a text; with `apart` first one for each of its documents."""
-        ids, ends = read_tokens(text, spec, self._model.tokenizer)
-        end_of_text = np.array([self._model.tokenizer.end_of_text_id], dtype=ids.dtype)
-
-        def row(document: int | None, n_tokens: int, score: Score) -> Row:
+        report = ReadingReport()
+        parts = find_parts(spec.train, usable_cache(), report)
+        if has_conversations(parts, spec):
+            documents = read_conversations(text, parts, spec, report, self._model)
+            found = self._score_conversations(text, documents, apart=apart)
+        else:
+            ids, ends = read_tokens(text, parts, spec, report, self._model.tokenizer)
+            found = self._score_texts(text, ids, ends, apart=apart)
+        for document, n_tokens, score in found:
             figures = {name: getattr(score, name) for name in COLUMNS if name != "tokens"}
-            return Row(model, text, document, self._context, n_tokens, **figures)
+            yield Row(model, text, document, self._context, n_tokens, **figures)
 
+    def _score_texts(
+        self, text: str, ids: np.ndarray, ends: list[int], *, apart: bool
+    ) -> Iterator[Scored]:
         if not apart:
             if len(ids) < 2:
                 raise DataError(f"{text} is a single token; there is nothing before it to score.")
-            yield row(None, len(ids) - 1, self.score(ids))
+            yield None, len(ids) - 1, self.score(ids)
             return
+        end_of_text = np.array([self._model.tokenizer.end_of_text_id], dtype=ids.dtype)
         ids = np.concatenate((end_of_text, ids))  # one before each document
         scores, counts = [], np.diff([0, *ends]) - (np.arange(len(ends)) > 0)
         for number, (end, count) in enumerate(zip(ends, counts.tolist(), strict=True), start=1):
             scores.append(self.score(ids[end - count : end + 1]))
-            yield row(number, count, scores[-1])
-        yield row(None, sum(counts.tolist()), mean_score(scores, counts))
+            yield number, count, scores[-1]
+        yield None, sum(counts.tolist()), mean_score(scores, counts)
+
+    def _score_conversations(
+        self, text: str, documents: list[Document], *, apart: bool
+    ) -> Iterator[Scored]:
+        windows = self._pack(documents)
+        if not len(windows):
+            raise DataError(
+                f"no answer in {text} ends within {self._context:,} tokens, which the model sees.\n"
+                "Shorten the conversations, or set a larger --context."
+            )
+        if n_cut := windows.pieces.n_cut + windows.pieces.n_left_out:
+            tell(
+                f"Note: {n_cut:,} conversation{'s' * (n_cut != 1)} of {text} longer than "
+                f"{self._context:,} tokens: only answers that end within them are scored"
+            )
+        if not apart:
+            yield None, windows.count_targets(range(len(windows))), self._score_packed(windows)
+            return
+        scores, counts = [], []
+        for number, document in enumerate(documents, start=1):
+            if not len(windows := self._pack([document])):
+                continue
+            counts.append(windows.count_targets(range(len(windows))))
+            scores.append(self._score_packed(windows))
+            yield number, counts[-1], scores[-1]
+        yield None, sum(counts), mean_score(scores, np.array(counts))
+
+    def _pack(self, documents: list[Document]) -> PackedWindows:
+        """Windows of documents as training has them."""
+        starts = np.cumsum([0, *(len(document.ids) for document in documents)])[:-1]
+        is_target = np.concatenate([document.is_target for document in documents])
+        is_text = np.array([document.is_text for document in documents])
+        pieces = cut_pieces(starts, is_target, self._context, is_text=is_text)
+        ids = np.concatenate([document.ids for document in documents])
+        return PackedWindows(ids, is_target, pieces, pack(pieces.lengths, self._context, 0))
 
     def score(self, ids: np.ndarray) -> Score:
         """The Score of tokens, (N,), but the first one."""
-        windows = WindowDataset(ids, self._context, self._context)
+        size = measure_tokens(ids, self._model.tokenizer, [(1, len(ids))])
+        return self._score(WindowDataset(ids, self._context, self._context), size)
+
+    def _score_packed(self, windows: PackedWindows) -> Score:
+        size = measure_tokens(windows.scored_tokens(), self._model.tokenizer)
+        return self._score(windows, size)
+
+    def _score(self, windows: WindowDataset | PackedWindows, size: TokenSize) -> Score:
         at_once = max(1, TOKENS_AT_ONCE // self._context)
         loader = DataLoader(windows, batch_size=at_once, collate_fn=as_batch)
         parts = evaluation_loader(loader)
         counted = count_off(parts, len(parts), "Evaluating")
         loss = mean_loss(self._model.model, counted, self._model.device, self._precision)
-        size = measure_tokens(ids, self._model.tokenizer, [(1, len(ids))])
         return Score(loss, size, len(parts), len(parts))
 
 
-def read_tokens(text: str, spec: DataSpec, tokenizer: Tokenizer) -> tuple[np.ndarray, list[int]]:
+def read_tokens(
+    text: str, parts: list[Part], spec: DataSpec, report: ReadingReport, tokenizer: Tokenizer
+) -> tuple[np.ndarray, list[int]]:
     """A text's tokens, (N,), an end-of-text between two documents; and where each document ends.
 
     Raises what reading raises, and DataError for a text without any.
     """
-    report = ReadingReport()
-    parts = find_parts(spec.train, usable_cache(), report)
     pieces, ends, n_tokens = [], [], 0
     with encoders() as pool:
         for batch in encode_documents(read_documents(parts, spec, report), tokenizer, pool):
@@ -218,11 +300,47 @@ def read_tokens(text: str, spec: DataSpec, tokenizer: Tokenizer) -> tuple[np.nda
                 n_tokens += n_ids
                 if is_last:
                     ends.append(n_tokens)
-    if not ends:
-        raise DataError(f"{text} is empty.\nName a text to score.")
+    _require_any(ends, text, report)
+    return np.concatenate(pieces), ends
+
+
+def read_conversations(
+    text: str, parts: list[Part], spec: DataSpec, report: ReadingReport, model: LoadedModel
+) -> list[Document]:
+    """The conversations of a file by the model's chat template, and the texts among them.
+
+    Raises what reading raises, and DataError for a model without a template, and for a file without
+    any conversation.
+    """
+    if model.chat_template is None:
+        raise DataError(
+            f"{text} has conversations, and {model.source} has no chat template to write them down "
+            "by.\nScore them with a model that was trained on conversations, or name the field "
+            "that holds a text: --field answer."
+        )
+    tokenizer, found = model.tokenizer, []
+    template = template_of(model.chat_template, tokenizer)
+    require_answers(template, tokenizer)
+    for document in each_document(parts, spec, report, writer_of(template, tokenizer)):
+        if isinstance(document, Conversation):
+            assert document.written is not None, "each_document() writes them down"
+            ids, is_target = document.written.encode()
+            found.append(Document(to_array(ids, tokenizer.vocab_size), np.array(is_target), False))
+        elif (content := "".join(document)).strip():
+            ids = [*tokenizer.encode(content), tokenizer.end_of_text_id]
+            is_target = [True] * len(ids)
+            found.append(Document(to_array(ids, tokenizer.vocab_size), np.array(is_target), True))
+    _require_any(found, text, report)
+    return found
+
+
+def _require_any(documents: Sequence[Any], text: str, report: ReadingReport) -> None:
+    """Tell what reading has noted; DataError if there is nothing to score."""
     for notice in (*report.notices, *report.notes):
         tell(f"Note: {notice}")
-    return np.concatenate(pieces), ends
+    if not documents:
+        what = "has no row with an answer" if report.unanswered else "is empty"
+        raise DataError(f"{text} {what}.\nName a text to score.")
 
 
 def mean_score(scores: list[Score], counts: np.ndarray) -> Score:

@@ -6,6 +6,7 @@ import json
 import re
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,9 +17,10 @@ from tests.test_chat_template import BRACKETS, HEADERS, NAMES, with_tokens
 from tests.test_token_cache import never_read, no_fsync  # noqa: F401
 from tests.texts import ENGLISH
 from text import token_cache
-from text.arrangement import times_seen
+from text.arrangement import Side, times_seen
 from text.chat import Conversation, content_text
 from text.chat_template import CHATML, Message, template_of
+from text.chat_tokens import ChatReport
 from text.documents import DataSpec, ReadingReport, each_document, read_documents
 from text.sources import find_parts, parse_data
 from text.split import split_by_position, split_whole
@@ -32,6 +34,11 @@ def message(role: str, content) -> dict:
 
 
 USER, ANSWER = message("user", "Hi"), message("assistant", "Yo")
+# a template that writes nothing for no messages, not even the prompt for an answer
+LATE = (
+    "{% for m in messages %}{{ '[' + m['role'] + ']' + m['content'] + eos_token }}"
+    "{% if loop.last and add_generation_prompt %}{{ '[assistant]' }}{% endif %}{% endfor %}"
+)
 
 # Rows of every form, and their text by three templates. ⟦ ⟧ are around what the loss counts; ‹ ›
 # are < > where a message has typed a special token's name, which is text.
@@ -284,6 +291,20 @@ def test_a_file_holds_conversations_or_texts_and_not_both():
         )
 
 
+def test_a_conversation_reads_as_what_its_messages_say():
+    save("qa.jsonl", json_lines(rows(1)))
+    spec, report = parse_data("qa.jsonl"), ReadingReport()
+    parts = find_parts(spec.train, Path("cache"), report)
+    assert list(read_documents(parts, spec, report)) == [("q0?\nIt is 0.", True)]
+    assert (report.documents, report.characters) == (1, len("q0?It is 0."))
+    # the tokens of a template are of no character, and make no tokenizer look like a wrong one:
+    # of 30 there are 10 in the answers and 2 that end them
+    told = ChatReport(tokens=30, target_tokens=12, answers=2, other_characters=10)
+    sides, tokenizer = [Side(np.array([30.0]))], SimpleNamespace(kind="gpt2")
+    assert token_cache._about_rate(tokenizer, sides, 20, told) == []
+    assert "1.11 tokens a character" in token_cache._about_rate(tokenizer, sides, 19, told)[0]
+
+
 def rows(count: int, name: str = "q") -> list[dict]:
     return [{"question": f"{name}{i}?", "answer": f"It is {i}."} for i in range(count)]
 
@@ -336,6 +357,8 @@ def test_conversations_are_on_disk_with_their_marks_and_starts_each_on_one_side(
         "target_tokens": counted,
         "prompts_on_both_sides": 0,
     }
+    characters = sum(len(row["question"] + row["answer"]) for row in rows(60))
+    assert text.report["characters"] == characters
     share = f"{counted / text.n_tokens:.0%}"
     assert text.report["notes"] == [
         "qa.jsonl: chat rows: question, answer",
@@ -368,6 +391,55 @@ def test_a_template_of_the_weights_is_used_and_is_part_of_what_a_text_is():
     with pytest.raises(DataError) as caught:
         build("system.jsonl", "own/tokenizer.json", chat_template=BRACKETS)
     assert str(caught.value).startswith("system.jsonl line 1: the chat template refuses this: ")
+
+
+def test_rows_that_the_template_refuses_are_bad_rows_and_its_own_faults_are_told_once():
+    pytest.importorskip("jinja2")
+    refused = [row | {"system": "S"} for row in rows(4, "s")]
+    save("few.jsonl", json_lines([*refused[:3], *rows(30)]))
+    text = build("few.jsonl", chat_template=BRACKETS)
+    assert text.report["documents"] == text.report["chat"]["conversations"] == 30
+    [note] = [note for note in text.report["notes"] if "bad rows" in note]
+    assert note.startswith("few.jsonl: 3 bad rows passed over (9.09%): line 1: the chat template")
+    save("qa.jsonl", json_lines([*rows(30), *refused, {"question": 7, "answer": "a"}]))
+    with pytest.raises(DataError) as caught:
+        build("qa.jsonl", chat_template=BRACKETS)
+    told = str(caught.value)
+    assert "qa.jsonl line 31: the chat template refuses this: there is no role system; line" in told
+    assert "Bad are 5 of 35 rows (14.3%" in told and '"bad_rows": "skip"' in told
+    text = build({"path": "qa.jsonl", "bad_rows": "skip"}, chat_template=BRACKETS)
+    assert sorted(t for side in sides(text) for t, _ in side) == sorted(
+        f"{END_OF_TEXT}[INST] {row['question']} [/INST] {row['answer']}{END_OF_TEXT}"
+        for row in rows(30)
+    )
+    with pytest.raises(DataError) as caught:
+        build("qa.jsonl", chat_template=CHATML.source.replace("'<|im_end|>'", "''"))
+    told = str(caught.value)
+    assert told.startswith("the chat template ends an assistant's turn with no special token")
+    assert "line" not in told
+
+
+@pytest.mark.parametrize("template", [None, LATE], ids=["ChatML", "another"])
+def test_a_conversation_may_begin_with_an_answer_and_is_divided_by_its_first_question(template):
+    if template == LATE:
+        pytest.importorskip("jinja2")
+    greeting = message("assistant", "Hello")
+    greeted = [
+        {"messages": [greeting, message("user", q), message("assistant", f"It is {i}, {n}.")]}
+        for n in range(2)
+        for i in range(30)
+        for q in [f"q{i}?"]
+    ]
+    save("greeted.jsonl", json_lines([*greeted, {"messages": [greeting]}]))
+    last = conversations_of("greeted.jsonl")[-1]
+    assert last.prompt == last.messages
+    text = build("greeted.jsonl", chat_template=template)
+    end = "<|im_end|>" if template is None else END_OF_TEXT
+    for shown, counted in [pair for side in sides(text) for pair in side]:
+        answers = re.findall("Hello|It is .*[.]", shown)
+        assert counted == "".join(answer + end for answer in answers) and counted.strip(end)
+    train, val = ({*re.findall(r"q\d+", str(side))} for side in sides(text))
+    assert len(val) in (2, 3, 4) and len(train) == 30 - len(val) and not train & val
 
 
 def test_damaged_marks_and_starts_are_noticed_and_made_anew(capsys):

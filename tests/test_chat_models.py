@@ -203,7 +203,7 @@ def test_what_clients_of_chat_models_ask_for_is_heeded(run, post, answers):
     assert texts[2] == [("It crossed.", "stop")] * 2
     assert texts[3] == [("and", "length")]
     asked = [call["prompt"] for call in answers.asked]
-    assert asked[2] == ids_of(run.tokenizer, "user\nThe\n\nferry")
+    assert asked[2] == ids_of(run.tokenizer, "user\nThe\nferry")
     assert asked[3] == ids_of(run.tokenizer, "user\nThe ferry", "assistant\nIt ", is_open=True)
     assert more.json()["usage"]["prompt_tokens"] == len(asked[3])
     tokens = [entry["token"] for entry in drawn.json()["choices"][0]["logprobs"]["content"]]
@@ -214,10 +214,13 @@ TOOL = {"type": "function", "function": {"name": "now", "parameters": {"type": "
 CALL = {"id": "a", "type": "function", "function": {"name": "now", "arguments": "{}"}}
 REFUSED = {  # what a refusal says: bodies
     "tools is": [{"tools": [TOOL]}],
-    "tool_choice is 'required'": [{"tool_choice": "required"}],
+    'tool_choice is "required"; it must be "none" or "auto"': [{"tool_choice": "required"}],
     "functions is": [{"functions": [TOOL["function"]]}],
     "messages[1].tool_calls must be left out": [
         {"messages": [*QUESTION, {"role": "assistant", "content": None, "tool_calls": [CALL]}]}
+    ],
+    'messages[1].role is "tool"; it must be one of': [
+        {"messages": [*QUESTION, {"role": "tool", "content": "5", "tool_call_id": "a"}]}
     ],
     "this server runs no tools": [
         {"messages": [*QUESTION, {"role": "tool", "content": "5", "tool_call_id": "a"}]},

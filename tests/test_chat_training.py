@@ -4,17 +4,21 @@ import dataclasses
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
+import train
+from benchmarks import facts
 from benchmarks.facts import make_facts, write_rows
 from engine.errors import DataError
 from exchange.opening import open_pretrained
 from exchange.saved_run import load_run
 from generation import generate
 from planning.chat import (
+    Question,
     about_chat,
     find_chat,
     find_context,
@@ -32,6 +36,7 @@ from tests.test_parallel import LOSSES, alone, furthest, settings_of, together
 from text.chat_template import CHATML, Message, template_of
 from text.sources import parse_data
 from text.token_cache import TokenizedText, tokenize
+from text.tokenizer import CharTokenizer
 
 SHAPE = {"emb_dim": 16, "n_heads": 2, "n_layers": 1, "architecture": "llama"}
 # a template that is not ChatML's, with rules of its own
@@ -193,7 +198,7 @@ def test_questions_are_what_the_user_says_last_before_the_first_answer(template,
         assert question.text.startswith("Is ") and question.text.endswith(" odd?\nOr even?")
         asked = [Message("user", question.text)]
         assert question.ids == made.encode(asked, text.tokenizer, add_generation_prompt=True)
-        assert question.end == made.stop_ids(text.tokenizer)[0]
+        assert question.ends == made.stop_ids(text.tokenizer)
 
 
 def test_questions_are_found_behind_texts_in_one_pass_and_fit_into_a_window(tmp_path, monkeypatch):
@@ -207,11 +212,53 @@ def test_questions_are_found_behind_texts_in_one_pass_and_fit_into_a_window(tmp_
     text = tokenize(parse_data({"path": path, "val": val}), "char", 0.5, tmp_path)
     tokens = pack_conversations(text, 64, 1)
     assert tokens.val.pieces.n_left_out == 1
-    scanned, argmax = [], np.argmax
-    monkeypatch.setattr(np, "argmax", lambda a: scanned.append(len(a)) or argmax(a))
+    decoded, decode = [], type(text.tokenizer).decode
+    monkeypatch.setattr(
+        type(text.tokenizer), "decode", lambda self, ids: decoded.append(ids) or decode(self, ids)
+    )
     questions = find_questions(text, tokens)
     assert [question.text for question in questions] == ["0?", "1?", "2?"]
-    assert sum(scanned) < sum(len(question.ids) + 8 for question in questions)
+    assert decoded[1:] == [question.ids for question in questions]  # the template's own first
+
+
+def test_questions_are_shown_behind_a_greeting_and_a_piece_begins_where_its_conversation_does(
+    tmp_path,
+):
+    greeting = {"role": "assistant", "content": "Hello, and good day"}
+    rows = [{"messages": [greeting, *conversation(f"{n}?", "Yes.")["messages"]]} for n in range(8)]
+    (tmp_path / "text.txt").write_text("A longer text. " * 200, encoding="utf-8")
+    text = tokenized(tmp_path, rows, among=["text.txt"])
+    assert (text.chat.train_is_text.sum(), text.chat.val_is_text.sum()) == (1, 1)
+    made = template_of(text.chat.template, text.tokenizer)
+    for most, shown in ((200, 3), (40, 0)):  # the greeting alone fits
+        tokens = pack_conversations(text, most, 1)
+        chats = text.chat.train_starts[~text.chat.train_is_text]
+        texts = text.chat.train_starts[text.chat.train_is_text]
+        starts = tokens.train.pieces.starts
+        assert {*chats.tolist()} <= {*starts.tolist()}
+        others = np.setdiff1d(starts, chats)
+        assert len(others) > 1 and others.min() == texts.min()
+        assert ((others - texts.min()) % most == 0).all()
+        questions = find_questions(text, tokens)
+        assert len(questions) == shown
+        for question in questions:
+            asked = [Message("assistant", greeting["content"]), Message("user", question.text)]
+            assert question.text[1:] == "?"
+            assert question.ids == made.encode(asked, text.tokenizer, add_generation_prompt=True)
+
+
+def test_an_answer_during_training_ends_with_its_turn_or_with_the_text(monkeypatch):
+    tokenizer, asked = CharTokenizer("ab?").adding(["<|im_end|>"]), {}
+    ends = (tokenizer.special_tokens["<|im_end|>"], tokenizer.end_of_text_id)
+    questions = [Question("a?", tokenizer.encode("a?"), ends)] * 2
+
+    def generate(model, prompts, **options):
+        asked.update(options)
+        return [[*ids, *tokenizer.encode("b"), end] for ids, end in zip(prompts, ends, strict=True)]
+
+    monkeypatch.setattr(train, "generate", generate)
+    assert train.continue_prompts(None, tokenizer, questions) == ["a?\n-> b"] * 2
+    assert asked["stop_ids"] == ends
 
 
 def test_made_up_facts_are_distinct_and_the_fourth_phrasing_is_not_trained_on(tmp_path):
@@ -227,6 +274,23 @@ def test_made_up_facts_are_distinct_and_the_fourth_phrasing_is_not_trained_on(tm
     )
     assert (len(set(train_rows)), len(set(val_rows))) == (600, 200)
     assert not set(train_rows) & set(val_rows)
+
+
+def test_facts_that_were_measured_for_other_arguments_are_measured_again(tmp_path, monkeypatch):
+    counted = []
+    monkeypatch.setattr(facts, "load_model", lambda *_, **__: None)
+    monkeypatch.setattr(facts, "count_right", lambda *given: counted.append(given) or 0)
+    monkeypatch.setattr(facts, "bits_per_byte", lambda *_: 1.0)
+    for asked, n_counted in (({"tokens": 5}, 2), ({"tokens": 5}, 2), ({"tokens": 6}, 4)):
+        found = facts.measure(tmp_path, "full", "somewhere", make_facts(3), asked)
+        assert (found["asked"], len(counted)) == (asked, n_counted)
+    monkeypatch.setattr(facts.subprocess, "run", lambda *_, **__: SimpleNamespace(returncode=0))
+    kept = tmp_path / "runs" / "full" / "kept"
+    for settings, is_kept in (("# 3 facts", False), ("# 3 facts", True), ("# 4 facts", False)):
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        kept.touch()
+        facts.train(tmp_path, "full", settings)
+        assert kept.exists() == is_kept
 
 
 @pytest.fixture(scope="module")

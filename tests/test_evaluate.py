@@ -13,6 +13,7 @@ from scripts import evaluate
 from scripts.options import run_program
 from tests import by_heart
 from tests.by_heart import CONTEXT, STORY, Done
+from tests.conversing import END, chat_model, ids_of
 from tests.texts import CHINESE, ENGLISH
 
 TEXTS = [STORY[:20], ENGLISH[:90], "a", CHINESE[:30]]
@@ -103,6 +104,41 @@ def test_several_models_and_texts_are_a_table_and_a_shorter_context_costs_bits(s
     (short,) = score("story.txt", "--json", "--context", "1").samples
     assert usual["bits_per_byte"] + 0.2 < short["bits_per_byte"]
     assert f"{usual['loss']:.4f}" == rows[0].split()[3]
+
+
+def test_of_conversations_the_answers_are_scored_by_the_models_template(score, monkeypatch):
+    model = chat_model()
+    monkeypatch.setattr(evaluate, "open_model", lambda *_, **__: model)
+    turns = [[("The bell?", "It rang.")], [("Who came?", "Nobody."), ("At dawn?", "The ferry, 春")]]
+    rows, expected = [], []
+    for pairs in turns:
+        messages, said, nats = [], [], []
+        for question, answer in pairs:
+            messages += [{"role": "user", "content": question}]
+            messages += [{"role": "assistant", "content": answer}]
+            before = ids_of(model.tokenizer, *said, f"user\n{question}")
+            ids = [*model.tokenizer.encode(answer), model.tokenizer.special_tokens[END]]
+            nats += nats_of(model.model, before + ids, 256)[len(before) - 1 :]
+            said += [f"user\n{question}", f"assistant\n{answer}"]
+        rows.append(json.dumps({"messages": messages}) + "\n")
+        expected.append(nats)
+    Path("chat.jsonl").write_text("".join(rows), encoding="utf-8")
+    every = [nats for one in expected for nats in one]
+    *each, whole = score("chat.jsonl", "--json", "--documents", run=None).samples
+    for row, nats in zip([*each, whole], [*expected, every], strict=True):
+        assert row["tokens"] == len(nats)
+        assert row["loss"] == pytest.approx(sum(nats) / len(nats), rel=1e-5)
+    bits = sum(every) / math.log(2)
+    n_bytes = len("".join(answer for pairs in turns for _, answer in pairs).encode())
+    assert whole["bits_per_byte"] * n_bytes == pytest.approx(bits, rel=1e-5)
+    (together,) = score("chat.jsonl", "--json", run=None).samples
+    assert together["tokens"] == whole["tokens"]
+    assert together["loss"] == pytest.approx(whole["loss"], rel=1e-5)
+    done = score("chat.jsonl", "--context", "8", run=None)
+    assert (done.code, "no answer in chat.jsonl ends within 8 tokens" in done.err) == (3, True)
+    monkeypatch.setattr(model, "chat_template", None)
+    done = score("chat.jsonl", run=None)
+    assert done.code == 3 and "has no chat template" in done.err and "--field answer" in done.err
 
 
 @pytest.mark.parametrize(

@@ -285,10 +285,11 @@ def test_rows_end_each_at_its_time_and_leave_the_others_as_they_were(form, monke
 def test_what_the_others_draw_does_not_depend_on_a_row_that_ended():
     model, prompts = tiny_model(8), texts(2, 6, 4)
     options = {"max_new_tokens": 40, "num_samples": 2, "temperature": 3.0}
-    whole, cut = (
-        generate(model, prompts, end_of_text_id=end, generator=seeded(4), **options)
-        for end in (None, 7)
+    whole, cut, stopped = (
+        generate(model, prompts, generator=seeded(4), **ends, **options)
+        for ends in ({}, {"end_of_text_id": 7}, {"stop_ids": (7,)})
     )
+    assert cut == stopped
     for row, (text, found) in enumerate(zip(whole, cut, strict=True)):
         begun = len(prompts[row // 2])
         n_new = text[begun:].index(7) + 1 if 7 in text[begun:] else 40

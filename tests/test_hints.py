@@ -64,3 +64,16 @@ def test_a_handful_of_validation_tokens_is_remarked_on(capsys, n_val):
     )
     remark = f"Note: {n_val} tokens to validate on say little"
     assert (remark in capsys.readouterr().out) == (n_val < 32)
+
+
+def test_duplicates_are_told_beside_a_card_too_and_so_are_questions_on_both_sides(capsys):
+    report = {"files": [{}], "documents": 4, "passed_over": [], "empty_documents": 0}
+    report |= {"duplicate_documents": 2, "documents_on_both_sides": 0}
+    plan = WindowPlan(200, 100, max_length=4, stride=4, batch_size=2)
+    with_card = SimpleNamespace(recipe="any", choice=None, chat=None)
+    for shared, told in ((0, False), (1, True)):
+        chat = {"chat": {"prompts_on_both_sides": shared}}
+        show_windows(with_card, SimpleNamespace(report=report | chat), plan, None)
+        said = capsys.readouterr().out
+        assert "2 duplicates (data.json" in said and "50% of the documents repeat others" in said
+        assert ("1 of the questions to validate on is trained on too" in said) == told

@@ -197,6 +197,19 @@ def test_a_run_without_a_checkpoint_needs_its_source_again(begin, tiny, workdir)
         begin(INIT_FROM=str(source), RUN_NAME="mine")
 
 
+def test_an_adapter_is_refused_where_frozen_weights_lack_the_tokens_of_conversations(
+    begin, tiny, workdir
+):
+    (workdir / "qa.csv").write_text("question,answer\na,b\nb,a\n", encoding="utf-8")
+    given = {"INIT_FROM": str(tiny), "DATA": "qa.csv", "CUSTOM_MODE": True}
+    with pytest.raises(SettingsError) as caught:
+        begin(**given, lora_rank=2)
+    assert "has no tokens <|im_start|> and <|im_end|>" in str(caught.value)
+    assert "Set lora_rank to None" in str(caught.value)
+    env = begin(**given)
+    assert env.prompts[0].ends[0] == env.tokenizer.vocab_size - 1
+
+
 def test_other_weights_are_told_as_other_settings_are(begin, tiny, workdir, capsys):
     source = workdir / "source"
     shutil.copytree(tiny, source)

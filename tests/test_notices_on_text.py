@@ -68,7 +68,9 @@ def test_what_the_card_told_of_repeats_is_not_told_again(repeated, told, capsys)
     choice = None if repeated is None else SimpleNamespace(text=SimpleNamespace(repeated=repeated))
     windows = SimpleNamespace(n_train=100, n_windows=10, n_unused=0, n_val=50)
     plan = SimpleNamespace(recipe="chosen", choice=choice, chat=None)
-    show_windows(plan, SimpleNamespace(report={"copied": 0.66}), windows, None)
+    report = {"copied": 0.66, "documents": 2, "passed_over": [], "empty_documents": 0}
+    report |= {"duplicate_documents": 0, "documents_on_both_sides": 0}
+    show_windows(plan, SimpleNamespace(report=report), windows, None)
     assert ("66% of the text repeats what came before" in capsys.readouterr().out) == told
 
 

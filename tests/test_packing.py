@@ -103,6 +103,7 @@ def test_a_piece_ends_with_its_last_answer_that_fits_and_a_text_is_cut_into_wind
         (".....", None),  # nobody answers
         (".xxxxxxxx", 8),  # as long as may be
         ("xxx", 2),
+        ("xx..xx..xx", 5),  # begins with an answer, and is no text for that
     ]
     is_target = np.array([sign == "x" for row, _ in rows for sign in row])
     sizes = [len(row) for row, _ in rows]
@@ -110,9 +111,9 @@ def test_a_piece_ends_with_its_last_answer_that_fits_and_a_text_is_cut_into_wind
     pieces = cut_pieces(boundaries, is_target, 8)
     expected = [(b, n) for b, (_, n) in zip(boundaries, rows, strict=True) if n is not None]
     assert list(zip(pieces.starts, pieces.lengths, strict=True)) == expected
-    assert (pieces.n_cut, pieces.n_left_out) == (1, 1)
+    assert (pieces.n_cut, pieces.n_left_out) == (2, 1)
     # a text: each token but the first is the target of one piece
-    text = cut_pieces(np.array([0, 20]), np.ones(23, bool), 8)
+    text = cut_pieces(np.array([0, 20]), np.ones(23, bool), 8, is_text=np.ones(2, bool))
     scored = [
         list(range(start + 1, start + 1 + length))
         for start, length in zip(text.starts, text.lengths, strict=True)
@@ -124,11 +125,11 @@ def test_a_piece_ends_with_its_last_answer_that_fits_and_a_text_is_cut_into_wind
 
 def test_marks_that_need_not_fit_into_memory_are_searched_and_counted_in_blocks():
     n = 4 << 20
-    is_target, boundaries = np.ones(n, np.uint8), np.arange(0, n // 2 + 1, 64)  # the last: a text
-    is_target[boundaries[:-1]] = 0
+    is_target, boundaries = np.ones(n, np.uint8), np.arange(0, n // 2 + 1, 64)
+    is_text = boundaries == boundaries[-1]
     tracemalloc.start()
     try:
-        pieces = cut_pieces(boundaries, is_target, 512)
+        pieces = cut_pieces(boundaries, is_target, 512, is_text=is_text)
         assert tracemalloc.get_traced_memory()[1] < 3 * n
         packing = pack(pieces.lengths, 512, 0)
         tracemalloc.reset_peak()

@@ -454,6 +454,21 @@ def test_an_edit_in_the_middle_of_an_answer_stops_it(open_page, chat_server):
     assert answers(page) == ["crossed"]
 
 
+def test_a_question_that_was_not_answered_is_not_sent_again_with_the_next(open_page, chat_server):
+    page = open_page(chat_server.url)
+    answer_with(page, "crossed")
+    asked(page, "The ferry")
+    page.unroute("**/v1/chat/completions")
+    page.route("**/v1/chat/completions", lambda route: None)  # which never answers
+    say(page, "Its bell")
+    page.wait_for_selector("#stop:visible")
+    page.keyboard.press("Escape")
+    page.get_by_text("stopped").wait_for()
+    answer_with(page, "rang")
+    sent = asked(page, "Its horn")["messages"]
+    assert [m["content"] for m in sent] == ["The ferry", "crossed", "Its horn"]
+
+
 def test_markdown_is_shown_as_it_grows_and_all_else_as_text(open_page, chat_server):
     page = open_page(chat_server.url, permissions=["clipboard-read", "clipboard-write"])
     for pieces in ([MARKDOWN], list(MARKDOWN)):

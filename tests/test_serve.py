@@ -78,7 +78,7 @@ def test_the_client_lists_the_run_as_a_model_and_finds_it_by_name(server):
     (model,) = client.models.list().data
     assert model.id == "tiny"
     assert client.models.retrieve("tiny") == model
-    with pytest.raises(openai.NotFoundError, match="'gpt-4' does not exist; this server has"):
+    with pytest.raises(openai.NotFoundError, match='"gpt-4" does not exist; this server has'):
         client.models.retrieve("gpt-4")
 
 
@@ -201,8 +201,13 @@ def test_a_stop_string_ends_the_text_before_it(server, model):
 
 
 WRONG = {  # parameter: what is said of which values
-    "max_tokens": {"from 0; this server writes 100000": [-1, "5", True], "is '5'": ["5"]},
-    "temperature": {"at least 0": [-1], "a number": ["hot"], "at most": [1e300]},
+    "max_tokens": {"from 0; this server writes 100000": [-1, "5", True], 'is "5"': ["5"]},
+    "temperature": {
+        "at least 0": [-1],
+        'temperature is "hot"; it must be a number': ["hot"],
+        "temperature is true; it must be a number": [True],
+        "at most": [1e300],
+    },
     "top_p": {"at most 1": [1.5]},
     "top_k": {"at least 1": [-2]},
     "min_p": {"at most 1": [2]},
@@ -213,7 +218,7 @@ WRONG = {  # parameter: what is said of which values
         "missing": [None],
         "must be text": [[], 7, ["a", 7]],
         "token ids from 0": [[10**6], [-1], [True], [[1], []]],
-        r"'\ud800'": ["\ud800"],
+        r'"\ud800"': ["\ud800"],
     },
     "stop": {"at most 1000 characters": ["a" * 1001, [1]], "at most 16": [["a"] * 17]},
     "seed": {"64 bits": [2**63, 1.5]},
@@ -223,14 +228,18 @@ WRONG = {  # parameter: what is said of which values
     "frequency_penalty": {"from -2 to 2": [2.5, "1", True]},
     "presence_penalty": {"from -2 to 2": [-3]},
     "echo": {"true or false": [1]},
-    "logit_bias": {"does not support": [{"1": 5}]},
+    "logit_bias": {'is {"1": 5}; it must be {} or [] or left out': [{"1": 5}]},
     "best_of": {"does not support": [2]},
-    "model": {"must be text, as 'tiny'": [5, ["tiny"]]},
+    "model": {'must be text, as "tiny"': [5, ["tiny"]]},
     "messages": {
         "missing": [None],
         "one or more messages": [[], "The ferry"],
-        '"role" is one of': [[{"role": "tool", "content": "x"}], ["The ferry"]],
-        "messages[0].content is None": [user(None)],
+        '"role" is one of': [["The ferry"]],
+        'role is "tool"; it must be one of system, developer, user, assistant: this server runs': [
+            [{"role": "tool", "content": "x"}]
+        ],
+        "role is null; it must be one of": [[{"content": "x"}]],
+        "messages[0].content is null": [user(None)],
         '"type": "text"': [user([{"type": "image_url"}]), user([{"type": "text", "text": 5}])],
     },
 }

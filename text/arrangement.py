@@ -27,7 +27,7 @@ class Side:
     first: "array[int]" = field(default_factory=_numbers)  # token of each document
     ends: "array[int]" = field(default_factory=_numbers)  # of each; an end-of-text may follow
     digests: "array[int]" = field(default_factory=_numbers)  # of each document's text
-    prompts: "array[int]" = field(default_factory=_numbers)  # of a conversation's before an answer
+    prompts: "array[int]" = field(default_factory=_numbers)  # of each Conversation.prompt
     chat: "array[int]" = field(default_factory=lambda: array("b"))  # whether it is a conversation
 
     def add(self, start: int, stop: int, digest: int, prompt: int, *, is_chat: bool) -> None:
@@ -55,7 +55,7 @@ class Side:
 
     @property
     def prompt_hashes(self) -> np.ndarray:
-        """Of what a conversation has before its first answer, (N,) uint64."""
+        """Of each conversation's prompt, (N,) uint64; of a text it says nothing."""
         return np.frombuffer(self.prompts, dtype=np.uint64)
 
     @property
@@ -196,12 +196,14 @@ def _write_documents(
 ) -> list[int]:
     """Write conversations, and texts with an end-of-text behind each; returns both sides' tokens.
 
-    The end-of-text counts as a target: a model learns that a text ends.
+    The end-of-text counts as a target: a model learns that a text ends. starts.bin has the place
+    of each conversation, and ~place of a text.
     """
     source = np.memmap(folder / "all.bin", end_of_text.dtype, "r")
     marks = np.memmap(folder / "all-targets.bin", np.uint8, "r")
+    text_starts = {start for s in sides for start in s.starts[~s.is_chat].tolist()}
     text_ends = {stop for s in sides for stop in s.stops[~s.is_chat].tolist()}
-    sizes, starts, position = [], array("Q"), 0
+    sizes, starts, position = [], array("q"), 0
     with (
         NewFile(folder / "tokens.bin", durable=False) as tokens,
         NewFile(folder / "targets.bin", durable=False) as targets,
@@ -209,7 +211,8 @@ def _write_documents(
         for documents in parts:
             before = position
             for start, stop in documents.tolist():
-                starts.append(position)
+                is_text = start in text_starts or stop in text_ends  # one may be cut
+                starts.append(~position if is_text else position)
                 for at in range(start, stop, COPIED):
                     end = min(stop, at + COPIED)
                     tokens.write(source[at:end].data.cast("B"))
@@ -221,5 +224,5 @@ def _write_documents(
                     position += 1
             sizes.append(position - before)
     with NewFile(folder / "starts.bin", durable=False) as file:
-        file.write(np.frombuffer(starts, np.uint64).astype("<i8").tobytes())
+        file.write(np.frombuffer(starts, np.int64).astype("<i8").tobytes())
     return sizes

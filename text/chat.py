@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from text.chat_template import Message
+from text.chat_template import Message, Written
 
 # the fields of one question and its answer: to ask, to add to it if there is one, to answer
 _PAIRS = (
@@ -24,10 +24,10 @@ _TOOLS = ("tools", "functions", "tool_calls", "function_call", "tool_call_id")
 
 @dataclass(frozen=True)
 class Conversation:
-    """The messages of a row, and where it is: "questions.csv line 7"."""
+    """The messages of a row; written is how a chat template writes them down, once one has."""
 
     messages: tuple[Message, ...]
-    where: str
+    written: Written | None = None
 
     @property
     def has_answer(self) -> bool:
@@ -36,9 +36,11 @@ class Conversation:
 
     @property
     def prompt(self) -> tuple[Message, ...]:
-        """The messages before the first answer."""
+        """The messages before the first answer to a user; all, if no user is answered."""
         roles = [message.role for message in self.messages]
-        return self.messages[: roles.index("assistant") if "assistant" in roles else None]
+        asked = roles.index("user") if "user" in roles else len(roles)
+        answered = "assistant" in roles[asked:]
+        return self.messages[: roles.index("assistant", asked) if answered else None]
 
 
 @dataclass(frozen=True)

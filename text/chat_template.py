@@ -106,19 +106,18 @@ class ChatTemplate:
         """The ids of a conversation, and which of them a model is to learn: those of each answer
         and of the token that ends its turn.
 
+        Raises as write() does.
+        """
+        return self.write(messages, tokenizer).encode()
+
+    def write(self, messages: Sequence[Message], tokenizer: Tokenizer) -> "Written":
+        """A conversation to learn from, written down: all but its tokens.
+
         Raises as render() does, DataError too where the answers can't be told from the rest.
         """
         text = _MarkedText(self, messages, tokenizer)
         whole = text.render(len(messages))
-        spans = list(self._answers(text, whole))
-        cuts = [place for span in spans for place in span]
-        ids: list[int] = []
-        targets: list[bool] = []
-        for part, start, stop in text.encoded(whole, cuts):
-            is_answer = any(first <= start and stop <= last for first, last in spans)
-            ids += part
-            targets += [is_answer] * len(part)
-        return ids, targets
+        return Written(text, whole, tuple(self._answers(text, whole)))
 
     def end_of_turn(self, tokenizer: Tokenizer) -> str | None:
         """The special token that ends an assistant's turn; None if the template has none."""
@@ -168,6 +167,26 @@ def template_of(source: str, tokenizer: Tokenizer) -> ChatTemplate:
     begin = next((name for name in BEGIN_NAMES if name in names), last)
     end = next((name for name in TURN_ENDS if name in names and name in source), last)
     return ChatTemplate(source, begin, end)
+
+
+@dataclass(frozen=True)
+class Written:
+    """A conversation as a template writes it down, and where its answers begin and end."""
+
+    text: "_MarkedText"
+    whole: str
+    answers: tuple[tuple[int, int], ...]
+
+    def encode(self) -> tuple[list[int], list[bool]]:
+        """Its ids, and which of them are targets, as encode_with_targets() says."""
+        cuts = [place for span in self.answers for place in span]
+        ids: list[int] = []
+        targets: list[bool] = []
+        for part, start, stop in self.text.encoded(self.whole, cuts):
+            is_answer = any(first <= start and stop <= last for first, last in self.answers)
+            ids += part
+            targets += [is_answer] * len(part)
+        return ids, targets
 
 
 class _MarkedText:
@@ -231,8 +250,12 @@ class _MarkedText:
 
     def _prompt_end(self, whole: str, number: int) -> int | None:
         """Where the prompt for a message ends, if whole begins with it."""
+        asks = _asks(self._template)
         try:
             prompt = self.render(number, True)
+            # some write no prompt for an answer before the first message
+            if not prompt.endswith(asks) and prompt == self.render(number):
+                prompt += asks
         except DataError:  # some templates refuse to begin with an answer
             return None
         return len(prompt) if whole.startswith(prompt) else None

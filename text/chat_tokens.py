@@ -6,7 +6,7 @@ import hashlib
 import itertools
 import json
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -15,9 +15,18 @@ import numpy as np
 
 from engine.errors import DataError
 from text.chat import Conversation
-from text.chat_template import CHATML, TURN_END, TURN_START, ChatTemplate, Message, template_of
+from text.chat_template import (
+    CHATML,
+    TURN_END,
+    TURN_START,
+    ChatTemplate,
+    Message,
+    Written,
+    template_of,
+)
 from text.tokenizer import Tokenizer, add_special_tokens
 
+PROBE = (Message("user", "?"), Message("assistant", "!"))
 BATCH = 64  # conversations to encode in one task, which no Ctrl-C can end
 
 
@@ -28,8 +37,10 @@ class EncodedConversation:
     ids: np.ndarray
     is_target: np.ndarray  # (N,) bool
     digest: int
-    prompt_digest: int  # of what comes before the first answer
+    prompt_digest: int  # of Conversation.prompt
     n_turns: int
+    n_answers: int
+    other_characters: int  # of messages that are no answers
 
 
 def chat_template_for(source: str, tokenizer: Tokenizer) -> tuple[ChatTemplate, Tokenizer]:
@@ -39,45 +50,53 @@ def chat_template_for(source: str, tokenizer: Tokenizer) -> tuple[ChatTemplate, 
     return template_of(source, tokenizer), tokenizer
 
 
-def encode_conversations(
-    conversations: Iterable[Conversation],
-    template: ChatTemplate,
-    tokenizer: Tokenizer,
-    pool: ThreadPoolExecutor,
-) -> Iterator[list[EncodedConversation]]:
-    """Encode conversations in parallel, in order, in batches of at most BATCH.
+def require_answers(template: ChatTemplate, tokenizer: Tokenizer) -> None:
+    """Raise DataError if a model can learn no conversation by the template, whatever it says."""
+    try:
+        template.write(PROBE, tokenizer)
+    except DataError as error:
+        raise DataError(
+            f"{error}\nNo conversation can be learned or scored by it: choose a model with another "
+            "chat template."
+        ) from None
 
-    Raises DataError for one that the template refuses, with its row.
-    """
+
+def writer_of(template: ChatTemplate, tokenizer: Tokenizer) -> Callable[[Conversation], Written]:
+    """What writes conversations down by a template; DataError for one that it refuses."""
+    return lambda conversation: template.write(conversation.messages, tokenizer)
+
+
+def encode_conversations(
+    conversations: Iterable[Conversation], pool: ThreadPoolExecutor
+) -> Iterator[list[EncodedConversation]]:
+    """Encode conversations, which are written down, in parallel, in order, in batches of at most
+    BATCH."""
     pending: collections.deque[Future[list[EncodedConversation]]] = collections.deque()
     remaining = iter(conversations)
     while batch := list(itertools.islice(remaining, BATCH)):
-        pending.append(pool.submit(_encode_batch, batch, template, tokenizer))
+        pending.append(pool.submit(_encode_batch, batch))
         if len(pending) > 2 * (os.cpu_count() or 1):
             yield pending.popleft().result()
     while pending:
         yield pending.popleft().result()
 
 
-def _encode_batch(
-    batch: list[Conversation], template: ChatTemplate, tokenizer: Tokenizer
-) -> list[EncodedConversation]:
-    return [_encode(conversation, template, tokenizer) for conversation in batch]
+def _encode_batch(batch: list[Conversation]) -> list[EncodedConversation]:
+    return [_encode(conversation) for conversation in batch]
 
 
-def _encode(
-    conversation: Conversation, template: ChatTemplate, tokenizer: Tokenizer
-) -> EncodedConversation:
-    try:
-        ids, targets = template.encode_with_targets(conversation.messages, tokenizer)
-    except DataError as error:
-        raise DataError(f"{conversation.where}: {error}\nMend that row, or leave it out.") from None
+def _encode(conversation: Conversation) -> EncodedConversation:
+    assert conversation.written is not None, "each_document() has written it down"
+    ids, targets = conversation.written.encode()
+    messages = conversation.messages
     return EncodedConversation(
         np.array(ids),
         np.array(targets, dtype=bool),
-        _digest(conversation.messages),
-        _digest(conversation.prompt),
-        sum(message.role != "system" for message in conversation.messages),
+        digest=_digest(messages),
+        prompt_digest=_digest(conversation.prompt),
+        n_turns=sum(message.role != "system" for message in messages),
+        n_answers=len(conversation.written.answers),
+        other_characters=sum(len(m.content) for m in messages if m.role != "assistant"),
     )
 
 
@@ -94,6 +113,8 @@ class ChatReport:
     turns: int = 0  # of a user or the assistant
     tokens: int = 0
     target_tokens: int = 0  # those that the loss counts
+    answers: int = 0
+    other_characters: int = 0  # of messages that are no answers
 
     def add(self, encoded: EncodedConversation) -> None:
         """Count a conversation."""
@@ -101,6 +122,13 @@ class ChatReport:
         self.turns += encoded.n_turns
         self.tokens += len(encoded.ids)
         self.target_tokens += int(encoded.is_target.sum())
+        self.answers += encoded.n_answers
+        self.other_characters += encoded.other_characters
+
+    @property
+    def other_tokens(self) -> int:
+        """Those of no answer's text: of questions, of the template, and the ends of turns."""
+        return self.tokens - self.target_tokens + self.answers
 
     def line(self) -> str:
         """The report in words."""
@@ -112,4 +140,6 @@ class ChatReport:
 
     def facts(self, shared_prompts: int) -> dict[str, Any]:
         """The report for data.json."""
-        return dataclasses.asdict(self) | {"prompts_on_both_sides": shared_prompts}
+        counted = ("conversations", "turns", "tokens", "target_tokens")
+        facts = {name: getattr(self, name) for name in counted}
+        return facts | {"prompts_on_both_sides": shared_prompts}

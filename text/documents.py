@@ -9,14 +9,14 @@ import itertools
 import json
 import re
 import zlib
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
 from engine.errors import DataError, SettingsError, first_line
 from text.chat import ChatForm, Conversation, form_of, is_turn, messages_of
-from text.chat_template import CHATML
+from text.chat_template import Written
 from text.encodings import SAMPLE_BYTES, codec_of, likelier_encoding, likely_encodings
 from text.formats import (
     READERS,
@@ -46,6 +46,7 @@ _MEND_JSON = "Mend it, or save one object a line in a file whose name ends in .j
 _Piece = TypeVar("_Piece", str, bytes)
 Documents = Iterator[tuple[str, bool]]  # pieces of text; whether each is its document's last
 Document = Iterable[str] | Conversation  # a text in pieces, or a row that is a conversation
+Write = Callable[[Conversation], Written]  # DataError for a conversation that can't be written down
 
 
 @dataclass(frozen=True)
@@ -113,7 +114,7 @@ def read_documents(parts: Iterable[Part], spec: DataSpec, report: ReadingReport)
     """Stream all documents in pieces; memory stays bounded.
 
     A text file is one document if no separator divides it; each line of .jsonl, element of .json,
-    and row of .csv, .tsv or .parquet is one. A conversation is one as ChatML has it. Blank
+    and row of .csv, .tsv or .parquet is one. A conversation is one of what its messages say. Blank
     documents are counted and left out, and so are bad rows, with a note. Raises DataError that
     names file and line, also for too many bad rows.
     """
@@ -123,28 +124,34 @@ def read_documents(parts: Iterable[Part], spec: DataSpec, report: ReadingReport)
 
 def pieces_of(document: Document, report: ReadingReport) -> Documents:
     """A document's pieces, counted, the last one marked; nothing if it is blank."""
-    if isinstance(document, Conversation):
-        document = [CHATML.render(document.messages)]
-    return _count(document, report)
+    if not isinstance(document, Conversation):
+        return _count(document, report)
+    contents = [message.content for message in document.messages]
+    report.documents += 1
+    report.characters += sum(map(len, contents))
+    return iter([("\n".join(contents), True)])
 
 
 def each_document(
-    parts: Iterable[Part], spec: DataSpec, report: ReadingReport
+    parts: Iterable[Part], spec: DataSpec, report: ReadingReport, write: Write | None = None
 ) -> Iterator[Document]:
-    """The documents that read_documents() streams, each to be read before the next one."""
+    """The documents that read_documents() streams, each to be read before the next one.
+
+    With write, each conversation is written down; one that it refuses is a bad row.
+    """
     for part in parts:
         before = report.documents
         entry: dict[str, Any] = {"name": part.name}
         if part.path is None:
             split = _load_splits(part.dataset, part.configuration)[part.split]
-            reader = _RowReader(spec.field, part.name, report)
+            reader = _RowReader(spec.field, part.name, report, write)
             rows = (reader.read(record, f"row {row}") for row, record in enumerate(split, start=1))
             yield from _good_rows(rows, spec, f"{part.name} {part.split}", report)
             name = f"{part.name} ({part.split})"
             entry |= {"name": name, "sha256": dataset_fingerprint(part)}
         else:
             source = _HashedFile(part.path, report)
-            yield from _documents_of(source, part, spec, report)
+            yield from _documents_of(source, part, spec, report, write)
             source.read_rest()
             entry |= {"path": str(part.path), "bytes": source.bytes_read}
             entry["sha256"] = source.sha256.hexdigest()
@@ -183,7 +190,7 @@ def _count(pieces: Iterable[str], report: ReadingReport) -> Documents:
 
 
 def _documents_of(
-    source: "_HashedFile", part: Part, spec: DataSpec, report: ReadingReport
+    source: "_HashedFile", part: Part, spec: DataSpec, report: ReadingReport, write: Write | None
 ) -> Iterator[Document]:
     """The documents of a file; content and suffix tell the format."""
     suffixes = [suffix.lower() for suffix in source.path.suffixes]
@@ -202,7 +209,7 @@ def _documents_of(
     if kind in READERS and not packed:  # which need the file itself
         return _divided(READERS[kind](source.path, name), spec, name, report, marked=False)
     if kind == "parquet":
-        rows = _parquet_rows(source.path, _RowReader(spec.field, name, report))
+        rows = _parquet_rows(source.path, _RowReader(spec.field, name, report, write))
         return _good_rows(rows, spec, name, report)
     if kind in READERS:
         raise DataError(f"{name} is a {kind} file within a {suffix} one. Unpack that first.")
@@ -213,7 +220,7 @@ def _documents_of(
     if kind == "html":
         report.note(f"{name}: read as a web page, without its markup")
         return _divided(iter([page_text(text)]), spec, name, report, marked=False)
-    reader = _RowReader(spec.field, name, report)
+    reader = _RowReader(spec.field, name, report, write)
     if suffix in _JSON_SUFFIXES:
         rows = _json_rows(text, suffix == ".json", reader)
     elif suffix in _DELIMITERS:
@@ -773,8 +780,10 @@ def _parquet_rows(path: Path, reader: "_RowReader") -> Iterator[Row]:
 class _RowReader:
     """Reads the rows of one file: texts by the name of their field, or conversations."""
 
-    def __init__(self, field_name: str, name: str, report: ReadingReport) -> None:
-        self.field_name, self.name, self.report = field_name, name, report
+    def __init__(
+        self, field_name: str, name: str, report: ReadingReport, write: Write | None
+    ) -> None:
+        self.field_name, self.name, self.report, self._write = field_name, name, report, write
         self._takes_chat = field_name == DataSpec.field  # a field that is set holds a text
         self._is_chat: bool | None = None  # as the first row that was read
 
@@ -838,13 +847,15 @@ class _RowReader:
     def _conversation(self, value: Any, form: ChatForm, where: str) -> Row:
         try:
             if isinstance(value, list):
-                messages = messages_of(value, self.field_name)
+                found = Conversation(messages_of(value, self.field_name))
             else:
-                messages = form.messages(value)
-        except ValueError as error:
-            return BadRow(where, str(error))
+                found = Conversation(form.messages(value))
+            if self._write is not None and found.has_answer:
+                found = dataclasses.replace(found, written=self._write(found))
+        except (ValueError, DataError) as error:
+            return BadRow(where, str(error).rstrip("."))
         self.report.note(f"{self.name}: chat rows: {', '.join(form.names)}")
-        return Conversation(messages, f"{self.name} {where}")
+        return found
 
     def _text(self, value: Any, where: str) -> Row:
         if not isinstance(value, str):

@@ -42,16 +42,22 @@ class Packing:
         return self.order[self.ends[number - 1] if number else 0 : self.ends[number]]
 
 
-def cut_pieces(boundaries: np.ndarray, is_target: np.ndarray, most: int) -> Pieces:
+def cut_pieces(
+    boundaries: np.ndarray,
+    is_target: np.ndarray,
+    most: int,
+    *,
+    is_text: np.ndarray | None = None,
+) -> Pieces:
     """The pieces of at most `most` inputs of conversations that begin at boundaries, (N,).
 
     is_target, (tokens,), marks the tokens that count. A piece ends with the last of them, as what
     follows trains nothing. A conversation that is too long ends with the last answer that fits in
-    full; one without such an answer is left out. A text, which counts from its first token on, is
-    cut into as many pieces as it needs.
+    full; one without such an answer is left out. is_text, (N,), marks those that are texts (None:
+    none is): each counts in full, and is cut into as many pieces as it needs.
     """
     stops = np.append(boundaries, len(is_target))[1:]
-    is_text = is_target[boundaries].astype(bool)
+    is_text = np.zeros(len(boundaries), bool) if is_text is None else is_text
     lengths = _last_counted(boundaries, stops, is_target, is_text) - boundaries
     is_long = lengths > most
     fits = (lengths > 0) & ~is_long

@@ -2,9 +2,9 @@
 
 An entry is a folder cache/tokens/<id>/ with tokens.bin, tokenizer.json and entry.json, which has
 the hashes of the others; with conversations, targets.bin marks the tokens that count, a byte each,
-and starts.bin has where each conversation begins. Its id is a hash of all that it was made from,
-and it appears by one rename. The file found-<id>.json records the files and the entry of a request
-(names and options).
+and starts.bin has where each conversation begins, and ~place of a text. Its id is a hash of all
+that it was made from, and it appears by one rename. The file found-<id>.json records the files and
+the entry of a request (names and options).
 """
 
 import collections
@@ -43,6 +43,8 @@ from text.chat_tokens import (
     EncodedConversation,
     chat_template_for,
     encode_conversations,
+    require_answers,
+    writer_of,
 )
 from text.corpora import CORPORA
 from text.documents import (
@@ -72,7 +74,7 @@ from text.tokenizer import (
     restore_tokenizer,
 )
 
-FORMAT = 4  # of an entry; no other is read
+FORMAT = 5  # of an entry; no other is read
 CHUNK = 1 << 18  # characters to encode in one task, which no Ctrl-C can end
 NEIGHBORHOOD = 1 << 12  # characters beside a chunk that its first and last tokens depend on
 MOST_UNCUT = 1 << 18  # characters without a place to cut, at most; a text has one in each sentence
@@ -104,14 +106,17 @@ class TokenizedText:
 
 @dataclass(frozen=True)
 class ChatTokens:
-    """What the tokens of conversations have besides. A text among them counts as one: all of its
-    tokens are targets, the end-of-text behind it too."""
+    """What the tokens of conversations have besides. There may be texts among them, of which all
+    tokens are targets, the end-of-text behind each too."""
 
     template: str  # the chat template that they were written down by, in Jinja
     targets: Path  # a byte for each token: 1 if it is an answer's, or the end of its turn
-    train_starts: np.ndarray  # (N,) where each conversation begins, in the training tokens
+    train_starts: np.ndarray  # (N,) where each document begins, in the training tokens
     val_starts: np.ndarray  # the same in the validation tokens
+    train_is_text: np.ndarray  # (N,) bool, which of them are texts
+    val_is_text: np.ndarray
     n_different: int  # conversations to train on: no texts, and each once
+    added: tuple[str, ...]  # the special tokens that the tokenizer got for the template
 
 
 def tokenize(
@@ -289,8 +294,19 @@ def _open_chat(folder: Path, entry: dict[str, Any]) -> ChatTokens | None:
     if chat is None or chat["block_sha256"] != _chat_hashes(folder):
         return None
     starts = np.fromfile(folder / STARTS, dtype="<i8").astype(np.int64)
-    train, val = starts[starts < n_train], starts[starts >= n_train] - n_train
-    return ChatTokens(chat["template"], folder / TARGETS, train, val, chat["n_different"])
+    is_text = starts < 0
+    starts[is_text] = ~starts[is_text]
+    is_val = starts >= n_train
+    return ChatTokens(
+        template=chat["template"],
+        targets=folder / TARGETS,
+        train_starts=starts[~is_val],
+        val_starts=starts[is_val] - n_train,
+        train_is_text=is_text[~is_val],
+        val_is_text=is_text[is_val],
+        n_different=chat["n_different"],
+        added=tuple(entry.get("added", ())),  # an old entry has none
+    )
 
 
 def _chat_hashes(folder: Path) -> list[list[str]]:
@@ -327,8 +343,11 @@ def _build_entry(
     make_folder(temporary)
     try:
         tokenizer, chat = make_tokenizer(tokenizer_name, lambda: _texts(train, spec)), None
+        known = tokenizer.special_tokens
         if template is not None:
             chat, tokenizer = chat_template_for(template, tokenizer)
+            require_answers(chat, tokenizer)
+        added = [name for name in tokenizer.special_tokens if name not in known]
         sides, told = _write_tokens(temporary, tokenizer, parts, spec, report, chat)
         _check_sides(spec, sides, report)
         if not any(side.is_chat.any() for side in sides):  # no row has an answer
@@ -337,7 +356,7 @@ def _build_entry(
         if unknown:
             report.notes.append(_about_unknown(unknown, sides, tokenizer))
         if not tokenizer_name.startswith("bpe:"):  # made of this text
-            report.notes += _about_rate(tokenizer, sides, report.characters)
+            report.notes += _about_rate(tokenizer, sides, report.characters, told)
         dtype, is_weighted = _dtype_for(tokenizer), any(part.weight != 1 for part in train)
         split = None if val else divide(sides[0], train_ratio, by_position=is_weighted)
         if split is not None and split.cut is not None:
@@ -361,7 +380,7 @@ def _build_entry(
             facts["chat"] = told.facts(_shared_prompts(sides, split))
             facts["notes"].append(told.line())
         n_different = _count_different(sides[0], split, times)
-        _seal(temporary, tokenizer, n_train, facts, template, n_different)
+        _seal(temporary, tokenizer, n_train, facts, template, n_different, added=added)
         rename_folder(temporary, folder)  # if another process was faster, its entry stays
     finally:
         discard(temporary)
@@ -374,8 +393,11 @@ def _seal(
     report: dict[str, Any],
     template: str | None,
     n_different: int,
+    *,
+    added: list[str],
 ) -> None:
-    """Write an entry's tokenizer.json and entry.json, with its n_different conversations."""
+    """Write an entry's tokenizer.json and entry.json, with its n_different conversations and the
+    special tokens that the tokenizer has got for them."""
     tokenizer_json = tokenizer.to_json().encode("utf-8")
     write_atomically(folder / "tokenizer.json", tokenizer_json)
     chat = None
@@ -390,6 +412,7 @@ def _seal(
         "tokenizer_sha256": hashlib.sha256(tokenizer_json).hexdigest(),
         "block_sha256": _block_hashes(folder / "tokens.bin"),
         "chat": chat,
+        "added": added,
         "report": report,
     }
     write_json(folder / "entry.json", {"sha256": _hash_of(entry), "entry": entry})
@@ -490,18 +513,18 @@ def _write_tokens(
         encoders() as pool,
         Progress("Tokenizing", sum(map(_size_of, sides))) as progress,
     ):
-        marks = None
+        marks, write = None, None
         if chat is not None:
+            write = writer_of(chat, tokenizer)
             marks = stack.enter_context(NewFile(folder / "all-targets.bin", durable=False))
         position = 0
         for parts, side in zip(sides, written, strict=True):
             side.stop, n_unanswered = position, report.unanswered
-            documents = each_document(parts, spec, report)
+            documents = each_document(parts, spec, report, write)
             for is_chat, group in itertools.groupby(documents, _is_conversation):
                 if is_chat:
                     assert chat is not None and told is not None, "has_conversations() has seen it"
-                    found = _counted(group, report)
-                    encoded = encode_conversations(found, chat, tokenizer, pool)
+                    encoded = encode_conversations(_counted(group, report), pool)
                     batches = _chat_batches(encoded, side, tokenizer, told)
                 else:
                     pieces = (piece for document in group for piece in pieces_of(document, report))
@@ -750,9 +773,15 @@ def _note_on_cut(split: Split, documents: Side, train_ratio: float) -> str:
     )
 
 
-def _about_rate(tokenizer: Tokenizer, sides: list[Side], characters: int) -> list[str]:
-    """A notice where one token a character would be fewer than this tokenizer needs."""
-    needed = sum(side.counts.sum() - len(side.ends) for side in sides) / max(1, characters)
+def _about_rate(
+    tokenizer: Tokenizer, sides: list[Side], characters: int, told: ChatReport | None
+) -> list[str]:
+    """A notice where one token a character would be fewer than this tokenizer needs, in texts and
+    answers: a template's own tokens are of no message's characters."""
+    n_tokens = sum(side.counts.sum() - np.count_nonzero(~side.is_chat) for side in sides)
+    if told is not None:
+        n_tokens, characters = n_tokens - told.other_tokens, characters - told.other_characters
+    needed = n_tokens / max(1, characters)
     if tokenizer.kind == "char" or needed <= MOST_RATE:
         return []
     return [

@@ -398,11 +398,21 @@ function following(change) {
   if (atEnd) log.scrollTop = log.scrollHeight;
 }
 
+// many templates want a user and a model to take turns: a question without an answer is left out,
+// but for the last one
+function turns() {
+  const isEmpty = (message) => message.role === "assistant" && message.content === "";
+  return messages.filter((message, i) => {
+    const isUnanswered = i + 2 < messages.length && isEmpty(messages[i + 1]);
+    return !isEmpty(message) && !isUnanswered;
+  });
+}
+
 function history() {
   const newest = [];
   let left = MOST_CHARACTERS;
   const system = facts.converses ? element("system").value.trim() : "";
-  for (const { role, content } of [...messages].reverse()) {
+  for (const { role, content } of (facts.converses ? turns() : [...messages]).reverse()) {
     // half of a surrogate pair is no text
     const text = left > 0 ? content.slice(-left).replace(/^[\udc00-\udfff]/, "") : "";
     if (text !== "") newest.unshift({ role, content: text });

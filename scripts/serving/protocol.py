@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, TypeGuard
 
 from engine.errors import PipelineError
-from engine.settings import find_problems, shown
+from engine.settings import find_problems
 from generation import Piece, SamplingConfig, Token
 from scripts.conversation import ASSISTANT, SYSTEM, Converser, TooLongError
 from scripts.serving.guard import Refused
@@ -106,6 +106,16 @@ class Echo:
     ids: list[int]  # none without logprobs
     tokens: list[Token]  # the same from the second one on: nothing predicts the first
     finish: str | None  # "length" if no token is to be drawn
+
+
+def shown(value: Any) -> str:
+    """A value as its sender wrote it, in JSON, on one line."""
+    try:
+        text = json.dumps(value, ensure_ascii=False)
+    except RecursionError:
+        return "nested too deeply"
+    text = text.encode("utf-8", "backslashreplace").decode()  # half characters
+    return text if len(text) <= 80 else f"{text[:60]}... ({len(text):,} characters)"
 
 
 def read_order(body: bytes, served: Served, *, is_chat: bool) -> Order:
@@ -248,7 +258,7 @@ class _Fields:
         """
         for name, allowed in NEUTRAL.items():
             if name not in self._known:
-                listed = " or ".join(shown(value) for value in allowed)
+                listed = " or ".join(map(shown, allowed))
                 said = f"{listed} or left out: this server does not support it"
                 self.take(name, None, allowed.__contains__, said)
         if self.problems:
@@ -324,17 +334,22 @@ def _messages(fields: _Fields) -> list[Message]:
 
 def _message(fields: _Fields, place: str, message: Any) -> Message | None:
     """A message, of parts their texts joined as in training; None if it is wrong."""
-    if not isinstance(message, dict) or message.get("role") not in ROLES:
-        roles = ", ".join(ROLES)
-        said = f'{place} must be an object whose "role" is one of {roles}'
-        fields.wrong("messages", f"{said}: this server runs no tools")
+    roles = ", ".join(ROLES)
+    if not isinstance(message, dict):
+        fields.wrong("messages", f'{place} must be an object whose "role" is one of {roles}')
+        return None
+    role = message.get("role")
+    if role not in ROLES:
+        why = ": this server runs no tools" if role in ("tool", "function") else ""
+        said = f"{place}.role is {shown(role)}; it must be one of {roles}{why}"
+        fields.wrong("messages", said)
         return None
     for name in ("tool_calls", "function_call"):
         if message.get(name):
             said = f"{place}.{name} must be left out: this server runs no tools"
             fields.wrong("messages", said)
             return None
-    role = SYSTEM if message["role"] == "developer" else message["role"]
+    role = SYSTEM if role == "developer" else role
     content = message.get("content")
     if content is None and role == ASSISTANT:
         return Message(role, "")
@@ -393,7 +408,9 @@ def _sampling(fields: _Fields, served: Served, *, is_chat: bool) -> dict[str, An
             if value is not None or "None" in str(field.type):
                 given[field.name] = value
     for problem in find_problems(SamplingConfig, given):
-        fields.wrong(problem.partition(" ")[0], problem)
+        name, allowed = problem.partition(" ")[0], problem.partition("; it must be ")[2]
+        allowed = allowed.replace(" or None", " or null")
+        fields.wrong(name, f"{name} is {shown(given[name])}; it must be {allowed}")
     length = lengths.pop() if lengths else default_length
     return served.sampling | given | {"max_new_tokens": length}
 
