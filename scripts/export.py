@@ -35,6 +35,7 @@ from scripts.options import (
 )
 from storage.checkpoint import weights_of
 from storage.files import discard, make_folder, rename_folder, write_atomically
+from text.tokenizer import ForeignTokenizer
 
 # what --to takes, and the formats of the weights; the first is the default
 GGUF_DTYPES = ("fp16", "q8_0", "bf16", "fp32")
@@ -57,6 +58,12 @@ def main() -> int:
         raise SettingsError(f"--dtype is {dtype}; with --to {arguments.to} it is one of {listed}.")
     if os.path.lexists(folder):
         raise _taken(folder)
+    if arguments.to in ("gguf", "ollama") and folder.suffix == ".gguf":
+        named = os.path.splitext(arguments.folder)[0]
+        raise SettingsError(
+            f"{arguments.folder} is to be a folder, with the file in it: name it {named}, and the "
+            f"file is {os.path.join(named, folder.name)}."
+        )
     model = open_model(one_model(arguments), arguments, weights="fp32")
     tell(describe(model))
     make_folder(folder.parent)
@@ -64,7 +71,7 @@ def main() -> int:
     try:
         if arguments.to == "peft":
             write_adapter_of(model, beside, arguments.which or "best")
-            checks = verify_adapter(model, beside)
+            checks = verify_adapter(model, beside, arguments.which or "best")
         else:
             written = write_as(arguments.to, beside, folder.name, model, dtype)
             checks = verify(model, written, dtype)
@@ -120,6 +127,10 @@ def write_as(target: str, folder: Path, name: str, model: LoadedModel, dtype: st
     What only some readers can't do with it is told.
     """
     config, weights, template = model.model.config, weights_of(model.model), model.chat_template
+    frame = model.tokenizer.frame() if isinstance(model.tokenizer, ForeignTokenizer) else []
+    if frame:
+        listed = " and ".join(frame)
+        tell(f"Note: its tokenizer puts {listed} around a text elsewhere; not here, nor as written")
     if target == "hf":
         card = model_card(model, dtype)
         write_folder(
