@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -57,9 +57,14 @@ def find_beginning(
         return plan, candidates, None
     name = parallel.local_first(lambda: facts.keep_tokenizer(cache))
     read = dict if opened is None else opened.read  # only the main rank reads
-    likeliest = candidates.likeliest
-    if plan.run.names_weights or (likeliest is not None and likeliest.start is not None):
+    likeliest = candidates.likeliest_run
+    if plan.run.names_weights:
         plan = begin_from(plan, facts.start, name)
+    elif likeliest is not None and likeliest.record.start is not None:
+        # also where its text turns out to be another now, and a new run begins
+        why = f"the weights that {likeliest.path} began from; RESUME = False chooses again"
+        plan = begin_from(plan, facts.start, name)
+        plan = replace(plan, origins=plan.origins | {"start": why})
     return plan, candidates, Beginning(facts.start, name, read)
 
 

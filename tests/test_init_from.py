@@ -409,6 +409,13 @@ def test_auto_opens_weights_even_where_a_run_from_random_ones_may_go_on(
     found, left, weights = find_beginning(plan, candidates, tmp_path / "cache", ALONE)
     assert (found.start, left.runs, weights.start.source) == (None, (run,), opened.source)
 
+    start = Start(opened.source, opened.fingerprint, opened.config)
+    run = dataclasses.replace(run, record=dataclasses.replace(record, start=start, choice=None))
+    candidates = dataclasses.replace(candidates, runs=(run,))
+    found, left, _ = find_beginning(plan, candidates, tmp_path / "cache", ALONE)
+    assert (found.start, left.runs) == (start, (run,))
+    assert found.origins["start"].startswith(f"the weights that {tmp_path} began from; RESUME")
+
 
 def test_a_batch_that_takes_the_time_of_the_measurement_is_scored_once(begin, tiny, monkeypatch):
     now, calls, score = 0.0, [], Learner.score
