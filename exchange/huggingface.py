@@ -31,6 +31,7 @@ from storage.checkpoint import Tensors, map_safetensors, safetensors_chunks
 from storage.files import NewFolder, make_folder, require_space, to_json
 from text.tokenizer import (
     BEGIN_NAMES,
+    ENDS_TEXT,
     TURN_ENDS,
     ForeignTokenizer,
     Tokenizer,
@@ -623,6 +624,8 @@ def write_folder(
     tensors = their_tensors(config, weights, DTYPES[dtype])
     tree = json.loads(tokenizer.to_json())
     tree["post_processor"] = _without_frame(tree["post_processor"])
+    for entry in tree["added_tokens"]:
+        entry.pop(ENDS_TEXT, None)  # TOKENIZER_CONFIG says it
     special = _special_tokens(tokenizer, tree, chat_template)
     settings = their_settings(config) | special.ids()
     settings |= dict.fromkeys(("dtype", "torch_dtype"), str(DTYPES[dtype]).removeprefix("torch."))
@@ -760,8 +763,8 @@ def _without_frame(processor: dict[str, Any] | None) -> dict[str, Any] | None:
         return None
     if processor is None or kind != "Sequence":
         return processor
-    kept = [_without_frame(part) for part in processor["processors"]]
-    return processor | {"processors": [part for part in kept if part is not None]}
+    kept = [part for part in map(_without_frame, processor["processors"]) if part is not None]
+    return processor | {"processors": kept} if kept else None
 
 
 def _special_tokens(

@@ -23,7 +23,7 @@ from scripts.options import run_program
 from storage.checkpoint import weights_of
 from tests import by_heart
 from tests.by_heart import SHOWN, Done
-from text.tokenizer import BPETokenizer, CharTokenizer, Tokenizer
+from text.tokenizer import ENDS_TEXT, BPETokenizer, CharTokenizer, Tokenizer
 from text.tokenizer_file import END_OF_TEXT
 
 SIZES = {"context_length": 32, "emb_dim": 32, "n_heads": 2, "n_layers": 2}
@@ -207,6 +207,7 @@ def test_a_declared_end_leaves_as_it_came_and_no_export_begins_a_text(leave, no_
         assert done.code == 0, done.err
         assert "Note: its tokenizer puts <s> around a text elsewhere" in done.err
     assert tokenizers.Tokenizer.from_file("hf/tokenizer.json").encode("the").ids == ids
+    assert ENDS_TEXT not in Path("hf/tokenizer.json").read_text(encoding="utf-8")
     said = json.loads(Path("hf/tokenizer_config.json").read_bytes())
     assert (said["bos_token"], said["eos_token"]) == ("<s>", end)
     metadata = read_header(Path("gguf/gguf.gguf")).metadata

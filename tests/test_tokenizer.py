@@ -27,6 +27,7 @@ from text.documents import DataSpec
 from text.token_cache import cut_into_chunks, tokenize
 from text.tokenizer import (
     END_NAMES,
+    ENDS_TEXT,
     GPT2_FILE,
     GPT2_FINGERPRINT,
     GPT2_SHA256,
@@ -448,7 +449,7 @@ def test_a_declared_end_counts_before_the_names_and_is_kept_in_the_file(path):
         (["<|eot_id|>"], ["<|eot_id|>"], "<|eot_id|>"),
         ([END_OF_TEXT], ["a"], END_OF_TEXT),  # a word ends nothing
     ]:
-        made = tokenizers.Tokenizer(models.WordLevel({"a": 0, "b": 1}, unk_token="a"))
+        made = tokenizers.Tokenizer(models.WordLevel({"a": 0, ENDS_TEXT: 1}, unk_token="a"))
         made.add_special_tokens(specials)
         made.save(str(path))
         tokenizer = read_tokenizer(path.read_bytes(), path, ends)

@@ -50,9 +50,7 @@ BLANK = "\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"
 LONGEST_WORD = 1 << 14  # characters of a run that GPT-2's pattern can't cut; a multiple of 64
 RUN = re.compile(rf"[^\W\d_]+|\d+|[{BLANK}]+|(?:[^\w{BLANK}]|_)+")  # letters, digits, blanks, marks
 _IS_BLANK = re.compile(f"[{BLANK}]")
-
-
-Ends = Sequence[str | int]
+Ends = Sequence[str | int]  # tokens, by name or id
 
 
 class ByteTokens:
@@ -225,8 +223,8 @@ class CharTokenizer(ByteTokens):
 class ForeignTokenizer:
     """Any other tokenizer.json, run by the library that defines the format.
 
-    ends are the tokens that a model's files declare as its end, by name or id; a special token
-    among them that ends no turn ends a document.
+    ends are the tokens that a model's files declare as its end; a special token among them that
+    ends no turn ends a document.
     """
 
     kind = "foreign"
@@ -587,5 +585,5 @@ def _load_foreign(content: bytes, path: Path | None, ends: Ends = ()) -> Foreign
     name = path.parent.name or path.stem if path else "tokenizer.json"
     if ENDS_TEXT.encode() in content:  # as to_json() has written it
         added = json.loads(content).get("added_tokens") or []
-        ends = [entry["content"] for entry in added if entry.get(ENDS_TEXT) is True]
+        ends = [entry["content"] for entry in added if entry.get(ENDS_TEXT) is True] or ends
     return ForeignTokenizer(tokenizer, f"{name}, {tokenizer.get_vocab_size():,} tokens", ends)
