@@ -13,7 +13,7 @@ from engine.errors import CheckpointError, DataError, PipelineError, SettingsErr
 from engine.lora import add_lora
 from engine.memory import count_trained
 from engine.processor import return_large_blocks
-from exchange.opening import open_pretrained
+from exchange.opening import frame_of, open_pretrained
 from exchange.pretrained import fitted
 from model import GPTModel
 from planning.fine_tuning import LARGE, SMOLLM2, begin_from
@@ -153,6 +153,8 @@ def _open(plan: RunPlan, candidates: Candidates) -> tuple[_Opened | None, Candid
             return None, candidates
         raise
     tokenizer = found.tokenizer
+    if frame := frame_of(tokenizer):
+        say(f"Note: {found.source}: its tokenizer puts {frame} around a text elsewhere; not here")
     start = Start(found.source, found.fingerprint, found.config, found.chat_template)
     facts = _Facts(start, tokenizer.fingerprint, tokenizer.to_json())
     if run is not None:

@@ -21,6 +21,7 @@ from exchange.saved_run import (
 )
 from generation import SamplingConfig
 from planning.fine_tuning import SMOLLM2
+from text.tokenizer import ForeignTokenizer, Tokenizer
 
 HUB = "hf:"
 
@@ -63,6 +64,11 @@ def _hint(where: str) -> str:
     if HUB_NAME.fullmatch(where):
         return f'\nFor a model of the Hugging Face Hub, write "{HUB}{where}".'
     return ""
+
+
+def frame_of(tokenizer: Tokenizer) -> str:
+    """The special tokens that a tokenizer puts around a text elsewhere, in words; "" for none."""
+    return " and ".join(tokenizer.frame()) if isinstance(tokenizer, ForeignTokenizer) else ""
 
 
 def load_model(

@@ -22,6 +22,7 @@ from exchange.adapter import write_adapter
 from exchange.gguf import modelfile, write_gguf
 from exchange.huggingface import reader_notes, write_folder
 from exchange.model_card import model_card
+from exchange.opening import frame_of
 from exchange.saved_run import LoadedModel
 from exchange.verification import verify, verify_adapter
 from scripts.options import (
@@ -35,7 +36,6 @@ from scripts.options import (
 )
 from storage.checkpoint import weights_of
 from storage.files import discard, make_folder, rename_folder, write_atomically
-from text.tokenizer import ForeignTokenizer
 
 # what --to takes, and the formats of the weights; the first is the default
 GGUF_DTYPES = ("fp16", "q8_0", "bf16", "fp32")
@@ -127,10 +127,8 @@ def write_as(target: str, folder: Path, name: str, model: LoadedModel, dtype: st
     What only some readers can't do with it is told.
     """
     config, weights, template = model.model.config, weights_of(model.model), model.chat_template
-    frame = model.tokenizer.frame() if isinstance(model.tokenizer, ForeignTokenizer) else []
-    if frame:
-        listed = " and ".join(frame)
-        tell(f"Note: its tokenizer puts {listed} around a text elsewhere; not here, nor as written")
+    if frame := frame_of(model.tokenizer):
+        tell(f"Note: its tokenizer puts {frame} around a text elsewhere; not here, nor as written")
     if target == "hf":
         card = model_card(model, dtype)
         write_folder(
