@@ -7,14 +7,17 @@ import os
 from pathlib import Path
 from typing import Any
 
-from engine.errors import SettingsError
-from engine.lora import INPUTS, OUTPUTS, SCALE
+import torch
+
+from engine.errors import CheckpointError, SettingsError
+from engine.lora import INPUTS, OUTPUTS, SCALE, merged
 from engine.settings import raise_if_any, shown
 from exchange.huggingface import CONFIG, find_obstacles, form_for, layout
-from exchange.opening import HUB
-from model import GPTConfig
+from exchange.opening import HUB, open_pretrained
+from exchange.pretrained import fitted
+from model import GPTConfig, GPTModel
 from planning.decisions import read_record
-from storage.checkpoint import Tensors, read_adapter, safetensors_chunks
+from storage.checkpoint import Tensors, assign_weights, read_adapter, safetensors_chunks
 from storage.files import NewFolder, make_folder, to_json
 
 GPT2_MODULES = ("c_attn", "c_proj", "c_fc")
@@ -32,7 +35,7 @@ def write_adapter(path: Path, run: Path, which: str = "best") -> None:
     if rank is None or start is None:
         raise SettingsError(f"{run} has trained no adapter: it had no lora_rank. Export its model.")
     raise_if_any(find_obstacles(record.model), "a model that is to be exported")
-    if record.model.vocab_size != start.config.vocab_size:
+    if record.model.vocab_size > start.config.vocab_size:  # fewer leave rows of theirs unused
         raise SettingsError(
             f"{run} has {record.model.vocab_size:,} tokens, and the weights it began from "
             f"{start.config.vocab_size:,}: PEFT can't load its adapter. Export the model."
@@ -45,6 +48,29 @@ def write_adapter(path: Path, run: Path, which: str = "best") -> None:
     with NewFolder(path, None) as folder:
         folder.write("adapter_model.safetensors", safetensors_chunks(tensors, {"format": "pt"}))
         folder.write("adapter_config.json", [(to_json(settings, indent=2) + "\n").encode()])
+
+
+def adapted(run: Path, which: str = "best") -> GPTModel:
+    """What PEFT is to compute: the weights that INIT_FROM names, unrounded, and a run's adapter.
+
+    The run itself may have kept them in half precision. Raises as open_pretrained() does, and
+    CheckpointError if they are no longer those that the run began from.
+    """
+    record = read_record(run)
+    assert record.start is not None, "write_adapter() has refused it"
+    given = record.settings["INIT_FROM"]
+    base = open_pretrained(given)
+    if base.fingerprint != record.start.fingerprint:
+        raise CheckpointError(
+            f"INIT_FROM = {shown(given)} holds other weights than those that {run} began from: its "
+            "adapter is not for them.\nExport the model, with --to hf."
+        )
+    weights = fitted(base.weights(), record.model)
+    weights = merged(weights, read_adapter(run, record.run_id, which))
+    with torch.device("meta"):  # assign_weights() provides the memory
+        model = GPTModel(record.model)
+    assign_weights(model, weights, base.source)
+    return model.eval()
 
 
 def _base_of(given: str) -> str:

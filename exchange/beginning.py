@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -13,7 +13,7 @@ from engine.errors import CheckpointError, DataError, PipelineError, SettingsErr
 from engine.lora import add_lora
 from engine.memory import count_trained
 from engine.processor import return_large_blocks
-from exchange.opening import open_pretrained
+from exchange.opening import frame_of, open_pretrained
 from exchange.pretrained import fitted
 from model import GPTModel
 from planning.fine_tuning import LARGE, SMOLLM2, begin_from
@@ -57,9 +57,14 @@ def find_beginning(
         return plan, candidates, None
     name = parallel.local_first(lambda: facts.keep_tokenizer(cache))
     read = dict if opened is None else opened.read  # only the main rank reads
-    likeliest = candidates.likeliest
-    if plan.run.names_weights or (likeliest is not None and likeliest.start is not None):
+    likeliest = candidates.likeliest_run
+    if plan.run.names_weights:
         plan = begin_from(plan, facts.start, name)
+    elif likeliest is not None and likeliest.record.start is not None:
+        # also where its text turns out to be another now, and a new run begins
+        why = f"the weights that {likeliest.path} began from; RESUME = False chooses again"
+        plan = begin_from(plan, facts.start, name)
+        plan = replace(plan, origins=plan.origins | {"start": why})
     return plan, candidates, Beginning(facts.start, name, read)
 
 
@@ -148,6 +153,8 @@ def _open(plan: RunPlan, candidates: Candidates) -> tuple[_Opened | None, Candid
             return None, candidates
         raise
     tokenizer = found.tokenizer
+    if frame := frame_of(tokenizer):
+        say(f"Note: {found.source}: its tokenizer puts {frame} around a text elsewhere; not here")
     start = Start(found.source, found.fingerprint, found.config, found.chat_template)
     facts = _Facts(start, tokenizer.fingerprint, tokenizer.to_json())
     if run is not None:

@@ -83,8 +83,9 @@ def tokenizer_of(file: GGUFFile) -> Tokenizer:
         for i, token in enumerate(tokens)
         if types[i] in (CONTROL, USER_DEFINED)
     ]
+    end = file.get("tokenizer.ggml.eos_token_id", int, -1)
     try:
-        return read_tokenizer(json.dumps(tree).encode(), file.path / "tokenizer.json")
+        return read_tokenizer(json.dumps(tree).encode(), file.path / "tokenizer.json", [end])
     except DataError as error:
         raise CheckpointError(str(error)) from None
 

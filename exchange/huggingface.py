@@ -31,6 +31,7 @@ from storage.checkpoint import Tensors, map_safetensors, safetensors_chunks
 from storage.files import NewFolder, make_folder, require_space, to_json
 from text.tokenizer import (
     BEGIN_NAMES,
+    ENDS_TEXT,
     TURN_ENDS,
     ForeignTokenizer,
     Tokenizer,
@@ -40,6 +41,7 @@ from text.tokenizer_file import END_OF_TEXT, special_token, vocabulary_json
 
 CONFIG, WEIGHTS, TOKENIZER = "config.json", "model.safetensors", "tokenizer.json"
 TOKENIZER_CONFIG, TEMPLATE = "tokenizer_config.json", "chat_template.jinja"
+GENERATION_CONFIG = "generation_config.json"
 PICKLED = "pytorch_model.bin"
 MOST_JSON_BYTES = 1 << 22  # Llama 3's longest, an index or tokenizer_config.json, has 50 KB
 # Gemma's has 17 MB, with 1.4 million values: more would fill memory as Python's objects
@@ -243,7 +245,7 @@ def open_folder(path: Path, name: str | None = None) -> Pretrained:
     return Pretrained(
         source=f"{name or path.resolve().name} ({form.name}, {' and '.join(formats)})",
         config=config,
-        tokenizer=_read_tokenizer(path, form, config),
+        tokenizer=_read_tokenizer(path, form, config, _declared_ends(path, settings)),
         weights=partial(_read_weights, path, form, config),
         fingerprint=fingerprint_of(stored),
         chat_template=_read_template(path),
@@ -497,11 +499,26 @@ def _read_weights(path: Path, form: Form, config: GPTConfig) -> Tensors:
     return weights
 
 
-def _read_tokenizer(path: Path, form: Form, config: GPTConfig) -> Tokenizer:
+def _declared_ends(path: Path, settings: dict[str, Any]) -> list[str | int]:
+    """What a folder's files call the end of a text: a token's name first, then ids."""
+    told = [settings]
+    for name in (GENERATION_CONFIG, TOKENIZER_CONFIG):
+        if os.path.lexists(path / name):
+            told.insert(0, _read_json(path / name))
+    ends: list[Any] = []
+    for key in ("eos_token", "eos_token_id"):
+        for value in (file.get(key) for file in told):
+            if isinstance(value, dict):  # the token with its flags
+                value = value.get("content")
+            ends += value if isinstance(value, list) else [value]
+    return [end for end in ends if isinstance(end, str) or type(end) is int]
+
+
+def _read_tokenizer(path: Path, form: Form, config: GPTConfig, ends: list[str | int]) -> Tokenizer:
     """A folder's tokenizer; CheckpointError if it is none, or has tokens that the model lacks."""
     file, content = _tokenizer_file(path, form)
     try:
-        tokenizer = read_tokenizer(content, file)
+        tokenizer = read_tokenizer(content, file, ends)
     except DataError as error:
         raise CheckpointError(str(error)) from None
     n_tokens = tokenizer.vocab_size
@@ -606,6 +623,9 @@ def write_folder(
         raise SettingsError(f"{path} exists; name a folder that does not.")
     tensors = their_tensors(config, weights, DTYPES[dtype])
     tree = json.loads(tokenizer.to_json())
+    tree["post_processor"] = _without_frame(tree["post_processor"])
+    for entry in tree["added_tokens"]:
+        entry.pop(ENDS_TEXT, None)  # TOKENIZER_CONFIG says it
     special = _special_tokens(tokenizer, tree, chat_template)
     settings = their_settings(config) | special.ids()
     settings |= dict.fromkeys(("dtype", "torch_dtype"), str(DTYPES[dtype]).removeprefix("torch."))
@@ -624,7 +644,7 @@ def write_folder(
         folder.write(WEIGHTS, safetensors_chunks(tensors, {"format": "pt"}))
         for name, content in (
             (CONFIG, settings),
-            ("generation_config.json", special.ids(all_ends=True)),
+            (GENERATION_CONFIG, special.ids(all_ends=True)),
             (TOKENIZER_CONFIG, tokenizer_settings),
         ):
             folder.write(name, [(to_json(content, indent=2) + "\n").encode()])
@@ -734,6 +754,17 @@ class _SpecialTokens:
         ends = [self.id_of[name] for name in self.all_ends]
         end = ends if all_ends and len(ends) > 1 else ends[0]
         return {"bos_token_id": self.id_of[self.begin], "eos_token_id": end}
+
+
+def _without_frame(processor: dict[str, Any] | None) -> dict[str, Any] | None:
+    """A tokenizer.json's post-processor that puts no special tokens around a text, as here."""
+    kind = None if processor is None else processor["type"]
+    if kind in ("TemplateProcessing", "BertProcessing", "RobertaProcessing"):
+        return None
+    if processor is None or kind != "Sequence":
+        return processor
+    kept = [part for part in map(_without_frame, processor["processors"]) if part is not None]
+    return processor | {"processors": kept} if kept else None
 
 
 def _special_tokens(

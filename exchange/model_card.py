@@ -26,10 +26,14 @@ def model_card(model: LoadedModel, dtype: str) -> str:
         "tokenizer": f"{model.tokenizer.name}, {config.vocab_size:,} tokens",
         "weights": dtype,
     }
-    if start := model.settings.get("start"):
+    start = model.settings.get("start")
+    if start:
         rows["fine-tuned from"] = start["source"]
     if model.path is not None:
-        rows |= _facts_of_run(model.path)
+        rows |= _facts_of_run(model.path, model.step)
+    if start and start["bits_per_byte"] is not None:
+        part = "" if start["measured_share"] == 1 else ", of a part of the text"
+        rows["bits a byte before training"] = f"{start['bits_per_byte']:.4f}{part}"
     kind = "It holds conversations by its chat template."
     if model.chat_template is None:
         kind = "It is a base model: it continues text, and is no assistant."
@@ -39,22 +43,32 @@ def model_card(model: LoadedModel, dtype: str) -> str:
     return "\n".join([*lines, LICENCE, ""])
 
 
-def _facts_of_run(run: Path) -> dict[str, str]:
-    """What a run's files say of its text and its training; those that are missing, nothing."""
+def _facts_of_run(run: Path, step: int | None) -> dict[str, str]:
+    """What a run's files say of its text, its training and the weights of a step.
+
+    Files that are missing say nothing.
+    """
     data, summary = (_read(run / name) for name in (DATA, SUMMARY))
     rows = {}
     if files := data.get("files"):
         names = ", ".join(file["name"] for file in files[:MOST_NAMED])
         more = f" and {len(files) - MOST_NAMED} more" if len(files) > MOST_NAMED else ""
         rows["text"] = f"{names}{more}: {data['tokens']:,} tokens, {data['bytes']:,} bytes"
-    if summary:
+    if not summary:
+        return rows
+    rows["training"] = (
+        f"{summary['steps']:,} steps, {summary['tokens_seen']:,} tokens, "
+        f"{as_duration(summary['elapsed_s'])} on {summary['device']}"
+    )
+    if summary["weights_of_step"] == step:
         rows |= {
-            "training": f"{summary['steps']:,} steps, {summary['tokens_seen']:,} tokens, "
-            f"{as_duration(summary['elapsed_s'])} on {summary['device']}",
             "loss on the validation text": f"{summary['final_val_loss']:.4f} a token",
             "perplexity": f"{summary['final_val_perplexity']:,.2f}",
             "bits a byte": f"{summary['final_val_bits_per_byte']:.4f}",
         }
+    elif summary["best_step"] == step:
+        loss = f"{summary['best_val_loss']:.4f} a token, in training's evaluations"
+        rows["loss on the validation text"] = loss
     return rows
 
 

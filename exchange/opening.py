@@ -7,7 +7,7 @@ from pathlib import Path
 from engine.errors import SettingsError
 from engine.settings import shown
 from exchange.gguf import find_smollm2, open_gguf
-from exchange.huggingface import download, open_folder
+from exchange.huggingface import CONFIG, HUB_NAME, download, open_folder
 from exchange.pretrained import Pretrained, fitted
 from exchange.saved_run import (
     LoadedModel,
@@ -16,9 +16,12 @@ from exchange.saved_run import (
     load_run,
     make_ready,
     open_run,
+    refuse_part_of_run,
+    runs_folder,
 )
 from generation import SamplingConfig
 from planning.fine_tuning import SMOLLM2
+from text.tokenizer import ForeignTokenizer, Tokenizer
 
 HUB = "hf:"
 
@@ -36,17 +39,36 @@ def open_pretrained(where: str) -> Pretrained:
     if where == SMOLLM2:
         return open_gguf(find_smollm2())
     path = Path(os.path.expanduser(where))
-    if is_run(path):
+    if where and is_run(path):
         return open_run(path)
-    if os.path.isdir(path):  # unlike Path's methods, it accepts any text
+    if where and os.path.isdir(path):  # unlike Path's methods, it accepts any text
+        if not os.path.exists(path / CONFIG):
+            refuse_part_of_run(path, "Its best weights are taken.")
         return open_folder(path)
     if path.suffix == ".gguf" and os.path.exists(path):
         return open_gguf(path)
     raise SettingsError(
-        f"{shown(where)} is no model: there is no such folder or .gguf file.\n"
+        f"{shown(where)} is no model: there is no such folder or .gguf file.{_hint(where)}\n"
         "It may be a run's folder, a folder of transformers' files (config.json, "
         f'model.safetensors, tokenizer.json), a .gguf file, "hf:owner/name" or "{SMOLLM2}".'
     )
+
+
+def _hint(where: str) -> str:
+    """What to write for a name that is known elsewhere, as a line; "" if it is not."""
+    run = runs_folder() / where
+    if where and is_run(run):
+        return f'\nFor the run of this name, write "{run}".'
+    if where.lower().startswith(SMOLLM2.partition("-")[0]):
+        return f'\nFor the model that a package holds, write "{SMOLLM2}".'
+    if HUB_NAME.fullmatch(where):
+        return f'\nFor a model of the Hugging Face Hub, write "{HUB}{where}".'
+    return ""
+
+
+def frame_of(tokenizer: Tokenizer) -> str:
+    """The special tokens that a tokenizer puts around a text elsewhere, in words; "" for none."""
+    return " and ".join(tokenizer.frame()) if isinstance(tokenizer, ForeignTokenizer) else ""
 
 
 def load_model(

@@ -220,13 +220,19 @@ def find_run(folder: str | Path | None) -> Path:
     is_named = os.path.exists(output_dir / path) or not os.path.exists(path)
     found = output_dir / path if is_named else path
     if not is_run(found):
-        for folder in found.parents:
-            if is_run(folder):
-                raise CheckpointError(
-                    f"{found} is no run, but lies in the run {folder}: name that one.\n"
-                    "--which best (the default) takes its best weights, --which last the last ones."
-                )
+        refuse_part_of_run(
+            found, "--which best (the default) takes its best weights, --which last the last ones."
+        )
     return found
+
+
+def refuse_part_of_run(path: Path, advice: str) -> None:
+    """Raise CheckpointError, with the advice, if a path that is no run lies in one."""
+    for folder in path.parents:
+        if is_run(folder):
+            raise CheckpointError(
+                f"{path} is no run, but lies in the run {folder}: name that one.\n{advice}"
+            )
 
 
 def _chat_template_of(record: RunRecord) -> str | None:

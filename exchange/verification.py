@@ -4,10 +4,12 @@ import random
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from engine.errors import CheckpointError, first_line
+from engine.errors import CheckpointError, SettingsError, first_line
+from exchange.adapter import adapted
 from exchange.opening import load_model
 from exchange.saved_run import LoadedModel
 from storage.checkpoint import weights_of
@@ -67,9 +69,14 @@ def _compare_weights(model: LoadedModel, again: LoadedModel, dtype: str) -> None
             raise CheckpointError(f"read back, {name} has other weights than the model.")
 
 
+def _difference(ours: torch.Tensor, theirs: torch.Tensor) -> float:
+    """The largest difference of logits, in standard deviations of ours."""
+    return ((ours - theirs).abs().max() / ours.std()).item()
+
+
 def _compare_logits(ours: torch.Tensor, theirs: torch.Tensor, most: float, how: str) -> float:
-    """The largest difference of logits, in standard deviations."""
-    by = ((ours - theirs).abs().max() / ours.std()).item()
+    """Their _difference(); CheckpointError if it is more than `most`."""
+    by = _difference(ours, theirs)
     if not by <= most:  # nan is no agreement either
         raise CheckpointError(
             f"{how}, the model's logits differ by {by:.2g} standard deviations; {most} is rounding."
@@ -94,43 +101,53 @@ def _ask_transformers(
     version = f"transformers {transformers.__version__}"
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    try:
-        model = transformers.AutoModelForCausalLM.from_pretrained(folder, local_files_only=True)
-        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
-        raise CheckpointError(
-            f"{version} can't open what was written: {first_line(error)}"
-        ) from error
+    model = _opened_by(version, transformers.AutoModelForCausalLM, folder, local_files_only=True)
+    tokenizer = _opened_by(version, transformers.AutoTokenizer, folder, local_files_only=True)
     theirs = model.eval().float()(ids).logits
     by = _compare_logits(logits, theirs, SAME, f"by {version}")
-    _compare_tokens(
-        encode, lambda text: tokenizer.encode(text, add_special_tokens=False), f"by {version}"
-    )
+    _compare_tokens(encode, tokenizer.encode, f"by {version}")
     yield f"by {version}: the model's logits within {by:.1g} of their spread, and tokens"
 
 
-def verify_adapter(model: LoadedModel, folder: Path) -> Iterator[str]:
-    """Compare a run's model with the adapter that was written of it, as verify() does, by PEFT.
+def _opened_by(library: str, loader: Any, folder: Path, **options: Any) -> Any:
+    """What a library's from_pretrained() makes of a folder; CheckpointError if it can't."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # PEFT's, on its own calls of transformers
+            return loader.from_pretrained(folder, **options)
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise CheckpointError(
+            f"{library} can't open what was written: {first_line(error)[:200]}"
+        ) from error
 
-    PEFT can be asked where it is installed and the weights that the run began from are
-    transformers' too; a line says where not.
+
+def verify_adapter(model: LoadedModel, folder: Path, which: str) -> Iterator[str]:
+    """Compare the adapter that was written of a run with the run's, by PEFT where it is installed.
+
+    Both add it to the weights that the run began from, unrounded; a line says how far the run's
+    own model is from that where it has rounded them. Raises CheckpointError for what differs, and
+    if these weights are others now; a line says where they can't be had.
     """
+    assert model.path is not None, "the model is a run's"
+    ids = _probed_ids(model)
+    try:
+        ours = adapted(model.path, which)(ids)
+    except SettingsError as error:  # without a network, or a library
+        yield f"not compared: {first_line(error)}"
+        return
+    own = model.model(ids.to(model.device)).cpu()
+    if (by := _difference(ours, own)) > SAME:
+        yield f"the run rounded the weights it began from: its logits are within {by:.1g} of these"
     try:
         import peft
     except ImportError:
         yield "peft is not installed: what was written is not compared with it"
         return
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # on its own calls of transformers
-            theirs = peft.AutoPeftModelForCausalLM.from_pretrained(folder)
-    except (OSError, ValueError) as error:
-        yield f"PEFT can't open the weights to compare with: {first_line(error)[:200]}"
-        return
-    ids = _probed_ids(model)
-    logits = theirs.eval().float()(ids).logits
-    by = _compare_logits(model.model(ids), logits, SAME, f"by peft {peft.__version__}")
-    yield f"by peft {peft.__version__}: the model's logits within {by:.1g} of their spread"
+    version = f"peft {peft.__version__}"
+    theirs = _opened_by(version, peft.AutoPeftModelForCausalLM, folder).eval().float()(ids).logits
+    # a base's rows beyond the tokens are of none
+    by = _compare_logits(ours, theirs[..., : ours.shape[-1]], SAME, f"by {version}")
+    yield f"by {version}: the adapted model's logits within {by:.1g} of their spread"
 
 
 def _probed_ids(model: LoadedModel) -> torch.Tensor:

@@ -22,6 +22,7 @@ from exchange.adapter import write_adapter
 from exchange.gguf import modelfile, write_gguf
 from exchange.huggingface import reader_notes, write_folder
 from exchange.model_card import model_card
+from exchange.opening import frame_of
 from exchange.saved_run import LoadedModel
 from exchange.verification import verify, verify_adapter
 from scripts.options import (
@@ -57,6 +58,12 @@ def main() -> int:
         raise SettingsError(f"--dtype is {dtype}; with --to {arguments.to} it is one of {listed}.")
     if os.path.lexists(folder):
         raise _taken(folder)
+    if arguments.to in ("gguf", "ollama") and folder.suffix == ".gguf":
+        named = os.path.splitext(arguments.folder)[0]
+        raise SettingsError(
+            f"{arguments.folder} is to be a folder, with the file in it: name it {named}, and the "
+            f"file is {os.path.join(named, folder.name)}."
+        )
     model = open_model(one_model(arguments), arguments, weights="fp32")
     tell(describe(model))
     make_folder(folder.parent)
@@ -64,7 +71,7 @@ def main() -> int:
     try:
         if arguments.to == "peft":
             write_adapter_of(model, beside, arguments.which or "best")
-            checks = verify_adapter(model, beside)
+            checks = verify_adapter(model, beside, arguments.which or "best")
         else:
             written = write_as(arguments.to, beside, folder.name, model, dtype)
             checks = verify(model, written, dtype)
@@ -120,6 +127,8 @@ def write_as(target: str, folder: Path, name: str, model: LoadedModel, dtype: st
     What only some readers can't do with it is told.
     """
     config, weights, template = model.model.config, weights_of(model.model), model.chat_template
+    if frame := frame_of(model.tokenizer):
+        tell(f"Note: its tokenizer puts {frame} around a text elsewhere; not here, nor as written")
     if target == "hf":
         card = model_card(model, dtype)
         write_folder(

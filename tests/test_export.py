@@ -11,7 +11,9 @@ import safetensors.torch
 import torch
 
 from exchange import opening
+from exchange.gguf_file import read_header
 from exchange.huggingface import write_folder
+from exchange.model_card import model_card
 from exchange.opening import load_model, open_pretrained
 from exchange.pretrained import fitted
 from exchange.verification import N_TEXTS, ROUNDING, SCRIPTS, SMALLEST, probe_texts
@@ -21,7 +23,8 @@ from scripts.options import run_program
 from storage.checkpoint import weights_of
 from tests import by_heart
 from tests.by_heart import SHOWN, Done
-from text.tokenizer import BPETokenizer, CharTokenizer, Tokenizer
+from text.tokenizer import ENDS_TEXT, BPETokenizer, CharTokenizer, Tokenizer
+from text.tokenizer_file import END_OF_TEXT
 
 SIZES = {"context_length": 32, "emb_dim": 32, "n_heads": 2, "n_layers": 2}
 MODELS = {
@@ -170,6 +173,69 @@ def test_a_model_has_a_row_for_each_token_of_its_tokenizer_and_no_other(leave, m
     torch.testing.assert_close(model(ids)[..., :known], expected[..., :known])
 
 
+BEGIN_ID = len(bytes_tokenizer().special_tokens) + bytes_tokenizer().end_of_text_id
+FRAME = {
+    "type": "TemplateProcessing",
+    "single": [
+        {"SpecialToken": {"id": "<s>", "type_id": 0}},
+        {"Sequence": {"id": "A", "type_id": 0}},
+    ],
+    "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}],
+    "special_tokens": {"<s>": {"id": "<s>", "ids": [BEGIN_ID], "tokens": ["<s>"]}},
+}
+
+
+def test_a_declared_end_leaves_as_it_came_and_no_export_begins_a_text(leave, no_transformers):
+    tokenizers = pytest.importorskip("tokenizers")
+    random_folder(Path("first"), bytes_tokenizer().adding(["<s>"]), **MODELS["llama"])
+    end = "<｜end▁of▁sentence｜>"
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        content = Path("first", name).read_text(encoding="utf-8").replace(END_OF_TEXT, end)
+        Path("first", name).write_text(content, encoding="utf-8")
+    tree = json.loads(Path("first/tokenizer.json").read_bytes())
+    steps = [FRAME, {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": False}]
+    tree["post_processor"] = {"type": "Sequence", "processors": steps}
+    Path("first/tokenizer.json").write_text(json.dumps(tree), encoding="utf-8")
+    library = tokenizers.Tokenizer.from_file("first/tokenizer.json")
+    tokenizer = load_model("first", weights="fp32").tokenizer
+    ids = tokenizer.encode("the")
+    assert library.encode("the").ids == [BEGIN_ID, *ids]
+    assert tokenizer.end_of_text_id == BEGIN_ID - 1
+    assert tokenizer.end_of_text == end
+    for target in ("hf", "gguf"):
+        done = leave("--model=first", f"--to={target}", target)
+        assert done.code == 0, done.err
+        assert "Note: its tokenizer puts <s> around a text elsewhere" in done.err
+    assert tokenizers.Tokenizer.from_file("hf/tokenizer.json").encode("the").ids == ids
+    assert ENDS_TEXT not in Path("hf/tokenizer.json").read_text(encoding="utf-8")
+    said = json.loads(Path("hf/tokenizer_config.json").read_bytes())
+    assert (said["bos_token"], said["eos_token"]) == ("<s>", end)
+    metadata = read_header(Path("gguf/gguf.gguf")).metadata
+    assert metadata["tokenizer.ggml.eos_token_id"] == BEGIN_ID - 1
+    assert metadata["tokenizer.ggml.add_bos_token"] is False
+    for place in ("hf", "gguf/gguf.gguf"):
+        assert open_pretrained(place).tokenizer.end_of_text == end
+
+
+def test_a_card_has_the_figures_of_its_own_weights_alone(workdir):
+    random_folder(Path("first"), bytes_tokenizer(), **MODELS["gpt2"])
+    run = Path("run")
+    run.mkdir()
+    summary = {"steps": 9, "tokens_seen": 90, "elapsed_s": 5.0, "device": "cpu"}
+    summary |= {"weights_of_step": 9, "final_val_loss": 3.25, "final_val_perplexity": 25.79}
+    summary |= {"final_val_bits_per_byte": 4.5, "best_step": 6, "best_val_loss": 3.125}
+    (run / "summary.json").write_text(json.dumps(summary), encoding="utf-8")
+    start = {"source": "seed", "bits_per_byte": 5.5, "measured_share": 0.5}
+    model = load_model("first", weights="fp32")
+    model = replace(model, path=run, settings={"start": start})
+    last, best, older = (model_card(replace(model, step=step), "fp32") for step in (9, 6, 3))
+    assert "| loss on the validation text | 3.2500 a token |" in last
+    assert "| bits a byte | 4.5000 |" in last and "| bits a byte |" not in best + older
+    assert "| loss on the validation text | 3.1250 a token, in training's evaluations |" in best
+    assert "loss on" not in older
+    assert "| bits a byte before training | 5.5000, of a part of the text |" in best
+
+
 def change_the_epsilon(folder: Path) -> None:
     config = (folder / "config.json").read_text(encoding="utf-8")
     (folder / "config.json").write_text(config.replace("1e-05", "0.1"), encoding="utf-8")
@@ -236,6 +302,7 @@ def test_what_is_not_the_model_is_not_left(leave, monkeypatch, change, reader, s
         (["second", "--which", "last"], "--which is for runs"),
         (["second", "third"], "'third' is no option"),
         (["second", "--to", "hf", "--dtype", "q8_0"], "with --to hf it is one of fp32, bf16, fp16"),
+        (["a/b.gguf", "--to=gguf"], "name it a/b, and the file is a/b/b.gguf"),
         (["second", "--to", "peft"], "--to peft writes what a run has trained"),
         ([], "the following arguments are required: FOLDER"),
     ],

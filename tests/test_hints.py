@@ -1,11 +1,13 @@
 """What a user is told who is nearly right, or whose text or prompt has an unusual size."""
 
+import os
 from types import SimpleNamespace
 
 import pytest
 
 from data import WindowPlan
-from engine.errors import CheckpointError, SettingsError
+from engine.errors import CheckpointError, PipelineError, SettingsError
+from exchange.opening import open_pretrained
 from exchange.saved_run import load_run
 from planning.preflight import show_windows
 from scripts import inference
@@ -35,6 +37,24 @@ def test_a_path_inside_of_a_run_names_the_run(tmp_path, inside):
     with pytest.raises(CheckpointError) as caught:
         load_run(run / inside)
     assert f"is no run, but lies in the run {run}: name that one." in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("where", "hint"),
+    [
+        ("", "'' is no model: there is no such folder"),
+        ("one", 'For the run of this name, write "runs/one".'),
+        ("owner/name", 'write "hf:owner/name".'),
+        ("SmolLM2-135M", 'write "smollm2-135m".'),
+        ("runs/one/best", "runs/one/best is no run, but lies in the run runs/one: name that one."),
+    ],
+)
+def test_a_name_that_opens_nothing_says_what_to_write(workdir, where, hint):
+    (workdir / "runs/one/best").mkdir(parents=True)
+    (workdir / "runs/one" / SETTINGS).write_text("{}", encoding="utf-8")
+    with pytest.raises(PipelineError) as caught:
+        open_pretrained(where)
+    assert hint.replace("/", os.sep) in str(caught.value).replace("/", os.sep)
 
 
 def test_a_prompt_beyond_the_context_is_said_with_what_is_read_of_it(capsys):

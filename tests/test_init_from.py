@@ -409,7 +409,7 @@ def test_a_dry_run_tells_the_disk_that_an_adapter_and_its_frozen_weights_take(be
 
 
 def test_auto_opens_weights_even_where_a_run_from_random_ones_may_go_on(
-    tiny, monkeypatch, tmp_path
+    tiny, monkeypatch, tmp_path, capsys
 ):
     """Its text may have changed since, and a new run chooses anew."""
     opened = open_pretrained(str(tiny))
@@ -421,6 +421,17 @@ def test_auto_opens_weights_even_where_a_run_from_random_ones_may_go_on(
     candidates = Candidates(tmp_path, False, "0", "now", (run,))
     found, left, weights = find_beginning(plan, candidates, tmp_path / "cache", ALONE)
     assert (found.start, left.runs, weights.start.source) == (None, (run,), opened.source)
+
+    start = Start(opened.source, opened.fingerprint, opened.config)
+    run = dataclasses.replace(run, record=dataclasses.replace(record, start=start, choice=None))
+    candidates = dataclasses.replace(candidates, runs=(run,))
+    assert "around a text" not in capsys.readouterr().out
+    monkeypatch.setattr(beginning, "frame_of", lambda tokenizer: "<s>")
+    found, left, _ = find_beginning(plan, candidates, tmp_path / "cache", ALONE)
+    assert (found.start, left.runs) == (start, (run,))
+    assert found.origins["start"].startswith(f"the weights that {tmp_path} began from; RESUME")
+    said = f"Note: {opened.source}: its tokenizer puts <s> around a text elsewhere; not here\n"
+    assert capsys.readouterr().out == said
 
 
 def test_a_batch_that_takes_the_time_of_the_measurement_is_scored_once(begin, tiny, monkeypatch):

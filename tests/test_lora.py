@@ -17,12 +17,15 @@ from engine.memory import count_trained, estimate_memory, head_bytes
 from engine.optim import build_adamw
 from engine.precision import Precision
 from exchange.adapter import their_adapter, their_adapter_settings, write_adapter
+from exchange.huggingface import write_folder
 from exchange.opening import open_pretrained
 from exchange.saved_run import load_run
 from model import GPTConfig, GPTModel
 from planning.choices import Choices
 from planning.machine import Machine, choose_frozen, fresh_model
 from planning.plan import resolve_settings
+from scripts import export
+from scripts.options import run_program
 from storage.checkpoint import (
     CheckpointStore,
     read_adapter,
@@ -32,7 +35,7 @@ from storage.checkpoint import (
     safetensors_chunks,
     weights_of,
 )
-from tests.conftest import train_on_letters
+from tests.conftest import LETTERS, train_in, train_on_letters
 from tests.hostile import reseal
 from tests.letters import CPU, FP32
 from tests.resuming import Bench, compare, uninterrupted
@@ -50,6 +53,7 @@ from tests.test_parallel import (
     steps_gone_on_from,
     together,
 )
+from text.tokenizer import CharTokenizer
 from training_utils import TrainingConfig
 
 LLAMA = {"architecture": "llama", "n_kv_heads": 2, "qk_norm": True}
@@ -395,6 +399,46 @@ def test_peft_computes_the_same_with_an_adapter_that_leaves(changes, tmp_path):
     assert (model(ids) - without).abs().max() > 0.1
     names = {name for name, _ in theirs.named_parameters() if "lora_" in name}
     assert len(names) == len(tensors)
+
+
+@pytest.mark.slow  # PEFT and accelerate take seconds to import
+def test_an_adapter_of_rounded_and_padded_weights_is_exported_and_one_of_others_is_not(
+    workdir, monkeypatch, capsys
+):
+    pytest.importorskip("peft")
+    torch.manual_seed(3)
+    tokenizer = CharTokenizer(LETTERS)
+    config = GPTConfig(tokenizer.vocab_size + 5, 32, 64, 4, 2, **LLAMA)
+    model = GPTModel(config)
+    for weight in model.parameters():
+        weight.data += 0.1 * torch.randn_like(weight)
+    write_folder(workdir / "base", config, weights_of(model), tokenizer, card="")
+    monkeypatch.setattr("exchange.beginning.choose_frozen", lambda machine: torch.bfloat16)
+    (workdir / "text.txt").write_text(LETTERS, encoding="utf-8")
+    params = {"max_steps": 4, "lora_rank": 4, "max_length": 32, "learning_rate": 0.05}
+    names = "DATA, INIT_FROM, CUSTOM_MODE, RUN_NAME, PRECISION"
+    values = '"text.txt", "base", True, "tiny", "fp32"'
+    run = train_in(workdir, f"{names} = {values}\ncustom_params = {params!r}\n")
+    assert load_run(run).model.config.vocab_size == tokenizer.vocab_size
+
+    def leave(folder: str) -> str:
+        arguments = ["export", "--run", str(run), "--to", "peft", folder]
+        monkeypatch.setattr("sys.argv", arguments)
+        with pytest.raises(SystemExit) as ended:
+            run_program(export.main)
+        said = capsys.readouterr()
+        assert (ended.value.code == 0) == said.out.startswith("✓"), said.err
+        return said.err
+
+    said = leave("adapter")
+    assert "the run rounded the weights it began from: its logits are within 0.0" in said
+    assert "by peft 0" in said and "the adapted model's logits within" in said
+    weights = weights_of(model)
+    weights["final_norm.weight"] += 1.0
+    shutil.rmtree(workdir / "base")
+    write_folder(workdir / "base", config, weights, tokenizer, card="")
+    assert "CheckpointError: INIT_FROM = 'base' holds other weights than those that" in leave("new")
+    assert not (workdir / "new").exists()
 
 
 def test_an_adapter_needs_given_weights_and_adamw():

@@ -27,6 +27,7 @@ from text.documents import DataSpec
 from text.token_cache import cut_into_chunks, tokenize
 from text.tokenizer import (
     END_NAMES,
+    ENDS_TEXT,
     GPT2_FILE,
     GPT2_FINGERPRINT,
     GPT2_SHA256,
@@ -37,6 +38,7 @@ from text.tokenizer import (
     find_tokenizer_fault,
     load_tokenizer,
     make_tokenizer,
+    read_tokenizer,
     restore_tokenizer,
     train_bpe,
 )
@@ -436,6 +438,30 @@ def test_the_token_that_ends_a_text_is_found_by_its_name_or_added(path):
         expected = (count, count + 1) if end is None else (made.token_to_id(end), count)
         assert (tokenizer.end_of_text_id, tokenizer.vocab_size) == expected
         assert end or tokenizer.decode([1, tokenizer.end_of_text_id]) == "b"
+
+
+def test_a_declared_end_counts_before_the_names_and_is_kept_in_the_file(path):
+    for specials, ends, end in [
+        ([END_OF_TEXT, "<done>"], ["<done>"], "<done>"),
+        ([END_OF_TEXT, "<done>"], [-1, 9, "no token", 3], "<done>"),
+        ([END_OF_TEXT, "<|im_end|>"], ["<|im_end|>"], END_OF_TEXT),  # that of a turn
+        ([END_OF_TEXT, "<|im_end|>", "<done>"], ["<|im_end|>", 4], "<done>"),
+        (["<|eot_id|>"], ["<|eot_id|>"], "<|eot_id|>"),
+        ([END_OF_TEXT], ["a"], END_OF_TEXT),  # a word ends nothing
+    ]:
+        made = tokenizers.Tokenizer(models.WordLevel({"a": 0, ENDS_TEXT: 1}, unk_token="a"))
+        made.add_special_tokens(specials)
+        made.save(str(path))
+        tokenizer = read_tokenizer(path.read_bytes(), path, ends)
+        assert (tokenizer.end_of_text, tokenizer.end_of_text_id) == (end, made.token_to_id(end))
+        guessed = load_tokenizer(path)
+        same_end = guessed.end_of_text == end
+        assert (guessed.fingerprint == tokenizer.fingerprint) == same_end
+        path.write_text(tokenizer.to_json(), encoding="utf-8")
+        again = load_tokenizer(path)
+        assert (again.end_of_text, again.fingerprint) == (end, tokenizer.fingerprint)
+        assert again.adding(["<new>"]).end_of_text == end
+        tokenizers.Tokenizer.from_file(str(path))  # other programs read it still
 
 
 def test_a_damaged_file_is_refused_with_its_path_and_what_is_wrong(path):

@@ -9,7 +9,7 @@ import itertools
 import json
 import re
 import stat
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,10 +33,12 @@ from text.tokenizer_file import (
 GPT2_FILE = Path(__file__).resolve().parent.parent / "assets" / "gpt2.tiktoken"
 GPT2_SHA256 = "306cd27f03c1a714eca7108e03d66b7dc042abe8c258b44c199a7ed9838dd930"
 GPT2_FINGERPRINT = "bpe-120d137cc5382960"
-# what other tokenizers call the token that ends a document
+# what other tokenizers call the token that ends a document, where none is declared
 END_NAMES = (END_OF_TEXT, "</s>", "<eos>", "<|end_of_text|>", "[SEP]", "<eot>", "<|im_end|>")
 BEGIN_NAMES = ("<|begin_of_text|>", "<s>", "<bos>")  # the one that begins a document
 TURN_ENDS = ("<|im_end|>", "<|eot_id|>", "<end_of_turn>", "<|end|>")  # those that end a turn
+# of an added token in a tokenizer.json: it ends a document; other programs ignore it
+ENDS_TEXT = "ends_text"
 
 MAX_TRAINED_VOCABULARY = 100_000
 TRAINING_CHARACTERS = 64_000_000  # to train a BPE on at most; more make no difference
@@ -48,6 +50,7 @@ BLANK = "\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"
 LONGEST_WORD = 1 << 14  # characters of a run that GPT-2's pattern can't cut; a multiple of 64
 RUN = re.compile(rf"[^\W\d_]+|\d+|[{BLANK}]+|(?:[^\w{BLANK}]|_)+")  # letters, digits, blanks, marks
 _IS_BLANK = re.compile(f"[{BLANK}]")
+Ends = Sequence[str | int]  # tokens, by name or id
 
 
 class ByteTokens:
@@ -218,24 +221,30 @@ class CharTokenizer(ByteTokens):
 
 
 class ForeignTokenizer:
-    """Any other tokenizer.json, run by the library that defines the format."""
+    """Any other tokenizer.json, run by the library that defines the format.
+
+    ends are the tokens that a model's files declare as its end; a special token among them that
+    ends no turn ends a document.
+    """
 
     kind = "foreign"
 
-    def __init__(self, tokenizer: Any, name: str, fingerprint: str) -> None:
+    def __init__(self, tokenizer: Any, name: str, ends: Ends = ()) -> None:
         self._tokenizer = tokenizer
         self.name = name
-        self.fingerprint = fingerprint
         ids = tokenizer.get_vocab()  # an added token's id may be beyond their number
         self.vocab_size = max(ids.values(), default=-1) + 1
-        end = next((name for name in END_NAMES if name in ids), None)
+        added = tokenizer.get_added_tokens_decoder().items()
+        self.special_tokens = {token.content: i for i, token in added if token.special}
+        guessed = next((name for name in END_NAMES if name in ids), None)
+        end = _declared_end(self.special_tokens, ends, guessed)
+        self._is_declared = end != guessed
         self.adds_end = end is None  # then the last id is an end-of-text of its own
         self.end_of_text = end or END_OF_TEXT
         self.end_of_text_id: int = ids.get(self.end_of_text, self.vocab_size)
         self.vocab_size += self.adds_end
-        added = tokenizer.get_added_tokens_decoder().items()
-        self.special_tokens = {token.content: i for i, token in added if token.special}
         self.special_tokens[self.end_of_text] = self.end_of_text_id
+        self.fingerprint = _fingerprint("json", self.to_json().encode("utf-8"))
 
     def encode(self, text: str) -> list[int]:
         """The ids of a text, without the special tokens that the file adds around it."""
@@ -281,8 +290,24 @@ class ForeignTokenizer:
         return ForeignDecoder(self.decode)
 
     def to_json(self) -> str:
-        """The tokenizer as the text of a tokenizer.json, as the library writes it."""
-        return self._tokenizer.to_str()
+        """The tokenizer as the text of a tokenizer.json, as the library writes it.
+
+        An end of a document that its name does not tell is marked by ENDS_TEXT.
+        """
+        content = self._tokenizer.to_str()
+        if not self._is_declared:
+            return content
+        tree = json.loads(content)
+        for entry in tree["added_tokens"]:
+            if entry["content"] == self.end_of_text:
+                entry[ENDS_TEXT] = True
+        return json.dumps(tree, ensure_ascii=False)
+
+    def frame(self) -> list[str]:
+        """The special tokens that the file puts around a text, which no text gets here."""
+        encoding = self._tokenizer.encode("")
+        pairs = zip(encoding.tokens, encoding.special_tokens_mask, strict=True)
+        return [token for token, is_special in pairs if is_special]
 
     def adding(self, names: Iterable[str]) -> "ForeignTokenizer":
         """This tokenizer with further special tokens; an end-of-text of its own keeps its id."""
@@ -297,6 +322,19 @@ class ForeignTokenizer:
         found = _load_foreign(json.dumps(tree, ensure_ascii=False).encode("utf-8"), None)
         found.name = f"{self.name}, and {', '.join(names)}"
         return found
+
+
+def _declared_end(special_tokens: dict[str, int], ends: Ends, guessed: str | None) -> str | None:
+    """The special token that is declared to end a document, else the one that is guessed.
+
+    A chat model may declare the end of a turn alone, which is that of a document only where
+    nothing else is.
+    """
+    named = {i: name for name, i in special_tokens.items()}
+    names = [named.get(end) if isinstance(end, int) else end for end in ends]
+    known = [name for name in names if name is not None and name in special_tokens]
+    of_text = (name for name in known if name not in TURN_ENDS)
+    return next(of_text, guessed or next(iter(known), None))
 
 
 class ForeignDecoder:
@@ -474,9 +512,10 @@ def load_tokenizer(name: str | Path) -> Tokenizer:
     return read_tokenizer(content, path)
 
 
-def read_tokenizer(content: bytes, path: Path) -> Tokenizer:
+def read_tokenizer(content: bytes, path: Path, ends: Ends = ()) -> Tokenizer:
     """The tokenizer of a tokenizer.json's content; path is what messages call it.
 
+    ends are those of ForeignTokenizer; this project's own tokenizers have END_OF_TEXT.
     Raises DataError if it is damaged or inconsistent.
     """
     try:
@@ -494,7 +533,7 @@ def read_tokenizer(content: bytes, path: Path) -> Tokenizer:
             continue
         if same:
             return GPT2Tokenizer() if own.fingerprint == GPT2_FINGERPRINT else own
-    return restore_tokenizer("foreign", content, path)
+    return _load_foreign(content, path, ends)
 
 
 def restore_tokenizer(kind: str, content: bytes, path: Path | None = None) -> Tokenizer:
@@ -531,7 +570,7 @@ def add_special_tokens(tokenizer: Tokenizer, names: Iterable[str]) -> Tokenizer:
     return tokenizer.adding(missing) if missing else tokenizer
 
 
-def _load_foreign(content: bytes, path: Path | None) -> ForeignTokenizer:
+def _load_foreign(content: bytes, path: Path | None, ends: Ends = ()) -> ForeignTokenizer:
     try:
         import tokenizers
     except ImportError:
@@ -544,7 +583,7 @@ def _load_foreign(content: bytes, path: Path | None) -> ForeignTokenizer:
     tokenizer.no_padding()
     tokenizer.encode_special_tokens = True  # a special token's name in a text is text
     name = path.parent.name or path.stem if path else "tokenizer.json"
-    fingerprint = _fingerprint("json", tokenizer.to_str().encode("utf-8"))
-    return ForeignTokenizer(
-        tokenizer, f"{name}, {tokenizer.get_vocab_size():,} tokens", fingerprint
-    )
+    if ENDS_TEXT.encode() in content:  # as to_json() has written it
+        added = json.loads(content).get("added_tokens") or []
+        ends = [entry["content"] for entry in added if entry.get(ENDS_TEXT) is True] or ends
+    return ForeignTokenizer(tokenizer, f"{name}, {tokenizer.get_vocab_size():,} tokens", ends)
