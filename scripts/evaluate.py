@@ -1,9 +1,10 @@
 """Score texts with trained models:  python -m scripts.evaluate my_text.txt --run one --run two
 
 Each token is predicted from the text before it, of which the model sees at least half a context;
-only the first tokens have less. So a run's own validation text gets the figures of its summary.
-Of conversations, which the model's chat template writes down, the answers alone are scored. Bits a
-byte compare models of any tokenizer, the loss and the perplexity only those of one.
+only the first tokens have less. So a run's own validation text gets the figures of its summary,
+where the weights are those of the summary's weights_of_step. Of conversations, which the model's
+chat template writes down, the answers alone are scored. Bits a byte compare models of any
+tokenizer, the loss and the perplexity only those of one.
 """
 
 import argparse
