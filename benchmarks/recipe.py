@@ -61,22 +61,6 @@ NANOGPT = Fixed(
 )  # fmt: skip
 
 
-# docs/recipes.md's, for one byte a character and for more; training as TrainingConfig has it
-OF_HAND = {"optimizer": "muon", "schedule": "wsd", "batch_size": 16, "weight_decay": 0.1}
-OF_HAND |= {
-    name: getattr(TrainingConfig(), name)
-    for name in ("decay_share", "final_rate", "beta2", "shift_windows", "decay_embeddings")
-}
-BY_HAND = Fixed(
-    "char",
-    {"n_layers": 6, "emb_dim": 192, "context_length": 256, "drop_rate": 0.0},
-    OF_HAND | {"learning_rate": 6e-3, "embedding_rate": 6e-3},
-)
-BY_HAND_OF_WIDE = Fixed(
-    "bpe:4096",
-    {"n_layers": 4, "emb_dim": 192, "context_length": 128, "drop_rate": 0.1},
-    OF_HAND | {"learning_rate": 1.2e-2, "embedding_rate": 1.2e-2},
-)
 PART = 50_000  # bytes that a run of a third of a minute reads several times
 # what stood in place of each rule of the recipe, by name: in runs on PART of a text, and on all
 OF_PASSES: dict[str, dict[str, Any]] = {
@@ -157,14 +141,25 @@ def rule_runs(text: str, seeds: Iterable[int]) -> dict[str, list[tuple[Run, Run]
     return runs
 
 
+def by_hand(facts: TextFacts) -> Fixed:
+    """The recipe of docs/recipes.md for a text; what it leaves open is as in TrainingConfig."""
+    usual = ("decay_share", "final_rate", "beta2", "shift_windows", "decay_embeddings")
+    training = {name: getattr(TrainingConfig(), name) for name in usual}
+    training |= {"optimizer": "muon", "schedule": "wsd", "batch_size": 16, "weight_decay": 0.1}
+    layers, context, dropout, rate, tokenizer = 6, 256, 0.0, 6e-3, "char"
+    if facts.bytes_per_character > 1.2:
+        layers, context, dropout, rate, tokenizer = 4, 128, 0.1, 1.2e-2, "bpe:4096"
+    model = {"n_layers": layers, "emb_dim": 192, "context_length": context, "drop_rate": dropout}
+    return Fixed(tokenizer, model, training | {"learning_rate": rate, "embedding_rate": rate})
+
+
 def rivals(text: str, facts: TextFacts, minutes: float) -> dict[str, Run]:
     """The law's choice, its neighbors, and the recipes of nanoGPT and of the docs, by name."""
     own = choose_recipe(facts, REFERENCE, minutes, Fixed(None, {}, {}))
     shape = {name: own.model[name] for name in ("n_layers", "emb_dim")}
     shapes = [{"n_layers": layers, "emb_dim": width} for layers, width in SIZES]
     names = {"char", "bpe:1024", "bpe:4096"} & facts.bytes_per_token.keys() - {own.tokenizer}
-    by_hand = BY_HAND if facts.bytes_per_character < 1.2 else BY_HAND_OF_WIDE
-    fixed = {"auto": Fixed(None, {}, {}), "nanoGPT": NANOGPT, "docs/recipes.md": by_hand}
+    fixed = {"auto": Fixed(None, {}, {}), "nanoGPT": NANOGPT, "docs/recipes.md": by_hand(facts)}
     fixed |= {str(other): Fixed(None, other, {}) for other in shapes if other != shape}
     fixed |= {name: Fixed(name, {}, {}) for name in sorted(names)}
     for factor in (2.0, 0.5):
@@ -414,7 +409,7 @@ def main() -> None:
             verify(text, train_some, bits, asked.rehearse)
     else:
         runs = fit_runs(texts)
-        train_some([runs[0], runs[-1]] if asked.rehearse else runs)
+        train_some(runs[:1] if asked.rehearse else runs)
         own = [run | {"key": key} for key, run in results["runs"].items()]
         own = [run for run in own if _is_of_law(json.loads(run["key"]), texts)]
         results["coefficients"], results["texts"] = fit(own, tries)

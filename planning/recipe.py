@@ -391,7 +391,7 @@ class _Choice:
             steps=steps,
             tokens_per_s=round(float(c.batch[0, 0]) / step_s, 1),
             by_heart_minute=self._by_heart_minute(),
-            parameters=self._parameters(),
+            parameters=self._n_parameters(),
             memory=self._memory(),
             disk=self._disk(),
             warnings=[
@@ -411,7 +411,7 @@ class _Choice:
         passes = float(self.forecast.passes[0, 0])
         return passes * self.text.unique_bytes / max(1, self.text.train_bytes)
 
-    def _parameters(self) -> int:
+    def _n_parameters(self) -> int:
         c = self.candidate
         return int(c.in_blocks[0, 0] + _tables(self.fixed) * (c.vocabulary * c.width)[0, 0])
 
@@ -552,7 +552,7 @@ class _Choice:
         """The bytes of the run: three checkpoints at most, the best weights, the tokens."""
         c = self.candidate
         blocks = float(c.in_blocks[0, 0])
-        others = self._parameters() - blocks
+        others = self._n_parameters() - blocks
         checkpoint = 8 * blocks + 12 * others
         text = self.text.train_bytes + self.text.val_bytes
         width = 2 if c.vocabulary[0, 0] <= 2**16 else 4

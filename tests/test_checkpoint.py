@@ -210,6 +210,7 @@ def test_a_file_in_chunks_is_one_that_the_library_reads(tmp_path):
     assert safetensors.torch.load_file(path) == {}
 
 
+@pytest.mark.slow
 def test_a_model_compiled_in_place_has_plain_names():
     model, _ = build()
     plain = weights_of(model).keys()

@@ -486,6 +486,7 @@ def test_missing_library_is_told_with_how_to_get_it(workdir, monkeypatch):
         assert message.endswith(command)
 
 
+@pytest.mark.slow
 def test_data_set_is_read_with_its_validation_split(workdir, monkeypatch):
     datasets = pytest.importorskip("datasets", reason="datasets is optional")
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", workdir / "hf")
