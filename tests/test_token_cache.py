@@ -641,3 +641,25 @@ def test_two_processes_that_build_at_once_both_succeed_whatever_the_locale(
     assert said == [(f"{text.path}\n", "")]
     assert not list((cache / "tokens").glob(".tmp-*"))
     assert tokens_of(text) == text.tokenizer.encode(whole)
+
+
+def test_a_vocabulary_is_learnt_from_what_trains_alone(tmp_path, build, monkeypatch):
+    """Else the validation text looks easier than text is: by 5 % of tiny-shakespeare's tokens."""
+    odd = "zyzzyva " * 400
+    content = ENGLISH[:20_000] + odd
+    text = build(write_text(tmp_path / "text.txt", content), name="bpe:400")
+    n_train = len(content) - round(0.1 * len(content))
+    assert text.tokenizer.to_json() == train_bpe([content[:n_train]], 400).to_json()
+    assert train_bpe([content], 400).encode("zyzzyva") != text.tokenizer.encode("zyzzyva")
+
+    rows = [ENGLISH[at : at + 200] for at in range(0, 80_000, 200)]
+    lines = "".join(json.dumps({"text": row}) + "\n" for row in rows)
+    learnt: list[str] = []
+    monkeypatch.setattr(
+        token_cache, "make_tokenizer", lambda name, texts: learnt.extend(texts()) or GPT2Tokenizer()
+    )
+    text = build(write_text(tmp_path / "rows.jsonl", lines), name="bpe:400")
+    val = text.tokenizer.decode(tokens_of(text)[text.n_train :]).split("<|endoftext|>")
+    # which documents validate is decided by their tokens, which are not known yet
+    assert 0.85 < len("".join(learnt)) / len("".join(rows)) < 0.95
+    assert len({*val} & {*learnt}) < 0.1 * len(val)

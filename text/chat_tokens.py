@@ -88,16 +88,21 @@ def _encode_batch(batch: list[Conversation]) -> list[EncodedConversation]:
 def _encode(conversation: Conversation) -> EncodedConversation:
     assert conversation.written is not None, "each_document() has written it down"
     ids, targets = conversation.written.encode()
-    messages = conversation.messages
+    messages, (digest, prompt_digest) = conversation.messages, digests_of(conversation)
     return EncodedConversation(
         np.array(ids),
         np.array(targets, dtype=bool),
-        digest=_digest(messages),
-        prompt_digest=_digest(conversation.prompt),
+        digest=digest,
+        prompt_digest=prompt_digest,
         n_turns=sum(message.role != "system" for message in messages),
         n_answers=len(conversation.written.answers),
         other_characters=sum(len(m.content) for m in messages if m.role != "assistant"),
     )
+
+
+def digests_of(conversation: Conversation) -> tuple[int, int]:
+    """The hashes of a conversation, and of its prompt."""
+    return _digest(conversation.messages), _digest(conversation.prompt)
 
 
 def _digest(messages: Sequence[Message]) -> int:

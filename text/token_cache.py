@@ -42,6 +42,7 @@ from text.chat_tokens import (
     ChatReport,
     EncodedConversation,
     chat_template_for,
+    digests_of,
     encode_conversations,
     require_answers,
     writer_of,
@@ -342,7 +343,10 @@ def _build_entry(
     temporary = folder.with_name(f".tmp-{os.getpid()}-{folder.name}")
     make_folder(temporary)
     try:
-        tokenizer, chat = make_tokenizer(tokenizer_name, lambda: _texts(train, spec)), None
+        # a vocabulary that has seen validation text makes it look easier than text is
+        ratio = train_ratio if tokenizer_name.startswith("bpe:") and not val else None
+        tokenizer = make_tokenizer(tokenizer_name, lambda: _texts(train, spec, ratio))
+        chat = None
         known = tokenizer.special_tokens
         if template is not None:
             chat, tokenizer = chat_template_for(template, tokenizer)
@@ -477,13 +481,56 @@ def _remove_orphans(tokens_folder: Path) -> None:
                 discard(orphan)
 
 
-def _texts(parts: list[Part], spec: DataSpec) -> Iterator[str]:
-    """The text of all documents in chunks, to make a tokenizer from."""
+def _texts(parts: list[Part], spec: DataSpec, train_ratio: float | None) -> Iterator[str]:
+    """The text of all documents in chunks, to make a tokenizer from; with a train_ratio only what
+    is to train, which is decided as for the tokens, but by characters."""
+    left: collections.deque[int] | None = None
+    if train_ratio is not None:
+        left = _characters_to_train(parts, spec, train_ratio)
     report = ReadingReport()
     with Progress("Reading", _size_of(parts)) as progress:
-        for chunk, _ in cut_into_chunks(read_documents(parts, spec, report)):
+        for chunk, is_last in cut_into_chunks(read_documents(parts, spec, report)):
             progress.show(report.bytes_read)
-            yield chunk
+            if left is None:
+                yield chunk
+                continue
+            yield chunk[: left[0]]
+            left[0] = max(0, left[0] - len(chunk))
+            if is_last:
+                left.popleft()
+
+
+def _characters_to_train(
+    parts: list[Part], spec: DataSpec, train_ratio: float
+) -> "collections.deque[int]":
+    """Of each document the characters, from its first one on, that are not to validate."""
+    documents = _measure_documents(parts, spec)
+    if not documents.ends:
+        return collections.deque()
+    split = divide(documents, train_ratio, by_position=True)
+    assert split is not None, "by position there is always one"
+    characters = np.where(split.is_val, 0, documents.stops - documents.starts)
+    if split.cut is not None:
+        characters[split.cut] -= split.n_cut
+    return collections.deque(characters.tolist())
+
+
+def _measure_documents(parts: list[Part], spec: DataSpec) -> Side:
+    """All documents as a Side has them, but with characters in place of tokens."""
+    report, side = ReadingReport(), Side(np.zeros(0))
+    with Progress("Reading", _size_of(parts)) as progress:
+        for document in each_document(parts, spec, report):
+            start, digests = side.stop, list[bytes]()
+            for chunk, _ in cut_into_chunks(pieces_of(document, report)):
+                digests.append(_digest_of(chunk))
+                side.stop += len(chunk)
+                progress.show(report.bytes_read)
+            if isinstance(document, Conversation):
+                digest, prompt = digests_of(document)
+                side.add(start, side.stop, digest, prompt, is_chat=True)
+            elif digests:
+                side.add(start, side.stop, _join_digests(digests), 0, is_chat=False)
+    return side
 
 
 def _watched(documents: Documents, repeats: Repeats) -> Documents:
@@ -665,9 +712,7 @@ def _encode_batch(
         else:
             ids = tokenizer.encode_array(chunk.text)
         parts += [end_of_text, ids] if follows_document else [ids]
-        content = chunk.text.encode("utf-8", "surrogatepass")
-        digest = hashlib.blake2b(content, digest_size=8).digest()
-        facts.append((len(ids) + follows_document, digest, chunk.is_last))
+        facts.append((len(ids) + follows_document, _digest_of(chunk.text), chunk.is_last))
         follows_document = chunk.is_last
     ids = np.concatenate(parts).astype(_dtype_for(tokenizer))
     return EncodedBatch(ids, facts, np.bincount(ids, minlength=tokenizer.vocab_size))
@@ -685,6 +730,10 @@ def _batches(chunks: Iterable[_Chunk]) -> Iterator[list[_Chunk]]:
             batch, characters = [], 0
     if batch:
         yield batch
+
+
+def _digest_of(chunk: str) -> bytes:
+    return hashlib.blake2b(chunk.encode("utf-8", "surrogatepass"), digest_size=8).digest()
 
 
 def _join_digests(digests: list[bytes]) -> int:
