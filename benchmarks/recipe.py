@@ -1,16 +1,16 @@
 """Fit the law by which MINUTES chooses, and compare its choices with others.
 
     python -m benchmarks.recipe [--texts A.txt B.txt ...] [--workers 2] [--results FILE]
-    python -m benchmarks.recipe --rules | --verify | --auto 1.67 5 [--seeds 3]
+    python -m benchmarks.recipe --only-fit | --rules | --verify | --auto 1.67 5 [--seeds 3]
 
 Short runs of the real program: sizes and times, passes through small parts, tokenizers, seeds.
 Budgets are in tokens, those of a reference machine, so that other load changes no loss. A later
 call goes on from the results that are there. Then the law's numbers are fitted, also without each
-text for the error there. --rules trains with each of the recipe's rules and without it. --verify
-trains what the law chooses against what else could be chosen, on texts that the fit has not seen,
-and prints the regret. --auto trains its choice alone, for some minutes of the reference machine,
-and prints the median of some seeds. --workers trains several models at once, each on one thread.
---rehearse does it with a few steps.
+text for the error there; --only-fit fits them to what is there already. --rules trains with each
+of the recipe's rules and without it. --verify trains what the law chooses against what else could
+be chosen, on texts that the fit has not seen, and prints the regret. --auto trains its choice
+alone, for some minutes of the reference machine, and prints the median of some seeds. --workers
+trains several models at once, each on one thread. --rehearse does it with a few steps.
 """
 
 import argparse
@@ -48,8 +48,9 @@ OF_FIT = ("tinyshakespeare.txt", "ci.txt")
 OF_RULES, OF_VERIFYING = (*OF_FIT, "wikitext-2/valid.txt"), ("wikitext-2/valid.txt", "python:email")
 # shared by all texts; each text's part of "entropy" is free
 FITTED = (*tuple(COEFFICIENTS)[:7], "turn_muon", "few_steps", "thin_loss", "context")
+PART_OF = ", its first bytes: "
 COVERED = 0.8  # of the runs that a fit has not seen: the share that the interval is to hold
-TRIES, HUBER, PRIOR = 30, 0.03, 0.01
+TRIES, HUBER, PRIOR = 30, 0.03, 0.02
 SIZES = ((3, 96), (4, 128), (4, 192), (5, 256), (6, 320))
 # nanoGPT's run on a CPU by its README, but for the same time in place of 2,000 steps
 NANOGPT = Fixed(
@@ -269,11 +270,17 @@ def predicted(found: dict[str, Any], k: dict[str, float]) -> float:
     return float(bits[0, 0])
 
 
+def _text_of(found: dict[str, Any]) -> str:
+    """The text of a run; a part is one of its own, which validates on other sentences."""
+    run = json.loads(found["key"])
+    return f"{run['text']}{PART_OF}{run['first_bytes']}" if run["first_bytes"] else run["text"]
+
+
 def fit(runs: list[dict[str, Any]], tries: int) -> tuple[dict[str, float], dict[str, float]]:
     """The coefficients that meet some runs best, by Levenberg and Marquardt's method with Huber's
     weights on the logarithms; and each text's factor of "entropy", whose mean is in the first."""
-    texts = sorted({json.loads(run["key"])["text"] for run in runs})
-    places = [len(FITTED) + texts.index(json.loads(run["key"])["text"]) for run in runs]
+    texts = sorted({_text_of(run) for run in runs})
+    places = [len(FITTED) + texts.index(_text_of(run)) for run in runs]
 
     def coefficients(logs: np.ndarray, place: int) -> dict[str, float]:
         own = {n: COEFFICIENTS[n] * float(np.exp(logs[i])) for i, n in enumerate(FITTED)}
@@ -296,7 +303,8 @@ def fit(runs: list[dict[str, Any]], tries: int) -> tuple[dict[str, float], dict[
         logs, now = (other, after) if better else (logs, now)
         damping *= 0.3 if better else 5
     of_texts = logs[len(FITTED) :]
-    mean = coefficients(np.append(logs, of_texts.mean()), len(logs))
+    wholes = [log for text, log in zip(texts, of_texts, strict=True) if PART_OF not in text]
+    mean = coefficients(np.append(logs, np.mean(wholes or of_texts)), len(logs))
     shared = {name: mean[name] for name in (*FITTED, "entropy")}
     return shared, {t: float(np.exp(log)) for t, log in zip(texts, of_texts, strict=True)}
 
@@ -374,7 +382,7 @@ def main() -> None:
     use_utf8()
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--texts", nargs="+", help='files, or "python:" and a package\'s name')
-    for name in ("--rules", "--verify", "--rehearse"):
+    for name in ("--rules", "--verify", "--only-fit", "--rehearse"):
         parser.add_argument(name, action="store_true")
     parser.add_argument("--auto", nargs="+", type=float, metavar="MINUTES", default=[])
     parser.add_argument("--seeds", type=int, default=3)
@@ -408,8 +416,9 @@ def main() -> None:
         for text in texts:
             verify(text, train_some, bits, asked.rehearse)
     else:
-        runs = fit_runs(texts)
-        train_some(runs[:1] if asked.rehearse else runs)
+        if not asked.only_fit:
+            runs = fit_runs(texts)
+            train_some(runs[:1] if asked.rehearse else runs)
         own = [run | {"key": key} for key, run in results["runs"].items()]
         own = [run for run in own if _is_of_law(json.loads(run["key"]), texts)]
         results["coefficients"], results["texts"] = fit(own, tries)

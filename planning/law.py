@@ -14,23 +14,24 @@ import numpy as np
 from text.facts import TextFacts
 
 NO_STEP = 16.0  # bits a byte, a forecast where the time is too short for a single step
-# Starting values, set by hand after a few known runs; python -m benchmarks.recipe fits them to
-# more. docs/recipes.md says what each one means.
+# Those of FITTED in benchmarks/recipe.py, "entropy" and "interval" are what python -m
+# benchmarks.recipe fits to its runs; the others are set by hand. docs/recipes.md says what each
+# one means.
 COEFFICIENTS = {
-    "size": 22.2,  # h = size N^-size_power + bytes T^-bytes_power + heart ...
-    "size_power": 0.35,
-    "bytes": 112.0,
-    "bytes_power": 0.55,
-    "token_share": 0.41,  # a byte counts (bytes a token) ^ -token_share
-    "repeats": 4.3,  # passes after which further ones add 1/e of a first one
-    "heart": 0.02,
+    "size": 20.5,  # h = size N^-size_power + bytes T^-bytes_power + heart ...
+    "size_power": 0.408,
+    "bytes": 38.6,
+    "bytes_power": 0.381,
+    "token_share": 0.187,  # a byte counts (bytes a token) ^ -token_share
+    "repeats": 3.47,  # passes after which further ones add 1/e of a first one
+    "heart": 0.0206,
     "heart_power": 0.35,
     "turn": 31.5,  # passes after which a model with a parameter a byte learns the text by heart
-    "turn_muon": 0.2,  # with Muon so much sooner
+    "turn_muon": 0.356,  # with Muon so much sooner
     "turn_power": 0.5,
     "turn_dropout": 10.0,
     "turn_decay": 0.5,
-    "entropy": 0.7,  # the share of bz2's bits that no training removes
+    "entropy": 0.683,  # the share of bz2's bits that no training removes
     "wide": 0.129,  # less of them for each further byte of a character
     "noise_from": 0.65,  # bz2's share of the byte entropy from where less can be learnt,
     "noise_to": 0.95,  # and where nothing can
@@ -38,12 +39,12 @@ COEFFICIENTS = {
     "batch_power": 0.4,
     "batch_loss": 0.00375,  # of a batch off by a factor of 2; four times that for 4
     "steps": 250.0,  # fewer cost few_steps for each halving, squared
-    "few_steps": 0.02,
+    "few_steps": 0.00397,
     "thin": 0.5,  # tokens a parameter, below which each halving costs thin_loss, squared
-    "thin_loss": 0.004,
+    "thin_loss": 0.00075,
     "rare": 400.0,  # mean uses of a token in the text below which each halving costs rare_loss
     "rare_loss": 0.006,
-    "context": 0.01,  # the loss of a context of 256 bytes, falling with its length
+    "context": 0.0323,  # the loss of a context of 256 bytes, falling with its length
     "context_power": 1.0,
     "adamw": 0.5,  # what a byte counts with AdamW, and in GPT-2's architecture
     "gpt2": 0.7,
@@ -60,7 +61,7 @@ COEFFICIENTS = {
     "warmup": 0.03,  # of the steps
     "decay_share": 0.55,  # of the steps, in which the rates fall,
     "final_rate": 0.03,  # and to what share
-    "interval": 0.08,  # half of the rough range, a guess; half as much again beyond USUAL_*
+    "interval": 0.138,  # half of the rough range: 80 % of the runs that a fit has not seen
     "usable": 0.9,  # the share of the time that steps get, but for the start
     "start_s": 11.0,  # two cores: imports, timed steps, the last samples and the end of Python
 }
