@@ -284,7 +284,7 @@ def predicted(found: dict[str, Any], k: dict[str, float]) -> float:
     return float(bits[0, 0])
 
 
-def _text_of(found: dict[str, Any]) -> str:
+def text_of(found: dict[str, Any]) -> str:
     """The text of a run; a part is one of its own, which validates on other sentences."""
     run = json.loads(found["key"])
     return f"{run['text']}{PART_OF}{run['first_bytes']}" if run["first_bytes"] else run["text"]
@@ -293,8 +293,8 @@ def _text_of(found: dict[str, Any]) -> str:
 def fit(runs: list[dict[str, Any]], tries: int) -> tuple[dict[str, float], dict[str, float]]:
     """The coefficients that meet some runs best, by Levenberg and Marquardt's method with Huber's
     weights on the logarithms; and each text's "entropy", of which the first have the mean."""
-    texts = sorted({_text_of(run) for run in runs})
-    places = [len(FITTED) + texts.index(_text_of(run)) for run in runs]
+    texts = sorted({text_of(run) for run in runs})
+    places = [len(FITTED) + texts.index(text_of(run)) for run in runs]
 
     def coefficients(logs: np.ndarray, place: int) -> dict[str, float]:
         own = {n: START[n] * float(np.exp(logs[i])) for i, n in enumerate(FITTED)}
