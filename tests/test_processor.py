@@ -128,4 +128,4 @@ for count in (5, 30):
 def test_freed_blocks_are_kept_for_the_next_step_unless_they_are_to_be_returned(tmp_path):
     kept, returned = map(int, run_fork(RETURNING, tmp_path).split())
     assert kept > 0.9 * 5 * 8e6
-    assert returned < 0.1 * 30 * 8e6
+    assert returned < 0.2 * 30 * 8e6  # the kernel's pages of 2 MB round it up

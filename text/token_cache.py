@@ -346,8 +346,7 @@ def _build_entry(
         # a vocabulary that has seen validation text makes it look easier than text is
         ratio = train_ratio if tokenizer_name.startswith("bpe:") and not val else None
         tokenizer = make_tokenizer(tokenizer_name, lambda: _texts(train, spec, ratio))
-        chat = None
-        known = tokenizer.special_tokens
+        chat, known = None, tokenizer.special_tokens
         if template is not None:
             chat, tokenizer = chat_template_for(template, tokenizer)
             require_answers(chat, tokenizer)
