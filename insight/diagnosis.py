@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from insight.curves import Curves
+from planning.recipe import LEAST_MINUTES, MOST_MINUTES
 
 PROBLEM, WARNING, NOTE = SEVERITIES = ("problem", "warning", "note")
 
@@ -94,7 +95,6 @@ class Measured(NamedTuple):
 
 
 MOST_FINDINGS = 6
-LEAST_MINUTES, MOST_MINUTES = 0.25, 10_000  # that MINUTES may be
 MOST_STEPS = 10**9
 LEAST_TOKENS = 2000  # of a training text that a validation text may be unlike
 LEAST_PASSES = 3  # through the text, before a model is too small for it

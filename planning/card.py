@@ -16,7 +16,11 @@ from training_utils import TrainingConfig
 LABEL_WIDTH, WIDTH = 14, 100
 # the hyper-parameters that the card shows, for "To change"
 TO_SET = (
-    *("batch_size", "optimizer", "learning_rate", "embedding_rate", "weight_decay"),
+    "batch_size",
+    "optimizer",
+    "learning_rate",
+    "embedding_rate",
+    "weight_decay",
     "decay_share",
 )
 
@@ -219,7 +223,7 @@ def _how_to_set(recipe: Recipe) -> str:
     chosen |= {"n_heads": model["n_heads"], "max_length": model["context_length"]}
     chosen |= {"drop_rate": model["drop_rate"]}
     chosen |= {name: recipe.training[name] for name in TO_SET if name in recipe.training}
-    values = ", ".join(f'"{name}": {value!r}' for name, value in chosen.items())
+    values = ", ".join(f'"{name}": {json.dumps(value)}' for name, value in chosen.items())
     return (
         f"MINUTES (from {LEAST_MINUTES:g}), TOKENIZER = {json.dumps(recipe.tokenizer)}, and with "
         f"CUSTOM_MODE = True any of custom_params = {{{values}}}"
