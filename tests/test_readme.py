@@ -43,7 +43,8 @@ SETTINGS = (RunSettings, TrainingConfig, SamplingConfig)
 LONG = {"python -m pytest", "python -m scripts.serve", "python -m benchmarks.train --peers"}
 LONG |= {f"python -m benchmarks.{name}" for name in ("train", "generate", "learn", "startup")}
 LONG |= {f"python -m benchmarks.{name}" for name in ("data", "data --any", "saving", "scale")}
-LONG |= {f"python -m benchmarks.{name}" for name in ("survival", "budget")}
+LONG |= {f"python -m benchmarks.{name}" for name in ("survival", "budget", "facts", "packing")}
+LONG |= {f"python -m benchmarks.{name}" for name in ("recipe", "overhead")}
 LONG |= {"python -m scripts.watch", "python -m scripts.selfcheck"}
 LONG |= {f"python -m benchmarks.finetune --{part}" for part in ("memory", "peers", "gain docs")}
 
