@@ -18,7 +18,7 @@ from engine.devices import free_memory
 from engine.errors import DataError
 from engine.metrics import TokenSize
 from text.packing import Packing, Pieces
-from text.tokenizer import ByteTokens, GPT2Tokenizer, Tokenizer
+from text.tokenizer import ByteTokens, GPT2Tokenizer, Tokenizer, encode_from_start
 
 MIN_TOKENS = 4  # an input and its target to train on, and as many to validate on
 # of a text that are counted at once, so that it need not fit into memory
@@ -646,7 +646,7 @@ def create_dataloader_v1(
     smaller, with a notice. Raises DataError for a text of fewer than two tokens.
     """
     tokenizer = tokenizer or GPT2Tokenizer()
-    tokens = to_array(tokenizer.encode(text), tokenizer.vocab_size)
+    tokens = to_array(encode_from_start(tokenizer, text), tokenizer.vocab_size)
     if len(tokens) < 2:
         raise DataError(f"the text has {len(tokens)} tokens; a window needs at least 2")
     if len(tokens) <= max_length:

@@ -29,7 +29,7 @@ from engine.metrics import TokenSize
 from engine.settings import check, find_problems, raise_if_any, setting, unknown_name
 from engine.weights import OneRowProducts
 from model import KVCache
-from text.tokenizer import Tokenizer
+from text.tokenizer import Tokenizer, encode_from_start
 
 # the likeliest tokens that top_p tries first: a CPU sorts 50,000 logits for milliseconds
 NUCLEUS = 1024
@@ -198,7 +198,8 @@ def stream_text(
 ) -> Iterator[Piece]:
     """Continue texts, each num_samples times; yield what each step adds to each text.
 
-    A prompt may also be token ids; an empty one becomes an end of text. sampling overrides the
+    A text begins as a document does, with the token that the tokenizer puts there, if any. A prompt
+    may also be token ids, as they are; an empty one becomes an end of text. sampling overrides the
     fields of SamplingConfig(), and has max_new_tokens; choose_next() explains the penalties. A
     token has the n_likeliest tokens that could have been drawn. A text ends before the first stop
     string, at an end of text or one of stop_ids (an end of turn), or after max_new_tokens. Raises
@@ -208,7 +209,7 @@ def stream_text(
     # a str is a sequence of str too
     prompts = [prompts] if isinstance(prompts, str) else prompts
     stop = [stop] if isinstance(stop, str) else stop
-    ids = [tokenizer.encode(p) if isinstance(p, str) else p for p in prompts]
+    ids = [encode_from_start(tokenizer, p) if isinstance(p, str) else p for p in prompts]
     ids = [prompt or [tokenizer.end_of_text_id] for prompt in ids]
     rows = Rows(
         model,
@@ -631,13 +632,17 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 def text_to_token_ids(text: str, tokenizer: Tokenizer) -> torch.Tensor:
-    """The token ids of a text, (1, T). Raises SettingsError for an empty text."""
-    ids = tokenizer.encode(text)
-    if not ids:
+    """The token ids of a text, (1, T), behind the token that begins each document, if the tokenizer
+    has one. Raises SettingsError for an empty text."""
+    ids = encode_from_start(tokenizer, text)
+    if len(ids) == len(tokenizer.begin_ids):
         raise SettingsError("the text to go on from is empty; give the model a word to start with")
     return torch.tensor([ids], dtype=torch.long)
 
 
 def token_ids_to_text(ids: torch.Tensor, tokenizer: Tokenizer) -> str:
-    """The text of (T,) or (1, T) token ids; an incomplete character becomes U+FFFD."""
-    return tokenizer.decode(ids.flatten().tolist())
+    """The text of (T,) or (1, T) token ids without the token that begins a document; an incomplete
+    character becomes U+FFFD."""
+    found = ids.flatten().tolist()
+    n_begin = len(tokenizer.begin_ids)
+    return tokenizer.decode(found[n_begin * (tuple(found[:n_begin]) == tokenizer.begin_ids) :])

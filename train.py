@@ -527,12 +527,12 @@ def continue_prompts(
     if asked:
         return _answer(model, tokenizer, asked, **options)
     ids = [text_to_token_ids(str(prompt), tokenizer)[0].tolist() for prompt in prompts]
-    end = tokenizer.end_of_text_id
+    end, n_begin = tokenizer.end_of_text_id, len(tokenizer.begin_ids)
     texts = []
     for row, prompt in zip(generate(model, ids, end_of_text_id=end, **options), ids, strict=True):
         is_ended = row[-1] == end
-        text = tokenizer.decode(row[:-1] if is_ended else row)
-        if text.split() == tokenizer.decode(prompt).split():
+        text = tokenizer.decode(row[n_begin : -1 if is_ended else None])
+        if text.split() == tokenizer.decode(prompt[n_begin:]).split():
             text += ENDED if is_ended else BLANK
         texts.append(text)
     return texts

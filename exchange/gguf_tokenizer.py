@@ -11,11 +11,12 @@ from typing import Any
 from engine.errors import CheckpointError, DataError, SettingsError
 from exchange.gguf_file import GGUFFile, unusable
 from text.tokenizer import (
-    BEGIN_NAMES,
     MOST_MERGE_STEPS,
     TURN_ENDS,
     CharTokenizer,
     Tokenizer,
+    begin_texts_with,
+    begin_token_of,
     read_tokenizer,
 )
 from text.tokenizer_file import (
@@ -74,7 +75,7 @@ def tokenizer_of(file: GGUFFile) -> Tokenizer:
             added=[t for t, kind in zip(tokens, types, strict=True) if kind == CONTROL][1:],
         )
         if _character_tokens(characters) == tokens:
-            return characters
+            return _with_begin(file, characters)
         tree = _sentence_piece_tree(file, vocabulary, types)
     else:
         raise unusable(file.path, f'its tokenizer.ggml.model is "{kind:.80}", not gpt2 or llama')
@@ -85,9 +86,22 @@ def tokenizer_of(file: GGUFFile) -> Tokenizer:
     ]
     end = file.get("tokenizer.ggml.eos_token_id", int, -1)
     try:
-        return read_tokenizer(json.dumps(tree).encode(), file.path / "tokenizer.json", [end])
+        found = read_tokenizer(json.dumps(tree).encode(), file.path / "tokenizer.json", [end])
     except DataError as error:
         raise CheckpointError(str(error)) from None
+    return _with_begin(file, found)
+
+
+def _with_begin(file: GGUFFile, tokenizer: Tokenizer) -> Tokenizer:
+    """The tokenizer with the token that begins each text by the file, or by llama.cpp's rule where
+    the file doesn't say.
+    """
+    is_sentence_piece = file.get("tokenizer.ggml.model", str) == "llama"
+    begins = is_sentence_piece or file.get("tokenizer.ggml.pre", str, "") == "llama-bpe"
+    if not file.get("tokenizer.ggml.add_bos_token", bool, begins):
+        return tokenizer
+    begin = file.get("tokenizer.ggml.bos_token_id", int, 1 if is_sentence_piece else -1)
+    return begin_texts_with(tokenizer, begin)
 
 
 def _byte_level_tree(file: GGUFFile, vocabulary: dict[str, int]) -> dict[str, Any]:
@@ -174,10 +188,10 @@ def tokenizer_metadata(
     return kind | {
         "tokenizer.ggml.tokens": tokens,
         "tokenizer.ggml.token_type": types,
-        "tokenizer.ggml.bos_token_id": next((special[n] for n in BEGIN_NAMES if n in special), end),
+        "tokenizer.ggml.bos_token_id": tokenizer.special_tokens[begin_token_of(tokenizer)],
         "tokenizer.ggml.eos_token_id": next((special[n] for n in turn_ends), end),
         "tokenizer.ggml.padding_token_id": end,
-        "tokenizer.ggml.add_bos_token": False,
+        "tokenizer.ggml.add_bos_token": len(tokenizer.begin_ids) > 0,
         "tokenizer.ggml.add_eos_token": False,
     }
 

@@ -30,14 +30,15 @@ from model import ROPE_SCALINGS, GPTConfig
 from storage.checkpoint import Tensors, map_safetensors, safetensors_chunks
 from storage.files import NewFolder, make_folder, require_space, to_json
 from text.tokenizer import (
-    BEGIN_NAMES,
     ENDS_TEXT,
     TURN_ENDS,
     ForeignTokenizer,
     Tokenizer,
+    begin_texts_with,
+    begin_token_of,
     read_tokenizer,
 )
-from text.tokenizer_file import END_OF_TEXT, special_token, vocabulary_json
+from text.tokenizer_file import END_OF_TEXT, begin_with, special_token, vocabulary_json
 
 CONFIG, WEIGHTS, TOKENIZER = "config.json", "model.safetensors", "tokenizer.json"
 TOKENIZER_CONFIG, TEMPLATE = "tokenizer_config.json", "chat_template.jinja"
@@ -245,7 +246,7 @@ def open_folder(path: Path, name: str | None = None) -> Pretrained:
     return Pretrained(
         source=f"{name or path.resolve().name} ({form.name}, {' and '.join(formats)})",
         config=config,
-        tokenizer=_read_tokenizer(path, form, config, _declared_ends(path, settings)),
+        tokenizer=_read_tokenizer(path, form, config, settings),
         weights=partial(_read_weights, path, form, config),
         fingerprint=fingerprint_of(stored),
         chat_template=_read_template(path),
@@ -499,28 +500,39 @@ def _read_weights(path: Path, form: Form, config: GPTConfig) -> Tensors:
     return weights
 
 
-def _declared_ends(path: Path, settings: dict[str, Any]) -> list[str | int]:
-    """What a folder's files call the end of a text: a token's name first, then ids."""
+def _declared(kind: str, path: Path, settings: dict[str, Any]) -> list[str | int]:
+    """What a folder's files call the beginning ("bos") or the end ("eos") of a text: a token's name
+    first, then ids.
+    """
     told = [settings]
     for name in (GENERATION_CONFIG, TOKENIZER_CONFIG):
         if os.path.lexists(path / name):
             told.insert(0, _read_json(path / name))
-    ends: list[Any] = []
-    for key in ("eos_token", "eos_token_id"):
+    found: list[Any] = []
+    for key in (f"{kind}_token", f"{kind}_token_id"):
         for value in (file.get(key) for file in told):
             if isinstance(value, dict):  # the token with its flags
                 value = value.get("content")
-            ends += value if isinstance(value, list) else [value]
-    return [end for end in ends if isinstance(end, str) or type(end) is int]
+            found += value if isinstance(value, list) else [value]
+    return [token for token in found if isinstance(token, str) or type(token) is int]
 
 
-def _read_tokenizer(path: Path, form: Form, config: GPTConfig, ends: list[str | int]) -> Tokenizer:
-    """A folder's tokenizer; CheckpointError if it is none, or has tokens that the model lacks."""
+def _read_tokenizer(
+    path: Path, form: Form, config: GPTConfig, settings: dict[str, Any]
+) -> Tokenizer:
+    """A folder's tokenizer; CheckpointError if it is none, or has tokens that the model lacks.
+
+    It puts a token before each text if its tokenizer.json does, or TOKENIZER_CONFIG asks for that.
+    """
     file, content = _tokenizer_file(path, form)
     try:
-        tokenizer = read_tokenizer(content, file, ends)
+        tokenizer = read_tokenizer(content, file, _declared("eos", path, settings))
     except DataError as error:
         raise CheckpointError(str(error)) from None
+    said = _read_json(path / TOKENIZER_CONFIG) if os.path.lexists(path / TOKENIZER_CONFIG) else {}
+    if said.get("add_bos_token") is True:
+        for begin in _declared("bos", path, settings)[:1]:
+            tokenizer = begin_texts_with(tokenizer, begin)
     n_tokens = tokenizer.vocab_size
     if isinstance(tokenizer, ForeignTokenizer) and tokenizer.adds_end:
         n_tokens -= 1  # the model has no row for it, and no text has this token
@@ -623,7 +635,7 @@ def write_folder(
         raise SettingsError(f"{path} exists; name a folder that does not.")
     tensors = their_tensors(config, weights, DTYPES[dtype])
     tree = json.loads(tokenizer.to_json())
-    tree["post_processor"] = _without_frame(tree["post_processor"])
+    _frame_as_here(tree, tokenizer)
     for entry in tree["added_tokens"]:
         entry.pop(ENDS_TEXT, None)  # TOKENIZER_CONFIG says it
     special = _special_tokens(tokenizer, tree, chat_template)
@@ -636,6 +648,8 @@ def write_folder(
         "model_max_length": config.context_length,
         "clean_up_tokenization_spaces": False,
     }
+    if tokenizer.begin_ids:
+        tokenizer_settings["add_bos_token"] = True
     if chat_template is not None:
         tokenizer_settings["chat_template"] = chat_template
     make_folder(path.parent)
@@ -756,6 +770,17 @@ class _SpecialTokens:
         return {"bos_token_id": self.id_of[self.begin], "eos_token_id": end}
 
 
+def _frame_as_here(tree: dict[str, Any], tokenizer: Tokenizer) -> None:
+    """Change a tokenizer.json to put before a text what begins one here, and nothing else."""
+    is_same = isinstance(tokenizer, ForeignTokenizer) and not tokenizer.frame()
+    if tokenizer.begin_ids and is_same:
+        return
+    tree["post_processor"] = _without_frame(tree["post_processor"])
+    for begin_id in tokenizer.begin_ids:
+        name = begin_token_of(tokenizer)
+        tree["post_processor"] = begin_with(name, begin_id, after=tree["post_processor"])
+
+
 def _without_frame(processor: dict[str, Any] | None) -> dict[str, Any] | None:
     """A tokenizer.json's post-processor that puts no special tokens around a text, as here."""
     kind = None if processor is None else processor["type"]
@@ -777,8 +802,7 @@ def _special_tokens(
         if tokenizer.adds_end:
             tree["added_tokens"].append(special_token(tokenizer.end_of_text_id, end))
     id_of = {token["content"]: token["id"] for token in tree["added_tokens"]}
-    id_of[end] = tokenizer.end_of_text_id
-    begin = next((name for name in BEGIN_NAMES if name in id_of), end)
+    id_of |= tokenizer.special_tokens
     turns = [name for name in TURN_ENDS if name in id_of and name in (chat_template or "")]
     ends = list(dict.fromkeys([*turns, end]))
-    return _SpecialTokens(begin, ends[0], id_of, ends)
+    return _SpecialTokens(begin_token_of(tokenizer), ends[0], id_of, ends)

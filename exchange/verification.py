@@ -3,6 +3,7 @@
 import random
 import warnings
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from exchange.adapter import adapted
 from exchange.opening import load_model
 from exchange.saved_run import LoadedModel
 from storage.checkpoint import weights_of
+from text.tokenizer import encode_from_start
 
 # how far a weight may be from ours: a share of the largest one of its tensor, and what the smallest
 # numbers of fp16 are apart, of which 8-bit weights are 127 times as many
@@ -53,10 +55,11 @@ def verify(model: LoadedModel, written: Path, dtype: str) -> Iterator[str]:
     ids = _probed_ids(model)
     ours, theirs = (one.model(ids.to(one.device)).cpu() for one in (model, again))
     by = _compare_logits(ours, theirs, SAME if dtype == "fp32" else ROUNDED, "read back")
-    _compare_tokens(model.tokenizer.encode, again.tokenizer.encode, "read back")
+    ours_of, theirs_of = (partial(encode_from_start, one.tokenizer) for one in (model, again))
+    _compare_tokens(ours_of, theirs_of, "read back")
     yield f"read back: the model's weights, logits within {by:.1g} of their spread, and tokens"
     if written.is_dir():
-        yield from _ask_transformers(written, model.tokenizer.encode, ids, theirs)
+        yield from _ask_transformers(written, ours_of, ids, theirs)
 
 
 def _compare_weights(model: LoadedModel, again: LoadedModel, dtype: str) -> None:

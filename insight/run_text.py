@@ -90,7 +90,8 @@ def to_byte_pieces(tokens: np.ndarray, tokenizer: Tokenizer) -> Iterator[bytes]:
             yield _join(ids, tokenizer)
         else:
             is_end = np.flatnonzero(ids == tokenizer.end_of_text_id)
-            documents = [part[part != tokenizer.end_of_text_id] for part in np.split(ids, is_end)]
+            bare = (tokenizer.end_of_text_id, *tokenizer.begin_ids)
+            documents = [part[~np.isin(part, bare)] for part in np.split(ids, is_end)]
             texts = (tokenizer.decode(part.tolist()) for part in documents)
             yield DIVIDER.join(text.encode("utf-8", "replace") for text in texts)
 
@@ -104,7 +105,7 @@ def count_bytes(tokens: np.ndarray, tokenizer: Tokenizer) -> np.ndarray:
         if token == tokenizer.end_of_text_id:
             rest, decoder = decoder.finish(), tokenizer.decoder()
             counts[place] = len(rest.encode("utf-8", "replace")) + len(DIVIDER)
-        else:
+        elif token not in tokenizer.begin_ids:
             counts[place] = len(decoder.add(token).encode("utf-8", "replace"))
     return counts
 

@@ -11,7 +11,7 @@ from planning.plan import SMALL_CHAT, Chat, RunPlan
 from text.chat_template import ChatTemplate, Message, template_of
 from text.packing import cut_pieces, pack
 from text.token_cache import TokenizedText
-from text.tokenizer import Tokenizer
+from text.tokenizer import Tokenizer, encode_from_start
 from training_utils import TrainingConfig
 
 MOST_CONTEXT = 512  # tokens that a recipe's context is raised to for long conversations
@@ -173,7 +173,8 @@ def find_questions(text: TokenizedText, tokens: Conversations) -> list[Question]
 def count_ids(prompts: list[str] | list[Question], tokenizer: Tokenizer) -> list[int]:
     """The tokens of each prompt of a sample."""
     return [
-        len(prompt.ids if isinstance(prompt, Question) else tokenizer.encode(prompt)) or 1
+        len(prompt.ids if isinstance(prompt, Question) else encode_from_start(tokenizer, prompt))
+        or 1
         for prompt in prompts
     ]
 

@@ -24,6 +24,7 @@ def fit_prompt(asked: TrainingConfig, text: TokenizedText) -> tuple[TrainingConf
     if text.chat is not None or asked.start_context != TrainingConfig().start_context:
         return asked, []
     ids = np.fromfile(text.path, dtype=text.dtype, count=min(SEEN_TOKENS, text.n_tokens))
+    ids = ids[~np.isin(ids, text.tokenizer.begin_ids)]
     prompt = _beginning_if_not_latin(text.tokenizer.decode(ids.tolist()))
     if prompt is None:
         return asked, []

@@ -46,6 +46,7 @@ from scripts.options import (
 )
 from storage.files import write_atomically
 from text.chat_template import Message
+from text.tokenizer import encode_from_start
 
 GAP = "\n\n"  # between turns
 HELP = """\
@@ -200,7 +201,7 @@ class Chat:
         text = self.turns[-1].words
         for turn in reversed(self.turns[:-1]):
             longer = f"{turn.words}{turn.answer}".rstrip() + GAP + text
-            if len(self._run.tokenizer.encode(longer)) > most:
+            if len(encode_from_start(self._run.tokenizer, longer)) > most:
                 break
             text = longer
         return text, {}

@@ -59,7 +59,7 @@ from text.documents import (
 from text.packing import cut_pieces, pack
 from text.sources import find_parts, parse_data
 from text.token_cache import encode_documents, encoders
-from text.tokenizer import Tokenizer
+from text.tokenizer import Tokenizer, encode_from_start
 from training.learner import mean_loss
 
 LONGEST_CONTEXT = 2048  # unless --context sets another; attention takes ever longer
@@ -138,7 +138,8 @@ def _parser() -> argparse.ArgumentParser:
     group.add_argument(
         "--documents",
         action="store_true",
-        help="score each document by itself, behind an end-of-text, and all of them together",
+        help="score each document by itself, behind the token that begins documents (if there is "
+        "none, an end-of-text), and all of them together",
     )
     for name in READING:
         group.add_argument(f"--{name}", help=f'as DATA["{name}"]')
@@ -228,6 +229,7 @@ class Yardstick:
         end_of_text = np.array([self._model.tokenizer.end_of_text_id], dtype=ids.dtype)
         ids = np.concatenate((end_of_text, ids))  # one before each document
         scores, counts = [], np.diff([0, *ends]) - (np.arange(len(ends)) > 0)
+        counts -= len(self._model.tokenizer.begin_ids)  # then that is what a document is behind
         for number, (end, count) in enumerate(zip(ends, counts.tolist(), strict=True), start=1):
             scores.append(self.score(ids[end - count : end + 1]))
             yield number, count, scores[-1]
@@ -328,7 +330,7 @@ def read_conversations(
             ids, is_target = document.written.encode()
             found.append(Document(to_array(ids, tokenizer.vocab_size), np.array(is_target), False))
         elif (content := "".join(document)).strip():
-            ids = [*tokenizer.encode(content), tokenizer.end_of_text_id]
+            ids = [*encode_from_start(tokenizer, content), tokenizer.end_of_text_id]
             is_target = [True] * len(ids)
             found.append(Document(to_array(ids, tokenizer.vocab_size), np.array(is_target), True))
     _require_any(found, text, report)

@@ -40,6 +40,7 @@ from scripts.options import (
     write,
 )
 from storage.cache import usable_cache
+from text.tokenizer import encode_from_start
 
 MOST_ROWS = 8  # samples in one batch, unless one prompt has more
 MOST_SAMPLES = 100
@@ -246,7 +247,7 @@ def _read_file(file: str, name: str) -> str:
 
 def say_if_cut(run: LoadedModel, prompt: str) -> None:
     """Say on standard error how much of a prompt is read if it is longer than the context."""
-    context, length = run.model.config.context_length, len(run.tokenizer.encode(prompt))
+    context, length = run.model.config.context_length, len(encode_from_start(run.tokenizer, prompt))
     if length > context:
         tell(
             f"Note: the prompt {shown(prompt[:20])}... has {length:,} tokens and the model's "

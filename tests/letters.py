@@ -28,6 +28,7 @@ class Letters:
     vocab_size = 8
     end_of_text_id = 8  # which is none of the letters
     special_tokens: ClassVar[dict[str, int]] = {}
+    begin_ids = ()
 
     def encode(self, text: str) -> list[int]:
         return [ord(letter) - ord("a") for letter in text]

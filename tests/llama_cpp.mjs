@@ -1,8 +1,9 @@
 // llama.cpp's reading of GGUF files: node llama_cpp.mjs FOLDER JOBS RESULTS
 // FOLDER has node_modules; a job is {path, texts, prompts, chats, count, special}, its result {ids,
-// answers, chats}: the texts' ids, with special also the names of special tokens as their ids; the
+// answers, chats, begin}: the texts' ids, with special also the names of special tokens as their ids; the
 // most likely `count` ids after each prompt of ids; and the ids of each conversation, a list of
-// {role, content}, by the template in the file, up to where an answer begins.
+// {role, content}, by the template in the file, up to where an answer begins; begin is the token that
+// llama.cpp puts before each text, null for none.
 import fs from "fs";
 import {createRequire} from "module";
 import {pathToFileURL} from "url";
@@ -38,7 +39,8 @@ for (const {path, texts, prompts, chats, count, special} of jobs) {
         const chatHistory = [...messages.map(item), {type: "model", response: [""]}];
         return wrapper.generateContextState({chatHistory}).contextText.tokenize(model.tokenizer);
     });
-    results.push({ids, answers, chats: read});
+    const begin = model.tokens.shouldPrependBosToken ? model.tokens.bos : null;
+    results.push({ids, answers, chats: read, begin});
     await context.dispose();
     await model.dispose();
 }

@@ -35,6 +35,7 @@ class NumberTokenizer:
 
     name = fingerprint = "numbers"
     vocab_size = 100_000
+    begin_ids = ()
 
     def encode(self, text: str) -> list[int]:
         return [int(word) for word in text.split()]

@@ -185,7 +185,7 @@ FRAME = {
 }
 
 
-def test_a_declared_end_leaves_as_it_came_and_no_export_begins_a_text(leave, no_transformers):
+def test_a_declared_end_and_what_begins_a_text_leave_as_they_came(leave, no_transformers):
     tokenizers = pytest.importorskip("tokenizers")
     random_folder(Path("first"), bytes_tokenizer().adding(["<s>"]), **MODELS["llama"])
     end = "<｜end▁of▁sentence｜>"
@@ -205,16 +205,18 @@ def test_a_declared_end_leaves_as_it_came_and_no_export_begins_a_text(leave, no_
     for target in ("hf", "gguf"):
         done = leave("--model=first", f"--to={target}", target)
         assert done.code == 0, done.err
-        assert "Note: its tokenizer puts <s> around a text elsewhere" in done.err
-    assert tokenizers.Tokenizer.from_file("hf/tokenizer.json").encode("the").ids == ids
+        assert "around a text" not in done.err
+    assert tokenizers.Tokenizer.from_file("hf/tokenizer.json").encode("the").ids == [BEGIN_ID, *ids]
     assert ENDS_TEXT not in Path("hf/tokenizer.json").read_text(encoding="utf-8")
     said = json.loads(Path("hf/tokenizer_config.json").read_bytes())
-    assert (said["bos_token"], said["eos_token"]) == ("<s>", end)
+    assert (said["bos_token"], said["eos_token"], said["add_bos_token"]) == ("<s>", end, True)
     metadata = read_header(Path("gguf/gguf.gguf")).metadata
     assert metadata["tokenizer.ggml.eos_token_id"] == BEGIN_ID - 1
-    assert metadata["tokenizer.ggml.add_bos_token"] is False
+    assert metadata["tokenizer.ggml.bos_token_id"] == BEGIN_ID
+    assert metadata["tokenizer.ggml.add_bos_token"] is True
     for place in ("hf", "gguf/gguf.gguf"):
-        assert open_pretrained(place).tokenizer.end_of_text == end
+        found = open_pretrained(place).tokenizer
+        assert (found.end_of_text, found.begin_ids) == (end, (BEGIN_ID,))
 
 
 def test_a_card_has_the_figures_of_its_own_weights_alone(workdir):

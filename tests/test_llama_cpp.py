@@ -25,6 +25,7 @@ from tests.gguf_models import (
     foreign,
     model_of,
     opened_model,
+    rewritten,
     sentence_piece,
     texts,
     written,
@@ -36,8 +37,10 @@ from text.tokenizer import (
     GPT2Tokenizer,
     Tokenizer,
     add_special_tokens,
+    begin_texts_with,
     train_bpe,
 )
+from text.tokenizer_file import END_OF_TEXT
 
 NODE_LLAMA_CPP = os.environ.get("GPT_NODE_LLAMA_CPP")
 pytestmark = [
@@ -132,6 +135,24 @@ def test_tokenizers_of_others_have_llama_cpps_ids(tmp_path):
     for path, result in zip(paths, results, strict=True):
         tokenizer = tokenizer_of(read_header(path))
         assert result["ids"] == [tokenizer.encode(text) for text in some], path
+
+
+def test_llama_cpp_begins_texts_as_is_read_here_where_a_file_says_so_and_where_not(tmp_path):
+    plain, paths = foreign("gpt-2"), []
+
+    def place() -> Path:
+        return tmp_path / f"{len(paths)}.gguf"
+
+    for tokenizer in (plain, begin_texts_with(plain, END_OF_TEXT)):
+        for changes in ({}, {"add_bos_token": None}, {"add_bos_token": None, "pre": "llama-bpe"}):
+            file = read_header(written(place(), model_of("llama", tokenizer), tokenizer))
+            paths.append(rewritten(file, {f"tokenizer.ggml.{k}": v for k, v in changes.items()}))
+    for says in (None, True, False):
+        paths.append(sentence_piece(place(), add_bos_token=says))
+    read = [tokenizer_of(read_header(path)).begin_ids for path in paths]
+    assert {*read} == {(), (0,), (1,)}
+    results = run_llama_cpp([job(path) for path in paths], tmp_path)
+    assert [result["begin"] for result in results] == [ids[0] if ids else None for ids in read]
 
 
 @needs_smollm2

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from engine.errors import DataError
 from text.template_language import compile_template
-from text.tokenizer import BEGIN_NAMES, TURN_ENDS, ForeignTokenizer, Tokenizer
+from text.tokenizer import TURN_ENDS, ForeignTokenizer, Tokenizer, begin_token_of
 
 TURN_START, TURN_END = "<|im_start|>", "<|im_end|>"  # ChatML's tokens
 _CHATML = (
@@ -24,9 +24,10 @@ _CHATML = (
 # ChatML as models have it, without the blanks that mean nothing; many put a system prompt of their
 # own before a conversation that has none
 _CHATML_FORM = re.compile(
-    r"\{%for message in messages%\}"
+    r"(?P<begins>\{\{bos_token\}\})?\{%for message in messages%\}"
     r"(?:\{%if loop\.first and messages\[0\]\['role'\] != 'system'%\}"
-    r"\{\{'<\|im_start\|>system(?:\\n|\n)([^'\\+{}%]*)<\|im_end\|>(?:\\n|\n)'\}\}\{%endif%\})?"
+    r"\{\{'<\|im_start\|>system(?:\\n|\n)(?P<system>[^'\\+{}%]*)<\|im_end\|>(?:\\n|\n)'\}\}"
+    r"\{%endif%\})?"
     r"\{\{'<\|im_start\|>'\+message\['role'\]\+'(?:\\n|\n)'\+message\['content'\]"
     r"\+'<\|im_end\|>'\+'(?:\\n|\n)'\}\}\{%endfor%\}"
     r"\{%if add_generation_prompt%\}\{\{'<\|im_start\|>assistant(?:\\n|\n)'\}\}\{%endif%\}"
@@ -158,15 +159,15 @@ class ChatTemplate:
 
 
 CHATML = ChatTemplate(_CHATML)
+CHATML_WITH_BEGIN = "{{ bos_token }}" + _CHATML
 
 
 def template_of(source: str, tokenizer: Tokenizer) -> ChatTemplate:
     """A model's chat template with the names that it may ask its tokenizer for."""
     names = tokenizer.special_tokens
     last = next(name for name, i in names.items() if i == tokenizer.end_of_text_id)
-    begin = next((name for name in BEGIN_NAMES if name in names), last)
     end = next((name for name in TURN_ENDS if name in names and name in source), last)
-    return ChatTemplate(source, begin, end)
+    return ChatTemplate(source, begin_token_of(tokenizer), end)
 
 
 @dataclass(frozen=True)
@@ -341,7 +342,7 @@ _Render = Callable[[Sequence[Message], bool, str, str], str]
 def _renderer(source: str) -> _Render:
     found = _CHATML_FORM.fullmatch(_FREE_BLANKS.sub("", source))
     if found is not None:
-        return _chatml_renderer(found[1])
+        return _chatml_renderer(found["system"], begins=found["begins"] is not None)
     render_source = compile_template(source)
 
     def render(
@@ -357,8 +358,10 @@ def _renderer(source: str) -> _Render:
     return render
 
 
-def _chatml_renderer(system: str | None) -> _Render:
-    """Render ChatML; system is what a conversation without a system message begins with."""
+def _chatml_renderer(system: str | None, *, begins: bool) -> _Render:
+    """Render ChatML, with `begins` behind bos_token; system is what a conversation without a system
+    message begins with.
+    """
 
     def render(
         messages: Sequence[Message], add_generation_prompt: bool, begin: str, end: str
@@ -367,6 +370,6 @@ def _chatml_renderer(system: str | None) -> _Render:
         if system is not None and turns and turns[0][0] != "system":
             turns.insert(0, ("system", system))
         text = "".join(f"{TURN_START}{role}\n{content}{TURN_END}\n" for role, content in turns)
-        return text + f"{TURN_START}assistant\n" * add_generation_prompt
+        return begin * begins + text + f"{TURN_START}assistant\n" * add_generation_prompt
 
     return render

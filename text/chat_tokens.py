@@ -17,6 +17,7 @@ from engine.errors import DataError
 from text.chat import Conversation
 from text.chat_template import (
     CHATML,
+    CHATML_WITH_BEGIN,
     TURN_END,
     TURN_START,
     ChatTemplate,
@@ -44,9 +45,13 @@ class EncodedConversation:
 
 
 def chat_template_for(source: str, tokenizer: Tokenizer) -> tuple[ChatTemplate, Tokenizer]:
-    """A chat template for a tokenizer, which gets ChatML's tokens if it is the one for others."""
+    """A chat template for a tokenizer, which gets ChatML's tokens if it is the one for others.
+
+    That one writes the token that begins each text, if the tokenizer has one.
+    """
     if source == CHATML.source:
         tokenizer = add_special_tokens(tokenizer, [TURN_START, TURN_END])
+        source = CHATML_WITH_BEGIN if tokenizer.begin_ids else source
     return template_of(source, tokenizer), tokenizer
 
 

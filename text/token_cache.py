@@ -75,7 +75,7 @@ from text.tokenizer import (
     restore_tokenizer,
 )
 
-FORMAT = 5  # of an entry; no other is read
+FORMAT = 6  # of an entry; no other is read
 CHUNK = 1 << 18  # characters to encode in one task, which no Ctrl-C can end
 NEIGHBORHOOD = 1 << 12  # characters beside a chunk that its first and last tokens depend on
 MOST_UNCUT = 1 << 18  # characters without a place to cut, at most; a text has one in each sentence
@@ -354,7 +354,7 @@ def _build_entry(
         sides, told = _write_tokens(temporary, tokenizer, parts, spec, report, chat)
         _check_sides(spec, sides, report)
         if not any(side.is_chat.any() for side in sides):  # no row has an answer
-            template = told = None
+            chat = told = None
         unknown = _count_unknown(tokenizer, sides)
         if unknown:
             report.notes.append(_about_unknown(unknown, sides, tokenizer))
@@ -383,7 +383,7 @@ def _build_entry(
             facts["chat"] = told.facts(_shared_prompts(sides, split))
             facts["notes"].append(told.line())
         n_different = _count_different(sides[0], split, times)
-        _seal(temporary, tokenizer, n_train, facts, template, n_different, added=added)
+        _seal(temporary, tokenizer, n_train, facts, chat, n_different, added=added)
         rename_folder(temporary, folder)  # if another process was faster, its entry stays
     finally:
         discard(temporary)
@@ -394,7 +394,7 @@ def _seal(
     tokenizer: Tokenizer,
     n_train: int | None,
     report: dict[str, Any],
-    template: str | None,
+    template: ChatTemplate | None,
     n_different: int,
     *,
     added: list[str],
@@ -406,7 +406,8 @@ def _seal(
     chat = None
     if template is not None:
         hashes = _chat_hashes(folder)
-        chat = {"template": template, "n_different": n_different, "block_sha256": hashes}
+        chat = {"template": template.source, "n_different": n_different}
+        chat |= {"block_sha256": hashes}
     entry = {
         "dtype": _dtype_for(tokenizer),
         "n_tokens": report["tokens"],
@@ -648,10 +649,11 @@ def _dtype_for(tokenizer: Tokenizer) -> str:
 
 @dataclass
 class EncodedBatch:
-    """The tokens of some chunks, with an end-of-text before each document but the first."""
+    """The tokens of some chunks, with an end-of-text before each document but the first, and with
+    the token that begins documents, where the tokenizer has one, as the first of each."""
 
     ids: np.ndarray
-    chunks: list[tuple[int, bytes, bool]]  # tokens, the end-of-text included; digest; is last
+    chunks: list[tuple[int, bytes, bool]]  # tokens, with those two; digest; is last
     counts: np.ndarray
 
 
@@ -708,6 +710,8 @@ def _encode_batch(
     for chunk in chunks:
         if isinstance(tokenizer, ForeignTokenizer):
             ids = tokenizer.encode_part(chunk.before, chunk.text, chunk.after)
+            if not chunk.before:  # it begins a document
+                ids = np.concatenate((np.array(tokenizer.begin_ids, ids.dtype), ids))
         else:
             ids = tokenizer.encode_array(chunk.text)
         parts += [end_of_text, ids] if follows_document else [ids]

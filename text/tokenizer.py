@@ -22,6 +22,7 @@ from text.learn_bpe import learn_bpe
 from text.tokenizer_file import (
     END_OF_TEXT,
     SHORT_WORDS,
+    begin_with,
     byte_level_json,
     check_tokenizer_tree,
     ranks_of,
@@ -55,6 +56,8 @@ Ends = Sequence[str | int]  # tokens, by name or id
 
 class ByteTokens:
     """What the tokenizers share whose tokens stand for bytes."""
+
+    begin_ids: tuple[int, ...] = ()  # as ForeignTokenizer's
 
     def token_bytes(self, token: int) -> bytes:
         """The bytes of a token."""
@@ -224,7 +227,8 @@ class ForeignTokenizer:
     """Any other tokenizer.json, run by the library that defines the format.
 
     ends are the tokens that a model's files declare as its end; a special token among them that
-    ends no turn ends a document.
+    ends no turn ends a document. begin_ids has the token that the file puts before each text, if
+    it is one: each document and each prompt begins with it, and encode() doesn't add it.
     """
 
     kind = "foreign"
@@ -244,6 +248,10 @@ class ForeignTokenizer:
         self.end_of_text_id: int = ids.get(self.end_of_text, self.vocab_size)
         self.vocab_size += self.adds_end
         self.special_tokens[self.end_of_text] = self.end_of_text_id
+        leading = _leading(tokenizer)
+        self.begin_ids = tuple(leading.values()) if len(leading) == 1 else ()
+        if self.begin_ids:
+            self.special_tokens |= leading
         self.fingerprint = _fingerprint("json", self.to_json().encode("utf-8"))
 
     def encode(self, text: str) -> list[int]:
@@ -304,10 +312,10 @@ class ForeignTokenizer:
         return json.dumps(tree, ensure_ascii=False)
 
     def frame(self) -> list[str]:
-        """The special tokens that the file puts around a text, which no text gets here."""
+        """The special tokens that the file puts around a text, and that no text gets here."""
         encoding = self._tokenizer.encode("")
         pairs = zip(encoding.tokens, encoding.special_tokens_mask, strict=True)
-        return [token for token, is_special in pairs if is_special]
+        return [token for token, is_special in pairs if is_special][len(self.begin_ids) :]
 
     def adding(self, names: Iterable[str]) -> "ForeignTokenizer":
         """This tokenizer with further special tokens; an end-of-text of its own keeps its id."""
@@ -322,6 +330,18 @@ class ForeignTokenizer:
         found = _load_foreign(json.dumps(tree, ensure_ascii=False).encode("utf-8"), None)
         found.name = f"{self.name}, and {', '.join(names)}"
         return found
+
+
+def _leading(tokenizer: Any) -> dict[str, int]:
+    """The special tokens that a tokenizer of the library puts before a text."""
+    try:
+        encoding = tokenizer.encode("a")
+    except Exception:  # the library raises that where its vocabulary has no such letter
+        return {}
+    if all(encoding.special_tokens_mask):  # the text is not there to tell before from after
+        return {}
+    n_before = encoding.special_tokens_mask.index(0)
+    return dict(zip(encoding.tokens[:n_before], encoding.ids[:n_before], strict=True))
 
 
 def _declared_end(special_tokens: dict[str, int], ends: Ends, guessed: str | None) -> str | None:
@@ -568,6 +588,39 @@ def add_special_tokens(tokenizer: Tokenizer, names: Iterable[str]) -> Tokenizer:
     """
     missing = [name for name in names if name not in tokenizer.special_tokens]
     return tokenizer.adding(missing) if missing else tokenizer
+
+
+def begin_texts_with(tokenizer: Tokenizer, begin: str | int) -> Tokenizer:
+    """A tokenizer that puts a special token, by name or id, before each text, as a tokenizer.json
+    says that: by its post-processor. The same tokenizer if it has one already, or no such token.
+    """
+    names = {i: name for name, i in tokenizer.special_tokens.items()}
+    name = names.get(begin, "") if isinstance(begin, int) else begin
+    if name not in tokenizer.special_tokens or tokenizer.begin_ids:
+        return tokenizer
+    tree = json.loads(tokenizer.to_json())
+    tree["post_processor"] = begin_with(
+        name, tokenizer.special_tokens[name], after=tree["post_processor"]
+    )
+    found = _load_foreign(json.dumps(tree, ensure_ascii=False).encode("utf-8"), None)
+    found.name = tokenizer.name
+    return found
+
+
+def begin_token_of(tokenizer: Tokenizer) -> str:
+    """The special token that templates and other programs call bos_token: the one that begins each
+    text, else one that is known by its name, else the one that ends a text.
+    """
+    names = {i: name for name, i in tokenizer.special_tokens.items()}
+    if tokenizer.begin_ids:
+        return names[tokenizer.begin_ids[0]]
+    known = (name for name in BEGIN_NAMES if name in tokenizer.special_tokens)
+    return next(known, names[tokenizer.end_of_text_id])
+
+
+def encode_from_start(tokenizer: Tokenizer, text: str) -> list[int]:
+    """The ids of a document or prompt from its first token on, that which begins each included."""
+    return [*tokenizer.begin_ids, *tokenizer.encode(text)]
 
 
 def _load_foreign(content: bytes, path: Path | None, ends: Ends = ()) -> ForeignTokenizer:

@@ -141,6 +141,21 @@ def special_token(token_id: int, name: str) -> dict[str, Any]:
     return {"id": token_id, "content": name} | flags | {"special": True}
 
 
+def begin_with(name: str, token_id: int, after: dict[str, Any] | None) -> dict[str, Any]:
+    """The post-processor of a tokenizer.json that puts a token before each text, behind another
+    one that is there.
+    """
+    begin = {"SpecialToken": {"id": name, "type_id": 0}}
+    first, second = ({"Sequence": {"id": letter, "type_id": 0}} for letter in "AB")
+    template = {
+        "type": "TemplateProcessing",
+        "single": [begin, first],
+        "pair": [begin, first, begin, second],
+        "special_tokens": {name: {"id": name, "ids": [token_id], "tokens": [name]}},
+    }
+    return template if after is None else {"type": "Sequence", "processors": [after, template]}
+
+
 def vocabulary_json(vocabulary: bytes, merges: bytes) -> dict[str, Any]:
     """A tokenizer.json's content for GPT-2's older files, vocab.json and merges.txt.
 

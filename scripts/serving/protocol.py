@@ -103,8 +103,8 @@ class Echo:
 
     row: int
     text: str
-    ids: list[int]  # none without logprobs
-    tokens: list[Token]  # the same from the second one on: nothing predicts the first
+    # its tokens, none without logprobs: nothing predicts the first token of all
+    tokens: list[tuple[int, Token | None]]
     finish: str | None  # "length" if no token is to be drawn
 
 
@@ -514,7 +514,7 @@ class Answer:
             drawn = [_Drawn(token.id, token.logprob, token.likeliest, start)]
             return [] if self._order.logprobs is None else drawn
         decoder, drawn = self._tokenizer.decoder(), []
-        for id, known in zip(part.ids, (None, *part.tokens), strict=False):  # both may be empty
+        for id, known in part.tokens:
             logprob, likeliest = (known.logprob, known.likeliest) if known else (None, ())
             drawn.append(_Drawn(id, logprob, likeliest, start))
             start += len(decoder.add(id))

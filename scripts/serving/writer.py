@@ -15,6 +15,7 @@ from generation import Piece, Token, evaluating, stream_text, tokens_of
 from model import GPTModel
 from scripts.serving.guard import Refused
 from scripts.serving.protocol import Echo, Order
+from text.tokenizer import encode_from_start
 
 RETRY_SECONDS = 2
 MOST_ROWS = 16  # texts that are written in one batch
@@ -107,7 +108,9 @@ class Writer:
     def _parts(self, job: Job) -> Generator[Echo | Piece, None, None]:
         order, tokenizer, device = job.order, self._run.tokenizer, self._run.device
         assert order is not None, "a cancelled job never runs"
-        prompts = [tokenizer.encode(p) if isinstance(p, str) else p for p in order.prompts]
+        prompts = [
+            encode_from_start(tokenizer, p) if isinstance(p, str) else p for p in order.prompts
+        ]
         prompts = [prompt or [tokenizer.end_of_text_id] for prompt in prompts]
         job.n_prompt_tokens = sum(map(len, prompts))
         is_scored = order.echo and order.logprobs is not None
@@ -136,12 +139,16 @@ class Writer:
         self, order: Order, i: int, ids: list[int], is_scored: bool
     ) -> Generator[Echo, None, None]:
         """The i-th prompt, as each of its texts begins with it."""
-        prompt = order.prompts[i]
-        text = prompt if isinstance(prompt, str) else self._run.tokenizer.decode(prompt)
-        tokens = score(self._run.model, ids, order.logprobs or 0) if is_scored else []
+        prompt, tokenizer = order.prompts[i], self._run.tokenizer
+        text = prompt if isinstance(prompt, str) else tokenizer.decode(prompt)
+        tokens: list[Token | None] = [None] if is_scored else []
+        if is_scored:
+            tokens += score(self._run.model, ids, order.logprobs or 0)
+        n_hidden = len(tokenizer.begin_ids) if isinstance(prompt, str) else 0  # not of the text
         finish = "length" if order.sampling["max_new_tokens"] == 0 else None
         for row in range(i * order.n, (i + 1) * order.n):
-            yield Echo(row, text if order.echo else "", ids if is_scored else [], tokens, finish)
+            known = [*zip(ids, tokens, strict=True)][n_hidden:] if is_scored else []
+            yield Echo(row, text if order.echo else "", known, finish)
 
 
 def check_scored(prompts: Sequence[Sequence[int]], limit: int) -> None:
