@@ -175,7 +175,7 @@ def _kept_bytes(model: nn.Module, ids: torch.Tensor, precision: Precision) -> in
     def note(tensor: torch.Tensor) -> torch.Tensor:
         storage = tensor.untyped_storage()
         kept[storage.data_ptr()] = storage.nbytes()  # alive until the end, so no address recurs
-        return tensor
+        return tensor.detach()  # an operation's own output would keep the operation, and itself
 
     with (
         torch.enable_grad(),

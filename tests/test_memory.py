@@ -64,6 +64,11 @@ def estimate(model: GPTModel, **changes) -> MemoryEstimate:
     return estimate_memory(model, **options)
 
 
+def count_tensors() -> int:
+    gc.collect()
+    return sum(isinstance(found, torch.Tensor) for found in gc.get_objects())
+
+
 @pytest.mark.parametrize("kind", MODELS)
 def test_activations_measured_on_few_tokens_are_those_of_all(monkeypatch, kind):
     model = small_model(**MODELS[kind])
@@ -88,7 +93,9 @@ def test_half_precision_keeps_a_copy_of_the_weights_and_full_precision_nothing_b
     model = small_model(drop_rate=0.1).eval()
     model.activation_checkpointing = True
     before, weights = torch.get_rng_state(), sha256(*model.parameters())
+    n_tensors = count_tensors()
     fixed, window = measure_activations(model, 96, BF16, CPU)
+    assert count_tensors() == n_tensors  # none stays in memory
     hidden = sum(weight.numel() for weight, _ in model.hidden_matrices())
     assert 2 * hidden <= fixed <= 2 * hidden * 1.1
     assert window < measure_activations(model, 96, FP32, CPU)[1]

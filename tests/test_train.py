@@ -135,7 +135,8 @@ def test_train_model_simple_is_the_same_loop_clips_at_1_and_writes_nothing(workd
         return model, OPTIMIZERS["SGD"](model)
 
     losses, prompts = [], ["abc", "h"]
-    for epochs, limit, options in ((0, 1.0, {}), (2, 1.0, {}), (2, 0.0, {"max_grad_norm": 0.0})):
+    for epochs, limit, more in ((0, 1.0, {}), (2, 1.0, {}), (2, 0.0, {"max_grad_norm": 0.0})):
+        options = {"precision": FP32, **more}  # as the twin, on each processor
         model, optimizer = long_gradients()
         for parameter in model.parameters():  # what a caller left behind is not trained on
             parameter.grad = torch.full_like(parameter, 100.0)
