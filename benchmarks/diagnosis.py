@@ -384,7 +384,7 @@ def apply(place: Path) -> dict[str, Any]:
             continue
         curves, facts = read_history(history_of(run, folder))
         first = diagnose(curves, facts)[0]
-        lines = change_lines(first.changes, facts)
+        lines = [line.en for line in change_lines(first.changes, facts)]
         other = changed(run, lines)
         if not (again / "label.json").is_file():
             make(other, again)

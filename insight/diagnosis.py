@@ -13,17 +13,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from engine.words import Words
 from insight.curves import Curves
 from planning.recipe import LEAST_MINUTES, MOST_MINUTES
 
 PROBLEM, WARNING, NOTE = SEVERITIES = ("problem", "warning", "note")
-
-
-class Words(NamedTuple):
-    """A sentence in both languages of the report."""
-
-    en: str
-    zh: str
 
 
 @dataclass(frozen=True)
@@ -589,9 +583,8 @@ def _unfinished(m: Measured) -> Finding | None:
         else Words("More time would help a little", "再多训练一些会略有帮助"),
         Words(
             f"The validation loss is still falling: twice the steps would take off some "
-            f"{m.gain:.0%}; the run read {_passes(m.passes).en} of the text.",
-            f"验证损失仍在下降：步数加倍约能再降 {m.gain:.0%}；这次训练读了文本的"
-            f"{_passes(m.passes).zh}。",
+            f"{m.gain:.0%}; the run read {_passes(m.passes).en}.",
+            f"验证损失仍在下降：步数加倍约能再降 {m.gain:.0%}；这次训练{_passes(m.passes).zh}。",
         ),
         Words("Train longer.", "训练得更久一些。"),
         _length(m.facts, times * m.facts.total_steps),
@@ -729,8 +722,10 @@ def _count(number: int, thing: str) -> str:
 
 def _passes(passes: float) -> Words:
     if passes < 1:
-        return Words(f"{passes:.0%}", f" {passes:.0%}")
-    return Words(f"{passes:.0f} times all", f"全部 {passes:.0f} 遍")
+        return Words(f"{passes:.0%} of the text", f"读了文本的 {passes:.0%}")
+    if passes < 1.5:
+        return Words("all of the text once", "把文本读了一遍")
+    return Words(f"all of the text {passes:.0f} times", f"把文本读了 {passes:.0f} 遍")
 
 
 def _sentence(parts: list[str]) -> str:

@@ -8,10 +8,12 @@ from typing import Any
 
 from engine.errors import CheckpointError
 from engine.optim import default_learning_rate
+from engine.words import Words
 from insight.curves import Curves, CurvesFile
 from insight.diagnosis import Facts
 from planning.decisions import RunRecord, read_record, read_run_file
 from storage.files import DATA, SUMMARY
+from training.journal import BLANK, ENDED
 
 INSIGHT = "insight.json"  # what was measured about the run, beside its training
 GREEDY = "Greedy"
@@ -28,6 +30,26 @@ class Sample:
     label: str
     step: int
     texts: list[str]  # one for each prompt
+
+    @property
+    def label_words(self) -> Words:
+        """The label in both languages; samples.md has it in English."""
+        kind, _, number = self.label.rpartition(" ")
+        known = {
+            "Before training": "训练前",
+            GREEDY: "贪心",
+            "After epoch": f"第 {number} 轮之后",
+            "After step": f"第 {number} 步之后",
+        }
+        return Words(self.label, known.get(self.label) or known.get(kind) or self.label)
+
+
+def divide_remark(text: str) -> tuple[str, Words | None]:
+    """A text of a sample without the remark that the model wrote nothing, if it ends with one."""
+    for remark in (ENDED, BLANK):
+        if text.endswith(remark.en):
+            return text.removesuffix(remark.en), remark
+    return text, None
 
 
 @dataclass(frozen=True)

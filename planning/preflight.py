@@ -36,9 +36,9 @@ def show_machine(machine: Machine, plan: RunPlan) -> None:
     elif plan.run.DEVICE is None and parallel.is_main and (reason := why_no_gpu()):
         say(f"Note: {reason}")
     say(f"Precision: {precision.name} ({precision.reason})")
-    say(f"Mode: {plan.mode} ({plan.origins['mode']})")
+    say(f"Mode: {plan.mode} ({plan.origins['mode'].en})")
     if plan.model_name != OPEN_MODEL:  # else the card has it
-        say(f"Model: {plan.model_name} ({plan.origins['model']})")
+        say(f"Model: {plan.model_name} ({plan.origins['model'].en})")
     for notice in plan.notices:
         say(f"Note: {notice}")
 
@@ -55,7 +55,7 @@ def show_card(plan: RunPlan) -> None:
 def show_tokenizer(plan: RunPlan, text: TextFacts) -> None:
     """What TOKENIZER "auto" has become."""
     assert plan.tokenizer is not None, "decide_tokenizer() has chosen"
-    say(f"Tokenizer: {about_tokens(plan.tokenizer, text)}: chosen for this text and model")
+    say(f"Tokenizer: {about_tokens(plan.tokenizer, text).en}: chosen for this text and model")
 
 
 def show_start(plan: RunPlan, training: TrainingConfig, total_steps: int, model: GPTModel) -> None:
@@ -67,12 +67,12 @@ def show_start(plan: RunPlan, training: TrainingConfig, total_steps: int, model:
 
 def show_text(text: TokenizedText, spec: DataSpec) -> None:
     for notice in text.notices:
-        say(f"Note: {notice}")
+        say(f"Note: {notice.en}")
     files = text.report["files"]
     name = files[0]["name"] if len(files) == 1 else ", ".join(spec.train + spec.val)
     say(f"✓ Text loaded from {name}")
     for note in text.report["notes"]:
-        say(f"  {note}")
+        say(f"  {note.en}")
     say(f"✓ Tokenizer initialized ({text.report['tokenizer']})")
 
 

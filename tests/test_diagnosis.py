@@ -183,7 +183,8 @@ def test_the_lines_to_change_are_accepted_in_every_mode_and_keep_the_other_numbe
         curves, facts = of(name)
         facts = facts_of(plan, facts)
         for finding in diagnose(curves, facts):
-            changes, lines = finding.changes, change_lines(finding.changes, facts)
+            changes = finding.changes
+            lines = [line.en for line in change_lines(changes, facts)]
             seen |= changes.keys()
             after = resolve(put_into(before, lines))
             if lines[0].startswith("MINUTES"):
@@ -226,7 +227,12 @@ def test_a_quick_run_is_told_to_let_minutes_choose_and_a_full_one_keeps_its_own(
     facts = of("rate-high-0")[1]
     changes = {"learning_rate": 1e-4, "PRECISION": "fp32"}
     quick, full = (
-        change_lines(changes, dataclasses.replace(facts, mode=mode, model_name="mini"))
+        [
+            line.en
+            for line in change_lines(
+                changes, dataclasses.replace(facts, mode=mode, model_name="mini")
+            )
+        ]
         for mode in ("quick", "full")
     )
     assert quick == ["MINUTES = 5  # chooses all numbers for the text", 'PRECISION = "fp32"']
@@ -234,7 +240,7 @@ def test_a_quick_run_is_told_to_let_minutes_choose_and_a_full_one_keeps_its_own(
     assert full[3] == '"learning_rate": 0.0001,  # in custom_params'
     assert '"num_epochs": 10, "batch_size": 4' in full[4] and "learning_rate" not in full[4]
     given = dataclasses.replace(facts, mode="full", begins_from_weights=True)
-    assert change_lines(changes, given) == [full[0], *full[2:4]]
+    assert [line.en for line in change_lines(changes, given)] == [full[0], *full[2:4]]
 
 
 def test_a_run_that_still_trains_is_not_told_that_it_is_unfinished_or_gains_nothing():

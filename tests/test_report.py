@@ -176,7 +176,9 @@ def test_hostile_text_in_names_samples_settings_and_notes_stays_text(tmp_path):
     page = page_of(run)
     elements = Elements(page)
     allowed = "html head meta title link style body header h1 h2 h3 div button main section p span "
-    allowed += "pre code table tr th td ul li label input output noscript script details summary"
+    allowed += (
+        "wbr pre code table tr th td ul li label input output noscript script details summary"
+    )
     assert {tag for tag, _ in elements.found} <= {*allowed.split()}
     assert not [
         a for _, attrs in elements.found for a in attrs if a.startswith("on") or a == "style"
