@@ -345,6 +345,17 @@ def test_without_the_token_or_from_another_site_nothing_is_told_or_stopped(runs)
         assert Runs(runs).find("young").state == "stopping"
 
 
+def test_what_fails_unexpectedly_is_answered_and_printed_once(runs, monkeypatch, capsys):
+    with Watcher(runs) as server:
+        monkeypatch.setattr(Runs, "find", lambda self, name: 1 / 0)
+        answer = server.ask("POST", "/stop", json={"run": "tiny"})
+        assert (
+            answer.status_code == 500 and "ZeroDivisionError" in answer.json()["error"]["message"]
+        )
+        assert server.ask("GET", "/").status_code == 200  # and what it had to print is printed
+    assert "".join(capsys.readouterr()).count("ZeroDivisionError in") == 1
+
+
 def test_a_run_that_was_asked_to_stop_is_stopping_until_its_process_ends(runs):
     run = Runs(runs).find("young")
     with FolderLock(runs / "young"):
