@@ -10,11 +10,13 @@ import time
 import numpy as np
 import pytest
 
+from benchmarks import diagnosis as benchmark
 from benchmarks.diagnosis import HISTORIES, count_right, labelled_runs, put_into, read_history
 from insight.curves import Curves
 from insight.diagnosis import NOTE, Facts, Finding, diagnose, measure, repetition
 from insight.verdict import change_lines
 from planning.plan import RunPlan, resolve_settings
+from storage.files import write_json
 from tests.test_chinese_documents import BLANKS, HALF_WIDTH, HAN
 
 
@@ -128,6 +130,27 @@ def test_every_finding_has_sentences_in_both_languages_without_a_slip_of_typogra
             assert HAN.search(words.zh)
             assert not BLANKS.search(words.zh) and not HALF_WIDTH.search(words.zh), words.zh
             assert not re.search(r"\bnan\b|\binf\b|None", words.en + words.zh)
+
+
+def test_histories_of_runs_that_are_not_there_stay_in_the_results(tmp_path, monkeypatch):
+    kept = json.loads(HISTORIES.read_bytes())
+    kept["runs"] = kept["runs"][:3]
+    results = tmp_path / "results.json"
+    write_json(results, kept)
+    monkeypatch.setattr(benchmark, "HISTORIES", results)
+    monkeypatch.setattr(benchmark, "usable_cache", lambda: tmp_path)
+    monkeypatch.setattr(benchmark.torch, "set_num_threads", lambda count: None)
+    monkeypatch.setattr("sys.argv", ["diagnosis", "--make", "0"])
+    benchmark.main()
+    found = json.loads(results.read_bytes())
+    assert (found["runs"], found["applied"]) == (kept["runs"], kept["applied"])
+    assert found["summary"]["all"]["healthy"] + found["summary"]["all"]["faulty"] == 3
+    # a run that is made anew takes its row's place, and one that is made first has its own
+    first, *others = kept["runs"]
+    assert benchmark.merge(others[1:], [others[0], first | {"facts": 1}]) == [
+        first | {"facts": 1},
+        *others,
+    ]
 
 
 MODES = {
