@@ -49,7 +49,7 @@ def render_page(run: RunFiles, findings: list[Finding]) -> bytes:
     sections = [
         _verdict(run, findings),
         _findings(run, findings),
-        _curves(),
+        _curves(is_chat=run.record.chat is not None),
         _written(run, len(data["moments"])),
         _card(run),
         _text_report(run),
@@ -72,11 +72,14 @@ def _verdict(run: RunFiles, findings: list[Finding]) -> str:
     if isinstance(took, int | float):
         time = Words(f", {as_duration(took)}", f"，{as_duration(took)}")
     total, parameters = f"{record.total_steps:,}", f"{run.facts.parameters:,}"
+    seen = Words(f"{tokens} tokens", f"{tokens} 个 token")
+    if record.chat is not None:
+        seen = Words(f"{tokens} tokens of answers", f"答案的 {tokens} 个 token")
     about = Words(
-        f"{step} of {total} steps, {tokens} tokens{time.en}; {parameters} parameters, "
+        f"{step} of {total} steps, {seen.en}{time.en}; {parameters} parameters, "
         f"{model.n_layers} x {model.emb_dim}, {record.mode} mode, {record.precision.name} on "
         f"{record.device}; begun {record.started}",
-        f"{step}/{total} 步，{tokens} 个 token{time.zh}；{parameters} 个参数，{model.n_layers} x "
+        f"{step}/{total} 步，{seen.zh}{time.zh}；{parameters} 个参数，{model.n_layers} x "
         f"{model.emb_dim}，{record.mode} 模式，{record.precision.name}，{record.device}；开始于 "
         f"{record.started}",
     )
@@ -106,16 +109,23 @@ def _findings(run: RunFiles, findings: list[Finding]) -> str:
     return section("diagnosis", title, "".join(parts))
 
 
-def _curves() -> str:
+def _titles(*, is_chat: bool) -> dict[str, Words]:
+    of_answers = Words("Tokens of the answers a second", "每秒答案的 token 数")
+    return TITLES | ({"speed": of_answers} if is_chat else {})
+
+
+def _curves(*, is_chat: bool) -> str:
+    titles = _titles(is_chat=is_chat)
+
     def chart(name: str) -> str:
-        head = f"<h3>{both(TITLES[name])}</h3>"
+        head = f"<h3>{both(titles[name])}</h3>"
         if name == "loss":
             whole = Words("from the first step", "从第一步起")
             head += f'<button type="button" id="whole" aria-pressed="false">{both(whole)}</button>'
         return f'<div class="chart" data-chart="{name}">{head}<div class="legend"></div></div>\n'
 
     no_script = Words("The curves need JavaScript.", "显示曲线需要 JavaScript。")
-    first, *others = TITLES
+    first, *others = titles
     content = f'{chart(first)}<div class="small">{"".join(map(chart, others))}</div>\n'
     content += f"<noscript><p>{both(no_script)}</p></noscript>"
     return section("curves", Words("Curves", "曲线"), content)
@@ -133,7 +143,7 @@ def _written(run: RunFiles, n_moments: int) -> str:
     )
     meter = run.insight.get("by_heart")
     if isinstance(meter, dict):
-        content += _about_copies(meter)
+        content += _about_copies(meter, is_chat=run.record.chat is not None)
     return section("written", Words("What it wrote over time", "它先后写出的文字"), content)
 
 
@@ -158,13 +168,17 @@ def _outcomes(run: RunFiles) -> list[list[str]]:
     bits = summary.get("final_val_bits_per_byte")
     is_in = isinstance(bits, float) and recipe.low <= bits <= recipe.high
     hit = Words("within the range", "在区间内") if is_in else Words("outside the range", "在区间外")
-    rows.append(
-        [
-            both(Words("bits a byte", "每字节比特")),
-            f"{recipe.bits_per_byte:.2f} ({recipe.low:.2f}–{recipe.high:.2f})",
-            f"{bits:.3f} · {both(hit)}" if isinstance(bits, float) else "–",
-        ]
-    )
+    if choice.text.is_chat:
+        of_answers = both(Words("bits a byte of the answers", "答案的每字节比特"))
+        rows.append([of_answers, "–", f"{bits:.3f}" if isinstance(bits, float) else "–"])
+    else:
+        rows.append(
+            [
+                both(Words("bits a byte", "每字节比特")),
+                f"{recipe.bits_per_byte:.2f} ({recipe.low:.2f}–{recipe.high:.2f})",
+                f"{bits:.3f} · {both(hit)}" if isinstance(bits, float) else "–",
+            ]
+        )
     if curves.forecast is not None:
         least, expected, most = map(curves.as_bits, curves.forecast)
         where = Words(
@@ -354,6 +368,7 @@ def _data(run: RunFiles) -> dict[str, Any]:
         "prompt": Words("prompt", "提示"),
     }
     has_bytes = math.isfinite(curves.bytes_a_token)
+    titles = _titles(is_chat=run.record.chat is not None)
     charts: dict[str, dict[str, Any]] = {
         "loss": {
             "tall": True,
@@ -382,7 +397,7 @@ def _data(run: RunFiles) -> dict[str, Any]:
         },
     }
     return {
-        "charts": {name: chart | {"title": TITLES[name]} for name, chart in charts.items()},
+        "charts": {name: chart | {"title": titles[name]} for name, chart in charts.items()},
         "bytes": _rounded(curves.bytes_a_token) if has_bytes else None,
         "words": words,
         "moments": _moments(run),
@@ -435,22 +450,34 @@ def _moments(run: RunFiles) -> list[dict[str, Any]]:
     return kept[:1] + kept[:0:-1]
 
 
-def _about_copies(meter: dict[str, Any]) -> str:
+def _about_copies(meter: dict[str, Any], *, is_chat: bool) -> str:
     """What the by-heart meter found, in a sentence."""
 
     def share(name: str) -> str:
         value = meter.get(name)
         return f"{value:.1%}" if isinstance(value, int | float) else "–"
 
+    known, guessed = share("extraction_rate"), share("guess_rate")
+    copied, chance = share("samples_share"), share("chance_share")
+    tried = Words(
+        f"of {meter.get('prompts', 0)} passages of the training text it continues {known} word for "
+        f"word, and {guessed} of the validation text.",
+        f"训练文本的 {meter.get('prompts', 0)} 个段落中，它能逐字续写 {known}；验证文本为 "
+        f"{guessed}。",
+    )
+    if is_chat:
+        tried = Words(
+            f"of {meter.get('prompts', 0)} questions that it learned it answers {known} word for "
+            f"word as they were answered, and {guessed} of {meter.get('val_prompts', 0)} that "
+            "validate.",
+            f"学过的 {meter.get('prompts', 0)} 个问题中，有 {known} 答得与原答案逐字相同；"
+            f"验证用的 {meter.get('val_prompts', 0)} 个问题为 {guessed}。",
+        )
     words = Words(
-        f"By heart: of {meter.get('prompts', 0)} passages of the training text it continues "
-        f"{share('extraction_rate')} word for word, and {share('guess_rate')} of the validation "
-        f"text. Of what it wrote {share('samples_share')} is copied (spans of 50 bytes); of new "
-        f"text {share('chance_share')} is in the training text by chance. Copies are marked.",
-        f"背诵情况：训练文本的 {meter.get('prompts', 0)} 个段落中，它能逐字续写 "
-        f"{share('extraction_rate')}；验证文本为 {share('guess_rate')}。它写的文字中 "
-        f"{share('samples_share')} 是照抄（按 50 字节片段计）；新文本本来就有 "
-        f"{share('chance_share')} 碰巧出现在训练文本中。照抄处已标出。",
+        f"By heart: {tried.en} Of what it wrote {copied} is copied (spans of 50 bytes); of new "
+        f"text {chance} is in the training text by chance. Copies are marked.",
+        f"背诵情况：{tried.zh}它写的文字中 {copied} 是照抄（按 50 字节片段计）；新文本本来就有 "
+        f"{chance} 碰巧出现在训练文本中。照抄处已标出。",
     )
     return f'<p class="quiet">{both(words)}</p>'
 

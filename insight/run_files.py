@@ -96,6 +96,9 @@ def _facts_of(run: RunFiles) -> Facts:
         baselines.setdefault("bz2", choice.text.bz2_bits)
         repeated = choice.text.repeated if repeated is None else repeated
         leaked = choice.text.leaked if leaked is None else leaked
+    n_train = int(split.get("train_tokens", 0))
+    if record.chat is not None:
+        n_train = round(n_train * _share_of_answers(run.data.get("chat")))
     drawn = [sample for sample in run.samples if not sample.label.startswith(GREEDY)]
     windows = training.batch_size * training.gradient_accumulation_steps
     own = dict(record.settings["custom_params"])
@@ -118,7 +121,7 @@ def _facts_of(run: RunFiles) -> Facts:
         emb_dim=model.emb_dim,
         n_heads=model.n_heads,
         n_kv_heads=model.n_kv_heads or model.n_heads,
-        train_tokens=int(split.get("train_tokens", 0)),
+        train_tokens=n_train,
         temperature=record.sampling.temperature,
         model_name=record.model_name,
         custom_params=own,
@@ -132,6 +135,13 @@ def _facts_of(run: RunFiles) -> Facts:
         baselines=baselines,
         samples=tuple(drawn[-1].texts) if drawn else (),
     )
+
+
+def _share_of_answers(counted: Any) -> float:
+    """The share of a run's tokens that answers have, which alone are counted in its curves."""
+    known = counted if isinstance(counted, dict) else {}
+    n_answers, n_all = known.get("target_tokens", 0), known.get("tokens", 0)
+    return n_answers / n_all if _is_number(n_answers) and _is_number(n_all) else 1.0
 
 
 def read_run(path: Path, curves: CurvesFile | None = None) -> RunFiles:

@@ -43,7 +43,10 @@ def headline(run: RunFiles, findings: list[Finding]) -> Words:
         parts_zh.append(f"验证损失 {_final_loss(run):.3f}")
     about = Words("", "")
     if is_measured:
-        about = _about_copying(run.insight.get("by_heart"), findings)
+        meter, tried = run.insight.get("by_heart"), Words("passages", "段落")
+        if run.record.chat is not None:
+            tried = Words("answers", "答案")
+        about = _about_copying(meter, findings, tried)
     parts_en.append(about.en)
     parts_zh.append(about.zh)
     more = Words("", "") if worst and worst.severity == PROBLEM else _about_more(run, facts)
@@ -78,7 +81,7 @@ def _lowered(text: str) -> str:
     return text[:1].lower() + text[1:]
 
 
-def _about_copying(meter: Any, findings: list[Finding]) -> Words:
+def _about_copying(meter: Any, findings: list[Finding], tried: Words) -> Words:
     """Whether it copies: by the meter, where it has measured, else by the curves."""
     if isinstance(meter, dict):
         known, written, chance = (
@@ -87,8 +90,8 @@ def _about_copying(meter: Any, findings: list[Finding]) -> Words:
         )
         if known >= EXTRACTED:
             return Words(
-                f"{known:.0%} of tried passages are known by heart",
-                f"试过的段落有 {known:.0%} 能背出",
+                f"{known:.0%} of tried {tried.en} are known by heart",
+                f"试过的{tried.zh}有 {known:.0%} 能背出",
             )
         if written - chance >= COPIED:
             return Words(

@@ -56,6 +56,10 @@ def card_rows(
             f'随机权重；INIT_FROM = "{SMOLLM2}" 可从懂英语的权重开始（docs/fine-tuning.zh-CN.md）',
         )
     memory, disk = as_bytes(recipe.memory), as_bytes(recipe.disk)
+    of_texts = [  # which say nothing of answers
+        (Words("By heart", "背诵"), _by_heart(recipe)),
+        (Words("Runner-up", "次优方案"), Words.of(recipe.runner_up)),
+    ]
     return [
         (Words("Your text", "你的文本"), _about_text(text)),
         (Words(f"In {minutes:g} min", f"{minutes:g} 分钟内"), _expected(recipe, text)),
@@ -67,8 +71,7 @@ def card_rows(
             Words("Memory", "内存"),
             Words(f"some {memory}; on disk up to {disk}", f"约 {memory}；磁盘最多 {disk}"),
         ),
-        (Words("By heart", "背诵"), _by_heart(recipe)),
-        (Words("Runner-up", "次优方案"), Words.of(recipe.runner_up)),
+        *([] if text.is_chat else of_texts),
         *([] if why_start is None else [(Words("Start", "起点"), why_start)]),
         *((Words("Note", "注意"), warning) for warning in recipe.warnings),
         (Words("To change", "如何更改"), _how_to_set(recipe)),
@@ -157,15 +160,24 @@ def _laid_out(rows: list[tuple[str, str]]) -> list[str]:
 def _about_text(text: TextFacts) -> Words:
     size, letters = as_bytes(text.train_bytes + text.val_bytes), f"{text.n_characters:,}"
     distinct, entropy = f"{text.distinct_characters:,}", f"{text.entropies[0]:.2f}"
+    words = Words(
+        f"{size}, {letters} characters, {distinct} different ones",
+        f"{size}，{letters} 个字符，其中不同的有 {distinct} 个",
+    )
+    if text.is_chat:
+        return words
     return Words(
-        f"{size}, {letters} characters, {distinct} different ones; bz2 needs "
-        f"{text.bz2_bits:.2f} bits a byte, byte frequencies {entropy}",
-        f"{size}，{letters} 个字符，其中不同的有 {distinct} 个；bz2 每字节需要 "
-        f"{text.bz2_bits:.2f} 比特，字节频率 {entropy}",
+        f"{words.en}; bz2 needs {text.bz2_bits:.2f} bits a byte, byte frequencies {entropy}",
+        f"{words.zh}；bz2 每字节需要 {text.bz2_bits:.2f} 比特，字节频率 {entropy}",
     )
 
 
 def _expected(recipe: Recipe, text: TextFacts) -> Words:
+    if text.is_chat:
+        return Words(
+            "no forecast: the answers alone are scored, and forecasts are of whole texts",
+            "没有预测：只有答案计分，而预测针对整篇文本",
+        )
     bits, low, high = (f"{n:.2f}" for n in (recipe.bits_per_byte, recipe.low, recipe.high))
     words = Words(
         f"about {bits} bits a byte on the validation text (roughly {low} to {high})",

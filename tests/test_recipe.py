@@ -573,6 +573,18 @@ def test_the_card_shows_every_choice_and_how_to_set_it():
     assert "800,000 GFLOP/s" in card and "1.0 MB" in card and not exponent.search(card)
 
 
+def test_the_card_of_conversations_says_nothing_that_holds_for_texts_alone(tmp_path):
+    text = dataclasses.replace(english(50_000), is_chat=True)
+    card = "\n".join(card_lines(choose_recipe(text, CPU, 3, NOTHING), text, CPU, 3))
+    assert "no forecast: the answers alone are scored" in card
+    assert not re.search("bz2|Runner-up|By heart|bits a byte on", card)
+    for row, is_chat in (('{"question": "a?", "answer": "b."}', True), ('{"text": "a"}', False)):
+        file = tmp_path / f"{is_chat}.jsonl"
+        file.write_text(f"{row}\n" * 9, encoding="utf-8")
+        found = find_facts(DataSpec((str(file),)), 0.9, tmp_path, tokenizer="char")
+        assert found.is_chat == is_chat
+
+
 @pytest.mark.parametrize(
     ("size", "shown"),
     [

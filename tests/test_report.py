@@ -337,6 +337,17 @@ def test_answers_are_not_compared_with_figures_of_whole_conversations(tmp_path):
     assert found["chat"] == ({}, ["uniform guess"], set())
 
 
+def test_a_pass_through_conversations_is_one_through_their_answers(tmp_path):
+    run = make_chat_run(tmp_path / "chat")
+    counted = {"tokens": 10_000, "target_tokens": 4_000}
+    write_json(run / "data.json", {"split": {"train_tokens": 5000}, "chat": counted})
+    assert read_run(run).facts.train_tokens == 2000  # the curves count those alone
+    assert "Tokens of the answers a second" in page_of(run)
+    for damaged in ({}, [], {"tokens": 5}, {"tokens": 0, "target_tokens": "x"}):
+        write_json(run / "data.json", {"split": {"train_tokens": 5000}, "chat": damaged})
+        assert read_run(run).facts.train_tokens == 5000
+
+
 def test_what_a_model_writes_begins_behind_the_prompt_or_the_question(tmp_path):
     answered = "Where is it?\nIn town?\n-> Here.\n-> There."
     run = read_run(make_chat_run(tmp_path / "chat"))
