@@ -48,6 +48,7 @@ class Facts:
     begins_from_weights: bool = False
     has_own_validation: bool = False  # DATA names the text to validate on
     is_over: bool = True
+    keeps_last: bool = False  # it is to learn a few conversations by heart
     skipped: int = 0  # steps whose loss or gradient was not finite
     repeated: float | None = None  # of the training text, that came before in it
     leaked: float | None = None  # of the validation text, that is in the training text
@@ -395,7 +396,7 @@ def _learns_by_heart(m: Measured) -> bool:
 def _model_large(m: Measured) -> Finding | None:
     ratio = m.facts.parameters / max(1, m.facts.train_tokens)
     passes = m.passes * m.curves.eval_steps[m.best] / max(1, m.curves.eval_steps[-1])
-    if m.facts.begins_from_weights or m.passes < 1:
+    if m.facts.begins_from_weights or m.facts.keeps_last or m.passes < 1:
         return None
     if ratio < 100 and not (ratio >= 50 and _learns_by_heart(m) and passes < 5):
         return None
@@ -420,7 +421,7 @@ def _model_large(m: Measured) -> Finding | None:
 
 
 def _by_heart(m: Measured) -> Finding | None:
-    if not _learns_by_heart(m):
+    if not _learns_by_heart(m) or m.facts.keeps_last:
         return None
     steps, train, val = m.curves.eval_steps, m.curves.train_losses, m.curves.val_losses
     since = max(1, steps[m.best])

@@ -365,7 +365,7 @@ def _data(run: RunFiles) -> dict[str, Any]:
     words = {
         "step": Words("step {}", "第 {} 步"),
         "bits": Words("bits a byte", "比特/字节"),
-        "prompt": Words("prompt", "提示"),
+        "prompt": Words("prompt", "提示") if run.record.chat is None else Words("question", "问题"),
     }
     has_bytes = math.isfinite(curves.bytes_a_token)
     titles = _titles(is_chat=run.record.chat is not None)

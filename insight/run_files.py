@@ -129,6 +129,7 @@ def _facts_of(run: RunFiles) -> Facts:
         begins_from_weights=record.start is not None,
         has_own_validation=_names_validation(record.settings.get("DATA")),
         is_over=run.is_over,
+        keeps_last=record.keeps_last,
         skipped=count_skipped(curves, record.precision.name),
         repeated=repeated,
         leaked=leaked,

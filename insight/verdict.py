@@ -46,7 +46,7 @@ def headline(run: RunFiles, findings: list[Finding]) -> Words:
         meter, tried = run.insight.get("by_heart"), Words("passages", "段落")
         if run.record.chat is not None:
             tried = Words("answers", "答案")
-        about = _about_copying(meter, findings, tried)
+        about = _about_copying(meter, findings, tried, keeps_last=facts.keeps_last)
     parts_en.append(about.en)
     parts_zh.append(about.zh)
     more = Words("", "") if worst and worst.severity == PROBLEM else _about_more(run, facts)
@@ -81,7 +81,7 @@ def _lowered(text: str) -> str:
     return text[:1].lower() + text[1:]
 
 
-def _about_copying(meter: Any, findings: list[Finding], tried: Words) -> Words:
+def _about_copying(meter: Any, findings: list[Finding], tried: Words, *, keeps_last: bool) -> Words:
     """Whether it copies: by the meter, where it has measured, else by the curves."""
     if isinstance(meter, dict):
         known, written, chance = (
@@ -99,7 +99,7 @@ def _about_copying(meter: Any, findings: list[Finding], tried: Words) -> Words:
             )
         return Words("no sign of copying", "没有照抄的迹象")
     kinds = {finding.kind for finding in findings}
-    if kinds & {"by-heart", "model-large", "duplicates", "leak"}:
+    if kinds & {"by-heart", "model-large", "duplicates", "leak"} or keeps_last:
         return Words("", "")
     return Words("no sign of learning by heart", "没有背诵的迹象")
 

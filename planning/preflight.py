@@ -127,7 +127,9 @@ def show_training(
 
 def show_windows(plan: RunPlan, text: TokenizedText, windows: WindowPlan, model: GPTModel) -> None:
     if plan.recipe is None:
-        lines = describe_text(text.report, windows, model.count_parameters())
+        by_heart = plan.chat is not None and plan.chat.is_small  # what the run is for
+        n_parameters = model.count_parameters()
+        lines = describe_text(text.report, windows, n_parameters, by_heart=by_heart)
     else:  # the card has the rest
         lines = about_documents(text.report)
     for line in lines + about_prompts(text.report):
@@ -194,8 +196,11 @@ def about_documents(report: dict[str, Any]) -> list[str]:
     return lines
 
 
-def describe_text(report: dict[str, Any], plan: WindowPlan, n_parameters: int) -> list[str]:
-    """Lines on the text: its files, its tokens, and whether it is enough for the model."""
+def describe_text(
+    report: dict[str, Any], plan: WindowPlan, n_parameters: int, *, by_heart: bool = False
+) -> list[str]:
+    """Lines on the text: its files, its tokens, and whether it is enough for the model; by_heart
+    says that the model is to learn it by heart."""
     count = len(report["files"])
     lines = [
         f"{report['documents']:,} document{'s' * (report['documents'] != 1)} in {count:,} "
@@ -205,7 +210,8 @@ def describe_text(report: dict[str, Any], plan: WindowPlan, n_parameters: int) -
     per_parameter = plan.n_train / n_parameters
     verdict = "a few epochs are safe"
     if per_parameter < 1:
-        verdict = "the model can learn it by heart: watch the validation loss"
+        verdict = "the model can learn it by heart"
+        verdict += ", as it is to" if by_heart else ": watch the validation loss"
     elif per_parameter >= 20:  # compute-optimal (Hoffmann et al. 2022)
         verdict = "enough to learn more than the text itself"
     lines.append(

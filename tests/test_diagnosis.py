@@ -266,6 +266,14 @@ def test_a_quick_run_is_told_to_let_minutes_choose_and_a_full_one_keeps_its_own(
     assert [line.en for line in change_lines(changes, given)] == [full[0], *full[2:4]]
 
 
+def test_a_run_that_is_to_learn_a_few_conversations_by_heart_is_not_told_that_it_does():
+    for name, kind in (("by-heart-0", "by-heart"), ("model-large-0", "model-large")):
+        curves, facts = of(name)
+        assert kind in kinds(curves, facts)
+        found = kinds(curves, dataclasses.replace(facts, keeps_last=True))
+        assert not {"by-heart", "model-large", "plateau"} & {*found}
+
+
 def test_a_run_that_still_trains_is_not_told_that_it_is_unfinished_or_gains_nothing():
     for name in ("unfinished-0", "plateau-0"):
         curves, facts = of(name)

@@ -287,7 +287,8 @@ def test_good_is_only_what_is_known_to_beat_a_compressor_and_nothing_is_after_on
         kept = [finding for finding in findings if finding.severity == NOTE]
         words = headline(files, kept)
         assert words.en.startswith(opening)
-        assert ("no sign of" in words.en) == (name != "first")
+        # a few answers are to be learned by heart
+        assert ("no sign of" in words.en) == (name == "good")
 
 
 def test_the_card_is_shown_with_what_came_of_it_and_baselines_are_lines(tmp_path):
