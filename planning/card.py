@@ -64,9 +64,9 @@ def card_rows(
         (Words("Your text", "你的文本"), _about_text(text)),
         (Words(f"In {minutes:g} min", f"{minutes:g} 分钟内"), _expected(recipe, text)),
         (Words("Machine", "机器"), _about_machine(recipe, machine)),
-        (Words("Model", "模型"), _about_model(recipe)),
+        (Words("Model", "模型"), _about_model(recipe, text)),
         (Words("Tokens", "分词"), about_tokens(recipe.tokenizer, text)),
-        (Words("Training", "训练"), _about_training(recipe)),
+        (Words("Training", "训练"), _about_training(recipe, text)),
         (
             Words("Memory", "内存"),
             Words(f"some {memory}; on disk up to {disk}", f"约 {memory}；磁盘最多 {disk}"),
@@ -200,9 +200,11 @@ def _about_machine(recipe: Recipe, machine: MachineFacts) -> Words:
     )
 
 
-def _about_model(recipe: Recipe) -> Words:
+def _about_model(recipe: Recipe, text: TextFacts) -> Words:
     model = recipe.model
-    n_layers, both = model["n_layers"], (recipe.reasons["n_layers"], recipe.reasons["emb_dim"])
+    # the passes are those through a text without templates
+    names = ["n_layers"] if text.is_chat else ["n_layers", "emb_dim"]
+    n_layers, both = model["n_layers"], [recipe.reasons[name] for name in names]
     why = [reason for reason in both if reason != AS_SET] or [AS_SET]
     width, context, kind = model["emb_dim"], model["context_length"], model["architecture"]
     return Words(
@@ -226,7 +228,7 @@ def about_tokens(name: str, text: TextFacts) -> Words:
     return Words(f"{own.en} ({compared})", f"{own.zh}（{compared}）") if compared else own
 
 
-def _about_training(recipe: Recipe) -> Words:
+def _about_training(recipe: Recipe, text: TextFacts) -> Words:
     """The main hyper-parameters, those the user has set by name alone."""
     training, context = recipe.training, recipe.model["context_length"]
     parts = []
@@ -235,10 +237,9 @@ def _about_training(recipe: Recipe) -> Words:
         size, tokens = training["batch_size"], f"{windows * context:,}"
         parts.append(Words(f"batch {size} ({tokens} tokens)", f"批次 {size}（{tokens} 个 token）"))
     passes = in_digits(recipe.passes, 2)
-    parts += [
-        Words(f"{recipe.steps:,} steps", f"{recipe.steps:,} 步"),
-        Words(f"{passes} passes through the text", f"读文本 {passes} 遍"),
-    ]
+    parts.append(Words(f"{recipe.steps:,} steps", f"{recipe.steps:,} 步"))
+    if not text.is_chat:
+        parts.append(Words(f"{passes} passes through the text", f"读文本 {passes} 遍"))
     if "optimizer" in training:
         parts.append(Words.of(training["optimizer"]))
     shown = {

@@ -157,6 +157,15 @@ def test_conversations_beyond_max_length_are_cut_or_left_out_and_told(tmp_path):
     assert "are longer than max_length: each is cut behind the last answer that fits" in said
     assert "are left out: no answer of theirs ends within max_length" in said
     assert "stride is for texts, and not used" in said
+    # SmolLM2 is named where a recipe expects less of random weights, or there is no recipe
+    assert 'INIT_FROM = "smollm2-135m"' in said
+    in_minutes = dataclasses.replace(plan_in_minutes(), chat=plan.chat)
+    for bits, is_named in ((0.1, False), (4.0, True)):
+        recipe = dataclasses.replace(in_minutes.recipe, bits_per_byte=bits)
+        choice = dataclasses.replace(in_minutes.choice, recipe=recipe)
+        told = about_chat(dataclasses.replace(in_minutes, choice=choice), training, found, 64)
+        assert ("smollm2" in "".join(told)) == is_named
+        assert ("docs/fine-tuning.md" in "".join(told)) != is_named
     with pytest.raises(DataError, match=r"has an answer that ends within max_length \(8\)"):
         pack_conversations(text, 8, 1)
 

@@ -577,7 +577,7 @@ def test_the_card_of_conversations_says_nothing_that_holds_for_texts_alone(tmp_p
     text = dataclasses.replace(english(50_000), is_chat=True)
     card = "\n".join(card_lines(choose_recipe(text, CPU, 3, NOTHING), text, CPU, 3))
     assert "no forecast: the answers alone are scored" in card
-    assert not re.search("bz2|Runner-up|By heart|bits a byte on", card)
+    assert not re.search("bz2|Runner-up|By heart|bits a byte on|passes|reads the text", card)
     for row, is_chat in (('{"question": "a?", "answer": "b."}', True), ('{"text": "a"}', False)):
         file = tmp_path / f"{is_chat}.jsonl"
         file.write_text(f"{row}\n" * 9, encoding="utf-8")
