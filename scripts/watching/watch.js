@@ -12,7 +12,7 @@ const STRINGS = {
       `Stop ${name} after its current step? It saves a checkpoint, and the same command goes on ` +
       "from there.",
     diagnosis: "What it means",
-    certain: (percent) => `${percent}% sure`,
+    certain: (percent) => ` (${percent}% sure)`,
     write: "Write with it",
     beginning: "The beginning of a text",
     begin: "Begin a text …",
@@ -77,7 +77,7 @@ const STRINGS = {
     keep: "继续训练",
     sure: (name) => `在当前这一步之后停止 ${name} 吗？它会保存检查点，用同一条命令可从那里继续。`,
     diagnosis: "这意味着什么",
-    certain: (percent) => `把握 ${percent}%`,
+    certain: (percent) => `（把握 ${percent}%）`,
     write: "用它写",
     beginning: "文本的开头",
     begin: "写个开头……",
@@ -394,7 +394,7 @@ function showDiagnosis() {
     what.textContent = finding.advice[language];
     lines.textContent = finding.lines.map((line) => line[language]).join("\n");
     lines.tabIndex = 0; // it may be wide: the arrow keys move it
-    item.append(name, ` (${strings.certain(Math.round(100 * finding.confidence))})`, why, what);
+    item.append(name, strings.certain(Math.round(100 * finding.confidence)), why, what);
     if (finding.lines.length) item.append(lines);
     return item;
   });
