@@ -50,7 +50,7 @@ from planning.trial import N_SAMPLES, Budget, Costs, Trial, usable_seconds
 from storage.checkpoint import BestWeights, CheckpointStore, SaveClock, load_weights
 from storage.tracking import open_trackers
 from text.tokenizer import Tokenizer
-from training.journal import PICTURE, History, Journal
+from training.journal import BLANK, ENDED, PICTURE, History, Journal
 from training.learner import Learner, Step, count_steps, steps_between
 from training.pace import (
     BY_HEART,
@@ -69,8 +69,6 @@ from training_utils import TrainingConfig, as_prompts
 
 DRAWN = {"temperature": 0.8, "top_k": 50}  # greedy text of a young model repeats one token
 SAMPLE_SEED = 123
-# what a sample ends with where the model writes nothing that can be seen
-ENDED, BLANK = " [the model ends the text here]", " [the model goes on with blanks]"
 SAMPLE_CHARACTERS = 1000  # of a prompt and its continuation; longer texts are cut at the front
 WORTH_SAYING = 0.02  # of the steps, that a new plan adds or takes
 UNSEEN_PICTURE_S = 0.3  # where none was drawn yet
@@ -533,7 +531,7 @@ def continue_prompts(
         is_ended = row[-1] == end
         text = tokenizer.decode(row[n_begin : -1 if is_ended else None])
         if text.split() == tokenizer.decode(prompt[n_begin:]).split():
-            text += ENDED if is_ended else BLANK
+            text += f" {(ENDED if is_ended else BLANK).en}"
         texts.append(text)
     return texts
 
@@ -549,7 +547,7 @@ def _answer(
     ):
         is_ended = row[-1] in ends
         answer = tokenizer.decode(row[len(question.ids) : -1 if is_ended else None]).strip()
-        texts.append(f"{question.text}\n-> {answer or (ENDED if is_ended else BLANK).strip()}")
+        texts.append(f"{question.text}\n-> {answer or (ENDED if is_ended else BLANK).en}")
     return texts
 
 

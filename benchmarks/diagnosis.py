@@ -6,7 +6,8 @@ Trains small models in ways that go wrong, five runs for each of 15 faults, and 
 few seconds of one core each, half an hour in all. A later call goes on from the runs that are
 there; --make 0 trains none. The diagnosis is tuned on three of five runs; the others are kept out
 of that. --apply makes the runs again with the line that the diagnosis says to change, and looks
-whether the finding is gone. The histories are kept in the results, where the tests read them.
+whether the finding is gone. The histories are kept in the results, where the tests read them; those
+of runs that are not there stay as they are.
 """
 
 import argparse
@@ -384,7 +385,7 @@ def apply(place: Path) -> dict[str, Any]:
             continue
         curves, facts = read_history(history_of(run, folder))
         first = diagnose(curves, facts)[0]
-        lines = change_lines(first.changes, facts)
+        lines = [line.en for line in change_lines(first.changes, facts)]
         other = changed(run, lines)
         if not (again / "label.json").is_file():
             make(other, again)
@@ -458,6 +459,14 @@ def count_right(rows: list[dict[str, Any]]) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def merge(kept: list[dict[str, Any]], made: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows that are kept, each replaced by the one made now if there is one, and new ones; in
+    the order of labelled_runs()."""
+    rows = {row["name"]: row for row in [*kept, *made]}
+    known = [rows.pop(run.name) for run in labelled_runs() if run.name in rows]
+    return [*known, *rows.values()]
+
+
 def write_histories(rows: list[dict[str, Any]], applied: dict[str, Any]) -> None:
     """Write the results, a line for each run."""
     summary = {
@@ -490,9 +499,12 @@ def main() -> None:
         make(run, place / run.name)
         say(f"{number} of {len(missing)}: {run.name}, {time.process_time() - began_at:.1f} s")
     made = [run for run in labelled_runs() if (place / run.name / "label.json").is_file()]
-    rows = [history_of(run, place / run.name) for run in made]
-    known = json.loads(HISTORIES.read_bytes())["applied"] if HISTORIES.is_file() else {}
-    write_histories(rows, apply(place) if options.apply else known)
+    kept: dict[str, Any] = {"runs": [], "applied": {}}
+    if HISTORIES.is_file():
+        kept = json.loads(HISTORIES.read_bytes())
+    rows = merge(kept["runs"], [history_of(run, place / run.name) for run in made])
+    say(f"{len(made)} runs are here, of {len(rows)} that the results have then")
+    write_histories(rows, kept["applied"] | (apply(place) if options.apply else {}))
 
 
 if __name__ == "__main__":

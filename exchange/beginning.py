@@ -13,6 +13,7 @@ from engine.errors import CheckpointError, DataError, PipelineError, SettingsErr
 from engine.lora import add_lora
 from engine.memory import count_trained
 from engine.processor import return_large_blocks
+from engine.words import Words
 from exchange.opening import frame_of, open_pretrained
 from exchange.pretrained import fitted
 from model import GPTModel
@@ -62,7 +63,10 @@ def find_beginning(
         plan = begin_from(plan, facts.start, name)
     elif likeliest is not None and likeliest.record.start is not None:
         # also where its text turns out to be another now, and a new run begins
-        why = f"the weights that {likeliest.path} began from; RESUME = False chooses again"
+        why = Words(
+            f"the weights that {likeliest.path} began from; RESUME = False chooses again",
+            f"{likeliest.path} 当初的起始权重；RESUME = False 会重新选择",
+        )
         plan = begin_from(plan, facts.start, name)
         plan = replace(plan, origins=plan.origins | {"start": why})
     return plan, candidates, Beginning(facts.start, name, read)

@@ -13,6 +13,7 @@ import numpy as np
 from engine.errors import DataError
 from engine.precision import choose_precision
 from engine.settings import names_on_resume
+from engine.words import Words
 from exchange.saved_run import load_run
 from insight.curves import MetricsReader
 from insight.paired import (
@@ -116,7 +117,7 @@ class Comparison:
     differing: dict[str, list[Any]]  # settings that differ: name -> the value of each standing
     scored_bytes: int  # of validation text that all were scored on; 0: no verdict
     spread: Spread | None
-    why_none: str | None  # there is no verdict
+    why_none: Words | None  # there is no verdict
 
 
 def read_compared(path: Path) -> ComparedRun:
@@ -212,16 +213,18 @@ def _spread_of(runs: Sequence[ComparedRun], scores: Sequence[float]) -> Spread:
 
 def _shared_blocks(
     runs: Sequence[ComparedRun], most_bytes: int
-) -> tuple[Blocks | None, list[RunText], str | None]:
+) -> tuple[Blocks | None, list[RunText], Words | None]:
     """Blocks of the validation text that all runs have; their texts; and why there are none.
 
     Where tokenizers differ, a text that is split by position may be cut at another character: then
     the end that all have counts.
     """
     if chats := [run.name for run in runs if run.record.chat is not None]:
-        why = (
+        why = Words(
             f"{chats[0]} learned conversations, of which the answers alone count, but parts of a "
-            "text have the questions too. The runs are in the order of their last evaluations"
+            "text have the questions too. The runs are in the order of their last evaluations",
+            f"{chats[0]} 学的是对话，只有回答计分，而文本的片段里也有问题。各次运行按最后一次评估"
+            "排列",
         )
         return None, [], why
     texts = []
@@ -229,18 +232,26 @@ def _shared_blocks(
         try:
             texts.append(open_run_text(run.path))
         except DataError as error:
-            return None, [], " ".join(str(error).split())
+            said = " ".join(str(error).split())
+            return None, [], Words(said, f"{run.name} 的文本已改变或无法读取（{said}）")
     sizes = [_size_of(text.val, text.tokenizer) for text in texts]
     shared, longest = min(sizes), max(sizes)
     if (
         shared < LEAST_SHARED * longest
         or len({_digest(text, size - shared) for text, size in zip(texts, sizes, strict=True)}) > 1
     ):
-        return None, [], "the runs have different validation texts"
+        return None, [], Words("the runs have different validation texts", "各次运行的验证文本不同")
     n_bytes = min(shared, ENDING * most_bytes)
     blocks = plan_blocks(n_bytes, most_bytes)
     if len(blocks.numbers) < LEAST_BLOCKS:
-        return None, [], f"a validation text of {shared:,} bytes is too short for a verdict"
+        return (
+            None,
+            [],
+            Words(
+                f"a validation text of {shared:,} bytes is too short for a verdict",
+                f"{shared:,} 字节的验证文本太短，得不出结论",
+            ),
+        )
     return blocks, [_end_of(text, n_bytes) for text in texts], None
 
 

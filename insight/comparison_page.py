@@ -1,122 +1,138 @@
 """A comparison of runs in words: as a table, a picture, and a page of its own."""
 
 import base64
-import hashlib
-import html
 import io
 import math
 from collections.abc import Sequence
 from typing import Any
 
 from engine.metrics import as_duration
+from engine.words import Words
 from insight.compare import Comparison, Standing
+from insight.markup import both, page, section, table
 from insight.paired import CONFIDENCE
 
 LONGEST_VALUE = 40  # characters of a setting
-STYLE = """
-:root { color-scheme: light dark; }
-body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; }
-h1 { font-size: 1.5rem; line-height: 1.3; }
-.wide { overflow-x: auto; }
-table { border-collapse: collapse; margin: 1rem 0; }
-th, td { padding: .3rem .8rem; text-align: right; white-space: nowrap; }
-tr { border-bottom: 1px solid #8886; }
-th:first-child, td:first-child { text-align: left; }
-img { max-width: 100%; background: #fff; }
-"""
 
 
-def verdict_of(comparison: Comparison) -> str:
+def verdict_of(comparison: Comparison) -> Words:
     """The sentence that matters first."""
     best, *others = comparison.standings
     if comparison.why_none is not None:
-        return f"No verdict: {comparison.why_none}."
+        why = comparison.why_none
+        return Words(f"No verdict: {why.en}.", f"没有结论：{why.zh}。")
     name = best.run.name
     worse, alike = (
         [other.run.name for other in others if _is_worse(other) is wanted]
         for wanted in (True, False)
     )
     if not alike:
-        than = "the other one" if len(others) == 1 else "all the others"
-        nearest = min(_share_of(other) for other in others)
-        return f"{name} is better than {than}, by {nearest:.1%} or more: that is more than noise."
-    if not worse:
-        return (
-            f"{name} has the fewest bits a byte, but that is no more than noise: no run is shown "
-            "to be better than another."
+        than = Words("all the others", "其他运行")
+        if len(others) == 1:
+            than = Words("the other one", "另一次运行")
+        nearest = f"{min(_share_of(other) for other in others):.1%}"
+        return Words(
+            f"{name} is better than {than.en}, by {nearest} or more: that is more than noise.",
+            f"{name} 比{than.zh}好，至少好 {nearest}：这超出了噪声。",
         )
-    return (
+    if not worse:
+        return Words(
+            f"{name} has the fewest bits a byte, but that is no more than noise: no run is shown "
+            "to be better than another.",
+            f"{name} 的每字节比特最少，但没有超出噪声：不能证明哪次运行更好。",
+        )
+    return Words(
         f"{name} is better than {_listed(worse)}; its difference to {_listed(alike)} is no more "
-        "than noise."
+        "than noise.",
+        f"{name} 比 {'、'.join(worse)} 好；与 {'、'.join(alike)} 的差别没有超出噪声。",
     )
 
 
-def how_judged(comparison: Comparison) -> str:
-    """What the verdict rests on."""
+def how_judged(comparison: Comparison) -> Words | None:
+    """What the verdict rests on; None without one."""
     spread = comparison.spread
     if spread is None:
-        return ""
-    source = "the usual one, as no two runs here have the same settings and different seeds"
+        return None
+    source = Words(
+        "the usual one, as no two runs here have the same settings and different seeds",
+        "取通常的值，因为这里没有两次设置相同、种子不同的运行",
+    )
     if spread.measured:
-        source = (
-            f"measured on the runs here that differ in the seed alone ({spread.measured} degree"
+        freedom = f"{spread.measured} degree{'s' * (spread.measured != 1)} of freedom"
+        source = Words(
+            f"measured on the runs here that differ in the seed alone ({freedom}, weighed with the "
+            "usual 0.65%)",
+            f"由这里只有种子不同的运行测得（自由度 {spread.measured}，并以通常的 0.65% 加权）",
         )
-        source += f"{'s' * (spread.measured != 1)} of freedom, weighed with the usual 0.65%)"
-    n_runs, chosen = len(comparison.standings), ""
+    n_runs, chosen = len(comparison.standings), Words("", "")
     if n_runs > 2:
-        chosen = (
+        pairs = math.comb(n_runs, 2)
+        chosen = Words(
             f" The best of {n_runs} runs was chosen by these figures, so the intervals are wide "
-            f"enough to hold for all {math.comb(n_runs, 2)} pairs at once (Bonferroni)."
+            f"enough to hold for all {pairs} pairs at once (Bonferroni).",
+            f"最好的一次是按这些数字从 {n_runs} 次运行中选出的，所以区间取得足够宽，对全部 {pairs} "
+            "对同时成立（Bonferroni）。",
         )
-    return (
-        f"The best weights of each run are scored on the same {comparison.scored_bytes:,} bytes of "
-        f"validation text. The intervals ({CONFIDENCE:.0%}) count the spread over the parts of the "
-        f"text, and that between seeds: {spread.share:.2%} a run, {source}.{chosen}"
+    scored, sure, share = f"{comparison.scored_bytes:,}", f"{CONFIDENCE:.0%}", f"{spread.share:.2%}"
+    return Words(
+        f"The best weights of each run are scored on the same {scored} bytes of validation text. "
+        f"The intervals ({sure}) count the spread over the parts of the text, and that between "
+        f"seeds: {share} a run, {source.en}.{chosen.en}",
+        f"每次运行的最好权重都在同样的 {scored} 字节验证文本上评分。区间（{sure}）计入文本各部分"
+        f"之间的差异和种子之间的差异：每次运行 {share}，{source.zh}。{chosen.zh}",
     )
 
 
-def standings_table(comparison: Comparison) -> list[list[str]]:
+def standings_table(comparison: Comparison) -> list[list[Words]]:
     """A header and a row for each run, the best one first."""
-    at_tokens = f"at {_rounded(comparison.tokens)} tokens"
-    at_seconds = f"at {as_duration(comparison.seconds)}"
-    rows = [["run", "steps", "bits/byte", "difference", at_tokens, at_seconds, "at its end"]]
+    tokens, time = _rounded(comparison.tokens), as_duration(comparison.seconds)
+    rows = [
+        [
+            Words("run", "运行"),
+            Words("steps", "步数"),
+            Words("bits/byte", "比特/字节"),
+            Words("difference", "差别"),
+            Words(f"at {tokens} tokens", f"{tokens} 个 token 时"),
+            Words(f"at {time}", f"{time} 时"),
+            Words("at its end", "结束时"),
+        ]
+    ]
     for standing in comparison.standings:
         score = standing.bits_per_byte
+        figures = (standing.at_tokens, standing.at_seconds, standing.at_end)
         rows.append(
             [
-                standing.run.name,
-                f"{standing.run.curve.steps[-1]:,.0f}",
-                "" if score is None else f"{score:.4f}",
+                Words.of(standing.run.name),
+                Words.of(f"{standing.run.curve.steps[-1]:,.0f}"),
+                Words.of("" if score is None else f"{score:.4f}"),
                 _difference(standing),
-                *(
-                    f"{value:.4f}"
-                    for value in (standing.at_tokens, standing.at_seconds, standing.at_end)
-                ),
+                *(Words.of(f"{value:.4f}") for value in figures),
             ]
         )
     return rows
 
 
-def settings_table(comparison: Comparison) -> list[list[str]]:
+def settings_table(comparison: Comparison) -> list[list[Words]]:
     """A header and a row for each setting that differs; empty if none does."""
     if not comparison.differing:
         return []
-    header = ["setting", *(standing.run.name for standing in comparison.standings)]
+    names = [Words.of(standing.run.name) for standing in comparison.standings]
     rows = [
-        [name, *(_shortened(value) for value in values)]
+        [Words.of(name), *(Words.of(_shortened(value)) for value in values)]
         for name, values in comparison.differing.items()
     ]
-    return [header, *rows]
+    return [[Words("setting", "设置"), *names], *rows]
 
 
-def as_text(rows: Sequence[Sequence[str]]) -> str:
+def as_text(rows: Sequence[Sequence[Words]]) -> str:
     """A table in columns, the first one to the left."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    cells = [[cell.en for cell in row] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     lines = []
-    for first, *others in rows:
-        cells = [first.ljust(widths[0])]
-        cells += [cell.rjust(width) for cell, width in zip(others, widths[1:], strict=True)]
-        lines.append("  ".join(cells).rstrip() + "\n")
+    for first, *others in cells:
+        line = [first.ljust(widths[0])]
+        line += [cell.rjust(width) for cell, width in zip(others, widths[1:], strict=True)]
+        lines.append("  ".join(line).rstrip() + "\n")
     return "".join(lines)
 
 
@@ -153,25 +169,24 @@ def draw(comparison: Comparison) -> bytes | None:
 
 def as_page(comparison: Comparison, png: bytes | None) -> str:
     """The comparison as a page that needs no other file; names and settings stay text in it."""
-    allowed = base64.b64encode(hashlib.sha256(STYLE.encode()).digest()).decode()
-    policy = f"default-src 'none'; img-src data:; style-src 'sha256-{allowed}'"
-    parts = [f"<h1>{html.escape(verdict_of(comparison))}</h1>"]
-    parts += [_paragraph(how_judged(comparison)), _as_html(standings_table(comparison))]
+    quiet = '<p class="quiet">{}</p>'.format
+    parts = [f'<section id="verdict"><p>{both(verdict_of(comparison))}</p>']
+    if (judged := how_judged(comparison)) is not None:
+        parts.append(quiet(both(judged)))
+    parts.append(f"{_as_html(standings_table(comparison))}</section>")
     if png is not None:
         image = base64.b64encode(png).decode()
-        alt = "Bits a byte of each run, by tokens on the left and by minutes on the right"
-        parts.append(f'<img alt="{alt}" src="data:image/png;base64,{image}">')
-    settings = settings_table(comparison)
-    parts.append("<h2>What differs in their settings</h2>")
-    parts.append(_as_html(settings) if settings else _paragraph("Nothing."))
-    body = "\n".join(parts)
-    return (
-        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        f'<meta http-equiv="Content-Security-Policy" content="{policy}">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>Runs compared</title>\n<style>{STYLE}</style>\n</head>\n<body>\n{body}\n"
-        "</body>\n</html>\n"
-    )
+        about = Words(
+            "Bits a byte of each run, by tokens on the left and by minutes on the right",
+            "每次运行的每字节比特，左图按 token，右图按分钟",
+        )
+        parts.append(f'<section><img alt="" src="data:image/png;base64,{image}">')
+        parts.append(f"{quiet(both(about))}</section>")
+    settings, nothing = settings_table(comparison), both(Words("Nothing.", "没有。"))
+    title = Words("What differs in their settings", "设置有何不同")
+    content = _as_html(settings) if settings else f"<p>{nothing}</p>"
+    parts.append(section("settings", title, content))
+    return page("Runs compared · 运行比较", "\n".join(parts))
 
 
 def _is_worse(standing: Standing) -> bool:
@@ -187,12 +202,13 @@ def _listed(names: Sequence[str]) -> str:
     return f"{', '.join(first)} and {last}" if first else last
 
 
-def _difference(standing: Standing) -> str:
+def _difference(standing: Standing) -> Words:
     found = standing.difference
     if found is None:
-        return "" if standing.bits_per_byte is None else "best"
-    word = "worse" if found.is_real else "noise"
-    return f"{found.share:+.1%} ({found.low:+.1%} to {found.high:+.1%}) {word}"
+        return Words("", "") if standing.bits_per_byte is None else Words("best", "最好")
+    word = Words("worse", "更差") if found.is_real else Words("noise", "噪声")
+    share, low, high = (f"{value:+.1%}" for value in (found.share, found.low, found.high))
+    return Words(f"{share} ({low} to {high}) {word.en}", f"{share}（{low} 到 {high}）{word.zh}")
 
 
 def _rounded(count: float) -> str:
@@ -208,13 +224,6 @@ def _shortened(value: Any) -> str:
     return text if len(text) <= LONGEST_VALUE else f"{text[: LONGEST_VALUE - 3]}..."
 
 
-def _paragraph(text: str) -> str:
-    return f"<p>{html.escape(text)}</p>" if text else ""
-
-
-def _as_html(rows: Sequence[Sequence[str]]) -> str:
-    lines = []
-    for number, row in enumerate(rows):
-        tag = "td" if number else "th"
-        lines.append("".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in row))
-    return f'<div class="wide"><table>{"".join(f"<tr>{line}</tr>" for line in lines)}</table></div>'
+def _as_html(rows: Sequence[Sequence[Words]]) -> str:
+    head, *others = rows
+    return table([[both(cell) for cell in row] for row in others], head)

@@ -13,17 +13,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from engine.words import Words
 from insight.curves import Curves
 from planning.recipe import LEAST_MINUTES, MOST_MINUTES
 
 PROBLEM, WARNING, NOTE = SEVERITIES = ("problem", "warning", "note")
-
-
-class Words(NamedTuple):
-    """A sentence in both languages of the report."""
-
-    en: str
-    zh: str
 
 
 @dataclass(frozen=True)
@@ -54,6 +48,7 @@ class Facts:
     begins_from_weights: bool = False
     has_own_validation: bool = False  # DATA names the text to validate on
     is_over: bool = True
+    keeps_last: bool = False  # it is to learn a few conversations by heart
     skipped: int = 0  # steps whose loss or gradient was not finite
     repeated: float | None = None  # of the training text, that came before in it
     leaked: float | None = None  # of the validation text, that is in the training text
@@ -401,7 +396,7 @@ def _learns_by_heart(m: Measured) -> bool:
 def _model_large(m: Measured) -> Finding | None:
     ratio = m.facts.parameters / max(1, m.facts.train_tokens)
     passes = m.passes * m.curves.eval_steps[m.best] / max(1, m.curves.eval_steps[-1])
-    if m.facts.begins_from_weights or m.passes < 1:
+    if m.facts.begins_from_weights or m.facts.keeps_last or m.passes < 1:
         return None
     if ratio < 100 and not (ratio >= 50 and _learns_by_heart(m) and passes < 5):
         return None
@@ -426,7 +421,7 @@ def _model_large(m: Measured) -> Finding | None:
 
 
 def _by_heart(m: Measured) -> Finding | None:
-    if not _learns_by_heart(m):
+    if not _learns_by_heart(m) or m.facts.keeps_last:
         return None
     steps, train, val = m.curves.eval_steps, m.curves.train_losses, m.curves.val_losses
     since = max(1, steps[m.best])
@@ -589,9 +584,8 @@ def _unfinished(m: Measured) -> Finding | None:
         else Words("More time would help a little", "再多训练一些会略有帮助"),
         Words(
             f"The validation loss is still falling: twice the steps would take off some "
-            f"{m.gain:.0%}; the run read {_passes(m.passes).en} of the text.",
-            f"验证损失仍在下降：步数加倍约能再降 {m.gain:.0%}；这次训练读了文本的"
-            f"{_passes(m.passes).zh}。",
+            f"{m.gain:.0%}; the run read {_passes(m.passes).en}.",
+            f"验证损失仍在下降：步数加倍约能再降 {m.gain:.0%}；这次训练{_passes(m.passes).zh}。",
         ),
         Words("Train longer.", "训练得更久一些。"),
         _length(m.facts, times * m.facts.total_steps),
@@ -729,8 +723,10 @@ def _count(number: int, thing: str) -> str:
 
 def _passes(passes: float) -> Words:
     if passes < 1:
-        return Words(f"{passes:.0%}", f" {passes:.0%}")
-    return Words(f"{passes:.0f} times all", f"全部 {passes:.0f} 遍")
+        return Words(f"{passes:.0%} of the text", f"读了文本的 {passes:.0%}")
+    if passes < 1.5:
+        return Words("all of the text once", "把文本读了一遍")
+    return Words(f"all of the text {passes:.0f} times", f"把文本读了 {passes:.0f} 遍")
 
 
 def _sentence(parts: list[str]) -> str:

@@ -11,11 +11,12 @@ from engine.console import say
 from engine.errors import DataError, first_line
 from exchange.saved_run import load_run
 from insight.baselines import find_baselines
-from insight.copies import find_copies, open_index
-from insight.memorization import ByHeart, measure_by_heart
+from insight.copies import CopyIndex, find_copies, open_index
+from insight.memorization import ByHeart, measure_answers, measure_by_heart
 from insight.run_files import GREEDY, RunFiles
-from insight.run_text import RunText, sample_tokens, to_bytes
+from insight.run_text import RunText, find_answers, sample_tokens, to_bytes
 from storage.cache import usable_cache
+from text.chat_template import template_of
 from text.facts import bz2_bits, measure_repeats
 
 MOST_TRAIN, MOST_VAL = 16_000_000, 2_000_000  # bytes in which copies are looked for
@@ -24,6 +25,7 @@ COPIES_S, BZ2_S = 2e-7, 2e-7
 BZ2_BYTES = 3_600_000  # that a compressor reads at most
 PROBE = 1 << 14  # tokens whose bytes are counted
 LEAST_S = 0.5  # for more baselines than a compressor's
+N_QUESTIONS = 200  # to train on that a chat model is asked, and as many to validate on
 MOST_MARKED = 200  # texts of samples in which copied spans are marked
 
 
@@ -77,21 +79,24 @@ def measure_model(run: RunFiles, text: RunText) -> dict[str, Any]:
         if found := find_copies(index, sample_text[begin:]):
             spans = [[begin + copy.start, begin + copy.stop] for copy in found]
             facts["copied"][sample_text] = spans
-    model = load_run(run.path)
+    samples = [t[run.begin_of_written(t) :] for s in drawn[-2:] for t in s.texts]
     try:
-        facts["by_heart"] = _as_facts(
-            measure_by_heart(
-                model.model,
-                text.tokenizer,
-                text.train,
-                text.val,
-                index,
-                samples=[t[run.begin_of_written(t) :] for s in drawn[-2:] for t in s.texts],
-            )
-        )
+        facts["by_heart"] = _as_facts(_measure_by_heart(run, text, index, samples))
     except DataError as error:  # the text is too short for a prompt
         say(f"Note: {first_line(error)}")
     return facts
+
+
+def _measure_by_heart(
+    run: RunFiles, text: RunText, index: CopyIndex, samples: list[str]
+) -> ByHeart:
+    """What a run's model has by heart: passages, or the answers of conversations."""
+    model, chat = load_run(run.path).model, run.record.chat
+    if chat is None or text.chat is None:
+        return measure_by_heart(model, text.tokenizer, text.train, text.val, index, samples=samples)
+    answers = find_answers(text, N_QUESTIONS, model.config.context_length)
+    ends = template_of(chat.template, text.tokenizer).stop_ids(text.tokenizer)
+    return measure_answers(model, text.tokenizer, answers, ends, index, samples=samples)
 
 
 def _baselines(text: RunText, limit_s: float) -> dict[str, float]:

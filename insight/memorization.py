@@ -3,16 +3,15 @@
 import itertools
 import math
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 
 from engine.errors import DataError
 from generation import generate
 from insight.copies import CopyIndex
-from insight.run_text import DIVIDER, sample_tokens, to_bytes
+from insight.run_text import DIVIDER, Answer, sample_tokens, to_bytes
 from model import GPTModel
 from text.tokenizer import Tokenizer
 
@@ -43,9 +42,10 @@ class ByHeart:
     """What a model writes by itself (`samples`), and after prompts from both texts.
 
     `chance` is how much of the real continuations of the validation prompts is in the training
-    text: what no learning by heart explains. Of `prompts` prompts of each text the model goes on
-    with the very next CONTINUATION tokens of the training text in `extracted` cases, and of the
-    validation text in `guessed`.
+    text: what no learning by heart explains. Of `prompts` prompts of the training text the model
+    goes on with its very next CONTINUATION tokens in `extracted` cases, and of `val_prompts` ones
+    of the validation text in `guessed`. An answer to a question may be shorter, and ends then with
+    its turn.
     """
 
     samples: Copying
@@ -53,6 +53,7 @@ class ByHeart:
     val: Copying
     chance: Copying
     prompts: int
+    val_prompts: int
     extracted: int
     guessed: int
 
@@ -64,7 +65,7 @@ class ByHeart:
     @property
     def guess_rate(self) -> float:
         """The same of the validation text, which the model has not seen."""
-        return self.guessed / self.prompts
+        return self.guessed / self.val_prompts
 
 
 def measure_copying(index: CopyIndex, texts: Iterable[bytes]) -> Copying:
@@ -100,46 +101,105 @@ def measure_by_heart(
     prompts. After limit_s no further batch of prompts begins. Raises DataError for a text too short
     for a prompt and its continuation.
     """
-    ends_at = time.perf_counter() + limit_s
     known = min(PROMPT, max(1, model.config.context_length // 2))
-    probe = sample_tokens(val, 1 << 14)
-    size = max(1, len(to_bytes(probe, tokenizer))) / len(probe)
-    n_new = max(CONTINUATION, math.ceil(WRITTEN / size))
+    n_new = _count_new(val, tokenizer)
     generator = np.random.default_rng(seed)
-    stretches = [
-        _stretches(tokens, known + n_new, n_prompts, tokenizer.end_of_text_id, generator)
-        for tokens in (train, val)
-    ]
-    real: list[list[np.ndarray]] = [[], []]
-    written: list[list[np.ndarray]] = [[], []]
-    for first in range(0, n_prompts, BATCH):
-        for side, of_text in enumerate(stretches):
-            part = of_text[first : first + BATCH]
-            real[side].append(part[:, known:])
-            written[side].append(_continue(model, part[:, :known], n_new))
+    sides = []
+    for tokens in (train, val):
+        stretches = _stretches(
+            tokens, known + n_new, n_prompts, tokenizer.end_of_text_id, generator
+        ).tolist()
+        sides.append([Answer(row[:known], row[known:]) for row in stretches])
+
+    def write(prompts: list[list[int]]) -> list[list[int]]:
+        rows = generate(model, prompts, max_new_tokens=n_new, temperature=0.0)
+        return [row[known:] for row in rows]
+
+    return _measure(write, sides, tokenizer, index, samples, limit_s=limit_s)
+
+
+def measure_answers(
+    model: GPTModel,
+    tokenizer: Tokenizer,
+    answers: tuple[Sequence[Answer], Sequence[Answer]],
+    ends: Collection[int],
+    index: CopyIndex,
+    *,
+    samples: Iterable[str] = (),
+    limit_s: float = math.inf,
+) -> ByHeart:
+    """The ByHeart of a chat model, by its likeliest answers to questions that it has learnt and to
+    those that validate, as find_answers() draws them.
+
+    An answer is known by heart if it is word for word the real one, at most its first CONTINUATION
+    tokens. ends are the tokens that end one. After limit_s no further batch of questions begins.
+    Raises DataError where no answer fits into the context.
+    """
+    if not all(answers):
+        raise DataError(
+            "no answer fits into the context with its question, so it is not measured what is "
+            "known by heart."
+        )
+    real = [token for answer in answers[1] for token in answer.own]
+    longest = max(len(answer.own) for side in answers for answer in side)
+    n_new = min(longest, _count_new(np.array(real), tokenizer))
+
+    def write(prompts: list[list[int]]) -> list[list[int]]:
+        rows = generate(model, prompts, max_new_tokens=n_new, temperature=0.0, stop_ids=[*ends])
+        return [row[len(prompt) :] for row, prompt in zip(rows, prompts, strict=True)]
+
+    return _measure(write, answers, tokenizer, index, samples, limit_s=limit_s, ends=ends)
+
+
+def _count_new(tokens: np.ndarray, tokenizer: Tokenizer) -> int:
+    """The tokens of a continuation: CONTINUATION, and those of WRITTEN bytes of this text."""
+    probe = sample_tokens(tokens, 1 << 14)
+    size = max(1, len(to_bytes(probe, tokenizer))) / len(probe)
+    return max(CONTINUATION, math.ceil(WRITTEN / size))
+
+
+def _measure(
+    write: Callable[[list[list[int]]], list[list[int]]],
+    sides: Sequence[Sequence[Answer]],
+    tokenizer: Tokenizer,
+    index: CopyIndex,
+    samples: Iterable[str],
+    *,
+    limit_s: float,
+    ends: Collection[int] = (),
+) -> ByHeart:
+    """What write() makes of prompts from both texts, BATCH at once, beside what is there really."""
+    ends_at = time.perf_counter() + limit_s
+    written: list[list[list[int]]] = [[], []]
+    for first in range(0, max(map(len, sides)), BATCH):
+        for answers, rows in zip(sides, written, strict=True):
+            if part := answers[first : first + BATCH]:
+                rows += write([answer.prompt for answer in part])
         if time.perf_counter() >= ends_at:
             break
-    (real_train, real_val), (from_train, from_val) = (
-        [np.concatenate(parts) for parts in of_both] for of_both in (real, written)
-    )
+    real = [
+        [answer.own for answer in answers[: len(rows)]]
+        for answers, rows in zip(sides, written, strict=True)
+    ]
 
-    def copying(rows: np.ndarray) -> Copying:
-        return measure_copying(index, (to_bytes(row, tokenizer) for row in rows))
+    def copying(rows: list[list[int]]) -> Copying:
+        own = ([token for token in row if token not in ends] for row in rows)
+        return measure_copying(index, (to_bytes(np.array(row), tokenizer) for row in own if row))
+
+    def count_equal(side: int) -> int:
+        pairs = zip(written[side], real[side], strict=True)
+        return sum(row[:CONTINUATION] == own[:CONTINUATION] for row, own in pairs)
 
     return ByHeart(
         samples=measure_copying(index, (text.encode("utf-8", "replace") for text in samples)),
-        train=copying(from_train),
-        val=copying(from_val),
-        chance=copying(real_val),
-        prompts=len(from_train),
-        extracted=_count_equal(from_train, real_train),
-        guessed=_count_equal(from_val, real_val),
+        train=copying(written[0]),
+        val=copying(written[1]),
+        chance=copying(real[1]),
+        prompts=len(written[0]),
+        val_prompts=len(written[1]),
+        extracted=count_equal(0),
+        guessed=count_equal(1),
     )
-
-
-def _count_equal(written: np.ndarray, real: np.ndarray) -> int:
-    """The rows whose first CONTINUATION tokens are the same."""
-    return int((written == real)[:, :CONTINUATION].all(axis=1).sum())
 
 
 def _stretches(
@@ -157,12 +217,3 @@ def _stretches(
         has_end = np.flatnonzero((chosen == end).any(axis=1))
         chosen[has_end] = tokens[more[has_end][:, None] + np.arange(length)]
     return chosen.astype(np.int64)
-
-
-def _continue(model: GPTModel, prompts: np.ndarray, n_new: int) -> np.ndarray:
-    """The likeliest continuations, (B, n_new), of prompts, (B, T)."""
-    device = next(model.parameters()).device
-    ids = torch.from_numpy(prompts).to(device)
-    rows = generate(model, ids, max_new_tokens=n_new, temperature=0.0)
-    assert isinstance(rows, torch.Tensor)
-    return rows[:, prompts.shape[1] :].cpu().numpy()

@@ -1,36 +1,34 @@
 """A run as a page: one file that opens offline, with nothing in it that a text can break out of."""
 
-import base64
-import functools
-import hashlib
-import html
-import json
 import math
-import re
 import shlex
-from collections.abc import Iterable, Sequence
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 from engine.memory import as_bytes
 from engine.metrics import as_duration
 from engine.settings import shown
+from engine.words import Words
 from insight.curves import buckets
-from insight.diagnosis import Finding, Words
-from insight.run_files import RunFiles
+from insight.diagnosis import Finding
+from insight.markup import MOST_VALUE, both, clean, code, embedded, escaped, page, section, table
+from insight.run_files import RunFiles, divide_remark
 from insight.verdict import change_lines, headline
-from planning.card import card_lines
+from planning.card import card_rows
+from training.pace import BY_HEART
 
-HERE = Path(__file__).resolve().parent
 MOST_POINTS = 500  # of a curve; no screen has more columns for it
 MOST_WRITTEN = 600_000  # bytes of samples
 MOST_TEXTS, MOST_TEXT = 16, 5_000  # of a moment; characters of each
-MOST_FILES, MOST_NOTES, MOST_VALUE = 40, 60, 400  # files and notes of the data report; characters
+MOST_FILES, MOST_NOTES = 40, 60  # files and notes of the data report
 DIGITS = 5  # of a number in a curve
-# characters that change the writing direction, or that no page may contain
-_CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 
+TITLES = {  # of the curves
+    "loss": Words("Loss, nats a token", "损失（每 token 奈特）"),
+    "rate": Words("Learning rate", "学习率"),
+    "norm": Words("Gradient norm, before clipping", "裁剪前的梯度范数"),
+    "speed": Words("Tokens a second", "每秒 token 数"),
+}
 SEVERITY = {
     "problem": Words("problem", "问题"),
     "warning": Words("warning", "警告"),
@@ -47,119 +45,45 @@ BASELINES = {
 
 def render_page(run: RunFiles, findings: list[Finding]) -> bytes:
     """The report on a run as HTML; at most 1 MB, whatever the run has written."""
-    style, script = (_asset(name) for name in ("report.css", "report.js"))
-    policy = (
-        f"default-src 'none'; style-src '{_hash_of(style)}'; script-src '{_hash_of(script)}'; "
-        "img-src data:; base-uri 'none'; form-action 'none'"
-    )
-    name, data = _text(run.path.name), _data(run)
+    data = _data(run)
     sections = [
         _verdict(run, findings),
         _findings(run, findings),
-        _curves(),
+        _curves(is_chat=run.record.chat is not None),
         _written(run, len(data["moments"])),
         _card(run),
         _text_report(run),
         _settings(run),
         _how_to_use(run),
     ]
-    page = f"""<!doctype html>
-<html lang="en" data-language="en">
-<head>
-<meta charset="utf-8">
-<meta http-equiv="Content-Security-Policy" content="{policy}">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta name="color-scheme" content="light dark">
-<title>{name}</title>
-<link rel="icon" href="data:,">
-<style>{style}</style>
-</head>
-<body>
-<header>
-<h1>{name}</h1>
-<div><button type="button" data-speaks="en">English</button>
-<button type="button" data-speaks="zh" lang="zh">中文</button></div>
-</header>
-<main>
-{"".join(sections)}
-</main>
-<script type="application/json" id="data">{_embedded(data)}</script>
-<script>{script}</script>
-</body>
-</html>
-"""
-    return page.encode("utf-8")
-
-
-# ------------------------------------------------------------------------------ small parts
-
-
-@functools.cache
-def _asset(name: str) -> str:
-    return (HERE / name).read_text(encoding="utf-8")
-
-
-def _hash_of(content: str) -> str:
-    digest = hashlib.sha256(content.encode("utf-8")).digest()
-    return f"sha256-{base64.b64encode(digest).decode()}"
-
-
-def _embedded(value: Any) -> str:
-    """A value as JSON that can't end the script element it stands in."""
-    content = json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
-    return content.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
-
-
-def _clean(text: str) -> str:
-    return _CONTROLS.sub("\ufffd", text)
-
-
-def _text(value: object, most: int = MOST_VALUE) -> str:
-    """Any value as text of a page, at most so many characters of it."""
-    text = _clean(str(value))
-    return html.escape(text if len(text) <= most else f"{text[:most]}…")
-
-
-def _both(words: Words) -> str:
-    """Words in both languages, of which the page shows one."""
-    en, zh = html.escape(_clean(words.en)), html.escape(_clean(words.zh))
-    return f'<span class="en" lang="en">{en}</span><span class="zh" lang="zh">{zh}</span>'
-
-
-def _section(name: str, title: Words, content: str) -> str:
-    return f'<section id="{name}">\n<h2>{_both(title)}</h2>\n{content}\n</section>\n'
-
-
-def _table(rows: Iterable[Sequence[str]], head: Sequence[Words] = ()) -> str:
-    """Rows of cells that are HTML already."""
-    top = "".join(f"<th>{_both(words)}</th>" for words in head)
-    body = "".join(f"<tr>{''.join(f'<td>{cell}</td>' for cell in row)}</tr>\n" for row in rows)
-    return f'<div class="table"><table>{f"<tr>{top}</tr>" if top else ""}\n{body}</table></div>'
-
-
-def _code(lines: Iterable[str]) -> str:
-    return f"<pre><code>{_text(chr(10).join(lines), 20_000)}</code></pre>"
+    made = page(run.path.name, "".join(sections), scripts=["report.js"], data=embedded(data))
+    return made.encode("utf-8")
 
 
 # --------------------------------------------------------------------------------- sections
 
 
 def _verdict(run: RunFiles, findings: list[Finding]) -> str:
-    record, curves = run.record, run.curves
-    step = curves.steps[-1] if curves.steps else 0
-    tokens = curves.tokens[-1] if curves.tokens else 0
+    record, curves, model = run.record, run.curves, run.record.model
+    step = f"{curves.steps[-1] if curves.steps else 0:,}"
+    tokens = f"{curves.tokens[-1] if curves.tokens else 0:,}"
     took = (run.summary or {}).get("elapsed_s")
-    time = f", {as_duration(took)}" if isinstance(took, int | float) else ""
-    parameters = run.facts.parameters
+    time = Words("", "")
+    if isinstance(took, int | float):
+        time = Words(f", {as_duration(took)}", f"，{as_duration(took)}")
+    total, parameters = f"{record.total_steps:,}", f"{run.facts.parameters:,}"
+    seen = Words(f"{tokens} tokens", f"{tokens} 个 token")
+    if record.chat is not None:
+        seen = Words(f"{tokens} tokens of answers", f"答案的 {tokens} 个 token")
     about = Words(
-        f"{step:,} of {record.total_steps:,} steps, {tokens:,} tokens{time}; {parameters:,} "
-        f"parameters, {record.model.n_layers} x {record.model.emb_dim}, {record.mode} mode, "
-        f"{record.precision.name} on {record.device}; begun {record.started}",
-        f"{step:,}/{record.total_steps:,} 步，{tokens:,} 个 token{time}；{parameters:,} 个参数，"
-        f"{record.model.n_layers} 层 x {record.model.emb_dim}，{record.mode} 模式，"
-        f"{record.precision.name}，{record.device}；开始于 {record.started}",
+        f"{step} of {total} steps, {seen.en}{time.en}; {parameters} parameters, "
+        f"{model.n_layers} x {model.emb_dim}, {record.mode} mode, {record.precision.name} on "
+        f"{record.device}; begun {record.started}",
+        f"{step}/{total} 步，{seen.zh}{time.zh}；{parameters} 个参数，{model.n_layers} x "
+        f"{model.emb_dim}，{record.mode} 模式，{record.precision.name}，{record.device}；开始于 "
+        f"{record.started}",
     )
-    sentence, quiet = _both(headline(run, findings)), _both(about)
+    sentence, quiet = both(headline(run, findings)), both(about)
     return f'<section id="verdict"><p>{sentence}</p>\n<p class="quiet">{quiet}</p></section>\n'
 
 
@@ -169,42 +93,42 @@ def _findings(run: RunFiles, findings: list[Finding]) -> str:
         nothing = Words(
             "Nothing stands out: the losses fall as they should.", "没有异常：损失正常下降。"
         )
-        return _section("diagnosis", title, f'<p class="good">{_both(nothing)}</p>')
+        return section("diagnosis", title, f'<p class="good">{both(nothing)}</p>')
     parts = []
     for finding in findings:
         sure = Words(f"{finding.confidence:.0%} sure", f"把握 {finding.confidence:.0%}")
         badge = (
-            f'<span class="severity {finding.severity}">{_both(SEVERITY[finding.severity])}</span>'
+            f'<span class="severity {finding.severity}">{both(SEVERITY[finding.severity])}</span>'
         )
         lines = change_lines(finding.changes, run.facts)
         parts.append(
-            f'<div class="finding"><h3>{badge}{_both(finding.title)} '
-            f'<span class="quiet">{_both(sure)}</span></h3>\n<p>{_both(finding.evidence)}</p>\n'
-            f"<p>{_both(finding.advice)}</p>\n{_code(lines) if lines else ''}</div>\n"
+            f'<div class="finding"><h3>{badge}{both(finding.title)} '
+            f'<span class="quiet">{both(sure)}</span></h3>\n<p>{both(finding.evidence)}</p>\n'
+            f"<p>{both(finding.advice)}</p>\n{code(lines) if lines else ''}</div>\n"
         )
-    return _section("diagnosis", title, "".join(parts))
+    return section("diagnosis", title, "".join(parts))
 
 
-def _curves() -> str:
-    def chart(name: str, title: Words) -> str:
-        head = f"<h3>{_both(title)}</h3>"
+def _titles(*, is_chat: bool) -> dict[str, Words]:
+    of_answers = Words("Tokens of the answers a second", "每秒答案的 token 数")
+    return TITLES | ({"speed": of_answers} if is_chat else {})
+
+
+def _curves(*, is_chat: bool) -> str:
+    titles = _titles(is_chat=is_chat)
+
+    def chart(name: str) -> str:
+        head = f"<h3>{both(titles[name])}</h3>"
         if name == "loss":
             whole = Words("from the first step", "从第一步起")
-            head += f'<button type="button" id="whole" aria-pressed="false">{_both(whole)}</button>'
+            head += f'<button type="button" id="whole" aria-pressed="false">{both(whole)}</button>'
         return f'<div class="chart" data-chart="{name}">{head}<div class="legend"></div></div>\n'
 
     no_script = Words("The curves need JavaScript.", "显示曲线需要 JavaScript。")
-    small = "".join(
-        chart(name, words)
-        for name, words in (
-            ("rate", Words("Learning rate", "学习率")),
-            ("norm", Words("Gradient norm, before clipping", "裁剪前的梯度范数")),
-            ("speed", Words("Tokens a second", "每秒 token 数")),
-        )
-    )
-    content = chart("loss", Words("Loss, nats a token", "损失（每 token 奈特）"))
-    content += f'<div class="small">{small}</div>\n<noscript><p>{_both(no_script)}</p></noscript>'
-    return _section("curves", Words("Curves", "曲线"), content)
+    first, *others = titles
+    content = f'{chart(first)}<div class="small">{"".join(map(chart, others))}</div>\n'
+    content += f"<noscript><p>{both(no_script)}</p></noscript>"
+    return section("curves", Words("Curves", "曲线"), content)
 
 
 def _written(run: RunFiles, n_moments: int) -> str:
@@ -213,27 +137,28 @@ def _written(run: RunFiles, n_moments: int) -> str:
     last = n_moments - 1
     label = Words("moment", "时刻")
     content = (
-        f'<div class="moment"><label for="moment">{_both(label)}</label>'
+        f'<div class="moment"><label for="moment">{both(label)}</label>'
         f'<input type="range" id="moment" min="0" max="{last}" value="{last}">'
         '<output id="when" for="moment"></output></div>\n<div id="texts"></div>'
     )
     meter = run.insight.get("by_heart")
     if isinstance(meter, dict):
-        content += _about_copies(meter)
-    return _section("written", Words("What it wrote over time", "它先后写出的文字"), content)
+        content += _about_copies(meter, is_chat=run.record.chat is not None)
+    return section("written", Words("What it wrote over time", "它先后写出的文字"), content)
 
 
 def _card(run: RunFiles) -> str:
     choice = run.record.choice
     if choice is None or run.record.asked.minutes is None:
         return ""
-    lines = card_lines(
+    rows = card_rows(
         choice.recipe, choice.text, choice.machine, run.record.asked.minutes,
         run.record.origins.get("start"),
     )  # fmt: skip
-    title = Words("The card, and what came of it", "卡片与结果")
+    title = Words("The card, and what came of it", "预报卡与结果")
     head = (Words("", ""), Words("forecast", "预测"), Words("came out", "结果"))
-    return _section("card", title, _table(_outcomes(run), head) + _code(lines))
+    card = table([both(label), both(words)] for label, words in rows)
+    return section("card", title, table(_outcomes(run), head) + card)
 
 
 def _outcomes(run: RunFiles) -> list[list[str]]:
@@ -243,13 +168,17 @@ def _outcomes(run: RunFiles) -> list[list[str]]:
     bits = summary.get("final_val_bits_per_byte")
     is_in = isinstance(bits, float) and recipe.low <= bits <= recipe.high
     hit = Words("within the range", "在区间内") if is_in else Words("outside the range", "在区间外")
-    rows.append(
-        [
-            _both(Words("bits a byte", "每字节比特")),
-            f"{recipe.bits_per_byte:.2f} ({recipe.low:.2f}–{recipe.high:.2f})",
-            f"{bits:.3f} · {_both(hit)}" if isinstance(bits, float) else "–",
-        ]
-    )
+    if choice.text.is_chat:
+        of_answers = both(Words("bits a byte of the answers", "答案的每字节比特"))
+        rows.append([of_answers, "–", f"{bits:.3f}" if isinstance(bits, float) else "–"])
+    else:
+        rows.append(
+            [
+                both(Words("bits a byte", "每字节比特")),
+                f"{recipe.bits_per_byte:.2f} ({recipe.low:.2f}–{recipe.high:.2f})",
+                f"{bits:.3f} · {both(hit)}" if isinstance(bits, float) else "–",
+            ]
+        )
     if curves.forecast is not None:
         least, expected, most = map(curves.as_bits, curves.forecast)
         where = Words(
@@ -257,7 +186,7 @@ def _outcomes(run: RunFiles) -> list[list[str]]:
         )
         rows.append(
             [
-                _both(where),
+                both(where),
                 f"{expected:.3f} ({least:.3f}–{most:.3f})",
                 f"{bits:.3f}" if isinstance(bits, float) else "–",
             ]
@@ -265,13 +194,13 @@ def _outcomes(run: RunFiles) -> list[list[str]]:
     took = summary.get("elapsed_s")
     rows.append(
         [
-            _both(Words("time", "时间")),
+            both(Words("time", "时间")),
             as_duration(60 * (run.record.asked.minutes or 0)),
             as_duration(took) if isinstance(took, int | float) else "–",
         ]
     )
     done = curves.steps[-1] if curves.steps else 0
-    rows.append([_both(Words("steps", "步数")), f"{recipe.steps:,}", f"{done:,}"])
+    rows.append([both(Words("steps", "步数")), f"{recipe.steps:,}", f"{done:,}"])
     return rows
 
 
@@ -281,14 +210,14 @@ def _text_report(run: RunFiles) -> str:
 
     def add(words: Words, value: Any) -> None:
         if isinstance(value, int | float) and not isinstance(value, bool):
-            rows.append([_both(words), f"{value:,}"])
+            rows.append([both(words), f"{value:,}"])
 
     files = [file for file in data.get("files") or [] if isinstance(file, dict)]
     for file in files[:MOST_FILES]:
         size = file.get("bytes")
-        rows.append([_text(file.get("name")), as_bytes(size) if isinstance(size, int) else "–"])
+        rows.append([escaped(file.get("name")), as_bytes(size) if isinstance(size, int) else "–"])
     if len(files) > MOST_FILES:
-        rows.append([_both(Words("more files", "其余文件")), f"{len(files) - MOST_FILES:,}"])
+        rows.append([both(Words("more files", "其余文件")), f"{len(files) - MOST_FILES:,}"])
     for name, words in (
         ("documents", Words("documents", "文档")),
         ("empty_documents", Words("empty documents", "空文档")),
@@ -307,12 +236,19 @@ def _text_report(run: RunFiles) -> str:
         ("validation_tokens", Words("tokens to validate on", "验证用 token")),
     ):
         add(words, split.get(name) if isinstance(split, dict) else None)
-    rows.append([_both(Words("tokenizer", "分词器")), _text(data.get("tokenizer"))])
+    rows.append([both(Words("tokenizer", "分词器")), both(_named(data.get("tokenizer")))])
     rows += _baseline_rows(run)
     notes = [*(data.get("notices") or []), *(data.get("notes") or [])][:MOST_NOTES]
-    listed = "".join(f"<li>{_text(note, 1000)}</li>" for note in notes)
-    content = _table(rows) + (f'<ul class="quiet" lang="en">{listed}</ul>' if listed else "")
-    return _section("text", Words("The text", "文本"), content)
+    listed = "".join(f"<li>{both(Words.of(note), 1000)}</li>" for note in notes)
+    content = table(rows) + (f'<ul class="quiet">{listed}</ul>' if listed else "")
+    return section("text", Words("The text", "文本"), content)
+
+
+def _named(tokenizer: Any) -> Words:
+    """The name of a tokenizer, which may be a number of characters, and tokens of its own."""
+    name = str(tokenizer)
+    in_chinese = name.replace(" characters", " 个字符", 1).replace(", and ", "，以及 ", 1)
+    return Words(name[:MOST_VALUE], in_chinese[:MOST_VALUE])
 
 
 def _baseline_rows(run: RunFiles) -> list[list[str]]:
@@ -328,8 +264,8 @@ def _baseline_rows(run: RunFiles) -> list[list[str]]:
     unit = Words(" bits a byte", " 比特/字节")
     return [
         [
-            _both(words) + _both(Words(": validation text", "：验证文本")),
-            f"{value:.3f}{_both(unit)}",
+            both(words) + both(Words(": validation text", "：验证文本")),
+            f"{value:.3f}{both(unit)}",
         ]
         for value, words in sorted(rows, key=lambda row: row[0])
     ]
@@ -338,9 +274,10 @@ def _baseline_rows(run: RunFiles) -> list[list[str]]:
 def _settings(run: RunFiles) -> str:
     record = run.record
     head = (Words("setting", "设置"), Words("value", "值"), Words("origin", "来源"))
+    nothing, worked_out = Words("", ""), Words("worked out", "自动得出")
     names = {**record.settings, "mode": record.mode, "model": record.model_name}
     rows = [
-        (name, value, record.origins.get(name, ""))
+        (name, value, record.origins.get(name, nothing))
         for name, value in names.items()
         if name not in ("custom_params", "sampling_params")
     ]
@@ -350,29 +287,59 @@ def _settings(run: RunFiles) -> str:
     reasons = record.recipe.reasons if record.recipe is not None else {}
     chosen = record.recipe.training if record.recipe is not None else {}
 
-    def origin(name: str) -> str:
+    def origin(name: str) -> Words:
         if name in record.origins:
-            return str(record.origins[name])
+            return Words.of(record.origins[name])
         if given.get(name) is not None:
-            return "custom_params"
-        if name in reasons or name in chosen:
-            return f"MINUTES: {reasons[name]}" if name in reasons else "MINUTES"
-        return "worked out" if name in asked and asked[name] is None else ""
+            return Words.of("custom_params")
+        if name in reasons:
+            return Words(f"MINUTES: {reasons[name].en}", f"MINUTES：{reasons[name].zh}")
+        if name in chosen:
+            return Words.of("MINUTES")
+        return worked_out if name in asked and asked[name] is None else nothing
 
     for part in (record.training, record.model, record.sampling):
         rows += [(name, value, origin(name)) for name, value in asdict(part).items()]
-    body = [[_text(n), _text(shown(value)), _text(why)] for n, value, why in rows]
-    changes = [_text(shown(change), 1000) for change in record.changes[-MOST_NOTES:]]
-    listed = "".join(f"<li>{change}</li>" for change in changes)
+    body = [
+        [escaped(n).replace("_", "_<wbr>"), escaped(shown(value)), both(why)]
+        for n, value, why in rows
+    ]
+    changes = filter(None, map(_about_change, record.changes[-MOST_NOTES:]))
+    listed = "".join(f"<li>{both(change, 1000)}</li>" for change in changes)
     title = Words("Settings and where they are from", "设置及其来源")
     changed = Words("Changed on the way", "途中更改")
-    more = f"<p>{_both(changed)}</p><ul>{listed}</ul>" if listed else ""
-    details = f"<summary>{_both(title)}</summary>\n{_table(body, head)}{more}"
+    more = f"<p>{both(changed)}</p><ul>{listed}</ul>" if listed else ""
+    details = f"<summary>{both(title)}</summary>\n{table(body, head)}{more}"
     return f'<section id="settings"><details>{details}</details></section>\n'
 
 
+def _about_change(change: Any) -> Words | None:
+    """What a run's record has of a change on its way, in words; None where it changed nothing."""
+    if not isinstance(change, dict):
+        return Words.of(shown(change))
+    at = str(change.get("at", ""))
+    if "after_step" not in change:
+        pairs = [(name, value) for name, value in change.items() if name != "at"]
+        return Words.of(f"{at}: {', '.join(f'{name} {shown(value)}' for name, value in pairs)}")
+    step, was, now = (
+        shown(change.get(name)) for name in ("after_step", "steps_before", "total_steps")
+    )
+    if change.get("why") == BY_HEART:
+        return Words(
+            f"{at}: after step {step} the model began to learn by heart: {now} steps, not {was}",
+            f"{at}：第 {step} 步之后模型开始背诵文本：{now} 步，而不是 {was} 步",
+        )
+    if was == now:
+        return None
+    return Words(
+        f"{at}: planned anew after step {step}, by the time that steps took: {now} steps, not "
+        f"{was}",
+        f"{at}：第 {step} 步之后按每步所用的时间重新计划：{now} 步，而不是 {was} 步",
+    )
+
+
 def _how_to_use(run: RunFiles) -> str:
-    name = shlex.quote(_clean(str(run.path)))
+    name = shlex.quote(clean(str(run.path)))
     uses = (
         (Words("Write with it", "用它写作"), f"python -m scripts.inference --run {name}"),
         (Words("In the browser", "在浏览器中"), f"python -m scripts.serve --run {name}"),
@@ -385,8 +352,8 @@ def _how_to_use(run: RunFiles) -> str:
             f"python -m scripts.export --run {name} --to hf exported",
         ),
     )
-    content = "".join(f"<p>{_both(words)}</p>{_code([command])}" for words, command in uses)
-    return _section("use", Words("How to use it", "如何使用"), content)
+    content = "".join(f"<p>{both(words)}</p>{code([Words.of(command)])}" for words, command in uses)
+    return section("use", Words("How to use it", "如何使用"), content)
 
 
 # ------------------------------------------------------------------------------------- data
@@ -396,45 +363,41 @@ def _data(run: RunFiles) -> dict[str, Any]:
     """What the script draws."""
     curves = run.curves
     words = {
-        "step": Words("step", "步"),
+        "step": Words("step {}", "第 {} 步"),
         "bits": Words("bits a byte", "比特/字节"),
-        "prompt": Words("prompt", "提示"),
+        "prompt": Words("prompt", "提示") if run.record.chat is None else Words("question", "问题"),
     }
     has_bytes = math.isfinite(curves.bytes_a_token)
-    return {
-        "charts": {
-            "loss": {
-                "tall": True,
-                "lines": _lines(run),
-                "curves": [
-                    _curve("batch", Words("batch", "批次"), curves.steps, curves.losses, band=True),
-                    _curve(
-                        "train", Words("training", "训练"), curves.eval_steps, curves.train_losses
-                    ),
-                    _curve(
-                        "val", Words("validation", "验证"), curves.eval_steps, curves.val_losses
-                    ),
-                ],
-            },
-            "rate": {
-                "zero": True,
-                "curves": [_curve("train", Words("rate", "学习率"), curves.steps, curves.rates)],
-            },
-            "norm": {
-                "zero": True,
-                "curves": [
-                    _curve(
-                        "batch", Words("norm", "范数"), curves.steps, curves.grad_norms, band=True
-                    )
-                ],
-            },
-            "speed": {
-                "zero": True,
-                "curves": [
-                    _curve("speed", Words("tokens/s", "token/秒"), curves.eval_steps, curves.speeds)
-                ],
-            },
+    titles = _titles(is_chat=run.record.chat is not None)
+    charts: dict[str, dict[str, Any]] = {
+        "loss": {
+            "tall": True,
+            "lines": _lines(run),
+            "curves": [
+                _curve("batch", Words("batch", "批次"), curves.steps, curves.losses, band=True),
+                _curve("train", Words("training", "训练"), curves.eval_steps, curves.train_losses),
+                _curve("val", Words("validation", "验证"), curves.eval_steps, curves.val_losses),
+            ],
         },
+        "rate": {
+            "zero": True,
+            "curves": [_curve("train", Words("rate", "学习率"), curves.steps, curves.rates)],
+        },
+        "norm": {
+            "zero": True,
+            "curves": [
+                _curve("batch", Words("norm", "范数"), curves.steps, curves.grad_norms, band=True)
+            ],
+        },
+        "speed": {
+            "zero": True,
+            "curves": [
+                _curve("speed", Words("tokens/s", "token/秒"), curves.eval_steps, curves.speeds)
+            ],
+        },
+    }
+    return {
+        "charts": {name: chart | {"title": titles[name]} for name, chart in charts.items()},
         "bytes": _rounded(curves.bytes_a_token) if has_bytes else None,
         "words": words,
         "moments": _moments(run),
@@ -474,41 +437,54 @@ def _moments(run: RunFiles) -> list[dict[str, Any]]:
     kept: list[dict[str, Any]] = []
     for sample in [*run.samples[:1], *reversed(run.samples[1:])]:
         moment = {
-            "label": _clean(sample.label[:MOST_VALUE]),
+            "label": [clean(part[:MOST_VALUE]) for part in sample.label_words],
             "step": sample.step,
             "texts": [
                 _pieces(text[:MOST_TEXT], copied.get(text)) for text in sample.texts[:MOST_TEXTS]
             ],
         }
-        room -= len(_embedded(moment).encode("utf-8"))
+        room -= len(embedded(moment).encode("utf-8"))
         if room < 0:
             break
         kept.append(moment)
     return kept[:1] + kept[:0:-1]
 
 
-def _about_copies(meter: dict[str, Any]) -> str:
+def _about_copies(meter: dict[str, Any], *, is_chat: bool) -> str:
     """What the by-heart meter found, in a sentence."""
 
     def share(name: str) -> str:
         value = meter.get(name)
         return f"{value:.1%}" if isinstance(value, int | float) else "–"
 
-    words = Words(
-        f"By heart: of {meter.get('prompts', 0)} passages of the training text it continues "
-        f"{share('extraction_rate')} word for word, and {share('guess_rate')} of the validation "
-        f"text. Of what it wrote {share('samples_share')} is copied (spans of 50 bytes); of new "
-        f"text {share('chance_share')} is in the training text by chance. Copies are marked.",
-        f"背诵情况：训练文本的 {meter.get('prompts', 0)} 个段落中，它能逐字续写 "
-        f"{share('extraction_rate')}；验证文本为 {share('guess_rate')}。它写的文字中 "
-        f"{share('samples_share')} 是照抄（按 50 字节片段计）；新文本本来就有 "
-        f"{share('chance_share')} 碰巧出现在训练文本中。照抄处已标出。",
+    known, guessed = share("extraction_rate"), share("guess_rate")
+    copied, chance = share("samples_share"), share("chance_share")
+    tried = Words(
+        f"of {meter.get('prompts', 0)} passages of the training text it continues {known} word for "
+        f"word, and {guessed} of the validation text.",
+        f"训练文本的 {meter.get('prompts', 0)} 个段落中，它能逐字续写 {known}；验证文本为 "
+        f"{guessed}。",
     )
-    return f'<p class="quiet">{_both(words)}</p>'
+    if is_chat:
+        tried = Words(
+            f"of {meter.get('prompts', 0)} questions that it learned it answers {known} word for "
+            f"word as they were answered, and {guessed} of {meter.get('val_prompts', 0)} that "
+            "validate.",
+            f"学过的 {meter.get('prompts', 0)} 个问题中，有 {known} 答得与原答案逐字相同；"
+            f"验证用的 {meter.get('val_prompts', 0)} 个问题为 {guessed}。",
+        )
+    words = Words(
+        f"By heart: {tried.en} Of what it wrote {copied} is copied (spans of 50 bytes); of new "
+        f"text {chance} is in the training text by chance. Copies are marked.",
+        f"背诵情况：{tried.zh}它写的文字中 {copied} 是照抄（按 50 字节片段计）；新文本本来就有 "
+        f"{chance} 碰巧出现在训练文本中。照抄处已标出。",
+    )
+    return f'<p class="quiet">{both(words)}</p>'
 
 
 def _pieces(text: str, copied: Any) -> list[list[Any]]:
-    """A text in pieces, each with whether it is copied."""
+    """A text in pieces, each with whether it is copied; a remark on it is a pair of words."""
+    text, remark = divide_remark(text)
     pieces: list[tuple[str, bool]] = []
     end = 0
     for start, stop in sorted(copied) if isinstance(copied, list) else []:
@@ -517,4 +493,5 @@ def _pieces(text: str, copied: Any) -> list[list[Any]]:
             pieces += [(text[end:start], False), (text[start:stop], True)]
             end = stop
     pieces.append((text[end:], False))
-    return [[_clean(part), is_copied] for part, is_copied in pieces if part]
+    found: list[list[Any]] = [[clean(part), is_copied] for part, is_copied in pieces if part]
+    return found if remark is None else [*found, [remark, False]]

@@ -4,19 +4,8 @@ const data = JSON.parse(document.getElementById("data").textContent);
 const root = document.documentElement;
 const SVG = "http://www.w3.org/2000/svg";
 
-// ------------------------------------------------------------------------------ language
-
-function speak(language) {
-  root.dataset.language = language;
-  root.lang = language;
-  for (const button of document.querySelectorAll("[data-speaks]")) {
-    button.setAttribute("aria-pressed", String(button.dataset.speaks === language));
-  }
-  for (const chart of charts) chart.draw();
-  if (slider) showMoment(Number(slider.value));
-}
-
 const word = (words) => words[root.dataset.language === "zh" ? 1 : 0];
+const stepWord = (step) => word(data.words.step).replace("{}", step.toLocaleString("en"));
 
 // -------------------------------------------------------------------------------- charts
 
@@ -67,7 +56,6 @@ class Chart {
     this.given = data.charts[host.dataset.chart];
     this.legend = host.querySelector(".legend");
     this.svg = make("svg", { role: "img", tabindex: "0" }, null);
-    this.svg.setAttribute("aria-label", host.dataset.chart);
     host.append(this.svg);
     this.svg.addEventListener("pointermove", (event) => this.point(event));
     this.svg.addEventListener("pointerdown", (event) => this.point(event));
@@ -99,6 +87,7 @@ class Chart {
     this.y = (value) => top + ((high - value) / (high - low)) * (height - top - bottom);
     this.stepAt = (x) => ((x - left) / (width - left - right)) * last;
     this.svg.replaceChildren();
+    this.svg.setAttribute("aria-label", word(this.given.title));
     this.svg.setAttribute("viewBox", `0 0 ${width} ${height}`);
     const clip = make("clipPath", { id: `clip-${this.host.dataset.chart}` }, this.svg);
     const inner = { x: left, y: 0, width: width - left, height: height - bottom };
@@ -168,7 +157,7 @@ class Chart {
       const [x, height] = [this.x(step), this.svg.viewBox.baseVal.height];
       make("line", { class: "cursor", x1: x, x2: x, y1: 8, y2: height - 22 }, this.cursor);
     }
-    if (at !== undefined) this.say("", `${word(data.words.step)} ${at.toLocaleString("en")}`);
+    if (at !== undefined) this.say("", stepWord(at));
     for (const curve of this.given.curves) {
       if (!curve.points.length) continue;
       const [found, value] = nearest(curve.points, at);
@@ -216,7 +205,7 @@ function showMoment(index) {
   const moment = data.moments[index];
   const place = document.getElementById("texts");
   document.getElementById("when").textContent =
-    `${moment.label} · ${word(data.words.step)} ${moment.step.toLocaleString("en")}`;
+    `${word(moment.label)} · ${stepWord(moment.step)}`;
   place.replaceChildren();
   moment.texts.forEach((text, number) => {
     if (moment.texts.length > 1) {
@@ -229,7 +218,7 @@ function showMoment(index) {
     block.className = "written";
     for (const [piece, isCopied] of text) {
       const part = document.createElement(isCopied ? "mark" : "span");
-      part.textContent = piece;
+      part.textContent = typeof piece === "string" ? piece : word(piece);
       block.append(part);
     }
     place.append(block);
@@ -241,7 +230,7 @@ if (slider) {
   slider.addEventListener("input", () => showMoment(Number(slider.value)));
   slider.value = String(data.moments.length - 1); // a reloaded page would keep another one
 }
-for (const button of document.querySelectorAll("[data-speaks]")) {
-  button.addEventListener("click", () => speak(button.dataset.speaks));
-}
-speak(navigator.language.toLowerCase().startsWith("zh") ? "zh" : "en");
+document.addEventListener("speak", () => {
+  for (const chart of charts) chart.draw();
+  if (slider) showMoment(Number(slider.value));
+});

@@ -8,10 +8,12 @@ from typing import Any
 
 from engine.errors import CheckpointError
 from engine.optim import default_learning_rate
+from engine.words import Words
 from insight.curves import Curves, CurvesFile
 from insight.diagnosis import Facts
 from planning.decisions import RunRecord, read_record, read_run_file
 from storage.files import DATA, SUMMARY
+from training.journal import BLANK, ENDED
 
 INSIGHT = "insight.json"  # what was measured about the run, beside its training
 GREEDY = "Greedy"
@@ -28,6 +30,26 @@ class Sample:
     label: str
     step: int
     texts: list[str]  # one for each prompt
+
+    @property
+    def label_words(self) -> Words:
+        """The label in both languages; samples.md has it in English."""
+        kind, _, number = self.label.rpartition(" ")
+        known = {
+            "Before training": "训练前",
+            GREEDY: "贪心",
+            "After epoch": f"第 {number} 轮之后",
+            "After step": f"第 {number} 步之后",
+        }
+        return Words(self.label, known.get(self.label) or known.get(kind) or self.label)
+
+
+def divide_remark(text: str) -> tuple[str, Words | None]:
+    """A text of a sample without the remark that the model wrote nothing, if it ends with one."""
+    for remark in (ENDED, BLANK):
+        if text.endswith(remark.en):
+            return text.removesuffix(remark.en), remark
+    return text, None
 
 
 @dataclass(frozen=True)
@@ -74,6 +96,9 @@ def _facts_of(run: RunFiles) -> Facts:
         baselines.setdefault("bz2", choice.text.bz2_bits)
         repeated = choice.text.repeated if repeated is None else repeated
         leaked = choice.text.leaked if leaked is None else leaked
+    n_train = int(split.get("train_tokens", 0))
+    if record.chat is not None:
+        n_train = round(n_train * _share_of_answers(run.data.get("chat")))
     drawn = [sample for sample in run.samples if not sample.label.startswith(GREEDY)]
     windows = training.batch_size * training.gradient_accumulation_steps
     own = dict(record.settings["custom_params"])
@@ -96,7 +121,7 @@ def _facts_of(run: RunFiles) -> Facts:
         emb_dim=model.emb_dim,
         n_heads=model.n_heads,
         n_kv_heads=model.n_kv_heads or model.n_heads,
-        train_tokens=int(split.get("train_tokens", 0)),
+        train_tokens=n_train,
         temperature=record.sampling.temperature,
         model_name=record.model_name,
         custom_params=own,
@@ -104,12 +129,20 @@ def _facts_of(run: RunFiles) -> Facts:
         begins_from_weights=record.start is not None,
         has_own_validation=_names_validation(record.settings.get("DATA")),
         is_over=run.is_over,
+        keeps_last=record.keeps_last,
         skipped=count_skipped(curves, record.precision.name),
         repeated=repeated,
         leaked=leaked,
         baselines=baselines,
         samples=tuple(drawn[-1].texts) if drawn else (),
     )
+
+
+def _share_of_answers(counted: Any) -> float:
+    """The share of a run's tokens that answers have, which alone are counted in its curves."""
+    known = counted if isinstance(counted, dict) else {}
+    n_answers, n_all = known.get("target_tokens", 0), known.get("tokens", 0)
+    return n_answers / n_all if _is_number(n_answers) and _is_number(n_all) else 1.0
 
 
 def read_run(path: Path, curves: CurvesFile | None = None) -> RunFiles:

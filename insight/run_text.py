@@ -1,5 +1,6 @@
 """The text of a finished run, as tokens and as bytes."""
 
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +13,7 @@ from planning.decisions import RunRecord, read_record, read_run_file
 from storage.cache import usable_cache
 from storage.files import DATA
 from text.sources import parse_data
-from text.token_cache import TokenizedText, find_tokens, tokenize
+from text.token_cache import ChatTokens, TokenizedText, find_tokens, tokenize
 from text.tokenizer import (
     GPT2_FINGERPRINT,
     BPETokenizer,
@@ -34,6 +35,15 @@ class RunText:
     val: np.ndarray
     tokenizer: Tokenizer
     fingerprint: str  # of text, tokens and split
+    chat: ChatTokens | None = None  # of a text with conversations
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What the assistant says in a conversation, and all that comes before it, as tokens."""
+
+    prompt: list[int]
+    own: list[int]  # up to the end of its turn
 
 
 def open_run_text(run: Path) -> RunText:
@@ -57,7 +67,8 @@ def open_run_text(run: Path) -> RunText:
             f"{record.settings['DATA']!r}.\nPut back what it was, or train a new run."
         )
     tokens = TokenSlice(text.path, text.dtype, 0, text.n_tokens).array()
-    return RunText(tokens[:n_train], tokens[n_train:], text.tokenizer, f"{sha256}-{n_train}")
+    sides = tokens[:n_train], tokens[n_train:]
+    return RunText(*sides, text.tokenizer, f"{sha256}-{n_train}", text.chat)
 
 
 def _read_again(run: Path, record: RunRecord, cache: Path) -> TokenizedText:
@@ -66,6 +77,48 @@ def _read_again(run: Path, record: RunRecord, cache: Path) -> TokenizedText:
     tokenizer = "gpt2" if is_gpt2 else str(run / "tokenizer.json")
     spec, ratio = parse_data(record.settings["DATA"]), record.training.train_ratio
     return tokenize(spec, tokenizer, ratio, cache, stand_in=record.stood_in, is_free=False)
+
+
+def find_answers(
+    text: RunText, count: int, most: int, seed: int = 0
+) -> tuple[list[Answer], list[Answer]]:
+    """An answer of each of `count` conversations to train on, and of as many to validate on.
+
+    All conversations are taken where they are fewer. Of one the answer is drawn among those that
+    end within `most` tokens of it; the same seed draws the same ones.
+    """
+    chat, generator = text.chat, np.random.default_rng(seed)
+    assert chat is not None, "the text has conversations"
+    is_target, n_train = np.fromfile(chat.targets, dtype=bool), len(text.train)
+    sides = (
+        (text.train, is_target[:n_train], chat.train_starts, chat.train_is_text),
+        (text.val, is_target[n_train:], chat.val_starts, chat.val_is_text),
+    )
+    train, val = (
+        list(itertools.islice(_draw_answers(*side, most, generator), count)) for side in sides
+    )
+    return train, val
+
+
+def _draw_answers(
+    tokens: np.ndarray,
+    is_target: np.ndarray,
+    starts: np.ndarray,
+    is_text: np.ndarray,
+    most: int,
+    generator: np.random.Generator,
+) -> Iterator[Answer]:
+    """An answer of each conversation that has one which fits, in a drawn order."""
+    stops = np.append(starts, len(tokens))[1:]
+    for number in generator.permutation(np.flatnonzero(~is_text)).tolist():
+        start, stop = int(starts[number]), int(stops[number])
+        counts = np.concatenate(([False], is_target[start:stop], [False]))
+        edges = np.flatnonzero(counts[1:] != counts[:-1])  # where answers begin and end, in turn
+        pairs = [(begin, end) for begin, end in edges.reshape(-1, 2).tolist() if end <= most]
+        if pairs:
+            begin, end = pairs[int(generator.integers(len(pairs)))]
+            ids = tokens[start : start + end].tolist()
+            yield Answer(ids[:begin], ids[begin:])
 
 
 def sample_tokens(tokens: np.ndarray, size: int) -> np.ndarray:

@@ -6,7 +6,8 @@ from itertools import starmap
 from typing import Any
 
 from engine.settings import ALIASES
-from insight.diagnosis import NOTE, PROBLEM, Facts, Finding, Words, measure
+from engine.words import Words
+from insight.diagnosis import NOTE, PROBLEM, Facts, Finding, measure
 from insight.run_files import RunFiles
 from training_utils import TrainingConfig
 
@@ -42,7 +43,10 @@ def headline(run: RunFiles, findings: list[Finding]) -> Words:
         parts_zh.append(f"验证损失 {_final_loss(run):.3f}")
     about = Words("", "")
     if is_measured:
-        about = _about_copying(run.insight.get("by_heart"), findings)
+        meter, tried = run.insight.get("by_heart"), Words("passages", "段落")
+        if run.record.chat is not None:
+            tried = Words("answers", "答案")
+        about = _about_copying(meter, findings, tried, keeps_last=facts.keeps_last)
     parts_en.append(about.en)
     parts_zh.append(about.zh)
     more = Words("", "") if worst and worst.severity == PROBLEM else _about_more(run, facts)
@@ -77,7 +81,7 @@ def _lowered(text: str) -> str:
     return text[:1].lower() + text[1:]
 
 
-def _about_copying(meter: Any, findings: list[Finding]) -> Words:
+def _about_copying(meter: Any, findings: list[Finding], tried: Words, *, keeps_last: bool) -> Words:
     """Whether it copies: by the meter, where it has measured, else by the curves."""
     if isinstance(meter, dict):
         known, written, chance = (
@@ -86,8 +90,8 @@ def _about_copying(meter: Any, findings: list[Finding]) -> Words:
         )
         if known >= EXTRACTED:
             return Words(
-                f"{known:.0%} of tried passages are known by heart",
-                f"试过的段落有 {known:.0%} 能背出",
+                f"{known:.0%} of tried {tried.en} are known by heart",
+                f"试过的{tried.zh}有 {known:.0%} 能背出",
             )
         if written - chance >= COPIED:
             return Words(
@@ -95,7 +99,7 @@ def _about_copying(meter: Any, findings: list[Finding]) -> Words:
             )
         return Words("no sign of copying", "没有照抄的迹象")
     kinds = {finding.kind for finding in findings}
-    if kinds & {"by-heart", "model-large", "duplicates", "leak"}:
+    if kinds & {"by-heart", "model-large", "duplicates", "leak"} or keeps_last:
         return Words("", "")
     return Words("no sign of learning by heart", "没有背诵的迹象")
 
@@ -132,30 +136,41 @@ def _final_loss(run: RunFiles) -> float:
     return float(final) if isinstance(final, int | float) else run.curves.val_losses[-1]
 
 
-def change_lines(changes: dict[str, Any], facts: Facts) -> list[str]:
-    """The lines of the run's settings file that make some changes, and leave its other numbers.
+def change_lines(changes: dict[str, Any], facts: Facts) -> list[Words]:
+    """The lines of the run's settings file that make some changes, and leave its other numbers;
+    only their comments differ by language.
 
     Quick mode is only to show that all works: in place of its numbers, MINUTES chooses them.
     """
     above = {name: value for name, value in changes.items() if name in TOP_LEVEL}
     sampling = {name: value for name, value in changes.items() if name in SAMPLING}
     params = {n: v for n, v in changes.items() if n not in above and n not in sampling}
-    first, kept = [], {}
+    first, kept = list[Words](), {}
     if params and facts.mode == "quick":
-        first, params = [f"MINUTES = {FIRST_MINUTES}  # chooses all numbers for the text"], {}
+        chosen = Words("chooses all numbers for the text", "按文本选择所有数值")
+        first, params = [_line(f"MINUTES = {FIRST_MINUTES}", chosen)], {}
     elif params and facts.mode != "custom":
-        first = ["CUSTOM_MODE = True"]
+        first = [_line("CUSTOM_MODE = True")]
         if facts.mode == "full" and not facts.begins_from_weights:
-            first.append(f"MODEL = {_shown(facts.model_name)}")
+            first.append(_line(f"MODEL = {_shown(facts.model_name)}"))
             kept = {n: v for n, v in _numbers_of_full_mode().items() if n not in params}
     params, kept = (_in_custom_params(part, facts.custom_params) for part in (params, kept))
+    inside = Words("in custom_params", "写在 custom_params 里")
+    too = Words("in custom_params too", "也写在 custom_params 里")
+    drawn = Words("in sampling_params", "写在 sampling_params 里")
     return [
         *first,
-        *(f"{name} = {_shown(value)}" for name, value in above.items()),
-        *(f"{_item(name, value)},  # in custom_params" for name, value in params.items()),
-        *([f"{', '.join(starmap(_item, kept.items()))},  # in custom_params too"] if kept else []),
-        *(f"{_item(name, value)},  # in sampling_params" for name, value in sampling.items()),
+        *(_line(f"{name} = {_shown(value)}") for name, value in above.items()),
+        *(_line(f"{_item(name, value)},", inside) for name, value in params.items()),
+        *([_line(f"{', '.join(starmap(_item, kept.items()))},", too)] if kept else []),
+        *(_line(f"{_item(name, value)},", drawn) for name, value in sampling.items()),
     ]
+
+
+def _line(line: str, comment: Words | None = None) -> Words:
+    if comment is None:
+        return Words.of(line)
+    return Words(f"{line}  # {comment.en}", f"{line}  # {comment.zh}")
 
 
 def _numbers_of_full_mode() -> dict[str, Any]:
@@ -194,7 +209,7 @@ def printed_lines(run: RunFiles, findings: list[Finding]) -> list[str]:
     lines = [f"Diagnosis: {headline(run, findings).en}"]
     told = [finding for finding in findings if finding.severity != NOTE]
     if told:
-        change = "; ".join(change_lines(told[0].changes, run.facts))
+        change = "; ".join(line.en for line in change_lines(told[0].changes, run.facts))
         more = f" ({len(told) - 1} more in the report)" if len(told) > 1 else ""
         lines.append(f"  {told[0].evidence.en} To change: {change}{more}")
     return lines

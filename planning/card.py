@@ -6,6 +6,7 @@ import textwrap
 
 from engine.memory import as_bytes
 from engine.metrics import as_duration
+from engine.words import AS_SET, Words
 from planning.fine_tuning import SMOLLM2, is_better_known
 from planning.plan import RunPlan
 from planning.recipe import LEAST_MINUTES, MachineFacts, Recipe, in_digits
@@ -30,32 +31,51 @@ def card_lines(
     text: TextFacts,
     machine: MachineFacts,
     minutes: float,
-    why_start: str | None = None,
+    why_start: Words | None = None,
 ) -> list[str]:
-    """The card, a list of lines of at most 100 characters: facts, forecast, choices, warnings.
+    """The card as it is printed, a list of lines of at most 100 characters."""
+    rows = card_rows(recipe, text, machine, minutes, why_start)
+    return _laid_out([(label.en, words.en) for label, words in rows])
+
+
+def card_rows(
+    recipe: Recipe,
+    text: TextFacts,
+    machine: MachineFacts,
+    minutes: float,
+    why_start: Words | None = None,
+) -> list[tuple[Words, Words]]:
+    """The card, rows of a label and words: facts, forecast, choices, warnings.
 
     Each choice ends with the line that sets it. why_start is why "auto" takes random weights.
     """
     if why_start is None and is_better_known(recipe, text):
-        why_start = (
+        why_start = Words(
             f'random weights; INIT_FROM = "{SMOLLM2}" begins from ones that know English '
-            "(docs/fine-tuning.md)"
+            "(docs/fine-tuning.md)",
+            f'随机权重；INIT_FROM = "{SMOLLM2}" 可从懂英语的权重开始（docs/fine-tuning.zh-CN.md）',
         )
-    rows = [
-        ("Your text", _about_text(text)),
-        (f"In {_minutes(minutes)}", _expected(recipe, text)),
-        ("Machine", _about_machine(recipe, machine)),
-        ("Model", _about_model(recipe)),
-        ("Tokens", about_tokens(recipe.tokenizer, text)),
-        ("Training", _about_training(recipe)),
-        ("Memory", f"some {as_bytes(recipe.memory)}; on disk up to {as_bytes(recipe.disk)}"),
-        ("By heart", _by_heart(recipe)),
-        ("Runner-up", recipe.runner_up),
-        *([] if why_start is None else [("Start", why_start)]),
-        *(("Note", warning) for warning in recipe.warnings),
-        ("To change", _how_to_set(recipe)),
+    memory, disk = as_bytes(recipe.memory), as_bytes(recipe.disk)
+    of_texts = [  # which say nothing of answers
+        (Words("By heart", "背诵"), _by_heart(recipe)),
+        (Words("Runner-up", "次优方案"), Words.of(recipe.runner_up)),
     ]
-    return _laid_out(rows)
+    return [
+        (Words("Your text", "你的文本"), _about_text(text)),
+        (Words(f"In {minutes:g} min", f"{minutes:g} 分钟内"), _expected(recipe, text)),
+        (Words("Machine", "机器"), _about_machine(recipe, machine)),
+        (Words("Model", "模型"), _about_model(recipe, text)),
+        (Words("Tokens", "分词"), about_tokens(recipe.tokenizer, text)),
+        (Words("Training", "训练"), _about_training(recipe, text)),
+        (
+            Words("Memory", "内存"),
+            Words(f"some {memory}; on disk up to {disk}", f"约 {memory}；磁盘最多 {disk}"),
+        ),
+        *([] if text.is_chat else of_texts),
+        *([] if why_start is None else [(Words("Start", "起点"), why_start)]),
+        *((Words("Note", "注意"), warning) for warning in recipe.warnings),
+        (Words("To change", "如何更改"), _how_to_set(recipe)),
+    ]
 
 
 def run_lines(run: Rehearsal, memory: int, disk: int) -> list[str]:
@@ -90,7 +110,7 @@ def start_lines(
     scored = "the validation text" if plan.chat is None else "the answers that validate"
     rows = [
         ("Weights", f"{start.source}: {n_parameters:,} parameters, context {context}"),
-        *([] if why is None else [("Start", why)]),
+        *([] if why is None else [("Start", why.en)]),
         (
             "Untuned",
             f"{start.bits_per_byte:.3f} bits a byte on {scored}{share}, before the first step",
@@ -137,48 +157,65 @@ def _laid_out(rows: list[tuple[str, str]]) -> list[str]:
     return lines
 
 
-def _about_text(text: TextFacts) -> str:
-    size = text.train_bytes + text.val_bytes
-    return (
-        f"{as_bytes(size)}, {text.n_characters:,} characters, {text.distinct_characters:,} "
-        f"different ones; bz2 needs {text.bz2_bits:.2f} bits a byte, byte frequencies "
-        f"{text.entropies[0]:.2f}"
+def _about_text(text: TextFacts) -> Words:
+    size, letters = as_bytes(text.train_bytes + text.val_bytes), f"{text.n_characters:,}"
+    distinct, entropy = f"{text.distinct_characters:,}", f"{text.entropies[0]:.2f}"
+    words = Words(
+        f"{size}, {letters} characters, {distinct} different ones",
+        f"{size}，{letters} 个字符，其中不同的有 {distinct} 个",
+    )
+    if text.is_chat:
+        return words
+    return Words(
+        f"{words.en}; bz2 needs {text.bz2_bits:.2f} bits a byte, byte frequencies {entropy}",
+        f"{words.zh}；bz2 每字节需要 {text.bz2_bits:.2f} 比特，字节频率 {entropy}",
     )
 
 
-def _minutes(minutes: float) -> str:
-    return f"{minutes:g} min"
-
-
-def _expected(recipe: Recipe, text: TextFacts) -> str:
-    words = (
-        f"about {recipe.bits_per_byte:.2f} bits a byte on the validation text (roughly "
-        f"{recipe.low:.2f} to {recipe.high:.2f})"
+def _expected(recipe: Recipe, text: TextFacts) -> Words:
+    if text.is_chat:
+        return Words(
+            "no forecast: the answers alone are scored, and forecasts are of whole texts",
+            "没有预测：只有答案计分，而预测针对整篇文本",
+        )
+    bits, low, high = (f"{n:.2f}" for n in (recipe.bits_per_byte, recipe.low, recipe.high))
+    words = Words(
+        f"about {bits} bits a byte on the validation text (roughly {low} to {high})",
+        f"验证文本约每字节 {bits} 比特（大致 {low} 到 {high}）",
     )
     if text.bytes_per_character < 1.2:
         return words
-    return f"{words}, or {recipe.bits_per_byte * text.bytes_per_character:.2f} bits a character"
-
-
-def _about_machine(recipe: Recipe, machine: MachineFacts) -> str:
-    return (
-        f"{in_digits(machine.flops / 1e9, 3)} GFLOP/s in training steps, so about "
-        f"{recipe.tokens_per_s:,.0f} tokens a second with this model"
+    of_characters = f"{recipe.bits_per_byte * text.bytes_per_character:.2f}"
+    return Words(
+        f"{words.en}, or {of_characters} bits a character",
+        f"{words.zh}，即每字符 {of_characters} 比特",
     )
 
 
-def _about_model(recipe: Recipe) -> str:
+def _about_machine(recipe: Recipe, machine: MachineFacts) -> Words:
+    speed, tokens = in_digits(machine.flops / 1e9, 3), f"{recipe.tokens_per_s:,.0f}"
+    return Words(
+        f"{speed} GFLOP/s in training steps, so about {tokens} tokens a second with this model",
+        f"训练步中 {speed} GFLOP/s，用这个模型约每秒 {tokens} 个 token",
+    )
+
+
+def _about_model(recipe: Recipe, text: TextFacts) -> Words:
     model = recipe.model
-    n_layers, both = model["n_layers"], (recipe.reasons["n_layers"], recipe.reasons["emb_dim"])
-    why = ", ".join(reason for reason in both if reason != "as set") or "as set"
-    return (
-        f"{n_layers} layer{'s' * (n_layers != 1)}, {model['emb_dim']} wide, "
-        f"{recipe.parameters:,} parameters ({model['architecture']}): {why}; context "
-        f"{model['context_length']}"
+    # the passes are those through a text without templates
+    names = ["n_layers"] if text.is_chat else ["n_layers", "emb_dim"]
+    n_layers, both = model["n_layers"], [recipe.reasons[name] for name in names]
+    why = [reason for reason in both if reason != AS_SET] or [AS_SET]
+    width, context, kind = model["emb_dim"], model["context_length"], model["architecture"]
+    return Words(
+        f"{n_layers} layer{'s' * (n_layers != 1)}, {width} wide, {recipe.parameters:,} parameters "
+        f"({kind}): {', '.join(reason.en for reason in why)}; context {context}",
+        f"{n_layers} 层，宽 {width}，{recipe.parameters:,} 个参数（{kind}）："
+        f"{'，'.join(reason.zh for reason in why)}；上下文 {context}",
     )
 
 
-def about_tokens(name: str, text: TextFacts) -> str:
+def about_tokens(name: str, text: TextFacts) -> Words:
     """A tokenizer and the length of its tokens in a text, beside those that need no learning."""
     others = {
         other: rate
@@ -186,37 +223,58 @@ def about_tokens(name: str, text: TextFacts) -> str:
         if other in ("char", "gpt2") and other != name
     }
     compared = ", ".join(f"{other} {rate:.2f}" for other, rate in others.items())
-    own = f"{name}, {text.bytes_per_token[name]:.2f} bytes each"
-    return f"{own} ({compared})" if compared else own
+    rate = f"{text.bytes_per_token[name]:.2f}"
+    own = Words(f"{name}, {rate} bytes each", f"{name}，每个 {rate} 字节")
+    return Words(f"{own.en} ({compared})", f"{own.zh}（{compared}）") if compared else own
 
 
-def _about_training(recipe: Recipe) -> str:
+def _about_training(recipe: Recipe, text: TextFacts) -> Words:
     """The main hyper-parameters, those the user has set by name alone."""
     training, context = recipe.training, recipe.model["context_length"]
     parts = []
     if "batch_size" in training:
         windows = training["batch_size"] * training.get("gradient_accumulation_steps", 1)
-        parts.append(f"batch {training['batch_size']} ({windows * context:,} tokens)")
-    parts += [f"{recipe.steps:,} steps", f"{in_digits(recipe.passes, 2)} passes through the text"]
+        size, tokens = training["batch_size"], f"{windows * context:,}"
+        parts.append(Words(f"batch {size} ({tokens} tokens)", f"批次 {size}（{tokens} 个 token）"))
+    passes = in_digits(recipe.passes, 2)
+    parts.append(Words(f"{recipe.steps:,} steps", f"{recipe.steps:,} 步"))
+    if not text.is_chat:
+        parts.append(Words(f"{passes} passes through the text", f"读文本 {passes} 遍"))
     if "optimizer" in training:
-        parts.append(training["optimizer"])
-    shown = {"learning_rate": "rate", "embedding_rate": "embeddings", "weight_decay": "decay"}
-    parts += [f"{w} {in_digits(training[n], 3)}" for n, w in shown.items() if n in training]
+        parts.append(Words.of(training["optimizer"]))
+    shown = {
+        "learning_rate": Words("rate", "学习率"),
+        "embedding_rate": Words("embeddings", "嵌入"),
+        "weight_decay": Words("decay", "权重衰减"),
+    }
+    for name, word in shown.items():
+        if name in training:
+            value = in_digits(training[name], 3)
+            parts.append(Words(f"{word.en} {value}", f"{word.zh} {value}"))
     if "decay_share" in training:
-        parts.append(f"falling over the last {training['decay_share']:.0%}")
-    parts.append(f"dropout {recipe.model['drop_rate']:g}")
-    as_set = [name for name, why in recipe.reasons.items() if why == "as set"]
-    return " · ".join(parts) + (f" · as set: {', '.join(as_set)}" if as_set else "")
+        share = f"{training['decay_share']:.0%}"
+        parts.append(Words(f"falling over the last {share}", f"在最后 {share} 的步数里下降"))
+    dropout = f"dropout {recipe.model['drop_rate']:g}"
+    parts.append(Words(dropout, dropout))
+    if as_set := ", ".join(name for name, why in recipe.reasons.items() if why == AS_SET):
+        parts.append(Words(f"as set: {as_set}", f"已设定：{as_set}"))
+    return Words(" · ".join(part.en for part in parts), "，".join(part.zh for part in parts))
 
 
-def _by_heart(recipe: Recipe) -> str:
+def _by_heart(recipe: Recipe) -> Words:
     if recipe.by_heart_minute is None:
-        return "never in practice: the text is too large for this model"
-    ends = "this run ends before" if recipe.by_heart_minute > recipe.minutes else "within this run"
-    return f"from about minute {recipe.by_heart_minute:g} on; {ends}"
+        return Words(
+            "never in practice: the text is too large for this model",
+            "实际上不会：文本对这个模型来说太大",
+        )
+    ends = Words("within this run", "在这次训练之内")
+    if recipe.by_heart_minute > recipe.minutes:
+        ends = Words("this run ends before", "这次训练在此之前结束")
+    minute = f"{recipe.by_heart_minute:g}"
+    return Words(f"from about minute {minute} on; {ends.en}", f"约从第 {minute} 分钟起；{ends.zh}")
 
 
-def _how_to_set(recipe: Recipe) -> str:
+def _how_to_set(recipe: Recipe) -> Words:
     """The lines that set what was chosen, in the form of config_run.py."""
     model = recipe.model
     chosen = {"n_layers": model["n_layers"], "emb_dim": model["emb_dim"]}
@@ -224,7 +282,10 @@ def _how_to_set(recipe: Recipe) -> str:
     chosen |= {"drop_rate": model["drop_rate"]}
     chosen |= {name: recipe.training[name] for name in TO_SET if name in recipe.training}
     values = ", ".join(f'"{name}": {json.dumps(value)}' for name, value in chosen.items())
-    return (
-        f"MINUTES (from {LEAST_MINUTES:g}), TOKENIZER = {json.dumps(recipe.tokenizer)}, and with "
-        f"CUSTOM_MODE = True any of custom_params = {{{values}}}"
+    least, tokenizer = f"{LEAST_MINUTES:g}", json.dumps(recipe.tokenizer)
+    return Words(
+        f"MINUTES (from {least}), TOKENIZER = {tokenizer}, and with CUSTOM_MODE = True any of "
+        f"custom_params = {{{values}}}",
+        f"MINUTES（不小于 {least}），TOKENIZER = {tokenizer}；CUSTOM_MODE = True 时还有 "
+        f"custom_params = {{{values}}} 中的任何一项",
     )

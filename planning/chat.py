@@ -6,7 +6,7 @@ import numpy as np
 
 from data import Conversations, PackedWindows, TokenSlice, as_array
 from engine.errors import DataError, SettingsError
-from planning.fine_tuning import SMOLLM2
+from planning.fine_tuning import SMOLLM2, is_better_known
 from planning.plan import SMALL_CHAT, Chat, RunPlan
 from text.chat_template import ChatTemplate, Message, template_of
 from text.packing import cut_pieces, pack
@@ -112,10 +112,13 @@ def about_chat(
             "longest conversation"
         )
     if plan.start is None:
+        named = f'INIT_FROM = "{SMOLLM2}", or another chat model'
+        if plan.choice is not None and not is_better_known(plan.choice.recipe, plan.choice.text):
+            named = "INIT_FROM, for which docs/fine-tuning.md lists some"  # SMOLLM2 knows English
         notices.append(
             "a model that begins from random weights will imitate the form of these answers, and "
             "know nothing but what they say; to answer, let it begin from weights that know the "
-            f'language: INIT_FROM = "{SMOLLM2}", or another chat model'
+            f"language: {named}"
         )
     if plan.chat.is_small and asked.patience is None:
         notices.append(

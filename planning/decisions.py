@@ -13,6 +13,7 @@ from data import WindowPlan
 from engine.errors import CheckpointError, SettingsError
 from engine.optim import default_eval_freq, default_learning_rate, default_warmup_steps
 from engine.settings import check, find_problems, from_json, names_on_resume, setting, shown
+from engine.words import Words
 from generation import SamplingConfig
 from model import ATTENTIONS, GPTConfig
 from planning.fine_tuning import MOST_CHAT_PASSES, MOST_PASSES, fine_tuning
@@ -86,12 +87,14 @@ class RunRecord:
     stood_in: bool  # a sample text replaced one that could not be downloaded
     steps_per_epoch: int = setting(minimum=1)
     total_steps: int = setting(on_resume="free", minimum=1)
-    origins: dict[str, Any]
+    origins: dict[str, Any]  # Words
     adapted: list[Any]  # notices of what differs from the settings
     torch: str = setting(on_resume="numeric")
 
     def __post_init__(self) -> None:
         check(self)
+        origins = {name: Words.of(origin) for name, origin in self.origins.items()}
+        object.__setattr__(self, "origins", origins)  # JSON knows no Words
 
     @staticmethod
     def conflicts(values: dict[str, Any]) -> list[str]:

@@ -8,6 +8,7 @@ from typing import Any
 
 from engine.optim import default_learning_rate
 from engine.settings import raise_if_any, shown
+from engine.words import Words
 from planning.plan import RunPlan, Start
 from planning.recipe import Fixed, Recipe
 from text.facts import TextFacts
@@ -40,9 +41,11 @@ def begin_from(plan: RunPlan, start: Start, tokenizer: str) -> RunPlan:
     del own["vocab_size"]  # the tokenizer's
     origins = {}
     if plan.mode != "custom":
-        origins["training"] = "fine-tuning's own"
+        origins["training"] = Words("fine-tuning's own", "微调自带")
     if "context_length" not in fixed.model:
-        origins["max_length"] = f"the weights' own, at most {MOST_CONTEXT}"
+        origins["max_length"] = Words(
+            f"the weights' own, at most {MOST_CONTEXT}", f"权重自带，至多 {MOST_CONTEXT}"
+        )
     return dataclasses.replace(
         plan,
         model_name=start.source,
@@ -138,20 +141,28 @@ def decide_start(
     """
     assert plan.fixed is not None and decided.recipe is not None, "MINUTES are set"
     if start is None or text is None:
-        return _with_reason(decided, f"random weights: {SMOLLM2} is not at hand")
+        why = Words(f"{SMOLLM2} is not at hand", f"手头没有 {SMOLLM2}")
+        return _with_random_weights(decided, why)
     if problems := contradictions(plan.fixed, start):
-        return _with_reason(decided, f"random weights: {problems[0]}")
+        why = Words(problems[0], f"设置与 {start.source} 不合（{problems[0]}）")
+        return _with_random_weights(decided, why)
     ((tokenizer, rate),) = text.bytes_per_token.items()
     expected, alone = TOKEN_BITS / rate, decided.recipe.bits_per_byte
-    why = (
+    why = Words(
         f"{start.source} has {rate:.2f} bytes a token here, so that some {expected:.1f} bits a "
         f"byte are expected of it before the first step, and {alone:.2f} of random weights in this "
-        "time"
+        "time",
+        f"{start.source} 在这里每 token {rate:.2f} 字节，因此第一步之前预计约每字节 "
+        f"{expected:.1f} 比特，而随机权重在这段时间内预计 {alone:.2f}",
     )
     if expected >= alone:
-        return _with_reason(decided, f"random weights: {why}")
+        return _with_random_weights(decided, why)
     return _with_reason(begin_from(plan, start, tokenizer), why)
 
 
-def _with_reason(plan: RunPlan, why: str) -> RunPlan:
+def _with_random_weights(plan: RunPlan, why: Words) -> RunPlan:
+    return _with_reason(plan, Words(f"random weights: {why.en}", f"随机权重：{why.zh}"))
+
+
+def _with_reason(plan: RunPlan, why: Words) -> RunPlan:
     return dataclasses.replace(plan, origins=plan.origins | {"start": why})

@@ -24,6 +24,7 @@ from engine.settings import (
     translate_names,
     unknown_name,
 )
+from engine.words import Words
 from generation import SamplingConfig
 from model import MODEL_SETTINGS, GPTConfig
 from planning.recipe import Fixed, MachineFacts, Recipe
@@ -309,7 +310,7 @@ class RunPlan:
     tokenizer: str | None  # None until then, "auto" until decide_tokenizer() has chosen
     training: TrainingConfig  # as asked; decide_training() adds what is chosen
     sampling: SamplingConfig
-    origins: dict[str, str]
+    origins: dict[str, Words]
     notices: list[str]
     fixed: Fixed | None = None  # with MINUTES or INIT_FROM: what the user has set
     choice: RecipeChoice | None = None
@@ -406,7 +407,7 @@ def resolve_settings(given: dict[str, Any], place: str, models_file: Path = MODE
     mode, why_mode = _choose_mode(run)
     model_name, why_model = _choose_model(run, mode)
     if model_name not in (OPEN_MODEL, *models):
-        problems.append(_about_missing_model(model_name, why_model, models))
+        problems.append(_about_missing_model(model_name, why_model.en, models))
     problems += _about_two_lengths(run, mode, custom)
     if mode == "custom" and custom.get("lora_rank") is not None and not run.names_weights:
         problems.append(
@@ -459,17 +460,22 @@ def _choose_training(run: RunSettings, mode: str, custom: dict[str, Any]) -> Tra
 
 def _join_model(
     model_name: str, entry: dict[str, Any], training: TrainingConfig, mode: str
-) -> tuple[dict[str, Any], dict[str, str]]:
+) -> tuple[dict[str, Any], dict[str, Words]]:
     """The model's fields that are set, and where its context and the training come from."""
-    source = {"custom": "custom_params", "auto": "the recipe"}.get(mode, f"the {mode} preset")
+    recipe = Words("the recipe", "配方")
+    sources = {"custom": Words.of("custom_params"), "auto": recipe}
+    source = sources.get(mode, Words(f"the {mode} preset", f"{mode} 预设"))
     model = entry | training.model_overrides
     origins = {"training": source, "max_length": source}
     if training.max_length is not None:
         model["context_length"] = training.max_length
     elif model_name == OPEN_MODEL:
-        origins["max_length"] = "the recipe"
+        origins["max_length"] = recipe
     else:
-        origins["max_length"] = f'context_length of "{model_name}" in config.json'
+        origins["max_length"] = Words(
+            f'context_length of "{model_name}" in config.json',
+            f'config.json 中 "{model_name}" 的 context_length',
+        )
     return model, origins
 
 
@@ -571,33 +577,52 @@ def _read_sampling(given: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
     return values, problems + find_problems(SamplingConfig, values, labels.__getitem__)
 
 
-def _choose_mode(run: RunSettings) -> tuple[str, str]:
-    if run.CUSTOM_MODE:
-        beaten = ", which wins over QUICK_MODE" if run.QUICK_MODE else ""
-        opened = "" if run.MINUTES is None else f"; MINUTES ({run.MINUTES:g}) choose the rest"
-        return "custom", f"CUSTOM_MODE is True{beaten}{opened}"
-    if run.MINUTES is not None:
-        beaten = ", which wins over QUICK_MODE" if run.QUICK_MODE else ""
-        return "auto", f"MINUTES is {run.MINUTES:g}{beaten}"
+def _choose_mode(run: RunSettings) -> tuple[str, Words]:
+    beaten = opened = Words("", "")
     if run.QUICK_MODE:
-        return "quick", "QUICK_MODE is True"
-    return "full", "QUICK_MODE and CUSTOM_MODE are False"
-
-
-def _choose_model(run: RunSettings, mode: str) -> tuple[str, str]:
-    if run.MODEL != "auto":
-        return run.MODEL, f'MODEL = "{run.MODEL}"'
-    if run.names_weights:
-        return OPEN_MODEL, f"INIT_FROM = {shown(run.INIT_FROM)}"
+        beaten = Words(", which wins over QUICK_MODE", "，优先于 QUICK_MODE")
+    if run.CUSTOM_MODE:
+        if run.MINUTES is not None:
+            opened = Words(
+                f"; MINUTES ({run.MINUTES:g}) choose the rest",
+                f"；其余由 MINUTES（{run.MINUTES:g}）选择",
+            )
+        return "custom", Words(
+            f"CUSTOM_MODE is True{beaten.en}{opened.en}",
+            f"CUSTOM_MODE 为 True{beaten.zh}{opened.zh}",
+        )
     if run.MINUTES is not None:
-        return OPEN_MODEL, "chosen for the text, this machine and MINUTES"
+        minutes = f"{run.MINUTES:g}"
+        return "auto", Words(f"MINUTES is {minutes}{beaten.en}", f"MINUTES 为 {minutes}{beaten.zh}")
+    if run.QUICK_MODE:
+        return "quick", _is_true("QUICK_MODE")
+    return "full", _are_false("QUICK_MODE", "CUSTOM_MODE")
+
+
+def _is_true(name: str) -> Words:
+    return Words(f"{name} is True", f"{name} 为 True")
+
+
+def _are_false(first: str, second: str) -> Words:
+    return Words(f"{first} and {second} are False", f"{first} 和 {second} 都为 False")
+
+
+def _choose_model(run: RunSettings, mode: str) -> tuple[str, Words]:
+    if run.MODEL != "auto":
+        return run.MODEL, Words.of(f'MODEL = "{run.MODEL}"')
+    if run.names_weights:
+        return OPEN_MODEL, Words.of(f"INIT_FROM = {shown(run.INIT_FROM)}")
+    if run.MINUTES is not None:
+        why = Words("chosen for the text, this machine and MINUTES", "按文本、本机和 MINUTES 选择")
+        return OPEN_MODEL, why
     if mode != "custom":
-        return SMALL_MODEL if mode == "quick" else DEFAULT_MODEL, f"{mode} mode's own"
+        why = Words(f"{mode} mode's own", f"{mode} 模式自带")
+        return SMALL_MODEL if mode == "quick" else DEFAULT_MODEL, why
     if run.USE_SMALL:
-        return SMALL_MODEL, "USE_SMALL is True"
+        return SMALL_MODEL, _is_true("USE_SMALL")
     if run.USE_DEFAULT:
-        return DEFAULT_MODEL, "USE_DEFAULT is True"
-    return "", "USE_SMALL and USE_DEFAULT are False"
+        return DEFAULT_MODEL, _is_true("USE_DEFAULT")
+    return "", _are_false("USE_SMALL", "USE_DEFAULT")
 
 
 def _about_missing_model(name: str, why: str, models: Iterable[str]) -> str:

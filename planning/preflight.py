@@ -36,9 +36,9 @@ def show_machine(machine: Machine, plan: RunPlan) -> None:
     elif plan.run.DEVICE is None and parallel.is_main and (reason := why_no_gpu()):
         say(f"Note: {reason}")
     say(f"Precision: {precision.name} ({precision.reason})")
-    say(f"Mode: {plan.mode} ({plan.origins['mode']})")
+    say(f"Mode: {plan.mode} ({plan.origins['mode'].en})")
     if plan.model_name != OPEN_MODEL:  # else the card has it
-        say(f"Model: {plan.model_name} ({plan.origins['model']})")
+        say(f"Model: {plan.model_name} ({plan.origins['model'].en})")
     for notice in plan.notices:
         say(f"Note: {notice}")
 
@@ -55,7 +55,7 @@ def show_card(plan: RunPlan) -> None:
 def show_tokenizer(plan: RunPlan, text: TextFacts) -> None:
     """What TOKENIZER "auto" has become."""
     assert plan.tokenizer is not None, "decide_tokenizer() has chosen"
-    say(f"Tokenizer: {about_tokens(plan.tokenizer, text)}: chosen for this text and model")
+    say(f"Tokenizer: {about_tokens(plan.tokenizer, text).en}: chosen for this text and model")
 
 
 def show_start(plan: RunPlan, training: TrainingConfig, total_steps: int, model: GPTModel) -> None:
@@ -67,12 +67,12 @@ def show_start(plan: RunPlan, training: TrainingConfig, total_steps: int, model:
 
 def show_text(text: TokenizedText, spec: DataSpec) -> None:
     for notice in text.notices:
-        say(f"Note: {notice}")
+        say(f"Note: {notice.en}")
     files = text.report["files"]
     name = files[0]["name"] if len(files) == 1 else ", ".join(spec.train + spec.val)
     say(f"✓ Text loaded from {name}")
     for note in text.report["notes"]:
-        say(f"  {note}")
+        say(f"  {note.en}")
     say(f"✓ Tokenizer initialized ({text.report['tokenizer']})")
 
 
@@ -127,7 +127,9 @@ def show_training(
 
 def show_windows(plan: RunPlan, text: TokenizedText, windows: WindowPlan, model: GPTModel) -> None:
     if plan.recipe is None:
-        lines = describe_text(text.report, windows, model.count_parameters())
+        by_heart = plan.chat is not None and plan.chat.is_small  # what the run is for
+        n_parameters = model.count_parameters()
+        lines = describe_text(text.report, windows, n_parameters, by_heart=by_heart)
     else:  # the card has the rest
         lines = about_documents(text.report)
     for line in lines + about_prompts(text.report):
@@ -194,8 +196,11 @@ def about_documents(report: dict[str, Any]) -> list[str]:
     return lines
 
 
-def describe_text(report: dict[str, Any], plan: WindowPlan, n_parameters: int) -> list[str]:
-    """Lines on the text: its files, its tokens, and whether it is enough for the model."""
+def describe_text(
+    report: dict[str, Any], plan: WindowPlan, n_parameters: int, *, by_heart: bool = False
+) -> list[str]:
+    """Lines on the text: its files, its tokens, and whether it is enough for the model; by_heart
+    says that the model is to learn it by heart."""
     count = len(report["files"])
     lines = [
         f"{report['documents']:,} document{'s' * (report['documents'] != 1)} in {count:,} "
@@ -205,7 +210,8 @@ def describe_text(report: dict[str, Any], plan: WindowPlan, n_parameters: int) -
     per_parameter = plan.n_train / n_parameters
     verdict = "a few epochs are safe"
     if per_parameter < 1:
-        verdict = "the model can learn it by heart: watch the validation loss"
+        verdict = "the model can learn it by heart"
+        verdict += ", as it is to" if by_heart else ": watch the validation loss"
     elif per_parameter >= 20:  # compute-optimal (Hoffmann et al. 2022)
         verdict = "enough to learn more than the text itself"
     lines.append(

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from engine.settings import check, setting
+from engine.words import AS_SET, Words
 from planning.law import (
     COEFFICIENTS,
     Candidates,
@@ -91,8 +92,8 @@ class Recipe:
     tokenizer: str = setting()
     model: dict[str, Any] = setting()  # GPTConfig's arguments but vocab_size
     training: dict[str, Any] = setting()  # TrainingConfig's arguments that were chosen
-    reasons: dict[str, Any] = setting()  # by the names of tokenizer, model and training
-    runner_up: str = setting()
+    reasons: dict[str, Any] = setting()  # Words by the names of tokenizer, model and training
+    runner_up: Words | list[str] | str = setting()  # Words
     bits_per_byte: float = setting(minimum=0)
     low: float = setting(minimum=0)
     high: float = setting(minimum=0)
@@ -104,10 +105,15 @@ class Recipe:
     parameters: int = setting(minimum=1)
     memory: int = setting(minimum=0)
     disk: int = setting(minimum=0)
-    warnings: list[Any] = setting()
+    warnings: list[Any] = setting()  # Words
 
     def __post_init__(self) -> None:
         check(self)
+        # JSON knows no Words
+        reasons = {name: Words.of(why) for name, why in self.reasons.items()}
+        object.__setattr__(self, "reasons", reasons)
+        object.__setattr__(self, "runner_up", Words.of(self.runner_up))
+        object.__setattr__(self, "warnings", [Words.of(warning) for warning in self.warnings])
 
 
 def _rounded(value: float) -> float:
@@ -339,7 +345,7 @@ def _predict(
     return _Forecast(bits, steps, passes, turn, dropout, decay, rate, embedding_rate, step_s)
 
 
-def _runner_up(c: Candidates, best: np.ndarray, chosen: int) -> str:
+def _runner_up(c: Candidates, best: np.ndarray, chosen: int) -> Words:
     """The best candidate of another model or tokenizer, with its forecast."""
     own = (c.layers[chosen, 0], c.width[chosen, 0], c.tokenizers[chosen])
     others = [
@@ -348,9 +354,10 @@ def _runner_up(c: Candidates, best: np.ndarray, chosen: int) -> str:
         if (c.layers[i, 0], c.width[i, 0], c.tokenizers[i]) != own
     ]
     if not others:
-        return "none: every choice is set"
+        return Words("none: every choice is set", "没有：各项都已设定")
     i = others[0]
-    return f"{_shape(c, i)} with {c.tokenizers[i]}: {best[i]:.2f}"
+    shape, name, bits = _shape(c, i), c.tokenizers[i], f"{best[i]:.2f}"
+    return Words(f"{shape} with {name}: {bits}", f"{shape}，分词器 {name}：{bits}")
 
 
 def _shape(c: Candidates, i: int = 0) -> str:
@@ -367,7 +374,7 @@ class _Choice:
     candidate: Candidates
     forecast: _Forecast
 
-    def recipe(self, minutes: float, used: float, *, bits: float, runner_up: str) -> Recipe:
+    def recipe(self, minutes: float, used: float, *, bits: float, runner_up: Words) -> Recipe:
         """The recipe; used are the minutes that are worth training, bits the forecast."""
         c, steps = self.candidate, self._steps
         step_s = float(self.forecast.step_s[0, 0])
@@ -472,43 +479,85 @@ class _Choice:
 
     def _reasons(self, used: float) -> dict[str, Any]:
         """Why each value is what it is, by name; what is set has no other reason."""
-        c, k = self.candidate, COEFFICIENTS
-        tokens = self._steps * float(c.batch[0, 0])
-        width, passes = int(c.width[0, 0]), in_digits(self._passes, 2)
-        model, is_adamw = self._model(), self.fixed.training.get("optimizer") == "adamw"
-        longest = _longest_context(self.text, width, float(c.token_bytes[0, 0]))
-        of_width = "width^-1" if is_adamw else f"width^-{k['rate_width']:g}"
-        of_run = f"batch^{k['rate_batch']:g} and {self._steps:,} steps^-{k['rate_steps']:g}"
-        own = {
-            "tokenizer": f"{float(c.token_bytes[0, 0]):.2f} bytes a token, for a head of "
-            f"{int(c.vocabulary[0, 0]):,} rows",
-            "n_layers": f"what learns most from {in_digits(used, 3)} min of this machine",
-            "emb_dim": f"reads the text {passes} times in that time",
-            "n_heads": f"{model.get('head_dim') or width // model['n_heads']} wide each",
-            "context_length": "attention takes at most a quarter of a step"
-            if longest >= 1.4 * width
-            else "no longer than the text or its documents allow",
-            "drop_rate": f"for {passes} passes" if model["drop_rate"] else "too few passes for any",
-            "batch_size": f"{float(c.batch[0, 0]):,.0f} tokens a step for {tokens:,.0f} in all",
-            "optimizer": "learns more in a step than AdamW",
-            "learning_rate": f"by {of_width}, {of_run}",
-            "embedding_rate": f"by {of_width}, {of_run}"
-            if is_adamw
-            else f"by {of_run}: it does not depend on the width",
-            "schedule": "its end can be moved",
-            "decay_share": "a long decay ends lowest",
-            "final_rate": "a low end gains most",
-            "warmup_steps": f"{k['warmup']:.0%} of the steps, at least 20",
-            "weight_decay": f"for {in_digits(tokens / float(c.size[0, 0]), 2)} tokens a parameter",
-            "decay_embeddings": "from 4 passes on",
-            "beta2": "forgets half in a tenth of the steps, or in 7 million tokens",
-            "shift_windows": "each pass sees other windows",
-        }
+        own = self._reasons_of_model(used) | self._reasons_of_training()
         given = (self.fixed.model, self.fixed.training, {"tokenizer": self.fixed.tokenizer})
         set_names = {
             name for values in given for name, value in values.items() if value is not None
         }
-        return {name: "as set" if name in set_names else why for name, why in own.items()}
+        return {name: AS_SET if name in set_names else why for name, why in own.items()}
+
+    def _reasons_of_model(self, used: float) -> dict[str, Words]:
+        c, model, minutes = self.candidate, self._model(), in_digits(used, 3)
+        width, passes = int(c.width[0, 0]), in_digits(self._passes, 2)
+        token_bytes, rows = float(c.token_bytes[0, 0]), int(c.vocabulary[0, 0])
+        head = model.get("head_dim") or width // model["n_heads"]
+        context = Words(
+            "no longer than the text or its documents allow", "不超过文本或其文档所允许的长度"
+        )
+        if _longest_context(self.text, width, token_bytes) >= 1.4 * width:
+            context = Words(
+                "attention takes at most a quarter of a step", "注意力至多占一步的四分之一"
+            )
+        dropout = Words("too few passes for any", "遍数太少，用不着")
+        if model["drop_rate"]:
+            dropout = Words(f"for {passes} passes", f"因为读 {passes} 遍")
+        return {
+            "tokenizer": Words(
+                f"{token_bytes:.2f} bytes a token, for a head of {rows:,} rows",
+                f"每 token {token_bytes:.2f} 字节，输出层 {rows:,} 行",
+            ),
+            "n_layers": Words(
+                f"what learns most from {minutes} min of this machine",
+                f"在本机 {minutes} 分钟内学得最多",
+            ),
+            "emb_dim": Words(
+                f"reads the text {passes} times in that time", f"这段时间内把文本读 {passes} 遍"
+            ),
+            "n_heads": Words(f"{head} wide each", f"每个头宽 {head}"),
+            "context_length": context,
+            "drop_rate": dropout,
+        }
+
+    def _reasons_of_training(self) -> dict[str, Words]:
+        c, k, steps = self.candidate, COEFFICIENTS, self._steps
+        is_adamw = self.fixed.training.get("optimizer") == "adamw"
+        batch = float(c.batch[0, 0])
+        tokens, share = steps * batch, f"{k['warmup']:.0%}"
+        each = in_digits(tokens / float(c.size[0, 0]), 2)
+        of_width = "^-1" if is_adamw else f"^-{k['rate_width']:g}"
+        of_batch, of_steps = f"^{k['rate_batch']:g}", f"^-{k['rate_steps']:g}"
+        of_run = Words(
+            f"batch{of_batch} and {steps:,} steps{of_steps}",
+            f"批次{of_batch} 和 {steps:,} 步{of_steps}",
+        )
+        rate = Words(f"by width{of_width}, {of_run.en}", f"按宽度{of_width}、{of_run.zh}")
+        embedding_rate = rate
+        if not is_adamw:
+            embedding_rate = Words(
+                f"by {of_run.en}: it does not depend on the width", f"按{of_run.zh}：与宽度无关"
+            )
+        return {
+            "batch_size": Words(
+                f"{batch:,.0f} tokens a step for {tokens:,.0f} in all",
+                f"每步 {batch:,.0f} 个 token，共 {tokens:,.0f} 个",
+            ),
+            "optimizer": Words("learns more in a step than AdamW", "每一步比 AdamW 学得多"),
+            "learning_rate": rate,
+            "embedding_rate": embedding_rate,
+            "schedule": Words("its end can be moved", "它的终点可以移动"),
+            "decay_share": Words("a long decay ends lowest", "衰减长，最终的损失最低"),
+            "final_rate": Words("a low end gains most", "终点低，收获最大"),
+            "warmup_steps": Words(f"{share} of the steps, at least 20", f"步数的 {share}，至少 20"),
+            "weight_decay": Words(
+                f"for {each} tokens a parameter", f"因为每个参数有 {each} 个 token"
+            ),
+            "decay_embeddings": Words("from 4 passes on", "读满 4 遍时启用"),
+            "beta2": Words(
+                "forgets half in a tenth of the steps, or in 7 million tokens",
+                "在十分之一的步数或 700 万个 token 内忘掉一半",
+            ),
+            "shift_windows": Words("each pass sees other windows", "每一遍看到不同的窗口"),
+        }
 
     def _by_heart_minute(self) -> float | None:
         """The minute from which the model would learn the text by heart; None if beyond reach."""
@@ -529,23 +578,31 @@ class _Choice:
             windows = np.ceil(windows / 2)
         return int(needed())
 
-    def _about_steps(self, minutes: float) -> list[str]:
+    def _about_steps(self, minutes: float) -> list[Words]:
         if self._steps >= TOO_FEW_STEPS:
             return []
-        step_s = float(self.forecast.step_s[0, 0])
+        step_s = in_digits(float(self.forecast.step_s[0, 0]), 2)
         return [
-            f"A step of this model takes about {in_digits(step_s, 2)} s, so that {minutes:g} "
-            f"minutes have some {self._steps} of them, and a model needs hundreds: set a smaller "
-            "MODEL, emb_dim or batch_size, or more MINUTES."
+            Words(
+                f"A step of this model takes about {step_s} s, so that {minutes:g} minutes have "
+                f"some {self._steps} of them, and a model needs hundreds: set a smaller MODEL, "
+                "emb_dim or batch_size, or more MINUTES.",
+                f"这个模型一步约需 {step_s} 秒，{minutes:g} 分钟只够约 {self._steps} 步，而模型需要"
+                "几百步：请设更小的 MODEL、emb_dim 或 batch_size，或更多的 MINUTES。",
+            )
         ]
 
-    def _about_memory(self) -> list[str]:
+    def _about_memory(self) -> list[Words]:
         if self._memory() <= self.machine.memory:
             return []
         needed, there = (in_digits(n / 1e9, 2) for n in (self._memory(), self.machine.memory))
         return [
-            f"Even one window needs some {needed} GB of memory, and there are {there} GB: "
-            "set a smaller emb_dim, n_layers or max_length."
+            Words(
+                f"Even one window needs some {needed} GB of memory, and there are {there} GB: set "
+                "a smaller emb_dim, n_layers or max_length.",
+                f"即使只有一个窗口也需要约 {needed} GB 内存，而这里有 {there} GB：请设更小的 "
+                "emb_dim、n_layers 或 max_length。",
+            )
         ]
 
     def _disk(self) -> int:
@@ -559,40 +616,73 @@ class _Choice:
         return int(3 * checkpoint + 4 * (blocks + others) + width * text / c.token_bytes[0, 0])
 
 
-def find_warnings(text: TextFacts, minutes: float, used: float) -> list[str]:
+def find_warnings(text: TextFacts, minutes: float, used: float) -> list[Words]:
     """What is odd about a text for so many minutes, each with what to do about it."""
+    found = _find_text_warnings(text)
+    if used < ENOUGH_SHARE * minutes:
+        enough, wanted = in_digits(used, 2), f"{max(LEAST_MINUTES, _rounded(used)):g}"
+        found.append(
+            Words(
+                f"After about {enough} minutes the validation loss gains nothing more: "
+                f"MINUTES = {wanted} is enough, and more text helps more than more time.",
+                f"约 {enough} 分钟之后验证损失不再下降：MINUTES = {wanted} 就够了，增加文本比增加"
+                "时间更有用。",
+            )
+        )
+    if not text.can_train and len(text.bytes_per_token) > 1:
+        found.append(
+            Words(
+                "A tokenizer made for this text usually learns more in the same time: "
+                "pip install tokenizers.",
+                "为这份文本专门做的分词器在同样时间里通常学得更多：pip install tokenizers。",
+            )
+        )
+    return found
+
+
+def _find_text_warnings(text: TextFacts) -> list[Words]:
+    """What is odd about a text, whatever the time."""
     n_bytes, found = text.train_bytes + text.val_bytes, []
     if n_bytes < SMALL_TEXT:
         found.append(
-            f"{n_bytes:,} bytes are very little: the model learns them by heart and not the "
-            'language. Name more text: DATA = ["one.txt", "two.txt"].'
+            Words(
+                f"{n_bytes:,} bytes are very little: the model learns them by heart and not the "
+                'language. Name more text: DATA = ["one.txt", "two.txt"].',
+                f"{n_bytes:,} 字节太少：模型会把它背下来，而学不到语言。请给出更多文本："
+                'DATA = ["one.txt", "two.txt"]。',
+            )
         )
     if text.leaked > 0.05:
         found.append(
-            f"{text.leaked:.0%} of the validation text is in the training text word for word: its "
-            'loss will look too good. Name another: DATA = {"path": ..., "val": "other.txt"}.'
+            Words(
+                f"{text.leaked:.0%} of the validation text is in the training text word for word: "
+                'its loss will look too good. Name another: DATA = {"path": ..., "val": '
+                '"other.txt"}.',
+                f"验证文本有 {text.leaked:.0%} 逐字出现在训练文本中：它的损失会显得太好。请另选："
+                'DATA = {"path": ..., "val": "other.txt"}。',
+            )
         )
     if text.repeated > MOST_REPEATED:
+        unique = max(1, text.unique_bytes)
         found.append(
-            f"{text.repeated:.0%} of the training text repeats what came before: it teaches as "
-            f"much as {max(1, text.unique_bytes):,} bytes. Remove the copies from DATA."
+            Words(
+                f"{text.repeated:.0%} of the training text repeats what came before: it teaches "
+                f"as much as {unique:,} bytes. Remove the copies from DATA.",
+                f"训练文本有 {text.repeated:.0%} 重复了前面的内容：它只相当于 {unique:,} 字节的"
+                "文本。请从 DATA 中删去重复的部分。",
+            )
         )
     k, entropy = COEFFICIENTS, text.entropies[0]
     if entropy and text.bz2_bits >= k["noise_to"] * entropy:
         found.append(
-            f"The order of its bytes tells almost nothing (bz2 needs {text.bz2_bits:.2f} bits a "
-            f"byte, their frequencies {entropy:.2f}): no model can learn more. Is DATA the text "
-            'that you mean, in the right encoding: DATA = {"path": ..., "encoding": ...}?'
-        )
-    if used < ENOUGH_SHARE * minutes:
-        found.append(
-            f"After about {in_digits(used, 2)} minutes the validation loss gains nothing more: "
-            f"MINUTES = {max(LEAST_MINUTES, _rounded(used)):g} is enough, and more text helps "
-            "more than more time."
-        )
-    if not text.can_train and len(text.bytes_per_token) > 1:
-        found.append(
-            "A tokenizer made for this text usually learns more in the same time: "
-            "pip install tokenizers."
+            Words(
+                "The order of its bytes tells almost nothing (bz2 needs "
+                f"{text.bz2_bits:.2f} bits a byte, their frequencies {entropy:.2f}): no model can "
+                "learn more. Is DATA the text that you mean, in the right encoding: "
+                'DATA = {"path": ..., "encoding": ...}?',
+                f"字节的顺序几乎不含信息（bz2 每字节需要 {text.bz2_bits:.2f} 比特，字节频率 "
+                f"{entropy:.2f}）：模型学不到更多。DATA 是你想要的文本吗，编码对吗："
+                'DATA = {"path": ..., "encoding": ...}？',
+            )
         )
     return found

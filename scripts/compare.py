@@ -105,9 +105,9 @@ def _paths(named: list[str]) -> list[Path]:
 
 
 def _write_text(comparison: Comparison) -> None:
-    write(f"{verdict_of(comparison)}\n\n{as_text(standings_table(comparison))}")
-    if judged := how_judged(comparison):
-        write(f"\n{judged}\n")
+    write(f"{verdict_of(comparison).en}\n\n{as_text(standings_table(comparison))}")
+    if (judged := how_judged(comparison)) is not None:
+        write(f"\n{judged.en}\n")
     settings = settings_table(comparison)
     write("\nTheir settings are the same.\n" if not settings else f"\n{as_text(settings)}")
 

@@ -340,7 +340,7 @@ def read_conversations(
 def _require_any(documents: Sequence[Any], text: str, report: ReadingReport) -> None:
     """Tell what reading has noted; DataError if there is nothing to score."""
     for notice in (*report.notices, *report.notes):
-        tell(f"Note: {notice}")
+        tell(f"Note: {notice.en}")
     if not documents:
         what = "has no row with an answer" if report.unanswered else "is empty"
         raise DataError(f"{text} {what}.\nName a text to score.")

@@ -88,7 +88,7 @@ def lines_of(run: RunFiles, findings: list[Finding]) -> list[str]:
             f"- {finding.severity}: {finding.title.en} ({finding.confidence:.0%} sure)",
             f"  {finding.evidence.en}",
             f"  {finding.advice.en}",
-            *(f"      {line}" for line in change_lines(finding.changes, run.facts)),
+            *(f"      {line.en}" for line in change_lines(finding.changes, run.facts)),
         ]
     return lines
 

@@ -216,7 +216,7 @@ def test_every_kind_of_file_holds_conversations_and_says_in_which_form():
         spec, report = parse_data(name), ReadingReport()
         found = list(each_document(find_parts([name], Path("cache"), report), spec, report))
         assert [each.messages for each in found] == expected, name
-        assert f"{name}: chat rows: {form}" in report.notes
+        assert f"{name}: chat rows: {form}" in [note.en for note in report.notes]
 
 
 def test_other_roles_and_fields_that_are_there_are_read():
@@ -302,7 +302,7 @@ def test_a_conversation_reads_as_what_its_messages_say():
     told = ChatReport(tokens=30, target_tokens=12, answers=2, other_characters=10)
     sides, tokenizer = [Side(np.array([30.0]))], SimpleNamespace(kind="gpt2")
     assert token_cache._about_rate(tokenizer, sides, 20, told) == []
-    assert "1.11 tokens a character" in token_cache._about_rate(tokenizer, sides, 19, told)[0]
+    assert "1.11 tokens a character" in token_cache._about_rate(tokenizer, sides, 19, told)[0].en
 
 
 def rows(count: int, name: str = "q") -> list[dict]:
@@ -360,7 +360,7 @@ def test_conversations_are_on_disk_with_their_marks_and_starts_each_on_one_side(
     characters = sum(len(row["question"] + row["answer"]) for row in rows(60))
     assert text.report["characters"] == characters
     share = f"{counted / text.n_tokens:.0%}"
-    assert text.report["notes"] == [
+    assert [note.en for note in text.report["notes"]] == [
         "qa.jsonl: chat rows: question, answer",
         f"60 conversations, 120 turns: the loss counts {counted:,} of {text.n_tokens:,} tokens "
         f"({share}), those of the answers",
@@ -399,7 +399,7 @@ def test_rows_that_the_template_refuses_are_bad_rows_and_its_own_faults_are_told
     save("few.jsonl", json_lines([*refused[:3], *rows(30)]))
     text = build("few.jsonl", chat_template=BRACKETS)
     assert text.report["documents"] == text.report["chat"]["conversations"] == 30
-    [note] = [note for note in text.report["notes"] if "bad rows" in note]
+    [note] = [en for en, _ in text.report["notes"] if "bad rows" in en]
     assert note.startswith("few.jsonl: 3 bad rows passed over (9.09%): line 1: the chat template")
     save("qa.jsonl", json_lines([*rows(30), *refused, {"question": 7, "answer": "a"}]))
     with pytest.raises(DataError) as caught:
@@ -463,7 +463,9 @@ def test_one_question_is_on_one_side_and_what_has_no_answer_is_passed_over():
     train, val = ({t.split("<|im_end|>")[0] for t, _ in side} for side in sides(text))
     assert train and val and not train & val
     assert text.report["chat"]["conversations"] == text.report["documents"] == 81
-    assert "qa.jsonl: 1 row without an answer passed over" in text.report["notes"]
+    assert "qa.jsonl: 1 row without an answer passed over" in [
+        note.en for note in text.report["notes"]
+    ]
     save("val.jsonl", json_lines(rows(3)))
     text = build({"path": "qa.jsonl", "val": "val.jsonl"})
     assert text.report["chat"]["prompts_on_both_sides"] == 3
@@ -493,7 +495,9 @@ def test_texts_beside_rows_without_answers_are_texts_alone():
     text = build(["story.txt", "none.jsonl"])
     assert text.chat is None and "chat" not in text.report
     assert text.tokenizer.decode(np.fromfile(text.path, text.dtype)) == ENGLISH[:3000]
-    assert "none.jsonl: 3 rows without an answer passed over" in text.report["notes"]
+    assert "none.jsonl: 3 rows without an answer passed over" in [
+        note.en for note in text.report["notes"]
+    ]
     files = {path.name for path in text.path.parent.iterdir()}
     assert files == {"tokens.bin", "tokenizer.json", "entry.json"}
     assert build(["story.txt", "none.jsonl"]).sha256 == text.sha256  # found again
@@ -546,7 +550,7 @@ def test_a_weight_is_how_often_what_trains_is_seen_in_an_epoch():
     note = (
         f"its weight is 2.5: {len(of_b)} documents to train on, seen {sum(of_b)} times in an epoch"
     )
-    assert f"b.jsonl: {note}" in text.report["notes"]
+    assert f"b.jsonl: {note}" in [note.en for note in text.report["notes"]]
 
 
 def test_texts_have_weights_too_and_validate_once():

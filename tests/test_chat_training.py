@@ -17,6 +17,10 @@ from engine.errors import DataError
 from exchange.opening import open_pretrained
 from exchange.saved_run import load_run
 from generation import generate
+from insight.measuring import measure_model
+from insight.report import Report
+from insight.run_files import read_run
+from insight.run_text import RunText, find_answers, open_run_text
 from planning.chat import (
     Question,
     about_chat,
@@ -153,6 +157,15 @@ def test_conversations_beyond_max_length_are_cut_or_left_out_and_told(tmp_path):
     assert "are longer than max_length: each is cut behind the last answer that fits" in said
     assert "are left out: no answer of theirs ends within max_length" in said
     assert "stride is for texts, and not used" in said
+    # SmolLM2 is named where a recipe expects less of random weights, or there is no recipe
+    assert 'INIT_FROM = "smollm2-135m"' in said
+    in_minutes = dataclasses.replace(plan_in_minutes(), chat=plan.chat)
+    for bits, is_named in ((0.1, False), (4.0, True)):
+        recipe = dataclasses.replace(in_minutes.recipe, bits_per_byte=bits)
+        choice = dataclasses.replace(in_minutes.choice, recipe=recipe)
+        told = about_chat(dataclasses.replace(in_minutes, choice=choice), training, found, 64)
+        assert ("smollm2" in "".join(told)) == is_named
+        assert ("docs/fine-tuning.md" in "".join(told)) != is_named
     with pytest.raises(DataError, match=r"has an answer that ends within max_length \(8\)"):
         pack_conversations(text, 8, 1)
 
@@ -293,14 +306,41 @@ def test_facts_that_were_measured_for_other_arguments_are_measured_again(tmp_pat
         assert kept.exists() == is_kept
 
 
+def test_answers_are_drawn_with_all_that_comes_before_them_and_fit(tmp_path):
+    turns = ("One?", "1!", "And two?", "2!")
+    rows = [conversation(*(f"{n} {turn}" for turn in turns)) for n in range(40)]
+    rows.append(conversation("Long?" * 100, "Yes."))
+    (tmp_path / "text.txt").write_text("A text among them.", encoding="utf-8")
+    text = tokenized(tmp_path, rows, ["text.txt"])
+    tokens = np.fromfile(text.path, text.dtype)
+    sides = tokens[: text.n_train], tokens[text.n_train :]
+    run_text = RunText(*sides, text.tokenizer, "", text.chat)
+    found = find_answers(run_text, 500, 120)
+    assert sum(map(len, found)) == 40  # one of each conversation that fits
+    template = template_of(text.chat.template, text.tokenizer)
+    for answer in [*found[0], *found[1]]:
+        own, before = (text.tokenizer.decode(ids) for ids in (answer.own[:-1], answer.prompt))
+        assert answer.own[-1] in template.stop_ids(text.tokenizer)
+        number, said = own.split()
+        asked = [Message("user", f"{number} One?")]
+        if said == "2!":
+            asked += [Message("assistant", f"{number} 1!"), Message("user", f"{number} And two?")]
+        assert answer.prompt == template.encode(asked, text.tokenizer, add_generation_prompt=True)
+        assert before.count("?") == int(said[0]) and len(answer.prompt + answer.own) <= 120
+    assert len({answer.own[-2] for answer in found[0]}) == 1  # "!": both answers are among them
+    assert len({answer.own[-3] for answer in found[0]}) == 2
+    assert find_answers(run_text, 500, 120) == found
+    assert [len(side) for side in find_answers(run_text, 3, 120)] == [3, 3]
+
+
 @pytest.fixture(scope="module")
 def learned(tmp_path_factory) -> Path:
     """The folder of a run that has learned to count from conversations alone."""
     folder = tmp_path_factory.mktemp("learned")
     rows = write_rows_of_numbers(folder, 24)
     shape = SHAPE | {"emb_dim": 32, "n_layers": 2}
-    params = {"max_steps": 250, "max_length": 64, "batch_size": 4, "learning_rate": 1e-2}
-    params |= {"eval_freq": 250, "model_overrides": shape}
+    params = {"max_steps": 400, "max_length": 64, "batch_size": 4, "learning_rate": 1e-2}
+    params |= {"eval_freq": 400, "model_overrides": shape}
     return train_in(
         folder,
         f"DATA = {{'path': {rows!r}, 'val': {rows!r}}}\n"
@@ -320,6 +360,20 @@ def test_a_model_answers_what_it_has_learned_and_ends_its_turn(learned):
     for n, prompt, row in zip(range(24), ids, rows, strict=True):
         assert row[-1] == end
         assert loaded.tokenizer.decode(row[len(prompt) : -1]) == f"{n + 1}."
+
+
+@pytest.mark.slow
+def test_answers_learned_by_heart_are_found_in_the_report(learned):
+    facts = measure_model(read_run(learned), open_run_text(learned))["by_heart"]
+    assert (facts["prompts"], facts["val_prompts"]) == (24, 24)
+    known = facts["extraction_rate"]
+    assert known == facts["guess_rate"] > 0.5  # the same rows validate
+    report = Report(learned)
+    report.note({"by_heart": facts})
+    report.draw()
+    page = (learned / "report.html").read_text(encoding="utf-8")
+    assert f"of 24 questions that it learned it answers {known:.1%} word for word" in page
+    assert f"{known:.0%} of tried answers are known by heart" in page
 
 
 @pytest.mark.slow

@@ -150,7 +150,8 @@ def test_download_is_kept_and_asked_for_once(tmp_path, serve):
         assert server.requests == len(files_in(tmp_path)) == n_fetched
     # a stand-in that is asked for is given without a request, to a text that has one
     notice = "corpus/sample-en.txt stands in for the-verdict, as when this run began"
-    assert corpus_path(WITH_STAND_IN, tmp_path, True) == (SAMPLE, notice)
+    path, said = corpus_path(WITH_STAND_IN, tmp_path, True)
+    assert (path, said.en) == (SAMPLE, notice)
     assert corpus_path(WITHOUT, tmp_path, True) == (file, None)
     assert server.requests == 2
 
@@ -160,7 +161,7 @@ def test_stand_in_takes_the_place_of_a_text_that_can_not_be_had_where_it_may(tmp
     path, notice = corpus_path(WITH_STAND_IN, tmp_path)
     assert path == SAMPLE
     reason = "can't be had (127.0.0.1 answered 404)"
-    assert notice == f"{WITH_STAND_IN} {reason}: corpus/sample-en.txt stands in for it"
+    assert notice.en == f"{WITH_STAND_IN} {reason}: corpus/sample-en.txt stands in for it"
     for name, stand_in in ((WITHOUT, None), (WITH_STAND_IN, False)):
         with pytest.raises(DataError) as caught:
             corpus_path(name, tmp_path, stand_in)

@@ -405,6 +405,8 @@ def test_the_report_says_whether_the_text_will_do():
         assert second == "1,000 tokens, 1.00 a character, 100% of the vocabulary in use"
         assert third.startswith(f"{800 / n_parameters:.3g} training tokens a parameter: ")
         assert word in third
+    third = describe_text(report, windows, 10**6, by_heart=True)[2]
+    assert "as it is to" in third and "watch" not in third
     report |= {"files": [{}, {}], "documents": 3, "bytes": 1234, "characters": 1200}
     report |= {"passed_over": [{}], "duplicate_documents": 2, "documents_on_both_sides": 1}
     report |= {"tokens_per_character": 0.25, "vocabulary": 200, "vocabulary_used": 50}

@@ -10,11 +10,13 @@ import time
 import numpy as np
 import pytest
 
+from benchmarks import diagnosis as benchmark
 from benchmarks.diagnosis import HISTORIES, count_right, labelled_runs, put_into, read_history
 from insight.curves import Curves
 from insight.diagnosis import NOTE, Facts, Finding, diagnose, measure, repetition
 from insight.verdict import change_lines
 from planning.plan import RunPlan, resolve_settings
+from storage.files import write_json
 from tests.test_chinese_documents import BLANKS, HALF_WIDTH, HAN
 
 
@@ -130,6 +132,27 @@ def test_every_finding_has_sentences_in_both_languages_without_a_slip_of_typogra
             assert not re.search(r"\bnan\b|\binf\b|None", words.en + words.zh)
 
 
+def test_histories_of_runs_that_are_not_there_stay_in_the_results(tmp_path, monkeypatch):
+    kept = json.loads(HISTORIES.read_bytes())
+    kept["runs"] = kept["runs"][:3]
+    results = tmp_path / "results.json"
+    write_json(results, kept)
+    monkeypatch.setattr(benchmark, "HISTORIES", results)
+    monkeypatch.setattr(benchmark, "usable_cache", lambda: tmp_path)
+    monkeypatch.setattr(benchmark.torch, "set_num_threads", lambda count: None)
+    monkeypatch.setattr("sys.argv", ["diagnosis", "--make", "0"])
+    benchmark.main()
+    found = json.loads(results.read_bytes())
+    assert (found["runs"], found["applied"]) == (kept["runs"], kept["applied"])
+    assert found["summary"]["all"]["healthy"] + found["summary"]["all"]["faulty"] == 3
+    # a run that is made anew takes its row's place, and one that is made first has its own
+    first, *others = kept["runs"]
+    assert benchmark.merge(others[1:], [others[0], first | {"facts": 1}]) == [
+        first | {"facts": 1},
+        *others,
+    ]
+
+
 MODES = {
     "quick": {},
     "full": {"QUICK_MODE": False},
@@ -183,7 +206,8 @@ def test_the_lines_to_change_are_accepted_in_every_mode_and_keep_the_other_numbe
         curves, facts = of(name)
         facts = facts_of(plan, facts)
         for finding in diagnose(curves, facts):
-            changes, lines = finding.changes, change_lines(finding.changes, facts)
+            changes = finding.changes
+            lines = [line.en for line in change_lines(changes, facts)]
             seen |= changes.keys()
             after = resolve(put_into(before, lines))
             if lines[0].startswith("MINUTES"):
@@ -226,7 +250,12 @@ def test_a_quick_run_is_told_to_let_minutes_choose_and_a_full_one_keeps_its_own(
     facts = of("rate-high-0")[1]
     changes = {"learning_rate": 1e-4, "PRECISION": "fp32"}
     quick, full = (
-        change_lines(changes, dataclasses.replace(facts, mode=mode, model_name="mini"))
+        [
+            line.en
+            for line in change_lines(
+                changes, dataclasses.replace(facts, mode=mode, model_name="mini")
+            )
+        ]
         for mode in ("quick", "full")
     )
     assert quick == ["MINUTES = 5  # chooses all numbers for the text", 'PRECISION = "fp32"']
@@ -234,7 +263,15 @@ def test_a_quick_run_is_told_to_let_minutes_choose_and_a_full_one_keeps_its_own(
     assert full[3] == '"learning_rate": 0.0001,  # in custom_params'
     assert '"num_epochs": 10, "batch_size": 4' in full[4] and "learning_rate" not in full[4]
     given = dataclasses.replace(facts, mode="full", begins_from_weights=True)
-    assert change_lines(changes, given) == [full[0], *full[2:4]]
+    assert [line.en for line in change_lines(changes, given)] == [full[0], *full[2:4]]
+
+
+def test_a_run_that_is_to_learn_a_few_conversations_by_heart_is_not_told_that_it_does():
+    for name, kind in (("by-heart-0", "by-heart"), ("model-large-0", "model-large")):
+        curves, facts = of(name)
+        assert kind in kinds(curves, facts)
+        found = kinds(curves, dataclasses.replace(facts, keeps_last=True))
+        assert not {"by-heart", "model-large", "plateau"} & {*found}
 
 
 def test_a_run_that_still_trains_is_not_told_that_it_is_unfinished_or_gains_nothing():

@@ -71,9 +71,11 @@ def test_an_encoding_that_is_set_is_doubted_where_the_file_looks_like_another():
     def told(content: bytes, encoding: str) -> list[str]:
         report = ReadingReport()
         "".join(reader.decode([content], encoding, "x.txt", report))
-        assert report.notes[0] == f"x.txt: read as {encoding}, as set"
+        assert report.notes[0].en == f"x.txt: read as {encoding}, as set"
         return [
-            name for note in report.notes[1:] for name in re.findall(r'looks like "([^"]+)', note)
+            name
+            for note in report.notes[1:]
+            for name in re.findall(r'looks like "([^"]+)', note.en)
         ]
 
     chooser = random.Random(1)
@@ -318,13 +320,13 @@ def test_many_documents_are_divided_in_linear_work_and_a_note_says_how_to_keep_t
     save("x.txt", f"\n{MARK}\n".join(stories).encode())
     found, report = read("x.txt")
     assert found == stories
-    [note] = report.notes
+    [(note, _)] = report.notes
     assert f'divided into documents at "{MARK}"' in note and '"separator": "file"' in note
     novel = "a" * (LOOKED_AT + 1000) + f"\n{MARK}\n"  # the first marker is too far in
     save("x.txt", (novel * 2).encode())
     found, report = read("x.txt")
     assert found == [novel * 2]
-    assert report.notes[0].startswith(f'x.txt: "{MARK}" is in it 2 times, as text')
+    assert report.notes[0].en.startswith(f'x.txt: "{MARK}" is in it 2 times, as text')
 
 
 # --------------------------------------------------------------------------------------- bad rows
@@ -345,7 +347,7 @@ def test_a_few_bad_rows_are_counted_and_the_first_ones_named(workdir):
     save("x.jsonl", ten_thousand_rows(40))
     found, report = read("x.jsonl")
     assert len(found) == 9_960
-    [note] = report.notes
+    [(note, _)] = report.notes
     assert note.startswith("x.jsonl: 40 bad rows passed over (0.40%): line 250: not valid JSON")
     assert note.count("line ") == 3 and 'line 500: no "text" field (has: body)' in note
 
@@ -375,7 +377,7 @@ def test_bad_rows_at_the_end_of_a_text_are_told_before_a_tokenizer_is_trained(wo
 def test_bad_rows_of_a_parquet_file_are_passed_over(workdir):
     found, report = read(save("x.parquet", parquet(["one"] * 9 + [None])))
     assert found == ["one"] * 9
-    assert report.notes == [
+    assert [note.en for note in report.notes] == [
         'x.parquet: 1 bad row passed over (10.00%): row 10: "text" is null, not text'
     ]
     assert documents(save("x.bin", parquet(["two"]))) == ["two"]

@@ -324,12 +324,12 @@ def test_auto_takes_the_start_that_is_expected_to_be_better_and_says_why():
         )
         found = decide_start(plan, decided, START, text)
         assert (found.start == START, found.recipe is None) == (is_better, is_better)
-        assert f"{rate:.2f} bytes a token here" in found.origins["start"]
+        assert f"{rate:.2f} bytes a token here" in found.origins["start"].en
         assert found.asked() == plan.asked()
     fresh = decide_start(plan, decided, None, None)
-    assert fresh.origins["start"] == "random weights: smollm2-135m is not at hand"
+    assert fresh.origins["start"].en == "random weights: smollm2-135m is not at hand"
     narrow = plan_of(INIT_FROM="auto", MINUTES=5.0, emb_dim=64)
-    reason = decide_start(narrow, decided, START, text).origins["start"]
+    reason = decide_start(narrow, decided, START, text).origins["start"].en
     assert reason.startswith('random weights: model_overrides["emb_dim"] is 64')
 
 
@@ -431,7 +431,7 @@ def test_auto_opens_weights_even_where_a_run_from_random_ones_may_go_on(
     monkeypatch.setattr(beginning, "frame_of", lambda tokenizer: "<s>")
     found, left, _ = find_beginning(plan, candidates, tmp_path / "cache", ALONE)
     assert (found.start, left.runs) == (start, (run,))
-    assert found.origins["start"].startswith(f"the weights that {tmp_path} began from; RESUME")
+    assert found.origins["start"].en.startswith(f"the weights that {tmp_path} began from; RESUME")
     said = f"Note: {opened.source}: its tokenizer puts <s> around a text elsewhere; not here\n"
     assert capsys.readouterr().out == said
 

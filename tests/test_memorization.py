@@ -9,8 +9,8 @@ from engine.errors import DataError
 from exchange.saved_run import load_run
 from insight import memorization
 from insight.copies import CopyIndex
-from insight.memorization import Copying, measure_by_heart, measure_copying
-from insight.run_text import open_run_text, to_bytes
+from insight.memorization import Copying, measure_answers, measure_by_heart, measure_copying
+from insight.run_text import Answer, open_run_text, to_bytes
 from model import GPTConfig
 from tests import by_heart
 from tests.texts import ENGLISH
@@ -82,12 +82,12 @@ class ByRote(torch.nn.Module):
     def generate(self, model, ids, *, max_new_tokens, temperature):
         assert model is self and temperature == 0
         rows = []
-        for prompt in ids.tolist():
+        for prompt in ids:
             self.prompts.append(tuple(prompt))
             at = self.text.find("".join(map(chr, prompt)))
             following = self.text[at + len(prompt) if at >= 0 else 0 :] + self.text
             rows.append(prompt + [ord(token) for token in following[:max_new_tokens]])
-        return torch.tensor(rows)
+        return rows
 
 
 @pytest.fixture
@@ -121,6 +121,31 @@ def test_what_is_written_is_held_against_the_real_next_50_tokens(by_rote):
     )
     assert other.samples == Copying(83, 80, 31, 31)
     assert other.extraction_rate < 0.5 and other.guess_rate == 1
+
+
+def test_an_answer_is_known_by_heart_if_it_is_word_for_word_the_real_one(monkeypatch):
+    tokenizer, end = Tokens(), 7
+    short, long = [1, 2, 3, end], [*range(1, 6)] * 16 + [end]
+    said = {0: short, 1: [1, 2, end], 2: [*short[:3], 4, end], 3: [*long[:-1], 6], 4: long[:70]}
+    real = [short, short, short, long, long]
+    asked = []
+
+    def generate(model, prompts, *, max_new_tokens, temperature, stop_ids):
+        assert temperature == 0 and stop_ids == [end] and max_new_tokens == len(long)
+        asked.append(prompts)
+        return [prompt + said[len(prompt)] for prompt in prompts]
+
+    monkeypatch.setattr(memorization, "generate", generate)
+    answers = [Answer([0] * number, own) for number, own in enumerate(real)]
+    index = CopyIndex.of(to_bytes(np.array(long[:-1]), tokenizer))
+    found = measure_answers(None, tokenizer, (answers, answers[1:4]), [end], index)
+    # of a long one the first 50 tokens
+    assert (found.prompts, found.extracted, found.val_prompts, found.guessed) == (5, 3, 3, 1)
+    assert asked == [[answer.prompt for answer in part] for part in (answers, answers[1:4])]
+    # without the end of the turn, which no text has
+    assert found.train.n_bytes == 3 + 2 + 4 + 81 + 70 and found.chance.share == 1
+    with pytest.raises(DataError, match="no answer fits"):
+        measure_answers(None, tokenizer, (answers, []), [end], index)
 
 
 def test_prompts_are_short_for_a_short_context_and_contain_no_end_of_text(by_rote):

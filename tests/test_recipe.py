@@ -19,6 +19,7 @@ from distributed.parallel import ALONE
 from engine.memory import as_bytes, estimate_memory
 from engine.precision import choose_precision
 from engine.settings import from_json
+from engine.words import AS_SET
 from model import GPTConfig, GPTModel
 from planning import speed
 from planning.card import card_lines
@@ -193,7 +194,7 @@ def test_what_is_set_stays_and_the_rest_is_chosen_around_it():
     assert (recipe.model["n_heads"], recipe.model["drop_rate"]) == (5, 0.3)
     assert recipe.model["context_length"] == 96 and recipe.model["emb_dim"] % 10 == 0
     assert not {"batch_size", "optimizer", "learning_rate"} & recipe.training.keys()
-    as_set = {name for name, why in recipe.reasons.items() if why == "as set"}
+    as_set = {name for name, why in recipe.reasons.items() if why == AS_SET}
     assert as_set == {"tokenizer", "n_heads", "drop_rate", "context_length", "batch_size"} | {
         "optimizer", "learning_rate",
     }  # fmt: skip
@@ -205,7 +206,7 @@ def test_what_is_set_stays_and_the_rest_is_chosen_around_it():
     assert muon.bits_per_byte < gpt2.bits_per_byte
     nothing_left = {"n_layers": 3, "emb_dim": 60, "n_heads": 3}
     only = choose_recipe(english(), CPU, 2, Fixed("char", nothing_left, {}))
-    assert only.runner_up.startswith("none") and only.model["emb_dim"] == 60
+    assert only.runner_up.en.startswith("none") and only.model["emb_dim"] == 60
 
 
 def test_every_chosen_value_has_a_reason_and_unequal_figures_do_not_matter():
@@ -213,7 +214,7 @@ def test_every_chosen_value_has_a_reason_and_unequal_figures_do_not_matter():
     unexplained = {"architecture", "qkv_bias", "qk_norm", "zero_init", "tie_embeddings"}
     unexplained |= {"gradient_accumulation_steps", "sampling"}
     assert {*recipe.model, *recipe.training} - unexplained | {"tokenizer"} == {*recipe.reasons}
-    assert "as set" not in recipe.reasons.values()
+    assert AS_SET not in recipe.reasons.values()
     about = dataclasses.replace(CPU, flops=6.04e11, memory=8_010_000_000)
     assert choose_recipe(english(), about, 3, NOTHING) == recipe
 
@@ -283,7 +284,7 @@ def test_what_is_short_of_memory_gets_a_smaller_model_or_a_warning():
     assert small.memory <= 10**9 < large.memory and small.parameters < large.parameters
     wide = Fixed("char", {"n_layers": 24, "emb_dim": 2048}, {})
     none = choose_recipe(english(), dataclasses.replace(machine, memory=10**8), 60, wide)
-    assert "GB of memory" in none.warnings[-1]
+    assert "GB of memory" in none.warnings[-1].en
 
 
 def test_memory_is_near_that_of_the_estimate():
@@ -321,7 +322,7 @@ def test_the_docs_explain_every_coefficient(page):
 def words(text: TextFacts, minutes: float = 5) -> str:
     recipe = choose_recipe(text, CPU, minutes, NOTHING)
     check(recipe, text, CPU, minutes)
-    return " ".join(recipe.warnings)
+    return " ".join(warning.en for warning in recipe.warnings)
 
 
 def test_odd_texts_get_a_sane_recipe_and_the_right_words(without_training):
@@ -352,7 +353,7 @@ def test_odd_texts_get_a_sane_recipe_and_the_right_words(without_training):
 
 def test_time_that_a_text_is_not_worth_is_left():
     recipe = choose_recipe(english(50_000), CPU, 600, NOTHING)
-    assert recipe.minutes < 60 and "gains nothing more" in recipe.warnings[0]
+    assert recipe.minutes < 60 and "gains nothing more" in recipe.warnings[0].en
     assert recipe.by_heart_minute is not None
     by_heart = choose_recipe(english(10**9), CPU, 1, NOTHING).by_heart_minute
     assert by_heart is None or by_heart > 1000
@@ -557,8 +558,8 @@ def test_the_card_shows_every_choice_and_how_to_set_it():
     assert max(map(len, lines)) <= 100
     for shown in (
         "In 30 min", f"{recipe.low:.2f} to {recipe.high:.2f}", recipe.tokenizer, "50 KB",
-        f"{recipe.model['n_layers']} layers, {recipe.model['emb_dim']} wide", recipe.runner_up,
-        f"{recipe.steps:,} steps", f"minute {recipe.by_heart_minute:g}", recipe.warnings[0],
+        f"{recipe.model['n_layers']} layers, {recipe.model['emb_dim']} wide", recipe.runner_up.en,
+        f"{recipe.steps:,} steps", f"minute {recipe.by_heart_minute:g}", recipe.warnings[0].en,
         f'"n_layers": {recipe.model["n_layers"]}', "as set: weight_decay",
     ):  # fmt: skip
         assert shown in card
@@ -570,6 +571,18 @@ def test_the_card_shows_every_choice_and_how_to_set_it():
     recipe = choose_recipe(english(10**9), fast, 10_000, Fixed(None, {}, {"optimizer": "adamw"}))
     card = "\n".join(card_lines(recipe, english(999_999), fast, 10_000)).partition("To change")[0]
     assert "800,000 GFLOP/s" in card and "1.0 MB" in card and not exponent.search(card)
+
+
+def test_the_card_of_conversations_says_nothing_that_holds_for_texts_alone(tmp_path):
+    text = dataclasses.replace(english(50_000), is_chat=True)
+    card = "\n".join(card_lines(choose_recipe(text, CPU, 3, NOTHING), text, CPU, 3))
+    assert "no forecast: the answers alone are scored" in card
+    assert not re.search("bz2|Runner-up|By heart|bits a byte on|passes|reads the text", card)
+    for row, is_chat in (('{"question": "a?", "answer": "b."}', True), ('{"text": "a"}', False)):
+        file = tmp_path / f"{is_chat}.jsonl"
+        file.write_text(f"{row}\n" * 9, encoding="utf-8")
+        found = find_facts(DataSpec((str(file),)), 0.9, tmp_path, tokenizer="char")
+        assert found.is_chat == is_chat
 
 
 @pytest.mark.parametrize(

@@ -176,7 +176,9 @@ def test_hostile_text_in_names_samples_settings_and_notes_stays_text(tmp_path):
     page = page_of(run)
     elements = Elements(page)
     allowed = "html head meta title link style body header h1 h2 h3 div button main section p span "
-    allowed += "pre code table tr th td ul li label input output noscript script details summary"
+    allowed += (
+        "wbr pre code table tr th td ul li label input output noscript script details summary"
+    )
     assert {tag for tag, _ in elements.found} <= {*allowed.split()}
     assert not [
         a for _, attrs in elements.found for a in attrs if a.startswith("on") or a == "style"
@@ -285,7 +287,8 @@ def test_good_is_only_what_is_known_to_beat_a_compressor_and_nothing_is_after_on
         kept = [finding for finding in findings if finding.severity == NOTE]
         words = headline(files, kept)
         assert words.en.startswith(opening)
-        assert ("no sign of" in words.en) == (name != "first")
+        # a few answers are to be learned by heart
+        assert ("no sign of" in words.en) == (name == "good")
 
 
 def test_the_card_is_shown_with_what_came_of_it_and_baselines_are_lines(tmp_path):
@@ -333,6 +336,17 @@ def test_answers_are_not_compared_with_figures_of_whole_conversations(tmp_path):
         {"leak", "duplicates"},
     )
     assert found["chat"] == ({}, ["uniform guess"], set())
+
+
+def test_a_pass_through_conversations_is_one_through_their_answers(tmp_path):
+    run = make_chat_run(tmp_path / "chat")
+    counted = {"tokens": 10_000, "target_tokens": 4_000}
+    write_json(run / "data.json", {"split": {"train_tokens": 5000}, "chat": counted})
+    assert read_run(run).facts.train_tokens == 2000  # the curves count those alone
+    assert "Tokens of the answers a second" in page_of(run)
+    for damaged in ({}, [], {"tokens": 5}, {"tokens": 0, "target_tokens": "x"}):
+        write_json(run / "data.json", {"split": {"train_tokens": 5000}, "chat": damaged})
+        assert read_run(run).facts.train_tokens == 5000
 
 
 def test_what_a_model_writes_begins_behind_the_prompt_or_the_question(tmp_path):

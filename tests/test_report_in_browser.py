@@ -90,7 +90,7 @@ def test_the_page_speaks_both_languages(open_page):
     assert page.locator("#verdict").inner_text().startswith("So far")
     page.locator("[data-speaks=zh]").click()
     assert page.locator("#verdict").inner_text().startswith("到目前为止")
-    assert "步 40" in page.locator("[data-chart=loss] .legend").inner_text()
+    assert "第 40 步" in page.locator("[data-chart=loss] .legend").inner_text()
     assert page.get_by_text("Learning rate").is_hidden()
     chinese = open_page(locale="zh-CN")
     assert chinese.evaluate("document.documentElement.lang") == "zh"

@@ -73,7 +73,7 @@ def test_notes_and_a_novel_train_and_validate_on_both_and_the_cut_is_told(tmp_pa
     whole = [t for t in train + val if t in texts]
     assert sorted(whole) == sorted(t for t in texts if t != texts[novel])
     assert len(train) > 10 and len(val) > 2
-    [note] = text.report["notes"]
+    [(note, _)] = text.report["notes"]
     assert note.startswith(f"the longest document is cut: its last {len(tail):,} of ")
     assert text.report["documents_on_both_sides"] == 1
 
@@ -171,7 +171,7 @@ def test_unknown_tokens_are_told_and_refused_above_half(tmp_path):
     assert report_of("lamp " * 20) | {"notes": [], "unknown_tokens": 0} == report_of("lamp " * 20)
     report = report_of("lamp lamp lamp 渡口 " * 5)
     assert report["unknown_tokens"] == 5
-    [note] = report["notes"]
+    [(note, _)] = report["notes"]
     assert note.startswith("25.0% of the tokens stand for what the tokenizer (")
     with pytest.raises(DataError, match=r"^75\.0% of .* does not know; at most half may"):
         report_of("lamp river quiet 渡口 " * 5)
@@ -201,7 +201,7 @@ def test_a_chinese_text_in_gpt2s_tokens_names_the_better_tokenizer_and_begins_wi
 ):
     chinese = CHINESE[:1500]
     write_settings(workdir, chinese, RUN_NAME="one", max_steps=1)
-    [note] = tokenize(DataSpec(("text.txt",)), "gpt2", 0.9, workdir / "cache").report["notes"]
+    [(note, _)] = tokenize(DataSpec(("text.txt",)), "gpt2", 0.9, workdir / "cache").report["notes"]
     rate = len(GPT2Tokenizer().encode(chinese)) / len(chinese)
     assert f"needs {rate:.2f} tokens a character here" in note
     assert 'TOKENIZER = "char" needs 1.00' in note

@@ -417,10 +417,10 @@ def test_override_wins_over_the_named_model_and_max_length_over_its_context():
     plan = plan_of(CUSTOM_MODE=True, MODEL="mini", custom_params={"n_layers": 1, "max_length": 40})
     mini = json.loads(MODELS_FILE.read_text(encoding="utf-8"))["mini"]
     assert plan.model == mini | {"n_layers": 1, "context_length": 40}
-    assert plan.origins["max_length"] == "custom_params"
+    assert plan.origins["max_length"].en == "custom_params"
     plan = plan_of(CUSTOM_MODE=True, MODEL="mini")
     assert plan.model["context_length"] == 256
-    assert "config.json" in plan.origins["max_length"]
+    assert "config.json" in plan.origins["max_length"].en
 
 
 def test_custom_params_that_the_mode_does_not_read_and_much_dropout_are_noticed():
@@ -461,8 +461,8 @@ LEFT_OPEN = [*RECIPE_CHOOSES, "time_budget_minutes"]
 def test_minutes_win_over_quick_and_full_mode_and_custom_mode_over_minutes(custom, quick):
     plan = plan_of(**AUTO, CUSTOM_MODE=custom, QUICK_MODE=quick)
     assert (plan.mode, plan.model_name) == ("custom" if custom else "auto", "auto")
-    assert ("QUICK_MODE" in plan.origins["mode"]) == quick
-    assert "MINUTES" in plan.origins["mode"]
+    assert ("QUICK_MODE" in plan.origins["mode"].en) == quick
+    assert "MINUTES" in plan.origins["mode"].en
     assert plan.fixed == Fixed(None, {}, {})
     assert plan.training == TrainingConfig(time_budget_minutes=10.0)
     asked = plan.asked()

@@ -375,7 +375,13 @@ def test_every_figure_of_the_report_equals_a_naive_count(
             {"name": str(folder / ".hidden"), "reason": "hidden"},
             {"name": str(folder / "d.bin"), "reason": "binary"},
         ],
-        "notes": [f"{name}.txt: lines end in CRLF; kept as they are" for name in "bc"],
+        "notes": [
+            (
+                f"{name}.txt: lines end in CRLF; kept as they are",
+                f"{name}.txt：行尾是 CRLF，照原样保留",
+            )
+            for name in "bc"
+        ],
         "documents": len(documents),
         "empty_documents": 2,
         "duplicate_documents": len(documents) - len(set(documents)),
@@ -452,7 +458,7 @@ def test_each_request_has_an_entry_of_its_own_for_which_the_text_is_not_read_aga
     made = [tokenize(*request, cache) for request in requests]
     paths = {text.path for text in made}
     assert len(paths) == len(requests)
-    assert "1 bad row passed over (0.99%)" in made[0].report["notes"][0]
+    assert "1 bad row passed over (0.99%)" in made[0].report["notes"][0].en
     with monkeypatch.context() as patch:
         patch.setattr(token_cache, "read_documents", never_read)
         patch.setattr(token_cache, "file_sha256", never_read)
@@ -597,7 +603,7 @@ def test_a_stand_in_is_told_from_the_text_itself_and_taken_as_asked_for(
     with pytest.raises(DataError, match="the-verdict can't be had"):
         build("the-verdict", stand_in=False)
     stood_in = build("the-verdict")
-    assert "can't be had" in stood_in.notices[0]
+    assert "can't be had" in stood_in.notices[0].en
     itself_at = cache / "corpora" / "the-verdict.txt"  # where a download would put it
     itself_at.write_bytes(content)
     for stand_in, expected in ((None, CHINESE), (False, CHINESE), (True, ENGLISH)):

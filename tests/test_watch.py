@@ -19,7 +19,7 @@ import requests
 import environment
 from insight.report import Report
 from insight.verdict import change_lines, headline
-from planning.card import card_lines
+from planning.card import card_rows
 from scripts import watch
 from scripts.serving import app as serving
 from scripts.serving.guard import to_json
@@ -33,7 +33,7 @@ from tests.launching import Program, launching, wait_until
 from tests.records import plan_in_minutes, record_of
 from tests.serving import continued
 from tests.test_page import CHROMIUM, CONTRAST, HOSTILE
-from training.journal import Moment, _as_section
+from training.journal import ENDED, Moment, _as_section
 from training_utils import TrainingConfig
 
 TOKEN = "open-sesame"
@@ -345,6 +345,17 @@ def test_without_the_token_or_from_another_site_nothing_is_told_or_stopped(runs)
         assert Runs(runs).find("young").state == "stopping"
 
 
+def test_what_fails_unexpectedly_is_answered_and_printed_once(runs, monkeypatch, capsys):
+    with Watcher(runs) as server:
+        monkeypatch.setattr(Runs, "find", lambda self, name: 1 / 0)
+        answer = server.ask("POST", "/stop", json={"run": "tiny"})
+        assert (
+            answer.status_code == 500 and "ZeroDivisionError" in answer.json()["error"]["message"]
+        )
+        assert server.ask("GET", "/").status_code == 200  # and what it had to print is printed
+    assert "".join(capsys.readouterr()).count("ZeroDivisionError in") == 1
+
+
 def test_a_run_that_was_asked_to_stop_is_stopping_until_its_process_ends(runs):
     run = Runs(runs).find("young")
     with FolderLock(runs / "young"):
@@ -395,7 +406,7 @@ def test_a_run_writes_with_its_newest_weights_and_says_so_where_it_has_none(runs
 
 
 def test_samples_and_the_diagnosis_are_those_of_the_report(runs):
-    texts = ["## no heading\n\nStep 5\n    indented", "one\n\n\ntwo"]
+    texts = ["## no heading\n\nStep 5\n    indented", f"one\n\n\ntwo {ENDED.en}"]
     section = _as_section(Moment("After epoch 1", 7, texts), {7: 2.5})
     (runs / "tiny" / "samples.md").write_text(f"# What\n\n{section}\n", encoding="utf-8")
     rows = [row(0, val_loss=4.0, eval_train_loss=4.0)]  # the validation loss rises to the end
@@ -406,13 +417,20 @@ def test_samples_and_the_diagnosis_are_those_of_the_report(runs):
     detail = Runs(runs).find("tiny").detail()
     summary = json.loads((runs / "tiny" / "summary.json").read_text(encoding="utf-8"))
     assert detail["bits_per_byte"] == summary["final_val_bits_per_byte"]
-    assert detail["samples"] == [{"label": "After epoch 1", "step": 7, "texts": texts}]
+    label = {"en": "After epoch 1", "zh": "第 1 轮之后"}
+    remarks = [None, {"en": ENDED.en, "zh": ENDED.zh}]
+    texts[1] = "one\n\n\ntwo "
+    assert detail["samples"] == [{"label": label, "step": 7, "texts": texts, "remarks": remarks}]
     run, findings = Report(runs / "tiny").read()
     assert findings
     assert detail["diagnosis"]["headline"] == headline(run, findings)._asdict()
     keys = ("severity", "confidence", "lines")
     assert [tuple(found[k] for k in keys) for found in detail["diagnosis"]["findings"]] == [
-        (found.severity, found.confidence, change_lines(found.changes, run.facts))
+        (
+            found.severity,
+            found.confidence,
+            [line._asdict() for line in change_lines(found.changes, run.facts)],
+        )
         for found in findings
     ]
     assert [found["title"]["en"] for found in detail["diagnosis"]["findings"]] == [
@@ -427,7 +445,8 @@ def test_the_card_of_a_run_with_minutes_is_the_one_that_was_printed(tmp_path):
     (tmp_path / "one" / "settings.json").write_text(json.dumps(record.to_json()), encoding="utf-8")
     detail = Runs(tmp_path).find("one").detail()
     choice = record.choice
-    assert detail["card"] == card_lines(choice.recipe, choice.text, choice.machine, 1.0)
+    rows = card_rows(choice.recipe, choice.text, choice.machine, 1.0)
+    assert detail["card"] == [[label._asdict(), words._asdict()] for label, words in rows]
     assert ["batch", "4 x 32"] in detail["facts"]
     assert ["budget", "1m 0.0s"] in detail["facts"]
     assert (detail["state"], detail["step"], detail["loss"]) == ("stopped", 0, None)

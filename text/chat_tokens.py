@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from engine.errors import DataError
+from engine.words import Words
 from text.chat import Conversation
 from text.chat_template import (
     CHATML,
@@ -140,12 +141,15 @@ class ChatReport:
         """Those of no answer's text: of questions, of the template, and the ends of turns."""
         return self.tokens - self.target_tokens + self.answers
 
-    def line(self) -> str:
+    def words(self) -> Words:
         """The report in words."""
-        return (
+        share = f"{self.target_tokens / max(1, self.tokens):.0%}"
+        return Words(
             f"{self.conversations:,} conversation{'s' * (self.conversations != 1)}, "
             f"{self.turns:,} turns: the loss counts {self.target_tokens:,} of {self.tokens:,} "
-            f"tokens ({self.target_tokens / max(1, self.tokens):.0%}), those of the answers"
+            f"tokens ({share}), those of the answers",
+            f"{self.conversations:,} 段对话，{self.turns:,} 轮：损失只计 {self.tokens:,} 个 token "
+            f"中回答的 {self.target_tokens:,} 个（{share}）",
         )
 
     def facts(self, shared_prompts: int) -> dict[str, Any]:

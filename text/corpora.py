@@ -13,6 +13,7 @@ from typing import Any
 from urllib.parse import urljoin, urlsplit
 
 from engine.errors import DataError, PipelineError
+from engine.words import Words
 from storage.files import (
     RESERVED,
     NewFile,
@@ -66,7 +67,7 @@ class DownloadError(DataError):
     """A download that failed, or gave another file."""
 
 
-def corpus_path(name: str, cache: Path, stand_in: bool | None = None) -> tuple[Path, str | None]:
+def corpus_path(name: str, cache: Path, stand_in: bool | None = None) -> tuple[Path, Words | None]:
     """The file of a named corpus, made or downloaded into the cache folder at first use.
 
     Returns the path and, if it is that of the corpus's stand-in, a notice. stand_in True takes the
@@ -76,7 +77,10 @@ def corpus_path(name: str, cache: Path, stand_in: bool | None = None) -> tuple[P
     corpus = CORPORA[name]
     if stand_in and corpus.stand_in is not None:
         instead, _ = corpus_path(corpus.stand_in, cache)
-        return instead, f"corpus/{instead.name} stands in for {name}, as when this run began"
+        return instead, Words(
+            f"corpus/{instead.name} stands in for {name}, as when this run began",
+            f"corpus/{instead.name} 代替 {name}，与本次运行开始时一样",
+        )
     path = cache / "corpora" / corpus.file_name
     if name == "dummy":
         return _dummy(path), None
@@ -93,7 +97,10 @@ def corpus_path(name: str, cache: Path, stand_in: bool | None = None) -> tuple[P
                 f"elsewhere and save it as {path}."
             ) from error
         instead, _ = corpus_path(corpus.stand_in, cache)
-        return instead, f"{name} can't be had ({error}): corpus/{instead.name} stands in for it"
+        return instead, Words(
+            f"{name} can't be had ({error}): corpus/{instead.name} stands in for it",
+            f"无法下载 {name}：用 corpus/{instead.name} 代替",
+        )
     return path, None
 
 

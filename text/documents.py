@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from engine.errors import DataError, SettingsError, first_line
+from engine.words import AS_SET, Words
 from text.chat import ChatForm, Conversation, form_of, is_turn, messages_of
 from text.chat_template import Written
 from text.encodings import SAMPLE_BYTES, codec_of, likelier_encoding, likely_encodings
@@ -93,8 +94,8 @@ class ReadingReport:
 
     files: list[dict[str, Any]] = field(default_factory=list)  # name, bytes, sha256, documents
     passed_over: list[dict[str, str]] = field(default_factory=list)  # name, reason
-    notes: list[str] = field(default_factory=list)  # on encodings and the like
-    notices: list[str] = field(default_factory=list)  # to print in every run
+    notes: list[Words] = field(default_factory=list)  # on encodings and the like
+    notices: list[Words] = field(default_factory=list)  # to print in every run
     stand_in: bool | None = None  # whether to read a corpus's stand-in; None: if it is needed
     stood_in: bool = False  # whether one was read
     documents: int = 0  # conversations among them
@@ -104,8 +105,9 @@ class ReadingReport:
     copied: float = 0.0  # share of the text that came before in the same document
     bytes_read: int = 0
 
-    def note(self, line: str) -> None:
+    def note(self, name: str, en: str, zh: str) -> None:
         """Keep a remark on how a file was read, once."""
+        line = Words(f"{name}: {en}", f"{name}：{zh}")
         if line not in self.notes:
             self.notes.append(line)
 
@@ -203,7 +205,7 @@ def _documents_of(
             stream = _decompress(stream, suffix, source, name)
             start, stream = _ahead(stream, SNIFFED_BYTES, b"")
         else:
-            report.note(f"{name}: read as it is, for it is not compressed")
+            report.note(name, "read as it is, for it is not compressed", "没有压缩，按原样读取")
     suffix = suffixes[-1] if suffixes else ""
     kind = kind_of(start, suffix)
     if kind in READERS and not packed:  # which need the file itself
@@ -218,7 +220,7 @@ def _documents_of(
     encoding = spec.encoding or (page_encoding(start) if kind == "html" else None)
     text = decode(stream, encoding, name, report, as_set=spec.encoding is not None)
     if kind == "html":
-        report.note(f"{name}: read as a web page, without its markup")
+        report.note(name, "read as a web page, without its markup", "按网页读取，去掉标记")
         return _divided(iter([page_text(text)]), spec, name, report, marked=False)
     reader = _RowReader(spec.field, name, report, write)
     if suffix in _JSON_SUFFIXES:
@@ -256,8 +258,11 @@ def _divided(
         start, pieces = _ahead(pieces, LOOKED_AT, "")
         if marker := find_marker(start):
             report.note(
-                f'{name}: divided into documents at "{marker.name}" '
-                '(DATA = {"path": ..., "separator": "file"} keeps it as text)'
+                name,
+                f'divided into documents at "{marker.name}" '
+                '(DATA = {"path": ..., "separator": "file"} keeps it as text)',
+                f"在“{marker.name}”处分成文档"
+                '（DATA = {"path": ..., "separator": "file"} 会把它留作文本）',
             )
             return divide(pieces, marker)
         pieces = _watched(pieces, name, report)
@@ -277,8 +282,11 @@ def _watched(pieces: Iterator[str], name: str, report: ReadingReport) -> Iterato
     for marker, count in counts.items():
         if count:
             report.note(
-                f'{name}: "{marker}" is in it {count:,} time{"s" * (count != 1)}, as text '
-                f'(DATA = {{"path": ..., "separator": "{marker}"}} divides it there)'
+                name,
+                f'"{marker}" is in it {count:,} time{"s" * (count != 1)}, as text '
+                f'(DATA = {{"path": ..., "separator": "{marker}"}} divides it there)',
+                f"其中有 {count:,} 处“{marker}”，当作文本"
+                f'（DATA = {{"path": ..., "separator": "{marker}"}} 会在此处分开）',
             )
 
 
@@ -308,7 +316,9 @@ def _good_rows(
             break
     if unanswered:
         report.note(
-            f"{name}: {unanswered:,} row{'s' * (unanswered != 1)} without an answer passed over"
+            name,
+            f"{unanswered:,} row{'s' * (unanswered != 1)} without an answer passed over",
+            f"跳过了 {unanswered:,} 行没有回答的对话",
         )
     if not bad:
         return
@@ -324,7 +334,11 @@ def _good_rows(
             f"{name} {first}.\nBad are {bad:,} of {good + bad:,} rows ({share:.1%}; up to "
             f"{_BAD_SHARE:.0%} are passed over).\n{remedy}"
         )
-    report.note(f"{name}: {bad:,} bad row{'s' * (bad != 1)} passed over ({share:.2%}): {first}")
+    report.note(
+        name,
+        f"{bad:,} bad row{'s' * (bad != 1)} passed over ({share:.2%}): {first}",
+        f"跳过了 {bad:,} 个坏行（{share:.2%}）：{first}",
+    )
 
 
 class _HashedFile:
@@ -439,9 +453,9 @@ def decode(
     """
     start, chunks = _ahead(iter(chunks), SNIFFED_BYTES, b"")
     codec, mark, why = codec_of(start, encoding)
-    if why:
-        why = why if as_set or why != "as set" else "as the file says"
-        report.note(f"{name}: read as {codec}, {why}")
+    if why is not None:
+        why = why if as_set or why != AS_SET else Words("as the file says", "按文件自己所说")
+        report.note(name, f"read as {codec}, {why.en}", f"按 {codec} 读取，{why.zh}")
     n_read, lines, saw_crlf, ended_in_cr, only_ascii = 0, 1, False, False, True
 
     def counted() -> Iterator[bytes]:
@@ -465,7 +479,7 @@ def decode(
                 )
             if not saw_crlf and ("\r\n" in text or (ended_in_cr and text.startswith("\n"))):
                 saw_crlf = True
-                report.note(f"{name}: lines end in CRLF; kept as they are")
+                report.note(name, "lines end in CRLF; kept as they are", "行尾是 CRLF，照原样保留")
             yield text
             only_ascii = only_ascii and text.isascii()
             lines += text.count("\n")
@@ -487,8 +501,11 @@ def _doubt_encoding(chunk: bytes, codec: str, name: str, report: ReadingReport) 
     start = chunk.rfind(b"\n", 0, first.start()) + 1
     if likelier := likelier_encoding(chunk[start : start + SAMPLE_BYTES], codec):
         report.note(
-            f'{name}: this looks like "{likelier}", and {codec} makes other letters of it; set '
-            f'"encoding": "{likelier}" in DATA'
+            name,
+            f'this looks like "{likelier}", and {codec} makes other letters of it; set '
+            f'"encoding": "{likelier}" in DATA',
+            f"这看起来像“{likelier}”，用 {codec} 会读成别的字；请在 DATA 中设 "
+            f'"encoding": "{likelier}"',
         )
 
 
@@ -715,7 +732,9 @@ def _table_rows(pieces: Iterator[str], delimiter: str, rows: "_RowReader") -> It
     start, pieces = _ahead(pieces, _JSON_START, "")
     found = _delimiter_of(start, rows, delimiter)
     if found != delimiter:
-        rows.report.note(f"{rows.name}: its columns are divided by {found!r}")
+        rows.report.note(
+            rows.name, f"its columns are divided by {found!r}", f"各列以 {found!r} 分隔"
+        )
     reader = csv.reader(_lines(pieces), delimiter=found, strict=True)
     header, columns, before = list[str](), list[int](), 0
     while True:
@@ -810,7 +829,8 @@ class _RowReader:
 
     def _note_name(self, found: str, kind: str) -> None:
         if found != self.field_name:
-            self.report.note(f'{self.name}: its {kind} "{found}" is read')
+            of = {"column": "列", "field": "字段"}[kind]
+            self.report.note(self.name, f'its {kind} "{found}" is read', f"读取其中的{of}“{found}”")
 
     def read(self, value: Any, where: str) -> Row:
         """The text or the conversation of a decoded row: the row itself, or its fields."""
@@ -854,7 +874,8 @@ class _RowReader:
                 found = dataclasses.replace(found, written=self._write(found))
         except (ValueError, DataError) as error:
             return BadRow(where, str(error).rstrip("."))
-        self.report.note(f"{self.name}: chat rows: {', '.join(form.names)}")
+        names = ", ".join(form.names)
+        self.report.note(self.name, f"chat rows: {names}", f"对话行：{names}")
         return found
 
     def _text(self, value: Any, where: str) -> Row:
@@ -864,7 +885,11 @@ class _RowReader:
         try:
             value.encode("utf-8")
         except UnicodeEncodeError:  # JSON may escape half of a character, such as "\ud83d"
-            self.report.note(f"{self.name}: half characters (lone surrogates) became U+FFFD")
+            self.report.note(
+                self.name,
+                "half characters (lone surrogates) became U+FFFD",
+                "半个字符（孤立代理项）变成了 U+FFFD",
+            )
             return value.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
         return value
 

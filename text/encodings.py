@@ -3,6 +3,8 @@
 import codecs
 import re
 
+from engine.words import AS_SET, Words
+
 SAMPLE_BYTES = 1 << 14  # enough to tell one encoding from another
 FAR_LIKELIER = 0.4  # of plausibilities: right ones are less than this below the best, others more
 _MARKS = (
@@ -49,16 +51,17 @@ _BETWEEN_LATIN = re.compile(r"[A-Za-z][^\x00-\x7f][A-Za-z]")
 _TWO_WESTERN = re.compile(r"[\xc0-\xff](?=[\xc0-\xff])")
 
 
-def codec_of(start: bytes, encoding: str | None) -> tuple[str, int, str]:
-    """The codec of a text with this start, the length of its byte-order mark, and why."""
+def codec_of(start: bytes, encoding: str | None) -> tuple[str, int, Words | None]:
+    """The codec of a text with this start, the length of its byte-order mark, and why, if it is
+    not the usual one."""
     for mark, codec in _MARKS:
         if start.startswith(mark):
-            return codec, len(mark), "by its byte-order mark"
+            return codec, len(mark), Words("by its byte-order mark", "依据字节顺序标记")
     if encoding:
-        return encoding, 0, "as set"
+        return encoding, 0, AS_SET
     if wide := _wide_codec(start):
-        return wide, 0, "by where its NULs are"
-    return "utf-8", 0, ""
+        return wide, 0, Words("by where its NULs are", "依据 NUL 的位置")
+    return "utf-8", 0, None
 
 
 def _wide_codec(start: bytes) -> str | None:

@@ -11,7 +11,7 @@ import json
 import statistics
 import zlib
 from array import array
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from text.documents import (
     Part,
     ReadingReport,
     dataset_fingerprint,
+    has_conversations,
     read_documents,
     validation_parts,
 )
@@ -43,7 +44,7 @@ from text.tokenizer import (
 )
 from text.tokenizer_file import SHORT_WORDS, ranks_of
 
-FORMAT = 2  # of the facts in the cache; no other is read
+FORMAT = 3  # of the facts in the cache; no other is read
 SAMPLE_BYTES = 8 << 20  # a larger text is sampled evenly: more make no difference
 CHUNK = 1 << 15  # characters of the sample that lie together
 BPE_SIZES = (512, 1024, 2048, 4096, 8192, 16384)
@@ -78,6 +79,7 @@ class TextFacts:
     bytes_per_token: dict[str, Any] = setting()  # by TOKENIZER's values, on validation text
     vocabularies: dict[str, Any] = setting()  # their numbers of tokens
     can_train: bool = setting()  # whether the library that trains vocabularies is there
+    is_chat: bool = setting(False)  # whether it has conversations, of which the answers count
 
     def __post_init__(self) -> None:
         check(self)
@@ -148,6 +150,7 @@ def find_facts(
         facts = measure_text(
             watched(train), train_ratio, validation=validation, tokenizer=tokenizer
         )
+    facts = replace(facts, is_chat=has_conversations([*train, *val], spec))
     if not report.documents:
         names = ", ".join(spec.train + spec.val)
         raise DataError(f"{names} is empty.\nSet DATA to a text of at least a few sentences.")

@@ -25,6 +25,7 @@ import numpy as np
 
 from engine.console import Progress, say
 from engine.errors import DataError, ResourceError
+from engine.words import Words
 from storage.cache import keep_within_limit, note_use
 from storage.files import (
     NewFile,
@@ -101,7 +102,7 @@ class TokenizedText:
     sha256: str  # of the tokens and n_train
     stood_in: bool  # whether a stand-in was read in place of what DATA names
     report: dict[str, Any]  # what was read, for data.json
-    notices: list[str]  # to print in every run
+    notices: list[Words]  # to print in every run
     chat: "ChatTokens | None" = None  # of a text with conversations
 
 
@@ -197,11 +198,11 @@ def _name_entry(
 
 def _rename(report: dict[str, Any], file: dict[str, Any], part: Part) -> None:
     """Update the name of a file in a cached report: it may have been renamed since."""
-    before = f"{file['name']}: "
-    report["notes"] = [
-        f"{part.name}: {note.removeprefix(before)}" if note.startswith(before) else note
-        for note in report["notes"]
-    ]
+    own = f"{file['name']}: "
+    for number, note in enumerate(report["notes"]):
+        if note.en.startswith(own):
+            ends = (text.removeprefix(file["name"]) for text in note)
+            report["notes"][number] = Words(*(f"{part.name}{end}" for end in ends))
     file |= {"name": part.name, "path": str(part.path)}
 
 
@@ -274,6 +275,8 @@ def _open_entry(folder: Path, reading: ReadingReport) -> TokenizedText | None:
                 "End the programs that have a file in it open, or remove it yourself."
             )
         return None
+    report = entry["report"]
+    report["notes"] = [Words.of(note) for note in report["notes"]]
     return TokenizedText(
         path=folder / "tokens.bin",
         dtype=entry["dtype"],
@@ -283,7 +286,7 @@ def _open_entry(folder: Path, reading: ReadingReport) -> TokenizedText | None:
         tokenizer_file=folder / "tokenizer.json",
         sha256=_sha256_of(entry),
         stood_in=reading.stood_in,
-        report=entry["report"],
+        report=report,
         notices=reading.notices,
         chat=chat,
     )
@@ -381,7 +384,7 @@ def _build_entry(
             facts["documents_on_both_sides"] = 1
         if told is not None:
             facts["chat"] = told.facts(_shared_prompts(sides, split))
-            facts["notes"].append(told.line())
+            facts["notes"].append(told.words())
         n_different = _count_different(sides[0], split, times)
         _seal(temporary, tokenizer, n_train, facts, chat, n_different, added=added)
         rename_folder(temporary, folder)  # if another process was faster, its entry stays
@@ -466,9 +469,12 @@ def _times_seen(
         if part.weight != 1:
             seen = times[(part_of == number) & ~is_val]
             documents = "document" + "s" * (len(seen) != 1)
-            report.notes.append(
-                f"{part.name}: its weight is {part.weight:g}: {len(seen):,} {documents} to train "
-                f"on, seen {seen.sum():,} times in an epoch"
+            report.note(
+                part.name,
+                f"its weight is {part.weight:g}: {len(seen):,} {documents} to train on, seen "
+                f"{seen.sum():,} times in an epoch",
+                f"权重为 {part.weight:g}：{len(seen):,} 个文档用于训练，每个 epoch 见到 "
+                f"{seen.sum():,} 次",
             )
     return times
 
@@ -815,19 +821,22 @@ def _size_of(parts: list[Part]) -> int:
     return sum(part.path.stat().st_size for part in parts if part.path)
 
 
-def _note_on_cut(split: Split, documents: Side, train_ratio: float) -> str:
+def _note_on_cut(split: Split, documents: Side, train_ratio: float) -> Words:
     assert split.cut is not None
     size = int(documents.stops[split.cut] - documents.starts[split.cut])
-    return (
+    return Words(
         f"the longest document is cut: its last {split.n_cut:,} of {size:,} tokens validate, as "
         f"whole documents alone don't make the {1 - train_ratio:.0%} that train_ratio leaves "
-        '(DATA = {"path": ..., "val": ...} names a validation text of its own)'
+        '(DATA = {"path": ..., "val": ...} names a validation text of its own)',
+        f"最长的文档被切开：它的 {size:,} 个 token 中最后 {split.n_cut:,} 个用于验证，因为只用整篇"
+        f"文档凑不出 train_ratio 留下的 {1 - train_ratio:.0%}"
+        '（DATA = {"path": ..., "val": ...} 可另指定验证文本）',
     )
 
 
 def _about_rate(
     tokenizer: Tokenizer, sides: list[Side], characters: int, told: ChatReport | None
-) -> list[str]:
+) -> list[Words]:
     """A notice where one token a character would be fewer than this tokenizer needs, in texts and
     answers: a template's own tokens are of no message's characters."""
     n_tokens = sum(side.counts.sum() - np.count_nonzero(~side.is_chat) for side in sides)
@@ -837,20 +846,29 @@ def _about_rate(
     if tokenizer.kind == "char" or needed <= MOST_RATE:
         return []
     return [
-        f"the tokenizer needs {needed:.2f} tokens a character here, as it was made for other "
-        'texts; TOKENIZER = "char" needs 1.00, and "auto" chooses by the text'
+        Words(
+            f"the tokenizer needs {needed:.2f} tokens a character here, as it was made for other "
+            'texts; TOKENIZER = "char" needs 1.00, and "auto" chooses by the text',
+            f"这个分词器是为别的文本做的，在这里每字符需要 {needed:.2f} 个 token；"
+            'TOKENIZER = "char" 只需 1.00，"auto" 按文本选择',
+        )
     ]
 
 
-def _about_vocabulary(text: TokenizedText, spec: DataSpec) -> list[str]:
+def _about_vocabulary(text: TokenizedText, spec: DataSpec) -> list[Words]:
     """A notice where hardly any of the vocabulary occurs, unless a named text is tried out."""
     size, used = text.report["vocabulary"], text.report["vocabulary_used"]
     is_small = size <= SMALL_VOCABULARY
     if is_small or used > LEAST_USED * size or CORPORA.keys() >= set(spec.train + spec.val):
         return []
     return [
-        f"{1 - used / size:.0%} of the tokenizer's {size:,} tokens do not occur in this text; a "
-        'vocabulary of its own makes a smaller and better model: TOKENIZER = "char" or "bpe:1024"'
+        Words(
+            f"{1 - used / size:.0%} of the tokenizer's {size:,} tokens do not occur in this text; "
+            "a vocabulary of its own makes a smaller and better model: "
+            'TOKENIZER = "char" or "bpe:1024"',
+            f"分词器的 {size:,} 个 token 有 {1 - used / size:.0%} 没有出现在这份文本中；专用的词表"
+            '能得到更小更好的模型：TOKENIZER = "char" 或 "bpe:1024"',
+        )
     ]
 
 
@@ -868,7 +886,7 @@ def _count_unknown(tokenizer: Tokenizer, sides: list[Side]) -> int:
     return 0 if unknown is None else int(sum(side.counts[unknown] for side in sides))
 
 
-def _about_unknown(unknown: int, sides: list[Side], tokenizer: Tokenizer) -> str:
+def _about_unknown(unknown: int, sides: list[Side], tokenizer: Tokenizer) -> Words:
     """A notice with the share of unknown tokens; DataError if it is above MOST_UNKNOWN."""
     share = unknown / sum(side.counts.sum() for side in sides)
     told = (
@@ -877,7 +895,11 @@ def _about_unknown(unknown: int, sides: list[Side], tokenizer: Tokenizer) -> str
     instead = 'TOKENIZER = "auto", "char" or "gpt2" knows every character'
     if share > MOST_UNKNOWN:
         raise DataError(f"{told}; at most half may.\n{instead}.")
-    return f"{told}, and are lost; {instead}"
+    return Words(
+        f"{told}, and are lost; {instead}",
+        f"{share:.1%} 的 token 代表分词器（{tokenizer.name}）不认识的内容，这些内容会丢失；"
+        'TOKENIZER = "auto"、"char" 或 "gpt2" 认识所有字符',
+    )
 
 
 def _report_of(

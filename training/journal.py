@@ -21,6 +21,7 @@ from engine.metrics import (
     perplexity,
     seconds_left,
 )
+from engine.words import Words
 from storage.files import PATIENCE_S, write_atomically
 from storage.tracking import MetricsFile, Trackers
 from training.pace import Spent
@@ -28,6 +29,9 @@ from training.spacing import Allowance
 from visualize import render_losses
 
 PICTURE = "training_losses.png"
+# what a sample ends with where the model writes nothing that can be seen
+ENDED = Words("[the model ends the text here]", "[模型在此结束文本]")
+BLANK = Words("[the model goes on with blanks]", "[模型接着只写空白]")
 # the rise of the training loss from start to end that may be noise: in nats, and as a share
 NOISE_NATS, NOISE_SHARE = 0.1, 0.05
 FETCH_EVERY = 50  # steps whose losses are fetched from the device in one copy

@@ -3,7 +3,7 @@
 import asyncio
 import json
 import socket
-from collections.abc import AsyncIterator, Callable, Collection, Iterable, Mapping
+from collections.abc import AsyncIterator, Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 from urllib.parse import quote
@@ -59,6 +59,31 @@ def as_refusal(error: Exception) -> Refused:
     if isinstance(error, PipelineError):
         return Refused(500, str(error))
     return Refused(500, f"the server failed ({type(error).__name__})")
+
+
+def route(routes: Sequence[Route], others: str) -> Starlette:
+    """The application of some routes, whose errors are answers in OpenAI's shape.
+
+    others says what there is, to a request for another path or with another method. An error that
+    nobody expects is raised again behind its answer, so that the Guard reports it.
+    """
+
+    async def refuse(request: Request, error: Exception) -> Response:
+        if isinstance(error, HTTPException):  # the router's
+            said = f"there is no {request.method} {request.url.path} here; {others}"
+            error = Refused(error.status_code, said, headers=error.headers)
+        return as_refusal(error).response()
+
+    async def answer_nobody(request: Request, error: Exception) -> Response:
+        return Response(status_code=400)  # the client is gone, and reads nothing
+
+    handlers: dict[Any, Any] = dict.fromkeys(
+        (Refused, PipelineError, HTTPException, Exception), refuse
+    )
+    handlers[ClientDisconnect] = answer_nobody
+    app = Starlette(routes=routes, exception_handlers=handlers)
+    app.router.redirect_slashes = False
+    return app
 
 
 class EventStream:
@@ -133,25 +158,17 @@ class Application:
         origins: Collection[str] = (),
     ) -> Guard:
         """The guarded ASGI application for an address, with other names and sites let in."""
-        app = Starlette(
-            routes=[
-                *(Route(path, self.file) for path in FILES),
-                Route("/run.json", self.run_facts),
-                Route("/training_losses.png", self.picture),
-                Route("/v1/models", self.models),
-                Route("/v1/models/{name:path}", self.model),
-                Route("/v1/completions", self.complete, methods=["POST"]),
-                Route("/v1/chat/completions", self.complete, methods=["POST"]),
-            ],
-            exception_handlers={
-                Refused: self.refuse,
-                PipelineError: self.refuse,
-                HTTPException: self.refuse,
-                ClientDisconnect: self.nobody,
-                Exception: self.refuse,
-            },
-        )
-        app.router.redirect_slashes = False
+        routes = [
+            *(Route(path, self.file) for path in FILES),
+            Route("/run.json", self.run_facts),
+            Route("/training_losses.png", self.picture),
+            Route("/v1/models", self.models),
+            Route("/v1/models/{name:path}", self.model),
+            Route("/v1/completions", self.complete, methods=["POST"]),
+            Route("/v1/chat/completions", self.complete, methods=["POST"]),
+        ]
+        others = "see /v1/models, /v1/completions, /v1/chat/completions and the page at /"
+        app = route(routes, others)
         return Guard(app, host=host, port=port, token=token, hosts=hosts, origins=origins)
 
     async def complete(self, request: Request) -> Any:
@@ -250,19 +267,6 @@ class Application:
         if self._run.path is None:
             raise FileNotFoundError(name)
         return (self._run.path / name).read_bytes()
-
-    async def refuse(self, request: Request, error: Exception) -> Response:
-        """The answer for an error, in OpenAI's shape."""
-        if isinstance(error, HTTPException):  # the router's
-            method, path = request.method, request.url.path
-            said = f"there is no {method} {path} here; see /v1/models, /v1/completions, "
-            said += "/v1/chat/completions and the page at /"
-            error = Refused(error.status_code, said, headers=error.headers)
-        return as_refusal(error).response()
-
-    async def nobody(self, request: Request, error: Exception) -> Response:
-        """A response for a client that has disconnected; nobody reads it."""
-        return Response(status_code=400)
 
 
 class Stoppable(Protocol):

@@ -8,17 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from starlette.applications import Starlette
-from starlette.exceptions import HTTPException
-from starlette.requests import ClientDisconnect, Request
+from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from engine.errors import PipelineError
 from engine.processor import default_threads
 from exchange.saved_run import load_run
-from scripts.serving.app import Application, as_refusal, read_body
-from scripts.serving.guard import Guard, Refused, json_response, report, to_json
+from scripts.serving.app import Application, read_body, route
+from scripts.serving.guard import Guard, Refused, json_response, to_json
 from scripts.serving.protocol import Served, parse_object
 from scripts.serving.writer import Writer
 from scripts.watching.curves import Sent
@@ -164,22 +161,13 @@ class Watch:
 
     def guarded(self, *, host: str, port: int, token: str, hosts: Collection[str]) -> Guard:
         """The guarded ASGI application for an address, with other names let in."""
-        app = Starlette(
-            routes=[
-                *(Route(path, self.file) for path in FILES),
-                Route("/events", self.events),
-                Route("/stop", self.stop_run, methods=["POST"]),
-                Route("/write", self.write, methods=["POST"]),
-            ],
-            exception_handlers={
-                Refused: self.refuse,
-                PipelineError: self.refuse,
-                HTTPException: self.refuse,
-                ClientDisconnect: self.nobody,
-                Exception: self.refuse,
-            },
-        )
-        app.router.redirect_slashes = False
+        routes = [
+            *(Route(path, self.file) for path in FILES),
+            Route("/events", self.events),
+            Route("/stop", self.stop_run, methods=["POST"]),
+            Route("/write", self.write, methods=["POST"]),
+        ]
+        app = route(routes, "the page is at /")
         return Guard(app, host=host, port=port, token=token, hosts=hosts, public=FILES)
 
     async def file(self, request: Request) -> Response:
@@ -236,19 +224,6 @@ class Watch:
             yield
         finally:
             self._n_streams -= 1
-
-    async def refuse(self, request: Request, error: Exception) -> Response:
-        """The answer for an error."""
-        if isinstance(error, HTTPException):  # the router's
-            said = f"there is no {request.method} {request.url.path} here; the page is at /"
-            error = Refused(error.status_code, said, headers=error.headers)
-        if not isinstance(error, Refused | PipelineError):
-            report(error)
-        return as_refusal(error).response()
-
-    async def nobody(self, request: Request, error: Exception) -> Response:
-        """A response for a client that has disconnected; nobody reads it."""
-        return Response(status_code=400)
 
     def stop(self) -> None:
         """End all streams of events and all writing."""

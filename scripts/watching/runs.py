@@ -4,16 +4,16 @@ import contextlib
 import math
 import threading
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from engine.errors import CheckpointError
 from engine.metrics import as_duration
 from insight.report import Report
-from insight.run_files import read_samples
+from insight.run_files import Sample, divide_remark, read_samples
 from insight.verdict import change_lines, headline
-from planning.card import card_lines
+from planning.card import card_rows
 from planning.decisions import RunRecord, read_record, read_run_file
 from scripts.watching.curves import Metrics, Sent, is_number
 from storage.checkpoint import newest_step
@@ -32,7 +32,7 @@ class Described:
     """A run by its settings.json; empty where that can't be read."""
 
     record: RunRecord | None = None
-    card: list[str] = field(default_factory=list)
+    card: list[list[dict[str, str]]] = field(default_factory=list)
     facts: list[list[str]] = field(default_factory=list)
 
 
@@ -170,10 +170,11 @@ class Run:
         }
 
     def samples(self) -> list[dict[str, Any]]:
-        """What the model wrote at some moments, oldest first: label, step, a text a prompt."""
+        """What the model wrote at some moments, oldest first: label, step, a text a prompt, and the
+        remark on each text or None."""
 
         def read(path: Path) -> list[dict[str, Any]]:
-            return [asdict(sample) for sample in read_samples(path)]
+            return [_as_facts(sample) for sample in read_samples(path)]
 
         return self._read("samples.md", read) or []
 
@@ -201,7 +202,9 @@ class Run:
                         "title": finding.title._asdict(),
                         "evidence": finding.evidence._asdict(),
                         "advice": finding.advice._asdict(),
-                        "lines": change_lines(finding.changes, run.facts),
+                        "lines": [
+                            line._asdict() for line in change_lines(finding.changes, run.facts)
+                        ],
                     }
                     for finding in findings
                 ],
@@ -279,12 +282,23 @@ def _number(value: Any, otherwise: float | None = None) -> float | None:
     return value if is_number(value) else otherwise
 
 
-def _card(record: RunRecord) -> list[str]:
-    """The card of the recipe that was chosen for the run's MINUTES."""
+def _as_facts(sample: Sample) -> dict[str, Any]:
+    pairs = [divide_remark(text) for text in sample.texts]
+    return {
+        "label": sample.label_words._asdict(),
+        "step": sample.step,
+        "texts": [text for text, _ in pairs],
+        "remarks": [None if remark is None else remark._asdict() for _, remark in pairs],
+    }
+
+
+def _card(record: RunRecord) -> list[list[dict[str, str]]]:
+    """The card of the recipe that was chosen for the run's MINUTES: rows of a label and words."""
     if record.choice is None or record.asked.minutes is None:
         return []
-    choice = record.choice
-    return card_lines(choice.recipe, choice.text, choice.machine, record.asked.minutes)
+    choice, why_start = record.choice, record.origins.get("start")
+    rows = card_rows(choice.recipe, choice.text, choice.machine, record.asked.minutes, why_start)
+    return [[words._asdict() for words in row] for row in rows]
 
 
 def _facts_of(record: RunRecord) -> list[list[str]]:

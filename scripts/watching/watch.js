@@ -12,7 +12,7 @@ const STRINGS = {
       `Stop ${name} after its current step? It saves a checkpoint, and the same command goes on ` +
       "from there.",
     diagnosis: "What it means",
-    certain: (percent) => `${percent}% sure`,
+    certain: (percent) => ` (${percent}% sure)`,
     write: "Write with it",
     beginning: "The beginning of a text",
     begin: "Begin a text …",
@@ -66,6 +66,8 @@ const STRINGS = {
     hours: "h",
     minutes: "min",
     seconds: "s",
+    problems: {}, // by status: what to say in place of the server's words
+    failed: (message) => message,
   },
   zh: {
     runs: "你的训练",
@@ -75,7 +77,7 @@ const STRINGS = {
     keep: "继续训练",
     sure: (name) => `在当前这一步之后停止 ${name} 吗？它会保存检查点，用同一条命令可从那里继续。`,
     diagnosis: "这意味着什么",
-    certain: (percent) => `把握 ${percent}%`,
+    certain: (percent) => `（把握 ${percent}%）`,
     write: "用它写",
     beginning: "文本的开头",
     begin: "写个开头……",
@@ -103,7 +105,7 @@ const STRINGS = {
     valLoss: "验证",
     rate: "学习率",
     norm: "梯度范数",
-    speed: "每秒词元",
+    speed: "每秒 token 数",
     expected: (loss, low, high) => `预计最终：${loss}（${low} 至 ${high}）`,
     bits: (bits) => `每字节 ${bits} 比特`,
     chart: (name) => `${name}随步数的变化；方向键在其中移动`,
@@ -115,7 +117,7 @@ const STRINGS = {
       context: "上下文",
       tokenizer: "分词器",
       vocabulary: "词表",
-      batch: "批次（词元）",
+      batch: "批次（token）",
       optimizer: "优化器",
       rate: "学习率",
       budget: "时间预算",
@@ -123,12 +125,21 @@ const STRINGS = {
       device: "设备",
     },
     text: "文本",
-    textTokens: "词元数",
-    seen: "已学词元",
+    textTokens: "token 数",
+    seen: "已学 token",
     others: "其他",
     hours: "小时",
     minutes: "分钟",
     seconds: "秒",
+    problems: {
+      404: "这里没有这次训练。",
+      409: "现在不行：它没有在这台机器上训练，或还没有保存过权重。",
+      413: "文本太长。",
+      429: "打开的页面或等待的请求太多，请稍后再试。",
+      500: "服务器出错了，详情见它的终端。",
+      503: "服务器正在停止。",
+    },
+    failed: (message) => `服务器报错：${message}`,
   },
 };
 
@@ -175,6 +186,8 @@ async function* readEvents(body) {
 }
 
 async function problemOf(response) {
+  const known = strings.problems[response.status];
+  if (known) return known;
   try {
     return (await response.json()).error.message;
   } catch {
@@ -332,7 +345,8 @@ function showDetail(changed) {
   if ("diagnosis" in changed) showDiagnosis();
   if ("card" in changed) {
     element("card").hidden = detail.card.length === 0;
-    element("card").querySelector("pre").textContent = detail.card.join("\n");
+    const rows = detail.card.map(([name, words]) => [name[language], words[language]]);
+    element("card-rows").replaceChildren(...described(rows));
   }
   showFacts();
 }
@@ -351,14 +365,14 @@ function showSamples() {
 function showSample() {
   const sample = detail.samples?.[Number(element("moment").value)];
   const at = sample && (language === "zh" ? `第 ${sample.step} 步` : `step ${sample.step}`);
-  const name = sample ? `${sample.label} · ${at}` : "";
+  const name = sample ? `${sample.label[language]} · ${at}` : "";
   element("moment-name").textContent = name;
   element("moment").ariaValueText = name;
-  const texts = (sample?.texts ?? []).map((text) => {
+  const texts = (sample?.texts ?? []).map((text, i) => {
     const place = document.createElement("p");
     place.className = "text";
     place.dir = "auto";
-    place.textContent = text;
+    place.textContent = text + (sample.remarks[i]?.[language] ?? "");
     return place;
   });
   element("sample").replaceChildren(...texts);
@@ -378,9 +392,9 @@ function showDiagnosis() {
     name.textContent = finding.title[language];
     why.textContent = finding.evidence[language];
     what.textContent = finding.advice[language];
-    lines.textContent = finding.lines.join("\n");
+    lines.textContent = finding.lines.map((line) => line[language]).join("\n");
     lines.tabIndex = 0; // it may be wide: the arrow keys move it
-    item.append(name, ` (${strings.certain(Math.round(100 * finding.confidence))})`, why, what);
+    item.append(name, strings.certain(Math.round(100 * finding.confidence)), why, what);
     if (finding.lines.length) item.append(lines);
     return item;
   });
@@ -395,14 +409,18 @@ function showFacts() {
   rows.push([strings.text, text], [strings.textTokens, count(detail.text_tokens)]);
   rows.push([strings.seen, count(detail.tokens)]);
   const wanted = rows.filter(([, value]) => value !== null && value !== "");
-  const shown = wanted.flatMap(([name, value]) => {
+  element("facts").replaceChildren(...described(wanted));
+}
+
+// the elements of a list of names and what each is
+function described(rows) {
+  return rows.flatMap(([name, value]) => {
     const term = document.createElement("dt");
     const description = document.createElement("dd");
     term.textContent = name;
     description.textContent = value;
     return [term, description];
   });
-  element("facts").replaceChildren(...shown);
 }
 
 async function stop() {
@@ -440,7 +458,7 @@ async function write(event) {
     const response = await post(path, body, controller.signal);
     if (!response.ok) throw new Error(await problemOf(response));
     for await (const part of readEvents(response.body)) {
-      if (part.error) throw new Error(part.error.message);
+      if (part.error) throw new Error(strings.failed(part.error.message));
       place.append(part.choices[0]?.text ?? ""); // a string goes in as text
     }
   } catch (error) {
