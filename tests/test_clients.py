@@ -369,9 +369,12 @@ def test_echo_with_logprobs_gives_each_token_of_the_prompt_its_probability(send,
     (streamed,) = send((TEXTS, body | {"stream": True, "prompt": prompts[0]}))
     events = [e.removeprefix("data: ") for e in streamed.text.split("\n\n")[:-2]]
     chunks = [json.loads(event)["choices"][0] for event in events]
-    assert "".join(chunk["text"] for chunk in chunks) == answer["choices"][0]["text"]
+    # beside other prompts the last digits may differ on some processors
+    (alone,) = complete(send, **body | {"prompt": prompts[0]})["choices"]
+    assert "".join(chunk["text"] for chunk in chunks) == alone["text"]
+    assert alone["text"] == answer["choices"][0]["text"]
     joined = [p for chunk in chunks for p in chunk["logprobs"]["token_logprobs"]]
-    assert joined[1:] == pytest.approx(answer["choices"][0]["logprobs"]["token_logprobs"][1:])
+    assert joined[1:] == pytest.approx(alone["logprobs"]["token_logprobs"][1:])
     assert [chunk["finish_reason"] for chunk in chunks if chunk["finish_reason"]] == ["length"]
 
 
