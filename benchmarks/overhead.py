@@ -3,18 +3,21 @@ without them, in turn.
 
     python -m benchmarks.overhead [--rounds 5] [--minutes 1]
 
-Each run is the real program in a process of its own, of the same steps. Its
-wall-clock time counts from the end of its start-up to its end; its CPU time, of which other
-programs take nothing, is that of all its threads in the same span.
+Each run is the real program in a process of its own, of the same steps. Its wall-clock time counts
+from the end of its start-up to its end; its CPU time is that of all its threads in the same span.
+Where a machine's speed changes from run to run by more than what is sought, the share of a run that
+is spent in these calls says more: it is measured within each run that makes them.
 """
 
 import argparse
 import json
+import math
 import os
 import statistics
 import subprocess
 import sys
 import tempfile
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -31,28 +34,51 @@ custom_params = {{{length}}}
 # the real program, timed from the end of its start-up
 TIMED = """
 import json, sys, time
-import main
+import main, train
 from insight.report import Report
 
+spent = 0.0
+
+def timed(call):
+    def run(*arguments):
+        global spent
+        began_at = time.perf_counter()
+        try:
+            return call(*arguments)
+        finally:
+            spent += time.perf_counter() - began_at
+    return run
+
 if {without}:
-    import train
     Report.follow, Report.finish = lambda self, elapsed_s: {{}}, lambda self: []
     train.StopSignals = lambda parallel, requested: main.StopSignals(parallel)
+else:
+    Report.follow, Report.finish = timed(Report.follow), timed(Report.finish)
+    train.StopSignals = lambda parallel, asked: main.StopSignals(parallel, timed(asked))
 run_pipeline = main.run_pipeline
 
 def run(env):
     wall, cpu = time.perf_counter(), time.process_time()
     run_pipeline(env)
-    times = [time.perf_counter() - wall, time.process_time() - cpu]
-    print(json.dumps(times + [env.run.record.total_steps]))
+    times = [time.perf_counter() - wall, time.process_time() - cpu, spent]
+    print(json.dumps([env.run.record.total_steps, times]))
 
 main.run_pipeline = run
 sys.exit(main.main(["settings.py"]))
 """
 
 
-def train(length: str, *, without: bool) -> tuple[float, float, int]:
-    """Train for some minutes or steps; the wall-clock and CPU seconds, and the steps."""
+@dataclass(frozen=True)
+class Took:
+    """The seconds of a run: wall-clock and CPU time, and wall-clock time in insight's calls."""
+
+    wall_s: float
+    cpu_s: float
+    insight_s: float
+
+
+def train(length: str, *, without: bool) -> tuple[int, Took]:
+    """Train for some minutes or steps; the steps, and what they took."""
     english = (REPOSITORY / "corpus" / "sample-en.txt").read_text(encoding="utf-8")
     with tempfile.TemporaryDirectory() as folder:
         text = (english * (N_BYTES // len(english) + 1))[:N_BYTES]
@@ -68,38 +94,35 @@ def train(length: str, *, without: bool) -> tuple[float, float, int]:
         if done.returncode != 0:
             raise RuntimeError(f"the run ended with {done.returncode}:\n{done.stderr[-2000:]}")
         assert any(Path(folder, "runs").glob("*/report.html")) != without
-    wall_s, cpu_s, steps = json.loads(done.stdout.splitlines()[-1])
-    return wall_s, cpu_s, steps
+    steps, times = json.loads(done.stdout.splitlines()[-1])
+    return steps, Took(*times)
 
 
 def main() -> None:
-    """Print the medians of the ratios, and write all of them."""
+    """Print the ratios and the share, and write what each run took."""
     use_utf8()
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--rounds", type=int, default=5, help="runs of each (5)")
     parser.add_argument("--minutes", type=float, default=1.0, help="of each run (1)")
     asked = parser.parse_args()
-    *_, steps = train(f'"time_budget_minutes": {asked.minutes}', without=False)  # warms up
-    seconds: dict[str, list[tuple[float, float]]] = {"with": [], "without": []}
+    steps, _ = train(f'"time_budget_minutes": {asked.minutes}', without=False)  # warms up
+    took: dict[str, list[Took]] = {"with": [], "without": []}
     for number in range(asked.rounds):
-        for name in sorted(seconds, reverse=number % 2 == 1):
-            wall_s, cpu_s, _ = train(f'"max_steps": {steps}', without=name == "without")
-            seconds[name].append((wall_s, cpu_s))
-        told = ", ".join(f"{name} {of[-1][0]:.1f} s" for name, of in seconds.items())
-        say(f"{steps} steps: {told}")
-    pairs = list(zip(seconds["with"], seconds["without"], strict=True))
-    ratios = {
-        name: [own[place] / other[place] for own, other in pairs]
-        for place, name in enumerate(("wall_clock", "cpu"))
-    }
-    for name, of_pairs in ratios.items():
-        middle = statistics.median(of_pairs)
-        say(
-            f"{name} with insight: {middle - 1:+.1%} (pairs {min(of_pairs) - 1:+.1%} to "
-            f"{max(of_pairs) - 1:+.1%})"
-        )
+        for name in sorted(took, reverse=number % 2 == 1):
+            took[name].append(train(f'"max_steps": {steps}', without=name == "without")[1])
+        last = took["with"][-1]
+        told = ", ".join(f"{name} {of[-1].wall_s:.1f} s" for name, of in took.items())
+        say(f"{steps} steps: {told}; {last.insight_s / last.wall_s:.2%} in insight's calls")
+    pairs = list(zip(took["with"], took["without"], strict=True))
+    for kind in ("wall_s", "cpu_s"):
+        logs = [math.log(getattr(own, kind) / getattr(other, kind)) for own, other in pairs]
+        error = statistics.stdev(logs) / len(logs) ** 0.5 if len(logs) > 1 else math.nan
+        say(f"{kind}: {math.expm1(statistics.mean(logs)):+.1%} +- {error:.1%} with insight")
+    shares = [one.insight_s / one.wall_s for one in took["with"]]
+    say(f"in insight's calls: {statistics.median(shares):.2%} of a run (at most {max(shares):.2%})")
     device = torch.device("cpu")
-    results = {"machine": machine(device), "steps": steps, "seconds": seconds, "ratios": ratios}
+    runs = {name: [asdict(one) for one in of] for name, of in took.items()}
+    results = {"machine": machine(device), "steps": steps, "runs": runs}
     say(f"written to {write_results('overhead', device, results)}")
 
 

@@ -55,9 +55,11 @@ START = {
     "token_share": 0.41,
     "repeats": 4.3,
     "heart": 0.02,
-    "turn_muon": 0.2,
+    "batch_loss": 0.004,
     "few_steps": 0.02,
     "thin_loss": 0.004,
+    "rare_loss": 0.006,
+    "split_loss": 0.06,
     "context": 0.01,
     "entropy": 0.7,  # the mean of the texts, of which each has its own
 }

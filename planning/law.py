@@ -18,33 +18,36 @@ NO_STEP = 16.0  # bits a byte, a forecast where the time is too short for a sing
 # benchmarks.recipe fits to its runs; the others are set by hand. docs/recipes.md says what each
 # one means.
 COEFFICIENTS = {
-    "size": 20.5,  # h = size N^-size_power + bytes T^-bytes_power + heart ...
-    "size_power": 0.408,
-    "bytes": 38.6,
-    "bytes_power": 0.381,
-    "token_share": 0.187,  # a byte counts (bytes a token) ^ -token_share
-    "repeats": 3.47,  # passes after which further ones add 1/e of a first one
-    "heart": 0.0206,
+    "size": 21.9,  # h = size N^-size_power + bytes T^-bytes_power + heart ...
+    "size_power": 0.422,
+    "bytes": 41.2,
+    "bytes_power": 0.389,
+    "token_share": 0.181,  # a byte counts (bytes a token) ^ -token_share
+    "repeats": 3.23,  # passes after which further ones add 1/e of a first one
+    "heart": 0.0209,
     "heart_power": 0.35,
     "turn": 31.5,  # passes after which a model with a parameter a byte learns the text by heart
     "turn_muon": 0.356,  # with Muon so much sooner
     "turn_power": 0.5,
     "turn_dropout": 10.0,
     "turn_decay": 0.5,
-    "entropy": 0.683,  # the share of bz2's bits that no training removes
+    "entropy": 0.711,  # the share of bz2's bits that no training removes
     "wide": 0.129,  # less of them for each further byte of a character
     "noise_from": 0.65,  # bz2's share of the byte entropy from where less can be learnt,
     "noise_to": 0.95,  # and where nothing can
     "batch": 2048.0,  # tokens, the best batch of a run of 1.5 million
     "batch_power": 0.4,
-    "batch_loss": 0.00375,  # of a batch off by a factor of 2; four times that for 4
+    "batch_loss": 0.00557,  # of a batch off by a factor of 2; four times that for 4
     "steps": 250.0,  # fewer cost few_steps for each halving, squared
-    "few_steps": 0.00397,
+    "few_steps": 0.00447,
     "thin": 0.5,  # tokens a parameter, below which each halving costs thin_loss, squared
-    "thin_loss": 0.00075,
+    "thin_loss": 0.000756,
     "rare": 400.0,  # mean uses of a token in the text below which each halving costs rare_loss
-    "rare_loss": 0.006,
-    "context": 0.0323,  # the loss of a context of 256 bytes, falling with its length
+    "rare_loss": 0.00403,
+    "split_loss": 0.0593,  # of tokens half as long as split_from characters, unless these are
+    "split_from": 1.35,
+    "whole_from": 1000.0,  # those of an alphabet with more than so many
+    "context": 0.0123,  # the loss of a context of 256 bytes, falling with its length
     "context_power": 1.0,
     "adamw": 0.5,  # what a byte counts with AdamW, and in GPT-2's architecture
     "gpt2": 0.7,
@@ -61,7 +64,7 @@ COEFFICIENTS = {
     "warmup": 0.03,  # of the steps
     "decay_share": 0.55,  # of the steps, in which the rates fall,
     "final_rate": 0.03,  # and to what share
-    "interval": 0.138,  # half of the rough range: 80 % of the runs that a fit has not seen
+    "interval": 0.104,  # half of the rough range: 80 % of the runs that a fit has not seen
     "usable": 0.9,  # the share of the time that steps get, but for the start
     "start_s": 11.0,  # two cores: imports, timed steps, the last samples and the end of Python
 }
@@ -194,6 +197,7 @@ def expected_bits(
     losses = losses + k["thin_loss"] * thin**2
     uses = unique / c.token_bytes / c.vocabulary
     losses = losses + k["rare_loss"] * np.maximum(0, np.log2(k["rare"] / uses))
+    losses = losses + k["split_loss"] * _split(text, c, k)
     losses = losses + k["context"] * (256 / (c.context * c.token_bytes)) ** k["context_power"]
     # where there is little to learn, little can be lost
     learnable = min(1.0, 2 * (1 - floor / entropy)) if entropy else 0.0
@@ -201,6 +205,15 @@ def expected_bits(
     # what validation text shares with training text is soon known by heart
     known = text.leaked * (1 - np.exp(-steps / k["steps"]))
     return np.where(steps < 1, NO_STEP, bits - known * (bits - floor))
+
+
+def _split(text: TextFacts, c: Candidates, k: Mapping[str, float]) -> np.ndarray:
+    """How far candidates' tokens are from holding whole characters, (C, 1), in halvings of their
+    length; a character of a large alphabet is as good as a word."""
+    is_large = text.distinct_characters > k["whole_from"]
+    is_whole = np.array([[is_large and name == "char"] for name in c.tokenizers])
+    length = k["split_from"] * text.bytes_per_character / c.token_bytes
+    return np.where(is_whole, 0.0, np.maximum(0, np.log2(length)))
 
 
 def _floor(text: TextFacts, k: Mapping[str, float]) -> float:

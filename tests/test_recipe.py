@@ -154,7 +154,8 @@ def test_a_small_text_on_a_fast_machine_is_no_worse_off_than_on_a_slow_one():
     slow = choose_recipe(english(20_000), CPU, 10, NOTHING)
     fast = MachineFacts("cuda", 2e14, 1e-8, 2e-11, 10**11, 3e-4)
     recipe = choose_recipe(english(20_000), fast, 10, NOTHING)
-    assert recipe.bits_per_byte <= 1.001 * slow.bits_per_byte and recipe.passes < 10
+    assert recipe.bits_per_byte <= 1.001 * slow.bits_per_byte
+    assert recipe.passes == pytest.approx(slow.passes, rel=0.1)  # more would be learnt by heart
 
 
 def jumps(rows: list[list[int]]) -> list[int]:
@@ -225,7 +226,7 @@ def test_every_chosen_value_has_a_reason_and_unequal_figures_do_not_matter():
         ({"n_layers": 2, "emb_dim": 64}, 20_000, "char"),  # too short to learn a vocabulary from
         ({"n_layers": 2, "emb_dim": 64}, 10**8, "bpe:1024"),  # its blocks outweigh no larger head
         ({"n_layers": 6, "emb_dim": 192}, 200_000, "bpe:512"),  # is read often in ten minutes
-        ({"n_layers": 6, "emb_dim": 192}, 1_115_394, "bpe:1024"),
+        ({"n_layers": 6, "emb_dim": 192}, 1_115_394, "bpe:512"),
         ({"n_layers": 6, "emb_dim": 192}, 10**8, "bpe:8192"),
     ],
 )
@@ -239,7 +240,32 @@ def test_around_a_model_that_is_set_the_tokenizer_is_that_of_a_recipe(model, n_b
     assert choose_tokenizer(text, fixed, None) == tokenizer
     # on a long text a large model takes a larger vocabulary than a small one
     large = Fixed(None, {"n_layers": 12, "emb_dim": 768}, {"batch_size": 8})
-    assert choose_tokenizer(english(10**8), large, 2000.0) == "bpe:4096"
+    assert choose_tokenizer(english(10**8), large, 2000.0) == "bpe:2048"
+
+
+def test_where_characters_have_several_bytes_tokens_hold_whole_ones():
+    chinese = dataclasses.replace(
+        english(1_600_000),
+        n_characters=1_600_000 * 10 // 28,
+        distinct_characters=5172,
+        bytes_per_token={"char": 2.8, "bpe:512": 1.76, "bpe:2048": 2.74, "bpe:4096": 3.06},
+        vocabularies={"char": 5172, "bpe:512": 512, "bpe:2048": 2048, "bpe:4096": 4096},
+    )
+    expected = {
+        name: choose_recipe(chinese, CPU, 2, Fixed(name, {}, {})).bits_per_byte
+        for name in chinese.vocabularies
+    }
+    assert expected["char"] < expected["bpe:4096"] < expected["bpe:2048"] < expected["bpe:512"]
+    assert choose_recipe(chinese, CPU, 2, NOTHING).tokenizer == "char"
+    # two bytes a letter are no word
+    cyrillic = dataclasses.replace(
+        english(1_600_000),
+        n_characters=1_600_000 * 10 // 18,
+        distinct_characters=140,
+        bytes_per_token={"char": 1.8, "bpe:1024": 3.9},
+        vocabularies={"char": 140, "bpe:1024": 1024},
+    )
+    assert choose_recipe(cyrillic, CPU, 2, NOTHING).tokenizer == "bpe:1024"
 
 
 def test_rates_follow_width_batch_and_steps():
