@@ -1,12 +1,12 @@
 """What insight costs a run: training with the report, what it measures and the stop file, and
-without them, in turn.
+without them, side by side.
 
     python -m benchmarks.overhead [--rounds 5] [--minutes 1]
 
-Each run is the real program in a process of its own, of the same steps. Its wall-clock time counts
-from the end of its start-up to its end; its CPU time is that of all its threads in the same span.
-Where a machine's speed changes from run to run by more than what is sought, the share of a run that
-is spent in these calls says more: it is measured within each run that makes them.
+Each run is the real program in a process of its own, of the same steps. The two of a pair train at
+the same time, each with one thread, on a core of its own where the system lets it choose, and
+change cores from pair to pair: what slows the machine slows both. Wall-clock and CPU time count
+from the end of start-up to the end. The time within insight's own calls is measured, too.
 """
 
 import argparse
@@ -17,6 +17,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -33,6 +34,10 @@ custom_params = {{{length}}}
 """
 # the real program, timed from the end of its start-up
 TIMED = """
+import os
+if hasattr(os, "sched_setaffinity"):
+    cores = sorted(os.sched_getaffinity(0))
+    os.sched_setaffinity(0, cores[{place} % len(cores):][:1])
 import json, sys, time
 import main, train
 from insight.report import Report
@@ -77,17 +82,17 @@ class Took:
     insight_s: float
 
 
-def train(length: str, *, without: bool) -> tuple[int, Took]:
-    """Train for some minutes or steps; the steps, and what they took."""
+def train(length: str, place: int = 0, *, without: bool = False) -> tuple[int, Took]:
+    """Train for some minutes or steps on the core at a place; the steps, and what they took."""
     english = (REPOSITORY / "corpus" / "sample-en.txt").read_text(encoding="utf-8")
     with tempfile.TemporaryDirectory() as folder:
         text = (english * (N_BYTES // len(english) + 1))[:N_BYTES]
         Path(folder, "text.txt").write_text(text, encoding="utf-8")
         Path(folder, "settings.py").write_text(SETTINGS.format(length=length), encoding="utf-8")
         done = subprocess.run(
-            [sys.executable, "-c", TIMED.format(without=without)],
+            [sys.executable, "-c", TIMED.format(place=place, without=without)],
             cwd=folder,
-            env=os.environ | {"PYTHONPATH": str(REPOSITORY)},
+            env=os.environ | {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"},
             capture_output=True,
             encoding="utf-8",
         )
@@ -105,11 +110,17 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5, help="runs of each (5)")
     parser.add_argument("--minutes", type=float, default=1.0, help="of each run (1)")
     asked = parser.parse_args()
-    steps, _ = train(f'"time_budget_minutes": {asked.minutes}', without=False)  # warms up
+    steps, _ = train(f'"time_budget_minutes": {asked.minutes}')  # warms up
     took: dict[str, list[Took]] = {"with": [], "without": []}
     for number in range(asked.rounds):
-        for name in sorted(took, reverse=number % 2 == 1):
-            took[name].append(train(f'"max_steps": {steps}', without=name == "without")[1])
+        places = number % 2, 1 - number % 2
+        with ThreadPoolExecutor() as pool:
+            runs = {
+                name: pool.submit(train, f'"max_steps": {steps}', place, without=name == "without")
+                for name, place in zip(took, places, strict=True)
+            }
+        for name, run in runs.items():
+            took[name].append(run.result()[1])
         last = took["with"][-1]
         told = ", ".join(f"{name} {of[-1].wall_s:.1f} s" for name, of in took.items())
         say(f"{steps} steps: {told}; {last.insight_s / last.wall_s:.2%} in insight's calls")
@@ -121,8 +132,8 @@ def main() -> None:
     shares = [one.insight_s / one.wall_s for one in took["with"]]
     say(f"in insight's calls: {statistics.median(shares):.2%} of a run (at most {max(shares):.2%})")
     device = torch.device("cpu")
-    runs = {name: [asdict(one) for one in of] for name, of in took.items()}
-    results = {"machine": machine(device), "steps": steps, "runs": runs}
+    found = {name: [asdict(one) for one in of] for name, of in took.items()}
+    results = {"machine": machine(device), "steps": steps, "runs": found}
     say(f"written to {write_results('overhead', device, results)}")
 
 

@@ -123,7 +123,7 @@ class RunRecord:
 
     def to_json(self) -> dict[str, Any]:
         """The content of settings.json."""
-        return dataclasses.asdict(self)
+        return json.loads(json.dumps(dataclasses.asdict(self)))  # Words are lists there
 
 
 def read_record(run: Path) -> RunRecord:

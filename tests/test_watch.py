@@ -593,7 +593,7 @@ def test_the_page_shows_a_run_as_it_trains_writes_with_it_and_stops_it_by_keyboa
     with FolderLock(runs / "young"), Watcher(runs) as server:
         page = open_page(server)
         assert page.locator("#name").inner_text() == "young"  # the one that trains
-        assert "% sure" in page.locator("#findings").inner_text()
+        page.locator("#findings", has_text="% sure").wait_for()  # the page asks for them later
         assert page.locator("#findings pre").first.inner_text().startswith("DATA = ")
         assert "trains · step 180 of 180" in page.locator("#about").inner_text()
         assert page.title() == "young: trains"
