@@ -169,10 +169,15 @@ def test_nothing_from_100_kb_to_100_mb_moves_the_model_by_more_than_one_rung():
 
 
 def test_the_forecasts_are_near_what_was_measured():
-    """Bits a byte of runs that the law is not fitted to."""
+    """Bits a byte of what MINUTES chooses for tiny-shakespeare, and of other runs of one recipe."""
     results = json.loads((REPOSITORY / "benchmarks/results/recipe-auto-cpu.json").read_bytes())
-    assert len(results["runs"]) == 2
+    assert len(results["runs"]) == 6
     for key, run in results["runs"].items():
+        minutes = json.loads(key)["minutes"]
+        today = choose_recipe(
+            benchmark.TextFacts(**run["facts"]), benchmark.REFERENCE, minutes, NOTHING
+        )
+        assert today.model == run["recipe"]["model"]
         again = benchmark.predicted(run | {"key": key}, COEFFICIENTS)
         assert again == pytest.approx(run["bits"], rel=0.05)
         assert run["recipe"]["low"] < run["bits"] < run["recipe"]["high"]
@@ -663,6 +668,11 @@ def test_the_laws_numbers_are_those_of_the_kept_fit():
             own = COEFFICIENTS | {"entropy": results["texts"][json.loads(key)["text"]]}
             errors.append(benchmark.predicted(run | {"key": key}, own) / run["bits"] - 1)
     assert np.median(np.abs(errors)) < 0.015
+    # each text's errors by a fit to the other, beside the interval that the other's give
+    english, chinese = results["left_out"].values()
+    within = [abs(e) <= benchmark.covering(chinese) for e in english]
+    within += [abs(e) <= benchmark.covering(english) for e in chinese]
+    assert len(within) >= 30 and 0.65 <= np.mean(within) <= 0.95
 
 
 @pytest.mark.slow
