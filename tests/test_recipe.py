@@ -156,6 +156,7 @@ def test_a_small_text_on_a_fast_machine_is_no_worse_off_than_on_a_slow_one():
     recipe = choose_recipe(english(20_000), fast, 10, NOTHING)
     assert recipe.bits_per_byte <= 1.001 * slow.bits_per_byte
     assert recipe.passes == pytest.approx(slow.passes, rel=0.1)  # more would be learnt by heart
+    assert recipe.passes < 16.7  # with dropout 0.2 measured to be better than 7.7 on 30 KB
 
 
 def jumps(rows: list[list[int]]) -> list[int]:
@@ -169,18 +170,22 @@ def test_nothing_from_100_kb_to_100_mb_moves_the_model_by_more_than_one_rung():
 
 
 def test_the_forecasts_are_near_what_was_measured():
-    """Bits a byte of what MINUTES chooses for tiny-shakespeare, and of other runs of one recipe."""
+    """Bits a byte of what MINUTES chooses today; those of ci.txt are of no run of the fit."""
     results = json.loads((REPOSITORY / "benchmarks/results/recipe-auto-cpu.json").read_bytes())
-    assert len(results["runs"]) == 6
+    fitted = json.loads((REPOSITORY / "benchmarks/results/recipe-cpu.json").read_bytes())["runs"]
+    bits_of_fit = {run["bits"] for run in fitted.values()}
+    assert len(results["runs"]) == 8
+    assert sum(run["bits"] not in bits_of_fit for run in results["runs"].values()) == 2
     for key, run in results["runs"].items():
-        minutes = json.loads(key)["minutes"]
-        today = choose_recipe(
-            benchmark.TextFacts(**run["facts"]), benchmark.REFERENCE, minutes, NOTHING
+        facts, minutes = benchmark.TextFacts(**run["facts"]), json.loads(key)["minutes"]
+        today = choose_recipe(facts, benchmark.REFERENCE, minutes, NOTHING)
+        assert (today.tokenizer, today.model) == (
+            run["recipe"]["tokenizer"],
+            run["recipe"]["model"],
         )
-        assert today.model == run["recipe"]["model"]
         again = benchmark.predicted(run | {"key": key}, COEFFICIENTS)
         assert again == pytest.approx(run["bits"], rel=0.05)
-        assert run["recipe"]["low"] < run["bits"] < run["recipe"]["high"]
+        assert today.low < run["bits"] < today.high
     shape = {"n_layers": 6, "emb_dim": 192, "context_length": 256, "drop_rate": 0.0}
     recipe = choose_recipe(english(), CPU, 1.85, Fixed("char", shape, {"batch_size": 16}))
     assert recipe.bits_per_byte == pytest.approx(2.213, rel=0.08)  # with a shorter decay
