@@ -148,9 +148,13 @@ def test_the_memory_of_other_gpus_is_known_too(machine, name, pretend):
 
 
 def test_nothing_is_left_of_a_pretended_machine(tmp_path, workdir, recwarn):
+    names = ["_C", "cuda", "cuda.graphs", "mps", "backends.mps", "xpu", "version"]
+    modules = [sys.modules[f"torch.{name}"] for name in names]
+    for module in modules:  # Python's own, which it makes at a module's first warning
+        vars(module).setdefault("__warningregistry__", {})
+
     def facts() -> list:
-        modules = ["_C", "cuda", "cuda.graphs", "mps", "backends.mps", "xpu", "version"]
-        return [dict(vars(sys.modules[f"torch.{name}"])) for name in modules]
+        return [dict(vars(module)) for module in modules]
 
     with pretended(Machine("cpu"), tmp_path):  # what torch imports at first use is there by now
         run_main(workdir)
