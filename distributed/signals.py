@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Callable
 from types import FrameType
+from typing import Any
 
 from distributed.parallel import ALONE, Parallel
 from engine.console import complain
@@ -37,19 +38,25 @@ class StopSignals:
         self._agreed = 0  # the signal that all ranks stop for
         self._asks_within_steps = parallel.is_alone
         self._noted_at: float | None = None  # when the first signal came
-        self._restore_handlers = contextlib.ExitStack()
+        self._before: dict[int, Any] = {}  # the handlers of before, by signal
 
     def __enter__(self) -> "StopSignals":
         if threading.current_thread() is threading.main_thread():
             for number in _stop_signals():
                 before = signal.getsignal(number)
                 if before not in (signal.SIG_IGN, None):
-                    self._restore_handlers.callback(signal.signal, number, before)
+                    self._before[number] = before
                     signal.signal(number, self._note)
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self._restore_handlers.close()
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        # torchrun sends SIGTERM when another rank ends: a failed one still has to report that
+        has_failed = kind is not None and issubclass(kind, Exception)
+        outlives = has_failed and not self._parallel.is_alone
+        for number, before in self._before.items():
+            ignores = outlives and number == signal.SIGTERM
+            signal.signal(number, signal.SIG_IGN if ignores else before)
+        self._before.clear()
 
     def check(self) -> None:
         """Raise Stopped after a signal; with several ranks, after one that agree() has found."""
