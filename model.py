@@ -8,11 +8,10 @@ Tensor letters: B batch, T positions, C emb_dim, H heads, K key-value heads, D h
 V vocabulary.
 """
 
-import itertools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, fields
-from typing import Any, Self, TypeAlias
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
@@ -20,8 +19,10 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend
 from torch.utils.checkpoint import checkpoint
 
+from engine.attention import Parts, attend, attend_within, find_parts, usual_attention
 from engine.compiling import free_steps, is_compiled
 from engine.loss import next_token_loss
+from engine.norm import RMSNorm
 from engine.precision import DTYPES, Precision
 from engine.settings import check, setting, shown
 
@@ -45,8 +46,7 @@ ROPE_SCALINGS = {
     ),
 }
 INIT_STD = 0.02
-SHORT_CONTEXT = 512
-ATTENTIONS = ("fused", "plain")  # kernels of a CPU's training steps
+LONGEST_TRIAL = 1024  # positions of attention_step()
 
 
 @dataclass(frozen=True)
@@ -301,11 +301,6 @@ class Newest:
         return keys[:, :, : self.n_seen], values[:, :, : self.n_seen]
 
 
-# the texts in windows, each of which attends to itself alone: how long they are, one after another
-# in all B x T positions; or a mask, (B, 1, T, T) bool, True where attended to
-Parts: TypeAlias = list[int] | Tensor
-
-
 class CausalSelfAttention(nn.Module):
     """Causal multi-head attention, with grouped queries (Ainslie et al. 2023) where configured."""
 
@@ -315,7 +310,7 @@ class CausalSelfAttention(nn.Module):
         self.layer = layer
         self.head_dim = config.head_dim
         self.heads = config.n_heads, config.n_kv_heads, config.n_kv_heads
-        self.drop_rate, self.context_length = config.attention_drop_rate, config.context_length
+        self.drop_rate = config.attention_drop_rate
         # one of ATTENTIONS; None is the usual one of the dtype
         self.kernel: str | None = None
         # queries, keys and values are one product
@@ -324,8 +319,8 @@ class CausalSelfAttention(nn.Module):
         self.out_proj = nn.Linear(self.qkv_rows[0], config.emb_dim, bias=bool(config.out_bias))
         self.qk_norm = config.qk_norm  # Dehghani et al. 2023
         if config.qk_norm:
-            self.q_norm = nn.RMSNorm(self.head_dim, eps=config.norm_eps)
-            self.k_norm = nn.RMSNorm(self.head_dim, eps=config.norm_eps)
+            self.q_norm = RMSNorm(self.head_dim, eps=config.norm_eps)
+            self.k_norm = RMSNorm(self.head_dim, eps=config.norm_eps)
 
     def forward(
         self,
@@ -350,7 +345,7 @@ class CausalSelfAttention(nn.Module):
         dropout = self.drop_rate if self.training else 0.0
         q, k, v = (tensor.transpose(1, 2) for tensor in (q, k, v))  # (B, H, T, D)
         if newest is None:
-            kernel = self.kernel or usual_attention(q.dtype, self.context_length)
+            kernel = self.kernel or usual_attention(q.dtype)
             x = attend_within(parts, q, k, v, dropout, is_plain=kernel == "plain")
         else:
             k, v = newest.extend(self.layer, k, v)
@@ -365,74 +360,14 @@ class CausalSelfAttention(nn.Module):
         return self.out_proj(x.transpose(1, 2).flatten(2))
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, dropout: float, *, is_plain: bool) -> Tensor:
-    """Causal attention of (B, H, T, D) queries over (B, K, T, D) keys and values: (B, H, T, D).
-
-    On CPUs, is_plain trains with plain products in place of the fused kernel, whose backward pass
-    does not use the bf16 matmul kernels. They keep every head's T x T probabilities.
-    """
-    T, D = q.shape[2:]
-    is_plain = is_plain and q.device.type == "cpu" and torch.is_grad_enabled()
-    if not is_plain or dropout > 0:
-        return F.scaled_dot_product_attention(
-            q, k, v, dropout_p=dropout, is_causal=True, enable_gqa=q.shape[1] != k.shape[1]
-        )
-    if q.shape[1] != k.shape[1]:
-        shared_by = q.shape[1] // k.shape[1]
-        k, v = (tensor.repeat_interleave(shared_by, dim=1) for tensor in (k, v))
-    mask = torch.full((T, T), -math.inf, dtype=q.dtype).triu(1)
-    scores = torch.baddbmm(mask, q.flatten(0, 1), k.flatten(0, 1).mT, alpha=D**-0.5)
-    return (scores.softmax(-1) @ v.flatten(0, 1)).view(q.shape)  # softmax is fp32 within
-
-
-def find_parts(starts: Tensor, *, as_mask: bool) -> Parts:
-    """The Parts of windows, in which each position's text begins at starts, (B, T)."""
-    T = starts.shape[1]
-    places = torch.arange(T, device=starts.device)
-    if as_mask:
-        is_same = starts[:, None, :, None] == starts[:, None, None, :]  # (B, 1, T, T)
-        return is_same & (places <= places[:, None])
-    firsts = (starts == places).flatten().nonzero()[:, 0].tolist()
-    return [stop - first for first, stop in itertools.pairwise([*firsts, starts.numel()])]
-
-
-def attend_within(
-    parts: Parts | None, q: Tensor, k: Tensor, v: Tensor, dropout: float, *, is_plain: bool
-) -> Tensor:
-    """attend(), within each of the parts; None: within the windows.
-
-    With lengths, an attention for each part computes nothing that a mask would drop.
-    """
-    if parts is None:
-        return attend(q, k, v, dropout, is_plain=is_plain)
-    if isinstance(parts, Tensor):
-        if q.shape[1] != k.shape[1] and q.device.type != "cpu":  # GPUs' masked kernels need it
-            shared_by = q.shape[1] // k.shape[1]
-            k, v = (tensor.repeat_interleave(shared_by, dim=1) for tensor in (k, v))
-        is_grouped = q.shape[1] != k.shape[1]
-        return F.scaled_dot_product_attention(
-            q, k, v, attn_mask=parts, dropout_p=dropout, enable_gqa=is_grouped
-        )
-    B, H, T, D = q.shape
-    rows = (tensor.transpose(1, 2).flatten(0, 1).split(parts) for tensor in (q, k, v))
-    found = []
-    for part in zip(*rows, strict=True):  # (N, H, D) or (N, K, D) each
-        q, k, v = (tensor.transpose(0, 1)[None] for tensor in part)
-        found.append(attend(q, k, v, dropout, is_plain=is_plain)[0].transpose(0, 1))
-    return torch.cat(found).view(B, T, H, D).transpose(1, 2)
-
-
-def usual_attention(dtype: torch.dtype, context_length: int) -> str:
-    """The kernel that is usually faster in a CPU's training steps: "fused" or "plain"."""
-    is_plain = dtype == torch.bfloat16 and context_length <= SHORT_CONTEXT
-    return "plain" if is_plain else "fused"
-
-
 def attention_step(config: GPTConfig, dtype: torch.dtype, kernel: str) -> Callable[[], object]:
-    """One of ATTENTIONS as a forward and a backward pass over one window on a CPU."""
-    assert config.head_dim, "GPTConfig has replaced it"
-    shape = (1, config.n_heads, config.context_length, config.head_dim)
-    q, k, v = (torch.full(shape, 0.1, dtype=dtype, requires_grad=True) for _ in range(3))
+    """One of ATTENTIONS as a forward and a backward pass over a window on a CPU, or over the
+    beginning of a long one."""
+    assert config.head_dim and config.n_kv_heads, "GPTConfig has replaced them"
+    T = min(config.context_length, LONGEST_TRIAL)
+    heads = (config.n_heads, config.n_kv_heads, config.n_kv_heads)
+    options = {"dtype": dtype, "requires_grad": True}
+    q, k, v = (torch.full((1, n, T, config.head_dim), 0.1, **options) for n in heads)
 
     def run() -> object:
         with torch.enable_grad():
@@ -591,7 +526,7 @@ class Dropout(nn.Module):
 def build_norm(config: GPTConfig) -> nn.Module:
     """The architecture's norm over the last dimension."""
     assert config.norm_eps is not None, "GPTConfig has replaced it"
-    norm = nn.RMSNorm if config.architecture == "llama" else nn.LayerNorm
+    norm = RMSNorm if config.architecture == "llama" else nn.LayerNorm
     return norm(config.emb_dim, eps=config.norm_eps)
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from engine.attention import count_kept_weights
 from engine.devices import free_memory
 from engine.errors import first_line
 from engine.loss import chunk_rows, light_chunk_rows, softmax_rows
@@ -137,8 +138,8 @@ def measure_activations(
 ) -> tuple[int, int]:
     """Bytes kept for the backward pass: independent of the micro-batch, and a window of n_tokens.
 
-    Measured on short windows and on half as long ones, since the bytes grow with the length and,
-    where attention keeps its probabilities, with its square.
+    Measured on short windows and on half as long ones, since the bytes grow with the length and
+    with the number of weights that attention keeps, in these windows its square.
     """
 
     def kept(n_windows: int, n_tokens: int) -> int:
@@ -164,7 +165,8 @@ def measure_activations(
     # window = linear n + square n^2, and so for n / 2
     square = max(0.0, (window - 2 * half) / (probed**2 / 2))
     linear = window / probed - square * probed
-    return fixed, round(linear * n_tokens + square * n_tokens**2)
+    n_weights = count_kept_weights(device, n_tokens, model.config.attention_drop_rate)
+    return fixed, round(linear * n_tokens + square * n_weights)
 
 
 def _kept_bytes(model: nn.Module, ids: torch.Tensor, precision: Precision) -> int:

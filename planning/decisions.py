@@ -10,12 +10,13 @@ from typing import Any
 import torch
 
 from data import WindowPlan
+from engine.attention import ATTENTIONS
 from engine.errors import CheckpointError, SettingsError
 from engine.optim import default_eval_freq, default_learning_rate, default_warmup_steps
 from engine.settings import check, find_problems, from_json, names_on_resume, setting, shown
 from engine.words import Words
 from generation import SamplingConfig
-from model import ATTENTIONS, GPTConfig
+from model import GPTConfig
 from planning.fine_tuning import MOST_CHAT_PASSES, MOST_PASSES, fine_tuning
 from planning.plan import (
     SETTING_NAMES,

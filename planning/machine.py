@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader
 from data import WindowPlan, to_device
 from distributed.parallel import ALONE, Parallel
 from distributed.sharding import build_in_parts, whole
+from engine.attention import ATTENTIONS, usual_attention
 from engine.console import say
 from engine.devices import (
     INDEXED,
@@ -42,15 +43,7 @@ from engine.precision import DTYPES, Precision, choose_precision, keep_precision
 from engine.processor import default_threads, threads_are_set
 from engine.settings import shown
 from engine.trials import mlp_step
-from model import (
-    ATTENTIONS,
-    SHORT_CONTEXT,
-    GPTConfig,
-    GPTModel,
-    attention_kernel,
-    attention_step,
-    usual_attention,
-)
+from model import GPTConfig, GPTModel, attention_kernel, attention_step
 from planning.agreement import precision_that_agrees
 from planning.choices import WORTH_A_TRIAL, Choices
 from planning.decisions import RunRecord
@@ -142,7 +135,7 @@ def set_attention(
     A resumed run keeps its own. Collective.
     """
     config, dtype = model.config, DTYPES[machine.precision.name]
-    kernel = usual_attention(dtype, config.context_length)
+    kernel = usual_attention(dtype)
     if before is not None:
         kernel = before.attention
     elif machine.device.type == "cpu" and _is_worth_a_trial(plan, asked, windows, model):
@@ -155,7 +148,7 @@ def _is_worth_a_trial(
     plan: RunPlan, asked: TrainingConfig, windows: WindowPlan, model: GPTModel
 ) -> bool:
     """Whether a run has a choice of attention kernels and is long enough to time them."""
-    if model.config.context_length > SHORT_CONTEXT or model.config.attention_drop_rate > 0:
+    if model.config.attention_drop_rate > 0:
         return False
     if asked.time_budget_minutes is not None and asked.max_steps is None:
         return True

@@ -20,13 +20,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from engine.attention import ATTENTIONS
 from engine.devices import synchronize
 from engine.optim import build_optimizer
 from engine.precision import DTYPES, Precision
 from engine.processor import using_threads
 from engine.randomness import random_state, set_random_state
 from generation import stream
-from model import ATTENTIONS, GPTConfig, GPTModel
+from model import GPTConfig, GPTModel
 from storage.checkpoint import CheckpointStore, optimizer_tensors, read_safetensors, weights_of
 from training.learner import Learner, Step
 

@@ -192,7 +192,7 @@ def test_only_the_loss_room_computes_cross_entropy():
         name for name, node in nodes() if getattr(node, "attr", getattr(node, "id", "")) in losses
     }
     # attention and sampling have probabilities too
-    assert users == {"engine.loss", "generation", "model"}
+    assert users == {"engine.loss", "engine.attention", "generation"}
 
 
 def test_nothing_can_run_code_from_a_file_that_is_loaded():

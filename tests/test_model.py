@@ -12,10 +12,12 @@ from torch.utils.checkpoint import checkpoint
 
 import model as model_module
 from benchmarks.peers import save_for_transformers
+from engine.attention import attend, count_kept_weights
 from engine.errors import SettingsError
+from engine.norm import RMSNorm
 from engine.optim import build_adamw
 from engine.precision import Precision
-from model import Dropout, GPTConfig, GPTModel, attend, attention_kernel
+from model import Dropout, GPTConfig, GPTModel, attention_kernel
 from tests.conftest import REPOSITORY
 
 CONFIGURATIONS = json.loads((REPOSITORY / "config.json").read_text(encoding="utf-8"))
@@ -399,11 +401,12 @@ def test_activation_checkpointing_is_for_gradients_alone(monkeypatch):
             assert len(calls) == (2 if gradients else 0)
 
 
-@pytest.mark.parametrize("n_kv_heads", [4, 2])
-def test_plain_products_attend_as_the_kernel_does(n_kv_heads):
-    """On a CPU in bf16, where gradients are wanted; both against fp64."""
+@pytest.mark.parametrize(("n_kv_heads", "n_tokens"), [(4, 24), (2, 150), (2, 300)])
+def test_plain_products_attend_as_the_kernel_does(n_kv_heads, n_tokens):
+    """On a CPU in bf16, where gradients are wanted: one block, some that keep their weights and
+    some that compute them again; both kernels against fp64."""
     generator = seeded(0)
-    shapes = [(2, heads, 24, 16) for heads in (4, n_kv_heads, n_kv_heads)]
+    shapes = [(2, heads, n_tokens, 16) for heads in (4, n_kv_heads, n_kv_heads)]
     inputs = [torch.randn(shape, generator=generator).bfloat16() for shape in shapes]
     upstream = torch.randn(shapes[0], generator=generator)
 
@@ -420,6 +423,24 @@ def test_plain_products_attend_as_the_kernel_does(n_kv_heads):
         error, usual = ((found - true).norm() for found in (by_products, by_kernel))
         assert error <= max(1.5 * usual, 0.01 * true.norm())
     assert not torch.equal(kernel[0], plain[0])  # else both were the kernel's
+    for true, by_products in zip(exact, run(torch.float64, True), strict=True):
+        torch.testing.assert_close(by_products, true)
+
+
+def test_plain_products_keep_no_weights_of_long_windows():
+    def kept(n_tokens: int) -> int:
+        """How many numbers are kept beyond queries, keys and values."""
+        q, k, v = (torch.ones(1, 2, n_tokens, 8, requires_grad=True) for _ in range(3))
+        saved = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+            attend(q, k, v, 0.0, is_plain=True)
+        return sum(tensor.numel() for tensor in saved) - 3 * q.numel()
+
+    # the lower half, and of the blocks on the diagonal the upper one
+    assert kept(256) == 2 * 64 * (64 + 128 + 192 + 256)
+    assert kept(257) == kept(512) == 0
+    counted = [count_kept_weights(torch.device("cpu"), n, 0.0) for n in (256, 257)]
+    assert counted == [kept(256) / 2, 0]
 
 
 @pytest.mark.parametrize(("rate", "expected"), [(0.0, "flash attention"), (0.1, "math")])
@@ -476,3 +497,29 @@ def test_a_model_on_the_meta_device_draws_no_weights(monkeypatch):
         with torch.device("meta"):
             made = GPTModel(GPTConfig(10, 8, 16, 2, 1, architecture=architecture))
         assert all(p.is_meta for p in made.parameters())
+
+
+def test_rmsnorm_is_torchs_and_keeps_its_input_alone():
+    ours, torchs = RMSNorm(24, eps=1e-5), torch.nn.RMSNorm(24, eps=1e-5)
+    generator = seeded(0)
+    for norm in (ours, torchs):
+        torch.nn.init.uniform_(norm.weight, 0.5, 2, generator=seeded(1))
+    x = (3 * torch.randn(2, 5, 24, generator=generator)).requires_grad_()
+    upstream = torch.randn(2, 5, 24, generator=generator)
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        y = ours(x)
+    assert sum(tensor.numel() for tensor in saved) == x.numel() + 10 + 24
+    expected = torchs(x)
+    torch.testing.assert_close(y, expected)
+    inputs = (x, ours.weight)
+    for found, true in zip(
+        torch.autograd.grad(y, inputs, upstream),
+        torch.autograd.grad(expected, (x, torchs.weight), upstream),
+        strict=True,
+    ):
+        torch.testing.assert_close(found, true)
+    ours.weight.requires_grad_(False)  # as with an adapter
+    torch.testing.assert_close(
+        torch.autograd.grad(ours(x), x, upstream), torch.autograd.grad(torchs(x), x, upstream)
+    )

@@ -10,6 +10,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
+import engine.attention as attention
 import model as rooms_model
 import storage.checkpoint
 from engine.precision import Precision
@@ -33,8 +34,8 @@ def fault_found(check: str, precision: str = "fp32") -> str:
 
 
 def sees(n_ahead: int, scale: float = 1.0) -> Callable:
-    """Attention as in model.attend, but by its own formula: with so many positions ahead seen, and
-    scores that are multiplied."""
+    """attend(), but by its own formula: with so many positions ahead seen, and scores that are
+    multiplied."""
 
     def attend(q, k, v, dropout, *, is_plain):
         T, D = q.shape[2:]
@@ -46,18 +47,18 @@ def sees(n_ahead: int, scale: float = 1.0) -> Callable:
 
 
 def test_attention_by_the_tests_own_formula_passes(monkeypatch):
-    monkeypatch.setattr(rooms_model, "attend", sees(0))
+    monkeypatch.setattr(attention, "attend", sees(0))
     assert "off by" in CHECKS["logits"](bench())
     assert "no position sees" in CHECKS["causality"](bench())
 
 
 def test_a_mask_that_is_off_by_one_is_found_by_the_causality_check(monkeypatch):
-    monkeypatch.setattr(rooms_model, "attend", sees(1))
+    monkeypatch.setattr(attention, "attend", sees(1))
     assert "a position sees what comes behind it" in fault_found("causality")
 
 
 def test_a_wrong_scale_of_attention_is_found_by_the_logits_check(monkeypatch):
-    monkeypatch.setattr(rooms_model, "attend", sees(0, scale=1.25))
+    monkeypatch.setattr(attention, "attend", sees(0, scale=1.25))
     for precision in ("fp32", "bf16"):
         assert "is off by" in fault_found("logits", precision)
 
@@ -107,14 +108,14 @@ def test_an_overflow_in_fp16_is_found_by_the_logits_check(monkeypatch):
         return sees(0, scale=1e-4)(q * 1e2, k * 1e4, v, dropout, is_plain=is_plain)
 
     CHECKS["logits"](bench("fp16"))
-    monkeypatch.setattr(rooms_model, "attend", attend)
+    monkeypatch.setattr(attention, "attend", attend)
     assert re.search("of gpt2 .* are not finite", fault_found("logits", "fp16"))
 
 
 @pytest.mark.slow
 def test_nan_in_bf16_is_found_by_the_logits_check(monkeypatch):
     CHECKS["logits"](bench("bf16"))
-    real = rooms_model.attend
+    real = attention.attend
 
     def attend(q, k, v, dropout, *, is_plain):
         found = real(q, k, v, dropout, is_plain=is_plain)
@@ -122,7 +123,7 @@ def test_nan_in_bf16_is_found_by_the_logits_check(monkeypatch):
             found[:, :, 0] = 0 * torch.log(-found[:, :, :1].abs() - 1)[:, :, 0]
         return found
 
-    monkeypatch.setattr(rooms_model, "attend", attend)
+    monkeypatch.setattr(attention, "attend", attend)
     assert re.search("of gpt2 .* are not finite", fault_found("logits", "bf16"))
 
 

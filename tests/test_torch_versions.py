@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors import SafetensorError
 
+from engine.attention import attend
 from engine.optim import for_each
 from engine.precision import Precision, choose_precision
 from engine.weights import WEIGHTS, Int8Linear
@@ -47,7 +48,7 @@ NEWER = {
 NEWER_NAMES = {f"{module}.{name}" for module, names in NEWER.items() for name in names.split()}
 # what the code asks for by getattr(), and does without
 PRIVATE = {
-    "torch": "_fused_sdp_choice _weight_int8pack_mm",
+    "torch": "_fused_sdp_choice _softmax_backward_data _weight_int8pack_mm",
     "torch.cpu": "_is_amx_tile_supported _is_avx512_bf16_supported",
 }
 # a module whose import is tried: an `except ImportError`, or its like, is around it
@@ -179,6 +180,19 @@ def test_what_an_older_torch_does_not_tell_is_taken_for_usual(oldest_torch):
     assert choose_precision("auto", CPU).name == "fp32"
     config = GPTConfig(vocab_size=9, context_length=8, emb_dim=8, n_heads=1, n_layers=1)
     assert attention_kernel(config, Precision("bf16", "as set", "cpu"), CPU) == "unknown"
+
+
+def test_without_the_softmaxs_operation_attention_has_the_same_gradients(monkeypatch):
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(1, 2, 5, 4, requires_grad=True) for _ in range(3))
+
+    def result() -> tuple[torch.Tensor, ...]:
+        return torch.autograd.grad(attend(q, k, v, 0.0, is_plain=True).square().sum(), (q, k, v))
+
+    by_operation = result()
+    monkeypatch.delattr(torch, "_softmax_backward_data")
+    for found, expected in zip(result(), by_operation, strict=True):
+        torch.testing.assert_close(found, expected)
 
 
 @pytest.mark.parametrize("n_rows", [1, 5])

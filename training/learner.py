@@ -1,5 +1,6 @@
 """One optimizer step and one evaluation: the parts of the training loop."""
 
+import contextlib
 import functools
 import gc
 import itertools
@@ -221,7 +222,9 @@ def take_step(
     started_at = time.perf_counter()
     total = torch.zeros((), device=device)
     try:
-        with precision.autocast():  # one for all: it caches the casts of the weights
+        # one for all: it caches the casts of the weights. A single batch's own context ends before
+        # its backward pass, which frees each cast as soon as it is used
+        with precision.autocast() if len(batches) > 1 else contextlib.nullcontext():
             for number, batch in enumerate(batches):
                 if number > 0 and stop is not None:
                     stop.check_within_step(started_at, number / len(batches))
