@@ -361,13 +361,13 @@ class CausalSelfAttention(nn.Module):
 
 
 def attention_step(config: GPTConfig, dtype: torch.dtype, kernel: str) -> Callable[[], object]:
-    """One of ATTENTIONS as a forward and a backward pass over a window on a CPU, or over the
-    beginning of a long one."""
+    """A forward and a backward pass of one of ATTENTIONS on a CPU, over a window of the model, but
+    of at most LONGEST_TRIAL positions."""
     assert config.head_dim and config.n_kv_heads, "GPTConfig has replaced them"
     T = min(config.context_length, LONGEST_TRIAL)
     heads = (config.n_heads, config.n_kv_heads, config.n_kv_heads)
-    options = {"dtype": dtype, "requires_grad": True}
-    q, k, v = (torch.full((1, n, T, config.head_dim), 0.1, **options) for n in heads)
+    shapes = [(1, n, T, config.head_dim) for n in heads]
+    q, k, v = (torch.full(shape, 0.1, dtype=dtype, requires_grad=True) for shape in shapes)
 
     def run() -> object:
         with torch.enable_grad():

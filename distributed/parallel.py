@@ -240,7 +240,7 @@ class Parallel:
         except Exception as error:
             if self.is_alone or isinstance(error, LostRankError):
                 raise
-            if _is_communication_error(error):
+            if is_communication_error(error):
                 _ignore_sigterm()
                 raise LostRankError(self._find_lost_ranks()) from error
             with contextlib.suppress(RuntimeError):  # the store is gone
@@ -433,7 +433,8 @@ def _meet(rank: int, world: int, timeout_s: float) -> tuple[Any, Any, Any]:
     return store, torch.distributed.PrefixStore("gpt-trainer/job", server), group
 
 
-def _is_communication_error(error: Exception) -> bool:
+def is_communication_error(error: BaseException | None) -> bool:
+    """Whether an error is a collective's that another rank has not joined."""
     return isinstance(error, torch.distributed.DistError) or (
         isinstance(error, RuntimeError) and any(sign in str(error) for sign in SIGNS)
     )

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from types import FrameType
 from typing import Any
 
-from distributed.parallel import ALONE, Parallel
+from distributed.parallel import ALONE, Parallel, is_communication_error
 from engine.console import complain
 from engine.errors import Stopped
 
@@ -25,8 +25,10 @@ class StopSignals:
     """A context that notes stop signals, so that check() raises Stopped.
 
     A second Ctrl-C raises KeyboardInterrupt at once. Ignored signals (nohup) stay ignored, and
-    threads other than the main one catch none. `requested`, called at most once each ASK_S, says
-    whether somebody asked for a stop in another way: that counts as a first Ctrl-C.
+    threads other than the main one catch none. At the end the handlers are those of before, but
+    after a failed collective SIGTERM is ignored, as in Parallel.watched(). `requested`, called at
+    most once each ASK_S, says whether somebody asked for a stop in another way: that counts as a
+    first Ctrl-C.
     """
 
     def __init__(
@@ -49,10 +51,9 @@ class StopSignals:
                     signal.signal(number, self._note)
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        # torchrun sends SIGTERM when another rank ends: a failed one still has to report that
-        has_failed = kind is not None and issubclass(kind, Exception)
-        outlives = has_failed and not self._parallel.is_alone
+    def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
+        # torchrun sends SIGTERM when another rank has ended, which this one has yet to report
+        outlives = not self._parallel.is_alone and is_communication_error(error)
         for number, before in self._before.items():
             ignores = outlives and number == signal.SIGTERM
             signal.signal(number, signal.SIG_IGN if ignores else before)

@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 ATTENTIONS = ("fused", "plain")  # kernels of a CPU's training steps
-# positions up to which plain products keep their weights, and take smaller blocks
+# positions up to which plain products keep their weights, and take smaller blocks; the sizes were
+# the fastest of 64, 128 and 256 for heads of 32 to 64 features
 SHORT, SHORT_BLOCK, BLOCK = 256, 64, 128
 
 # the texts in windows, each of which attends to itself alone: how long they are, one after another
@@ -26,19 +27,32 @@ def usual_attention(dtype: torch.dtype) -> str:
 
 
 def count_kept_weights(device: torch.device, n_tokens: int, dropout: float) -> int:
-    """Of a window's T x T weights, how many a kernel keeps that keeps those of short windows."""
+    """At most how many weights of a window of n_tokens a head keeps for its backward pass."""
     if device.type != "cpu" or dropout > 0:
         return n_tokens**2
-    return sum((stop - first) * stop for first, stop in _blocks(n_tokens)) * (n_tokens <= SHORT)
+    if n_tokens > SHORT:
+        return 0
+    return sum((stop - first) * stop for first, stop in _blocks(n_tokens))
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, dropout: float, *, is_plain: bool) -> Tensor:
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    dropout: float,
+    *,
+    is_plain: bool,
+    keeps: bool | None = None,
+) -> Tensor:
     """Causal attention of (B, H, T, D) queries over (B, K, T, D) keys and values: (B, H, T, D).
 
     On CPUs, is_plain trains with plain products in place of the fused kernel, whose backward pass
-    does not use the bf16 matmul kernels.
+    does not use the bf16 matmul kernels. `keeps`: whether they keep their weights; None: those of
+    short windows.
     """
     is_plain = is_plain and q.device.type == "cpu" and torch.is_grad_enabled()
+    if torch.compiler.is_compiling() and q.shape[2] > SHORT:
+        is_plain = False  # a compiler would take each block for itself
     if not is_plain or dropout > 0:
         return F.scaled_dot_product_attention(
             q, k, v, dropout_p=dropout, is_causal=True, enable_gqa=q.shape[1] != k.shape[1]
@@ -47,7 +61,9 @@ def attend(q: Tensor, k: Tensor, v: Tensor, dropout: float, *, is_plain: bool) -
     K = k.shape[1]
     # queries that share keys and values are rows of one product
     q, k, v = q.reshape(B * K, H // K, T, D), k.flatten(0, 1), v.flatten(0, 1)
-    return _PlainAttention.apply(q, k, v, T <= SHORT).reshape(B, H, T, D)
+    with torch.autocast("cpu", enabled=False):  # all in the inputs' dtype
+        attended = _PlainAttention.apply(q, k, v, T <= SHORT if keeps is None else keeps)
+    return attended.reshape(B, H, T, D)
 
 
 class _PlainAttention(torch.autograd.Function):
@@ -66,6 +82,7 @@ class _PlainAttention(torch.autograd.Function):
             attended[:, :, first:stop] = found.unflatten(1, (q.shape[1], -1))
             if keeps:
                 kept.append(weights)
+            del weights, found  # before the next ones are made
         ctx.save_for_backward(q, k, v, *kept)
         return attended
 
@@ -86,6 +103,7 @@ class _PlainAttention(torch.autograd.Function):
             d_k[:, :stop].add_(torch.bmm(d_scores.mT, rows), alpha=scale)
             found = torch.bmm(d_scores, k[:, :stop]).mul_(scale)
             d_q[:, :, first:stop] = found.unflatten(1, (q.shape[1], -1))
+            del weights, d_weights, d_scores  # before the next ones are made
         return d_q, d_k.to(k.dtype), d_v.to(v.dtype), None
 
 
@@ -146,9 +164,10 @@ def attend_within(
             q, k, v, attn_mask=parts, dropout_p=dropout, enable_gqa=is_grouped
         )
     B, H, T, D = q.shape
+    options = {"is_plain": is_plain, "keeps": T <= SHORT}  # memory is planned by windows
     rows = (tensor.transpose(1, 2).flatten(0, 1).split(parts) for tensor in (q, k, v))
     found = []
     for part in zip(*rows, strict=True):  # (N, H, D) or (N, K, D) each
         q, k, v = (tensor.transpose(0, 1)[None] for tensor in part)
-        found.append(attend(q, k, v, dropout, is_plain=is_plain)[0].transpose(0, 1))
+        found.append(attend(q, k, v, dropout, **options)[0].transpose(0, 1))
     return torch.cat(found).view(B, T, H, D).transpose(1, 2)

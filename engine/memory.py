@@ -139,7 +139,7 @@ def measure_activations(
     """Bytes kept for the backward pass: independent of the micro-batch, and a window of n_tokens.
 
     Measured on short windows and on half as long ones, since the bytes grow with the length and
-    with the number of weights that attention keeps, in these windows its square.
+    with the weights that attention keeps, which are its square in windows as short as these.
     """
 
     def kept(n_windows: int, n_tokens: int) -> int:

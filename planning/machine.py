@@ -43,7 +43,7 @@ from engine.precision import DTYPES, Precision, choose_precision, keep_precision
 from engine.processor import default_threads, threads_are_set
 from engine.settings import shown
 from engine.trials import mlp_step
-from model import GPTConfig, GPTModel, attention_kernel, attention_step
+from model import LONGEST_TRIAL, GPTConfig, GPTModel, attention_kernel, attention_step
 from planning.agreement import precision_that_agrees
 from planning.choices import WORTH_A_TRIAL, Choices
 from planning.decisions import RunRecord
@@ -159,10 +159,11 @@ def _is_worth_a_trial(
 
 
 def _faster_attention(config: GPTConfig, usual: str, machine: Machine) -> str:
-    """The kernel that is faster in a step over one window, on the main rank; tells it."""
+    """The kernel that is faster in attention_step(), on the main rank; tells it."""
     choices, name = machine.choices, machine.precision.name
     assert choices is not None, "find_machine() sets it"
-    shape = f"{config.n_heads} x {config.context_length} x {config.head_dim}"
+    heads = f"{config.n_heads} heads of {config.head_dim} over {config.n_kv_heads}"
+    shape = f"{heads}, {min(config.context_length, LONGEST_TRIAL)} positions, in blocks,"
     kernels = sorted(ATTENTIONS, key=usual.__ne__)  # the usual one first
     steps = {kernel: attention_step(config, DTYPES[name], kernel) for kernel in kernels}
     choice = machine.parallel.from_main(

@@ -33,9 +33,10 @@ from training.learner import Learner, Step
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 VOCABULARY, CONTEXT = 61, 32
+LONG = 150  # positions, more than one block of attention by plain products
 SHAPE: dict[str, Any] = {
     "vocab_size": VOCABULARY,
-    "context_length": CONTEXT,
+    "context_length": LONG,
     "emb_dim": 64,
     "n_heads": 4,
 }
@@ -97,7 +98,7 @@ def check_logits(bench: Bench) -> str:
     """The logits and the loss of both architectures, by every kernel, against plain arithmetic."""
     worst = 0.0
     for name, model in bench.models():
-        ids, targets = bench.tokens(3, 20), bench.tokens(3, 20, seed=3)
+        ids, targets = bench.tokens(3, LONG), bench.tokens(3, LONG, seed=3)
         expected = plain_logits(model, ids)
         chosen = expected.gather(-1, targets.cpu()[..., None])[..., 0]
         expected_loss = (expected.exp().sum(-1).log() - chosen).mean()
@@ -180,9 +181,9 @@ def plain_logits(model: GPTModel, ids: Tensor) -> Tensor:
 
 def check_causality(bench: Bench) -> str:
     """Whether a position's logits depend on tokens behind it, with every kernel."""
-    changed_at = 12
+    changed_at = 70
     for name, model in bench.models():
-        ids = bench.tokens(2, 24)
+        ids = bench.tokens(2, LONG)
         others = ids.clone()
         others[:, changed_at:] = (ids[:, changed_at:] + 1) % VOCABULARY
         for kernel in (None, *ATTENTIONS):

@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 import model as model_module
 from benchmarks.peers import save_for_transformers
-from engine.attention import attend, count_kept_weights
+from engine.attention import attend, attend_within, count_kept_weights, find_parts
 from engine.errors import SettingsError
 from engine.norm import RMSNorm
 from engine.optim import build_adamw
@@ -401,14 +401,17 @@ def test_activation_checkpointing_is_for_gradients_alone(monkeypatch):
             assert len(calls) == (2 if gradients else 0)
 
 
-@pytest.mark.parametrize(("n_kv_heads", "n_tokens"), [(4, 24), (2, 150), (2, 300)])
+@pytest.mark.parametrize(
+    ("n_kv_heads", "n_tokens"), [(4, 1), (4, 24), (1, 64), (2, 150), (2, 257), (4, 300)]
+)
 def test_plain_products_attend_as_the_kernel_does(n_kv_heads, n_tokens):
     """On a CPU in bf16, where gradients are wanted: one block, some that keep their weights and
     some that compute them again; both kernels against fp64."""
     generator = seeded(0)
-    shapes = [(2, heads, n_tokens, 16) for heads in (4, n_kv_heads, n_kv_heads)]
-    inputs = [torch.randn(shape, generator=generator).bfloat16() for shape in shapes]
-    upstream = torch.randn(shapes[0], generator=generator)
+    # as the model has them: (B, T, H, D), and then transposed
+    shapes = [(2, n_tokens, heads, 16) for heads in (4, n_kv_heads, n_kv_heads)]
+    draws = (torch.randn(shape, generator=generator) for shape in (*shapes, shapes[0]))
+    *inputs, upstream = (draw.bfloat16().transpose(1, 2) for draw in draws)
 
     def run(dtype: torch.dtype, is_plain: bool) -> list[torch.Tensor]:
         leaves = [tensor.detach().to(dtype).requires_grad_() for tensor in inputs]
@@ -422,7 +425,8 @@ def test_plain_products_attend_as_the_kernel_does(n_kv_heads, n_tokens):
         assert by_products.dtype == torch.bfloat16
         error, usual = ((found - true).norm() for found in (by_products, by_kernel))
         assert error <= max(1.5 * usual, 0.01 * true.norm())
-    assert not torch.equal(kernel[0], plain[0])  # else both were the kernel's
+    # else both were the kernel's; a single position attends to itself alone
+    assert n_tokens == 1 or not torch.equal(kernel[0], plain[0])
     for true, by_products in zip(exact, run(torch.float64, True), strict=True):
         torch.testing.assert_close(by_products, true)
 
@@ -436,6 +440,12 @@ def test_plain_products_keep_no_weights_of_long_windows():
             attend(q, k, v, 0.0, is_plain=True)
         return sum(tensor.numel() for tensor in saved) - 3 * q.numel()
 
+    parts = torch.tensor([[0] * 100 + [100] * 200])  # short texts in a long window
+    q, k, v = (torch.ones(1, 2, 300, 8, requires_grad=True) for _ in range(3))
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        attend_within(find_parts(parts, as_mask=False), q, k, v, 0.0, is_plain=True)
+    assert sum(tensor.numel() for tensor in saved) == 3 * q.numel()
     # the lower half, and of the blocks on the diagonal the upper one
     assert kept(256) == 2 * 64 * (64 + 128 + 192 + 256)
     assert kept(257) == kept(512) == 0
@@ -514,11 +524,13 @@ def test_rmsnorm_is_torchs_and_keeps_its_input_alone():
     torch.testing.assert_close(y, expected)
     inputs = (x, ours.weight)
     for found, true in zip(
-        torch.autograd.grad(y, inputs, upstream),
+        torch.autograd.grad(y, inputs, upstream, retain_graph=True),
         torch.autograd.grad(expected, (x, torchs.weight), upstream),
         strict=True,
     ):
         torch.testing.assert_close(found, true)
+    one_row = torch.autograd.grad(ours(x[0, 0]), x, upstream[0, 0])[0]
+    torch.testing.assert_close(one_row[0, 0], torch.autograd.grad(y, x, upstream)[0][0, 0])
     ours.weight.requires_grad_(False)  # as with an adapter
     torch.testing.assert_close(
         torch.autograd.grad(ours(x), x, upstream), torch.autograd.grad(torchs(x), x, upstream)

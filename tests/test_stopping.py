@@ -16,6 +16,7 @@ import pytest
 import torch
 
 from data import make_loaders, plan_windows
+from distributed.parallel import ALONE, Parallel
 from distributed.signals import StopSignals, defer_to_owner
 from engine.errors import Stopped
 
@@ -86,6 +87,21 @@ def test_handlers_are_put_back_after_an_error_too():
         stop.check()
         assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
     assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+
+
+def test_a_failed_collective_leaves_sigterm_ignored_until_the_lost_rank_is_reported():
+    before = handlers()
+    lost = torch.distributed.DistError("Connection closed by peer")
+    for error, parallel in ((ValueError(), Parallel(0, 2)), (lost, ALONE), (None, Parallel(0, 2))):
+        with contextlib.suppress(ValueError, RuntimeError), StopSignals(parallel):
+            if error is not None:
+                raise error
+        assert handlers() == before
+    with contextlib.suppress(RuntimeError), StopSignals(Parallel(0, 2)):
+        raise lost
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_IGN
+    signal.signal(signal.SIGTERM, before[HANDLED.index(signal.SIGTERM)])
+    assert handlers() == before
 
 
 def test_outside_of_the_main_thread_nothing_is_caught():

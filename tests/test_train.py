@@ -269,6 +269,30 @@ def test_the_loss_of_micro_batches_of_unequal_shapes_is_the_mean_over_targets(ti
     assert norm.item() == pytest.approx(length(by_hand), rel=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("n_batches", "checkpointing", "expected"),
+    [(1, False, "freed backward"), (2, False, "backward backward"), (1, True, "backward")],
+)
+def test_casts_of_the_weights_last_for_a_backward_pass_only_where_they_are_used_again(
+    n_batches, checkpointing, expected, monkeypatch
+):
+    """A single batch's are freed before it, as it then keeps those alone that it has not used."""
+    model, events = tiny_model().train(), []
+    model.activation_checkpointing = checkpointing
+    backward, clear = torch.Tensor.backward, torch.clear_autocast_cache
+
+    def note(event: str, call, *arguments) -> None:
+        events.append(event)
+        call(*arguments)
+
+    monkeypatch.setattr(torch.Tensor, "backward", lambda loss: note("backward", backward, loss))
+    monkeypatch.setattr(torch, "clear_autocast_cache", lambda: note("freed", clear))
+    ids = torch.zeros(1, CONTEXT, dtype=torch.long)
+    optimizer = build_adamw(model, 1e-3, 0.1)
+    take_step(model, [(ids, ids)] * n_batches, optimizer, Precision("bf16", "as set", "cpu"), 1.0)
+    assert events == [*expected.split(), "freed"]
+
+
 def test_the_loop_counts_steps_and_tokens_of_whole_steps():
     def history(micro_batch):
         trainer = new_trainer(7)

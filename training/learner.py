@@ -222,9 +222,10 @@ def take_step(
     started_at = time.perf_counter()
     total = torch.zeros((), device=device)
     try:
-        # one for all: it caches the casts of the weights. A single batch's own context ends before
-        # its backward pass, which frees each cast as soon as it is used
-        with precision.autocast() if len(batches) > 1 else contextlib.nullcontext():
+        # one for all, which caches the casts of the weights, also for a backward pass that computes
+        # again; else a batch's own ends before its backward pass, which frees each cast once used
+        is_shared = len(batches) > 1 or getattr(model, "activation_checkpointing", False)
+        with precision.autocast() if is_shared else contextlib.nullcontext():
             for number, batch in enumerate(batches):
                 if number > 0 and stop is not None:
                     stop.check_within_step(started_at, number / len(batches))
