@@ -63,7 +63,7 @@ COEFFICIENTS = {
     "forget_passes": 4.0,  # more passes shorten it in proportion
     "warmup": 0.03,  # of the steps
     "decay_share": 0.55,  # of the steps, in which the rates fall,
-    "final_rate": 0.03,  # and to what share
+    "final_rate": 0.1,  # and to what share
     "interval": 0.104,  # half of the rough range: 80 % of the runs that a fit has not seen
     "usable": 0.9,  # the share of the time that steps get, but for the start
     "start_s": 11.0,  # two cores: imports, timed steps, the last samples and the end of Python

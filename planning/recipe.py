@@ -545,8 +545,10 @@ class _Choice:
             "learning_rate": rate,
             "embedding_rate": embedding_rate,
             "schedule": Words("its end can be moved", "它的终点可以移动"),
-            "decay_share": Words("a long decay ends lowest", "衰减长，最终的损失最低"),
-            "final_rate": Words("a low end gains most", "终点低，收获最大"),
+            "decay_share": Words(
+                "a long fall ends lowest in runs of minutes", "几分钟的运行里，长衰减最终的损失最低"
+            ),
+            "final_rate": Words("a lower end gains nothing", "更低的终点没有收获"),
             "warmup_steps": Words(f"{share} of the steps, at least 20", f"步数的 {share}，至少 20"),
             "weight_decay": Words(
                 f"for {each} tokens a parameter", f"因为每个参数有 {each} 个 token"
