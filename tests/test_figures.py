@@ -34,7 +34,10 @@ def test_a_trained_bpe_takes_less_than_a_token_a_chinese_character(shared_data):
 @pytest.mark.slow
 @pytest.mark.parametrize("architecture", ["gpt2", "llama"])
 def test_bf16_loses_nothing(architecture):
-    """Validation losses after equal steps, mean of three seeds: within 0.5 % of fp32's."""
+    """Validation losses after equal steps, mean of three seeds: within 0.2 % of fp32's.
+
+    At three times the rate the loss of fp32 itself moves by 1 % with the rounding of a norm.
+    """
     if choose_precision("auto", CPU).name != "bf16":
         pytest.skip("this processor has no bf16")
     text = (REPOSITORY / "corpus" / "sample-en.txt").read_text(encoding="utf-8")
@@ -48,8 +51,8 @@ def test_bf16_loses_nothing(architecture):
     def loss_after_training(name: str, seed: int) -> float:
         torch.manual_seed(seed)
         model, precision = GPTModel(config), choose_precision(name, CPU)
-        optimizer = build_optimizer("adamw", model, 3e-3, 0.1)
-        schedule = make_schedule("cosine", 3e-3, 10, 150)
+        optimizer = build_optimizer("adamw", model, 1e-3, 0.1)
+        schedule = make_schedule("cosine", 1e-3, 10, 150)
         for step in range(150):
             set_learning_rate(optimizer, learning_rate_at(step, schedule))
             starts = torch.randint(len(tokens) - held_out - 64, (16,))[:, None]
@@ -64,4 +67,4 @@ def test_bf16_loses_nothing(architecture):
         sum(loss_after_training(name, seed) for seed in (1, 2, 3)) / 3 for name in ("bf16", "fp32")
     )
     assert fp32 < 2.6  # it has learnt something
-    assert bf16 == pytest.approx(fp32, rel=0.005)
+    assert bf16 == pytest.approx(fp32, rel=0.002)
