@@ -247,6 +247,7 @@ def measure_gain(texts: list[Path], folder: Path, tokens: int | None) -> dict[st
     found: dict[str, Any] = {"steps": steps, "tokens": steps * LENGTH}
     after = final_figures(folder, tuned | {"custom_params": params})
     found |= {"before": after["initial_val_bits_per_byte"], "after": after[FINAL]}
+    found |= {"steps_taken": after["steps"], "weights_of_step": after["weights_of_step"]}
     cpu = torch.device("cpu")
     rate = multiply_rate(DTYPES[choose_precision("auto", cpu).name], cpu)
     minutes = round(steps * LENGTH * flop / rate / 60, 2)
@@ -255,9 +256,10 @@ def measure_gain(texts: list[Path], folder: Path, tokens: int | None) -> dict[st
     found["gain"] = 1 - found["after"] / found["before"]
     found["gain_over_scratch"] = 1 - found["after"] / found["scratch"]
     say(
-        f"{found['before']:.3f} bits a byte before, {found['after']:.3f} after {steps:,} steps: "
-        f"{found['gain']:.1%} less; {found['scratch']:.3f} from scratch in {minutes:g} min of this "
-        f"machine: {found['gain_over_scratch']:.1%} less"
+        f"{found['before']:.3f} bits a byte before, {found['after']:.3f} after "
+        f"{after['steps']:,} of {steps:,} steps: {found['gain']:.1%} less; "
+        f"{found['scratch']:.3f} from scratch in {minutes:g} min of this machine: "
+        f"{found['gain_over_scratch']:.1%} less"
     )
     return found
 
