@@ -9,7 +9,6 @@ V vocabulary.
 """
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import Any, Self
 
@@ -19,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend
 from torch.utils.checkpoint import checkpoint
 
-from engine.attention import Parts, attend, attend_within, find_parts, usual_attention
+from engine.attention import Parts, attend_within, find_parts, usual_attention
 from engine.compiling import free_steps, is_compiled
 from engine.loss import next_token_loss
 from engine.norm import RMSNorm
@@ -46,7 +45,6 @@ ROPE_SCALINGS = {
     ),
 }
 INIT_STD = 0.02
-LONGEST_TRIAL = 1024  # positions of attention_step()
 
 
 @dataclass(frozen=True)
@@ -358,23 +356,6 @@ class CausalSelfAttention(nn.Module):
                 enable_gqa=q.shape[1] != k.shape[1],
             )
         return self.out_proj(x.transpose(1, 2).flatten(2))
-
-
-def attention_step(config: GPTConfig, dtype: torch.dtype, kernel: str) -> Callable[[], object]:
-    """A forward and a backward pass of one of ATTENTIONS on a CPU, over a window of the model, but
-    of at most LONGEST_TRIAL positions."""
-    assert config.head_dim and config.n_kv_heads, "GPTConfig has replaced them"
-    T = min(config.context_length, LONGEST_TRIAL)
-    heads = (config.n_heads, config.n_kv_heads, config.n_kv_heads)
-    shapes = [(1, n, T, config.head_dim) for n in heads]
-    q, k, v = (torch.full(shape, 0.1, dtype=dtype, requires_grad=True) for shape in shapes)
-
-    def run() -> object:
-        with torch.enable_grad():
-            loss = attend(q, k, v, 0.0, is_plain=kernel == "plain").sum()
-            return torch.autograd.grad(loss, (q, k, v))
-
-    return run
 
 
 def attention_kernel(config: GPTConfig, precision: Precision, device: torch.device) -> str:

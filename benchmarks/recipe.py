@@ -78,6 +78,7 @@ NANOGPT = Fixed(
 )  # fmt: skip
 
 
+OFF_ANCHOR = ((3, 96), (5, 256))  # models of other widths than the rates are set at
 PART = 50_000  # bytes that a run of a third of a minute reads several times
 # what stood in place of each rule of the recipe, by name: in runs on PART of a text, and on all
 OF_PASSES: dict[str, dict[str, Any]] = {
@@ -143,13 +144,15 @@ def fit_runs(texts: Iterable[str]) -> list[Run]:
 def rule_runs(text: str, seeds: Iterable[int]) -> dict[str, list[tuple[Run, Run]]]:
     """By the names of the recipe's rules, a run with each and one without it for each seed."""
     runs: dict[str, list[tuple[Run, Run]]] = {}
-    narrow = Fixed(None, {"n_layers": 3, "emb_dim": 96}, {})
     for seed in seeds:
         own = Run(text, 1 / 3, Fixed(None, {}, {}), seed=seed)
-        off_anchor = replace(own, fixed=narrow)
         facts = facts_of(own, Path())[0]
-        rate = choose_recipe(facts, REFERENCE, 1 / 3, narrow).training["embedding_rate"]
-        pairs = {"rate by width": (off_anchor, {"learning_rate": rate})}
+        pairs: dict[str, tuple[Run, dict[str, Any]]] = {}
+        for layers, width in OFF_ANCHOR:
+            fixed = Fixed(None, {"n_layers": layers, "emb_dim": width}, {})
+            rate = choose_recipe(facts, REFERENCE, 1 / 3, fixed).training["embedding_rate"]
+            changed = {"learning_rate": rate}
+            pairs[f"rate by width, at {width}"] = replace(own, fixed=fixed), changed
         pairs |= {name: (own, changed) for name, changed in OF_STEPS.items()}
         part = replace(own, first_bytes=PART)
         pairs |= {name: (part, changed) for name, changed in OF_PASSES.items()}

@@ -5,6 +5,7 @@ Tensor letters: B batch, T positions, H heads, K key-value heads, D head_dim.
 
 import itertools
 import math
+from collections.abc import Callable
 from typing import Any, TypeAlias
 
 import torch
@@ -69,8 +70,8 @@ def attend(
 class _PlainAttention(torch.autograd.Function):
     """Causal attention of (N, G, T, D) queries over (N, T, D) keys and values, by products.
 
-    A block of queries at a time has only the keys up to its end, and so half of all products are
-    never computed. The weights of each block are kept for the backward pass, or computed again.
+    A block of queries at a time has only the keys up to its end, and so up to half of all products
+    are never computed. The weights of each block are kept for the backward pass, or computed again.
     """
 
     @staticmethod
@@ -133,6 +134,24 @@ def _weights(q: Tensor, k: Tensor, first: int, stop: int) -> Tensor:
     mask = mask.repeat(q.shape[1], 1)
     scores = torch.baddbmm(mask, rows, k[:, :stop].mT, alpha=q.shape[3] ** -0.5)
     return scores.softmax(-1)  # in fp32 within
+
+
+def attention_step(
+    shape: tuple[int, int, int, int], dtype: torch.dtype, kernel: str
+) -> Callable[[], object]:
+    """One of ATTENTIONS as a forward and a backward pass over one window on a CPU; its shape is
+    (H, K, T, D)."""
+    H, K, T, D = shape
+    q, k, v = (
+        torch.full((1, heads, T, D), 0.1, dtype=dtype, requires_grad=True) for heads in (H, K, K)
+    )
+
+    def run() -> object:
+        with torch.enable_grad():
+            loss = attend(q, k, v, 0.0, is_plain=kernel == "plain").sum()
+            return torch.autograd.grad(loss, (q, k, v))
+
+    return run
 
 
 def find_parts(starts: Tensor, *, as_mask: bool) -> Parts:

@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader
 from data import WindowPlan, to_device
 from distributed.parallel import ALONE, Parallel
 from distributed.sharding import build_in_parts, whole
-from engine.attention import ATTENTIONS, usual_attention
+from engine.attention import ATTENTIONS, attention_step, usual_attention
 from engine.console import say
 from engine.devices import (
     INDEXED,
@@ -43,7 +43,7 @@ from engine.precision import DTYPES, Precision, choose_precision, keep_precision
 from engine.processor import default_threads, threads_are_set
 from engine.settings import shown
 from engine.trials import mlp_step
-from model import LONGEST_TRIAL, GPTConfig, GPTModel, attention_kernel, attention_step
+from model import GPTConfig, GPTModel, attention_kernel
 from planning.agreement import precision_that_agrees
 from planning.choices import WORTH_A_TRIAL, Choices
 from planning.decisions import RunRecord
@@ -51,6 +51,7 @@ from planning.plan import RunPlan
 from planning.recipe import MOST_BEST_BYTES
 from training_utils import TrainingConfig
 
+LONGEST_TRIAL = 1024  # positions in a trial of attention
 TORCH = "2.13.0"  # as requirements.txt pins it
 WHEELS = "https://download.pytorch.org/whl"
 # builds of that version: the driver that each needs, and the compute capabilities it supports
@@ -162,12 +163,14 @@ def _faster_attention(config: GPTConfig, usual: str, machine: Machine) -> str:
     """The kernel that is faster in attention_step(), on the main rank; tells it."""
     choices, name = machine.choices, machine.precision.name
     assert choices is not None, "find_machine() sets it"
-    heads = f"{config.n_heads} heads of {config.head_dim} over {config.n_kv_heads}"
-    shape = f"{heads}, {min(config.context_length, LONGEST_TRIAL)} positions, in blocks,"
+    assert config.n_kv_heads and config.head_dim, "GPTConfig has replaced them"
+    T = min(config.context_length, LONGEST_TRIAL)
+    shape = config.n_heads, config.n_kv_heads, T, config.head_dim
+    sizes = " x ".join(map(str, shape))
     kernels = sorted(ATTENTIONS, key=usual.__ne__)  # the usual one first
-    steps = {kernel: attention_step(config, DTYPES[name], kernel) for kernel in kernels}
+    steps = {kernel: attention_step(shape, DTYPES[name], kernel) for kernel in kernels}
     choice = machine.parallel.from_main(
-        lambda: choices.fastest(f"attention of {shape} in {name}", steps)
+        lambda: choices.fastest(f"attention in blocks of {sizes} in {name}", steps)
     )
     say(f"Attention: {choice.name} ({choice.reason})")
     return choice.name
