@@ -147,7 +147,9 @@ class _Seen:
 
 def _is_ours(module: ModuleType | None) -> bool:
     path = Path(getattr(module, "__file__", None) or "/")
-    return path.is_relative_to(REPOSITORY) and not path.is_relative_to(REPOSITORY / "tests")
+    is_installed = "site-packages" in path.parts  # in an environment within the repository
+    is_here = path.is_relative_to(REPOSITORY) and not is_installed
+    return is_here and not path.is_relative_to(REPOSITORY / "tests")
 
 
 def _signal(number: int, handler: Any) -> Any:
