@@ -26,6 +26,7 @@ import sysconfig
 import tempfile
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -178,9 +179,10 @@ def rivals(text: str, facts: TextFacts, minutes: float) -> dict[str, Run]:
     own = choose_recipe(facts, REFERENCE, minutes, Fixed(None, {}, {}))
     shape = {name: own.model[name] for name in ("n_layers", "emb_dim")}
     shapes = [{"n_layers": layers, "emb_dim": width} for layers, width in SIZES]
+    shapes = sorted((other for other in shapes if other != shape), key=partial(_apart, shape))[:2]
     names = {"char", "bpe:1024", "bpe:4096"} & facts.bytes_per_token.keys() - {own.tokenizer}
     fixed = {"auto": Fixed(None, {}, {}), "nanoGPT": NANOGPT, "docs/recipes.md": by_hand(facts)}
-    fixed |= {str(other): Fixed(None, other, {}) for other in shapes if other != shape}
+    fixed |= {str(other): Fixed(None, other, {}) for other in shapes}
     fixed |= {name: Fixed(name, {}, {}) for name in sorted(names)}
     for factor in (2.0, 0.5):
         windows = max(1, int(factor * own.training["batch_size"]))
@@ -188,6 +190,12 @@ def rivals(text: str, facts: TextFacts, minutes: float) -> dict[str, Run]:
         fixed[f"batch x {factor}"] = Fixed(own.tokenizer, shape, {"batch_size": windows})
         fixed[f"rate x {factor}"] = Fixed(own.tokenizer, shape, {"learning_rate": rate})
     return {name: Run(text, minutes, values) for name, values in fixed.items()}
+
+
+def _apart(one: dict[str, int], other: dict[str, int]) -> float:
+    """How far apart the numbers of two shapes' weights are, as a logarithm."""
+    sizes = [shape["n_layers"] * shape["emb_dim"] ** 2 for shape in (one, other)]
+    return abs(math.log(sizes[0] / sizes[1]))
 
 
 def _path_of(text: str) -> Path:
