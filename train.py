@@ -55,6 +55,7 @@ from training.learner import Learner, Step, count_steps, steps_between
 from training.pace import (
     BY_HEART,
     LATE_SHARE,
+    MISS,
     TIME,
     NewPlan,
     first_review,
@@ -90,7 +91,7 @@ class LoopPlan:
     prompts: list[str] | list[Question]  # of samples
     patience: int | None = None  # evaluations without a better one, then the run ends
     former_end: int | None = None  # the last step of a run that was made longer since
-    budget: Budget | None = None  # the run's time, by which its steps are planned anew, once
+    budget: Budget | None = None  # the run's time, by which its steps are planned anew
     stops_by_heart: bool = False  # ends a run that only learns its text by heart
     keeps_best: bool = True  # the weights of the lowest validation loss
     to_come: tuple[NewPlan, ...] = ()  # new plans that an earlier process has recorded
@@ -359,29 +360,39 @@ class Trainer:
         self.journal.plan_anew(new.total_steps)
 
     def _plan_for_time(self, schedule: Schedule) -> NewPlan | None:
-        """The plan with the steps for which there is time, at a quarter of the run, once."""
+        """The plan with the steps for which there is time: at a quarter of the run, and at a later
+        evaluation where they are others by more than MISS."""
         plan, journal = self.plan, self.journal
-        review = first_review(plan.total_steps, schedule)
-        if plan.budget is None or self.planned or review is None:
+        if plan.budget is None or (self.planned and self.planned[-1].why == BY_HEART):
             return None
-        decays = schedule.kind == "wsd" and self.steps > plan.total_steps - schedule.decay_steps
-        if decays or (self.steps < review and not self._is_late):
+        if self.planned:
+            is_due = journal.has_evaluated()
+        else:
+            review = first_review(plan.total_steps, schedule)
+            is_due = review is not None and (self.steps >= review or self._is_late)
+        if not is_due:
             return None
         self.look_at(journal.fetch())  # waits for the device
-        budget, spent = plan.budget, journal.spent
-        costs = Costs(
-            step=journal.step_s,
-            batch=spent.mean("evaluation") / budget.batches_of_one(plan.eval_iter),
-            token=max(0.0, spent.mean("sample") - budget.costs.prompts) / SAMPLE_TOKENS,
-            picture=spent.mean("picture", budget.costs.picture),
-            save=spent.mean("save", budget.costs.save),
-            best=spent.mean("best", budget.costs.best),
-            prompts=budget.costs.prompts,
-        )
-        left = replace(budget, seconds=budget.seconds - journal.elapsed_s, costs=costs)
+        seconds = plan.budget.seconds - journal.elapsed_s
+        left = replace(plan.budget, seconds=seconds, costs=self._costs_so_far(plan.budget))
         steps = left.steps_after(self.steps, plan.eval_freq, plan.eval_iter)
         now = max(self.parallel.broadcast(steps), schedule.warmup_steps + 1)
+        if self.planned and abs(now - plan.total_steps) <= MISS * plan.total_steps:
+            return None
         return plan_for_time(self.steps, plan.total_steps, now, schedule)
+
+    def _costs_so_far(self, budget: Budget) -> Costs:
+        """What the parts of the run have taken on their means, or are expected to take."""
+        journal, spent, expected = self.journal, self.journal.spent, budget.costs
+        return Costs(
+            step=journal.step_s,
+            batch=spent.mean("evaluation") / budget.batches_of_one(self.plan.eval_iter),
+            token=max(0.0, spent.mean("sample") - expected.prompts) / SAMPLE_TOKENS,
+            picture=spent.mean("picture", expected.picture),
+            save=spent.mean("save", expected.save),
+            best=spent.mean("best", expected.best),
+            prompts=expected.prompts,
+        )
 
     def _plan_by_heart(self, schedule: Schedule) -> NewPlan | None:
         """The plan that ends a run which only learns its text by heart, after an evaluation."""
@@ -718,7 +729,7 @@ def say_new_plan(new: NewPlan, journal: Journal) -> None:
         if abs(now - was) > WORTH_SAYING * was:
             say(
                 f"Note: after step {new.after_step:,} the run is planned anew: {now:,} steps "
-                f"instead of {was:,}, at the {journal.step_s:.2g} s that a step took so far"
+                f"instead of {was:,}, at the {journal.step_s:.2g} s that a step takes"
             )
         return
     history = journal.history

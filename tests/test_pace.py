@@ -55,6 +55,15 @@ def test_a_run_with_more_or_less_time_keeps_its_rates_so_far_and_the_share_of_it
     assert sum(rate == 1.0 for rate in rates(planned)) == now - 10 - decay
 
 
+def test_a_decay_that_has_begun_ends_earlier_or_later():
+    assert plan_for_time(320, 400, 500, WSD) == NewPlan(320, TIME, 400, 500, 100)
+    for now, decay in ((500, 180), (401, 81), (350, 30), (341, 21)):
+        new = plan_for_time(340, 400, now, WSD)
+        assert new == NewPlan(340, TIME, 400, now, decay)
+        assert rates(new.apply(WSD))[:320] == rates(WSD)[:320]
+        assert rates(new.apply(WSD))[-1] == pytest.approx(0.1)
+
+
 def test_other_schedules_follow_the_new_length_and_a_run_without_one_has_none():
     for kind in ("cosine", "constant"):
         planned = plan_for_time(100, 400, 300, make_schedule(kind, 1.0, 10, 400)).apply(
@@ -271,15 +280,48 @@ def test_a_run_planned_anew_repeats_that_plan_wherever_it_is_stopped(workdir, mo
         patch.setattr(train.Trainer, "step", killed_at(8))  # the newest checkpoint is of step 4
         bench.session()
     assert [dict(kept, at=0) for kept in plans_of(bench)] == [dict(change, at=0)]
-    bench.step_s = 0.01  # as on a faster machine: it is not measured again
     with pytest.MonkeyPatch.context() as patch:
         bench.patch = patch
+        # as on a faster machine: step 4, where the plan is recorded, is not measured again
+        faster = property(lambda journal: 0.01 if journal.steps <= 4 else 0.5)
+        patch.setattr(Journal, "step_s", faster)
         bench.signal_at("take_step", 2, after=True)  # step 6, after which the plan is repeated
         assert not bench.session()
     found = bench.finish()
     assert [len(outcome["saved state"].pop("new_plans")) for outcome in (whole, found)] == [1, 1]
     compare(found, whole)
     assert len(plans_of(bench)) == 1
+
+
+def test_a_machine_that_becomes_slower_moves_the_end_again_in_the_decay_too(workdir, monkeypatch):
+    def elapsed_s(journal: Journal) -> float:
+        return sum(
+            0.05 if step < 60 else 0.1 if step < 80 else 0.07 for step in range(journal.steps)
+        )
+
+    bench = TimedBench(workdir, monkeypatch)
+    monkeypatch.setattr(Journal, "elapsed_s", property(elapsed_s))
+    bench.describe("whole")
+    whole = bench.finish()
+    changes = plans_of(bench)
+    assert len(changes) > 2
+    assert changes[0]["total_steps"] > 95  # of 0.05 s in 5 s
+    last = changes[-1]
+    assert last["after_step"] > last["steps_before"] - last["decay_steps"]  # in the decay
+    assert 0.95 * 5 < elapsed_s(bench.journal) < 1.03 * 5
+    rates = [float.fromhex(row["train/lr"]) for row in of_steps(whole["rows"])]
+    assert rates[-1] == pytest.approx(max(rates) / 10)
+
+    bench.describe("run")
+    with pytest.MonkeyPatch.context() as patch:
+        bench.patch = patch
+        bench.signal_at("take_step", last["after_step"] + 1)
+        assert not bench.session()
+    found = bench.finish()
+    assert [dict(change, at=0) for change in plans_of(bench)] == [
+        dict(change, at=0) for change in changes
+    ]
+    compare(found, whole)
 
 
 def test_a_plan_that_the_disk_refuses_is_not_followed(workdir, monkeypatch, capsys):

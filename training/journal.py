@@ -116,6 +116,7 @@ class Journal:
         self._earlier_s = 0.0  # of earlier processes
         self._first_step = 0  # of this process
         self._started_at = self._marked_at = time.perf_counter()
+        self._marks = [(0, 0.0)]  # at the evaluations: the steps so far and their seconds
         self._marked_tokens = 0
         self._tokens_per_s = 0.0  # up to the evaluation that is being made
 
@@ -125,9 +126,16 @@ class Journal:
         return self._earlier_s + time.perf_counter() - self._started_at
 
     @property
+    def _steps_s(self) -> float:
+        """The seconds of all steps so far, without evaluations, samples, pictures and saves."""
+        return max(0.0, self.elapsed_s - self.spent.total_s)
+
+    @property
     def step_s(self) -> float:
-        """The mean seconds of a step so far, without evaluations, samples, pictures and saves."""
-        return max(0.0, self.elapsed_s - self.spent.total_s) / max(1, self.steps)
+        """The mean seconds of a step in the later half of them: the first ones are slower, and
+        the last ones know a machine that has become so."""
+        step, seconds = next(mark for mark in reversed(self._marks) if mark[0] <= self.steps / 2)
+        return max(0.0, self._steps_s - seconds) / max(1, self.steps - step)
 
     def plan_anew(self, total_steps: int) -> None:
         """Note that the run has another number of steps from here on."""
@@ -238,6 +246,7 @@ class Journal:
         if step > 0 and (step == self.total_steps or self._pictures.allows(self.elapsed_s)):
             self.draw()
         self._marked_at, self._marked_tokens = time.perf_counter(), self._tokens
+        self._marks.append((step, self._steps_s))
 
     def draw(self) -> bool:
         """Draw the report and the picture of the losses; False if there is no picture.
@@ -323,6 +332,7 @@ class Journal:
         return {
             "history": history,
             "spent": vars(self.spent),
+            "marks": self._marks,
             "steps": self.steps,
             "tokens": self._tokens,
             "tokens_per_s": self._speed(),
@@ -343,6 +353,7 @@ class Journal:
         self._tokens = self._marked_tokens = state["tokens"]
         self._tokens_per_s = state["tokens_per_s"]
         self._earlier_s = self.history.elapsed_s
+        self._marks = [(step, seconds) for step, seconds in state.get("marks", self._marks)]
 
     def _log(self, rows: list[dict[str, Any]]) -> None:
         if self._metrics is not None:

@@ -13,6 +13,7 @@ from engine.settings import check, from_json, setting
 FIRST_SHARE = 0.25  # of a run, after which its steps are planned anew from the time they took
 LATE_SHARE = 0.35  # of its time, after which they are at the latest
 LEAST_STEPS = 8  # of a run that is planned anew
+MISS = 0.02  # of its steps, more or less than there is time for: then it is planned anew again
 # by heart: the least evaluations, the least and the share of them that are compared with those
 # before, the gain of validation text that counts, and the fall of the training loss that does
 LEAST_EVALUATIONS, LEAST_RECENT, RECENT_SHARE = 6, 4, 0.25
@@ -84,9 +85,12 @@ def plan_for_time(after_step: int, total_steps: int, now: int, schedule: Schedul
     """The plan of a run of total_steps that has time for `now` steps, more than after_step.
 
     "wsd" keeps its share of the steps for the decay, which begins after warm-up and not before
-    after_step.
+    after_step; one that has begun ends earlier or later.
     """
-    decay = round(schedule.decay_steps * now / total_steps)
+    decay, flat = schedule.decay_steps, total_steps - schedule.decay_steps
+    if schedule.kind == "wsd" and after_step > flat:
+        return NewPlan(after_step, TIME, total_steps, now, now - flat)
+    decay = round(decay * now / total_steps)
     most = now - max(after_step, schedule.warmup_steps)
     return NewPlan(after_step, TIME, total_steps, now, max(0, min(decay, most)))
 
