@@ -23,6 +23,7 @@ from engine.compiling import free_steps, is_compiled
 from engine.loss import next_token_loss
 from engine.norm import RMSNorm
 from engine.precision import DTYPES, Precision
+from engine.rotary import RotaryTable, rotate
 from engine.settings import check, setting, shown
 
 ACTIVATIONS = {
@@ -164,50 +165,6 @@ def find_rope_faults(scaling: dict[str, Any] | None) -> list[str]:
 MODEL_SETTINGS = tuple(
     field.name for field in fields(GPTConfig) if field.name not in ("vocab_size", "context_length")
 )
-
-
-class RotaryTable(nn.Module):
-    """Rotary positions (Su et al. 2021): p turns features i, i + D/2 by p * theta ** (-2i / D)."""
-
-    def __init__(
-        self, length: int, head_dim: int, theta: float, scaling: dict[str, Any] | None = None
-    ) -> None:
-        super().__init__()
-        # on the CPU even if the weights are still on the meta device
-        pairs = torch.arange(0, head_dim, 2, dtype=torch.float32, device="cpu")
-        positions = torch.arange(length, dtype=torch.float32, device="cpu")
-        frequencies = theta ** (-pairs / head_dim)
-        if scaling is not None:
-            frequencies = scaled_frequencies(frequencies, scaling)
-        angles = positions[:, None] * frequencies
-        self.register_buffer("cos", angles.cos(), persistent=False)
-        self.register_buffer("sin", angles.sin(), persistent=False)
-
-    def forward(self, positions: slice | Tensor) -> tuple[Tensor, Tensor]:
-        """The angles' cosines and sines, (..., D / 2) each, at some positions."""
-        return self.cos[positions], self.sin[positions]
-
-
-def scaled_frequencies(frequencies: Tensor, scaling: dict[str, Any]) -> Tensor:
-    """Rotary frequencies of a context that was made longer after pretraining.
-
-    "linear" divides all by the factor; "llama3" only those of wavelengths beyond the original
-    context / low_freq_factor, fewer and fewer down to / high_freq_factor (Llama 3.1's rule).
-    """
-    factor = scaling["factor"]
-    if scaling["rope_type"] == "linear":
-        return frequencies / factor
-    low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
-    turns = scaling["original_max_position_embeddings"] * frequencies / (2 * math.pi)
-    kept = ((turns - low) / (high - low)).clamp(0, 1)
-    return frequencies * (kept + (1 - kept) / factor)
-
-
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate (B, T, heads, D) by its positions' angles, (T, D / 2) or (B, T, D / 2), in fp32."""
-    first, second = x.float().chunk(2, dim=-1)
-    cos, sin = cos.unsqueeze(-2), sin.unsqueeze(-2)  # the same for every head
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), -1).to(x.dtype)
 
 
 class KVCache:

@@ -93,19 +93,22 @@ class _PlainAttention(torch.autograd.Function):
         q, k, v, *kept = ctx.saved_tensors
         scale = q.shape[3] ** -0.5
         d_q = torch.empty_like(q)
-        # sums over the blocks, which half precision would round each time
-        d_k, d_v = (torch.zeros_like(x, dtype=_sum_dtype(x)) for x in (k, v))
-        for number, (first, stop) in enumerate(_blocks(q.shape[2])):
+        # from the last block on, which has all keys
+        for number, (first, stop) in reversed([*enumerate(_blocks(q.shape[2]))]):
             weights = kept[number] if kept else _weights(q, k, first, stop)
             rows, d_rows = (x[:, :, first:stop].flatten(1, 2) for x in (q, d_attended))
             d_weights = torch.bmm(d_rows, v[:, :stop].mT)
             d_scores = _softmax_backward(d_weights, weights)
-            d_v[:, :stop] += torch.bmm(weights.mT, d_rows)
-            d_k[:, :stop].add_(torch.bmm(d_scores.mT, rows), alpha=scale)
+            of_k, of_v = torch.bmm(d_scores.mT, rows), torch.bmm(weights.mT, d_rows)
+            if stop == q.shape[2]:  # half precision would round the sums each time
+                d_k, d_v = of_k.to(_sum_dtype(k)), of_v.to(_sum_dtype(v))
+            else:
+                d_k[:, :stop].add_(of_k)  # += would copy the sums onto themselves
+                d_v[:, :stop].add_(of_v)
             found = torch.bmm(d_scores, k[:, :stop]).mul_(scale)
             d_q[:, :, first:stop] = found.unflatten(1, (q.shape[1], -1))
-            del weights, d_weights, d_scores  # before the next ones are made
-        return d_q, d_k.to(k.dtype), d_v.to(v.dtype), None
+            del weights, d_weights, d_scores, of_k, of_v  # before the next ones are made
+        return d_q, d_k.mul_(scale).to(k.dtype), d_v.to(v.dtype), None
 
 
 def _softmax_backward(d_weights: Tensor, weights: Tensor) -> Tensor:
@@ -130,9 +133,10 @@ def _blocks(T: int) -> list[tuple[int, int]]:
 def _weights(q: Tensor, k: Tensor, first: int, stop: int) -> Tensor:
     """The weights of the queries from first to stop for the keys up to stop: (N, G rows, stop)."""
     rows = q[:, :, first:stop].flatten(1, 2)
-    mask = torch.full((stop - first, stop), -math.inf, dtype=q.dtype).triu(1 + first)
-    mask = mask.repeat(q.shape[1], 1)
-    scores = torch.baddbmm(mask, rows, k[:, :stop].mT, alpha=q.shape[3] ** -0.5)
+    nothing = rows.new_empty(())  # multiplied by beta, 0
+    scores = torch.baddbmm(nothing, rows, k[:, :stop].mT, beta=0, alpha=q.shape[3] ** -0.5)
+    later = torch.full((stop - first, stop - first), -math.inf, dtype=q.dtype).triu(1)
+    scores.unflatten(1, (q.shape[1], -1))[..., first:].add_(later)
     return scores.softmax(-1)  # in fp32 within
 
 

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from engine.errors import PipelineError, SettingsError
+from engine.rotary import scaled_frequencies
 from exchange.gguf_file import (
     LIBRARY,
     GGUFFile,
@@ -27,7 +28,7 @@ from exchange.gguf_file import (
 )
 from exchange.gguf_tokenizer import tokenizer_metadata, tokenizer_of
 from exchange.pretrained import Pretrained, require_memory
-from model import GPTConfig, scaled_frequencies
+from model import GPTConfig
 from planning.fine_tuning import SMOLLM2
 from storage.files import NewFile
 from text.chat_template import CHATML, ChatTemplate, Message
