@@ -56,9 +56,7 @@ LAST_SAMPLES_SHARE, LEAST_SAMPLE_TOKENS = 0.05, 50
 LEAST_INTERVALS = 4  # between evaluations, where a time budget is short
 TIMED_BATCHES, TIMED_TOKENS = 4, 10  # of an evaluation and a sample
 LONG_S = 2.0  # what takes as long is timed once: to load libraries first is a small part of it
-# of a run of so many minutes: the share that is planned, and the seconds that Python takes to end
-# after torch was imported (1.0 to 1.8)
-AIM, ENDING_S = 0.99, 1.0
+ENDING_S = 0.8  # seconds that Python takes to end after torch was imported (0.6 to 1.8)
 LEAST_SHARE = 0.1  # of its minutes, that it trains even where its start-up took longer
 RECIPE_WARMUP = 0.25  # of the steps, the most for the recipe's warm-up
 SAVED_BYTES_A_S = 2e8  # of a checkpoint, hashed and synced
@@ -447,7 +445,9 @@ class Budget:
 
     def _other_s(self, evaluations: Spacing, done: int) -> float:
         """The most seconds of pictures, samples and checkpoints."""
-        count, costs = evaluations.count(done or -1), self.costs
+        costs, is_new = self.costs, done == 0
+        # between the first evaluation and the last one, which have a sample and a picture anyway
+        count = max(0, evaluations.count(done or -1) - 1 - is_new)
         sample_s = costs.prompts + SAMPLE_TOKENS * costs.token
         samples = min(count, SAMPLES_A_RUN)
         between = sum(
@@ -455,7 +455,7 @@ class Budget:
             for each in (samples * sample_s, count * costs.picture)
         )
         last_s = N_SAMPLES * costs.prompts + self.last_tokens * costs.token
-        at_ends = (2 - (done > 0)) * sample_s + last_s
+        at_ends = (1 + is_new) * sample_s + last_s
         saves_s = (1 + self.seconds // (60 * self.save_minutes)) * costs.save
         return between + at_ends + costs.picture + saves_s
 
@@ -463,8 +463,7 @@ class Budget:
 def usable_seconds(deadline: float, of_s: float, parallel: Parallel) -> float:
     """The seconds that the main rank has left to plan for, of of_s that end at its deadline, by
     time.perf_counter(); but LEAST_SHARE of of_s at least. Collective."""
-    spare_s = (1 - AIM) * of_s + ENDING_S
-    left_s = deadline - time.perf_counter() - spare_s
+    left_s = deadline - time.perf_counter() - ENDING_S
     return parallel.broadcast(max(left_s, LEAST_SHARE * of_s))
 
 

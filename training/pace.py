@@ -13,7 +13,7 @@ from engine.settings import check, from_json, setting
 FIRST_SHARE = 0.25  # of a run, after which its steps are planned anew from the time they took
 LATE_SHARE = 0.35  # of its time, after which they are at the latest
 LEAST_STEPS = 8  # of a run that is planned anew
-MISS = 0.02  # of its steps, more or less than there is time for: then it is planned anew again
+MISS = 0.01  # of its steps, more or less than there is time for: then it is planned anew again
 # by heart: the least evaluations, the least and the share of them that are compared with those
 # before, the gain of validation text that counts, and the fall of the training loss that does
 LEAST_EVALUATIONS, LEAST_RECENT, RECENT_SHARE = 6, 4, 0.25
@@ -161,15 +161,21 @@ class Spent:
 
     seconds: dict[str, float] = field(default_factory=dict)
     counts: dict[str, int] = field(default_factory=dict)
+    firsts: dict[str, float] = field(default_factory=dict)  # of the first one of each kind
 
     def note(self, kind: str, seconds: float) -> None:
         """Note how long one of a kind took."""
+        self.firsts.setdefault(kind, seconds)
         self.seconds[kind] = self.seconds.get(kind, 0.0) + seconds
         self.counts[kind] = self.counts.get(kind, 0) + 1
 
     def mean(self, kind: str, default: float = 0.0) -> float:
-        """The mean seconds of a kind; the default where there was none."""
-        return self.seconds[kind] / self.counts[kind] if kind in self.counts else default
+        """The mean seconds of a kind, without the first one, which loads what it needs, where there
+        are more; the default where there was none."""
+        count = self.counts.get(kind, 0)
+        if count > 1:
+            return (self.seconds[kind] - self.firsts.get(kind, 0.0)) / (count - 1)
+        return self.seconds.get(kind, default)
 
     @property
     def total_s(self) -> float:
