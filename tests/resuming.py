@@ -152,12 +152,8 @@ class Bench:
         best_step = self.journal.history.steps[self.journal.history.best]
         best = self.run / "best" / f"step-{best_step:08d}" / "model.safetensors"
         state = json.loads((newest / "state.json").read_text(encoding="utf-8"))
-        for name in (
-            "metrics_bytes",
-            "tokens_per_s",
-            "spent",
-            "marks",
-        ):  # times have more digits, or fewer
+        # times have more digits, or fewer
+        for name in ("metrics_bytes", "tokens_per_s", "spent", "marks"):
             state["journal"].pop(name, None)
         state["journal"]["history"].pop("elapsed_s")
         for name in ("title", "baselines"):  # what is measured depends on the time

@@ -17,6 +17,7 @@ from engine.errors import SettingsError
 from engine.norm import RMSNorm
 from engine.optim import build_adamw
 from engine.precision import Precision
+from engine.rotary import RotaryTable, rotate
 from model import Dropout, GPTConfig, GPTModel, attention_kernel
 from tests.conftest import REPOSITORY
 
@@ -116,6 +117,28 @@ def test_logits_equal_those_of_transformers_gpt2_llama_and_qwen3(changes, tmp_pa
     expected = theirs.eval()(ids).logits
     assert expected.std() > 0.5  # a comparison of near-zeros would prove nothing
     torch.testing.assert_close(model(ids), expected, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("positions", [slice(7), torch.tensor([[0, 1, 2, 0, 1], [3, 4, 5, 6, 0]])])
+@pytest.mark.parametrize(("dtype", "close"), [(torch.float32, 1e-6), (torch.bfloat16, 1e-2)])
+def test_a_training_step_rotates_as_without_gradients_and_back_by_the_same_angles(
+    positions, dtype, close
+):
+    cos, sin = RotaryTable(7, 6, 100.0)(positions)
+    x = torch.randn(2, cos.shape[-2], 3, 6).to(dtype).requires_grad_()
+    with torch.no_grad():
+        expected = rotate(x, cos, sin)
+    rotated = rotate(x, cos, sin)
+    assert rotated.dtype == dtype
+    torch.testing.assert_close(rotated, expected, rtol=close, atol=close)
+    gradient = torch.randn(rotated.shape).to(dtype)
+    (found,) = torch.autograd.grad(rotated, x, gradient)
+    # a rotation's transpose is its inverse
+    with torch.no_grad():
+        back = rotate(gradient, cos, -sin)
+    torch.testing.assert_close(found, back, rtol=close, atol=close)
+    products = [(a.double() * b.double()).sum() for a, b in ((expected, gradient), (x, found))]
+    torch.testing.assert_close(products[0], products[1], rtol=close, atol=10 * close)
 
 
 @torch.no_grad()
