@@ -256,10 +256,7 @@ def _baseline_rows(run: RunFiles) -> list[list[str]]:
     known = run.facts.baselines
     if not known or not run.curves.val_losses:
         return []
-    bits = (run.summary or {}).get("final_val_bits_per_byte")
-    rows = [(run.curves.as_bits(run.curves.val_losses[-1]), Words("this model", "这个模型"))]
-    if isinstance(bits, float):
-        rows = [(bits, rows[0][1])]
+    rows = [(run.final_bits, Words("this model", "这个模型"))]
     rows += [(value, BASELINES[name]) for name, value in known.items() if name in BASELINES]
     unit = Words(" bits a byte", " 比特/字节")
     return [

@@ -69,6 +69,20 @@ class RunFiles:
         """Whether nothing more is to be trained."""
         return self.summary is not None
 
+    @property
+    def final_bits(self) -> float:
+        """The bits a byte of a finished run; of another one those of its last evaluation."""
+        found = (self.summary or {}).get("final_val_bits_per_byte")
+        if isinstance(found, float):  # where it is of a part of the text, by the part's own bytes
+            return found
+        return self.curves.as_bits(self.final_loss)
+
+    @property
+    def final_loss(self) -> float:
+        """The validation loss of a finished run; of another one that of its last evaluation."""
+        found = (self.summary or {}).get("final_val_loss")
+        return float(found) if isinstance(found, int | float) else self.curves.val_losses[-1]
+
     def begin_of_written(self, text: str) -> int:
         """Where, in a sample, the model's own words begin: behind the prompt or the question."""
         if self.record.chat is not None:

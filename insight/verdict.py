@@ -28,7 +28,7 @@ def headline(run: RunFiles, findings: list[Finding]) -> Words:
         return Words("Nothing was evaluated yet.", "还没有评估结果。")
     worst = findings[0] if findings else None
     is_measured = measure(curves, facts) is not None
-    bits = curves.as_bits(_final_loss(run))
+    bits = run.final_bits
     parts_en, parts_zh = [], []
     if bits == bits:
         of = Words("", "") if run.record.chat is None else Words(" of the answers", "答案")
@@ -39,8 +39,8 @@ def headline(run: RunFiles, findings: list[Finding]) -> Words:
             parts_en.append(f"{abs(share):.0%} {'below' if share < 0 else 'above'} bz2")
             parts_zh.append(f"比 bz2 {'低' if share < 0 else '高'} {abs(share):.0%}")
     else:
-        parts_en.append(f"validation loss {_final_loss(run):.3f}")
-        parts_zh.append(f"验证损失 {_final_loss(run):.3f}")
+        parts_en.append(f"validation loss {run.final_loss:.3f}")
+        parts_zh.append(f"验证损失 {run.final_loss:.3f}")
     about = Words("", "")
     if is_measured:
         meter, tried = run.insight.get("by_heart"), Words("passages", "段落")
@@ -128,12 +128,6 @@ def _in_words(seconds: int) -> Words:
             count = seconds // unit
             return Words(f"{count} {en}{'s' * (count != 1)}", f" {count} {zh}")
     raise AssertionError("ROUND_S begins with a second")
-
-
-def _final_loss(run: RunFiles) -> float:
-    """The loss over all validation text, of a finished run; else that of the last evaluation."""
-    final = (run.summary or {}).get("final_val_loss")
-    return float(final) if isinstance(final, int | float) else run.curves.val_losses[-1]
 
 
 def change_lines(changes: dict[str, Any], facts: Facts) -> list[Words]:

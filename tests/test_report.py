@@ -298,6 +298,7 @@ def test_the_card_is_shown_with_what_came_of_it_and_baselines_are_lines(tmp_path
     write_json(run / INSIGHT, {"baselines": {"ngram": 0.5, "bz2": 0.25}, "copied": copied})
     page = page_of(run)
     assert "0.125 · " in page and "outside the range" in page and "Runner-up" in page
+    assert "0.12 bits a byte, 50% below bz2" in page  # as the end measured it, in the headline too
     lines = {line["name"][0]: line["value"] for line in embedded(page)["charts"]["loss"]["lines"]}
     assert lines["5-gram"] == pytest.approx(0.5 * math.log(2) * 4, rel=1e-4)
     assert embedded(page)["moments"][-1]["texts"] == [[["The ", False], ["ferry", True]]]
