@@ -20,6 +20,7 @@ from torch.utils.checkpoint import checkpoint
 
 from engine.attention import Parts, attend_within, find_parts, usual_attention
 from engine.compiling import free_steps, is_compiled
+from engine.linear import Linear
 from engine.loss import next_token_loss
 from engine.norm import RMSNorm
 from engine.precision import DTYPES, Precision
@@ -270,8 +271,8 @@ class CausalSelfAttention(nn.Module):
         self.kernel: str | None = None
         # queries, keys and values are one product
         self.qkv_rows = [heads * self.head_dim for heads in self.heads]
-        self.qkv = nn.Linear(config.emb_dim, sum(self.qkv_rows), bias=config.qkv_bias)
-        self.out_proj = nn.Linear(self.qkv_rows[0], config.emb_dim, bias=bool(config.out_bias))
+        self.qkv = Linear(config.emb_dim, sum(self.qkv_rows), bias=config.qkv_bias)
+        self.out_proj = Linear(self.qkv_rows[0], config.emb_dim, bias=bool(config.out_bias))
         self.qk_norm = config.qk_norm  # Dehghani et al. 2023
         if config.qk_norm:
             self.q_norm = RMSNorm(self.head_dim, eps=config.norm_eps)
@@ -336,8 +337,8 @@ class GatedMLP(nn.Module):
 
     def __init__(self, emb_dim: int, ff_dim: int, *, bias: bool) -> None:
         super().__init__()
-        self.gate_up = nn.Linear(emb_dim, 2 * ff_dim, bias=bias)  # both are one product
-        self.down = nn.Linear(ff_dim, emb_dim, bias=bias)
+        self.gate_up = Linear(emb_dim, 2 * ff_dim, bias=bias)  # both are one product
+        self.down = Linear(ff_dim, emb_dim, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, T, C) -> (B, T, C)."""
@@ -417,9 +418,9 @@ class Block(nn.Module):
             self.mlp = GatedMLP(config.emb_dim, config.ff_dim, bias=bias)
         else:
             self.mlp = nn.Sequential(
-                nn.Linear(config.emb_dim, config.ff_dim, bias=bias),
+                Linear(config.emb_dim, config.ff_dim, bias=bias),
                 ACTIVATIONS[config.activation](),
-                nn.Linear(config.ff_dim, config.emb_dim, bias=bias),
+                Linear(config.ff_dim, config.emb_dim, bias=bias),
             )
         self.dropout = Dropout(config.drop_rate)
 

@@ -1,7 +1,7 @@
 """Fine-tuning SmolLM2-135M: its memory, its speed beside transformers and PEFT, and what it gains.
 
     python -m benchmarks.finetune --memory
-    python -m benchmarks.finetune --peers [--rounds 3] [--steps 4] [--layers 30] [--length 512]
+    python -m benchmarks.finetune --peers [--rounds 3] [--steps 8] [--layers 30] [--length 512]
     python -m benchmarks.finetune --gain TEXT... [--folder runs-gain] [--tokens 300000]
 
 --memory is the peak resident memory of main.py that trains all weights, or an adapter of rank 8,
@@ -76,7 +76,7 @@ def main() -> None:
     parser.add_argument("--memory", action="store_true", help="the program's peak memory")
     parser.add_argument("--peers", action="store_true", help="speed and memory beside others")
     parser.add_argument("--rounds", type=int, default=3, metavar="N", help="of --peers (3)")
-    parser.add_argument("--steps", type=int, default=4, metavar="N", help="in a round (4)")
+    parser.add_argument("--steps", type=int, default=8, metavar="N", help="in a round (8)")
     parser.add_argument("--layers", type=int, default=LAYERS, metavar="N", help=f"({LAYERS})")
     parser.add_argument("--length", type=int, default=LENGTH, metavar="N", help=f"({LENGTH})")
     parser.add_argument("--gain", nargs="+", type=Path, metavar="TEXT", help="folders of texts")
@@ -107,7 +107,7 @@ def measure_memory() -> dict[str, Any]:
     weights = 4 * sum(p.numel() for p in fresh_meta_model().parameters())
     found: dict[str, Any] = {"weights_bytes": weights}
     for name, params in (("all", {}), ("adapter", {"lora_rank": RANK})):
-        fixed = {"max_steps": 2, "eval_freq": 2, "eval_iter": 1, "final_iter": 1}
+        fixed = {"max_steps": 10, "eval_freq": 5, "eval_iter": 1, "final_iter": 1}
         params = fixed | {"max_length": LENGTH} | params
         settings = {
             "DATA": "sample-en",

@@ -147,53 +147,73 @@ def _in_chunks(
     device_type, dtype = hidden.device.type, hidden.dtype
     if torch.is_autocast_enabled(device_type):
         dtype = torch.get_autocast_dtype(device_type)
+    lift = FP16_LIFT if dtype == torch.float16 else 1.0
     with torch.autocast(device_type, enabled=False):
-        rows, head = hidden.detach().to(dtype), weight.detach().to(dtype)
-        V, N = len(head), len(rows)
-        trains_head = gradients and weight.requires_grad
-        padded, buffer = _buffers(rows, V, by_kernel=by_kernel, trains_head=trains_head)
-        largest, at_once = len(padded), len(buffer)
-        total = torch.zeros((), device=hidden.device)
-        d_hidden = torch.empty_like(rows[: N * gradients])
-        d_weight = part = None
-        # about 1 / rows, so that fp16 holds a chunk's sum; a power of two, so exact
-        share = 0.5 ** round(math.log2(largest))
-        lift = FP16_LIFT if dtype == torch.float16 else 1.0
-        for first in range(0, N, largest):
-            x, y = rows[first : first + largest], targets[first : first + largest, None]
-            d_logits = padded[: len(x)]
-            logits = d_logits[:, :V]
-            torch.mm(x, head.T, out=logits)
-            for start in range(0, len(x), at_once):
-                block = slice(start, start + at_once)
-                if by_kernel:
-                    losses = _softmax_by_kernel(d_logits[block], y[block], V, lift)
-                else:
-                    p, losses = _softmax_minus_target(logits[block], y[block], buffer)
-                    if gradients and p.dtype != dtype:
-                        logits[block].copy_(p if lift == 1 else p.mul_(lift))
-                total += losses.sum()
-            if gradients:
-                if device_type == "mps":  # nor an `out` that starts inside its storage
-                    d_hidden[first : first + largest] = torch.mm(logits, head)
-                else:
-                    torch.mm(logits, head, out=d_hidden[first : first + largest])
-                if not weight.requires_grad:
-                    continue
-                part = torch.mm(d_logits.T, x * share, out=part)
-                if d_weight is None:
-                    # a single chunk's buffer in fp32 is the gradient itself
-                    is_it = len(x) == N and len(part) == V and part.dtype == torch.float32
-                    d_weight = part if is_it else part[:V].to(torch.float32, copy=True)
-                else:
-                    d_weight += part[:V]
+        total, d_hidden, d_weight, share = _sums_of_chunks(
+            hidden.detach().to(dtype),
+            weight.detach().to(dtype),
+            targets,
+            gradients=gradients,
+            trains_head=gradients and weight.requires_grad,
+            by_kernel=by_kernel,
+            lift=lift,
+        )
         if gradients:
             d_hidden = d_hidden.to(hidden.dtype).mul_(1 / (n_targets * lift))
-            if weight.requires_grad:
-                if d_weight is None:  # N is 0
-                    d_weight = torch.zeros(head.shape, device=head.device)
-                d_weight = d_weight.mul_(1 / (n_targets * share * lift)).to(weight.dtype)
+        if d_weight is not None:
+            # only here, where a chunk's buffers and the head's copy are freed
+            d_weight = d_weight.float().mul_(1 / (n_targets * share * lift)).to(weight.dtype)
     return total / n_targets, d_hidden, d_weight
+
+
+def _sums_of_chunks(
+    rows: Tensor,
+    head: Tensor,
+    targets: Tensor,
+    *,
+    gradients: bool,
+    trains_head: bool,
+    by_kernel: bool,
+    lift: float,
+) -> tuple[Tensor, Tensor, Tensor | None, float]:
+    """The sums of the losses and, times lift, of the gradients of rows and, times share, of head,
+    in fp32 or of a single chunk; and share."""
+    V, N = len(head), len(rows)
+    padded, buffer = _buffers(rows, V, by_kernel=by_kernel, trains_head=trains_head)
+    largest, at_once = len(padded), len(buffer)
+    total = torch.zeros((), device=rows.device)
+    d_rows = torch.empty_like(rows[: N * gradients])
+    d_head = part = None
+    # about 1 / rows, so that fp16 holds a chunk's sum; a power of two, so exact
+    share = 0.5 ** round(math.log2(largest))
+    for first in range(0, N, largest):
+        x, y = rows[first : first + largest], targets[first : first + largest, None]
+        d_logits = padded[: len(x)]
+        logits = d_logits[:, :V]
+        torch.mm(x, head.T, out=logits)
+        for start in range(0, len(x), at_once):
+            block = slice(start, start + at_once)
+            if by_kernel:
+                losses = _softmax_by_kernel(d_logits[block], y[block], V, lift)
+            else:
+                p, losses = _softmax_minus_target(logits[block], y[block], buffer)
+                if gradients and p.dtype != rows.dtype:
+                    logits[block].copy_(p if lift == 1 else p.mul_(lift))
+            total += losses.sum()
+        if gradients:
+            if rows.device.type == "mps":  # nor an `out` that starts inside its storage
+                d_rows[first : first + largest] = torch.mm(logits, head)
+            else:
+                torch.mm(logits, head, out=d_rows[first : first + largest])
+        if trains_head:
+            part = torch.mm(d_logits.T, x * share, out=part)
+            if d_head is None:
+                d_head = part[:V] if len(x) == N else part[:V].to(torch.float32, copy=True)
+            else:
+                d_head += part[:V]
+    if trains_head and d_head is None:  # N is 0
+        d_head = torch.zeros_like(head)
+    return total, d_rows, d_head, share
 
 
 def _buffers(rows: Tensor, V: int, *, by_kernel: bool, trains_head: bool) -> tuple[Tensor, Tensor]:

@@ -13,6 +13,7 @@ from torch import nn
 from engine.attention import count_kept_weights
 from engine.devices import free_memory
 from engine.errors import first_line
+from engine.linear import HalfGradients, layers_in_half
 from engine.loss import chunk_rows, light_chunk_rows, softmax_rows
 from engine.precision import Precision
 from engine.randomness import random_state, set_random_state
@@ -98,7 +99,8 @@ def estimate_memory(
 
     Activations are measured by short forward passes, everything else is counted. keeps_best: the
     device's memory holds a copy of the best weights. parts: the ranks that the model is sharded
-    over; with gradient accumulation (accumulates) gradients stay unsharded.
+    over; with gradient accumulation (accumulates) or an all-reduce gradients stay unsharded and in
+    fp32.
     """
     n_parameters = sum(p.numel() for p in model.parameters())
     n_trained = count_trained(model)
@@ -114,7 +116,11 @@ def estimate_memory(
         gradients = gradients if accumulates else gradients // parts + 4 * block
     hidden = sum(w.numel() for w, _ in model.hidden_matrices() if w.requires_grad)
     of_hidden, of_others = OPTIMIZER_BYTES[optimizer]
-    fixed, window = measure_activations(model, n_tokens, precision, device)
+    adds_up = accumulates or parts > 1 or optimizer != "adamw"
+    in_half = [] if adds_up else layers_in_half(model, precision)
+    gradients -= 2 * sum(layer.weight.numel() for layer in in_half)
+    with HalfGradients(in_half).taken():
+        fixed, window = measure_activations(model, n_tokens, precision, device)
     if model.activation_checkpointing:
         # each block's input is kept; the backward pass recomputes one block at a time
         n_layers = len(model.blocks)

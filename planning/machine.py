@@ -447,7 +447,7 @@ def fit_into_memory(
                 optimizer=asked.optimizer,
                 keeps_best=keeps_best,
                 parts=parts,
-                accumulates=accumulates,
+                accumulates=accumulates or parallel.kind == "ddp",
             )
         room = available_memory(device)
         if room is not None:

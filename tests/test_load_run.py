@@ -27,6 +27,7 @@ import environment
 import exchange.saved_run
 import main
 from engine.errors import CheckpointError, DataError, PipelineError, ResourceError, SettingsError
+from engine.linear import Linear
 from engine.weights import Bf16Linear, Int8Linear, choose_weights
 from exchange.saved_run import load_run
 from generation import SamplingConfig
@@ -209,7 +210,7 @@ def test_logits_are_those_of_the_model_that_was_saved(trained, kind):
 
 
 @pytest.mark.parametrize(
-    ("kind", "layer"), [("fp32", torch.nn.Linear), ("bf16", Bf16Linear), ("int8", Int8Linear)]
+    ("kind", "layer"), [("fp32", Linear), ("bf16", Bf16Linear), ("int8", Int8Linear)]
 )
 def test_products_read_the_weights_that_were_asked_for(original, monkeypatch, kind, layer):
     run = load_run(original.path, which="last", weights=kind)

@@ -30,6 +30,7 @@ from engine.compiling import compile_again, is_compiled
 from engine.console import count_off, say
 from engine.devices import release_memory
 from engine.errors import DataError, Stopped, is_out_of_memory
+from engine.linear import HalfGradients, layers_in_half
 from engine.memory import OutOfStepMemory, halved
 from engine.metrics import Score
 from engine.precision import Precision
@@ -218,6 +219,9 @@ def take_step(
     device = batches[0][0].device
     if n_targets == 0:  # nothing to learn from: not even weights decay
         return torch.zeros((), device=device), torch.zeros((), device=device)
+    adds_up = len(batches) > 1 or not parallel.is_alone
+    is_adamw = isinstance(optimizer, torch.optim.AdamW)
+    half = HalfGradients(layers_in_half(model, precision) if is_adamw and not adds_up else [])
     random_before = random_state(device)
     started_at = time.perf_counter()
     total = torch.zeros((), device=device)
@@ -225,7 +229,7 @@ def take_step(
         # one for all, which caches the casts of the weights, also for a backward pass that computes
         # again; else a batch's own ends before its backward pass, which frees each cast once used
         is_shared = len(batches) > 1 or getattr(model, "activation_checkpointing", False)
-        with precision.autocast() if is_shared else contextlib.nullcontext():
+        with precision.autocast() if is_shared else contextlib.nullcontext(), half.taken():
             for number, batch in enumerate(batches):
                 if number > 0 and stop is not None:
                     stop.check_within_step(started_at, number / len(batches))
@@ -247,7 +251,7 @@ def take_step(
         raise
     # An out-of-memory error below this line ends the run without a checkpoint: weights may have
     # changed, and smaller micro-batches don't help, for the activations are already freed.
-    return total, _update_weights(model, optimizer, scaler, max_grad_norm, total)
+    return total, _update_weights(model, optimizer, scaler, max_grad_norm, total, half)
 
 
 def _update_weights(
@@ -256,26 +260,35 @@ def _update_weights(
     scaler: torch.amp.GradScaler,
     max_grad_norm: float,
     loss: torch.Tensor,
+    half: HalfGradients,
 ) -> torch.Tensor:
     """Clip the gradients and step, unless they or the loss are not finite; returns their norm."""
     scaler.unscale_(optimizer)  # first: clipping must see true gradients
     parameters = [p for p in model.parameters() if p.grad is not None]
+    norm = nn.utils.get_total_norm([p.grad for p in parameters])
+    if half:
+        norm = torch.linalg.vector_norm(torch.stack([norm, *half.norms]))
     if max_grad_norm > 0:
-        norm = full(nn.utils.clip_grad_norm_(parameters, max_grad_norm))
-    else:
-        norm = full(nn.utils.get_total_norm([p.grad for p in parameters]))
+        nn.utils.clip_grads_with_norm_(parameters, max_grad_norm, norm)
+    norm = full(norm)
     if scaler.is_enabled():  # it checks for infinities itself
         scaler.step(optimizer)
         scaler.update()
     # Metal's fused kernels ignore found_inf
-    elif getattr(optimizer, "_step_supports_amp_scaling", False) and loss.device.type != "mps":
+    elif not half and loss.device.type != "mps" and _skips_infinities(optimizer):
         optimizer.found_inf = (~(loss.isfinite() & norm.isfinite())).float()
         optimizer.step()
         del optimizer.found_inf  # else the optimizer's next step would be skipped too
     elif loss.isfinite() and norm.isfinite():
-        optimizer.step()
+        # as clip_grads_with_norm_ clips the others
+        factor = (max_grad_norm / (norm + 1e-6)).clamp(max=1.0) if max_grad_norm > 0 else 1.0
+        half.update(optimizer, factor)
     optimizer.zero_grad()
     return norm
+
+
+def _skips_infinities(optimizer: torch.optim.Optimizer) -> bool:
+    return getattr(optimizer, "_step_supports_amp_scaling", False)
 
 
 def batch_loss(
