@@ -89,6 +89,15 @@ class HalfGradients:
         # at once, while it is in the cache
         self.norms.append(torch.linalg.vector_norm(grad, dtype=torch.float32))
 
+    @staticmethod
+    def make_moments(optimizer: torch.optim.Optimizer) -> None:
+        """AdamW's averages, as its first step would make them: before the first forward pass they
+        do not come to lie between activations, where freed memory is of little use."""
+        for group in optimizer.param_groups:
+            for p in group["params"] if not group["amsgrad"] else ():  # which has a third one
+                moments = {name: torch.zeros_like(p) for name in ("exp_avg", "exp_avg_sq")}
+                optimizer.state[p] = {"step": torch.zeros(()), **moments}
+
     def update(self, optimizer: torch.optim.Optimizer, factor: Tensor | float) -> None:
         """The optimizer's step: of the parameters that have a gradient, then of the layers' weights
         with theirs times factor, some at a time."""

@@ -226,6 +226,8 @@ def take_step(
     started_at = time.perf_counter()
     total = torch.zeros((), device=device)
     try:
+        if half and not optimizer.state:
+            half.make_moments(optimizer)
         # one for all, which caches the casts of the weights, also for a backward pass that computes
         # again; else a batch's own ends before its backward pass, which frees each cast once used
         is_shared = len(batches) > 1 or getattr(model, "activation_checkpointing", False)
