@@ -89,11 +89,11 @@ class HalfGradients:
         # at once, while it is in the cache
         self.norms.append(torch.linalg.vector_norm(grad, dtype=torch.float32))
 
-    @staticmethod
-    def make_moments(optimizer: torch.optim.Optimizer) -> None:
+    def make_moments(self, optimizer: torch.optim.Optimizer) -> None:
         """AdamW's averages, as its first step would make them: before the first forward pass they
         do not come to lie between activations, where freed memory is of little use."""
-        for group in optimizer.param_groups:
+        is_first = bool(self) and not optimizer.state
+        for group in optimizer.param_groups if is_first else ():
             for p in group["params"] if not group["amsgrad"] else ():  # which has a third one
                 moments = {name: torch.zeros_like(p) for name in ("exp_avg", "exp_avg_sq")}
                 optimizer.state[p] = {"step": torch.zeros(()), **moments}
@@ -112,6 +112,15 @@ class HalfGradients:
                 optimizer.step()
                 optimizer.zero_grad()
                 waiting = 0
+
+
+def half_gradients(
+    model: nn.Module, optimizer: torch.optim.Optimizer, precision: Precision, *, adds_up: bool
+) -> HalfGradients:
+    """Those of an optimizer's step. adds_up: whether gradients of several passes, or of other
+    ranks, are added up."""
+    fits = isinstance(optimizer, torch.optim.AdamW) and not adds_up
+    return HalfGradients(layers_in_half(model, precision) if fits else [])
 
 
 def layers_in_half(model: nn.Module, precision: Precision) -> list[Linear]:

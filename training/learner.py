@@ -30,7 +30,7 @@ from engine.compiling import compile_again, is_compiled
 from engine.console import count_off, say
 from engine.devices import release_memory
 from engine.errors import DataError, Stopped, is_out_of_memory
-from engine.linear import HalfGradients, layers_in_half
+from engine.linear import HalfGradients, half_gradients
 from engine.memory import OutOfStepMemory, halved
 from engine.metrics import Score
 from engine.precision import Precision
@@ -220,14 +220,12 @@ def take_step(
     if n_targets == 0:  # nothing to learn from: not even weights decay
         return torch.zeros((), device=device), torch.zeros((), device=device)
     adds_up = len(batches) > 1 or not parallel.is_alone
-    is_adamw = isinstance(optimizer, torch.optim.AdamW)
-    half = HalfGradients(layers_in_half(model, precision) if is_adamw and not adds_up else [])
+    half = half_gradients(model, optimizer, precision, adds_up=adds_up)
     random_before = random_state(device)
     started_at = time.perf_counter()
     total = torch.zeros((), device=device)
     try:
-        if half and not optimizer.state:
-            half.make_moments(optimizer)
+        half.make_moments(optimizer)
         # one for all, which caches the casts of the weights, also for a backward pass that computes
         # again; else a batch's own ends before its backward pass, which frees each cast once used
         is_shared = len(batches) > 1 or getattr(model, "activation_checkpointing", False)
