@@ -1,16 +1,18 @@
 """Fit the law by which MINUTES chooses, and compare its choices with others.
 
     python -m benchmarks.recipe [--texts A.txt B.txt ...] [--workers 2] [--results FILE]
-    python -m benchmarks.recipe --only-fit | --rules | --verify | --auto 1.67 5 [--seeds 3]
+    python -m benchmarks.recipe --only-fit | --rules | --vocabularies | --verify
+    python -m benchmarks.recipe --auto 1.67 5 [--seeds 3]
 
 Short runs of the real program: sizes and times, passes through small parts, tokenizers, seeds.
 Budgets are in tokens, those of a reference machine, so that other load changes no loss. A later
 call goes on from the results that are there. Then the law's numbers are fitted, also without each
 text for the error there; --only-fit fits them to what is there already. --rules trains with each
-of the recipe's rules and without it. --verify trains what the law chooses against what else could
-be chosen, on texts that the fit has not seen, and prints the regret. --auto trains its choice
-alone, for some minutes of the reference machine, and prints the median of some seeds. --workers
-trains several models at once, each on one thread. --rehearse does it with a few steps.
+of the recipe's rules and without it, --vocabularies with several vocabularies on code. --verify
+trains what the law chooses against what else could be chosen, on texts that the fit has not seen,
+and prints the regret. --auto trains its choice alone, for some minutes of the reference machine,
+and prints the median of some seeds. --workers trains several models at once, each on one thread.
+--rehearse does it with a few steps.
 """
 
 import argparse
@@ -47,6 +49,7 @@ REPOSITORY = RESULTS.parent.parent
 TEXTS = REPOSITORY.parent / "shared" / "data"
 OF_FIT = ("tinyshakespeare.txt", "ci.txt")
 OF_RULES, OF_VERIFYING = (*OF_FIT, "wikitext-2/valid.txt"), ("wikitext-2/valid.txt", "python:email")
+OF_CODE = ("python:idlelib", "python:multiprocessing")
 # where the fit begins and what PRIOR holds it to: evidence from elsewhere, and a few older runs
 START = {
     "size": 22.2,
@@ -162,6 +165,11 @@ def rule_runs(text: str, seeds: Iterable[int]) -> dict[str, list[tuple[Run, Run]
     return runs
 
 
+def vocabulary_runs(text: str) -> list[Run]:
+    """Runs of a third of a minute with vocabularies of several sizes."""
+    return [Run(text, 1 / 3, Fixed(f"bpe:{n}", {}, {})) for n in (512, 1024, 2048, 4096)]
+
+
 def by_hand(facts: TextFacts) -> Fixed:
     """The recipe of docs/recipes.md for a text; what it leaves open is as in TrainingConfig."""
     usual = ("decay_share", "final_rate", "beta2", "shift_windows", "decay_embeddings")
@@ -253,7 +261,12 @@ def train_all(
     runs: Iterable[Run], results: dict[str, Any], file: Path, most: int | None, workers: int
 ) -> None:
     """Train what has no result of today's recipe; each is in the file as soon as it is there."""
-    missing = {run.key: run for run in runs if not _is_known(run, results["runs"])}
+    missing = {}
+    for run in runs:
+        if (known := _known(run, results["runs"])) is None:
+            missing[run.key] = run
+        else:
+            results["runs"][run.key] = known
     with concurrent.futures.ThreadPoolExecutor(workers) as pool:
         waiting = {pool.submit(train, run, most, workers): run for run in missing.values()}
         try:
@@ -268,14 +281,26 @@ def train_all(
             pool.shutdown(wait=False, cancel_futures=True)
 
 
-def _is_known(run: Run, runs: dict[str, Any]) -> bool:
-    """Whether a run has a result, of the recipe that is chosen today."""
-    if run.key not in runs:
-        return False
-    was = Recipe(**runs[run.key]["recipe"])
-    now = choose_recipe(TextFacts(**runs[run.key]["facts"]), REFERENCE, run.minutes, run.fixed)
-    shape = [(r.tokenizer, r.model, r.training, r.steps) for r in (was, now)]
-    return shape[0] == shape[1]
+def _known(run: Run, runs: dict[str, Any]) -> dict[str, Any] | None:
+    """The result of a run with the recipe that is chosen today, or of one that trains the same."""
+    alike = [
+        (json.loads(key), runs[key])
+        for key in sorted(runs, key=lambda key: key != run.key)  # its own first
+        if Run(**json.loads(key) | {"fixed": run.fixed}) == run
+    ]
+    if not alike:
+        return None
+    facts = TextFacts(**alike[0][1]["facts"])
+    wanted = _trained(choose_recipe(facts, REFERENCE, run.minutes, run.fixed), run.fixed.training)
+    for other, found in alike:
+        if _trained(Recipe(**found["recipe"]), other["fixed"]["training"]) == wanted:
+            return found
+    return None
+
+
+def _trained(recipe: Recipe, fixed: dict[str, Any]) -> tuple[Any, ...]:
+    """What a run with a recipe, and some of its training set, trains."""
+    return recipe.tokenizer, recipe.model, recipe.training | fixed, recipe.steps
 
 
 def predicted(found: dict[str, Any], k: dict[str, float]) -> float:
@@ -416,7 +441,7 @@ def main() -> None:
     use_utf8()
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--texts", nargs="+", help='files, or "python:" and a package\'s name')
-    for name in ("--rules", "--verify", "--only-fit", "--rehearse"):
+    for name in ("--rules", "--vocabularies", "--verify", "--only-fit", "--rehearse"):
         parser.add_argument(name, action="store_true")
     parser.add_argument("--auto", nargs="+", type=float, metavar="MINUTES", default=[])
     parser.add_argument("--seeds", type=int, default=3)
@@ -424,6 +449,7 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=RESULTS / "recipe-cpu.json")
     asked = parser.parse_args()
     usual = OF_RULES if asked.rules else OF_VERIFYING if asked.verify else OF_FIT
+    usual = OF_CODE if asked.vocabularies else usual
     texts = asked.texts or usual
     results: dict[str, Any] = {"machine": machine(torch.device("cpu")), "runs": {}}
     results |= json.loads(asked.results.read_bytes()) if asked.results.is_file() else {}
@@ -447,6 +473,13 @@ def main() -> None:
         train_some(run for pairs in zip(*of_rules, strict=True) for pair in pairs for run in pair)
         results["gains"] = gains_of_rules(texts, seeds, bits)
         write_json(asked.results, results)
+    elif asked.vocabularies:
+        of_text = [vocabulary_runs(text) for text in texts]
+        train_some(run for runs in of_text for run in runs)
+        for run in itertools.chain.from_iterable(of_text):
+            found = results["runs"][run.key] | {"key": run.key}
+            expected = predicted(found, COEFFICIENTS)
+            say(f"{run.text} {run.fixed.tokenizer}: {bits(run):.4f}, {expected:.4f} expected")
     elif asked.verify:
         for text in texts:
             verify(text, train_some, bits, asked.rehearse)

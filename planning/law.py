@@ -47,6 +47,9 @@ COEFFICIENTS = {
     "split_loss": 0.0593,  # of tokens half as long as split_from characters, unless these are
     "split_from": 1.35,
     "whole_from": 1000.0,  # those of an alphabet with more than so many
+    "strings": 1.0,  # what is gained by tokens longer than of prose, times the excess's logarithm,
+    "growth": 0.19,  # where prose's are longer than those of bpe:512 by this in a doubling of the
+    "growth_power": 0.78,  # vocabulary, times doublings ^ growth_power
     "context": 0.0123,  # the loss of a context of 256 bytes, falling with its length
     "context_power": 1.0,
     "adamw": 0.5,  # what a byte counts with AdamW, and in GPT-2's architecture
@@ -198,6 +201,7 @@ def expected_bits(
     uses = unique / c.token_bytes / c.vocabulary
     losses = losses + k["rare_loss"] * np.maximum(0, np.log2(k["rare"] / uses))
     losses = losses + k["split_loss"] * _split(text, c, k)
+    bits = bits * np.exp(-k["strings"] * _excess(text, c, k))
     losses = losses + k["context"] * (256 / (c.context * c.token_bytes)) ** k["context_power"]
     # where there is little to learn, little can be lost
     learnable = min(1.0, 2 * (1 - floor / entropy)) if entropy else 0.0
@@ -214,6 +218,17 @@ def _split(text: TextFacts, c: Candidates, k: Mapping[str, float]) -> np.ndarray
     is_whole = np.array([[is_large and name == "char"] for name in c.tokenizers])
     length = k["split_from"] * text.bytes_per_character / c.token_bytes
     return np.where(is_whole, 0.0, np.maximum(0, np.log2(length)))
+
+
+def _excess(text: TextFacts, c: Candidates, k: Mapping[str, float]) -> np.ndarray:
+    """How much longer candidates' tokens are than those of prose, (C, 1), as a logarithm: where
+    long strings come often, as in code, a larger vocabulary holds them whole."""
+    usual = text.bytes_per_token.get("bpe:512")
+    if usual is None or text.distinct_characters > k["whole_from"]:
+        return np.zeros_like(c.token_bytes)
+    doublings = np.maximum(0, np.log2(c.vocabulary / 512))
+    growth = np.log(c.token_bytes / usual) - k["growth"] * doublings ** k["growth_power"]
+    return np.maximum(0, growth)
 
 
 def _floor(text: TextFacts, k: Mapping[str, float]) -> float:

@@ -661,6 +661,26 @@ def test_the_fit_finds_the_numbers_behind_some_results():
     assert set(benchmark.left_out_errors(results, 1)) == {"a", "b"}
 
 
+def test_on_code_larger_vocabularies_rank_as_they_came_out():
+    path = REPOSITORY / "benchmarks/results/recipe-vocabularies-cpu.json"
+    results = json.loads(path.read_bytes())["runs"]
+    for text in benchmark.OF_CODE:
+        runs = [results[run.key] | {"key": run.key} for run in benchmark.vocabulary_runs(text)]
+        measured = np.array([run["bits"] for run in runs])
+        expected = np.array([benchmark.predicted(run, COEFFICIENTS) for run in runs])
+        assert np.argsort(measured).tolist() == np.argsort(expected).tolist()
+        assert expected / expected[0] == pytest.approx(measured / measured[0], rel=0.08)
+        facts = TextFacts(**runs[0]["facts"])
+        assert choose_recipe(facts, benchmark.REFERENCE, 1, NOTHING).tokenizer == "bpe:2048"
+        # a vocabulary that is set has the forecast of one that is chosen
+        few = {name: facts.bytes_per_token[name] for name in ("bpe:512", "bpe:2048")}
+        sizes = {name: facts.vocabularies[name] for name in few}
+        alone = dataclasses.replace(facts, bytes_per_token=few, vocabularies=sizes)
+        fixed = Fixed("bpe:2048", {}, {})
+        found = [choose_recipe(t, benchmark.REFERENCE, 1, fixed) for t in (facts, alone)]
+        assert found[0] == found[1] and found[0].bits_per_byte < 1.9
+
+
 def test_the_laws_numbers_are_those_of_the_kept_fit():
     results = json.loads((REPOSITORY / "benchmarks/results/recipe-cpu.json").read_bytes())
     assert {*benchmark.START, "interval"} == results["coefficients"].keys()

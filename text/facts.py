@@ -44,7 +44,7 @@ from text.tokenizer import (
 )
 from text.tokenizer_file import SHORT_WORDS, ranks_of
 
-FORMAT = 3  # of the facts in the cache; no other is read
+FORMAT = 4  # of the facts in the cache; no other is read
 SAMPLE_BYTES = 8 << 20  # a larger text is sampled evenly: more make no difference
 CHUNK = 1 << 15  # characters of the sample that lie together
 BPE_SIZES = (512, 1024, 2048, 4096, 8192, 16384)
@@ -317,7 +317,8 @@ def _measure_tokenizers(
     sizes = [n for n in BPE_SIZES if n * LEAST_BYTES_A_TOKEN <= train_bytes]
     names = ["char", "gpt2", *(f"bpe:{n}" for n in sizes if can_train())]
     found = {}
-    names = names if wanted is None else [wanted]
+    if wanted is not None:  # a vocabulary's tokens are compared with those of the smallest
+        names = list(dict.fromkeys(("bpe:512", wanted) if wanted.startswith("bpe:") else (wanted,)))
     ranks: dict[bytes, int] = {}
     if largest := max((int(n[4:]) for n in names if n.startswith("bpe:")), default=0):
         if not can_train():
