@@ -81,7 +81,7 @@ class HalfGradients:
             yield
         finally:
             for layer in self._layers:
-                del layer._take
+                layer.__dict__.pop("_take", None)
 
     def _keep(self, weight: nn.Parameter, grad: Tensor) -> None:
         assert weight not in self._kept, "used twice"
