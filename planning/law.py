@@ -223,9 +223,10 @@ def _split(text: TextFacts, c: Candidates, k: Mapping[str, float]) -> np.ndarray
 def _excess(text: TextFacts, c: Candidates, k: Mapping[str, float]) -> np.ndarray:
     """How much longer candidates' tokens are than those of prose, (C, 1), as a logarithm: where
     long strings come often, as in code, a larger vocabulary holds them whole."""
-    usual = text.bytes_per_token.get("bpe:512")
-    if usual is None or text.distinct_characters > k["whole_from"]:
+    if "bpe:512" not in text.bytes_per_token:
         return np.zeros_like(c.token_bytes)
+    # what tokens gain that hold whole characters is in split_loss
+    usual = max(text.bytes_per_token["bpe:512"], k["split_from"] * text.bytes_per_character)
     doublings = np.maximum(0, np.log2(c.vocabulary / 512))
     growth = np.log(c.token_bytes / usual) - k["growth"] * doublings ** k["growth_power"]
     return np.maximum(0, growth)

@@ -258,7 +258,7 @@ def test_where_characters_have_several_bytes_tokens_hold_whole_ones():
         n_characters=1_600_000 * 10 // 28,
         distinct_characters=5172,
         bytes_per_token={"char": 2.8, "bpe:512": 1.76, "bpe:2048": 2.74, "bpe:4096": 3.06},
-        vocabularies={"char": 5172, "bpe:512": 512, "bpe:2048": 2048, "bpe:4096": 4096},
+        vocabularies=(sizes := {"char": 5172, "bpe:512": 512, "bpe:2048": 2048, "bpe:4096": 4096}),
     )
     expected = {
         name: choose_recipe(chinese, CPU, 2, Fixed(name, {}, {})).bits_per_byte
@@ -266,6 +266,16 @@ def test_where_characters_have_several_bytes_tokens_hold_whole_ones():
     }
     assert expected["char"] < expected["bpe:4096"] < expected["bpe:2048"] < expected["bpe:512"]
     assert choose_recipe(chinese, CPU, 2, NOTHING).tokenizer == "char"
+    # so it is with few different characters, for which one as a token gains nothing beyond
+    few = dataclasses.replace(chinese, distinct_characters=900, vocabularies=sizes | {"char": 1157})
+    split = [choose_recipe(few, CPU, 2, Fixed(n, {}, {})).bits_per_byte for n in sizes]
+    for other, bits in zip(sizes, split, strict=True):
+        rates = dataclasses.replace(
+            few,
+            bytes_per_token={other: few.bytes_per_token[other]},
+            vocabularies={other: few.vocabularies[other]},
+        )
+        assert choose_recipe(rates, CPU, 2, Fixed(other, {}, {})).bits_per_byte == bits
     # two bytes a letter are no word
     cyrillic = dataclasses.replace(
         english(1_600_000),
