@@ -65,7 +65,8 @@ custom_params = {
     # is enough for
     "eval_iter": None,
     "final_iter": None,  # batches in the evaluation after training;  None: the whole text
-    "patience": None,  # end after so many evaluations in a row without a better one;  None: never
+    # end after so many evaluations in a row without a better one;  None: never, with INIT_FROM 3
+    "patience": None,
     "save_every": None,  # steps from one checkpoint to the next;  None: by time
     "save_minutes": 5.0,  # minutes from one checkpoint to the next: above 0
     "keep_checkpoints": 2,  # how many of the last ones are kept: 2 or more; the best comes on top

@@ -245,7 +245,7 @@ class Plan(NamedTuple):
     case: Case
     parallel: str  # "ddp" or "fsdp"
     ranks: int
-    at_a_time: int  # windows of a micro-batch
+    micro_batch: int  # windows of a micro-batch
     recomputes: bool  # activation_checkpointing
 
     @property
@@ -256,7 +256,7 @@ class Plan(NamedTuple):
     @property
     def accumulation(self) -> int:
         """The micro-batches of a step."""
-        return -(-self.per_rank // self.at_a_time)
+        return -(-self.per_rank // self.micro_batch)
 
     def memory(self) -> MemoryEstimate:
         """The peak memory of a step on a rank's GPU, by use."""
@@ -278,14 +278,14 @@ class Plan(NamedTuple):
             weights = shard + 2 * BF16 * counts.block + FP32 * counts.root
             gradients = shard + unsharded + (BF16 + FP32) * counts.block + FP32 * counts.root
             optimizer //= self.ranks
-        n_rows = self.at_a_time * config.context_length
+        n_rows = self.micro_batch * config.context_length
         head = head_bytes(counts.head_weight, n_rows, GPU_BF16)
         return MemoryEstimate(weights, gradients, optimizer, 0, fixed, window, head)
 
     @property
     def total(self) -> int:
         """The peak memory in bytes."""
-        return self.memory().total(self.at_a_time)
+        return self.memory().total(self.micro_batch)
 
 
 def make_plan(
@@ -297,8 +297,8 @@ def make_plan(
     """
     for recomputes in (True,) if recompute else (False, True):
         plan = Plan(case, parallel, ranks, case.n_windows // ranks, recomputes)
-        while plan.total > room and plan.at_a_time > 1:
-            plan = plan._replace(at_a_time=halved(plan.at_a_time))
+        while plan.total > room and plan.micro_batch > 1:
+            plan = plan._replace(micro_batch=halved(plan.micro_batch))
         if plan.total <= room:
             break
     return plan, plan.total <= room
@@ -431,7 +431,7 @@ def describe_steps(
 ) -> Iterator[list[str]]:
     """The rows of a model's table, one for each number of ranks and PARALLEL."""
     times = ", ".join(f"s a step at {network.name}, efficiency" for network in known)
-    yield f"GPUs, PARALLEL, windows a GPU, at a time, GB a GPU, {times}".split(", ")
+    yield f"GPUs, PARALLEL, windows a GPU, micro-batch, GB a GPU, {times}".split(", ")
     for ranks in RANKS:
         if case.n_windows % ranks:
             yield [f"{ranks:,}", *["–"] * (4 + 2 * len(known))]
@@ -439,8 +439,8 @@ def describe_steps(
         for parallel in PARALLEL if ranks > 1 else PARALLEL[:1]:
             plan, fits = make_plan(case, parallel, ranks, device.memory, recompute=recompute)
             row = [f"{ranks:,}", f"`{parallel}`" if ranks > 1 else "–", f"{plan.per_rank:,}"]
-            at_a_time = f"{plan.at_a_time}{'*' * plan.recomputes}" if fits else "–"
-            row += [at_a_time, f"{plan.total / 1e9:.1f}"]
+            micro_batch = f"{plan.micro_batch}{'*' * plan.recomputes}" if fits else "–"
+            row += [micro_batch, f"{plan.total / 1e9:.1f}"]
             for network in known:
                 seconds = step_seconds(make_pieces(plan, device, network))
                 shown = three_digits(seconds), f"{efficiency(plan, device, seconds):.0%}"

@@ -25,7 +25,7 @@ def show_machine(machine: Machine, plan: RunPlan) -> None:
     device, parallel, precision = machine.device, machine.parallel, machine.precision
     say(f"Device: {device.type.upper()}")
     if not parallel.is_alone:
-        name = {"ddp": "DDP, the model whole on each", "fsdp": "FSDP2, the model in parts"}
+        name = {"ddp": "DDP, unsharded", "fsdp": "FSDP2, sharded"}
         say(f"Parallel: {parallel.world} processes ({name[parallel.kind]})")
     elif plan.run.PARALLEL != "auto":
         say(f"Note: PARALLEL is for torchrun's processes, and this one is alone ({HOW_MANY})")

@@ -106,7 +106,7 @@ def test_the_figures_between_the_tables_are_the_calculators(name, models):
     figures = (
         three_digits(step_seconds(make_pieces(plan, H100, SLOW))),
         three_digits(step_seconds(make_pieces(recomputed, H100, SLOW))),
-        str(recomputed.at_a_time),
+        str(recomputed.micro_batch),
         f"{tokens:,.0f}",
         f"{make_pieces(plan._replace(ranks=1024), H100, FAST).agree * 1000:.0f}",
         f"{12 * count(large.config).parameters / 1e9:.0f} GB",
@@ -223,8 +223,8 @@ def test_fsdp_divides_what_lasts_and_keeps_gradients_whole_between_micro_steps()
     case = small_case(n_windows=64)
     counts = count(case.config)
 
-    def sizes(ranks: int, at_a_time: int) -> dict:
-        return asdict(Plan(case, "fsdp", ranks, at_a_time, False).memory())
+    def sizes(ranks: int, micro_batch: int) -> dict:
+        return asdict(Plan(case, "fsdp", ranks, micro_batch, False).memory())
 
     two, four = sizes(2, 32), sizes(4, 16)
     quarter = counts.parameters // 4
@@ -296,7 +296,7 @@ def test_as_many_windows_as_fit_are_taken_and_recomputing_is_the_last_resort():
     all_at_once = Plan(case, "ddp", 2, 4, False)
     one, one_recomputed = (Plan(case, "ddp", 2, 1, again) for again in (False, True))
     assert make_plan(case, "ddp", 2, all_at_once.total) == (all_at_once, True)
-    halved = all_at_once._replace(at_a_time=2)
+    halved = all_at_once._replace(micro_batch=2)
     assert make_plan(case, "ddp", 2, all_at_once.total - 1) == (halved, True)
     assert make_plan(case, "ddp", 2, one.total) == (one, True)
     plan, fits = make_plan(case, "ddp", 2, one.total - 1)
@@ -327,8 +327,8 @@ def test_ddp_messages_are_gradients_once_and_fsdp_gathers_twice_a_micro_step():
     )
     counts = count(case.config)
 
-    def seconds(parallel: str, at_a_time: int) -> float:
-        pieces = make_pieces(Plan(case, parallel, 2, at_a_time, False), device, network)
+    def seconds(parallel: str, micro_batch: int) -> float:
+        pieces = make_pieces(Plan(case, parallel, 2, micro_batch, False), device, network)
         return step_seconds(pieces._replace(agree=0.0))
 
     assert seconds("ddp", 1) == seconds("ddp", 4) == pytest.approx(4e-9 * counts.parameters)
