@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
+from torch.utils.data import DataLoader, Dataset, Sampler, Subset, default_collate
 
 from distributed.parallel import ALONE, Parallel
 from distributed.signals import defer_to_owner
@@ -753,9 +753,12 @@ def evaluation_loader(
     It gives the same micro-batches each time, of at most micro_batch windows (None: the loader's),
     and uses no random generator. Each rank gets a share of them. With overlapping False it has the
     windows side by side, as a model that learns them by heart knows them. A dataset that is no
-    WindowDataset is read as it is.
+    WindowDataset is read as it is; where the loader's sampler has indices, those alone.
     """
     dataset = loader.dataset
+    indices = getattr(getattr(loader.batch_sampler, "sampler", None), "indices", None)
+    if indices is not None:  # a SubsetRandomSampler, which splits a dataset
+        dataset = Subset(dataset, list(indices))
     batch_size = loader.batch_size or loader.batch_sampler.batch_size
     if isinstance(dataset, WindowDataset):
         dataset = OverlappingWindows(dataset) if overlapping else dataset.without_overlap()

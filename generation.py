@@ -99,13 +99,21 @@ def generate(
     max_new_tokens: int,
     num_samples: int = 1,
     end_of_text_id: int | None = None,
+    on_step: Callable[[], object] | None = None,
     **options: Any,
 ) -> torch.Tensor | list[list[int]]:
     """Continue token ids, (B, T) or B lists, by max_new_tokens each; options as in stream().
 
     Returns prompts and continuations as B * num_samples lists, or for a tensor as one of shape
     (B * num_samples, T + n), padded with end_of_text_id. Samples of one prompt are adjacent.
+    on_step is called after each token of all rows; what it raises ends the call. Raises
+    SettingsError as stream() does, and for a tensor with stop_ids and nothing to pad it with.
     """
+    if isinstance(ids, torch.Tensor) and options.get("stop_ids") and end_of_text_id is None:
+        raise SettingsError(
+            "rows of a tensor that end at stop_ids are padded with end_of_text_id, which is not "
+            "set; set it, or give lists of ids"
+        )
     if isinstance(ids, torch.Tensor) and ids.dim() != 2:
         raise SettingsError(f"ids has shape {tuple(ids.shape)}; generate() needs (B, T)")
     if len(ids) == 0:
@@ -119,6 +127,8 @@ def generate(
                 for row, token in zip(rows, tokens, strict=True):
                     if token is not None:
                         row.append(token.id)
+                if on_step is not None:
+                    on_step()
     if not isinstance(ids, torch.Tensor):
         return rows
     longest = max(map(len, rows))

@@ -137,7 +137,7 @@ def run_pipeline(env: RuntimeEnv) -> None:
         env.parallel.place = "after training"
         requested = env.parallel.only_main(env.run.take_stop_request)
         with StopSignals(env.parallel, requested) as stop:
-            show_samples(env, journal)
+            show_samples(env, journal, stop)
             if journal.complete_picture():
                 say(f"✓ Saved training loss plot to {PICTURE}")
             stop.agree()
@@ -154,8 +154,12 @@ def run_pipeline(env: RuntimeEnv) -> None:
     say("✓ Training pipeline finished successfully!")
 
 
-def show_samples(env: RuntimeEnv, journal: Journal) -> None:
-    """Continue the prompts or answer the questions, as one batch: greedy, top-k and top-p."""
+def show_samples(env: RuntimeEnv, journal: Journal, stop: StopSignals) -> None:
+    """Continue the prompts or answer the questions, as one batch: greedy, top-k and top-p.
+
+    Raises Stopped after a signal: a single process after the token that it writes, several ranks
+    after the sample.
+    """
     sampling, prompts = env.run.record.sampling, env.prompts
     top_k, top_p = ("all" if n is None else n for n in (sampling.top_k, sampling.top_p))
     generator = torch.Generator(device=env.device).manual_seed(env.run.record.asked.seed)
@@ -172,10 +176,13 @@ def show_samples(env: RuntimeEnv, journal: Journal) -> None:
             "repetition_penalty": sampling.repetition_penalty,
             "repetition_window": sampling.repetition_window,
             "generator": generator,
+            "on_step": stop.check,
         }
         with whole(env.model, env.parallel), env.precision.autocast():
             texts = continue_prompts(env.model, env.tokenizer, prompts, **options | choice)
         journal.note_sample(label, texts, is_last=True)
+        stop.agree()
+        stop.check()
 
 
 def sum_up(env: RuntimeEnv, journal: Journal, stop: StopSignals) -> None:

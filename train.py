@@ -589,7 +589,7 @@ def _train(env: RuntimeEnv) -> Journal:
         parallel,
         best_on_disk=keeps_best_on_disk(env.model, env.device),
     )
-    store.require_room(env.model)
+    store.require_room(env.model, -(-record.total_steps // (config.save_every or 1)))
     store.keep_frozen(env.model)
     report = _report_of(env)
     journal = Journal(
@@ -616,9 +616,9 @@ def _train(env: RuntimeEnv) -> Journal:
     finally:
         journal.close()
     history = journal.history
-    _say_if_cut_short(trainer, config.patience)
     if config.patience is not None or history.has_diverged or trainer.plan.stops_by_heart:
         trainer.use_best()
+    _say_if_cut_short(trainer, config.patience)
     journal.complete_picture()
     show_picture(run.path / PICTURE)
     return journal
@@ -639,10 +639,11 @@ def _say_if_cut_short(trainer: Trainer, patience: int | None) -> None:
             f"step {best_step}, are used from here on"
         )
     if history.has_diverged:
-        losses = history.train_losses
+        losses, used = history.train_losses, trainer.journal.weights_of_step
+        best = "" if used is None else f"; the best weights, of step {used}, are used from here on"
         say(
             f"Warning: training diverged: the training loss rose from {losses[0]:.4g} to "
-            f"{losses[-1]:.4g}; the best weights, of step {best_step}, are used from here on"
+            f"{losses[-1]:.4g}{best}"
         )
 
 

@@ -50,9 +50,10 @@ def silence(is_silent: bool) -> None:
 
 def say(line: str = "") -> None:
     """Print a line to standard output, above a progress bar where one is drawn."""
+    above = contextlib.nullcontext()
     if _bars_move() and not _is_silent:
-        _tqdm().write(_for_console(line, sys.stdout), file=sys.stdout)
-    else:
+        above = _tqdm().external_write_mode(file=sys.stdout)
+    with above:
         _print(line, "stdout")
 
 

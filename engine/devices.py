@@ -12,6 +12,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 KINDS = ("cpu", "cuda", "mps", "xpu")
 INDEXED = ("cuda", "xpu")  # of which a machine may have several
 _NAME = re.compile(r"cpu|mps|(cuda|xpu)(:\d{1,3})?")
+_shares: dict[torch.device, float] = {}  # of the memory of GPUs, as limit_memory() has set them
 
 
 def find_device_fault(name: object) -> str | None:
@@ -85,7 +86,8 @@ def total_memory(device: torch.device) -> int:
 def free_memory(device: torch.device) -> int:
     """The bytes that this process can allocate on a GPU, within limit_memory()'s share."""
     if device.type == "mps":
-        return max(0, torch.mps.recommended_max_memory() - torch.mps.current_allocated_memory())
+        allowed = int(_shares.get(device, 1.0) * torch.mps.recommended_max_memory())
+        return max(0, allowed - torch.mps.current_allocated_memory())
     module = gpu_module(device)
     free, total = module.mem_get_info(device)
     reserved = module.memory_reserved(device)
@@ -98,10 +100,12 @@ def free_memory(device: torch.device) -> int:
 
 
 def limit_memory(device: torch.device, share: float) -> bool:
-    """Limit this process to a share of a GPU's memory; False where torch can't."""
+    """Limit this process to a share of a GPU's memory; False where torch can't. A share of 1 lifts
+    an earlier limit of this function's."""
     set_fraction = getattr(gpu_module(device), "set_per_process_memory_fraction", None)
-    if set_fraction is not None:
+    if set_fraction is not None and share != _shares.get(device, 1.0):
         set_fraction(share, *([] if device.type == "mps" else [device]))  # Metal has one device
+        _shares[device] = share
     return set_fraction is not None
 
 

@@ -32,7 +32,8 @@ def end_dry_run(
         show_training(plan, expected.training, expected.total_steps, notices + expected.notices)
         model = trial.learner.model
         frozen = sum(p.nbytes for p in model.parameters() if not p.requires_grad)  # kept once
-        disk = most_bytes(model, asked.keep_checkpoints) + frozen
+        saves = -(-expected.total_steps // (asked.save_every or 1))
+        disk = most_bytes(model, min(asked.keep_checkpoints, saves)) + frozen
         say("\n".join(["", *run_lines(expected, machine.memory, disk), ""]))
     else:
         total_steps = asked.max_steps  # known of a run that goes on

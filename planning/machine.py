@@ -90,6 +90,8 @@ def find_machine(plan: RunPlan, cache: Path, parallel: Parallel = ALONE) -> Mach
     device = pick_device(plan.run.DEVICE, parallel)
     precision = choose_precision(plan.run.PRECISION, device)
     parallel.require_same(device=device.type)
+    if device.type != "cpu":
+        limit_memory(device, 1.0)  # an earlier run of this process may have had NIGHT_MODE
     night = plan.run.NIGHT_MODE
     choices = Choices(cache, device, _threads_for(night, device, parallel))
     if plan.run.PRECISION == "auto" and may_be_slow(precision):

@@ -26,11 +26,22 @@ def usable_cache() -> Path:
         make_folder(CACHE)
         write_atomically(CACHE / "CACHEDIR.TAG", CACHE_TAG)
     except ResourceError as error:
-        instead = Path(tempfile.gettempdir()) / "gpt-trainer-cache"
+        instead = _temporary_cache()
         say(f"Note: {first_line(error)} {instead} serves as cache")
-        make_folder(instead)
         return instead
     return CACHE
+
+
+def _temporary_cache() -> Path:
+    """A temporary folder that is this user's alone: the same one each time, or a new one where
+    another user has taken its name."""
+    user = os.getuid() if hasattr(os, "getuid") else ""  # Windows has a folder for each user
+    folder = Path(tempfile.gettempdir()) / f"gpt-trainer-cache-{user}"
+    with contextlib.suppress(OSError):
+        folder.mkdir(mode=0o700, exist_ok=True)
+        if user in ("", folder.lstat().st_uid):
+            return folder
+    return Path(tempfile.mkdtemp(prefix="gpt-trainer-cache-"))
 
 
 def note_use(entry: Path) -> None:

@@ -258,10 +258,14 @@ class CheckpointStore:
             )
         return None
 
-    def require_room(self, model: nn.Module) -> None:
-        """Raise ResourceError if the disk has no room for the checkpoints of a new run."""
-        n_bytes = most_bytes(model, self._keep)
-        what = f"keeping {self._keep} checkpoints and a new one"
+    def require_room(self, model: nn.Module, saves: int) -> None:
+        """Raise ResourceError if the disk has no room for a new run's checkpoints, of which it
+        saves at most `saves`."""
+        keep = min(self._keep, saves)
+        n_bytes = most_bytes(model, keep)
+        what = f"keeping {keep:,} checkpoints and a new one"
+        if keep > SPARE:
+            what += f" (keep_checkpoints may be {SPARE})"
 
         def require() -> None:
             if self.newest() is None:

@@ -632,9 +632,13 @@ def test_what_the_disk_has_no_room_for_is_refused_before_it_begins(saved, monkey
     store = CheckpointStore(saved.folder / "new", "run-b", 2)
     model, disk.free = nn.Linear(1000, 1000, bias=False), 47_999_999  # 4 MB
     with pytest.raises(ResourceError, match=r"keeping 2 checkpoints and a new one takes 48\.0 MB"):
-        store.require_room(model)
+        store.require_room(model, saves=9)
     disk.free = 48_000_000
-    store.require_room(model)
+    store.require_room(model, saves=9)
+    generous = CheckpointStore(saved.folder / "new", "run-b", 1000)
+    generous.require_room(model, saves=2)  # it can't keep more than it saves
+    with pytest.raises(ResourceError, match=r"keeping 9 checkpoints.*keep_checkpoints may be 2\)"):
+        generous.require_room(model, saves=9)
 
 
 OTHER_TYPES = [torch.float64, torch.int64, torch.uint8, torch.bool, torch.float16, torch.bfloat16]

@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import os
 import re
 import sys
 import time
@@ -110,6 +111,23 @@ def test_on_a_terminal_the_bar_moves_from_where_it_was_and_ends_full(consoles):
         assert re.search(f"Epoch 1:{begun}", seen[0])
         assert re.search(r"100%\|.*9/9", err.shown())
         assert out.shown() == "".join(f"step {item}\n" for item in range(first, 9))
+
+
+def test_below_a_bar_lines_reach_a_pipe_at_once_and_a_closed_one_ends_nothing(
+    consoles, monkeypatch
+):
+    _, err = consoles("utf-8", terminal=True)
+    reader, writer = os.pipe()
+    pipe = open(writer, "w", encoding="utf-8")  # noqa: SIM115  # as `main.py | tee` at a terminal
+    monkeypatch.setattr(sys, "stdout", pipe)
+    for item in track(range(3), 3, "Epoch 1"):
+        say(f"step {item}")
+        if item == 0:
+            assert os.read(reader, 100) == b"step 0\n"
+            os.close(reader)
+    with contextlib.suppress(BrokenPipeError):
+        pipe.close()
+    assert re.search(r"100%\|.*3/3", err.shown())
 
 
 @pytest.mark.parametrize("leave_by", ["break", "error in the loop", "error in the steps"])

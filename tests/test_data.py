@@ -7,7 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, SubsetRandomSampler, TensorDataset
 
 from data import (
     TokenSlice,
@@ -497,6 +497,8 @@ def test_an_evaluation_works_on_any_loader_of_pairs():
     view = evaluation_loader(loader)
     assert starts_of(view) == starts_of(view) == [[0, 2, 4], [6, 8, 10], [12, 14, 16], [18]]
     assert starts_of(evaluation_loader(loader, 2)) == [[0, 4, 8], [10, 14, 18]]
+    split = DataLoader(pairs, batch_size=2, sampler=SubsetRandomSampler([7, 1, 4]))
+    assert starts_of(evaluation_loader(split)) == [[14, 2], [8]]
 
 
 def test_a_token_stands_for_its_share_of_characters_and_bytes(tmp_path):

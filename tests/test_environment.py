@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import shutil
 import tempfile
 import time
 from pathlib import Path
@@ -19,6 +20,7 @@ from environment import RuntimeEnv, check_devices, pick_device, prepare_environm
 from model import GPTConfig, GPTModel
 from planning import trial
 from storage import tracking
+from storage.cache import usable_cache
 from tests.programs import everything_in, write_settings
 from tests.records import MACHINE
 from text.tokenizer import GPT2Tokenizer
@@ -194,12 +196,22 @@ def test_the_length_of_a_run_is_that_of_its_mode_or_as_set(capsys):
     assert len(env.train_loader) > 200 == env.run.record.total_steps
 
 
-def test_where_the_cache_cannot_be_written_another_serves(workdir, capsys, monkeypatch):
+def test_where_the_cache_cannot_be_written_another_of_the_users_own_serves(
+    workdir, capsys, monkeypatch
+):
     (workdir / "cache").write_text("a file in the way", encoding="utf-8")
-    monkeypatch.setattr(tempfile, "gettempdir", lambda: str(workdir / "temporary"))
+    temporary = workdir / "temporary"
+    temporary.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(temporary))
     env = prepare()
-    assert env.train_loader.dataset.tokens.path.is_relative_to(workdir / "temporary")
+    assert env.train_loader.dataset.tokens.path.is_relative_to(temporary)
     assert "serves as cache" in capsys.readouterr().out
+    [own] = temporary.iterdir()
+    assert usable_cache() == own  # a later run finds it
+    shutil.rmtree(own)
+    own.write_text("another user's", encoding="utf-8")
+    other = usable_cache()
+    assert other.parent == temporary and other.is_dir() and other != own
 
 
 def test_a_step_takes_so_many_batches(capsys):

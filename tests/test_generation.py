@@ -316,6 +316,8 @@ def test_a_tensor_is_as_long_as_its_longest_row_and_filled_up_behind_rows_that_e
             for _ in range(2)
         ]
         assert torch.equal(ids, before)
+    with pytest.raises(SettingsError, match="padded with end_of_text_id"):
+        generate(model, prompt(5, rows=2), max_new_tokens=1, stop_ids=[3])
 
 
 def test_no_new_tokens_give_the_prompts_back_and_what_is_given_is_not_changed():

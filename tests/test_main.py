@@ -132,7 +132,7 @@ def test_the_last_samples_heed_every_limit_and_end_where_the_model_ends_its_text
     same = {name: value for name, value in sampling.items() if not name.startswith("top_")}
     limits = ({"temperature": 0.0}, {"top_k": 3}, {"top_p": None})
     for options, limit in zip(drawn[-3:], limits, strict=True):
-        options.pop("generator")
+        del options["generator"], options["on_step"]
         assert options == same | limit | {"n_drawn": 8}
 
 
@@ -372,6 +372,26 @@ def test_what_a_run_had_in_memory_is_free_once_main_returns(start, monkeypatch):
         gc.collect()
         assert models and not any(model() for model in models)
         assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_ctrl_c_in_the_samples_after_training_stops_at_the_token(start, monkeypatch):
+    real, written = main.continue_prompts, []
+
+    def continue_prompts(*arguments, on_step, **options):
+        def step():
+            written.append(1)
+            if len(written) == 2:
+                signal.raise_signal(signal.SIGINT)
+            on_step()
+
+        return real(*arguments, on_step=step, **options)
+
+    monkeypatch.setattr(main, "continue_prompts", continue_prompts)
+    settings = {"max_steps": 2, "RUN_NAME": "one", "sampling_params": {"max_new_tokens": 40}}
+    printed = start(130, **settings)
+    assert len(written) == 2 and "Greedy" not in printed.out
+    assert "The training is done and saved; the same command finishes the rest" in printed.err
+    assert "TRAINING COMPLETE" in start(**settings).out
 
 
 @pytest.mark.slow

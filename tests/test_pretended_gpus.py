@@ -136,6 +136,8 @@ def test_of_two_gpus_each_has_its_own_memory_and_index(pretend):
     assert [free_memory(torch.device("cuda", i)) for i in (0, 1)] == [16 * GB, 80 * GB]
     assert limit_memory(second, 0.5)
     assert [free_memory(torch.device("cuda", i)) for i in (0, 1)] == [16 * GB, 40 * GB]
+    assert limit_memory(second, 1.0)
+    assert free_memory(second) == 80 * GB
     with pytest.raises(ResourceError, match="cuda:0, cuda:1"):
         pick_device("cuda:2")
 
@@ -144,6 +146,10 @@ def test_of_two_gpus_each_has_its_own_memory_and_index(pretend):
 def test_the_memory_of_other_gpus_is_known_too(machine, name, pretend):
     pretend(machine)
     assert pick_device(None) == pick_device(name[:3]) == torch.device(name)
+    assert free_memory(torch.device(name)) == 16 * GB
+    assert limit_memory(torch.device(name), 0.5)
+    assert free_memory(torch.device(name)) == 8 * GB
+    assert limit_memory(torch.device(name), 1.0)
     assert free_memory(torch.device(name)) == 16 * GB
 
 

@@ -8,6 +8,7 @@ import os
 import re
 import signal
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, IterableDataset
 
 import engine.loss
 import train
@@ -804,6 +805,13 @@ def test_the_loop_leaves_files_and_ranks_to_others():
     assert [name for name in names if foreign.search(name)] == []
 
 
+class Endless(IterableDataset):
+    """A dataset that has no length."""
+
+    def __iter__(self) -> Iterator:
+        return itertools.repeat(torch.zeros(2, CONTEXT, dtype=torch.long))
+
+
 def test_an_ordinary_loader_trains_too_and_a_wrong_start_context_is_refused_at_once(capsys):
     tokens = (np.arange(200) % 8).astype(np.uint16)
     pairs = list(WindowDataset(tokens, CONTEXT, CONTEXT))
@@ -815,6 +823,10 @@ def test_an_ordinary_loader_trains_too_and_a_wrong_start_context_is_refused_at_o
         with pytest.raises(SettingsError, match="problem in train_model_simple") as caught:
             train_model_simple(*arguments, start_context, Letters())
         assert "\n  start_context " in str(caught.value)
+    endless = DataLoader(Endless(), batch_size=4)
+    for wrong, said in ((DataLoader(pairs, 200, drop_last=True), "no batch"), (endless, "length")):
+        with pytest.raises(SettingsError, match=said):
+            train_model_simple(model, wrong, *arguments[2:], "abc", Letters())
     assert capsys.readouterr().out == ""
     train_losses, val_losses, tokens_seen = train_model_simple(*arguments, "abc", Letters())
     assert tokens_seen == [epoch * len(pairs) * CONTEXT for epoch in range(9)]

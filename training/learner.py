@@ -29,7 +29,7 @@ from distributed.signals import StopSignals
 from engine.compiling import compile_again, is_compiled
 from engine.console import count_off, say
 from engine.devices import release_memory
-from engine.errors import DataError, Stopped, is_out_of_memory
+from engine.errors import DataError, SettingsError, Stopped, is_out_of_memory
 from engine.linear import HalfGradients, half_gradients
 from engine.memory import OutOfStepMemory, halved
 from engine.metrics import Score
@@ -301,9 +301,27 @@ def batch_loss(
 
 
 def count_steps(loader: DataLoader) -> int:
-    """The optimizer steps of an epoch, at least 1."""
+    """The optimizer steps of an epoch, at least 1 with WindowBatches.
+
+    Raises SettingsError for a loader of other batches that has none, or can't count them.
+    """
     batches = loader.batch_sampler
-    return max(1, batches.n_steps if isinstance(batches, WindowBatches) else len(loader))
+    if isinstance(batches, WindowBatches):
+        return max(1, batches.n_steps)
+    try:
+        n_batches = len(loader)
+    except TypeError as error:
+        raise SettingsError(
+            f"the loader's {type(loader.dataset).__name__} has no length, so that its steps can't "
+            "be counted; give it a __len__ and a __getitem__."
+        ) from error
+    if n_batches == 0:
+        raise SettingsError(
+            f"the loader has no batch: {len(loader.dataset):,} items, batch_size "
+            f"{loader.batch_size}, drop_last {loader.drop_last}. A smaller batch_size or "
+            "drop_last=False gives it one."
+        )
+    return n_batches
 
 
 def steps_between(loader: DataLoader, first: int, last: int) -> Iterator[Step]:
