@@ -41,7 +41,7 @@ from insight.verdict import change_lines
 from planning.plan import SECTIONS
 from storage.cache import usable_cache
 from storage.files import discard, make_folder, to_json, write_atomically, write_json
-from text.facts import measure_repeats
+from text.spans import measure_repeats
 from training.learner import Learner
 
 REPOSITORY = RESULTS.parent.parent

@@ -98,17 +98,24 @@ def names_on_resume(cls: type, *kinds: str) -> tuple[str, ...]:
 def check(instance: Any) -> None:
     """Raise SettingsError with every problem of a settings object, one per line.
 
-    Converts numbers of other libraries, such as NumPy's, to Python's, and copies lists and dicts,
-    so that nobody changes them after the check.
+    Converts numbers of other libraries, such as NumPy's, to Python's, also those in lists and
+    dicts, which it copies, so that nobody changes them after the check.
     """
     values = {f.name: getattr(instance, f.name) for f in dataclasses.fields(instance)}
     raise_if_any(find_problems(type(instance), values), type(instance).__name__)
     for name, value in values.items():
-        if isinstance(value, numbers.Real) and not isinstance(value, bool):
-            plain = int(value) if isinstance(value, numbers.Integral) else float(value)
-            object.__setattr__(instance, name, plain)  # it is frozen
-        elif isinstance(value, list | dict):
-            object.__setattr__(instance, name, value.copy())
+        object.__setattr__(instance, name, _owned(value))  # it is frozen
+
+
+def _owned(value: Any) -> Any:
+    """A value with Python's own numbers, and lists and dicts that nobody else has."""
+    if isinstance(value, dict):
+        return {name: _owned(item) for name, item in value.items()}
+    if isinstance(value, list):
+        return [_owned(item) for item in value]
+    if isinstance(value, numbers.Real) and not isinstance(value, bool):
+        return int(value) if isinstance(value, numbers.Integral) else float(value)
+    return value
 
 
 def find_problems(

@@ -330,6 +330,9 @@ def find_gguf_faults(config: GPTConfig) -> list[str]:
         "its head_dim is not emb_dim / n_heads": config.architecture == "gpt2" and not usual_head,
         "it has qk_norm, and biases": config.qk_norm and has_bias,
         "it has qk_norm, and Llama 3's rope_scaling": config.qk_norm and _has_rope_factors(config),
+        "its rope_scaling is llama3 with other numbers than Llama 3.1's and 3.2's": (
+            _has_rope_factors(config) and config.rope_scaling not in LLAMA3_SCALINGS
+        ),
     }
     return [words for words, holds in faults.items() if holds]
 

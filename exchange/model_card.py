@@ -53,7 +53,9 @@ def _facts_of_run(run: Path, step: int | None) -> dict[str, str]:
     if files := data.get("files"):
         names = ", ".join(file["name"] for file in files[:MOST_NAMED])
         more = f" and {len(files) - MOST_NAMED} more" if len(files) > MOST_NAMED else ""
-        rows["text"] = f"{names}{more}: {data['tokens']:,} tokens, {data['bytes']:,} bytes"
+        rows["text"] = f"{names}{more}: {data['tokens']:,} tokens"
+        if data["bytes"]:  # a dataset from the Hub has no files to count
+            rows["text"] += f", {data['bytes']:,} bytes"
     if not summary:
         return rows
     rows["training"] = (

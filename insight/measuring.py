@@ -17,7 +17,8 @@ from insight.run_files import GREEDY, RunFiles
 from insight.run_text import RunText, find_answers, sample_tokens, to_bytes
 from storage.cache import usable_cache
 from text.chat_template import template_of
-from text.facts import bz2_bits, measure_repeats
+from text.facts import bz2_bits
+from text.spans import measure_repeats
 
 MOST_TRAIN, MOST_VAL = 16_000_000, 2_000_000  # bytes in which copies are looked for
 # seconds of looking for copies in a byte, and of compressing one, on a slow processor

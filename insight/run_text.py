@@ -76,7 +76,16 @@ def _read_again(run: Path, record: RunRecord, cache: Path) -> TokenizedText:
     is_gpt2 = record.tokenizer == GPT2_FINGERPRINT
     tokenizer = "gpt2" if is_gpt2 else str(run / "tokenizer.json")
     spec, ratio = parse_data(record.settings["DATA"]), record.training.train_ratio
-    return tokenize(spec, tokenizer, ratio, cache, stand_in=record.stood_in, is_free=False)
+    template = None if record.chat is None else record.chat.template
+    return tokenize(
+        spec,
+        tokenizer,
+        ratio,
+        cache,
+        stand_in=record.stood_in,
+        is_free=False,
+        chat_template=template,
+    )
 
 
 def find_answers(

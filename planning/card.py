@@ -233,9 +233,11 @@ def _about_training(recipe: Recipe, text: TextFacts) -> Words:
     training, context = recipe.training, recipe.model["context_length"]
     parts = []
     if "batch_size" in training:
-        windows = training["batch_size"] * training.get("gradient_accumulation_steps", 1)
-        size, tokens = training["batch_size"], f"{windows * context:,}"
-        parts.append(Words(f"batch {size} ({tokens} tokens)", f"批次 {size}（{tokens} 个 token）"))
+        batch = Words(f"batch {training['batch_size']}", f"批次 {training['batch_size']}")
+        if accumulated := training.get("gradient_accumulation_steps"):
+            tokens = f"{training['batch_size'] * accumulated * context:,}"
+            batch = Words(f"{batch.en} ({tokens} tokens)", f"{batch.zh}（{tokens} 个 token）")
+        parts.append(batch)
     passes = in_digits(recipe.passes, 2)
     parts.append(Words(f"{recipe.steps:,} steps", f"{recipe.steps:,} 步"))
     if not text.is_chat:

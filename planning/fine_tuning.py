@@ -6,6 +6,7 @@ Pure functions of settings, weights and text: nothing here reads a file, a clock
 import dataclasses
 from typing import Any
 
+from engine.memory import as_bytes
 from engine.optim import default_learning_rate
 from engine.settings import raise_if_any, shown
 from engine.words import Words
@@ -26,6 +27,8 @@ NO_DROPOUT = {"drop_rate": 0.0, "attention_drop_rate": 0.0}  # the weights were 
 SMOLLM2 = "smollm2-135m"  # what INIT_FROM = "auto" looks for: English, from a package index
 # of a token in a language that the weights know: SmolLM2-135M's on English prose
 TOKEN_BITS = 5.5
+# of memory for each parameter: weights, gradients, AdamW's averages and activations; with lora_rank
+TRAINING_BYTES, LORA_BYTES = 20, 8
 
 
 def begin_from(plan: RunPlan, start: Start, tokenizer: str) -> RunPlan:
@@ -139,15 +142,25 @@ def decide_start(
     long the tokens of its tokenizer are: one cuts a language that it was not made for into short
     ones.
     """
-    assert plan.fixed is not None and decided.recipe is not None, "MINUTES are set"
+    assert plan.fixed is not None and decided.choice is not None, "MINUTES are set"
     if start is None or text is None:
         why = Words(f"{SMOLLM2} is not at hand", f"手头没有 {SMOLLM2}")
         return _with_random_weights(decided, why)
     if problems := contradictions(plan.fixed, start):
         why = Words(problems[0], f"设置与 {start.source} 不合（{problems[0]}）")
         return _with_random_weights(decided, why)
+    needed = count_parameters(start) * (
+        TRAINING_BYTES if plan.training.lora_rank is None else LORA_BYTES
+    )
+    if needed > (room := decided.choice.machine.memory):
+        takes, has = as_bytes(needed), as_bytes(room)
+        why = Words(
+            f"{start.source} takes about {takes} to train, and {has} are free",
+            f"训练 {start.source} 约需 {takes}，可用 {has}",
+        )
+        return _with_random_weights(decided, why)
     ((tokenizer, rate),) = text.bytes_per_token.items()
-    expected, alone = TOKEN_BITS / rate, decided.recipe.bits_per_byte
+    expected, alone = TOKEN_BITS / rate, decided.choice.recipe.bits_per_byte
     why = Words(
         f"{start.source} has {rate:.2f} bytes a token here, so that some {expected:.1f} bits a "
         f"byte are expected of it before the first step, and {alone:.2f} of random weights in this "

@@ -201,10 +201,12 @@ def describe_text(
 ) -> list[str]:
     """Lines on the text: its files, its tokens, and whether it is enough for the model; by_heart
     says that the model is to learn it by heart."""
-    count = len(report["files"])
+    count, size = len(report["files"]), f"{report['characters']:,} characters"
+    if report["bytes"]:  # a dataset from the Hub has no files to count
+        size = f"{report['bytes']:,} bytes, {size}"
     lines = [
         f"{report['documents']:,} document{'s' * (report['documents'] != 1)} in {count:,} "
-        f"file{'s' * (count != 1)}: {report['bytes']:,} bytes, {report['characters']:,} characters"
+        f"file{'s' * (count != 1)}: {size}"
     ]
     lines += about_documents(report)
     per_parameter = plan.n_train / n_parameters

@@ -22,7 +22,7 @@ from planning.law import (
     step_costs,
     turning_passes,
 )
-from text.facts import TextFacts
+from text.facts import BPE_SIZES, LEAST_BYTES_A_TOKEN, TextFacts
 
 USUAL_PARAMETERS, USUAL_BYTES = (3e5, 1.2e7), (5e4, 5e7)  # of models, and read by them
 # layers and width, by size; each at most about twice the one before
@@ -631,7 +631,8 @@ def find_warnings(text: TextFacts, minutes: float, used: float) -> list[Words]:
                 "时间更有用。",
             )
         )
-    if not text.can_train and len(text.bytes_per_token) > 1:
+    could_train = text.train_bytes >= BPE_SIZES[0] * LEAST_BYTES_A_TOKEN
+    if not text.can_train and len(text.bytes_per_token) > 1 and could_train:
         found.append(
             Words(
                 "A tokenizer made for this text usually learns more in the same time: "

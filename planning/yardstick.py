@@ -1,10 +1,12 @@
 """What the weights that a run begins from are worth on its validation text."""
 
 import dataclasses
+import math
 import time
 
 from torch.utils.data import DataLoader
 
+from engine.errors import NumericsError
 from engine.processor import using_threads
 from planning.decisions import RunRecord
 from planning.plan import RunPlan
@@ -20,7 +22,7 @@ def measure_start(
     """The plan with the bits a byte of its start, each token with at least half a window before it.
 
     Where all of the loader's text would take too long, evenly spread windows of it are scored. A
-    resumed run keeps its figure. Collective.
+    resumed run keeps its figure. Collective. Raises NumericsError where the loss is not finite.
     """
     if plan.start is None:
         return plan
@@ -35,6 +37,12 @@ def measure_start(
         batch_s = trial.parallel.mean(time.perf_counter() - began_at)
         if (n_batches := int(most_s / batch_s)) > 1:
             score = learner.score(loader, tokenizer, n_batches)
+    if not math.isfinite(score.loss):
+        raise NumericsError(
+            f"before training, {plan.start.source} has a loss of {score.loss} on the validation "
+            f"text, in {learner.precision.name}.\nIts weights are damaged, or too large for that "
+            'format: set PRECISION = "fp32", or begin from others.'
+        )
     start = dataclasses.replace(
         plan.start,
         bits_per_byte=score.bits_per_byte,

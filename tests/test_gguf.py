@@ -157,6 +157,10 @@ def test_every_kind_of_block_is_read_as_the_library_reads_it(tmp_path):
         ({"head_dim": 8}, "its head_dim is not emb_dim / n_heads"),
         (MODELS["qwen3"] | {"qkv_bias": True}, "it has qk_norm, and biases"),
         (MODELS["qwen3"] | {"rope_scaling": LLAMA3}, "Llama 3's rope_scaling"),
+        (
+            {"architecture": "llama", "rope_scaling": LLAMA3 | {"factor": 4.0}},
+            "llama3 with other numbers",
+        ),
     ],
 )
 def test_what_llama_cpp_cannot_run_is_refused_before_anything_is_written(values, says, tmp_path):

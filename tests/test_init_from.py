@@ -1,6 +1,7 @@
 """Runs that begin from given weights: what these decide, what contradicts them, and resuming."""
 
 import dataclasses
+import math
 import re
 import shutil
 import zipfile
@@ -15,6 +16,7 @@ from distributed.parallel import ALONE
 from engine.errors import (
     CheckpointError,
     DataError,
+    NumericsError,
     ResourceError,
     RunFinished,
     SettingsError,
@@ -326,6 +328,12 @@ def test_auto_takes_the_start_that_is_expected_to_be_better_and_says_why():
         assert (found.start == START, found.recipe is None) == (is_better, is_better)
         assert f"{rate:.2f} bytes a token here" in found.origins["start"].en
         assert found.asked() == plan.asked()
+    small = dataclasses.replace(decided.choice.machine, memory=count_parameters(START) * 19)
+    cramped = dataclasses.replace(
+        decided, choice=dataclasses.replace(decided.choice, machine=small)
+    )
+    reason = decide_start(plan, cramped, START, text).origins["start"].en
+    assert re.search("takes about .* to train, and .* are free", reason)
     fresh = decide_start(plan, decided, None, None)
     assert fresh.origins["start"].en == "random weights: smollm2-135m is not at hand"
     narrow = plan_of(INIT_FROM="auto", MINUTES=5.0, emb_dim=64)
@@ -450,6 +458,15 @@ def test_a_batch_that_takes_the_time_of_the_measurement_is_scored_once(begin, ti
     env = begin(INIT_FROM=str(tiny), RUN_NAME="mine")
     assert calls == [1]
     assert env.run.record.start.bits_per_byte > 0
+
+
+def test_weights_that_are_no_numbers_end_before_training(begin, tiny, monkeypatch):
+    given = open_pretrained(str(tiny))
+    damaged = {name: torch.full_like(value, math.nan) for name, value in given.weights().items()}
+    found = dataclasses.replace(given, weights=lambda: damaged)
+    monkeypatch.setattr(beginning, "open_pretrained", lambda *_: found)
+    with pytest.raises(NumericsError, match=r"before training, .* has a loss of nan"):
+        begin(INIT_FROM=str(tiny))
 
 
 def test_only_large_models_in_fp32_on_a_cpu_give_freed_blocks_back(begin, tiny, monkeypatch):

@@ -35,7 +35,7 @@ from planning.recipe import (
     choose_tokenizer,
 )
 from tests.conftest import REPOSITORY
-from text import facts
+from text import facts, spans
 from text.documents import DataSpec
 from text.facts import TextFacts, find_facts, measure_text
 from text.tokenizer import train_bpe
@@ -393,7 +393,10 @@ def test_odd_texts_get_a_sane_recipe_and_the_right_words(without_training):
     assert other.leaked > 0.9  # all its lines, whose neighbors are others
     dna = measured("".join(draw.choices("ACGT", k=60_000)))
     assert choose_recipe(dna, CPU, 5, NOTHING).bits_per_byte == pytest.approx(2, rel=0.02)
-    assert words(english()) == "" and "tokenizers." in words(measured(sentence, tokenizer=None))
+    assert words(english()) == ""
+    for times, is_enough in ((1, False), (1000, True)):  # for the smallest vocabulary
+        text = measured(sentence * times, tokenizer=None)
+        assert ("pip install tokenizers." in words(text)) == is_enough
 
 
 def test_time_that_a_text_is_not_worth_is_left():
@@ -435,10 +438,38 @@ def test_repeats_and_leaks_are_seen_at_any_distance():
     draw = random.Random(5)
     part = draw.randbytes(40_000)
     train = part + draw.randbytes(60_000) + part
-    repeated, leaked = facts.measure_repeats(train, part[1000:4000] + draw.randbytes(3000))
+    repeated, leaked = spans.measure_repeats(train, part[1000:4000] + draw.randbytes(3000))
     assert repeated == pytest.approx(40 / 140, abs=0.01)
     assert leaked == pytest.approx(0.5, abs=0.02)
-    assert facts.measure_repeats(train[:60], train) == (0.0, 0.0)
+    assert spans.measure_repeats(train[:60], train) == (0.0, 0.0)
+
+
+def test_repeats_and_leaks_of_a_text_larger_than_the_sample_are_seen(monkeypatch, without_training):
+    monkeypatch.setattr(facts, "SAMPLE_BYTES", 100_000)
+    monkeypatch.setattr(facts, "CHUNK", 1000)
+    monkeypatch.setattr(spans, "MOST_SPANS", 5000)
+    monkeypatch.setattr(spans, "BLOCK", 10_000)
+    draw = random.Random(6)
+    texts = ["".join(draw.choices("abcdefgh ", k=1000)) for _ in range(400)]
+    once = measured("".join(texts))
+    assert (once.repeated, once.leaked) == (0, 0)
+    pasted = measured("".join(3 * texts))
+    assert pasted.repeated == pytest.approx(1.7 / 2.7, abs=0.02)
+    assert pasted.leaked == 1
+    by_documents = measured(*texts, *texts)
+    assert by_documents.repeated == pytest.approx(0.5, abs=0.02)
+    assert by_documents.leaked == 0
+    apart = measured(*texts, validation=((text, True) for text in [*texts[:20], texts[0].upper()]))
+    assert apart.leaked == pytest.approx(20 / 21, abs=0.02)
+    for few in ("\0" * 400_000, "One. " * 80_000):
+        assert measured(few).repeated == pytest.approx(1, abs=2e-3)
+        assert measured(few).leaked == 1
+
+
+def test_documents_are_as_long_as_the_one_that_the_median_byte_is_in(without_training):
+    books, notes = ["book " * 2000] * 4, [f"note {n}" for n in range(200)]
+    assert measured(*books, *notes).document_bytes == 10_000
+    assert measured(*notes).document_bytes == 8
 
 
 def test_a_large_text_is_sampled_evenly_and_counted_in_full(monkeypatch, without_training):
@@ -498,6 +529,21 @@ def test_facts_are_kept_by_the_files_state(tmp_path, monkeypatch, without_traini
     assert find_facts(spec, 0.9, tmp_path, tokenizer="char") == first  # a damaged file is like none
     file.write_text("Other words, and more of them. " * 30, encoding="utf-8")
     assert find_facts(spec, 0.9, tmp_path, tokenizer="char").fingerprint != first.fingerprint
+
+
+def test_a_text_counts_by_the_documents_that_its_weight_leaves_to_train_on(
+    tmp_path, without_training
+):
+    for name in "ab":
+        rows = "".join(json.dumps({"text": f"{name} {n} " * 20}) + "\n" for n in range(50))
+        (tmp_path / f"{name}.jsonl").write_text(rows, encoding="utf-8")
+    names = tuple(str(tmp_path / f"{name}.jsonl") for name in "ab")
+    once, part, twice = (
+        find_facts(DataSpec(names, weights=weights), 0.9, tmp_path, tokenizer="char")
+        for weights in ((), (1.0, 0.1), (2.0, 1.0))
+    )
+    assert part.train_bytes == pytest.approx(0.55 * once.train_bytes, rel=0.01)
+    assert part.val_bytes == once.val_bytes and twice.train_bytes == once.train_bytes
 
 
 # ------------------------------------------------------------------ the machine and the card
@@ -609,6 +655,11 @@ def test_the_card_shows_every_choice_and_how_to_set_it():
     ):  # fmt: skip
         assert shown in card
     assert '"weight_decay"' not in card
+    tokens = recipe.training["batch_size"] * recipe.model["context_length"]
+    assert f"batch {recipe.training['batch_size']} ({tokens:,} tokens)" in card
+    halved = Fixed(None, {}, {"gradient_accumulation_steps": 2})
+    in_parts = card_lines(choose_recipe(text, CPU, minutes, halved), text, CPU, minutes)
+    assert re.search(r"batch \d+ · ", " ".join(in_parts))
     exponent = re.compile(r"\d[eE][+-]?\d")
     assert not exponent.search(card)
     # a large machine's figures, small rates and long times have no exponent either

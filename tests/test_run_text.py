@@ -1,5 +1,6 @@
 """The text of a run found again, and copies shown in what it writes."""
 
+import dataclasses
 import io
 import json
 import shutil
@@ -12,11 +13,18 @@ import pytest
 import storage.cache
 from engine.errors import CheckpointError, DataError
 from insight.run_text import open_run_text, to_bytes
+from planning.chat import find_chat
+from planning.decisions import read_record
 from scripts import inference
 from scripts.options import run_program
+from storage.files import write_json
 from tests import by_heart
 from tests.by_heart import ENDLESS, POEM, STORY, Done
-from text.token_cache import find_tokens
+from text.sources import parse_data
+from text.token_cache import find_tokens, tokenize
+
+# a chat template that is not ChatML's
+OTHER = "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + eos_token }}{% endfor %}"
 
 
 @pytest.fixture(scope="module")
@@ -53,6 +61,27 @@ def test_a_runs_text_is_found_in_the_cache_and_read_again_where_that_is_gone(
         assert text.train.base is not None  # it is mapped from the disk
     assert again.fingerprint == cached.fingerprint
     assert np.array_equal(again.train, cached.train)
+
+
+def test_conversations_are_read_again_by_the_runs_own_template(place):
+    pytest.importorskip("jinja2")
+    row = [{"role": role, "content": "a man"} for role in ("user", "assistant")]
+    lines = "".join(json.dumps({"messages": [*row] * n}) + "\n" for n in range(1, 9))
+    Path("rows.jsonl").write_text(lines, encoding="utf-8")
+    text = tokenize(parse_data("rows.jsonl"), "char", 0.5, place / "once", chat_template=OTHER)
+    run, record = place / "run", read_record(place / "run")
+    record = dataclasses.replace(
+        record,
+        tokenizer=text.tokenizer.fingerprint,
+        settings=record.settings | {"DATA": "rows.jsonl"},
+        training=dataclasses.replace(record.training, train_ratio=0.5),
+        chat=find_chat(text),
+    )
+    write_json(run / "settings.json", record.to_json())
+    split = {"train_tokens": text.n_train}
+    write_json(run / "data.json", {"tokens_sha256": text.sha256, "split": split})
+    shutil.copy(text.tokenizer_file, run)
+    assert open_run_text(run).chat.template == OTHER
 
 
 def test_a_text_that_has_changed_or_is_gone_is_an_error(place):

@@ -9,6 +9,7 @@ import runpy
 import types
 import typing
 
+import numpy as np
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
@@ -641,6 +642,16 @@ def test_update_changes_what_is_named_or_with_a_problem_nothing():
     config.update(lr=0.01, n_heads=2, model_overrides={"drop_rate": 0.1})
     overrides = {"n_layers": 1, "n_heads": 2, "drop_rate": 0.1}
     assert config.to_dict() == before | {"learning_rate": 0.01, "model_overrides": overrides}
+
+
+def test_numbers_of_other_libraries_become_pythons_wherever_they_are(workdir):
+    params = {"num_epochs": np.int64(2), "emb_dim": np.int64(32), "learning_rate": np.float32(0.5)}
+    params["model_overrides"] = {"n_layers": np.int64(1)}
+    given = {"CUSTOM_MODE": True, "SEED": np.int64(3), "custom_params": params}
+    plan = resolve_settings(given, "settings.py")
+    kept = json.loads(json.dumps([plan.settings, plan.model, plan.as_words()]))
+    assert kept[0]["custom_params"]["emb_dim"] == plan.model["emb_dim"] == 32
+    assert plan.model["n_layers"] == 1
 
 
 def test_what_was_checked_is_what_is_kept():

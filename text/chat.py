@@ -11,7 +11,7 @@ from text.chat_template import Message, Written
 _PAIRS = (
     (("instruction",), ("input", "context"), ("output", "response")),
     (("prompt",), (), ("response", "completion")),
-    (("question",), (), ("answer",)),
+    (("question",), ("context",), ("answer",)),
 )
 _LISTS = ("messages", "conversations", "conversation")  # fields of several turns
 _ROLES = {

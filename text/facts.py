@@ -8,7 +8,6 @@ import bz2
 import hashlib
 import itertools
 import json
-import statistics
 import zlib
 from array import array
 from dataclasses import asdict, dataclass, replace
@@ -33,6 +32,7 @@ from text.documents import (
 )
 from text.learn_bpe import learn_bpe
 from text.sources import find_parts
+from text.spans import SpanSample, measure_repeats
 from text.split import FEWEST
 from text.tokenizer import (
     BPETokenizer,
@@ -44,7 +44,7 @@ from text.tokenizer import (
 )
 from text.tokenizer_file import SHORT_WORDS, ranks_of
 
-FORMAT = 4  # of the facts in the cache; no other is read
+FORMAT = 5  # of the facts in the cache; no other is read
 SAMPLE_BYTES = 8 << 20  # a larger text is sampled evenly: more make no difference
 CHUNK = 1 << 15  # characters of the sample that lie together
 BPE_SIZES = (512, 1024, 2048, 4096, 8192, 16384)
@@ -54,9 +54,6 @@ ENCODED_BYTES = 1 << 17  # of the validation text, to count tokens in
 BZ2_BLOCK = 880_000  # bytes that bz2 compresses together, a little below its 900,000
 BZ2_PIECES, BZ2_PIECE = 2, 150_000  # of validation text, each behind as much training text as fits
 ENTROPY_BYTES = 1 << 20
-SPAN_POWER = 6  # a repeat is at least 2**6 = 64 bytes long
-MOST_SPANS = 1 << 19  # compared with each other
-LEAST_LINE = 20  # bytes of a line that says something when both sides have it
 
 
 @dataclass(frozen=True)
@@ -75,7 +72,7 @@ class TextFacts:
     bz2_bits: float = setting(minimum=0)  # of a byte of validation text, given training text
     repeated: float = setting(minimum=0, maximum=1)  # share of the training text, of 64 bytes each
     leaked: float = setting(minimum=0, maximum=1)  # share of validation text that is in training's
-    document_bytes: int = setting(minimum=0)  # the median document
+    document_bytes: int = setting(minimum=0)  # the document that the median byte is in
     bytes_per_token: dict[str, Any] = setting()  # by TOKENIZER's values, on validation text
     vocabularies: dict[str, Any] = setting()  # their numbers of tokens
     can_train: bool = setting()  # whether the library that trains vocabularies is there
@@ -127,7 +124,7 @@ def find_facts(
     for a missing library.
     """
     report = ReadingReport(stand_in=stand_in)
-    train = find_parts(spec.train, cache, report)
+    train = find_parts(spec.train, cache, report, spec.weights)
     val = find_parts(spec.val, cache, report) if spec.val else validation_parts(train)
     files = [*train, *val]
     if tokenizer is not None and tokenizer.endswith(".json"):
@@ -141,16 +138,26 @@ def find_facts(
     size = sum(part.path.stat().st_size for part in (*train, *val) if part.path)
     with Progress("Measuring", size) as progress:
 
-        def watched(parts: list[Part]) -> Documents:
-            for piece in read_documents(parts, spec, report):
-                progress.show(report.bytes_read)
-                yield piece
+        def watched(parts: list[Part], sizes: list[int]) -> Documents:
+            for part in parts:
+                sizes.append(0)
+                for piece in read_documents([part], spec, report):
+                    progress.show(report.bytes_read)
+                    sizes[-1] += len(piece[0])
+                    yield piece
 
-        validation = watched(val) if val else None
-        facts = measure_text(
-            watched(train), train_ratio, validation=validation, tokenizer=tokenizer
+        sizes: list[int] = []  # of what trains, part by part, in characters
+        validation = watched(val, []) if val else None
+        measured = measure_text(
+            watched(train, sizes), train_ratio, validation=validation, tokenizer=tokenizer
         )
-    facts = replace(facts, is_chat=has_conversations([*train, *val], spec))
+    # of a part whose weight is below 1 some documents are never trained on
+    seen = sum(min(1, part.weight) * size for part, size in zip(train, sizes, strict=True))
+    facts = replace(
+        measured,
+        train_bytes=round(measured.train_bytes * seen / max(1, sum(sizes))),
+        is_chat=has_conversations([*train, *val], spec),
+    )
     if not report.documents:
         names = ", ".join(spec.train + spec.val)
         raise DataError(f"{names} is empty.\nSet DATA to a text of at least a few sentences.")
@@ -189,10 +196,10 @@ def measure_text(
     tokenizer: the only one to measure; None measures all that a recipe may choose. Raises DataError
     and SettingsError for a tokenizer that can't be used.
     """
-    sample, held_out = _Sample(1 - train_ratio), None
+    sample, held_out = _Sample(1 - train_ratio if validation is None else 0.0), None
     sample.read(documents)
     if validation is not None:
-        held_out = _Sample(0.0)
+        held_out = _Sample(1.0, sample.spans)
         held_out.read(validation)
     train, val = sample.divided() if held_out is None else (sample.all(), held_out.all())
     share = len(val) / max(1, len(train) + len(val))
@@ -205,7 +212,11 @@ def measure_text(
         fingerprint = _joined(fingerprint, held_out.content.hexdigest())
         letters |= held_out.letters()
     found = _measure_tokenizers(train, val or train, letters, tokenizer, n_bytes - val_bytes)
-    repeated, leaked = measure_repeats(train, val)
+    repeats = None
+    if sample.is_part or (held_out is not None and held_out.is_part):
+        # where a span is in the sample, its copy need not be
+        repeats = sample.spans.shares(None if held_out is not None else sample.n_train())
+    repeated, leaked = repeats or measure_repeats(train, val)
     return TextFacts(
         fingerprint=fingerprint[:24],
         train_bytes=n_bytes - val_bytes,
@@ -216,7 +227,7 @@ def measure_text(
         bz2_bits=bz2_bits(train, val),
         repeated=repeated,
         leaked=leaked,
-        document_bytes=int(statistics.median(sample.sizes)) if sample.sizes else 0,
+        document_bytes=sample.usual_document(),
         bytes_per_token={name: round(rate, 4) for name, (rate, _) in found.items()},
         vocabularies={name: size for name, (_, size) in found.items()},
         can_train=can_train(),
@@ -230,8 +241,9 @@ def _joined(*digests: str) -> str:
 class _Sample:
     """An even sample of documents, in chunks; half of them go whenever there are too many."""
 
-    def __init__(self, val_share: float) -> None:
+    def __init__(self, val_share: float, spans: SpanSample | None = None) -> None:
         self.val_share = val_share
+        self.spans = spans or SpanSample()  # of all documents
         self.n_bytes = self.n_characters = self.n_documents = 0
         self.sizes = array("Q")  # of each document
         self.content = hashlib.sha256()
@@ -247,6 +259,7 @@ class _Sample:
             if size == 0:  # equal documents stay together
                 validates = zlib.crc32(content[:4096]) < self.val_share * 2**32
             self.content.update(content)
+            self.spans.add(content, validates)
             size += len(content)
             self.n_characters += len(piece)
             for start in range(0, len(piece), CHUNK):
@@ -277,18 +290,43 @@ class _Sample:
 
     def divided(self) -> tuple[bytes, bytes]:
         """Training and validation text: by documents, or by position where they are few."""
-        sides = [
-            b"".join(content for chunk in self._chunks for val, content in chunk if val is side)
-            for side in (False, True)
-        ]
-        size = sum(map(len, sides))
-        if len(self.sizes) >= FEWEST and 1 / 3 < len(sides[1]) / (self.val_share * size or 1) < 3:
-            return sides[0], sides[1]
-        content = self.all()
+        if self._is_divided_by_documents():
+            train, val = map(self._side, (False, True))
+            return train, val
+        content, size = self.all(), self._kept
         cut = size - round(self.val_share * size)
         while cut < size and content[cut] & 0xC0 == 0x80:  # not within a character
             cut += 1
         return content[:cut], content[cut:]
+
+    def _side(self, validates: bool) -> bytes:
+        """The sample's documents that validate, or that train."""
+        return b"".join(
+            content for chunk in self._chunks for val, content in chunk if val is validates
+        )
+
+    def _is_divided_by_documents(self) -> bool:
+        n_val = sum(len(content) for chunk in self._chunks for val, content in chunk if val)
+        return len(self.sizes) >= FEWEST and 1 / 3 < n_val / (self.val_share * self._kept or 1) < 3
+
+    def n_train(self) -> int | None:
+        """The first bytes of the text, which train; None where it is divided by documents."""
+        if self._is_divided_by_documents():
+            return None
+        return round((1 - self.val_share) * self.spans.n_bytes)
+
+    @property
+    def is_part(self) -> bool:
+        """Whether some of the text is left out."""
+        return self._stride > 1
+
+    def usual_document(self) -> int:
+        """The bytes of the document that the median byte is in: many tiny ones beside a book say
+        nothing of what is read. 0 where there is none."""
+        sizes = np.sort(np.array(self.sizes, np.int64))
+        if len(sizes) == 0:
+            return 0
+        return int(sizes[np.searchsorted(np.cumsum(sizes), sizes.sum() / 2)])
 
     def letters(self) -> set[str]:
         """The different characters of the sample."""
@@ -374,52 +412,3 @@ def bz2_bits(train: bytes, val: bytes) -> float:
         added += len(bz2.compress(before + val[start : start + length]))
         added -= len(bz2.compress(before))
     return round(max(0.0, 8 * added / (n_pieces * length)), 4)
-
-
-def measure_repeats(train: bytes, val: bytes) -> tuple[float, float]:
-    """The share of the training text's spans that came before, and of validation's that are in it.
-
-    A span is 64 bytes; lines count as wholes where most of the validation text is in them. The
-    hashes of spans are exact copies' whatever lies between them, so this sees what a compressor
-    sees whose window is as large as the text, in a tenth of its time. Where there are more than
-    MOST_SPANS, only spans of some hashes count, and so all copies of those that do.
-    """
-    if len(train) < 2**SPAN_POWER:
-        return 0.0, 0.0
-    hashes = _span_hashes(train)
-    held_out = _span_hashes(val) if len(val) >= 2**SPAN_POWER else hashes[:0]
-    divisor = np.uint64(-(-len(hashes) // MOST_SPANS))
-    some = hashes[hashes % divisor == 0]
-    if len(some) >= len(hashes) / float(divisor) / 2:
-        hashes, held_out = some, held_out[held_out % divisor == 0]
-    else:  # few different spans, of which the divisor happens to miss most
-        hashes = hashes[:MOST_SPANS].copy()
-    hashes.sort()  # np.unique() takes ten times as long for numbers of 64 bits
-    repeated = np.count_nonzero(hashes[1:] == hashes[:-1]) / len(hashes)
-    leaked = 0.0
-    if len(held_out):
-        places = np.minimum(np.searchsorted(hashes, held_out), len(hashes) - 1)
-        leaked = float((hashes[places] == held_out).mean())
-    return round(repeated, 4), round(max(leaked, _leaked_lines(train, val)), 4)
-
-
-def _leaked_lines(train: bytes, val: bytes) -> float:
-    """The share of the validation text in lines of LEAST_LINE bytes or more that the training text
-    has too; 0 below half: a text repeats some of its lines, as code does."""
-    known = set(train.splitlines())
-    found = [line for line in val.splitlines() if len(line) >= LEAST_LINE and line in known]
-    share = sum(map(len, found)) / max(1, len(val))
-    return share if share > 0.5 else 0.0
-
-
-def _span_hashes(content: bytes) -> np.ndarray:
-    """A hash of the 64 bytes from each position on, (n - 63,) uint64."""
-    hashes = np.frombuffer(content, np.uint8).astype(np.uint64) + np.uint64(1)
-    factor = 0x9E3779B97F4A7C15
-    for power in range(SPAN_POWER):
-        # the hash of twice the length, of two neighbors; wrap-around is meant
-        half = 1 << power
-        hashes = hashes[:-half] * np.uint64(factor) + hashes[half:]
-        hashes ^= hashes >> np.uint64(29)
-        factor = factor * 0xBF58476D1CE4E5B9 % 2**64 | 1
-    return hashes

@@ -107,9 +107,8 @@ def find_parts(
     """The files and splits to read, in a fixed order; downloads what is not on this machine.
 
     A name is a corpus, a URL, "hf:dataset:configuration", a file, a folder or a pattern with *, and
-    its parts have its weight.
-    report.passed_over lists the hidden and binary files of folders and patterns. Raises DataError
-    for a name that matches nothing.
+    its parts have its weight. report.passed_over lists the hidden and binary files of folders and
+    patterns. Raises DataError for a name that matches nothing.
     """
     parts: list[Part] = []
     for name, weight in itertools.zip_longest(names, weights, fillvalue=1.0):
