@@ -19,6 +19,7 @@ ROUND_S = tuple(n * unit for unit in (1, 60, 3600) for n in (1, 2, 5, 10, 20, 30
 # shares from which a model copies: of what it writes, beyond what new text has by chance, and of
 # the passages that it continues word for word
 COPIED, EXTRACTED = 0.05, 0.01
+WIDE_GAP = 1.0  # of the validation loss over the training loss, as a share, from which it is told
 
 
 def headline(run: RunFiles, findings: list[Finding]) -> Words:
@@ -27,7 +28,8 @@ def headline(run: RunFiles, findings: list[Finding]) -> Words:
     if not curves.val_losses:
         return Words("Nothing was evaluated yet.", "还没有评估结果。")
     worst = findings[0] if findings else None
-    is_measured = measure(curves, facts) is not None
+    measured = measure(curves, facts)
+    is_measured = measured is not None
     bits = run.final_bits
     parts_en, parts_zh = [], []
     if bits == bits:
@@ -42,11 +44,13 @@ def headline(run: RunFiles, findings: list[Finding]) -> Words:
         parts_en.append(f"validation loss {run.final_loss:.3f}")
         parts_zh.append(f"验证损失 {run.final_loss:.3f}")
     about = Words("", "")
-    if is_measured:
+    if measured is not None:
         meter, tried = run.insight.get("by_heart"), Words("passages", "段落")
         if run.record.chat is not None:
             tried = Words("answers", "答案")
-        about = _about_copying(meter, findings, tried, keeps_last=facts.keeps_last)
+        about = _about_copying(
+            meter, findings, tried, keeps_last=facts.keeps_last, gap=measured.gap
+        )
     parts_en.append(about.en)
     parts_zh.append(about.zh)
     more = Words("", "") if worst and worst.severity == PROBLEM else _about_more(run, facts)
@@ -81,7 +85,9 @@ def _lowered(text: str) -> str:
     return text[:1].lower() + text[1:]
 
 
-def _about_copying(meter: Any, findings: list[Finding], tried: Words, *, keeps_last: bool) -> Words:
+def _about_copying(
+    meter: Any, findings: list[Finding], tried: Words, *, keeps_last: bool, gap: float
+) -> Words:
     """Whether it copies: by the meter, where it has measured, else by the curves."""
     if isinstance(meter, dict):
         known, written, chance = (
@@ -101,6 +107,10 @@ def _about_copying(meter: Any, findings: list[Finding], tried: Words, *, keeps_l
     kinds = {finding.kind for finding in findings}
     if kinds & {"by-heart", "model-large", "duplicates", "leak"} or keeps_last:
         return Words("", "")
+    if gap > WIDE_GAP:
+        return Words(
+            "its training text known far better than other text", "训练文本记得远比别的文本好"
+        )
     return Words("no sign of learning by heart", "没有背诵的迹象")
 
 
@@ -114,7 +124,7 @@ def _about_more(run: RunFiles, facts: Facts) -> Words:
         return Words("", "")
     seconds = min(ROUND_S, key=lambda s: abs(s - elapsed_s / 2))
     gain = 1 - (1 - measured.gain) ** math.log2(1 + seconds / elapsed_s)
-    if gain < LEAST_GAIN or measured.rise > 0.02:
+    if gain < LEAST_GAIN or measured.rise > 0.02 or measured.gap > WIDE_GAP:
         return Words("; more time would give little", "；再久一些也没有多少提高")
     time = _in_words(seconds)
     return Words(

@@ -9,7 +9,7 @@ import re
 import shutil
 import signal
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from html.parser import HTMLParser
 from pathlib import Path
 from types import SimpleNamespace
@@ -289,6 +289,12 @@ def test_good_is_only_what_is_known_to_beat_a_compressor_and_nothing_is_after_on
         assert words.en.startswith(opening)
         # a few answers are to be learned by heart
         assert ("no sign of" in words.en) == (name == "good")
+        if name == "good":
+            losses = [loss / 3 for loss in files.curves.train_losses]
+            curves = replace(files.curves, train_losses=losses)
+            words = headline(replace(files, curves=curves), kept)
+            assert "training text known far better than other text" in words.en
+            assert words.en.endswith("; more time would give little.")
 
 
 def test_the_card_is_shown_with_what_came_of_it_and_baselines_are_lines(tmp_path):
