@@ -18,33 +18,33 @@ NO_STEP = 16.0  # bits a byte, a forecast where the time is too short for a sing
 # benchmarks.recipe fits to its runs; the others are set by hand. docs/recipes.md says what each
 # one means.
 COEFFICIENTS = {
-    "size": 21.9,  # h = size N^-size_power + bytes T^-bytes_power + heart ...
-    "size_power": 0.422,
-    "bytes": 41.2,
-    "bytes_power": 0.389,
-    "token_share": 0.181,  # a byte counts (bytes a token) ^ -token_share
-    "repeats": 3.23,  # passes after which further ones add 1/e of a first one
-    "heart": 0.0209,
+    "size": 22.5,  # h = size N^-size_power + bytes T^-bytes_power + heart ...
+    "size_power": 0.416,
+    "bytes": 52.3,
+    "bytes_power": 0.412,
+    "token_share": 0.214,  # a byte counts (bytes a token) ^ -token_share
+    "repeats": 3.24,  # passes after which further ones add 1/e of a first one
+    "heart": 0.0282,
     "heart_power": 0.35,
     "turn": 31.5,  # passes after which a model with a parameter a byte learns the text by heart
     "turn_muon": 0.356,  # with Muon so much sooner
     "turn_power": 0.5,
-    "turn_dropout": 10.0,
-    "turn_decay": 0.5,
-    "entropy": 0.711,  # the share of bz2's bits that no training removes
+    "turn_dropout": 5.0,
+    "turn_decay": 0.25,
+    "entropy": 0.717,  # the share of bz2's bits that no training removes
     "wide": 0.129,  # less of them for each further byte of a character
     "noise_from": 0.65,  # bz2's share of the byte entropy from where less can be learnt,
     "noise_to": 0.95,  # and where nothing can
     "batch": 2048.0,  # tokens, the best batch of a run of 1.5 million
     "batch_power": 0.4,
-    "batch_loss": 0.00557,  # of a batch off by a factor of 2; four times that for 4
+    "batch_loss": 0.00443,  # of a batch off by a factor of 2; four times that for 4
     "steps": 250.0,  # fewer cost few_steps for each halving, squared
-    "few_steps": 0.00447,
+    "few_steps": 0.00467,
     "thin": 0.5,  # tokens a parameter, below which each halving costs thin_loss, squared
-    "thin_loss": 0.000756,
+    "thin_loss": 0.00071,
     "rare": 400.0,  # mean uses of a token in the text below which each halving costs rare_loss
-    "rare_loss": 0.00403,
-    "split_loss": 0.0593,  # of tokens half as long as split_from characters, unless these are
+    "rare_loss": 0.00415,
+    "split_loss": 0.0553,  # of tokens half as long as split_from characters, unless these are
     "split_from": 1.35,
     "whole_from": 1000.0,  # those of an alphabet with more than so many
     "strings": 1.0,  # what is gained by tokens longer than of prose, times the excess's logarithm,
@@ -67,7 +67,7 @@ COEFFICIENTS = {
     "warmup": 0.03,  # of the steps
     "decay_share": 0.55,  # of the steps, in which the rates fall,
     "final_rate": 0.1,  # and to what share
-    "interval": 0.104,  # half of the rough range: 80 % of the runs that a fit has not seen
+    "interval": 0.103,  # half of the rough range: 80 % of the runs that a fit has not seen
     "usable": 0.9,  # the share of the time that steps get, but for the start
     "start_s": 11.0,  # two cores: imports, timed steps, the last samples and the end of Python
 }

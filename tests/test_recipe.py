@@ -732,7 +732,14 @@ def test_on_code_larger_vocabularies_rank_as_they_came_out():
         assert np.argsort(measured).tolist() == np.argsort(expected).tolist()
         assert expected / expected[0] == pytest.approx(measured / measured[0], rel=0.08)
         facts = TextFacts(**runs[0]["facts"])
-        assert choose_recipe(facts, benchmark.REFERENCE, 1, NOTHING).tokenizer == "bpe:2048"
+        of_a_minute = {
+            found["recipe"]["tokenizer"]: found["bits"]
+            for key, found in results.items()
+            if (json.loads(key)["text"], json.loads(key)["minutes"]) == (text, 1)
+        }
+        found = of_a_minute or {run["recipe"]["tokenizer"]: run["bits"] for run in runs}
+        best = choose_recipe(facts, benchmark.REFERENCE, 1, NOTHING).tokenizer
+        assert best == min(found, key=found.__getitem__)
         # a vocabulary that is set has the forecast of one that is chosen
         few = {name: facts.bytes_per_token[name] for name in ("bpe:512", "bpe:2048")}
         sizes = {name: facts.vocabularies[name] for name in few}
