@@ -631,8 +631,10 @@ def find_warnings(text: TextFacts, minutes: float, used: float) -> list[Words]:
                 "时间更有用。",
             )
         )
-    could_train = text.train_bytes >= BPE_SIZES[0] * LEAST_BYTES_A_TOKEN
-    if not text.can_train and len(text.bytes_per_token) > 1 and could_train:
+    is_enough = text.train_bytes >= BPE_SIZES[0] * LEAST_BYTES_A_TOKEN
+    # a character of a large alphabet is as good as a word
+    has_letters = text.distinct_characters <= COEFFICIENTS["whole_from"]
+    if not text.can_train and len(text.bytes_per_token) > 1 and is_enough and has_letters:
         found.append(
             Words(
                 "A tokenizer made for this text usually learns more in the same time: "

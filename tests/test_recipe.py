@@ -394,9 +394,11 @@ def test_odd_texts_get_a_sane_recipe_and_the_right_words(without_training):
     dna = measured("".join(draw.choices("ACGT", k=60_000)))
     assert choose_recipe(dna, CPU, 5, NOTHING).bits_per_byte == pytest.approx(2, rel=0.02)
     assert words(english()) == ""
-    for times, is_enough in ((1, False), (1000, True)):  # for the smallest vocabulary
-        text = measured(sentence * times, tokenizer=None)
-        assert ("pip install tokenizers." in words(text)) == is_enough
+    poems = "".join(chr(0x4E00 + n % 1500) for n in range(20_000))
+    # what is enough for the smallest vocabulary, where characters are no words
+    for content, gains in ((sentence, False), (sentence * 1000, True), (poems, False)):
+        text = measured(content, tokenizer=None)
+        assert ("pip install tokenizers." in words(text)) == gains
 
 
 def test_time_that_a_text_is_not_worth_is_left():
