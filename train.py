@@ -639,8 +639,9 @@ def _say_if_cut_short(trainer: Trainer, patience: int | None) -> None:
             f"step {best_step}, are used from here on"
         )
     if history.has_diverged:
-        losses, used = history.train_losses, trainer.journal.weights_of_step
-        best = "" if used is None else f"; the best weights, of step {used}, are used from here on"
+        losses, kept = history.train_losses, trainer.saving and trainer.saving.best
+        is_used = kept and kept.step in (trainer.journal.weights_of_step, trainer.steps)
+        best = f"; the best weights, of step {best_step}, are used from here on" if is_used else ""
         say(
             f"Warning: training diverged: the training loss rose from {losses[0]:.4g} to "
             f"{losses[-1]:.4g}{best}"

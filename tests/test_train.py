@@ -27,7 +27,7 @@ from engine.optim import Schedule, build_adamw, build_optimizer, learning_rate_a
 from engine.precision import Precision
 from model import GPTModel
 from storage import checkpoint
-from storage.checkpoint import CheckpointStore, SaveClock
+from storage.checkpoint import BestWeights, CheckpointStore, SaveClock
 from tests.conftest import HostReads
 from tests.letters import (
     BATCH,
@@ -803,6 +803,18 @@ def test_the_loop_leaves_files_and_ranks_to_others():
     assert "journal" in names
     foreign = re.compile("rank|world|path|folder|open|write|file|fsync|json", re.IGNORECASE)
     assert [name for name in names if foreign.search(name)] == []
+
+
+@pytest.mark.parametrize(("best", "is_used"), [(None, False), (BestWeights(1, None), True)])
+def test_a_diverged_run_names_its_best_weights_only_where_it_has_some(best, is_used, capsys):
+    history = History(steps=[0, 1, 2], train_losses=[2.0, 1.0, 9.0], val_losses=[2.0, 1.0, 9.0])
+    journal = SimpleNamespace(history=history, weights_of_step=best and best.step)
+    plan, saving = SimpleNamespace(total_steps=2), SimpleNamespace(best=best)
+    trainer = SimpleNamespace(journal=journal, steps=2, plan=plan, planned=[], saving=saving)
+    train._say_if_cut_short(trainer, None)
+    said = capsys.readouterr().out
+    assert "the training loss rose from 2 to 9" in said
+    assert ("the best weights, of step 1, are used" in said) == is_used
 
 
 class Endless(IterableDataset):
