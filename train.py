@@ -47,7 +47,13 @@ from planning.chat import Question
 from planning.decisions import most_steps_of
 from planning.machine import keeps_best_on_disk
 from planning.trial import N_SAMPLES, Budget, Costs, Trial, usable_seconds
-from storage.checkpoint import BestWeights, CheckpointStore, SaveClock, load_weights
+from storage.checkpoint import (
+    BestWeights,
+    CheckpointStore,
+    SaveClock,
+    load_weights,
+    most_saves,
+)
 from storage.tracking import open_trackers
 from text.tokenizer import Tokenizer
 from training.journal import BLANK, ENDED, PICTURE, History, Journal
@@ -589,7 +595,7 @@ def _train(env: RuntimeEnv) -> Journal:
         parallel,
         best_on_disk=keeps_best_on_disk(env.model, env.device),
     )
-    store.require_room(env.model, -(-record.total_steps // (config.save_every or 1)))
+    store.require_room(env.model, most_saves(record.total_steps, config.save_every))
     store.keep_frozen(env.model)
     report = _report_of(env)
     journal = Journal(

@@ -10,7 +10,7 @@ from planning.plan import RunPlan
 from planning.preflight import show_start, show_training
 from planning.runs import SettledRun
 from planning.trial import Trial, rehearse
-from storage.checkpoint import most_bytes
+from storage.checkpoint import most_bytes, most_saves
 from training_utils import TrainingConfig
 
 
@@ -32,7 +32,7 @@ def end_dry_run(
         show_training(plan, expected.training, expected.total_steps, notices + expected.notices)
         model = trial.learner.model
         frozen = sum(p.nbytes for p in model.parameters() if not p.requires_grad)  # kept once
-        saves = -(-expected.total_steps // (asked.save_every or 1))
+        saves = most_saves(expected.total_steps, asked.save_every)
         disk = most_bytes(model, min(asked.keep_checkpoints, saves)) + frozen
         say("\n".join(["", *run_lines(expected, machine.memory, disk), ""]))
     else:

@@ -527,6 +527,11 @@ def _best_step(path: Path) -> int | None:
         return None
 
 
+def most_saves(total_steps: int, save_every: int | None) -> int:
+    """The most checkpoints that a run saves; by time, one after each step."""
+    return -(-total_steps // (save_every or 1))
+
+
 def most_bytes(model: nn.Module, keep: int) -> int:
     """The most bytes of a run's checkpoints: those that it keeps, and one that is being written,
     each with weights, two moments and perhaps best weights of its own."""
