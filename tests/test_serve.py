@@ -401,7 +401,8 @@ def test_a_failure_of_the_model_is_an_error_of_the_request_alone(server, monkeyp
         return real(*arguments, **options)
 
     monkeypatch.setattr(generation, "choose_next", choose_next)
-    capsys.readouterr()  # what the server said at its start, where this test is the first
+    assert server.is_alive()  # where this test is the first, its server says where it is
+    capsys.readouterr()
     for failure, told, printed in (
         (NumericsError("the logits are not finite"), "the logits are not finite", ""),
         (ZeroDivisionError("a-planted-prompt"), "(ZeroDivisionError)", "ZeroDivisionError in "),
