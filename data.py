@@ -700,9 +700,14 @@ def measure_tokens(
             characters += count * sum(byte & 0xC0 != 0x80 for byte in content)
     else:
         for ids in pieces:
-            text = tokenizer.decode(ids[~np.isin(ids, special)].tolist())
-            n_tokens, characters = n_tokens + len(ids), characters + len(text)
-            n_bytes += len(text.encode("utf-8", "replace"))
+            is_text = ~np.isin(ids, special)
+            # a token that begins a document may be shorter there than after others
+            ends = is_text.cumsum()[ids == tokenizer.end_of_text_id]
+            for document in np.split(ids[is_text], ends):
+                text = tokenizer.decode(document.tolist())
+                characters += len(text)
+                n_bytes += len(text.encode("utf-8", "replace"))
+            n_tokens += len(ids)
     return TokenSize(max(1, characters) / n_tokens, max(1, n_bytes) / n_tokens)
 
 

@@ -233,7 +233,7 @@ def stream_text(
     )
     ends = {tokenizer.end_of_text_id, *stop_ids}
     with contextlib.closing(rows):
-        decoders = [tokenizer.decoder() for _ in rows.running]
+        decoders = [tokenizer.decoder(prompt) for prompt in ids for _ in range(num_samples)]
         held = [_HeldBack(stop) for _ in rows.running]
         for n_drawn in range(1, given["max_new_tokens"] + 1):
             is_last = n_drawn == given["max_new_tokens"]

@@ -14,7 +14,6 @@ from engine.lora import INPUTS, OUTPUTS, SCALE, merged
 from engine.settings import raise_if_any, shown
 from exchange.huggingface import CONFIG, find_obstacles, form_for, layout
 from exchange.opening import HUB, open_pretrained
-from exchange.pretrained import fitted
 from model import GPTConfig, GPTModel
 from planning.decisions import read_record
 from storage.checkpoint import Tensors, assign_weights, read_adapter, safetensors_chunks
@@ -65,8 +64,7 @@ def adapted(run: Path, which: str = "best") -> GPTModel:
             f"INIT_FROM = {shown(given)} holds other weights than those that {run} began from: its "
             "adapter is not for them.\nExport the model, with --to hf."
         )
-    weights = fitted(base.weights(), record.model)
-    weights = merged(weights, read_adapter(run, record.run_id, which))
+    weights = merged(base.fitted(record.model), read_adapter(run, record.run_id, which))
     with torch.device("meta"):  # assign_weights() provides the memory
         model = GPTModel(record.model)
     assign_weights(model, weights, base.source)

@@ -15,8 +15,7 @@ from engine.memory import count_trained
 from engine.processor import return_large_blocks
 from engine.words import Words
 from exchange.opening import frame_of, open_pretrained
-from exchange.pretrained import fitted
-from model import GPTModel
+from model import GPTConfig, GPTModel
 from planning.fine_tuning import LARGE, SMOLLM2, begin_from
 from planning.machine import Machine, choose_frozen
 from planning.plan import AUTO_START, RunPlan, Start
@@ -34,7 +33,7 @@ class Beginning:
 
     start: Start
     tokenizer: str
-    read: Callable[[], Tensors]  # on the main rank
+    read: Callable[[GPTConfig], Tensors]  # fitted to a model; on the main rank
 
 
 def find_beginning(
@@ -57,7 +56,7 @@ def find_beginning(
     if facts is None:
         return plan, candidates, None
     name = parallel.local_first(lambda: facts.keep_tokenizer(cache))
-    read = dict if opened is None else opened.read  # only the main rank reads
+    read = _none if opened is None else opened.read  # only the main rank reads
     likeliest = candidates.likeliest_run
     if plan.run.names_weights:
         plan = begin_from(plan, facts.start, name)
@@ -103,13 +102,17 @@ def begin_with(
     def read() -> Tensors:
         if goes_on and before is not None:
             return read_frozen(run.path, before.run_id)
-        return fitted(weights.read(), model.config)
+        return weights.read(model.config)
 
     load_weights(model, parallel.on_main(read) or {}, weights.start.source, parallel)
     if lora_rank is not None:
         add_lora(model, lora_rank, plan.run.SEED, choose_frozen(machine))
         counts = f"{count_trained(model):,} of {model.count_parameters():,}"
         say(f"LoRA of rank {lora_rank}: {counts} parameters are trained")
+
+
+def _none(config: GPTConfig) -> Tensors:
+    return {}
 
 
 @dataclass(frozen=True)
@@ -136,7 +139,7 @@ class _Facts:
 @dataclass(frozen=True)
 class _Opened:
     facts: _Facts
-    read: Callable[[], Tensors]
+    read: Callable[[GPTConfig], Tensors]
 
 
 def _open(plan: RunPlan, candidates: Candidates) -> tuple[_Opened | None, Candidates]:
@@ -163,7 +166,7 @@ def _open(plan: RunPlan, candidates: Candidates) -> tuple[_Opened | None, Candid
     facts = _Facts(start, tokenizer.fingerprint, tokenizer.to_json())
     if run is not None:
         candidates = candidates.from_weights(start.fingerprint)
-    return _Opened(facts, found.weights), candidates
+    return _Opened(facts, found.fitted), candidates
 
 
 def _kept(run: Candidate, error: PipelineError) -> _Opened:
@@ -171,7 +174,8 @@ def _kept(run: Candidate, error: PipelineError) -> _Opened:
     record, file = run.record, run.path / "tokenizer.json"
     assert record.start is not None
 
-    def read() -> Tensors:  # for a new run, where it turns out that the text has changed
+    # for a new run, where it turns out that the text has changed
+    def read(config: GPTConfig) -> Tensors:
         raise error
 
     try:

@@ -358,7 +358,7 @@ def _model_metadata(config: GPTConfig) -> dict[str, Any]:
             "attention.key_length": head_dim,
             "attention.value_length": head_dim,
             "rope.dimension_count": head_dim,
-            "rope.freq_base": config.rope_theta,
+            "rope.freq_base": float(config.rope_theta),  # 1000000 in JSON
         }
         if config.rope_scaling is not None and config.rope_scaling["rope_type"] == "linear":
             values["rope.scaling.type"] = "linear"

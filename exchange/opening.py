@@ -8,7 +8,7 @@ from engine.errors import SettingsError
 from engine.settings import shown
 from exchange.gguf import find_smollm2, open_gguf
 from exchange.huggingface import CONFIG, HUB_NAME, download, open_folder
-from exchange.pretrained import Pretrained, fitted
+from exchange.pretrained import Pretrained
 from exchange.saved_run import (
     LoadedModel,
     inference_device,
@@ -87,7 +87,7 @@ def load_model(
     config = replace(found.config, vocab_size=found.tokenizer.vocab_size)
     return make_ready(
         config,
-        fitted(found.weights(), config),
+        found.fitted(config),
         chosen,
         weights,
         compiled=compiled,

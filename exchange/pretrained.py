@@ -28,6 +28,10 @@ class Pretrained:
     fingerprint: str  # sha256 that tells these weights from others: what a resumed run compares
     chat_template: str | None = None
 
+    def fitted(self, config: GPTConfig) -> dict[str, torch.Tensor]:
+        """The weights for a model of fewer positions, or of other tokens beyond the tokenizer's."""
+        return fitted(self.weights(), config, self.tokenizer.vocab_size)
+
 
 def require_memory(path: Path, n_numbers: int) -> None:
     """Raise ResourceError where a file's weights, in fp32, don't fit into memory."""
@@ -54,18 +58,20 @@ def fingerprint_of(tensors: Mapping[str, torch.Tensor]) -> str:
     return digest.hexdigest()
 
 
-def fitted(weights: dict[str, torch.Tensor], config: GPTConfig) -> dict[str, torch.Tensor]:
-    """Weights cut to a model's positions and tokens; further tokens get the mean of all rows.
+def fitted(
+    weights: dict[str, torch.Tensor], config: GPTConfig, n_known: int
+) -> dict[str, torch.Tensor]:
+    """Weights cut to a model's positions and tokens; those from n_known on get a mean row.
 
-    The mean (Hewitt 2021) leaves the other tokens' probabilities about as they were.
+    The mean of the known ones (Hewitt 2021) leaves their probabilities about as they were. Rows
+    that only pad a vocabulary are of no token, and nobody has trained them.
     """
-    n_rows = {"token_embedding.weight": config.vocab_size, "head.weight": config.vocab_size}
-    n_rows["position_embedding.weight"] = config.context_length
-    kept = {}
-    for name, value in weights.items():
-        n = n_rows.get(name, len(value))
-        if n > len(value):
-            mean = value.mean(0, keepdim=True)
-            value = torch.cat([value, mean.expand(n - len(value), -1)])
-        kept[name] = value[:n]
+    kept = dict(weights)
+    if (positions := kept.get("position_embedding.weight")) is not None:
+        kept["position_embedding.weight"] = positions[: config.context_length]
+    for name in {"token_embedding.weight", "head.weight"} & kept.keys():
+        known = kept[name][: min(n_known, config.vocab_size)]
+        if (n_new := config.vocab_size - len(known)) > 0:
+            known = torch.cat([known, known.mean(0, keepdim=True).expand(n_new, -1)])
+        kept[name] = known
     return kept

@@ -267,7 +267,7 @@ def continue_texts(
     samples: list[dict[str, Any]] = [
         {"prompt": prompt, "text": "", "finish_reason": "", "tokens": []} for prompt in rows
     ]
-    decoders = [run.tokenizer.decoder() for _ in rows]
+    decoders = [run.tokenizer.decoder(encode_from_start(run.tokenizer, row)) for row in rows]
     for piece in stream_text(run.model, run.tokenizer, prompts, **options):
         sample, decoder = samples[piece.row], decoders[piece.row]
         is_end = piece.token.id == run.tokenizer.end_of_text_id

@@ -23,7 +23,7 @@ LLAMA3 |= {"original_max_position_embeddings": 8192}
 LLAMA = {"architecture": "llama", "emb_dim": 64, "n_heads": 4, "n_kv_heads": 2, "ff_dim": 80}
 MODELS = {
     "gpt2": {"emb_dim": 64, "n_heads": 4, "ff_dim": 80, "tie_embeddings": False},
-    "llama": LLAMA | {"norm_eps": 1e-3, "rope_theta": 500.0},
+    "llama": LLAMA | {"norm_eps": 1e-3, "rope_theta": 500},  # whole, as in many a config.json
     "qwen3": LLAMA | {"qk_norm": True, "head_dim": 32, "tie_embeddings": False},
     "biases": LLAMA | {"qkv_bias": True, "out_bias": True, "mlp_bias": True, "head_dim": 48},
     "llama3": LLAMA | {"rope_scaling": LLAMA3, "rope_theta": 500_000.0},

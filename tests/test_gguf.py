@@ -14,12 +14,14 @@ import numpy as np
 import pytest
 import torch
 
+from data import measure_tokens
 from engine.errors import CheckpointError, PipelineError, SettingsError
 from exchange.gguf import KINDS as DTYPES
 from exchange.gguf import find_smollm2, modelfile, open_gguf, write_gguf
 from exchange.gguf_file import KINDS, read_header
 from exchange.gguf_tokenizer import RULES, tokenizer_of
 from exchange.opening import open_pretrained
+from generation import stream_text
 from model import GPTConfig, GPTModel
 from storage.checkpoint import weights_of
 from tests.faults.saving import forked
@@ -37,7 +39,14 @@ from tests.gguf_models import (
 )
 from tests.hostile import mutated, status_of_this_process
 from tests.texts import CHINESE, ENGLISH
-from text.tokenizer import CharTokenizer, GPT2Tokenizer, Tokenizer, read_tokenizer, train_bpe
+from text.tokenizer import (
+    CharTokenizer,
+    GPT2Tokenizer,
+    Tokenizer,
+    encode_from_start,
+    read_tokenizer,
+    train_bpe,
+)
 
 CHATML = (
     "{% for m in messages %}{% if loop.first and m.role != 'system' %}{{ own }}{% endif %}"
@@ -260,6 +269,29 @@ def test_a_sentence_piece_merges_the_best_score_first_and_falls_back_to_bytes(tm
     assert [vocabulary[i] for i in ids[-4:-1]] == ["<0xE4>", "<0xB8>", "<0xAD>"]
     bare = tokenizer_of(read_header(sentence_piece(tmp_path / "b.gguf", add_space_prefix=False)))
     assert vocabulary[bare.encode(text)[0]].startswith("T")
+
+
+def test_the_blank_of_a_sentence_piece_is_none_of_a_text_but_it_is_after_other_tokens(tmp_path):
+    tokenizer = tokenizer_of(read_header(sentence_piece(tmp_path / "a.gguf", add_bos_token=True)))
+    text = "The sea was  there, 中\n"
+    ids, end = tokenizer.encode(text), tokenizer.end_of_text_id
+    for n, before in itertools.product(range(len(ids)), [tokenizer.begin_ids, (*ids, end)]):
+        decoder = tokenizer.decoder([*before, *ids[:n]])
+        shown = "".join(map(decoder.add, ids[n:])) + decoder.finish()
+        assert tokenizer.decode(ids[:n]).rstrip("\ufffd") + shown == text
+    model, draws = model_of("llama", tokenizer), torch.Generator().manual_seed(1)
+    prompts, options = ["The sea", "there"], {"num_samples": 20, "generator": draws}
+    pieces = list(stream_text(model, tokenizer, prompts, max_new_tokens=1, **options))
+    for prompt, piece in zip((p for p in prompts for _ in range(20)), pieces, strict=True):
+        ids = [*tokenizer.encode(prompt), piece.token.id]
+        assert prompt + piece.text == tokenizer.decode(ids) != tokenizer.decode(ids[:-1])
+    assert any(piece.text.startswith(" ") for piece in pieces)
+    assert "".join(map(tokenizer.token_text, tokenizer.encode("The sea was"))) == " The sea was"
+    documents = ["The sea", "中", "was there"] * 50
+    tokens = [i for d in documents for i in (*encode_from_start(tokenizer, d), end)]
+    size = measure_tokens(np.array(tokens), tokenizer)
+    assert size.bytes * len(tokens) == pytest.approx(len("".join(documents).encode()))
+    assert size.characters * len(tokens) == pytest.approx(len("".join(documents)))
 
 
 def test_tokenizers_that_llama_cpp_cannot_run_are_refused(tmp_path):

@@ -48,6 +48,7 @@ MOST_MERGE_STEPS = 50_000_000  # to find the merges of a vocabulary; GPT-2's tak
 
 # \s of GPT-2's pattern; Python's \s has four more control characters
 BLANK = "\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"
+KEPT_IDS = 16  # that a ForeignDecoder decodes again, so that the next one has neighbors
 LONGEST_WORD = 1 << 14  # characters of a run that GPT-2's pattern can't cut; a multiple of 64
 RUN = re.compile(rf"[^\W\d_]+|\d+|[{BLANK}]+|(?:[^\w{BLANK}]|_)+")  # letters, digits, blanks, marks
 _IS_BLANK = re.compile(f"[{BLANK}]")
@@ -67,9 +68,13 @@ class ByteTokens:
         """The text of ids; invalid and incomplete UTF-8 becomes U+FFFD."""
         return b"".join(self.token_bytes(int(token)) for token in ids).decode("utf-8", "replace")
 
-    def decoder(self) -> "ByteDecoder":
-        """A decoder for ids that arrive one by one."""
+    def decoder(self, after: Sequence[int] = ()) -> "ByteDecoder":
+        """A decoder for ids that arrive one by one, after others."""
         return ByteDecoder(self.token_bytes)
+
+    def token_text(self, token: int) -> str:
+        """The text of a token after others."""
+        return self.decode([token])
 
 
 class ByteDecoder:
@@ -107,7 +112,7 @@ class BPETokenizer(ByteTokens):
         added: Iterable[str] = (),
     ) -> None:
         self.name = name
-        self._ranks, self._short_words = ranks, short_words
+        self._ranks, self.short_words = ranks, short_words
         self.special_tokens = _numbered([END_OF_TEXT, *added], len(ranks))
         self.end_of_text_id = len(ranks)
         self.vocab_size = len(ranks) + len(self.special_tokens)
@@ -139,7 +144,7 @@ class BPETokenizer(ByteTokens):
         return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
     def _parts(self, text: str) -> list[str]:
-        return [text] if self._short_words else cut_long_words(text)
+        return [text] if self.short_words else cut_long_words(text)
 
     def token_bytes(self, token: int) -> bytes:
         """The bytes of a token."""
@@ -147,14 +152,14 @@ class BPETokenizer(ByteTokens):
 
     def to_json(self) -> str:
         """The tokenizer as the text of a tokenizer.json (half a second for GPT-2's)."""
-        tree = byte_level_json(self._ranks, self.special_tokens, short_words=self._short_words)
+        tree = byte_level_json(self._ranks, self.special_tokens, short_words=self.short_words)
         return json.dumps(tree, ensure_ascii=False)
 
     def adding(self, names: Iterable[str]) -> "BPETokenizer":
         """This tokenizer with further special tokens."""
         added = _added(self.special_tokens, names)
         name = _bpe_name(self.end_of_text_id + 1 + len(added))
-        return BPETokenizer(name, self._ranks, short_words=self._short_words, added=added)
+        return BPETokenizer(name, self._ranks, short_words=self.short_words, added=added)
 
 
 class CharTokenizer(ByteTokens):
@@ -293,9 +298,16 @@ class ForeignTokenizer:
         known = [int(i) for i in ids if i < self.vocab_size]
         return self._tokenizer.decode(known, skip_special_tokens=False)
 
-    def decoder(self) -> "ForeignDecoder":
-        """A decoder for ids that arrive one by one."""
-        return ForeignDecoder(self.decode)
+    def decoder(self, after: Sequence[int] = ()) -> "ForeignDecoder":
+        """A decoder for ids that arrive one by one, after others."""
+        bare = (self.end_of_text_id, *self.begin_ids)
+        start = next((i for i in range(len(after), 0, -1) if after[i - 1] in bare), 0)
+        return ForeignDecoder(self.decode, after[start:])
+
+    def token_text(self, token: int) -> str:
+        """The text of a token after others: a blank before it is lost where it begins a text."""
+        letter = self.encode("a")
+        return self.decode([*letter, token])[len(self.decode(letter)) :]
 
     def to_json(self) -> str:
         """The tokenizer as the text of a tokenizer.json, as the library writes it.
@@ -360,10 +372,11 @@ def _declared_end(special_tokens: dict[str, int], ends: Ends, guessed: str | Non
 class ForeignDecoder:
     """Decodes tokens whose text depends on their neighbors: decodes the newest ones each time."""
 
-    def __init__(self, decode: Callable[[list[int]], str]) -> None:
+    def __init__(self, decode: Callable[[list[int]], str], after: Sequence[int] = ()) -> None:
         self._decode = decode
-        self._window: list[int] = []
-        self._shown = ""  # the text of the window that add() has returned
+        self._window = list(after[-KEPT_IDS:])
+        # the text of the window that add() has returned, or that was there before
+        self._shown = decode(self._window).rstrip("\ufffd")
 
     def add(self, token: int) -> str:
         """The characters that this token completes."""
@@ -372,8 +385,8 @@ class ForeignDecoder:
         if text.endswith("\ufffd"):
             return ""
         new = text[len(self._shown) :]
-        if len(self._window) > 64:
-            self._window = self._window[-16:]
+        if len(self._window) > 4 * KEPT_IDS:
+            self._window = self._window[-KEPT_IDS:]
             text = self._decode(self._window)
         self._shown = text
         return new

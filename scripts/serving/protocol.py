@@ -528,7 +528,7 @@ class Answer:
             return {"content": [self._chat_entry(token) for token in tokens]}
         tops = [self._top(token) for token in tokens] if self._order.logprobs > 0 else None
         return {
-            "tokens": [self._tokenizer.decode([token.id]) for token in tokens],
+            "tokens": [self._tokenizer.token_text(token.id) for token in tokens],
             "token_logprobs": [token.logprob for token in tokens],
             "top_logprobs": tops,
             "text_offset": [token.offset for token in tokens],
@@ -540,12 +540,13 @@ class Answer:
             return None
         top: dict[str, float] = {}
         for id, logprob in (*token.likeliest, (token.id, token.logprob)):
-            top.setdefault(self._tokenizer.decode([id]), logprob)  # the best of parts of characters
+            # the best of parts of characters
+            top.setdefault(self._tokenizer.token_text(id), logprob)
         return top
 
     def _chat_entry(self, token: _Drawn) -> dict[str, Any]:
         def entry(id: int, logprob: float | None) -> dict[str, Any]:
-            text = self._tokenizer.decode([id])
+            text = self._tokenizer.token_text(id)
             return {"token": text, "logprob": logprob, "bytes": self._bytes(id)}
 
         tops = [entry(*likely) for likely in token.likeliest]
