@@ -13,10 +13,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from engine.clock import process_began_at
 from engine.starting import end_at_ctrl_c, insisting_on_ctrl_c, raise_at_ctrl_c
 
 if __name__ == "__main__":
     end_at_ctrl_c()
+    began_at = process_began_at()
 # Shorter busy-waiting of OpenMP's threads: beside another program it doubles a step's time.
 # OpenMP reads this when torch is imported.
 os.environ.setdefault("GOMP_SPINCOUNT", "2000")
@@ -29,7 +31,6 @@ from data import evaluation_loader
 from distributed.parallel import ALONE, join
 from distributed.sharding import whole
 from distributed.signals import StopSignals
-from engine.clock import process_began_at
 from engine.console import complain, report_failure, say, use_utf8
 from engine.errors import (
     BusyError,
@@ -280,6 +281,6 @@ def _settings_file(arguments: list[str]) -> str | None:
 
 if __name__ == "__main__":
     raise_at_ctrl_c()
-    code = main(sys.argv[1:], began_at=process_began_at())
+    code = main(sys.argv[1:], began_at=began_at)
     gc.freeze()  # else the end of Python collects all that was imported, for half a second
     sys.exit(code)

@@ -28,6 +28,7 @@ from engine.errors import (
 )
 from engine.main_guard import require_main_guard
 from engine.memory import ADVICE, OutOfStepMemory
+from engine.metrics import as_duration
 from engine.optim import (
     Schedule,
     extend_schedule,
@@ -301,6 +302,9 @@ class Trainer:
         is_due = self.saving is not None and (is_last or self.saving.clock.is_due(self.steps))
         step_s = time.monotonic() - self._step_began_at
         budget = self.plan.budget
+        if budget is not None and self.journal.leave_out_pause(step_s):
+            took = as_duration(step_s)
+            say(f"Note: step {self.steps:,} took {took}: the pause is not counted as training time")
         is_late = budget is not None and self.journal.elapsed_s > LATE_SHARE * budget.seconds
         saves, self._is_late = map(bool, self.stop.agree(is_due, is_late, step_s=step_s))
         if saves:
@@ -577,7 +581,7 @@ def train(env: RuntimeEnv) -> Journal:
     checkpoints are bad, ResourceError if the disk refuses them, NumericsError if training diverges.
     """
     held = env.parallel.held_by_main(env.run.opened)
-    with env.parallel.watched(), held, using_threads(env.run.record.threads):
+    with env.parallel.watched(), held, using_threads(env.run.record.threads), env.run.training():
         env.run.path = env.parallel.broadcast(env.run.path)  # opened() may have changed it
         env.parallel.note("run", str(env.run.path))
         return _train(env)
@@ -719,6 +723,7 @@ def _budget_until(deadline: float | None, env: RuntimeEnv) -> Budget | None:
         (Trial.count_batches(env.train_loader, overlapping=False), n_val),
         N_SAMPLES * record.sampling.max_new_tokens,
         config.save_minutes,
+        config.save_every,
         config.final_iter or n_val,
         most_steps_of(
             record.recipe,

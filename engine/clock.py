@@ -6,15 +6,16 @@ from pathlib import Path
 
 STAT = Path("/proc/self/stat")
 START_TIME = 19  # its field, counted from 0 behind the process's name
+MOST_S = 5.0  # for Python to start: a shell that becomes Python by exec keeps its own age
 
 
 def process_began_at() -> float:
-    """The time.perf_counter() at which this process began.
+    """The time.perf_counter() at which Python began in this process; to be asked first of all.
 
     Linux keeps it. Elsewhere the processor time stands for the time since then, which is less where
     the process has waited, as for a disk from which it is read.
     """
-    return time.perf_counter() - max(time.process_time(), _age_s())
+    return time.perf_counter() - min(MOST_S, max(time.process_time(), _age_s()))
 
 
 def _age_s() -> float:

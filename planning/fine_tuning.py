@@ -11,7 +11,7 @@ from engine.optim import default_learning_rate
 from engine.settings import raise_if_any, shown
 from engine.words import Words
 from planning.plan import RunPlan, Start
-from planning.recipe import Fixed, Recipe
+from planning.recipe import Fixed, Recipe, is_noise
 from text.facts import TextFacts
 from training_utils import TrainingConfig
 
@@ -130,7 +130,8 @@ def is_better_known(recipe: Recipe, text: TextFacts) -> bool:
     GPT-2's vocabulary, which was made for English too, stands in for its own.
     """
     rate = text.bytes_per_token.get("gpt2")
-    return rate is not None and TOKEN_BITS / rate < recipe.bits_per_byte
+    is_better = rate is not None and TOKEN_BITS / rate < recipe.bits_per_byte
+    return is_better and not is_noise(text)
 
 
 def decide_start(

@@ -22,7 +22,7 @@ from planning.law import (
     step_costs,
     turning_passes,
 )
-from text.facts import BPE_SIZES, LEAST_BYTES_A_TOKEN, TextFacts
+from text.facts import BPE_SIZES, LEAST_BYTES_A_TOKEN, LEAST_MEASURED, TextFacts
 
 USUAL_PARAMETERS, USUAL_BYTES = (3e5, 1.2e7), (5e4, 5e7)  # of models, and read by them
 # layers and width, by size; each at most about twice the one before
@@ -44,6 +44,7 @@ MEMORY_SHARE = 0.8  # of the memory, the most that a run may need
 WIDTH_BYTES, MLP_BYTES, HEAD_BYTES = 37, 16, 2e7
 RATES, ADAMW_RATES, WEIGHT_DECAYS = (1e-3, 2e-2), (5e-5, 5e-3), (0.02, 3)  # within which they stay
 MOST_BEST_BYTES = 1 << 28  # of the copy of the best weights in memory; larger ones go to the disk
+USUALLY_KEPT = 2  # checkpoints, where keep_checkpoints is not set
 MOST_REPEATED = 0.3  # of the training text, without a warning
 TOO_FEW_STEPS = 50  # in which no model learns much
 SMALL_TEXT = 20_000  # bytes, below which a forecast means little
@@ -258,9 +259,10 @@ def _ladder(fixed: Fixed) -> list[tuple[int, int]]:
 
 def _longest_context(text: TextFacts, width: int, token_bytes: float) -> float:
     """The longest sensible context of a model."""
-    # attention takes a quarter of a step at most, and both sides of the text hold two windows
+    # attention takes a quarter of a step at most, and both sides of the text hold some windows
     longest = min(max(64, 1.4 * width), CONTEXTS[-1])
-    longest = min(longest, text.val_bytes / token_bytes / 2, text.train_bytes / token_bytes / 4)
+    longest = min(longest, max(64, text.val_bytes / token_bytes / 2))
+    longest = min(longest, text.train_bytes / token_bytes / 4)
     return min(longest, max(64, 2 * text.document_bytes / token_bytes))
 
 
@@ -293,7 +295,8 @@ def _memory(c: Candidates, machine: MachineFacts, fixed: Fixed, windows: np.ndar
     """About the bytes of training in micro-batches of some windows, as engine/memory counts."""
     tables = _tables(fixed) * c.vocabulary * c.width
     weights = 4 * (c.in_blocks + tables)
-    kept = 2 * weights + 4 * c.in_blocks + 8 * tables
+    is_adamw = fixed.training.get("optimizer") == "adamw"
+    kept = 2 * weights + (8 if is_adamw else 4) * c.in_blocks + 8 * tables
     if machine.device == "cpu":
         kept = kept + weights  # the best weights
     in_block = WIDTH_BYTES * c.width + MLP_BYTES * c.mlp_width
@@ -403,7 +406,7 @@ class _Choice:
             disk=self._disk(),
             warnings=[
                 *find_warnings(self.text, minutes, used),
-                *self._about_steps(minutes),
+                *self._about_steps(minutes, used),
                 *self._about_memory(),
             ],
         )
@@ -580,8 +583,8 @@ class _Choice:
             windows = np.ceil(windows / 2)
         return int(needed())
 
-    def _about_steps(self, minutes: float) -> list[Words]:
-        if self._steps >= TOO_FEW_STEPS:
+    def _about_steps(self, minutes: float, used: float) -> list[Words]:
+        if self._steps >= TOO_FEW_STEPS or used < minutes:
             return []
         step_s = in_digits(float(self.forecast.step_s[0, 0]), 2)
         return [
@@ -608,14 +611,14 @@ class _Choice:
         ]
 
     def _disk(self) -> int:
-        """The bytes of the run: three checkpoints at most, the best weights, the tokens."""
+        """The most bytes of the run: the tokens, and the checkpoints as storage/checkpoint counts
+        them: weights, two moments and best weights of each that is kept, and of a new one."""
         c = self.candidate
-        blocks = float(c.in_blocks[0, 0])
-        others = self._n_parameters() - blocks
-        checkpoint = 8 * blocks + 12 * others
+        keep = min(self.fixed.training.get("keep_checkpoints") or USUALLY_KEPT, self._steps)
         text = self.text.train_bytes + self.text.val_bytes
         width = 2 if c.vocabulary[0, 0] <= 2**16 else 4
-        return int(3 * checkpoint + 4 * (blocks + others) + width * text / c.token_bytes[0, 0])
+        checkpoints = (keep + 1) * 16 * self._n_parameters()
+        return int(checkpoints + width * text / c.token_bytes[0, 0])
 
 
 def find_warnings(text: TextFacts, minutes: float, used: float) -> list[Words]:
@@ -643,6 +646,13 @@ def find_warnings(text: TextFacts, minutes: float, used: float) -> list[Words]:
             )
         )
     return found
+
+
+def is_noise(text: TextFacts) -> bool:
+    """Whether the order of a text's bytes tells almost nothing, as far as so much text shows it."""
+    is_measured = text.train_bytes + text.val_bytes >= 2 * LEAST_MEASURED
+    most = COEFFICIENTS["noise_to"] * text.entropies[0]
+    return is_measured and text.entropies[0] > 0 and text.bz2_bits >= most
 
 
 def _find_text_warnings(text: TextFacts) -> list[Words]:
@@ -677,8 +687,8 @@ def _find_text_warnings(text: TextFacts) -> list[Words]:
                 "文本。请从 DATA 中删去重复的部分。",
             )
         )
-    k, entropy = COEFFICIENTS, text.entropies[0]
-    if entropy and text.bz2_bits >= k["noise_to"] * entropy:
+    entropy = text.entropies[0]
+    if is_noise(text):
         found.append(
             Words(
                 "The order of its bytes tells almost nothing (bz2 needs "

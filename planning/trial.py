@@ -48,7 +48,8 @@ from visualize import render_losses
 
 TIMED_STEPS = 3
 N_SAMPLES = 3  # that main draws after training
-BUDGET_TRIAL_SHARE = 0.05  # of a time budget, for which its steps are timed beforehand
+# of a time budget, for which its steps are timed beforehand; and the most seconds
+BUDGET_TRIAL_SHARE, MOST_TRIAL_S = 0.05, 60.0
 FINAL_SHARE = 0.04  # of a time budget, the most that the evaluation after training takes
 # of a time budget, the most that the samples after training take, unless their length is set; but
 # so many tokens each are drawn in any case
@@ -120,7 +121,7 @@ class Trial:
         """What the parts of a run take, steps timed for a share of its budget. Collective."""
         most_batches = min(TIMED_BATCHES, self.count_batches(self.loader, overlapping=False))
         learner = self.learner
-        steps_s = BUDGET_TRIAL_SHARE * budget_s
+        steps_s = min(BUDGET_TRIAL_SHARE * budget_s, MOST_TRIAL_S)
         step = learner.in_smaller_parts(lambda: self._mean_step_seconds(steps_s), "a trial")
         generator, prompts_s = torch.Generator(learner.device).manual_seed(0), 0.0
         options = {"max_new_tokens": 1 + TIMED_TOKENS, "generator": generator}
@@ -361,7 +362,8 @@ class Budget:
     steps_per_epoch: int
     batches: tuple[int, int]  # of all training and of all validation text
     last_tokens: int  # of the samples after training, a prompt
-    save_minutes: float = math.inf  # between checkpoints
+    save_minutes: float = math.inf  # between checkpoints, as are
+    save_every: int | None = None  # so many steps
     final_iter: int | None = None  # batches of the evaluation after training; None: what fits
     most_steps: int | None = None  # that are of use
 
@@ -456,8 +458,10 @@ class Budget:
         )
         last_s = N_SAMPLES * costs.prompts + self.last_tokens * costs.token
         at_ends = (1 + is_new) * sample_s + last_s
-        saves_s = (1 + self.seconds // (60 * self.save_minutes)) * costs.save
-        return between + at_ends + costs.picture + saves_s
+        saves = 1 + self.seconds // (60 * self.save_minutes)
+        if self.save_every is not None:
+            saves = -(-evaluations.total_steps // self.save_every) - done // self.save_every
+        return between + at_ends + costs.picture + saves * costs.save
 
 
 def usable_seconds(deadline: float, of_s: float, parallel: Parallel) -> float:
@@ -501,6 +505,7 @@ def _budget(
         (trial.count_batches(trial.loader, overlapping=False), windows.n_val_batches),
         N_SAMPLES * plan.sampling.max_new_tokens,
         asked.save_minutes,
+        asked.save_every,
         asked.final_iter,
     )
 

@@ -363,7 +363,10 @@ def test_minutes_choose_a_run_which_goes_on_with_its_own_recipe(in_minutes, caps
         assert training[name] == value or name in adapted
     assert training["time_budget_minutes"] == 0.25 and 2 <= record.total_steps <= 5
     assert record.asked.length.num_epochs is None
-    assert 0 < env.run.deadline - began_at < 16
+    assert 0 < (ends_at := env.run.deadline) - began_at < 16
+    env.run._idle_since -= 600  # the user reads the card, and runs the next cell then
+    with env.run.training():
+        assert 600 <= env.run.deadline - ends_at < 610
 
     in_minutes(DRY_RUN=True)
     assert main.main(["settings.py"]) == 0

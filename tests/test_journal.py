@@ -188,6 +188,24 @@ def test_speed_leaves_out_the_time_of_evaluations_and_saves(clock, tmp_path):
     assert speeds_of(tmp_path)[2:] == pytest.approx([100.0, 50.0])
 
 
+def test_a_step_in_which_the_machine_slept_is_no_time_of_the_run_but_slow_ones_are(clock):
+    journal = new_journal()
+
+    def take(step_s: float) -> bool:
+        clock.now += step_s
+        step(journal)
+        return journal.leave_out_pause(step_s)
+
+    assert not any(map(take, (300.0, 1.0, 1.0, 1.0, 100.0, 1.0)))  # compiled first, waited for once
+    before_s = journal.elapsed_s
+    assert take(10 * 3600.0) and take(3600.0)
+    assert before_s < journal.elapsed_s < before_s + 2 * before_s / 3
+    slow = new_journal()
+    journal = slow
+    assert not any(take(200.0) for _ in range(10))
+    assert slow.elapsed_s == pytest.approx(2000.0)
+
+
 @pytest.mark.parametrize(
     ("val_losses", "best", "since_best"),
     [

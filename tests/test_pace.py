@@ -175,6 +175,15 @@ def test_what_is_left_of_a_budget_is_filled_with_steps(step_s):
     assert budget.total_s(Spacing(100, 500, 50), 10) > budget.total_s(Spacing(100, 500, 50), 10, 1)
 
 
+def test_checkpoints_every_so_many_steps_are_planned_for():
+    budget = Budget(600.0, Costs(1.0, 0.5, 0.0, 0.0, save=3.0), 500, (500, 50), last_tokens=0)
+    often = replace(budget, save_every=20)
+    run = Spacing(100, 500, 50)
+    for done, n_saves in ((0, 5), (19, 5), (20, 4), (90, 1)):
+        by_time = budget.total_s(run, 4, done) - 3.0  # after the last step
+        assert often.total_s(run, 4, done) == pytest.approx(by_time + 3.0 * n_saves)
+
+
 def test_best_weights_on_the_disk_are_planned_for_at_each_evaluation_and_only_there(monkeypatch):
     budget = Budget(600.0, Costs(1.0, 0.5, 0.0, 0.0), 500, (500, 50), last_tokens=0)
     on_disk = replace(budget, costs=replace(budget.costs, best=10.0))
@@ -343,10 +352,14 @@ def test_a_process_knows_when_it_began(monkeypatch):
     def began_before_s() -> float:
         return time.perf_counter() - clock.process_began_at()
 
-    age_s = began_before_s()
-    assert time.process_time() - 0.1 < age_s < 86_400
-    monkeypatch.setattr(clock, "STAT", Path("nowhere"))  # as on other systems
-    assert began_before_s() == pytest.approx(time.process_time(), abs=0.1)
+    with monkeypatch.context() as patch:
+        patch.setattr(clock, "MOST_S", 86_400.0)
+        assert time.process_time() - 0.1 < began_before_s() < 86_400
+        patch.setattr(clock, "STAT", Path("nowhere"))  # as on other systems
+        assert began_before_s() == pytest.approx(time.process_time(), abs=0.1)
+    # a shell that waited for an hour, and then became this process
+    monkeypatch.setattr(clock, "_age_s", lambda: 3600.0)
+    assert began_before_s() == pytest.approx(clock.MOST_S, abs=0.1)
 
 
 def killed_at(step: int):

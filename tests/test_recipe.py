@@ -34,7 +34,9 @@ from planning.recipe import (
     choose_recipe,
     choose_tokenizer,
 )
+from storage.checkpoint import most_bytes
 from tests.conftest import REPOSITORY
+from tests.texts import ENGLISH
 from text import facts, spans
 from text.documents import DataSpec
 from text.facts import TextFacts, find_facts, measure_text
@@ -94,7 +96,8 @@ def check(recipe: Recipe, text: TextFacts, machine: MachineFacts, minutes: float
     GPTConfig(vocab_size=text.vocabularies[recipe.tokenizer], **recipe.model)
     assert recipe.memory <= machine.memory
     assert recipe.minutes <= minutes and 0 <= recipe.low <= recipe.bits_per_byte <= recipe.high
-    assert recipe.model["context_length"] <= max(8, text.val_bytes)
+    context = recipe.model["context_length"]
+    assert context <= max(64, text.val_bytes) and context <= max(8, text.train_bytes // 4)
     assert from_json(Recipe, json.loads(json.dumps(dataclasses.asdict(recipe))), "x") == recipe
 
 
@@ -330,11 +333,14 @@ def test_what_is_short_of_memory_gets_a_smaller_model_or_a_warning():
     wide = Fixed("char", {"n_layers": 24, "emb_dim": 2048}, {})
     none = choose_recipe(english(), dataclasses.replace(machine, memory=10**8), 60, wide)
     assert "GB of memory" in none.warnings[-1].en
+    few = choose_recipe(english(), CPU, 0.25, wide)
+    assert few.steps < 50 and "set a smaller MODEL" in few.warnings[0].en
 
 
 def test_memory_is_near_that_of_the_estimate():
-    for minutes in (0.5, 2):
-        recipe = choose_recipe(english(), CPU, minutes, NOTHING)
+    for minutes, optimizer in ((0.5, "muon"), (2, "muon"), (2, "adamw")):
+        asked = Fixed(None, {}, {"optimizer": optimizer, "keep_checkpoints": 5})
+        recipe = choose_recipe(english(), CPU, minutes, asked)
         model = GPTModel(GPTConfig(vocab_size=VOCABULARIES[recipe.tokenizer], **recipe.model))
         n_windows = recipe.training["batch_size"]
         estimate = estimate_memory(
@@ -343,10 +349,12 @@ def test_memory_is_near_that_of_the_estimate():
             n_windows=n_windows,
             precision=choose_precision("fp32", torch.device("cpu")),
             device=torch.device("cpu"),
-            optimizer="muon",
+            optimizer=optimizer,
             keeps_best=True,
         )
         assert recipe.memory == pytest.approx(estimate.total(n_windows), rel=0.35)
+        tokens = 2 * english().n_characters / BYTES_A_TOKEN[recipe.tokenizer]
+        assert recipe.disk == pytest.approx(most_bytes(model, 5) + tokens, rel=0.05)
 
 
 def test_choosing_loads_no_torch():
@@ -399,6 +407,20 @@ def test_odd_texts_get_a_sane_recipe_and_the_right_words(without_training):
     for content, gains in ((sentence, False), (sentence * 1000, True), (poems, False)):
         text = measured(content, tokenizer=None)
         assert ("pip install tokenizers." in words(text)) == gains
+
+
+def test_a_short_validation_text_says_nothing_of_how_hard_the_text_is(without_training):
+    train, rest = ENGLISH[:-6000], ENGLISH[-6000:]
+    hard = measured(train, validation=[(rest, True)])
+    for start in range(0, 6000, 500):
+        text = measured(train, validation=[(rest[start : start + 150], True)])
+        assert text.bz2_bits == pytest.approx(hard.bz2_bits, rel=0.1)
+        recipe = choose_recipe(text, CPU, 5, Fixed("char", {}, {}))
+        assert "tells almost nothing" not in words(text)
+        assert recipe.model["context_length"] == 64
+    for start in range(0, 9000, 300):
+        assert "tells almost nothing" not in words(measured(train[start : start + 400]))
+    assert measured("abcd").bz2_bits <= 8
 
 
 def test_time_that_a_text_is_not_worth_is_left():

@@ -34,6 +34,8 @@ ENDED = Words("[the model ends the text here]", "[模型在此结束文本]")
 BLANK = Words("[the model goes on with blanks]", "[模型接着只写空白]")
 # the rise of the training loss from start to end that may be noise: in nats, and as a share
 NOISE_NATS, NOISE_SHARE = 0.1, 0.05
+# the seconds of a step, and how many times as many as of others, where the machine has slept
+PAUSE_S, PAUSE_TIMES, COMPILED_STEPS = 120.0, 20.0, 3
 FETCH_EVERY = 50  # steps whose losses are fetched from the device in one copy
 MOST_MOMENTS, LAST_MOMENTS = 50, 10  # that samples.md keeps, and the last of them that always stay
 
@@ -293,6 +295,19 @@ class Journal:
     def leave_out(self, seconds: float) -> None:
         """Exclude some seconds, which were not spent on steps, from the tokens per second."""
         self._marked_at += seconds
+
+    def leave_out_pause(self, step_s: float) -> bool:
+        """Whether the last step took so long that the machine must have slept meanwhile, or the
+        process was stopped; then that is no time of the run."""
+        usual_s = max(0.0, self._steps_s - step_s) / max(1, self.steps - 1)
+        # the first ones compile
+        is_first = self.steps - self._first_step <= COMPILED_STEPS
+        if is_first or step_s < max(PAUSE_S, PAUSE_TIMES * usual_s):
+            return False
+        pause_s = step_s - usual_s
+        self._started_at += pause_s
+        self.leave_out(pause_s)
+        return True
 
     def has_evaluated(self) -> bool:
         """Whether the model as it is now has been evaluated."""

@@ -5,7 +5,7 @@ import dataclasses
 import os
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -43,6 +43,7 @@ class RunFolder:
     notes: list[str]  # to print when training begins
     # the time.perf_counter() at which this process is to end, of a run of so many minutes
     deadline: float | None = None
+    _idle_since: float = field(default_factory=time.perf_counter)
     _is_there: bool = False  # opened() has created it
     _lock: FolderLock | None = None
 
@@ -59,6 +60,16 @@ class RunFolder:
         except SettingsError as error:
             reason = " ".join(str(error).split())
             raise CheckpointError(f"{self.path / SETTINGS} is damaged: {reason}") from None
+
+    @contextlib.contextmanager
+    def training(self) -> Iterator[None]:
+        """What a script or a notebook does between preparing and training is no time of the run."""
+        if self.deadline is not None:
+            self.deadline += time.perf_counter() - self._idle_since
+        try:
+            yield
+        finally:
+            self._idle_since = time.perf_counter()
 
     @contextlib.contextmanager
     def opened(self) -> Iterator[None]:
