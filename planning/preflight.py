@@ -7,7 +7,7 @@ from engine.console import say
 from engine.devices import device_count, device_name
 from model import GPTModel
 from planning.card import about_tokens, card_lines, start_lines
-from planning.decisions import RunRecord
+from planning.decisions import RunRecord, most_steps_of
 from planning.machine import Machine, why_no_gpu
 from planning.plan import OPEN_MODEL, RunPlan
 from planning.recipe import MOST_REPEATED
@@ -108,15 +108,20 @@ def show_training(
     for notice in adapted:
         say(f"Note: {notice}")
     purpose = ", for testing" if name == "quick" else ""
+    minutes = training.time_budget_minutes or 0.0
     length = f"{training.num_epochs} epoch{'s' * (training.num_epochs != 1)}"
     if training.max_steps is not None:
         length = f"{training.max_steps} steps"
-    elif training.time_budget_minutes is not None:
-        length = f"{training.time_budget_minutes:g} minutes"
+    elif minutes:
+        length = f"{minutes:g} minute{'s' * (minutes != 1)}"
     say(f"✓ Using {name} training config ({length}{purpose})")
     accumulation = training.gradient_accumulation_steps
     batch = f"{accumulation} x " * (accumulation > 1) + f"{training.batch_size}"
-    count = "steps that fit, each" if total_steps is None else f"{total_steps:,} steps"
+    count = "steps that fit, each"
+    if total_steps is not None:
+        count = f"{total_steps:,} steps"
+    elif most := most_steps_of(plan.recipe, minutes, 0, from_weights=False):
+        count = f"at most {most:,} steps"
     warmup = "" if training.warmup_steps is None else f", {training.warmup_steps} warm-up steps"
     say(
         f"  {count} of {batch} x {training.max_length} tokens, learning rate "
