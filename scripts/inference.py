@@ -267,7 +267,8 @@ def continue_texts(
     samples: list[dict[str, Any]] = [
         {"prompt": prompt, "text": "", "finish_reason": "", "tokens": []} for prompt in rows
     ]
-    decoders = [run.tokenizer.decoder(encode_from_start(run.tokenizer, row)) for row in rows]
+    begun = (encode_from_start(run.tokenizer, prompt) for prompt in prompts)
+    decoders = [run.tokenizer.decoder(ids) for ids in begun for _ in range(options["num_samples"])]
     for piece in stream_text(run.model, run.tokenizer, prompts, **options):
         sample, decoder = samples[piece.row], decoders[piece.row]
         is_end = piece.token.id == run.tokenizer.end_of_text_id

@@ -22,6 +22,7 @@ from exchange.gguf_file import KINDS, read_header
 from exchange.gguf_tokenizer import RULES, tokenizer_of
 from exchange.opening import open_pretrained
 from generation import stream_text
+from insight.run_text import count_bytes
 from model import GPTConfig, GPTModel
 from storage.checkpoint import weights_of
 from tests.faults.saving import forked
@@ -292,6 +293,31 @@ def test_the_blank_of_a_sentence_piece_is_none_of_a_text_but_it_is_after_other_t
     size = measure_tokens(np.array(tokens), tokenizer)
     assert size.bytes * len(tokens) == pytest.approx(len("".join(documents).encode()))
     assert size.characters * len(tokens) == pytest.approx(len("".join(documents)))
+
+
+def test_bytes_of_a_sentence_piece_are_characters_as_soon_as_they_are_whole(tmp_path):
+    tokenizer = tokenizer_of(read_header(sentence_piece(tmp_path / "a.gguf")))
+
+    def streamed(ids: list[int], n: int = 0) -> str:
+        decoder = tokenizer.decoder(ids[:n])
+        return "".join(map(decoder.add, ids[n:])) + decoder.finish()
+
+    text = f"The sea: {CHINESE[:60]}\n👩‍🚀 was there, {CHINESE[60:90]}"
+    ids, shown = tokenizer.encode(text), ""
+    decoder = tokenizer.decoder()
+    for n, token in enumerate(ids, 1):
+        shown += decoder.add(token)
+        whole = tokenizer.decode(ids[:n])
+        assert whole in (shown, shown + "\ufffd") and text.startswith(shown)
+        assert streamed(ids, n) == text[len(shown) :]
+    assert shown == text
+    assert count_bytes(np.array(ids), tokenizer).sum() == len(text.encode())
+    # a wrong byte is one, and one that is there is no half of another
+    wrong = [*ids[:99], *tokenizer.encode("中")[-1:], *ids[99:]]
+    assert streamed(wrong) == tokenizer.decode(wrong)
+    assert 1 <= tokenizer.decode(wrong).count("\ufffd") <= 3
+    odd = tokenizer.encode("It is \ufffd")
+    assert streamed([*odd, *tokenizer.encode("and")], len(odd)) == " and"
 
 
 def test_tokenizers_that_llama_cpp_cannot_run_are_refused(tmp_path):

@@ -3,6 +3,7 @@
 import codecs
 import collections
 import errno
+import functools
 import hashlib
 import importlib
 import itertools
@@ -258,6 +259,10 @@ class ForeignTokenizer:
         if self.begin_ids:
             self.special_tokens |= leading
         self.fingerprint = _fingerprint("json", self.to_json().encode("utf-8"))
+        bytes_ = {ids.get(f"<0x{byte:02X}>"): byte for byte in range(256)}
+        is_fallback = tokenizer.decode([i for i, byte in bytes_.items() if byte == ord("A")]) == "A"
+        # the bytes of tokens that stand for one each, where the file decodes them so
+        self.byte_of = {i: byte for i, byte in bytes_.items() if i is not None and is_fallback}
 
     def encode(self, text: str) -> list[int]:
         """The ids of a text, without the special tokens that the file adds around it."""
@@ -295,19 +300,44 @@ class ForeignTokenizer:
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of ids; invalid and incomplete UTF-8 becomes U+FFFD."""
-        known = [int(i) for i in ids if i < self.vocab_size]
-        return self._tokenizer.decode(known, skip_special_tokens=False)
+        known, text = [int(i) for i in ids if i < self.vocab_size], ""
+        if not self.byte_of:
+            return self._tokenizer.decode(known, skip_special_tokens=False)
+        # the library has U+FFFD for each of neighboring bytes where one is wrong
+        for are_bytes, part in itertools.groupby(known, self.byte_of.__contains__):
+            if are_bytes:
+                text += bytes(map(self.byte_of.__getitem__, part)).decode("utf-8", "replace")
+            elif not text:
+                text = self._tokenizer.decode(list(part), skip_special_tokens=False)
+            else:
+                text += self._after_letter(part)
+        return text
 
     def decoder(self, after: Sequence[int] = ()) -> "ForeignDecoder":
-        """A decoder for ids that arrive one by one, after others."""
-        bare = (self.end_of_text_id, *self.begin_ids)
-        start = next((i for i in range(len(after), 0, -1) if after[i - 1] in bare), 0)
-        return ForeignDecoder(self.decode, after[start:])
+        """A decoder for ids that arrive one by one, after others.
+
+        A text begins anew behind a special token, as it is encoded.
+        """
+        near, special = after[-KEPT_IDS:], self.special_tokens.values()
+        start = next((i for i in range(len(near), 0, -1) if near[i - 1] in special), 0)
+        return ForeignDecoder(self, near[start:])
 
     def token_text(self, token: int) -> str:
         """The text of a token after others: a blank before it is lost where it begins a text."""
-        letter = self.encode("a")
-        return self.decode([*letter, token])[len(self.decode(letter)) :]
+        return self._after_letter([token])
+
+    def _after_letter(self, ids: Iterable[int]) -> str:
+        letter, shown = self.letter
+        return self._tokenizer.decode([*letter, *ids], skip_special_tokens=False)[len(shown) :]
+
+    @functools.cached_property
+    def letter(self) -> tuple[list[int], str]:
+        """Ids that no text is changed behind, and their own text; none where there is no letter."""
+        try:
+            ids = self.encode("a")
+        except Exception:  # as in _leading()
+            ids = []
+        return ids, self._tokenizer.decode(ids)
 
     def to_json(self) -> str:
         """The tokenizer as the text of a tokenizer.json, as the library writes it.
@@ -370,30 +400,42 @@ def _declared_end(special_tokens: dict[str, int], ends: Ends, guessed: str | Non
 
 
 class ForeignDecoder:
-    """Decodes tokens whose text depends on their neighbors: decodes the newest ones each time."""
+    """Decodes ids of a ForeignTokenizer as they arrive, and returns complete characters only.
 
-    def __init__(self, decode: Callable[[list[int]], str], after: Sequence[int] = ()) -> None:
-        self._decode = decode
-        self._window = list(after[-KEPT_IDS:])
-        # the text of the window that add() has returned, or that was there before
-        self._shown = decode(self._window).rstrip("\ufffd")
+    The text of a token may depend on its neighbors, so that the newest ones are decoded each time;
+    tokens that are bytes are decoded by themselves: one that is wrong harms no other.
+    """
+
+    def __init__(self, tokenizer: ForeignTokenizer, after: Sequence[int]) -> None:
+        self._tokenizer = tokenizer
+        self._characters = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        self._window: list[int] = []
+        self._shown = ""  # the text of the window that add() has returned
+        for token in after:
+            self.add(token)
+        self._shown = tokenizer.decode(self._window)  # also a character that can't be completed
 
     def add(self, token: int) -> str:
         """The characters that this token completes."""
-        self._window.append(token)
-        text = self._decode(self._window)
+        if (byte := self._tokenizer.byte_of.get(token)) is not None:
+            self._window, self._shown = self._tokenizer.letter
+            return self._characters.decode(bytes([byte]))
+        before = self._characters.decode(b"", final=True)
+        self._window = [*self._window, token]
+        text = self._tokenizer.decode(self._window)
         if text.endswith("\ufffd"):
-            return ""
+            return before
         new = text[len(self._shown) :]
         if len(self._window) > 4 * KEPT_IDS:
             self._window = self._window[-KEPT_IDS:]
-            text = self._decode(self._window)
+            text = self._tokenizer.decode(self._window)
         self._shown = text
-        return new
+        return before + new
 
     def finish(self) -> str:
         """The incomplete rest, as decode() shows it."""
-        return self._decode(self._window)[len(self._shown) :]
+        rest = self._tokenizer.decode(self._window)[len(self._shown) :]
+        return self._characters.decode(b"", final=True) + rest
 
 
 # kind is for restore_tokenizer(); fingerprint is equal for tokenizers that give the same ids
