@@ -302,8 +302,8 @@ class Trainer:
         is_due = self.saving is not None and (is_last or self.saving.clock.is_due(self.steps))
         step_s = time.monotonic() - self._step_began_at
         budget = self.plan.budget
-        if budget is not None and self.journal.leave_out_pause(step_s):
-            took = as_duration(step_s)
+        if budget is not None and (pause_s := self.journal.leave_out_pause()):
+            took = as_duration(pause_s)
             say(f"Note: step {self.steps:,} took {took}: the pause is not counted as training time")
         is_late = budget is not None and self.journal.elapsed_s > LATE_SHARE * budget.seconds
         saves, self._is_late = map(bool, self.stop.agree(is_due, is_late, step_s=step_s))

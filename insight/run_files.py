@@ -13,6 +13,7 @@ from insight.curves import Curves, CurvesFile
 from insight.diagnosis import Facts
 from planning.decisions import RunRecord, read_record, read_run_file
 from storage.files import DATA, SUMMARY
+from text.facts import LEAST_MEASURED
 from training.journal import BLANK, ENDED
 
 INSIGHT = "insight.json"  # what was measured about the run, beside its training
@@ -107,7 +108,8 @@ def _facts_of(run: RunFiles) -> Facts:
         # only its answers are scored, and those figures are of whole conversations
         baselines, repeated, leaked = {}, None, None
     elif choice is not None:
-        baselines.setdefault("bz2", choice.text.bz2_bits)
+        if choice.text.val_bytes >= LEAST_MEASURED:  # else it is of training text too
+            baselines.setdefault("bz2", choice.text.bz2_bits)
         repeated = choice.text.repeated if repeated is None else repeated
         leaked = choice.text.leaked if leaked is None else leaked
     n_train = int(split.get("train_tokens", 0))

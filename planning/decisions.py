@@ -236,6 +236,7 @@ def decide_recipe(
     if choice is None:
         machine = measure()
         recipe = choose_recipe(text, machine, plan.run.MINUTES, plan.fixed)
+        recipe = recipe.keeping(plan.training.keep_checkpoints)
         training = recipe.training
         if windows := training.get("batch_size"):
             training = training | {"batch_size": max(ranks, windows // ranks * ranks)}

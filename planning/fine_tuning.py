@@ -160,6 +160,11 @@ def decide_start(
             f"训练 {start.source} 约需 {takes}，可用 {has}",
         )
         return _with_random_weights(decided, why)
+    if is_noise(decided.choice.text):
+        why = Words(
+            "the order of the text's bytes tells almost nothing", "文本的字节顺序几乎不含信息"
+        )
+        return _with_random_weights(decided, why)
     ((tokenizer, rate),) = text.bytes_per_token.items()
     expected, alone = TOKEN_BITS / rate, decided.choice.recipe.bits_per_byte
     why = Words(

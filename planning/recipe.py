@@ -44,7 +44,9 @@ MEMORY_SHARE = 0.8  # of the memory, the most that a run may need
 WIDTH_BYTES, MLP_BYTES, HEAD_BYTES = 37, 16, 2e7
 RATES, ADAMW_RATES, WEIGHT_DECAYS = (1e-3, 2e-2), (5e-5, 5e-3), (0.02, 3)  # within which they stay
 MOST_BEST_BYTES = 1 << 28  # of the copy of the best weights in memory; larger ones go to the disk
-USUALLY_KEPT = 2  # checkpoints, where keep_checkpoints is not set
+# checkpoints, where keep_checkpoints is not set; and the most bytes of one for each parameter, as
+# storage/checkpoint counts them: weights, two moments and best weights
+USUALLY_KEPT, CHECKPOINT_BYTES = 2, 16
 MOST_REPEATED = 0.3  # of the training text, without a warning
 TOO_FEW_STEPS = 50  # in which no model learns much
 SMALL_TEXT = 20_000  # bytes, below which a forecast means little
@@ -115,6 +117,11 @@ class Recipe:
         object.__setattr__(self, "reasons", reasons)
         object.__setattr__(self, "runner_up", Words.of(self.runner_up))
         object.__setattr__(self, "warnings", [Words.of(warning) for warning in self.warnings])
+
+    def keeping(self, n_checkpoints: int) -> "Recipe":
+        """The recipe for a run that keeps so many checkpoints."""
+        more = min(n_checkpoints, self.steps) - min(USUALLY_KEPT, self.steps)
+        return replace(self, disk=self.disk + more * CHECKPOINT_BYTES * self.parameters)
 
 
 def _rounded(value: float) -> float:
@@ -611,13 +618,11 @@ class _Choice:
         ]
 
     def _disk(self) -> int:
-        """The most bytes of the run: the tokens, and the checkpoints as storage/checkpoint counts
-        them: weights, two moments and best weights of each that is kept, and of a new one."""
-        c = self.candidate
-        keep = min(self.fixed.training.get("keep_checkpoints") or USUALLY_KEPT, self._steps)
+        """The most bytes of the run: the tokens, the checkpoints that are kept, and a new one."""
+        c, keep = self.candidate, min(USUALLY_KEPT, self._steps)
         text = self.text.train_bytes + self.text.val_bytes
         width = 2 if c.vocabulary[0, 0] <= 2**16 else 4
-        checkpoints = (keep + 1) * 16 * self._n_parameters()
+        checkpoints = (keep + 1) * CHECKPOINT_BYTES * self._n_parameters()
         return int(checkpoints + width * text / c.token_bytes[0, 0])
 
 
@@ -650,7 +655,7 @@ def find_warnings(text: TextFacts, minutes: float, used: float) -> list[Words]:
 
 def is_noise(text: TextFacts) -> bool:
     """Whether the order of a text's bytes tells almost nothing, as far as so much text shows it."""
-    is_measured = text.train_bytes + text.val_bytes >= 2 * LEAST_MEASURED
+    is_measured = text.val_bytes >= LEAST_MEASURED or text.train_bytes >= 2 * LEAST_MEASURED
     most = COEFFICIENTS["noise_to"] * text.entropies[0]
     return is_measured and text.entropies[0] > 0 and text.bz2_bits >= most
 

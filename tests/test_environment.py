@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import re
 import shutil
 import tempfile
 import time
@@ -372,6 +373,12 @@ def test_minutes_choose_a_run_which_goes_on_with_its_own_recipe(in_minutes, caps
     assert main.main(["settings.py"]) == 0
     printed = capsys.readouterr().out
     assert "\nYour text " in printed and "\n  steps that fit, each of " in printed
+    assert "training config (0.25 minutes)" in printed
+    in_minutes(DRY_RUN=True, MINUTES=100)
+    assert main.main(["settings.py"]) == 0
+    printed = capsys.readouterr().out
+    (n_steps,) = re.findall(r"\n  at most ([\d,]+) steps of ", printed)
+    assert f" · {n_steps} steps · " in printed and "gains nothing more" in printed
     assert printed.endswith("nothing was trained or saved. DRY_RUN = False begins this run.\n")
     assert not Path("runs").exists()
 

@@ -328,6 +328,10 @@ def test_auto_takes_the_start_that_is_expected_to_be_better_and_says_why():
         assert (found.start == START, found.recipe is None) == (is_better, is_better)
         assert f"{rate:.2f} bytes a token here" in found.origins["start"].en
         assert found.asked() == plan.asked()
+    noise = dataclasses.replace(facts, bz2_bits=facts.entropies[0], val_bytes=10**5)
+    unreadable = decide_recipe(plan, noise, lambda: MACHINE, None)
+    reason = decide_start(plan, unreadable, START, text).origins["start"].en
+    assert reason == "random weights: the order of the text's bytes tells almost nothing"
     small = dataclasses.replace(decided.choice.machine, memory=count_parameters(START) * 19)
     cramped = dataclasses.replace(
         decided, choice=dataclasses.replace(decided.choice, machine=small)

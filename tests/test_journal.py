@@ -191,19 +191,28 @@ def test_speed_leaves_out_the_time_of_evaluations_and_saves(clock, tmp_path):
 def test_a_step_in_which_the_machine_slept_is_no_time_of_the_run_but_slow_ones_are(clock):
     journal = new_journal()
 
-    def take(step_s: float) -> bool:
+    def take(step_s: float) -> float:
         clock.now += step_s
         step(journal)
-        return journal.leave_out_pause(step_s)
+        return journal.leave_out_pause()
 
     assert not any(map(take, (300.0, 1.0, 1.0, 1.0, 100.0, 1.0)))  # compiled first, waited for once
+    clock.now += 500.0
+    journal.spent.note("evaluation", 500.0)
+    assert not any(map(take, [1.0] * 300))
     before_s = journal.elapsed_s
-    assert take(10 * 3600.0) and take(3600.0)
-    assert before_s < journal.elapsed_s < before_s + 2 * before_s / 3
-    slow = new_journal()
-    journal = slow
-    assert not any(take(200.0) for _ in range(10))
-    assert slow.elapsed_s == pytest.approx(2000.0)
+    assert take(36_000.0) == pytest.approx(36_000.0)
+    assert not take(1.0) and take(3600.0) == pytest.approx(3600.0)
+    assert before_s + 1 < journal.elapsed_s < before_s + 10
+    # a machine that has become slow takes its time
+    before_s = journal.elapsed_s
+    assert [take(200.0) > 0 for _ in range(5)] == [False] * 5  # the pause was before
+    assert journal.elapsed_s == pytest.approx(before_s + 1000.0)
+    journal = come_back(journal)
+    assert not take(200.0)
+    journal = new_journal()
+    taken = [take(step_s) > 0 for step_s in [1.0] * 9 + [200.0] * 5]
+    assert taken == [False] * 9 + [True] + [False] * 4
 
 
 @pytest.mark.parametrize(

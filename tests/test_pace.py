@@ -18,6 +18,7 @@ from engine.errors import ResourceError, SettingsError
 from engine.optim import Schedule, learning_rate_at, make_schedule
 from planning import trial
 from planning.trial import Budget, Costs
+from tests.conftest import REPOSITORY
 from tests.letters import new_trainer
 from tests.resuming import Bench, compare, of_steps, use_steady_clock
 from training.journal import Journal
@@ -348,6 +349,15 @@ def test_a_plan_that_the_disk_refuses_is_not_followed(workdir, monkeypatch, caps
     assert capsys.readouterr().out.count("the disk is full. The run keeps its 21 steps") == 1
 
 
+def test_a_pause_is_told_where_the_time_is_limited(monkeypatch, capsys):
+    monkeypatch.setattr(Journal, "leave_out_pause", lambda journal: 36_000.0)
+    limited = Budget(600.0, Costs(1.0, 0.5, 0.0, 0.0), 500, (500, 50), last_tokens=0)
+    for budget, n_told in ((limited, 1), (None, 0)):
+        new_trainer(100, budget=budget).save_where_due()
+        told = capsys.readouterr().out.count("took 10h 0m: the pause is not counted")
+        assert told == n_told
+
+
 def test_a_process_knows_when_it_began(monkeypatch):
     def began_before_s() -> float:
         return time.perf_counter() - clock.process_began_at()
@@ -357,6 +367,8 @@ def test_a_process_knows_when_it_began(monkeypatch):
         assert time.process_time() - 0.1 < began_before_s() < 86_400
         patch.setattr(clock, "STAT", Path("nowhere"))  # as on other systems
         assert began_before_s() == pytest.approx(time.process_time(), abs=0.1)
+    source = (REPOSITORY / "main.py").read_text(encoding="utf-8")  # torch takes seconds
+    assert source.index("began_at = process_began_at()") < source.index("\nimport torch")
     # a shell that waited for an hour, and then became this process
     monkeypatch.setattr(clock, "_age_s", lambda: 3600.0)
     assert began_before_s() == pytest.approx(clock.MOST_S, abs=0.1)

@@ -339,8 +339,7 @@ def test_what_is_short_of_memory_gets_a_smaller_model_or_a_warning():
 
 def test_memory_is_near_that_of_the_estimate():
     for minutes, optimizer in ((0.5, "muon"), (2, "muon"), (2, "adamw")):
-        asked = Fixed(None, {}, {"optimizer": optimizer, "keep_checkpoints": 5})
-        recipe = choose_recipe(english(), CPU, minutes, asked)
+        recipe = choose_recipe(english(), CPU, minutes, Fixed(None, {}, {"optimizer": optimizer}))
         model = GPTModel(GPTConfig(vocab_size=VOCABULARIES[recipe.tokenizer], **recipe.model))
         n_windows = recipe.training["batch_size"]
         estimate = estimate_memory(
@@ -354,7 +353,9 @@ def test_memory_is_near_that_of_the_estimate():
         )
         assert recipe.memory == pytest.approx(estimate.total(n_windows), rel=0.35)
         tokens = 2 * english().n_characters / BYTES_A_TOKEN[recipe.tokenizer]
-        assert recipe.disk == pytest.approx(most_bytes(model, 5) + tokens, rel=0.05)
+        for keep in (2, 5):
+            disk = recipe.keeping(keep).disk
+            assert disk == pytest.approx(most_bytes(model, keep) + tokens, rel=0.05)
 
 
 def test_choosing_loads_no_torch():

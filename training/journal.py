@@ -117,6 +117,7 @@ class Journal:
         self._drawn_at = -1  # the evaluations in the picture
         self._earlier_s = 0.0  # of earlier processes
         self._first_step = 0  # of this process
+        self._judged_s = self._last_step_s = 0.0  # of all steps, and of the last one
         self._started_at = self._marked_at = time.perf_counter()
         self._marks = [(0, 0.0)]  # at the evaluations: the steps so far and their seconds
         self._marked_tokens = 0
@@ -296,18 +297,25 @@ class Journal:
         """Exclude some seconds, which were not spent on steps, from the tokens per second."""
         self._marked_at += seconds
 
-    def leave_out_pause(self, step_s: float) -> bool:
-        """Whether the last step took so long that the machine must have slept meanwhile, or the
-        process was stopped; then that is no time of the run."""
-        usual_s = max(0.0, self._steps_s - step_s) / max(1, self.steps - 1)
+    def leave_out_pause(self) -> float:
+        """Leave a step out of the run's time, to be asked after each, that took so much longer than
+        those before that the machine must have slept, or the process was stopped.
+
+        Returns its seconds, or 0. Of a machine that has become slow it is the first one alone.
+        """
+        steps_s = self._steps_s
+        step_s, before_s = steps_s - self._judged_s, self._last_step_s
+        self._judged_s, self._last_step_s = steps_s, step_s
+        usual_s = max(before_s, (steps_s - step_s) / max(1, self.steps - 1))
         # the first ones compile
         is_first = self.steps - self._first_step <= COMPILED_STEPS
         if is_first or step_s < max(PAUSE_S, PAUSE_TIMES * usual_s):
-            return False
+            return 0.0
         pause_s = step_s - usual_s
         self._started_at += pause_s
+        self._judged_s -= pause_s
         self.leave_out(pause_s)
-        return True
+        return step_s
 
     def has_evaluated(self) -> bool:
         """Whether the model as it is now has been evaluated."""
