@@ -184,7 +184,8 @@ def test_the_same_seed_writes_the_same_text_streamed_or_not_and_none_another(ser
     assert five != written(seed=6)
     chunks = client.completions.create(**options, seed=5, stream=True)
     assert "".join(chunk.choices[0].text for chunk in chunks) == five
-    assert len({written() for _ in range(3)}) > 1  # two may be empty: one in a hundred is
+    # three others, also where two are empty: one in a hundred ends at once
+    assert len({written() for _ in range(5)}) >= 3
     generator = torch.Generator().manual_seed(5)
     assert five == continued(model, "The", generator=generator, top_k=None, **free)
 
